@@ -1,0 +1,17 @@
+"""Fused, trainable attention kernels for CTR models with behaviour sequences; see README.md."""
+
+from interformer_kernels._checks import set_validation
+from interformer_kernels.ops.apply_rotary import apply_rotary
+from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
+from interformer_kernels.ops.jagged_attention import jagged_attention
+from interformer_kernels.ops.personalized_ffn import personalized_ffn
+from interformer_kernels.ops.pma_pooling import pma_pooling
+
+__all__ = [
+    "apply_rotary",
+    "gated_cross_attention",
+    "jagged_attention",
+    "personalized_ffn",
+    "pma_pooling",
+    "set_validation",
+]

@@ -1,0 +1,120 @@
+"""Which backend serves a call, what is built, and if not, why."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# The launcher modules of each kernel backend, by op: a module with `forward` and `backward`.
+_LAUNCHERS: dict[str, dict[str, str]] = {
+    "cpu": {"pma_pooling": "interformer_kernels._native.pma_pooling"},
+    "triton": {},
+    "cuda": {},
+}
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+_DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+# What `backend=None` tries on a device, fastest first; the reference serves what none of them can.
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+_log = logging.getLogger("interformer_kernels")
+
+
+@functools.cache
+def _load_native() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("interformer_kernels._C"), ""
+    except ImportError as error:
+        return None, f"the native module interformer_kernels._C cannot be imported: {error}"
+
+
+def native() -> ModuleType | None:
+    """The native module, or None where it was not built or cannot be loaded."""
+    return _load_native()[0]
+
+
+def _missing(backend: str) -> str | None:
+    """Why this machine or build lacks the backend altogether; None where it is there."""
+    if backend == "cpu" and native() is None:
+        return _load_native()[1]
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if backend == "cuda" and native() is None:
+        return _load_native()[1]
+    return None
+
+
+def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot serve this op on this device and dtype; None where it can."""
+    if backend == "reference":
+        return None
+    if op not in _LAUNCHERS[backend]:
+        return f"there is no {backend} kernel for {op} in this version"
+    if device_type != _DEVICES[backend]:
+        return f"it serves {_DEVICES[backend]} tensors, found {device_type}"
+    if dtype not in _DTYPES[backend]:
+        return f"it serves {', '.join(str(d) for d in _DTYPES[backend])}, found {dtype}"
+    return _missing(backend)
+
+
+@functools.cache
+def choose(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """The fastest backend that can serve; says once per op, device and dtype what it is and why."""
+    passed_over = []
+    for backend in _PREFERENCE.get(device_type, ()):
+        reason = why_not(op, backend, device_type, dtype)
+        if reason is None:
+            _log.info("%s on %s with %s: backend %r serves", op, device_type, dtype, backend)
+            return backend
+        passed_over.append(f"{backend}: {reason}")
+    because = "; ".join(passed_over) or f"no kernel backend serves {device_type} tensors"
+    _log.info("%s on %s with %s: backend 'reference' serves (%s)", op, device_type, dtype, because)
+    return "reference"
+
+
+@functools.cache
+def launcher(op: str, backend: str, device_type: str, dtype: torch.dtype) -> ModuleType | None:
+    """The module whose `forward` and `backward` serve the call; None stands for the reference.
+
+    `backend` is a name, which never falls back, or `""` for the fastest that can serve.
+    """
+    chosen = backend or choose(op, device_type, dtype)
+    reason = why_not(op, chosen, device_type, dtype)
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {chosen!r} cannot serve: {reason}")
+    return None if chosen == "reference" else importlib.import_module(_LAUNCHERS[chosen][op])
+
+
+def first_bad_offset(offsets: Tensor, total: int) -> int:
+    """Index of the first entry of `offsets` that breaks their contract (start, order, end); -1 where none does."""
+    module = native()
+    if module is not None and offsets.device.type == "cpu":
+        return int(module.first_bad_offset(offsets, total))
+    low = torch.cat((offsets.new_zeros(1), offsets[:-1]))
+    wrong = (offsets < low) | (offsets > total)
+    wrong[0] = offsets[0] != 0
+    return int(wrong.int().argmax()) if bool(wrong.any()) else -1
+
+
+def report() -> dict[str, object]:
+    """What is installed and built, for `interformer-kernels info` and bug reports."""
+    module = native()
+    return {
+        "torch": torch.__version__,
+        "native": module.build_info() if module is not None else _load_native()[1],
+        "cpu_features": module.cpu_features() if module is not None else [],
+        "threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "missing": {backend: _missing(backend) for backend in BACKENDS},
+    }

@@ -1,0 +1,279 @@
+"""Argument checks that two or more operations share: each message names the argument, what was wanted and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from interformer_kernels import _backend
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX_DTYPES = (torch.int32, torch.int64)
+SCORES = ("softmax", "identity", "relu", "silu", "gelu")
+GATE_FORMS = ("multiply", "self")
+GATE_ACTIVATIONS = ("sigmoid", "tanh", "silu", "identity")
+FFN_ACTIVATIONS = ("identity", "relu", "silu", "gelu")
+VALIDATION_LEVELS = ("off", "default", "full")
+
+_validation = "default"
+
+
+def set_validation(level: str) -> str:
+    """Choose when the *contents* of offsets and rotary positions are checked; returns the level that was in force.
+
+    Shapes, dtypes and devices are always checked. Contents are data: on a GPU, reading them stalls the stream.
+
+    - `"default"`: checked on CPU, trusted elsewhere.
+    - `"full"`: checked on every device.
+    - `"off"`: trusted everywhere. Kernels still clamp each row to the tensor, so nothing is read out of bounds.
+    """
+    global _validation
+    check_choice("set_validation", "level", level, VALIDATION_LEVELS)
+    previous, _validation = _validation, level
+    return previous
+
+
+def validates(device: torch.device) -> bool:
+    """Whether the contents of index tensors on this device are to be checked."""
+    return _validation == "full" or (_validation == "default" and device.type == "cpu")
+
+
+# ---------------------------------------------------------------- kinds, shapes, values
+
+
+def describe(value: object) -> str:
+    """A value as the "found" half of a message."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {value.dtype} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_floats(op: str, first: str, tensors: dict[str, object]) -> None:
+    """Every given tensor (None is passed over) is floating, and shares dtype and device with the one named `first`."""
+    lead = tensors[first]
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
+            wanted = "a tensor of float32, bfloat16, float16 or float64"
+            raise TypeError(f"{op}: {name} must be {wanted}, found {describe(x)}")
+        assert isinstance(lead, Tensor)
+        if x.dtype != lead.dtype:
+            raise TypeError(f"{op}: {name} must have {first}'s dtype {lead.dtype}, found {x.dtype}")
+        if x.device != lead.device:
+            raise ValueError(f"{op}: {name} must be on {first}'s device {lead.device}, found {x.device}")
+
+
+def check_index(op: str, name: str, x: object, device: torch.device) -> Tensor:
+    """A one-dimensional int32 or int64 tensor on `device`."""
+    if not isinstance(x, Tensor) or x.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{op}: {name} must be an int32 or int64 tensor, found {describe(x)}")
+    if x.dim() != 1:
+        raise ValueError(f"{op}: {name} must have one axis, found shape {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{op}: {name} must be on the values' device {device}, found {x.device}")
+    return x
+
+
+def check_offsets(op: str, name: str, offsets: object, device: torch.device) -> int:
+    """Offsets `[B+1]` by kind and shape (not content); returns `B`."""
+    x = check_index(op, name, offsets, device)
+    if x.shape[0] < 1:
+        raise ValueError(f"{op}: {name} must be [B+1] with at least one entry, found shape {list(x.shape)}")
+    return x.shape[0] - 1
+
+
+def check_row_offsets(
+    op: str, name: str, offsets: object, other_name: str, other: object, device: torch.device
+) -> int:
+    """Offsets, and those of the other side where given (None is passed over), of one number of rows; returns `B`."""
+    rows = check_offsets(op, name, offsets, device)
+    if other is not None and (found := check_offsets(op, other_name, other, device)) != rows:
+        raise ValueError(f"{op}: {other_name} must be [B+1] with B = {rows} (from {name}), found B = {found}")
+    return rows
+
+
+class Axes:
+    """The named axes of one call: the first tensor that shows an axis fixes its size, later ones must agree."""
+
+    def __init__(self, op: str, **sizes: int) -> None:
+        self.op = op
+        self.sizes: dict[str, int] = sizes
+
+    def bind(self, name: str, x: Tensor, axes: Sequence[str]) -> None:
+        """Check that `x` has just these axes; sizes not known yet are taken from it."""
+        if x.dim() == len(axes):
+            for axis, size in zip(axes, x.shape, strict=True):
+                if self.sizes.setdefault(axis, size) != size:
+                    break
+            else:
+                return
+        known = ", ".join(f"{axis} = {self.sizes[axis]}" for axis in axes if axis in self.sizes and x.dim() == len(axes))
+        wanted = f"[{', '.join(axes)}]" + (f" with {known}" if known else "")
+        raise ValueError(f"{self.op}: {name} must be {wanted}, found shape {list(x.shape)}")
+
+    def __getitem__(self, axis: str) -> int:
+        return self.sizes[axis]
+
+
+def check_heads(op: str, axes: Axes) -> None:
+    """Sizes that division rests on: at least one channel and head, query heads a multiple of key/value heads."""
+    for axis in ("D", "Dv", "H", "Hk"):
+        if axes[axis] < 1:
+            raise ValueError(f"{op}: axis {axis} must be at least 1, found {axes[axis]}")
+    if axes["H"] % axes["Hk"]:
+        wanted = f"a multiple of the {axes['Hk']} key/value heads"
+        raise ValueError(f"{op}: the number of query heads must be {wanted}, found {axes['H']}")
+
+
+def check_broadcasts(op: str, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """`x` broadcasts to `shape`, the output's."""
+    fits = x.dim() <= len(shape) and all(
+        have in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{op}: {name} must broadcast to the output's shape {list(shape)}, found {list(x.shape)}")
+
+
+def check_same_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """`x` has exactly the output's shape."""
+    if x.dim() != len(shape) or any(have != want for have, want in zip(x.shape, shape, strict=True)):
+        raise ValueError(f"{op}: {name} must have the output's shape {list(shape)}, found {list(x.shape)}")
+
+
+def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
+    """`value` is one of the strings."""
+    if not isinstance(value, str):
+        raise TypeError(f"{op}: {name} must be a string, one of {', '.join(choices)}; found {describe(value)}")
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}; found {value!r}")
+
+
+def check_window(op: str, window: object) -> tuple[int, int]:
+    """The pair `(left, right)`, each an int of at least -1."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"{op}: window must be a pair (left, right) of ints, found {describe(window)}")
+    for name, side in zip(("window[0]", "window[1]"), window, strict=True):
+        check_count(op, name, side, least=-1)
+    return window[0], window[1]
+
+
+def check_bool(op: str, name: str, value: object) -> None:
+    """`value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, found {describe(value)}")
+
+
+def check_count(op: str, name: str, value: object, least: int = 0) -> None:
+    """`value` is an int of at least `least`."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an int, found {describe(value)}")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, found {value}")
+
+
+def check_number(op: str, name: str, value: object) -> float:
+    """`value` is a finite number; returns it as a float."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a number, found {describe(value)}")
+    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced by torch.compile
+        raise ValueError(f"{op}: {name} must be finite, found {value}")
+    return float(value)
+
+
+def check_rope(op: str, rope: object, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rotary tables `(cos, sin)`, each float32 `[P, R/2]` with `P >= 1` and `R <= D`."""
+    if not isinstance(rope, (tuple, list)) or len(rope) != 2:
+        raise TypeError(f"{op}: rope must be a pair (cos, sin) of tensors, found {describe(rope)}")
+    cos, sin = rope
+    for name, table in (("cos", cos), ("sin", sin)):
+        if not isinstance(table, Tensor) or table.dtype != torch.float32:
+            raise TypeError(f"{op}: rope's {name} must be a float32 tensor, found {describe(table)}")
+        if table.dim() != 2 or table.shape[0] < 1 or not 1 <= table.shape[1] <= head_size // 2:
+            wanted = f"[P, R/2] with P >= 1 and R <= D = {head_size}"
+            raise ValueError(f"{op}: rope's {name} must be {wanted}, found shape {list(table.shape)}")
+        if table.device != device:
+            raise ValueError(f"{op}: rope's {name} must be on the values' device {device}, found {table.device}")
+    if cos.shape != sin.shape:
+        raise ValueError(f"{op}: rope's sin must have cos's shape {list(cos.shape)}, found {list(sin.shape)}")
+    return cos, sin
+
+
+def default_scale(op: str, scale: object, head_size: int) -> float:
+    """`scale`, or `1/sqrt(D)` where it is None."""
+    return head_size**-0.5 if scale is None else check_number(op, "scale", scale)
+
+
+def check_score(op: str, score: object, post_scale: object, return_lse: object) -> float:
+    """The score's name, its factor (returned as a float), and that `lse` is asked of softmax alone."""
+    check_choice(op, "score", score, SCORES)
+    check_bool(op, "return_lse", return_lse)
+    factor = check_number(op, "post_scale", post_scale)
+    if score == "softmax" and factor != 1.0:
+        raise ValueError(f'{op}: post_scale must be 1 with score="softmax", found {factor}')
+    if return_lse and score != "softmax":
+        raise ValueError(f'{op}: return_lse must be False unless score="softmax", found True with score={score!r}')
+    return factor
+
+
+def check_epilogue(
+    op: str, gate: Tensor | None, form: object, activation: object, residual: Tensor | None, shape: tuple[int, ...]
+) -> None:
+    """The gate (form, activation, shape) and the residual against the output's shape."""
+    check_choice(op, "gate_form", form, GATE_FORMS)
+    check_choice(op, "gate_activation", activation, GATE_ACTIVATIONS)
+    if gate is not None:
+        check_broadcasts(op, "gate", gate, shape)
+    if residual is not None:
+        check_same_shape(op, "residual", residual, shape)
+
+
+def backend_name(op: str, backend: object) -> str:
+    """A backend's name as the registered ops take it: `""` stands for the fastest that can serve."""
+    if backend is None:
+        return ""
+    check_choice(op, "backend", backend, _backend.BACKENDS)
+    assert isinstance(backend, str)
+    return backend
+
+
+# ---------------------------------------------------------------- contents (data, so checked inside the ops)
+
+
+def check_offsets_content(op: str, name: str, offsets: Tensor, total: int) -> None:
+    """Offsets start at 0, never decrease and stay within the `total` tokens."""
+    if not validates(offsets.device):
+        return
+    bad = _backend.first_bad_offset(offsets, total)
+    if bad < 0:
+        return
+    value = int(offsets[bad])
+    if bad == 0 and value != 0:
+        wanted = "0"
+    elif bad > 0 and value < (before := int(offsets[bad - 1])):
+        wanted = f"at least {before}, the entry before it"
+    else:
+        wanted = f"at most {total}, the number of tokens"
+    raise ValueError(f"{op}: {name}[{bad}] must be {wanted}, found {value}")
+
+
+def check_positions_content(op: str, name: str, positions: Tensor, offsets: Tensor, table_rows: int) -> None:
+    """Positions of the tokens that belong to rows lie in `[0, P)`."""
+    if not validates(positions.device):
+        return
+    used = positions[: int(offsets[-1])]
+    if used.numel() and not (0 <= int(used.min()) and int(used.max()) < table_rows):
+        bad = int(((used < 0) | (used >= table_rows)).nonzero()[0])
+        raise ValueError(f"{op}: {name}[{bad}] must lie in [0, P = {table_rows}), found {int(used[bad])}")
+
+
+def check_rows_fit_tables(op: str, name: str, offsets: Tensor, table_rows: int) -> None:
+    """No row is longer than the rotary tables, whose positions are the indices in the row."""
+    if not validates(offsets.device) or offsets.shape[0] < 2:
+        return
+    longest = int(offsets.diff().max())
+    if longest > table_rows:
+        raise ValueError(f"{op}: rows of {name} must have at most P = {table_rows} tokens, found {longest}")

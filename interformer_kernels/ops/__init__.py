@@ -1,0 +1,1 @@
+"""The contract of each operation: schema, checks, fake, autograd, FLOP formula, docstring, public function."""

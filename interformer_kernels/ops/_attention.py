@@ -1,0 +1,44 @@
+"""What the ops of the attention family share: output allocation, counting of visible pairs, offsets' contents."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from interformer_kernels.ops._registered import exact_dtype
+
+
+def empty_outputs(like: Tensor, shape: tuple[int, ...], score: str, keep_attended: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised `(out, lse, attended)`; what is not asked for is an empty tensor."""
+    lse_shape = shape[:-1] if score == "softmax" else (0,)
+    out = like.new_empty(shape)
+    return (
+        out,
+        like.new_empty(lse_shape, dtype=exact_dtype(like.dtype)),
+        like.new_empty(shape if keep_attended else (0,)),
+    )
+
+
+def empty_gradients(like: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Uninitialised contiguous gradients of the inputs; an empty tensor for an input that was not given."""
+    return tuple(like.new_empty((0,) if x is None else x.shape) for x in inputs)
+
+
+def row_pairs(kv_offsets: Tensor, total_keys: int, queries: int | Tensor, total_queries: int) -> int:
+    """Query-key pairs over all rows, masks not counted; `queries` is each row's number, or their offsets.
+
+    Without real offsets (fake tensors) every row is taken to have the mean length.
+    """
+    rows = max(kv_offsets.shape[0] - 1, 1)
+    if isinstance(kv_offsets, FakeTensor) or kv_offsets.is_meta:
+        return int(total_keys) * int(total_queries) // rows
+    keys = kv_offsets.diff()
+    return int((keys * (queries.diff() if isinstance(queries, Tensor) else queries)).sum())
+
+
+def attention_flops(pairs: int, q_heads: int, head_size: int, value_size: int) -> int:
+    """Two multiply-adds of the scores and of the weighted sum, as `torch.utils.flop_counter` counts SDPA."""
+    return 2 * pairs * q_heads * (head_size + value_size)
+
+
+BACKWARD_OVER_FORWARD = 2.5  # five matrix products against two: scores again, dV, dP, dQ, dK
