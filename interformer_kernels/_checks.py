@@ -86,9 +86,7 @@ def check_offsets(op: str, name: str, offsets: object, device: torch.device) -> 
     return x.shape[0] - 1
 
 
-def check_row_offsets(
-    op: str, name: str, offsets: object, other_name: str, other: object, device: torch.device
-) -> int:
+def check_row_offsets(op: str, name: str, offsets: object, other_name: str, other: object, device: torch.device) -> int:
     """Offsets, and those of the other side where given (None is passed over), of one number of rows; returns `B`."""
     rows = check_offsets(op, name, offsets, device)
     if other is not None and (found := check_offsets(op, other_name, other, device)) != rows:
@@ -111,7 +109,9 @@ class Axes:
                     break
             else:
                 return
-        known = ", ".join(f"{axis} = {self.sizes[axis]}" for axis in axes if axis in self.sizes and x.dim() == len(axes))
+        known = ", ".join(
+            f"{axis} = {self.sizes[axis]}" for axis in axes if axis in self.sizes and x.dim() == len(axes)
+        )
         wanted = f"[{', '.join(axes)}]" + (f" with {known}" if known else "")
         raise ValueError(f"{self.op}: {name} must be {wanted}, found shape {list(x.shape)}")
 

@@ -64,11 +64,14 @@ def keep(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def similar_rows(*sides: Spans) -> Iterator[Tensor]:
-    """Row numbers in groups of similar length on every side, so that padding less than doubles any row."""
+    """Row numbers in groups of similar length on every side, so that padding less than doubles any row.
+
+    At least one group, be it empty, so that outputs always hang on their inputs in the autograd graph.
+    """
     powers = 2 ** torch.arange(62, device=sides[0].lengths.device)
     size = sum(torch.bucketize(side.lengths, powers) * 64**i for i, side in enumerate(sides))
     assert isinstance(size, Tensor)
-    for one in size.unique():
+    for one in size.unique() if len(size) else [0]:
         yield (size == one).nonzero().squeeze(1)
 
 
@@ -171,7 +174,7 @@ def attend_rows(
 
 def scatter(base: Tensor, tokens: list[Tensor], values: list[Tensor]) -> Tensor:
     """`base [T, ...]` with the packed pieces written at their tokens."""
-    return base.index_put((torch.cat(tokens),), torch.cat(values)) if tokens else base
+    return base.index_put((torch.cat(tokens),), torch.cat(values))
 
 
 def epilogue(

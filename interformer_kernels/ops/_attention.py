@@ -8,7 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from interformer_kernels.ops._registered import exact_dtype
 
 
-def empty_outputs(like: Tensor, shape: tuple[int, ...], score: str, keep_attended: bool) -> tuple[Tensor, Tensor, Tensor]:
+def empty_outputs(
+    like: Tensor, shape: tuple[int, ...], score: str, keep_attended: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised `(out, lse, attended)`; what is not asked for is an empty tensor."""
     lse_shape = shape[:-1] if score == "softmax" else (0,)
     out = like.new_empty(shape)

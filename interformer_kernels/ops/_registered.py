@@ -122,7 +122,9 @@ class RegisteredOp:
         module = self._launcher(bound)
         if module is not None:
             return module.backward(*args[:-1])
-        leaves = {name: x.detach().requires_grad_() for name in self.differentiable if (x := bound.get(name)) is not None}
+        leaves = {
+            name: x.detach().requires_grad_() for name in self.differentiable if (x := bound.get(name)) is not None
+        }
         with _recording_autograd(), _plain_autocast_off(bound):
             grads = self.reference_gradients({**bound, **leaves}, tuple(leaves), create_graph=False)
         empty = self._lead(bound).new_empty(0)
