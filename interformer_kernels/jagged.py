@@ -1,0 +1,347 @@
+"""Borders of the jagged world: padded batches, nested and TorchRec tensors to packed values + offsets, and back.
+
+Inside the library a batch of sequences is ``values [T, ...]`` with ``offsets [B+1]``: row ``b`` is
+``values[offsets[b]:offsets[b+1]]``, and tokens from ``offsets[B]`` on (the tail) belong to no row. Everything here is
+differentiable in the values, keeps their dtype and device, and takes any dtype, integer ids included.
+
+How many tokens there are is data: on a GPU, these functions wait for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from interformer_kernels import _checks as checks
+
+SIDES = ("right", "left")
+
+_Other = TypeVar("_Other")
+
+
+class Jagged(NamedTuple):
+    """Packed tokens and where each row begins: ``values [T, ...]`` and ``offsets [B+1]``."""
+
+    values: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """Where the tokens of a padded batch ``[B, L, ...]`` stand: packs any tensor of that layout and puts it back.
+
+    Attributes:
+        offsets: ``[B+1]`` int64, of the packed rows.
+        index: ``[T]`` int64: token ``t`` stands at ``x.flatten(0, 1)[index[t]]`` of the padded batch.
+        width: ``L``, the padded length.
+    """
+
+    offsets: Tensor
+    index: Tensor
+    width: int
+
+    @property
+    def rows(self) -> int:
+        """``B``."""
+        return self.offsets.shape[0] - 1
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The tokens of a padded ``x [B, L, ...]``, row after row: ``[T, ...]``. Padding gets zero gradients."""
+        _check_tensor("pack", "x", x, least_axes=2)
+        if x.shape[:2] != (self.rows, self.width):
+            raise ValueError(f"pack: x must be [B = {self.rows}, L = {self.width}, ...], found shape {list(x.shape)}")
+        _check_device("pack", "x", x, self.index.device)
+        return x.flatten(0, 1).index_select(0, self.index)
+
+    def pad(self, values: Tensor, padding_value: float = 0.0) -> Tensor:
+        """Every token of ``values [T, ...]`` back in its place: ``[B, L, ...]``, ``padding_value`` everywhere else."""
+        _check_tensor("pad", "values", values)
+        _check_device("pad", "values", values, self.index.device)
+        tokens = self.index.shape[0]
+        if values.shape[0] < tokens:
+            raise ValueError(f"pad: values must be [T >= {tokens}, ...], found shape {list(values.shape)}")
+        return _scatter(values[:tokens], self.index, self.rows, self.width, padding_value)
+
+
+class Packed(NamedTuple):
+    """What :func:`from_padded` returns: ``values [T, ...]``, ``offsets [B+1]`` int64, and the way back."""
+
+    values: Tensor
+    offsets: Tensor
+    layout: PaddedLayout
+
+
+def padded_layout(
+    rows: int,
+    width: int,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    side: str = "right",
+) -> PaddedLayout:
+    """The layout of padded batches ``[B = rows, L = width, ...]``: arguments and errors of :func:`from_padded`."""
+    given = {"lengths": lengths, "mask": mask, "padding_mask": padding_mask}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        found = ", ".join(named) or "none"
+        raise ValueError(f"from_padded: exactly one of lengths, mask and padding_mask must be given, found {found}")
+    checks.check_choice("from_padded", "side", side, SIDES)
+    if lengths is not None:
+        keep = _keep_by_lengths(lengths, rows, width, side)
+    elif side != "right":
+        raise ValueError(
+            f"from_padded: side goes with lengths ({named[0]} says itself where padding is), found {side!r}"
+        )
+    else:
+        keep = _as_bool(named[0], given[named[0]], rows, width)
+        keep = ~keep if padding_mask is not None else keep
+    return PaddedLayout(offsets_from_lengths(keep.sum(1)), keep.flatten().nonzero().squeeze(1), width)
+
+
+def from_padded(
+    x: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    side: str = "right",
+) -> Packed:
+    """Pack a padded batch; exactly one of ``lengths``, ``mask``, ``padding_mask`` says which positions are tokens.
+
+    In PyTorch, ``values = x[mask]`` and ``offsets = [0, cumsum(mask.sum(1))]``; a token keeps its order in the row,
+    whether padding stands right, left or in between.
+
+    Args:
+        x: ``[B, L, ...]``, any dtype.
+        lengths: ``[B]`` int32 or int64: row ``b`` has this many tokens, at the start of the row (``side="right"``: the
+            padding is on the right) or at its end (``side="left"``).
+        mask: ``[B, L]`` bool, or integers 0 and 1 (Hugging Face's ``attention_mask``): True marks a **token**.
+        padding_mask: ``[B, L]``, likewise, with the other polarity (``key_padding_mask`` of
+            ``torch.nn.MultiheadAttention``): True marks **padding**.
+        side: where the padding stands, with ``lengths`` only.
+
+    Returns:
+        ``(values [T, ...], offsets [B+1] int64, layout)``. ``layout.pad(values)`` puts every token back in its place;
+        ``layout.pack(other)`` packs further tensors of the same layout without looking at the mask again.
+        ``B == 0``, ``L == 0`` and rows of padding alone (empty rows) are ordinary.
+
+    Raises:
+        TypeError: ``x`` is not a tensor, lengths are not integers, or a mask is floating (an additive mask, say).
+        ValueError: none or several of the three are given, or a shape, device or value is wrong: a length below 0 or
+            beyond ``L``, an integer mask with values other than 0 and 1.
+    """
+    _check_tensor("from_padded", "x", x, least_axes=2)
+    for name, tensor in (("lengths", lengths), ("mask", mask), ("padding_mask", padding_mask)):
+        if isinstance(tensor, Tensor):
+            _check_device("from_padded", name, tensor, x.device)
+    layout = padded_layout(x.shape[0], x.shape[1], lengths=lengths, mask=mask, padding_mask=padding_mask, side=side)
+    return Packed(layout.pack(x), layout.offsets, layout)
+
+
+def to_padded(
+    values: Tensor,
+    offsets: Tensor,
+    *,
+    max_length: int | None = None,
+    padding_value: float = 0.0,
+    side: str = "right",
+) -> Tensor:
+    """Pad a jagged batch: row ``b`` of the result is row ``b`` of the input and then (or before it) padding.
+
+    To put tokens back where :func:`from_padded` found them, holes included, use its ``layout.pad(values)``.
+
+    Args:
+        values: ``[T, ...]``, any dtype.
+        offsets: ``[B+1]`` int32 or int64. The tail (tokens from ``offsets[B]`` on) is left out and gets zero gradients.
+        max_length: ``L``; None takes the longest row.
+        padding_value: what stands between the tokens.
+        side: ``"right"`` or ``"left"``: where the padding stands.
+
+    Returns:
+        ``[B, L, ...]`` in the values' dtype.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: a shape, device or offset is wrong, or a row is longer than ``max_length`` (nothing is cut off).
+    """
+    op = "to_padded"
+    rows = _check_jagged(op, values, offsets)
+    checks.check_choice(op, "side", side, SIDES)
+    lengths = offsets.diff()
+    longest = int(lengths.max()) if rows else 0
+    if max_length is None:
+        max_length = longest
+    checks.check_count(op, "max_length", max_length)
+    if longest > max_length:
+        row = int(lengths.argmax())
+        raise ValueError(f"{op}: max_length must be at least {longest}, the length of row {row}, found {max_length}")
+    token_row, place = _row_and_place(offsets)
+    if side == "left":
+        place = place + (max_length - lengths[token_row])
+    return _scatter(values[: place.shape[0]], token_row * max_length + place, rows, max_length, padding_value)
+
+
+def offsets_from_lengths(lengths: Tensor) -> Tensor:
+    """``[0, cumsum(lengths)]``: ``[B]`` integers to offsets ``[B+1]`` int64.
+
+    Raises:
+        TypeError: not an int32 or int64 tensor. ValueError: not one axis, or a length below 0.
+    """
+    op = "offsets_from_lengths"
+    checks.check_index(op, "lengths", lengths, getattr(lengths, "device", torch.device("cpu")))
+    if lengths.numel() and int(lengths.min()) < 0:
+        row = int(lengths.argmin())
+        raise ValueError(f"{op}: lengths[{row}] must be at least 0, found {int(lengths[row])}")
+    return torch.cat((lengths.new_zeros(1, dtype=torch.int64), lengths.cumsum(0, dtype=torch.int64)))
+
+
+def from_nested(nested: Tensor) -> Jagged:
+    """A nested tensor ``[B, j, ...]`` of layout ``torch.jagged`` as ``(values [T, ...], offsets [B+1])``.
+
+    No copy is made, unless the rows have gaps between them (nested tensors built with lengths, as by ``narrow``): those
+    are packed.
+
+    Raises:
+        TypeError: not a nested tensor of layout ``torch.jagged``. ValueError: the ragged axis is not axis 1.
+    """
+    if not isinstance(nested, Tensor) or not nested.is_nested or nested.layout is not torch.jagged:
+        wanted = "a nested tensor of layout torch.jagged"
+        found = f"a nested tensor of layout {nested.layout}" if _is_nested(nested) else checks.describe(nested)
+        raise TypeError(f"from_nested: nested must be {wanted}, found {found}")
+    if nested.dim() < 2 or not isinstance(nested.shape[1], torch.SymInt):
+        raise ValueError(f"from_nested: nested must have its ragged axis at 1, found shape {list(nested.shape)}")
+    # These accessors of nested tensors exist only on the subclass, which type checkers do not see.
+    parts: Any = nested
+    values, offsets, lengths = parts.values(), parts.offsets(), parts.lengths()
+    if lengths is None:
+        return Jagged(values, offsets)
+    packed = offsets_from_lengths(lengths)
+    row, place = _row_and_place(packed)
+    return Jagged(values.index_select(0, offsets[row] + place), packed)
+
+
+def to_nested(values: Tensor, offsets: Tensor) -> Tensor:
+    """``values [T, ...]`` and ``offsets [B+1]`` as a nested tensor ``[B, j, ...]`` of layout ``torch.jagged``; no copy.
+
+    The tail (tokens from ``offsets[B]`` on) is left out. ``B == 0`` is refused: PyTorch has no such nested tensor.
+
+    Raises:
+        TypeError: an argument is of the wrong kind. ValueError: a shape, device or offset is wrong, or there is no row.
+    """
+    if not _check_jagged("to_nested", values, offsets):
+        raise ValueError(f"to_nested: offsets must hold at least one row, found shape {list(offsets.shape)}")
+    return torch.nested.nested_tensor_from_jagged(values[: int(offsets[-1])], offsets)
+
+
+def from_torchrec(jagged: Any) -> Jagged:
+    """A TorchRec ``JaggedTensor``, or anything with ``values()`` and ``offsets()`` or ``lengths()``, unpacked.
+
+    TorchRec itself is not needed. Weights, where the tensor has some, are left behind. Of a ``KeyedJaggedTensor`` give
+    one key: ``from_torchrec(keyed["item"])``.
+
+    Raises:
+        TypeError: there is no ``values()``, or neither ``offsets()`` nor ``lengths()``, or several keys.
+        ValueError: the offsets are wrong.
+    """
+    op = "from_torchrec"
+    if hasattr(jagged, "keys"):
+        raise TypeError(f"{op}: jagged must be the tensor of one key (keyed[name]), found {type(jagged).__name__}")
+    methods = [name for name in ("values", "offsets", "lengths") if callable(getattr(jagged, name, None))]
+    if "values" not in methods or len(methods) < 2:
+        wanted = "an object with values() and offsets() or lengths()"
+        raise TypeError(
+            f"{op}: jagged must be {wanted}, found {type(jagged).__name__} with {methods or 'none of them'}"
+        )
+    values = jagged.values()
+    offsets = jagged.offsets() if "offsets" in methods else offsets_from_lengths(jagged.lengths())
+    _check_jagged(op, values, offsets)
+    return Jagged(values, offsets)
+
+
+def to_torchrec(values: Tensor, offsets: Tensor, kind: type[_Other]) -> _Other:
+    """``kind(values=values, offsets=offsets)``, checked; ``kind`` is ``torchrec.JaggedTensor``, which is not imported.
+
+    The tail is left out, for TorchRec takes all values to belong to rows.
+
+    Raises:
+        TypeError: an argument is of the wrong kind. ValueError: a shape, device or offset is wrong.
+    """
+    op = "to_torchrec"
+    _check_jagged(op, values, offsets)
+    if not callable(kind):
+        raise TypeError(f"{op}: kind must be a class such as torchrec.JaggedTensor, found {checks.describe(kind)}")
+    return kind(values=values[: int(offsets[-1])], offsets=offsets)  # type: ignore[call-arg]
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_nested
+
+
+def _check_tensor(op: str, name: str, x: object, least_axes: int = 1) -> None:
+    if not isinstance(x, Tensor) or x.is_nested:
+        raise TypeError(f"{op}: {name} must be a tensor (not nested), found {type(x).__name__}")
+    if x.dim() < least_axes:
+        wanted = "[B, L, ...]" if least_axes == 2 else "[T, ...]"
+        raise ValueError(f"{op}: {name} must be {wanted}, found shape {list(x.shape)}")
+
+
+def _check_device(op: str, name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{op}: {name} must be on device {device}, found {x.device}")
+
+
+def _check_jagged(op: str, values: Tensor, offsets: Tensor) -> int:
+    """Values with at least the axis of tokens, and offsets that fit them; returns ``B``."""
+    _check_tensor(op, "values", values)
+    rows = checks.check_offsets(op, "offsets", offsets, values.device)
+    checks.check_offsets_content(op, "offsets", offsets, values.shape[0])
+    return rows
+
+
+def _keep_by_lengths(lengths: Tensor, rows: int, width: int, side: str) -> Tensor:
+    op = "from_padded"
+    checks.check_index(op, "lengths", lengths, getattr(lengths, "device", torch.device("cpu")))
+    if lengths.shape[0] != rows:
+        raise ValueError(f"{op}: lengths must be [B = {rows}], found shape {list(lengths.shape)}")
+    wrong = (lengths < 0) | (lengths > width)
+    if bool(wrong.any()):
+        row = int(wrong.int().argmax())
+        raise ValueError(f"{op}: lengths[{row}] must be from 0 to L = {width}, found {int(lengths[row])}")
+    place = torch.arange(width, device=lengths.device)
+    start = 0 if side == "right" else (width - lengths)[:, None]
+    return (place >= start) & (place < start + lengths[:, None])
+
+
+def _as_bool(name: str, mask: object, rows: int, width: int) -> Tensor:
+    op = "from_padded"
+    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"{op}: {name} must be a bool tensor, or integers 0 and 1; found {checks.describe(mask)}")
+    if mask.shape != (rows, width):
+        raise ValueError(f"{op}: {name} must be [B = {rows}, L = {width}], found shape {list(mask.shape)}")
+    if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(
+            f"{op}: {name} must hold 0 and 1 only, found values from {int(mask.min())} to {int(mask.max())}"
+        )
+    return mask.bool()
+
+
+def _row_and_place(offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every token that belongs to a row: the row ``[T]`` and its index in the row ``[T]``, both int64."""
+    token = torch.arange(int(offsets[-1]), device=offsets.device)
+    row = torch.searchsorted(offsets[1:].contiguous(), token, right=True)
+    return row, token - offsets[row]
+
+
+def _scatter(values: Tensor, index: Tensor, rows: int, width: int, padding_value: float) -> Tensor:
+    """``values [T, ...]`` written to ``[rows, width, ...]`` at flat places ``index``, ``padding_value`` elsewhere."""
+    if not isinstance(padding_value, (int, float)):
+        raise TypeError(f"to_padded: padding_value must be a number, found {checks.describe(padding_value)}")
+    flat = values.new_full((rows * width, *values.shape[1:]), padding_value)
+    return flat.index_copy(0, index, values).view(rows, width, *values.shape[1:])
