@@ -1,0 +1,122 @@
+#include "common/checks.h"
+
+namespace interformer {
+
+const char* name_of(DType dtype) {
+    switch (dtype) {
+        case DType::float32:
+            return "float32";
+        case DType::float64:
+            return "float64";
+        case DType::bfloat16:
+            return "bfloat16";
+        case DType::float16:
+            return "float16";
+        case DType::int32:
+            return "int32";
+        case DType::int64:
+            return "int64";
+        case DType::other:
+            break;
+    }
+    return "another dtype";
+}
+
+namespace {
+
+std::string dtype_of(const TensorView& view) {
+    if (view.dtype != DType::other) return name_of(view.dtype);
+    const dlpack::DataType raw = view.raw_type;
+    if (raw.code == dlpack::kBool) return "bool";
+    const char* kind = raw.code == dlpack::kInt       ? "int"
+                       : raw.code == dlpack::kUInt    ? "uint"
+                       : raw.code == dlpack::kComplex ? "complex"
+                                                      : "DLPack type ";
+    const std::string code = raw.code > dlpack::kComplex ? std::to_string(raw.code) + " of bits " : "";
+    return kind + code + std::to_string(raw.bits);
+}
+
+std::string shape_of(const TensorView& view) {
+    if (view.axes > TensorView::kMaxAxes) return "[" + std::to_string(view.axes) + " axes]";
+    std::string text = "[";
+    for (int i = 0; i < view.axes; ++i) text += (i ? ", " : "") + std::to_string(view.shape[i]);
+    return text + "]";
+}
+
+std::string device_of(const TensorView& view) {
+    if (view.on_cpu()) return "the CPU";
+    const std::string kind = view.device.type == dlpack::kCUDA ? "CUDA device " : "another device ";
+    return kind + std::to_string(view.device.id);
+}
+
+bool fits(const TensorView& view, std::initializer_list<Axis> axes) {
+    if (view.axes != static_cast<int>(axes.size())) return false;
+    int i = 0;
+    for (const Axis& axis : axes) {
+        if (axis.size >= 0 && view.shape[i] != axis.size) return false;
+        ++i;
+    }
+    return true;
+}
+
+std::string named(std::initializer_list<Axis> axes) {
+    std::string text = "[";
+    for (const Axis& axis : axes) {
+        if (text.size() > 1) text += ", ";
+        text += axis.name;
+        if (axis.size >= 0) text += " = " + std::to_string(axis.size);
+    }
+    return text + "]";
+}
+
+}  // namespace
+
+std::string describe(const TensorView& view) {
+    return dtype_of(view) + " " + shape_of(view) + " on " + device_of(view);
+}
+
+std::string Checks::message(const char* argument, const std::string& wanted, const std::string& found) const {
+    return std::string(function_) + ": " + argument + " must be " + wanted + ", found " + found;
+}
+
+void Checks::that(bool holds, const char* argument, const std::string& wanted, const std::string& found) const {
+    if (!holds) throw std::invalid_argument(message(argument, wanted, found));
+}
+
+void Checks::on_cpu(const char* argument, const TensorView& view) const {
+    that(view.on_cpu(), argument, "on the CPU", describe(view));
+}
+
+void Checks::floating(const char* argument, const TensorView& view) const {
+    on_cpu(argument, view);
+    switch (view.dtype) {
+        case DType::float32:
+        case DType::float64:
+        case DType::bfloat16:
+        case DType::float16:
+            return;
+        default:
+            throw TypeError(message(argument, "float32, float64, bfloat16 or float16", describe(view)));
+    }
+}
+
+void Checks::index(const char* argument, const TensorView& view) const {
+    on_cpu(argument, view);
+    if (view.dtype != DType::int32 && view.dtype != DType::int64)
+        throw TypeError(message(argument, "int32 or int64", describe(view)));
+    that(view.axes == 1, argument, "a vector", describe(view));
+}
+
+void Checks::tensor(const char* argument, const TensorView& view, DType dtype, std::initializer_list<Axis> axes) const {
+    on_cpu(argument, view);
+    if (view.dtype != dtype) throw TypeError(message(argument, name_of(dtype), describe(view)));
+    that(fits(view, axes), argument, std::string(name_of(dtype)) + " " + named(axes), describe(view));
+}
+
+void Checks::contiguous_last_axis(const char* argument, const TensorView& view) const {
+    const int last = view.axes - 1;
+    that(view.shape[last] <= 1 || view.strides[last] == 1, argument, "contiguous along its last axis",
+         "a stride of " + std::to_string(view.strides[last]));
+}
+
+}  // namespace interformer

@@ -1,0 +1,49 @@
+// Checks of what a kernel is handed. Each message names the function, the argument, what was wanted and what was found.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "common/tensor_view.h"
+
+namespace interformer {
+
+// Becomes Python's TypeError; std::invalid_argument becomes ValueError.
+struct TypeError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// An axis by its name, and its size where that is known (-1 where it is not).
+struct Axis {
+    const char* name;
+    int64_t size = -1;
+};
+
+const char* name_of(DType dtype);
+std::string describe(const TensorView& view);
+
+class Checks {
+  public:
+    explicit Checks(const char* function) : function_(function) {}
+
+    // One of the floating dtypes that kernels on the CPU know.
+    void floating(const char* argument, const TensorView& view) const;
+    // An int32 or int64 vector.
+    void index(const char* argument, const TensorView& view) const;
+    // On the CPU, of this dtype, with these axes.
+    void tensor(const char* argument, const TensorView& view, DType dtype, std::initializer_list<Axis> axes) const;
+    // Elements of the last axis lie side by side.
+    void contiguous_last_axis(const char* argument, const TensorView& view) const;
+    // Anything else: `argument` must be `wanted`.
+    void that(bool holds, const char* argument, const std::string& wanted, const std::string& found) const;
+
+  private:
+    void on_cpu(const char* argument, const TensorView& view) const;
+    std::string message(const char* argument, const std::string& wanted, const std::string& found) const;
+
+    const char* function_;
+};
+
+}  // namespace interformer

@@ -1,0 +1,123 @@
+// From a Python tensor to a TensorView, through the DLPack C exchange table that PyTorch puts on its tensor types.
+// Included by module.cpp alone.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <string>
+
+#include "common/checks.h"
+#include "common/tensor_view.h"
+
+namespace interformer {
+
+namespace py = pybind11;
+
+// The exchange tables of the last few tensor types (Tensor, Parameter, ...). Holding a reference to each type keeps its
+// address from being given to another type. Guarded by the GIL.
+class ExchangeTables {
+  public:
+    // Null where the type has none that can be used.
+    const dlpack::ExchangeTable* of(PyTypeObject* type) {
+        for (const Entry& entry : entries_)
+            if (entry.type == type) return entry.table;
+        const dlpack::ExchangeTable* table = look_up(type);
+        if (table != nullptr) {
+            Entry& oldest = entries_[next_++ % kEntries];
+            Py_INCREF(type);
+            Py_XDECREF(reinterpret_cast<PyObject*>(oldest.type));
+            oldest = {type, table};
+        }
+        return table;
+    }
+
+  private:
+    static constexpr unsigned kEntries = 4;
+
+    struct Entry {
+        PyTypeObject* type = nullptr;
+        const dlpack::ExchangeTable* table = nullptr;
+    };
+
+    static const dlpack::ExchangeTable* look_up(PyTypeObject* type) {
+        PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
+        void* pointer = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
+        Py_XDECREF(capsule);
+        PyErr_Clear();
+        auto* header = static_cast<dlpack::ExchangeHeader*>(pointer);
+        while (header != nullptr && header->version.major != dlpack::kMajorVersion) header = header->previous;
+        auto* table = reinterpret_cast<const dlpack::ExchangeTable*>(header);
+        return table != nullptr && table->tensor_from_object != nullptr ? table : nullptr;
+    }
+
+    Entry entries_[kEntries];
+    unsigned next_ = 0;
+};
+
+inline DType dtype_of(dlpack::DataType raw) {
+    if (raw.lanes != 1) return DType::other;
+    if (raw.code == dlpack::kFloat)
+        return raw.bits == 32   ? DType::float32
+               : raw.bits == 64 ? DType::float64
+               : raw.bits == 16 ? DType::float16
+                                : DType::other;
+    if (raw.code == dlpack::kInt) return raw.bits == 64 ? DType::int64 : raw.bits == 32 ? DType::int32 : DType::other;
+    return raw.code == dlpack::kBfloat && raw.bits == 16 ? DType::bfloat16 : DType::other;
+}
+
+// Makes the views of one call; its errors name the function and the argument.
+class Viewer {
+  public:
+    explicit Viewer(const char* function) : function_(function) {}
+
+    TensorView operator()(const char* argument, py::handle object) const {
+        static ExchangeTables tables;
+        const dlpack::ExchangeTable* table = tables.of(Py_TYPE(object.ptr()));
+        if (table == nullptr) refuse(argument, "a torch.Tensor", type_name(object));
+        dlpack::Tensor tensor;
+        if (table->tensor_from_object(object.ptr(), &tensor) != 0)
+            refuse(argument, "a dense tensor in memory", type_name(object) + " (" + pending_error() + ")");
+        TensorView view = copied(tensor);
+        // FakeTensors, wrapper subclasses and freed storage come through the table without an error.
+        if (view.data == nullptr && view.size() != 0)
+            refuse(argument, "a dense tensor in memory", type_name(object) + " without memory");
+        return view;
+    }
+
+    std::optional<TensorView> optional(const char* argument, py::handle object) const {
+        if (object.is_none()) return std::nullopt;
+        return (*this)(argument, object);
+    }
+
+  private:
+    static TensorView copied(const dlpack::Tensor& tensor) {
+        TensorView view;
+        view.data = tensor.data ? static_cast<char*>(tensor.data) + tensor.byte_offset : nullptr;
+        view.dtype = dtype_of(tensor.dtype);
+        view.raw_type = tensor.dtype;
+        view.device = tensor.device;
+        view.axes = tensor.ndim;
+        for (int i = 0; i < tensor.ndim && i < TensorView::kMaxAxes; ++i) {
+            view.shape[i] = tensor.shape[i];
+            view.strides[i] = tensor.strides[i];
+        }
+        return view;
+    }
+
+    static std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+
+    // The first line of the Python error that is set: PyTorch's own go on with a C++ backtrace.
+    static std::string pending_error() {
+        const std::string text = py::error_already_set().value().cast<py::str>();
+        return text.substr(0, text.find('\n'));
+    }
+
+    [[noreturn]] void refuse(const char* argument, const std::string& wanted, const std::string& found) const {
+        throw TypeError(std::string(function_) + ": " + argument + " must be " + wanted + ", found " + found);
+    }
+
+    const char* function_;
+};
+
+}  // namespace interformer

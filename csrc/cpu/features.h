@@ -1,0 +1,11 @@
+// What this processor can do, by the names that compilers use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace interformer {
+
+std::vector<std::string> cpu_features();
+
+}  // namespace interformer

@@ -1,0 +1,333 @@
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "common/checks.h"
+#include "cpu/attention.h"
+#include "cpu/element.h"
+#include "cpu/parallel.h"
+#include "cpu/pma_pooling.h"
+#include "cpu/pma_pooling_problem.h"
+#include "cpu/vector.h"
+
+namespace interformer {
+namespace pma {
+
+namespace {
+
+// The gate's gradient [B | 1, M | 1, H | 1, Dv | 1]: what broadcast is summed. A row's sum is made by itself first.
+template <typename T>
+class GateGradient {
+  public:
+    using A = Acc<T>;
+
+    explicit GateGradient(const TensorView& grad)
+        : to_(grad), B_(grad.shape[0]), M_(grad.shape[1]), H_(grad.shape[2]), C_(grad.shape[3]) {}
+
+    int64_t row_size() const { return M_ * H_ * C_; }
+    bool over_rows(int64_t rows) const { return B_ == 1 && rows != 1; }
+
+    // Adds the gradient of one query's gate to the row's sum.
+    void add(const A* grad, int64_t channels, int64_t m, int64_t h, A* row_sum) const {
+        A* to = row_sum + ((M_ == 1 ? 0 : m) * H_ + (H_ == 1 ? 0 : h)) * C_;
+        if (C_ == channels) {
+            for (int64_t c = 0; c < channels; ++c) to[c] += grad[c];
+        } else {
+            A sum = 0;
+            for (int64_t c = 0; c < channels; ++c) sum += grad[c];
+            to[0] += sum;
+        }
+    }
+
+    void write(int64_t row, const A* row_sum) const {
+        for (int64_t m = 0; m < M_; ++m)
+            for (int64_t h = 0; h < H_; ++h) narrow(row_sum + (m * H_ + h) * C_, C_, to_.at(row, m, h));
+    }
+
+  private:
+    Strided<T, 4> to_;
+    int64_t B_, M_, H_, C_;
+};
+
+// Sums over rows: each run of rows adds up its own, then the runs are added in order. The runs come from the offsets.
+template <typename A>
+class RunSums {
+  public:
+    RunSums(int64_t runs, int64_t size) : runs_(runs), size_(size), sums_(runs * size) {}
+
+    A* of(int64_t run) { return sums_.data() + run * size_; }
+
+    // Elements [first, first + count) summed over the runs.
+    void total(int64_t first, int64_t count, A* to) const {
+        std::fill_n(to, count, A(0));
+        for (int64_t run = 0; run < runs_; ++run)
+            for (int64_t i = 0; i < count; ++i) to[i] += sums_[run * size_ + first + i];
+    }
+
+  private:
+    int64_t runs_, size_;
+    std::vector<A> sums_;
+};
+
+// One thread's memory, and what it holds of the row at hand.
+template <typename A>
+struct Workspace {
+    A* grad_a;        // [Hk, queries, Dv]: gradient of A
+    A* lse;           // [Hk, queries]
+    A* delta;         // [Hk, queries]: <grad_a, A>
+    A* gate_row;      // the row's gate gradient
+    A* weights;       // [queries, kTile]: of v in A
+    A* slopes;        // [queries, kTile]: gradient of <seed, key>
+    A* key_buffer;    // [kTile, D]
+    A* value_buffer;  // [kTile, Dv]
+    A* channels;      // [2, max(D, Dv)]
+
+    Workspace(const Sizes& n, int64_t gate_size, A* memory) {
+        for (auto [part, size] : layout(n, gate_size)) {
+            this->*part = memory;
+            memory += size;
+        }
+    }
+
+    static int64_t size(const Sizes& n, int64_t gate_size) {
+        int64_t total = 0;
+        for (auto [part, size] : layout(n, gate_size)) total += size;
+        return total;
+    }
+
+  private:
+    struct Part {
+        A* Workspace::* pointer;
+        int64_t size;
+    };
+
+    static std::array<Part, 9> layout(const Sizes& n, int64_t gate_size) {
+        const int64_t all = n.M * n.H, tile = n.queries() * kTile;
+        return {{{&Workspace::grad_a, all * n.Dv},
+                 {&Workspace::lse, all},
+                 {&Workspace::delta, all},
+                 {&Workspace::gate_row, gate_size},
+                 {&Workspace::weights, tile},
+                 {&Workspace::slopes, tile},
+                 {&Workspace::key_buffer, kTile * n.D},
+                 {&Workspace::value_buffer, kTile * n.Dv},
+                 {&Workspace::channels, 2 * std::max(n.D, n.Dv)}}};
+    }
+};
+
+template <typename T>
+class Backward {
+  public:
+    using A = Acc<T>;
+
+    Backward(const Problem<T>& problem, const PmaPoolingGradients& grads)
+        : p(problem),
+          grad_out_(grads.grad_out),
+          attended_(grads.attended),
+          lse_(typed<Strided<const A, 3>>(grads.lse)),
+          grad_seeds_(grads.grad_seeds),
+          grad_k_(grads.grad_k),
+          grad_v_(typed<Strided<T, 3>>(grads.grad_v)) {
+        if (grads.grad_gate) gate_.emplace(*grads.grad_gate);
+    }
+
+    void run(int64_t threads) const {
+        const int64_t gate_size = gate_ ? gate_->row_size() : 0;
+        const int64_t sum_size = std::max<int64_t>(1, static_cast<int64_t>(p.seeds.size()) + gate_size);
+        const std::vector<int64_t> cuts = p.rows.cuts(std::clamp(kMostSums / sum_size, kFewestRuns, kMostRuns));
+        const int64_t runs = static_cast<int64_t>(cuts.size()) - 1;
+        RunSums<A> seed_sums(runs, p.seeds.size());
+        RunSums<A> gate_sums(runs, gate_ && gate_->over_rows(p.n.B) ? gate_size : 0);
+
+        // Rows that overlap (offsets that are wrong) write the same tokens: one thread, then, and no token left
+        // unwritten.
+        const int64_t useful = p.rows.ordered() ? threads : 1;
+        const int active = worthwhile_threads(useful, runs, 3 * p.n.multiply_adds());
+        Scratch<A> memory(active, Workspace<A>::size(p.n, gate_size));
+        zero_outside(active);
+        parallel_for(active, runs, [&](int64_t run, int thread) {
+            Workspace<A> w(p.n, gate_size, memory.of(thread));
+            for (int64_t row = cuts[run]; row < cuts[run + 1]; ++row)
+                one_row(row, w, seed_sums.of(run), gate_sums.of(run));
+        });
+        write_sums(seed_sums, gate_sums, gate_size);
+    }
+
+  private:
+    // Enough runs to keep many threads busy; fewer where their sums would take more than a few MiB.
+    static constexpr int64_t kMostRuns = 128, kFewestRuns = 8, kMostSums = 1 << 20;
+
+    void one_row(int64_t row, const Workspace<A>& w, A* seed_sum, A* gate_sum) const {
+        through_epilogue(row, w, gate_sum);
+        const Span span = p.attended_span(row);
+        zero_tokens({p.rows.span(row).begin, std::min(span.begin, p.rows.span(row).end)});
+        for (int64_t kv_head = 0; kv_head < p.n.Hk; ++kv_head)
+            for_tiles(span, [&](Span tokens) { one_tile(tokens, kv_head, w, seed_sum); });
+    }
+
+    // From grad_out to the gradients of A and of the gate.
+    void through_epilogue(int64_t row, const Workspace<A>& w, A* gate_sum) const {
+        const int64_t Dv = p.n.Dv;
+        A* attended = w.channels;
+        A* grad_gate = attended + Dv;
+        if (gate_) std::fill_n(w.gate_row, gate_->row_size(), A(0));
+        p.for_queries([&](int64_t i, int64_t m, int64_t h) {
+            A* grad_a = w.grad_a + i * Dv;
+            widen(grad_out_.at(row, m, h), grad_out_.strides[3], Dv, grad_a);
+            widen(attended_.at(row, m, h), attended_.strides[3], Dv, attended);
+            if (p.gate) {
+                const T* gate = p.gate->at(row, m, h);
+                for (int64_t c = 0; c < Dv; ++c) {
+                    A to_a, to_gate;
+                    p.gating.slopes(attended[c], load(gate[c * p.gate->strides[3]]), to_a, to_gate);
+                    grad_gate[c] = grad_a[c] * to_gate;
+                    grad_a[c] *= to_a;
+                }
+                gate_->add(grad_gate, Dv, m, h, w.gate_row);
+            }
+            w.delta[i] = dot(grad_a, attended, Dv);
+            if (!lse_) return;
+            // An infinite lse of a row with keys came of scores whose softmax is NaN.
+            const A lse = *lse_->at(row, m, h);
+            w.lse[i] = std::isfinite(lse) ? lse : std::numeric_limits<A>::quiet_NaN();
+        });
+        if (!gate_) return;
+        if (gate_->over_rows(p.n.B))
+            for (int64_t i = 0; i < gate_->row_size(); ++i) gate_sum[i] += w.gate_row[i];
+        else
+            gate_->write(row, w.gate_row);
+    }
+
+    void one_tile(Span tokens, int64_t kv_head, const Workspace<A>& w, A* seed_sum) const {
+        const int64_t S = p.n.queries(), D = p.n.D, Dv = p.n.Dv, count = tokens.size();
+        const Tile<A> keys = p.keys(tokens, kv_head, w.key_buffer);
+        const Tile<A> values = p.values(tokens, kv_head, keys, w.value_buffer);
+        for (int64_t here = 0; here < S; ++here) {
+            const int64_t i = kv_head * S + here;
+            A* weights = w.weights + here * kTile;
+            A* slopes = w.slopes + here * kTile;
+            for (int64_t t = 0; t < count; ++t) {
+                const A score = p.scale * dot(p.seeds.data() + i * D, keys[t], D);
+                weigh(score, dot(w.grad_a + i * Dv, values[t], Dv), w.lse[i], w.delta[i], weights[t], slopes[t]);
+            }
+            A* partial = w.channels;
+            std::fill_n(partial, D, A(0));
+            for (int64_t t = 0; t < count; ++t) add_scaled(slopes[t], keys[t], D, partial);
+            add_scaled(A(1), partial, D, seed_sum + i * D);
+        }
+        for (int64_t t = 0; t < count; ++t) token_gradients(tokens.begin + t, t, kv_head, w);
+    }
+
+    // A score and the gradient of its weight -> the weight, and the gradient of <seed, key>.
+    void weigh(A score, A grad_weight, A lse, A delta, A& weight, A& slope) const {
+        if (p.score.softmax) {
+            weight = std::exp(score - lse);
+            slope = weight * (grad_weight - delta) * p.scale;
+        } else {
+            const ValueAndSlope<A> act = activate_with_slope(p.score.activation, score);
+            weight = p.post_scale * act.value;
+            slope = p.post_scale * act.slope * grad_weight * p.scale;
+        }
+    }
+
+    // The gradients of k and v at one token; where v is k they are one.
+    void token_gradients(int64_t token, int64_t t, int64_t kv_head, const Workspace<A>& w) const {
+        const int64_t S = p.n.queries(), D = p.n.D, Dv = p.n.Dv;
+        A* grad_k = w.channels;
+        A* grad_v = p.v_is_k ? grad_k : grad_k + D;
+        std::fill_n(grad_k, p.v_is_k ? D : D + Dv, A(0));
+        for (int64_t here = 0; here < S; ++here) {
+            const int64_t i = kv_head * S + here;
+            add_scaled(w.slopes[here * kTile + t], p.seeds.data() + i * D, D, grad_k);
+            add_scaled(w.weights[here * kTile + t], w.grad_a + i * Dv, Dv, grad_v);
+        }
+        narrow(grad_k, D, grad_k_.at(token, kv_head));
+        if (!p.v_is_k) narrow(grad_v, Dv, grad_v_->at(token, kv_head));
+    }
+
+    void zero_tokens(Span tokens) const {
+        for (int64_t token = tokens.begin; token < tokens.end; ++token)
+            for (int64_t kv_head = 0; kv_head < p.n.Hk; ++kv_head) {
+                std::fill_n(grad_k_.at(token, kv_head), p.n.D, T{});
+                if (grad_v_) std::fill_n(grad_v_->at(token, kv_head), p.n.Dv, T{});
+            }
+    }
+
+    // Tokens that belong to no row.
+    void zero_outside(int threads) const {
+        constexpr int64_t kChunk = 1024;
+        const auto zero = [&](Span span) {
+            parallel_for(threads, (span.size() + kChunk - 1) / kChunk, [&](int64_t chunk, int) {
+                const int64_t first = span.begin + chunk * kChunk;
+                zero_tokens({first, std::min(first + kChunk, span.end)});
+            });
+        };
+        if (!p.rows.ordered()) return zero({0, p.n.T});
+        zero(p.rows.head());
+        zero(p.rows.tail());
+    }
+
+    void write_sums(const RunSums<A>& seed_sums, const RunSums<A>& gate_sums, int64_t gate_size) const {
+        std::vector<A> total(std::max(p.n.D, gate_size));
+        p.for_queries([&](int64_t i, int64_t m, int64_t h) {
+            seed_sums.total(i * p.n.D, p.n.D, total.data());
+            narrow(total.data(), p.n.D, grad_seeds_.at(m, h));
+        });
+        if (gate_ && gate_->over_rows(p.n.B)) {
+            gate_sums.total(0, gate_size, total.data());
+            gate_->write(0, total.data());
+        }
+    }
+
+    const Problem<T>& p;
+    Strided<const T, 4> grad_out_, attended_;
+    std::optional<Strided<const A, 3>> lse_;
+    Strided<T, 3> grad_seeds_, grad_k_;
+    std::optional<Strided<T, 3>> grad_v_;
+    std::optional<GateGradient<T>> gate_;
+};
+
+void check_gradient(const Checks& check, const char* argument, const TensorView& grad, const TensorView& of) {
+    const int64_t* n = of.shape;
+    check.tensor(argument, grad, of.dtype, {{"as", n[0]}, {"its", n[1]}, {"input", n[2]}});
+    check.contiguous_last_axis(argument, grad);
+}
+
+void check_gate_gradient(const Checks& check, const Sizes& n, const PmaPoolingInputs& in,
+                         const PmaPoolingGradients& g) {
+    check.that(in.gate.has_value() == g.grad_gate.has_value(), "grad_gate", "given where gate is",
+               g.grad_gate ? describe(*g.grad_gate) : "None");
+    if (!g.grad_gate) return;
+    check.tensor("grad_gate", *g.grad_gate, in.k.dtype, {{"B | 1"}, {"M | 1"}, {"H | 1"}, {"Dv | 1"}});
+    check.contiguous_last_axis("grad_gate", *g.grad_gate);
+    const int64_t full[] = {n.B, n.M, n.H, n.Dv};
+    for (int axis = 0; axis < 4; ++axis)
+        check.that(g.grad_gate->shape[axis] == 1 || g.grad_gate->shape[axis] == full[axis], "grad_gate",
+                   "of size 1 or the output's on every axis", describe(*g.grad_gate));
+}
+
+}  // namespace
+}  // namespace pma
+
+void pma_pooling_backward(const PmaPoolingInputs& in, const PmaPoolingGradients& grads, int64_t threads) {
+    const Checks check("pma_pooling_backward");
+    const pma::Sizes n = pma::checked_sizes(check, in);
+    pma::check_like_output(check, n, "grad_out", grads.grad_out, in.k.dtype);
+    pma::check_like_output(check, n, "attended", grads.attended, in.k.dtype);
+    pma::check_lse(check, n, in, grads.lse);
+    pma::check_gradient(check, "grad_seeds", grads.grad_seeds, in.seeds);
+    pma::check_gradient(check, "grad_k", grads.grad_k, in.k);
+    check.that(in.v.has_value() == grads.grad_v.has_value(), "grad_v", "given where v is",
+               grads.grad_v ? describe(*grads.grad_v) : "None");
+    if (in.v) pma::check_gradient(check, "grad_v", *grads.grad_v, *in.v);
+    pma::check_gate_gradient(check, n, in, grads);
+    with_element_type(in.k.dtype, [&](auto element) {
+        const pma::Problem<decltype(element)> problem(n, in);
+        pma::Backward<decltype(element)>(problem, grads).run(threads);
+    });
+}
+
+}  // namespace interformer
