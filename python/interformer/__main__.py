@@ -1,0 +1,177 @@
+"""`python -m interformer train`: train InterFormer on clicks and say how good it became."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from interformer import train as training
+from interformer.config import InterFormerConfig
+from interformer.data import Splits, SyntheticLaw, read_movielens, synthesize
+from interformer.metrics import Metrics
+from interformer.settings import add_options, read_options
+
+# The paper's sizes (InterFormerConfig's defaults) are for millions of clicks; these are for a hundred thousand.
+SMALL = InterFormerConfig(
+    embed_dim=16,
+    num_heads=2,
+    num_layers=1,
+    interaction_hidden=(64,),
+    pffn_hidden=(16,),
+    head_hidden=(64, 32),
+    dropout=0.2,
+    embedding_dropout=0.2,
+    max_history=50,
+)
+
+
+class Bars(training.Progress):
+    """A bar an epoch with loss and speed, and a line for each epoch that is over, on standard error."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("epoch {task.fields[epoch]:>2}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = TaskID(-1)
+        self.tokens = 0
+        self.loss = float("nan")
+
+    def start_epoch(self, epoch: int, impressions: int) -> None:
+        self.tokens, self.loss = 0, float("nan")
+        self.task = self.bars.add_task("", total=impressions, epoch=epoch + 1, loss=self.loss, speed="")
+
+    def step(self, impressions: int, tokens: int, loss: float) -> None:
+        self.tokens += tokens
+        # A single batch's loss jumps about: the bar shows its running mean over some twenty batches.
+        self.loss = loss if self.loss != self.loss else 0.95 * self.loss + 0.05 * loss
+        self.bars.update(self.task, advance=impressions, loss=self.loss, speed=self._speed())
+
+    def _speed(self) -> str:
+        if self.bars.disable:
+            return ""
+        task = self.bars.tasks[self.bars.task_ids.index(self.task)]
+        if not task.elapsed:
+            return ""
+        return f"{task.completed / task.elapsed:,.0f} clicks/s, {self.tokens / task.elapsed:,.0f} events/s"
+
+    def end_epoch(self, record: training.EpochRecord) -> None:
+        self.bars.remove_task(self.task)
+        speed = f"{record.seconds:.1f} s, {self.tokens / record.seconds:,.0f} events/s"
+        self.say(f"epoch {record.epoch + 1:>2}  loss {record.loss:.4f}  valid {Metrics(**record.valid)}  {speed}")
+
+    def say(self, message: str) -> None:
+        self.bars.console.print(message, highlight=False, soft_wrap=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m interformer", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("train", help="train the model", description=f"{__doc__} {train_command.__doc__}")
+    data_help = "directory of MovieLens in atomic form (default: synthetic clicks)"
+    command.add_argument("--data", type=Path, metavar="PATH", help=data_help)
+    command.add_argument("--checkpoint", type=Path, metavar="FILE", help="write the run here after every epoch")
+    command.add_argument("--resume", action="store_true", help="go on from --checkpoint")
+    command.add_argument("--json", metavar="FILE|-", help="write the report as JSON, - for standard output")
+    command.add_argument("--device", default="cpu", help="(default: cpu)")
+    command.add_argument("--threads", type=int, metavar="INT", help="threads of PyTorch (default: its own choice)")
+    add_options(command, training.TrainConfig(), "training")
+    add_options(command, SMALL, "model")
+    add_options(command, SyntheticLaw(), "synthetic data", skip=("seed", "max_history"))
+    command.set_defaults(run=train_command)
+    return parser
+
+
+def load(options: argparse.Namespace) -> Splits:
+    """The data that the options name."""
+    if options.data is not None:
+        return read_movielens(options.data, max_history=options.max_history)
+    return synthesize(read_options(options, SyntheticLaw()))
+
+
+def train_command(options: argparse.Namespace) -> int:
+    """Stops when validation AUC does; the test part is measured once, at the end, at the best epoch."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    console = Console(stderr=True)
+    splits = load(options)
+    config, train_config = read_options(options, SMALL), read_options(options, training.TrainConfig())
+    progress = Bars(console)
+    for name, part in splits.parts().items():
+        mean = float(part.lengths.double().mean())
+        progress.say(f"{splits.name} {name}: {len(part):,} clicks, rate {part.rate():.3f}, mean history {mean:.1f}")
+    with progress.bars:
+        report = training.train(
+            splits,
+            config,
+            train_config,
+            checkpoint=options.checkpoint,
+            resume=options.resume,
+            device=options.device,
+            progress=progress,
+        )
+    for name, value in splits.facts.items():
+        progress.say(f"{name} {value:.4f}")
+    progress.say(f"best epoch {report.best_epoch + 1} of {len(report.history)}, {report.parameters:,} parameters")
+    progress.say(f"valid {report.valid}")
+    progress.say(f"test  {report.test}")
+    if options.json is not None:
+        write_json(options.json, describe(splits, config, train_config, report))
+    return 0
+
+
+def describe(
+    splits: Splits, config: InterFormerConfig, train_config: training.TrainConfig, report: training.Report
+) -> dict[str, Any]:
+    """The whole run in plain numbers and strings."""
+    sizes = {name: len(part) for name, part in splits.parts().items()}
+    return {
+        "data": {"name": splits.name, "clicks": sizes, **splits.facts},
+        "model": config.to_dict(),
+        "training": asdict(train_config),
+        **report.to_dict(),
+    }
+
+
+def write_json(target: str, content: dict[str, Any]) -> None:
+    """Write to the file `target`, whole or not at all, or to standard output for `-`."""
+    text = json.dumps(content, indent=2) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    path = Path(target)
+    neighbour = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    neighbour.write_text(text, encoding="utf-8")
+    os.replace(neighbour, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; mistakes in arguments or data end in one line on standard error and exit status 2."""
+    options = build_parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

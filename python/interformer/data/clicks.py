@@ -1,0 +1,120 @@
+"""Impressions with histories, held compactly, and batches of them.
+
+Axes: `N` impressions, `V` events of all users, `k` fields of an event, `B` rows and `T` tokens of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from interformer.batch import Batch
+from interformer.schema import Schema
+
+
+@dataclass(frozen=True)
+class Clicks:
+    """`N` impressions whose histories are spans of one table of events, so that no history is stored twice.
+
+    Args:
+        schema: what the columns mean.
+        dense: `[N, n_dense]` float32.
+        categorical: `[N, n_cat]` int64.
+        events: `[V, k]` int64, every user's events together, oldest first.
+        first, last: `[N]` int64: the history of impression `i` is `events[first[i]:last[i]]`, maybe empty.
+        label: `[N]` float32, 0 or 1.
+        user: `[N]` int64.
+    """
+
+    schema: Schema
+    dense: Tensor
+    categorical: Tensor
+    events: Tensor
+    first: Tensor
+    last: Tensor
+    label: Tensor
+    user: Tensor
+
+    def __len__(self) -> int:
+        return self.label.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Length of every history, `[N]`."""
+        return self.last - self.first
+
+    def rate(self) -> float:
+        """Mean label."""
+        return float(self.label.mean(dtype=torch.float64))
+
+    def select(self, rows: Tensor) -> Clicks:
+        """The impressions `rows` (indices or mask) over the same events."""
+        names = ("dense", "categorical", "first", "last", "label", "user")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The impressions `rows [B]` as a batch: histories gathered by one index map."""
+        first, length = self.first[rows], self.lengths[rows]
+        offsets = torch.zeros(len(rows) + 1, dtype=torch.int64)
+        torch.cumsum(length, 0, out=offsets[1:])
+        steps = torch.arange(int(offsets[-1])) + torch.repeat_interleave(first - offsets[:-1], length)
+        return Batch(
+            self.dense[rows], self.categorical[rows], self.events[steps], offsets, self.label[rows], self.user[rows]
+        )
+
+    def latest(self, length: int) -> Clicks:
+        """The same impressions with only the last `length` events of every history."""
+        return replace(self, first=torch.maximum(self.first, self.last - length))
+
+    def without_history(self) -> Clicks:
+        """The same impressions with empty histories: what a model without sequences sees."""
+        return replace(self, first=self.last)
+
+    def with_shuffled_history(self, seed: int) -> Clicks:
+        """The same impressions, each history in an order of its own: a bag of events. Copies the histories."""
+        batch = self.batch(torch.arange(len(self)))
+        row = torch.repeat_interleave(torch.arange(len(self)), self.lengths)
+        keys = torch.rand(len(row), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        order = torch.argsort(row + keys)
+        return replace(self, events=batch.sequences[order], first=batch.offsets[:-1], last=batch.offsets[1:])
+
+    def batches(self, size: int, *, seed: int | None = None, pool: int = 16) -> Iterator[Batch]:
+        """All impressions in batches of `size` (the last may be smaller), rows of similar length together.
+
+        With a seed the order is random and depends on nothing else: impressions are shuffled, sorted by length inside
+        pools of `pool` batches, and the batches shuffled. Without one, batches go from short histories to long ones.
+        """
+        for rows in self.batch_rows(size, seed=seed, pool=pool):
+            yield self.batch(rows)
+
+    def batch_rows(self, size: int, *, seed: int | None = None, pool: int = 16) -> list[Tensor]:
+        """Which impressions stand in each batch of `batches`."""
+        if seed is None:
+            return list(torch.argsort(self.lengths, stable=True).split(size))
+        generator = torch.Generator().manual_seed(seed)
+        shuffled = torch.randperm(len(self), generator=generator)
+        rows: list[Tensor] = []
+        for some in shuffled.split(size * pool):
+            rows.extend(some[torch.argsort(self.lengths[some], stable=True)].split(size))
+        return [rows[i] for i in torch.randperm(len(rows), generator=generator)]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """One data set in three parts; `facts` holds what is known of it and worth reporting (an oracle's AUC, say)."""
+
+    name: str
+    train: Clicks
+    valid: Clicks
+    test: Clicks
+    facts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def schema(self) -> Schema:
+        return self.train.schema
+
+    def parts(self) -> dict[str, Clicks]:
+        return {"train": self.train, "valid": self.valid, "test": self.test}

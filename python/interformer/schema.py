@@ -1,0 +1,72 @@
+"""What an impression consists of: named fields and the embedding tables they read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Field:
+    """One column of ids: its name and the embedding table it reads. Fields that name one table share it."""
+
+    name: str
+    table: str
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The inputs of a model (INTERFORMER.md, section 1).
+
+    Args:
+        tables: number of ids of every embedding table; ids are `0 .. size - 1`.
+        dense: names of the dense scalars, in the order of `Batch.dense`. All of them together give one token.
+        categorical: the fields of `Batch.categorical`, one token each; the candidate item is one of them.
+        sequences: the fields of `Batch.sequences`: what is known of one event, aligned.
+
+    Raises:
+        ValueError: a field reads a table that is not there, a table has no ids, no field at all on one of the sides.
+    """
+
+    tables: Mapping[str, int]
+    dense: tuple[str, ...]
+    categorical: tuple[Field, ...]
+    sequences: tuple[Field, ...]
+
+    def __post_init__(self) -> None:
+        for name, size in self.tables.items():
+            if size < 1:
+                raise ValueError(f"Schema: tables[{name!r}] must hold at least one id, found {size}")
+        for side in ("categorical", "sequences"):
+            fields: tuple[Field, ...] = getattr(self, side)
+            if not fields and not (side == "categorical" and self.dense):
+                raise ValueError(f"Schema: {side} must name at least one field, found none")
+            for field in fields:
+                if field.table not in self.tables:
+                    wanted = f"Schema: {side} field {field.name!r} must read one of {', '.join(self.tables)}"
+                    raise ValueError(f"{wanted}; found {field.table!r}")
+
+    @property
+    def num_tokens(self) -> int:
+        """`n`: non-sequence tokens of an impression."""
+        return len(self.categorical) + bool(self.dense)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON and checkpoints."""
+        return {
+            "tables": dict(self.tables),
+            "dense": list(self.dense),
+            "categorical": [[field.name, field.table] for field in self.categorical],
+            "sequences": [[field.name, field.table] for field in self.sequences],
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Schema:
+        """The inverse of `to_dict`."""
+        return cls(
+            tables=dict(plain["tables"]),
+            dense=tuple(plain["dense"]),
+            categorical=tuple(Field(*pair) for pair in plain["categorical"]),
+            sequences=tuple(Field(*pair) for pair in plain["sequences"]),
+        )

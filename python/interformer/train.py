@@ -1,0 +1,288 @@
+"""Training with early stopping, and resuming after a kill.
+
+All randomness of a run comes from its seed: parameters, dropout, and the batches of epoch `e` from `(seed, e)`. A
+checkpoint is written after every epoch, so a run that was killed and resumed passes through the same states as one that
+was not.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from interformer.config import InterFormerConfig
+from interformer.data.clicks import Clicks, Splits
+from interformer.metrics import Metrics, evaluate
+from interformer.model import InterFormer
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run.
+
+    Args:
+        epochs: at most so many.
+        patience: stop after so many epochs in a row without a better validation AUC.
+        batch_size: impressions of a step; evaluation takes batches of four times as many.
+        lr: of Adam, constant.
+        weight_decay: decoupled, of matrices outside the embedding tables; a step takes `lr * weight_decay` of them.
+        embedding_weight_decay: the same, of the embedding tables.
+        seed: of everything random.
+    """
+
+    epochs: int = 12
+    patience: int = 2
+    batch_size: int = 256
+    lr: float = 2e-3
+    weight_decay: float = 0.5
+    embedding_weight_decay: float = 0.5
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "patience", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, found {self.lr}")
+        for name in ("weight_decay", "embedding_weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, found {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What one epoch brought: mean training loss, metrics on the validation part, seconds of training."""
+
+    epoch: int
+    loss: float
+    valid: dict[str, float]
+    seconds: float
+
+
+@dataclass
+class Report:
+    """The outcome of a run: the curve, and both held-out parts under the parameters of the best validation AUC."""
+
+    history: list[EpochRecord]
+    best_epoch: int
+    valid: Metrics
+    test: Metrics
+    parameters: int
+    resumed_at: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Progress:
+    """What a run tells while it goes on; the default says nothing."""
+
+    def start_epoch(self, epoch: int, impressions: int) -> None: ...
+
+    def step(self, impressions: int, tokens: int, loss: float) -> None: ...
+
+    def end_epoch(self, record: EpochRecord) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+
+class Run:
+    """A model in training, its optimiser and its curve: all that a checkpoint holds.
+
+    Args:
+        splits: the data; only their schema, and the training part's mean label, become part of the run.
+        config: the model.
+        train_config: the training.
+        device: where the model lives.
+    """
+
+    FORMAT = 1
+
+    def __init__(
+        self, splits: Splits, config: InterFormerConfig, train_config: TrainConfig, device: torch.device | str = "cpu"
+    ) -> None:
+        self.splits, self.train_config, self.device = splits, train_config, torch.device(device)
+        torch.manual_seed(train_config.seed)
+        self.model = InterFormer(config, splits.schema).to(self.device)
+        self.optimizer = make_optimizer(self.model, train_config)
+        self.train_rate = splits.train.rate()
+        self.history: list[EpochRecord] = []
+        self.best: dict[str, Tensor] = {}
+        self.best_epoch = -1
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a checkpoint to be this run's: everything but the number of epochs and the backend."""
+        model, training = self.model.config.to_dict(), asdict(self.train_config)
+        del model["backend"], training["epochs"]
+        sizes = {name: len(part) for name, part in self.splits.parts().items()}
+        data = {"name": self.splits.name, "schema": self.model.schema.to_dict(), **sizes}
+        return {"format": self.FORMAT, "model": model, "training": training, "data": data}
+
+    def finished(self) -> bool:
+        """Whether the last epoch is over, or validation has not improved for `patience` epochs."""
+        done, config = len(self.history), self.train_config
+        return done >= config.epochs or (done > 0 and done - 1 - self.best_epoch >= config.patience)
+
+    def train_epoch(self, progress: Progress) -> EpochRecord:
+        """One pass over the training part, and the validation metrics after it."""
+        config, epoch, began = self.train_config, len(self.history), time.perf_counter()
+        train = self.splits.train
+        progress.start_epoch(epoch, len(train))
+        self.model.train()
+        total = 0.0
+        for batch in train.batches(config.batch_size, seed=config.seed * 1_000_003 + epoch):
+            batch = batch.to(self.device)
+            loss = F.binary_cross_entropy_with_logits(self.model(batch), batch.label)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            now = float(loss.detach())
+            total += now * len(batch)
+            progress.step(len(batch), batch.sequences.shape[0], now)
+        seconds = time.perf_counter() - began
+        record = EpochRecord(epoch, total / len(train), self.evaluate(self.splits.valid).to_dict(), seconds)
+        self.history.append(record)
+        if self.best_epoch < 0 or record.valid["auc"] > self.history[self.best_epoch].valid["auc"]:
+            self.best_epoch = epoch
+            self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        progress.end_epoch(record)
+        return record
+
+    def evaluate(self, clicks: Clicks) -> Metrics:
+        """Metrics of `clicks` under the present parameters."""
+        label, logit, user = predict(self.model, clicks, 4 * self.train_config.batch_size, self.device)
+        return evaluate(label, logit, user, self.train_rate)
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save(self, path: Path) -> None:
+        """Write the run to `path`: whole, or not at all."""
+        state = {
+            "identity": self.identity(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "device_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "history": [asdict(record) for record in self.history],
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+        }
+        write_atomically(path, state)
+
+    def load(self, path: Path) -> None:
+        """Go on where the run in `path` stood.
+
+        Raises:
+            ValueError: that run had other settings or other data, or the file is no checkpoint.
+        """
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if not isinstance(state, dict) or "identity" not in state:
+            raise ValueError(f"{path}: wanted a checkpoint of this program, found something else")
+        changed = list(differences(state["identity"], self.identity()))
+        if changed:
+            raise ValueError(f"{path}: this run is not the one of the checkpoint: {'; '.join(changed)}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = [EpochRecord(**record) for record in state["history"]]
+        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        torch.set_rng_state(state["rng"].cpu())
+        if state["device_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["device_rng"].cpu(), self.device)
+
+
+def train(
+    splits: Splits,
+    config: InterFormerConfig,
+    train_config: TrainConfig,
+    *,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Report:
+    """Train on `splits.train`, stop on `splits.valid`, and measure `splits.test` once, at the end, at the best epoch.
+
+    With `checkpoint` the run is written there after every epoch; with `resume` it goes on from there (and starts,
+    saying so, where the file does not exist yet). The caller's random state is left as it was.
+    """
+    if resume and checkpoint is None:
+        raise ValueError("train: resume wants a checkpoint to go on from, found None")
+    progress = progress or Progress()
+    device = torch.device(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        run = Run(splits, config, train_config, device)
+        if resume and checkpoint is not None:
+            if checkpoint.exists():
+                run.load(checkpoint)
+                progress.say(f"resumed {checkpoint} after epoch {len(run.history)}")
+            else:
+                progress.say(f"no checkpoint yet at {checkpoint}: starting from the beginning")
+        resumed_at = len(run.history)
+        while not run.finished():
+            run.train_epoch(progress)
+            if checkpoint is not None:
+                run.save(checkpoint)
+        run.model.load_state_dict(run.best)
+        valid, test = run.evaluate(splits.valid), run.evaluate(splits.test)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    return Report(run.history, run.best_epoch, valid, test, parameters, resumed_at)
+
+
+def make_optimizer(model: InterFormer, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay in three groups: embedding tables, other matrices, vectors (not decayed)."""
+    tables = list(model.embedding.tables.parameters())
+    in_tables = {id(parameter) for parameter in tables}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in in_tables]
+    groups: list[dict[str, Any]] = [
+        {"params": tables, "weight_decay": config.embedding_weight_decay},
+        {"params": [parameter for parameter in rest if parameter.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in rest if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def predict(
+    model: nn.Module, clicks: Clicks, batch_size: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(label, logit, user)`, each `[N]` on the CPU, of all clicks; the order is that of history length."""
+    was_training = model.training
+    model.eval()
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.no_grad():
+        for batch in clicks.batches(batch_size):
+            parts.append((batch.label, model(batch.to(device)).float().cpu(), batch.user))
+    model.train(was_training)
+    label, logit, user = (torch.cat(column) for column in zip(*parts, strict=True))
+    return label, logit, user
+
+
+def write_atomically(path: Path, state: dict[str, Any]) -> None:
+    """`torch.save` to a neighbour of `path`, flushed to the disk, then renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    neighbour = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(neighbour, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(neighbour, path)
+    finally:
+        neighbour.unlink(missing_ok=True)
+
+
+def differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
+    """Where two nested dictionaries differ, in words."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        found = []
+        for key in sorted({*theirs, *ours}):
+            inner = f"{name}.{key}" if name else str(key)
+            found += differences(theirs.get(key), ours.get(key), inner)
+        return found
+    return [] if theirs == ours else [f"{name} was {theirs!r} and is {ours!r}"]
