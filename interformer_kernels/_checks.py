@@ -54,8 +54,8 @@ def describe(value: object) -> str:
 def check_floats(op: str, first: str, tensors: dict[str, object]) -> None:
     """Every given tensor (None is passed over) is floating, and shares dtype and device with the one named `first`."""
     lead = tensors[first]
-    for name, x in tensors.items():
-        if x is None:
+    for name, x in ((first, lead), *tensors.items()):
+        if x is None and x is not lead:
             continue
         if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
             wanted = "a tensor of float32, bfloat16, float16 or float64"
@@ -104,14 +104,11 @@ class Axes:
     def bind(self, name: str, x: Tensor, axes: Sequence[str]) -> None:
         """Check that `x` has just these axes; sizes not known yet are taken from it."""
         if x.dim() == len(axes):
-            for axis, size in zip(axes, x.shape, strict=True):
-                if self.sizes.setdefault(axis, size) != size:
-                    break
-            else:
+            sizes = dict(zip(axes, x.shape, strict=True))
+            if all(self.sizes.get(axis, size) == size for axis, size in sizes.items()):
+                self.sizes.update(sizes)
                 return
-        known = ", ".join(
-            f"{axis} = {self.sizes[axis]}" for axis in axes if axis in self.sizes and x.dim() == len(axes)
-        )
+        known = ", ".join(f"{axis} = {self.sizes[axis]}" for axis in axes if axis in self.sizes)
         wanted = f"[{', '.join(axes)}]" + (f" with {known}" if known else "")
         raise ValueError(f"{self.op}: {name} must be {wanted}, found shape {list(x.shape)}")
 
@@ -265,8 +262,9 @@ def check_positions_content(op: str, name: str, positions: Tensor, offsets: Tens
     if not validates(positions.device):
         return
     used = positions[: int(offsets[-1])]
-    if used.numel() and not (0 <= int(used.min()) and int(used.max()) < table_rows):
-        bad = int(((used < 0) | (used >= table_rows)).nonzero()[0])
+    wrong = (used < 0) | (used >= table_rows)
+    if wrong.any():
+        bad = int(wrong.nonzero()[0])
         raise ValueError(f"{op}: {name}[{bad}] must lie in [0, P = {table_rows}), found {int(used[bad])}")
 
 

@@ -159,8 +159,8 @@ def attend_rows(
         (index_q, held_q), (index_k, held_k) = token_index(here_q), token_index(here_k)
         size = index_q.shape[1], index_k.shape[1]
         seen = visible_keys(here_q.lengths, here_k.lengths, size, causal, window, num_prefix)
-        padded = [keep(x[index], held) for x, index, held in ((q, index_q, held_q), (k, index_k, held_k))]
-        a, lse = attend(*padded, keep(v[index_k], held_k), seen, scale, score, post_scale)
+        row_q, row_k, row_v = keep(q[index_q], held_q), keep(k[index_k], held_k), keep(v[index_k], held_k)
+        a, lse = attend(row_q, row_k, row_v, seen, scale, score, post_scale)
         tokens.append(index_q[held_q])
         outputs.append(a[held_q])
         if score == "softmax":

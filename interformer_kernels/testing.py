@@ -6,7 +6,8 @@ the log-sum-exp and every gradient against the float64 truth. The budget of a qu
     error <= 2 x (error of the same formula in eager PyTorch at the same dtype) + one rounding unit of its largest value
 
 where errors are the largest absolute difference to the truth. Nothing here is tuned by hand. For float64 there is no
-finer truth: eager PyTorch's float32 error, scaled by the ratio of the two rounding units, stands in.
+finer truth: eager PyTorch's float32 error, scaled by the ratio of the two rounding units, stands in for eager's, and is
+allowed once more, since the float64 truth itself errs by as much.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Case:
         query_lengths: queries of each row; for `gated_cross_attention`, None means dense queries.
         queries: seeds `M`, or dense queries `N` of a row.
         tail: tokens behind the last row; their inputs hold NaN.
-        gate: `""` (none), or the shape that broadcasts: `"full"`, `"head"` `[..., H, 1]`, `"channel"` `[H, Dv]`, `"scalar"`.
+        gate: `""` (none), or its shape: `"full"`, `"head"` `[..., H, 1]`, `"channel"` `[H, Dv]`, `"scalar"`.
         rope: channels that rotate; 0 is no rotary embedding.
         positions: explicit rotary positions instead of the index in the row.
         shared_value: `v=None`, the keys are the values (pma_pooling).
@@ -261,7 +262,8 @@ def _attention_inputs(draw: _Draw, case: Case, offsets: Tensor) -> _Made:
         "k": draw.leaf(tokens, case.kv_heads, case.head_size, rows=rows),
         "v": None if case.shared_value else draw.leaf(tokens, case.kv_heads, case.value_size, rows=rows),
     }
-    shape, q_rows = (batch, case.queries, case.heads, value_size), None
+    shape: tuple[int, ...] = (batch, case.queries, case.heads, value_size)
+    q_rows = None
     if case.op == "pma_pooling":
         inputs.update(seeds=draw.leaf(case.queries, case.heads, case.head_size), offsets=offsets)
     elif case.op == "gated_cross_attention" and case.query_lengths is None:
@@ -388,11 +390,12 @@ def compare(case: Case, backend: str | None, dtype: torch.dtype, device: str = "
     rough = cast_inputs(inputs, yardstick_dtype)
     eager = evaluate(lambda: call_eager(op, rough), op, rough)
     ratio = torch.finfo(dtype).eps / torch.finfo(yardstick_dtype).eps
+    share = 3 if dtype == torch.float64 else 2
     rows = []
     for quantity, true in truth.items():
         finite = true[true.isfinite()].abs()
         largest = float(finite.max()) if finite.numel() else 0.0
         kind = found[quantity].dtype
-        budget = 2 * ratio * largest_error(eager[quantity], true) + torch.finfo(kind).eps * largest
+        budget = share * ratio * largest_error(eager[quantity], true) + torch.finfo(kind).eps * largest
         rows.append(Row(quantity, largest_error(found[quantity], true), budget))
     return rows

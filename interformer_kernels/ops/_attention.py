@@ -21,9 +21,15 @@ def empty_outputs(
     )
 
 
-def empty_gradients(like: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+def empty_gradients(
+    queries: Tensor, k: Tensor, v: Tensor | None, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised contiguous gradients of the inputs; an empty tensor for an input that was not given."""
-    return tuple(like.new_empty((0,) if x is None else x.shape) for x in inputs)
+
+    def empty(x: Tensor | None) -> Tensor:
+        return k.new_empty((0,) if x is None else x.shape)
+
+    return empty(queries), empty(k), empty(v), empty(gate)
 
 
 def row_pairs(kv_offsets: Tensor, total_keys: int, queries: int | Tensor, total_queries: int) -> int:

@@ -127,8 +127,8 @@ class RegisteredOp:
         }
         with _recording_autograd(), _plain_autocast_off(bound):
             grads = self.reference_gradients({**bound, **leaves}, tuple(leaves), create_graph=False)
-        empty = self._lead(bound).new_empty(0)
-        found = tuple(grads.get(name, empty) for name in self.differentiable if name != "residual")
+        names = [name for name in self.differentiable if name != "residual"]
+        found = tuple(grads[name] if name in grads else self._lead(bound).new_empty(0) for name in names)
         return found[0] if len(found) == 1 else found
 
     def reference_gradients(self, bound: Bound, wanted: tuple[str, ...], create_graph: bool) -> dict[str, Tensor]:
@@ -151,8 +151,9 @@ class RegisteredOp:
         arguments = []
         for name in self.reference_names:
             x = bound.get(name)
-            cast = isinstance(x, Tensor) and x.is_floating_point() and name not in ("cos", "sin")
-            arguments.append(x.to(dtype) if cast else x)
+            if isinstance(x, Tensor) and x.is_floating_point() and name not in ("cos", "sin"):
+                x = x.to(dtype)
+            arguments.append(x)
         return arguments
 
     def _lead(self, bound: Bound) -> Tensor:
@@ -168,8 +169,11 @@ class RegisteredOp:
 
     def __call__(self, *args: Any) -> Any:
         """Run the op; the graph is recorded where gradients are wanted."""
+        if torch.compiler.is_compiling():
+            # Dynamo refuses one tensor in two places of an autograd.Function (q = k = v, say); views are two tensors.
+            args = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in args)
         if wants_gradients(*args):
-            outputs = _Joined.apply(self.name, *args)
+            outputs = _Joined.apply(self.name, *args)  # type: ignore[no-untyped-call]
             return outputs if self.extras else outputs[0]
         return self.forward_op(*args)
 

@@ -50,7 +50,7 @@ def backward_fake(
     gate_activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return attention.empty_gradients(q, q, k, v, gate)
+    return attention.empty_gradients(q, k, v, gate)
 
 
 def _validate(bound: Bound) -> None:
@@ -138,8 +138,9 @@ def gated_cross_attention(
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None takes the fastest that can serve.
 
     Returns:
-        ``[B, N, H, Dv]`` or ``[Tq, H, Dv]`` in the inputs' dtype, and ``lse`` (the same without its last axis; float32,
-        float64 for float64) if asked. A row without keys has ``A = 0`` and ``lse = -inf``, and its gradients are finite.
+        ``[B, N, H, Dv]`` or ``[Tq, H, Dv]`` in the inputs' dtype, and ``lse`` (the same without its last axis;
+        float32, float64 for float64) if asked. A row without keys has ``A = 0`` and ``lse = -inf``, and its gradients
+        are finite.
 
     Shapes and dtypes: float32, bfloat16, float16 (float64 on the reference and cpu backends); all floating tensors
     share one dtype and device, or are cast to the autocast dtype under ``torch.autocast``. ``B == 0``, ``T == 0``,

@@ -68,7 +68,7 @@ def backward_fake(
     gate_activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return attention.empty_gradients(q, q, k, v, gate)
+    return attention.empty_gradients(q, k, v, gate)
 
 
 def _validate(bound: Bound) -> None:

@@ -51,7 +51,7 @@ def backward_fake(
     gate_activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return attention.empty_gradients(k, seeds, k, v, gate)
+    return attention.empty_gradients(seeds, k, v, gate)
 
 
 def _validate(bound: Bound) -> None:

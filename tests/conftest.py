@@ -1,0 +1,28 @@
+"""What holds for every test: uninitialised memory is NaN, algorithms are deterministic, contents are validated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import interformer_kernels
+
+
+@pytest.fixture(autouse=True)
+def _strict_torch() -> Iterator[None]:
+    """`torch.empty` yields NaN (so an output that a kernel forgets to write shows) and seeds are fixed."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _default_validation() -> Iterator[None]:
+    """Every test starts and leaves with the default validation."""
+    previous = interformer_kernels.set_validation("default")
+    yield
+    interformer_kernels.set_validation(previous)

@@ -1,0 +1,114 @@
+"""Gradients: first and second derivatives against finite differences, and the rules around them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from grid import backends, over_cases
+from torch import Tensor
+
+import interformer_kernels as ik
+from interformer_kernels import testing
+from interformer_kernels.testing import Case, offsets_of
+
+SMALL = {"lengths": (3, 0, 4, 1), "tail": 2, "heads": 2, "kv_heads": 1, "head_size": 4, "value_size": 3, "queries": 2}
+DERIVED = [
+    Case(
+        "jagged_attention",
+        "rotary window gate",
+        rope=4,
+        gate="head",
+        residual=True,
+        options={"window": (1, 1)},
+        **SMALL,
+    ),
+    Case("jagged_attention", "silu self-gate", gate="full", options={"score": "silu", "gate_form": "self"}, **SMALL),
+    Case("jagged_attention", "cross causal", query_lengths=(2, 3, 1, 0), options={"causal": True}, **SMALL),
+    Case("pma_pooling", "gate residual", gate="channel", residual=True, options={"skip_prefix": 1}, **SMALL),
+    Case("pma_pooling", "v is k, gelu", shared_value=True, options={"score": "gelu"}, **SMALL),
+    Case("gated_cross_attention", "dense", gate="scalar", options={"gate_activation": "tanh"}, **SMALL),
+    Case("gated_cross_attention", "jagged", query_lengths=(1, 2, 0, 3), gate="full", residual=True, **SMALL),
+    Case("apply_rotary", "some channels", rope=2, **SMALL),
+    Case("personalized_ffn", "gelu", residual=True, options={"activation": "gelu"}, **SMALL),
+]
+
+
+def call_of(case: Case, backend: str) -> tuple[object, tuple[Tensor, ...]]:
+    """The case as a function of its gradient leaves, in float64 and without NaN in the tail (finite differences)."""
+    inputs = testing.make_inputs(case, torch.float64)
+    names = [n for n in testing.DIFFERENTIABLE[case.op] if inputs.get(n) is not None]
+    leaves = tuple(inputs[n].detach().nan_to_num(0.5).requires_grad_() for n in names)
+
+    def run(*values: Tensor) -> Tensor:
+        return testing.call(case.op, {**inputs, **dict(zip(names, values, strict=True))}, backend)[0]
+
+    return run, leaves
+
+
+@over_cases(DERIVED)
+def test_gradcheck(backend: str, case: Case) -> None:
+    run, leaves = call_of(case, backend)
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+@over_cases(DERIVED)
+def test_gradgradcheck(backend: str, case: Case) -> None:
+    run, leaves = call_of(case, backend)
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
+@over_cases(DERIVED)
+def test_only_wanted_gradients_are_made(backend: str, case: Case) -> None:
+    """Each leaf alone gets the gradient it gets among all."""
+    run, leaves = call_of(case, backend)
+    together = torch.autograd.grad(run(*leaves).sum(), leaves)
+    for i, wanted in enumerate(together):
+        alone = [x.detach().requires_grad_(i == j) for j, x in enumerate(leaves)]
+        run(*alone).sum().backward()
+        torch.testing.assert_close(alone[i].grad, wanted, rtol=0, atol=0)
+        assert all(x.grad is None for j, x in enumerate(alone) if j != i)
+
+
+@pytest.mark.parametrize("backend", backends("pma_pooling"))
+def test_lse_carries_no_gradient(backend: str) -> None:
+    seeds, k = torch.randn(2, 1, 4, requires_grad=True), torch.randn(6, 1, 4, requires_grad=True)
+    out, lse = ik.pma_pooling(seeds, k, None, offsets_of((4, 2)), return_lse=True, backend=backend)
+    assert out.requires_grad
+    assert not lse.requires_grad
+
+
+@pytest.mark.parametrize("backend", backends("pma_pooling"))
+def test_gate_gradient_is_summed_over_broadcast_axes(backend: str) -> None:
+    case = Case("pma_pooling", "", gate="full", **SMALL)
+    inputs = testing.make_inputs(case, torch.float32)
+    one = torch.tensor(0.3)
+    inputs["gate"] = one.expand_as(inputs["gate"]).clone().requires_grad_()
+    full = testing.evaluate(lambda: testing.call(case.op, inputs, backend), case.op, inputs)["dgate"]
+    for shape in ((), (1, 1, 1, 1), (2, 3), (2, 1), (4, 2, 2, 1)):
+        inputs["gate"] = one.expand(shape).clone().requires_grad_()
+        found = testing.evaluate(lambda: testing.call(case.op, inputs, backend), case.op, inputs)["dgate"]
+        torch.testing.assert_close(found, full.sum_to_size(shape))
+
+
+ALL_EMPTY = [Case(op, "all empty", lengths=(0, 0), gate="full", residual=True, rope=4) for op in testing.OPS]
+
+
+@over_cases(ALL_EMPTY)
+def test_empty_rows_give_finite_gradients(backend: str, case: Case) -> None:
+    """All rows empty: outputs and gradients are finite (lse is -inf)."""
+    inputs = testing.make_inputs(case, torch.float32)
+    found = testing.evaluate(lambda: testing.call(case.op, inputs, backend), case.op, inputs)
+    for name, x in found.items():
+        assert x.isfinite().all() or name == "lse", name
+
+
+def test_grad_out_in_the_tail_is_not_read() -> None:
+    """NaN gradients of tail outputs reach nothing, a residual included."""
+    q = torch.randn(6, 1, 4, requires_grad=True)
+    residual, gate = torch.randn(6, 1, 4, requires_grad=True), torch.randn((), requires_grad=True)
+    for backend in backends("jagged_attention"):
+        out = ik.jagged_attention(q, q, q, offsets_of((2, 2)), residual=residual, gate=gate, backend=backend)
+        grad_out = torch.ones_like(out)
+        grad_out[4:] = torch.nan
+        for grad in torch.autograd.grad(out, (q, residual, gate), grad_out):
+            assert grad.isfinite().all()

@@ -1,0 +1,169 @@
+"""What the compiler and PyTorch's tools see: schemas, fakes, opcheck, torch.compile, FLOP counts."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from grid import ALL_CASES, backends, case_ids
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import interformer_kernels as ik
+from interformer_kernels import _backend, reference, testing
+from interformer_kernels.ops import _registered
+from interformer_kernels.testing import Case, offsets_of
+
+OPCHECKED = [case for op in testing.OPS for case in testing.cases(op) if case.name in {
+    "plain", "gate and residual", "grouped heads, strided", "score silu", "no rows", "no tokens", "v is k",
+    "jagged queries", "mask causal", "rotary on some channels, positions", "halves", "interleaved, rope",
+    "gelu, bias, residual",
+}]  # fmt: skip
+
+
+class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    """Keeps the arguments with which the registered ops are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "interformer_kernels":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def recorded_calls(case: Case, backend: str, dtype: torch.dtype = torch.float32) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The forward and backward op calls that the case makes."""
+    inputs = testing.make_inputs(case, dtype)
+    with _Recorder() as recorder:
+        testing.evaluate(lambda: testing.call(case.op, inputs, backend), case.op, inputs)
+    assert len(recorder.calls) == 2
+    return [(func, tuple(x.detach() if isinstance(x, Tensor) else x for x in args)) for func, args in recorder.calls]
+
+
+def on_backends(cases: list[Case]) -> pytest.MarkDecorator:
+    pairs = [(backend, case) for case in cases for backend in backends(case.op)]
+    ids = [f"{b}-{i}" for (b, _), i in zip(pairs, case_ids([c for _, c in pairs]), strict=True)]
+    return pytest.mark.parametrize(("backend", "case"), pairs, ids=ids)
+
+
+@on_backends(OPCHECKED)
+def test_opcheck(backend: str, case: Case) -> None:
+    """All of opcheck's utilities on both registered halves."""
+    for func, args in recorded_calls(case, backend):
+        clean = tuple(x.nan_to_num(0.5) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+        torch.library.opcheck(func, clean)
+
+
+@on_backends(ALL_CASES)
+def test_fake_outputs_match_real_ones(backend: str, case: Case) -> None:
+    """Shapes, dtypes and strides promised to the compiler are those that come."""
+    for func, args in recorded_calls(case, backend):
+        real = func(*args)
+        with FakeTensorMode() as mode:
+            fake = func(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args))
+        pairs = zip(*((x,) if isinstance(x, Tensor) else x for x in (real, fake)), strict=True)
+        for found, promised in pairs:
+            assert found.shape == promised.shape
+            assert found.dtype == promised.dtype
+            assert found.numel() == 0 or found.stride() == promised.stride()
+
+
+@pytest.mark.parametrize("op", testing.OPS)
+def test_signatures_agree(op: str) -> None:
+    """The public function, the schema, the reference and the launchers name the same arguments in the same order."""
+    registered = _registered._OPS[op]
+    own = {"keep_attended", "backend"}
+    forward = [name for name in registered.forward_names if name not in own]
+    assert forward == list(inspect.signature(getattr(reference, op)).parameters)
+    schema = registered.forward_op._schema
+    assert [argument.name for argument in schema.arguments] == list(registered.forward_names)
+    expanded = {"rope": ["cos", "sin"], "window": ["window_left", "window_right"]}
+    expanded["rope_positions"] = ["positions_q", "positions_k"]
+    public: set[str] = set()
+    for name in inspect.signature(getattr(ik, op)).parameters:
+        public |= set(expanded.get(name, [name]))
+    assert public - {"return_lse", "backend"} == set(forward)
+    for backend in backends(op):
+        launcher = _backend.launcher(op, backend, "cpu", torch.float32)
+        if launcher is not None:
+            for half, names in (("forward", registered.forward_names), ("backward", registered.backward_names)):
+                assert list(inspect.signature(getattr(launcher, half)).parameters) == [
+                    n for n in names if n != "backend"
+                ]
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+def _jagged(x: Tensor, weight: Tensor, offsets: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """All five ops in one function of packed tokens `x [T, 8]`."""
+    heads = x.unflatten(1, (2, 4))
+    y = ik.jagged_attention(heads, heads, heads, offsets, causal=True, rope=rope, gate=heads, residual=heads)
+    z = ik.apply_rotary(heads, offsets, rope)
+    pooled = ik.pma_pooling(heads[:0].new_ones(2, 2, 4), z, None, offsets)
+    crossed = ik.gated_cross_attention(pooled, y, heads, offsets, gate=pooled)
+    ffn = ik.personalized_ffn(y.flatten(1), weight.expand(offsets.shape[0] - 1, 8, 8), offsets, activation="silu")
+    return crossed.sum() + ffn.square().sum()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_fullgraph_dynamic_without_recompiles(backend: str) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(_jagged, fullgraph=True, dynamic=True, backend=counter)
+    rope = testing.rotary_tables(64, 4)
+    weight = torch.randn(8, 8, requires_grad=True)
+    frames = []
+    # The first sizes differ from all others in sight: the compiler takes equal sizes for one symbol.
+    for lengths in ((5, 6), (7, 2, 9), (4, 4, 4, 4), (11, 2), (30, 1, 5, 2, 8), (3, 0, 2)):
+        x = torch.randn(sum(lengths), 8, requires_grad=True)
+        offsets = offsets_of(lengths)
+        wanted = torch.autograd.grad(_jagged(x, weight, offsets, rope), (x, weight))
+        found = torch.autograd.grad(compiled(x, weight, offsets, rope), (x, weight))
+        torch.testing.assert_close(found, wanted)
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * len(frames), "recompiled after warm-up"
+
+
+@pytest.mark.parametrize("op", testing.OPS)
+def test_compile_every_op_alone(op: str) -> None:
+    torch._dynamo.reset()
+    case = Case(op, "", gate="full" if op != "personalized_ffn" else "", residual=op != "apply_rotary", rope=4, tail=0)
+    inputs = testing.make_inputs(case, torch.float32)
+    compiled = torch.compile(getattr(ik, op), fullgraph=True, dynamic=True, backend="aot_eager")
+    arguments = {name: x for name, x in inputs.items() if name != "grad_out"}
+    leaves = [inputs[n] for n in testing.DIFFERENTIABLE[op] if inputs.get(n) is not None]
+    found = torch.autograd.grad(compiled(**arguments), leaves, inputs["grad_out"])
+    wanted = torch.autograd.grad(getattr(ik, op)(**arguments), leaves, inputs["grad_out"])
+    torch.testing.assert_close(found, wanted)
+
+
+# ---------------------------------------------------------------- FLOPs
+
+
+def test_flops_are_counted() -> None:
+    lengths = (3, 0, 5)
+    q, v = torch.randn(8, 2, 4, requires_grad=True), torch.randn(8, 2, 6)
+    offsets, pairs = offsets_of(lengths), 9 + 25
+    with FlopCounterMode(display=False) as counter:
+        out = ik.jagged_attention(q, q, v, offsets)
+    assert counter.get_total_flops() == 2 * pairs * 2 * (4 + 6)
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 5 * pairs * 2 * (4 + 6)
+    seeds = torch.randn(3, 2, 4)
+    with FlopCounterMode(display=False) as counter:
+        ik.pma_pooling(seeds, q, v, offsets)
+        ik.gated_cross_attention(torch.randn(3, 3, 2, 4), q, v, offsets)
+    assert counter.get_total_flops() == 2 * (2 * 3 * 8 * 2 * (4 + 6))
+    with FlopCounterMode(display=False) as counter:
+        ik.personalized_ffn(q[:, 0], torch.randn(3, 4, 7), offsets)
+        ik.apply_rotary(q, offsets, testing.rotary_tables(8, 4))
+    assert counter.get_total_flops() == 2 * 8 * 4 * 7 + 8 * 2 * 2 * 6
