@@ -1,0 +1,112 @@
+"""Named laws of row lengths: real histories where their files are at hand, fitted laws where not, synthetic ones.
+
+A law is a quantile function; a batch takes its lengths at random quantiles, from a seed. The real files are lists of
+integers (JSON); they are looked for in a data directory and never needed: the fitted law has their quantiles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Where length files are looked for when no directory is named: beside a source checkout.
+DEFAULT_DATA = Path("../shared/data")
+_LEVELS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+# Real histories: file, and the lengths at those levels.
+_REAL = {
+    "movielens": ("ml100k_prefix_before_each_rating.json", (0, 10, 26, 70, 145, 233, 451, 736)),
+    "beauty": ("5core_beauty.json", (5, 5, 5, 6, 9, 14, 43, 204)),
+    "grocery": ("amazon_grocery_train.json", (3, 3, 3, 5, 9, 17, 54, 202)),
+    "diginetica": ("diginetica_sessions.json", (1, 1, 1, 3, 5, 9, 20, 54)),
+}
+
+Quantile = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Law:
+    """A law of row lengths.
+
+    Attributes:
+        name: what reports call it.
+        source: "real" (a file), "fitted" (to a file that is not here) or "synthetic".
+        quantile: levels in [0, 1], float64, to lengths (rounded down by `lengths`).
+    """
+
+    name: str
+    source: str
+    quantile: Quantile
+
+    def lengths(self, rows: int, seed: int = 0) -> tuple[int, ...]:
+        """Lengths of a batch of `rows` rows."""
+        levels = torch.rand(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return tuple(self.quantile(levels).floor().long().tolist())
+
+
+def _observed(lengths: Sequence[int]) -> Quantile:
+    """The lengths themselves: every one equally likely."""
+    ordered = torch.tensor(sorted(lengths), dtype=torch.float64)
+    return lambda level: ordered[(level * len(ordered)).long().clamp(max=len(ordered) - 1)]
+
+
+def _fitted(knots: Sequence[int]) -> Quantile:
+    """Through the known quantiles, linear in log(1 + length) between them."""
+    levels, heights = torch.tensor(_LEVELS, dtype=torch.float64), torch.tensor(knots, dtype=torch.float64).log1p()
+
+    def quantile(level: Tensor) -> Tensor:
+        right = torch.bucketize(level, levels).clamp(1, len(levels) - 1)
+        share = (level - levels[right - 1]) / (levels[right] - levels[right - 1])
+        return torch.lerp(heights[right - 1], heights[right], share).expm1() + 1e-6  # `lengths` rounds down
+
+    return quantile
+
+
+def _log_normal(mean: float, longest: int, sigma: float = 1.0) -> Quantile:
+    """Log-normal, clipped to [1, longest]; its median is set so that the clipped mean is `mean`."""
+
+    def at(median: float, level: Tensor) -> Tensor:
+        return (median * torch.exp(sigma * torch.special.ndtri(level))).clamp(1, longest)
+
+    grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    low, high = 1.0, float(longest)
+    for _ in range(50):
+        median = (low + high) / 2
+        low, high = (median, high) if at(median, grid).mean() < mean else (low, median)
+    return lambda level: at(low, level)
+
+
+def _filled(fill: float, longest: int = 512) -> Quantile:
+    """Lengths `longest * u^(1/fill - 1)`: padded to the longest, a share `fill` of the batch is tokens."""
+    return lambda level: (longest * level ** (1 / fill - 1)).ceil()
+
+
+def _synthetic() -> dict[str, Quantile]:
+    return {
+        "uniform 1..50": lambda level: (level * 50 + 1).clamp(max=50),
+        "log-normal, mean 100": _log_normal(100, 1000),
+        "log-normal, mean 500": _log_normal(500, 2048),
+        "all 1024": lambda level: torch.full_like(level, 1024),
+        "fill 0.1": _filled(0.1),
+        "fill 0.5": _filled(0.5),
+        "fill 1.0": _filled(1.0),
+    }
+
+
+def laws(data: str | Path | None = None) -> dict[str, Law]:
+    """All laws by name. `data`: a directory with the length files in it, in its `lengths/`, or in one beside it."""
+    found = {}
+    for name, (file, knots) in _REAL.items():
+        path = _find(file, DEFAULT_DATA if data is None else Path(data))
+        quantile = _fitted(knots) if path is None else _observed(json.loads(path.read_text()))
+        found[name] = Law(name, "fitted" if path is None else "real", quantile)
+    return found | {name: Law(name, "synthetic", quantile) for name, quantile in _synthetic().items()}
+
+
+def _find(file: str, data: Path) -> Path | None:
+    candidates = (data / file, data / "lengths" / file, data.parent / "lengths" / file)
+    return next((path for path in candidates if path.is_file()), None)

@@ -1,0 +1,89 @@
+"""`interformer-kernels demo`: what is here, is it right, how fast is it, and InterFormer trained on clicks with it.
+
+Writes one picture of speed and parity, and the numbers behind it as JSON. Needs the extras `bench` and `train`:
+`pip install 'interformer-kernels[bench,train]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from interformer_kernels._cli import info, parity
+from interformer_kernels._cli.tables import heading, print_table, status_line
+
+_NEEDED = ("interformer_bench", "interformer", "matplotlib", "numpy", "sklearn")
+# Real histories from long to short; a demo is not a bench.
+_LAWS = ("movielens", "beauty", "diginetica")
+_SECONDS_PER_SHAPE = 1.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument(
+        "--data", type=Path, help="directory of MovieLens-100k to train on (synthetic clicks where left out)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where the picture and the JSON files go")
+    parser.add_argument("--epochs", type=int, default=None, help="of the training; its own default where left out")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The four parts one after the other; returns 1 where parity is broken or the training fails."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"demo needs {', '.join(missing)}: pip install 'interformer-kernels[bench,train]'", file=sys.stderr)
+        return 1
+    start = time.perf_counter()
+    heading("What is here")
+    info.show(info.collect())
+    heading("Is it right")
+    results = list(parity.compare(tell=status_line))
+    status = parity.show(results)
+    parity.write_json(arguments.out / "parity.json", results)
+    heading("How fast is it")
+    status |= _speed(arguments, results)
+    heading("InterFormer on clicks")
+    status |= _train(arguments)
+    heading(f"Done in {time.perf_counter() - start:.0f} s: see {arguments.out}/demo.png")
+    return status
+
+
+def _speed(arguments: argparse.Namespace, results: list[parity.Result]) -> int:
+    # The bench is a package of its own, above this one: only the demo reaches up to it, and only when run.
+    from interformer_bench import peers, report, shapes, timing
+    from interformer_bench.run import default_shapes, measure
+
+    cases = default_shapes(shapes.laws(arguments.data), _LAWS)
+    measured = list(measure(cases, seconds=_SECONDS_PER_SHAPE, tell=status_line))
+    machine = timing.machine()
+    print_table("float32 on cpu; ratio above 1: faster than the best peer", report.COLUMNS, report.table(measured))
+    print("\n".join([report.rates(machine), *report.problems(measured)]))
+    report.write_json(arguments.out / "speed.json", measured, machine)
+    report.plot(arguments.out / "demo.png", measured, parity.worst(results))
+    return 1 if any(one.problem and one.runner == peers.OURS for one in measured) else 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    """`python -m interformer train` in a process of its own, as a user runs it; prints the AUC that it reports."""
+    target = arguments.out / "training.json"
+    command = [sys.executable, "-m", "interformer", "train", "--json", str(target)]
+    if arguments.data:
+        command += ["--data", str(arguments.data)]
+    if arguments.epochs is not None:
+        command += ["--epochs", str(arguments.epochs)]
+    print("$", " ".join(["python", *command[1:]]), flush=True)
+    target.unlink(missing_ok=True)
+    status = subprocess.run(command).returncode
+    if status:
+        print(f"the training ended with status {status}", file=sys.stderr)
+        return 1
+    report = json.loads(target.read_text())
+    columns = ("part", *report["test"])
+    parts = [(part, *(f"{value:.4f}" for value in report[part].values())) for part in ("valid", "test")]
+    print_table(f"Held-out clicks of {report['data']['name']}, best of {len(report['history'])} epochs", columns, parts)
+    return 0

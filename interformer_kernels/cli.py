@@ -1,0 +1,34 @@
+"""The command line: `interformer-kernels info | parity | demo`, also as `python -m interformer_kernels`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from interformer_kernels._cli import demo, info, parity
+
+_COMMANDS = {
+    "info": (info, "versions, what is built and why not, and which backend each op takes here"),
+    "parity": (parity, "hold every backend against float64; exit status 1 on any breach"),
+    "demo": (demo, "info, parity, speed, and InterFormer trained on clicks; one picture of it"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="interformer-kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, purpose) in _COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    chosen = parser.parse_args(arguments)
+    try:
+        status: int = chosen.run(chosen)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `... | head`: whoever reads has seen enough, and closing stdout must not complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
