@@ -12,12 +12,19 @@ import interformer_kernels
 
 @pytest.fixture(autouse=True)
 def _strict_torch() -> Iterator[None]:
-    """`torch.empty` yields NaN (so an output that a kernel forgets to write shows) and seeds are fixed."""
+    """`torch.empty` yields NaN (so an output that a kernel forgets to write shows) and seeds are fixed.
+
+    One thread: the calls are tiny, and two test runs side by side would spin for each other's cores. Tests about
+    threads set their own number.
+    """
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
