@@ -86,18 +86,17 @@ void bind_pma_pooling_forward(py::handle seeds, py::handle k, py::handle v, py::
     pma_pooling_forward(in, to, threads);
 }
 
-void bind_pma_pooling_backward(py::handle grad_out, py::handle attended, py::handle lse, py::handle seeds, py::handle k,
-                               py::handle v, py::handle offsets, py::handle gate, double scale, int64_t skip_prefix,
+void bind_pma_pooling_backward(py::handle grad_out, py::handle attended, py::handle seeds, py::handle k, py::handle v,
+                               py::handle offsets, py::handle gate, double scale, int64_t skip_prefix,
                                const std::string& score, double post_scale, const std::string& gate_form,
                                const std::string& gate_activation, py::handle grad_seeds, py::handle grad_k,
                                py::handle grad_v, py::handle grad_gate, int64_t threads) {
     const Viewer view("pma_pooling_backward");
     const PmaPoolingInputs in = pma_pooling_inputs(view, seeds, k, v, offsets, gate, scale, skip_prefix, score,
                                                    post_scale, gate_form, gate_activation);
-    const PmaPoolingGradients grads{
-        view("grad_out", grad_out),           view("attended", attended), view.optional("lse", lse),
-        view("grad_seeds", grad_seeds),       view("grad_k", grad_k),     view.optional("grad_v", grad_v),
-        view.optional("grad_gate", grad_gate)};
+    const PmaPoolingGradients grads{view("grad_out", grad_out),      view.optional("attended", attended),
+                                    view("grad_seeds", grad_seeds),  view("grad_k", grad_k),
+                                    view.optional("grad_v", grad_v), view.optional("grad_gate", grad_gate)};
     const py::gil_scoped_release released;
     pma_pooling_backward(in, grads, threads);
 }
@@ -123,7 +122,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("offsets"), py::arg("gate"), py::arg("residual"), py::arg("scale"), py::arg("skip_prefix"),
           py::arg("score"), py::arg("post_scale"), py::arg("gate_form"), py::arg("gate_activation"), py::arg("out"),
           py::arg("lse"), py::arg("attended"), py::arg("threads"));
-    m.def("pma_pooling_backward", &bind_pma_pooling_backward, py::arg("grad_out"), py::arg("attended"), py::arg("lse"),
+    m.def("pma_pooling_backward", &bind_pma_pooling_backward, py::arg("grad_out"), py::arg("attended"),
           py::arg("seeds"), py::arg("k"), py::arg("v"), py::arg("offsets"), py::arg("gate"), py::arg("scale"),
           py::arg("skip_prefix"), py::arg("score"), py::arg("post_scale"), py::arg("gate_form"),
           py::arg("gate_activation"), py::arg("grad_seeds"), py::arg("grad_k"), py::arg("grad_v"), py::arg("grad_gate"),

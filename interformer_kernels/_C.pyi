@@ -42,8 +42,7 @@ def pma_pooling_forward(
 
 def pma_pooling_backward(
     grad_out: Tensor,
-    attended: Tensor,
-    lse: Tensor | None,
+    attended: Tensor | None,
     seeds: Tensor,
     k: Tensor,
     v: Tensor | None,
@@ -61,4 +60,7 @@ def pma_pooling_backward(
     grad_gate: Tensor | None,
     threads: int,
 ) -> None:
-    """Writes the gradients; an axis of size 1 of `grad_gate` that the gate broadcast over is summed."""
+    """Writes the gradients; an axis of size 1 of `grad_gate` that the gate broadcast over is summed.
+
+    `attended` is the ungated A, which only the gate's gradient needs.
+    """

@@ -79,12 +79,12 @@ std::string Checks::message(const char* argument, const std::string& wanted, con
     return std::string(function_) + ": " + argument + " must be " + wanted + ", found " + found;
 }
 
-void Checks::that(bool holds, const char* argument, const std::string& wanted, const std::string& found) const {
-    if (!holds) throw std::invalid_argument(message(argument, wanted, found));
+void Checks::refuse(const char* argument, const std::string& wanted, const std::string& found) const {
+    throw std::invalid_argument(message(argument, wanted, found));
 }
 
 void Checks::on_cpu(const char* argument, const TensorView& view) const {
-    that(view.on_cpu(), argument, "on the CPU", describe(view));
+    if (!view.on_cpu()) refuse(argument, "on the CPU", describe(view));
 }
 
 void Checks::floating(const char* argument, const TensorView& view) const {
@@ -104,19 +104,19 @@ void Checks::index(const char* argument, const TensorView& view) const {
     on_cpu(argument, view);
     if (view.dtype != DType::int32 && view.dtype != DType::int64)
         throw TypeError(message(argument, "int32 or int64", describe(view)));
-    that(view.axes == 1, argument, "a vector", describe(view));
+    if (view.axes != 1) refuse(argument, "a vector", describe(view));
 }
 
 void Checks::tensor(const char* argument, const TensorView& view, DType dtype, std::initializer_list<Axis> axes) const {
     on_cpu(argument, view);
     if (view.dtype != dtype) throw TypeError(message(argument, name_of(dtype), describe(view)));
-    that(fits(view, axes), argument, std::string(name_of(dtype)) + " " + named(axes), describe(view));
+    if (!fits(view, axes)) refuse(argument, std::string(name_of(dtype)) + " " + named(axes), describe(view));
 }
 
 void Checks::contiguous_last_axis(const char* argument, const TensorView& view) const {
     const int last = view.axes - 1;
-    that(view.shape[last] <= 1 || view.strides[last] == 1, argument, "contiguous along its last axis",
-         "a stride of " + std::to_string(view.strides[last]));
+    if (view.shape[last] > 1 && view.strides[last] != 1)
+        refuse(argument, "contiguous along its last axis", "a stride of " + std::to_string(view.strides[last]));
 }
 
 }  // namespace interformer

@@ -36,8 +36,8 @@ class Checks {
     void tensor(const char* argument, const TensorView& view, DType dtype, std::initializer_list<Axis> axes) const;
     // Elements of the last axis lie side by side.
     void contiguous_last_axis(const char* argument, const TensorView& view) const;
-    // Anything else: `argument` must be `wanted`.
-    void that(bool holds, const char* argument, const std::string& wanted, const std::string& found) const;
+    // Anything else, once it is known to be wrong: the texts of a call that is right are never made.
+    [[noreturn]] void refuse(const char* argument, const std::string& wanted, const std::string& found) const;
 
   private:
     void on_cpu(const char* argument, const TensorView& view) const;

@@ -49,20 +49,26 @@ struct RunningSoftmax {
     A largest = -std::numeric_limits<A>::infinity();
     A sum = 0;
 
-    // Turns a tile's scores into weights; what was summed with earlier weights is to be multiplied by the result.
+    // Turns a tile's scores into weights, to be divided by `sum` at the end; what was summed with the weights of
+    // earlier tiles is to be multiplied by the result.
     A soften(A* scores, int64_t count) {
         A next = largest;
         for (int64_t t = 0; t < count; ++t)  // a NaN wins, and stays
             if (scores[t] > next || scores[t] != scores[t]) next = scores[t];
-        // While every score is -inf, the weights are 0: a finite score may follow. If none does, 0 / 0 is NaN at the
-        // end.
-        const A against = next == -std::numeric_limits<A>::infinity() ? A(0) : next;
         const A shrink = next == largest ? A(1) : std::exp(largest - next);
-        A added = 0;
-        for (int64_t t = 0; t < count; ++t) added += scores[t] = std::exp(scores[t] - against);
-        sum = sum * shrink + added;
         largest = next;
+        exponentials(scores, count);
+        A added = 0;
+        for (int64_t t = 0; t < count; ++t) added += scores[t];
+        sum = sum * shrink + added;
         return shrink;
+    }
+
+    // Scores to weights against the largest score. While every score is -inf the weights are 0, since a finite score
+    // may follow; if none does, 0 / 0 is NaN at the end.
+    void exponentials(A* scores, int64_t count) const {
+        const A against = largest == -std::numeric_limits<A>::infinity() ? A(0) : largest;
+        for (int64_t t = 0; t < count; ++t) scores[t] = std::exp(scores[t] - against);
     }
 
     // As torch.logsumexp: infinite where the largest score is, -inf where there was none.

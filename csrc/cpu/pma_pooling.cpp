@@ -19,32 +19,25 @@ Sizes checked_sizes(const Checks& check, const PmaPoolingInputs& in) {
     check.tensor("k", in.k, dtype, {{"T"}, {"Hk"}, {"D"}});
     check.contiguous_last_axis("k", in.k);
     check.index("offsets", in.offsets);
-    check.that(in.offsets.shape[0] >= 1, "offsets", "[B+1] with at least one entry", describe(in.offsets));
+    if (in.offsets.shape[0] < 1) check.refuse("offsets", "[B+1] with at least one entry", describe(in.offsets));
     Sizes n{in.offsets.shape[0] - 1, 0, 0, in.k.shape[1], in.k.shape[0], in.k.shape[2], in.k.shape[2]};
     check.tensor("seeds", in.seeds, dtype, {{"M"}, {"H"}, {"D", n.D}});
     n.M = in.seeds.shape[0];
     n.H = in.seeds.shape[1];
-    const std::string heads = "of a number of heads that is a multiple of k's " + std::to_string(n.Hk);
-    check.that(n.Hk >= 1 && n.H % n.Hk == 0, "seeds", heads, describe(in.seeds));
+    if (n.Hk < 1 || n.H % n.Hk != 0)
+        check.refuse("seeds", "of a number of heads that k's " + std::to_string(n.Hk) + " divides", describe(in.seeds));
     if (in.v) {
         check.tensor("v", *in.v, dtype, {{"T", n.T}, {"Hk", n.Hk}, {"Dv"}});
         check.contiguous_last_axis("v", *in.v);
         n.Dv = in.v->shape[2];
     }
-    if (in.gate) check.tensor("gate", *in.gate, dtype, {{"B", n.B}, {"M", n.M}, {"H", n.H}, {"Dv", n.Dv}});
-    check.that(in.skip_prefix >= 0, "skip_prefix", "at least 0", std::to_string(in.skip_prefix));
+    if (in.gate) check_like_output(check, n, "gate", *in.gate, dtype);
+    if (in.skip_prefix < 0) check.refuse("skip_prefix", "at least 0", std::to_string(in.skip_prefix));
     return n;
 }
 
 void check_like_output(const Checks& check, const Sizes& n, const char* argument, const TensorView& x, DType dtype) {
     check.tensor(argument, x, dtype, {{"B", n.B}, {"M", n.M}, {"H", n.H}, {"Dv", n.Dv}});
-}
-
-void check_lse(const Checks& check, const Sizes& n, const PmaPoolingInputs& in, const std::optional<TensorView>& lse) {
-    const DType dtype = in.k.dtype == DType::float64 ? DType::float64 : DType::float32;
-    check.that(in.score.softmax == lse.has_value(), "lse",
-               in.score.softmax ? "given for softmax" : "None without softmax", lse ? describe(*lse) : "None");
-    if (lse) check.tensor("lse", *lse, dtype, {{"B", n.B}, {"M", n.M}, {"H", n.H}});
 }
 
 namespace {
@@ -152,7 +145,11 @@ void pma_pooling_forward(const PmaPoolingInputs& in, const PmaPoolingOutputs& to
         pma::check_like_output(check, n, "attended", *to.attended, dtype);
         check.contiguous_last_axis("attended", *to.attended);
     }
-    pma::check_lse(check, n, in, to.lse);
+    if (to.lse) {
+        const DType exact = dtype == DType::float64 ? DType::float64 : DType::float32;
+        check.tensor("lse", *to.lse, exact, {{"B", n.B}, {"M", n.M}, {"H", n.H}});
+        if (!in.score.softmax) check.refuse("lse", "None without softmax", describe(*to.lse));
+    }
     with_element_type(dtype, [&](auto element) {
         const pma::Problem<decltype(element)> problem(n, in);
         pma::Forward<decltype(element)>(problem, to).run(threads);

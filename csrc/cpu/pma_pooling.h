@@ -38,8 +38,7 @@ void pma_pooling_forward(const PmaPoolingInputs& in, const PmaPoolingOutputs& ou
 
 struct PmaPoolingGradients {
     TensorView grad_out;                  // [B, M, H, Dv], read
-    TensorView attended;                  // [B, M, H, Dv]: A itself, read
-    std::optional<TensorView> lse;        // [B, M, H], read, softmax only
+    std::optional<TensorView> attended;   // [B, M, H, Dv]: A itself, read; only a gate needs it
     TensorView grad_seeds;                // [M, H, D]
     TensorView grad_k;                    // [T, Hk, D]; with v's share where v is k
     std::optional<TensorView> grad_v;     // [T, Hk, Dv]

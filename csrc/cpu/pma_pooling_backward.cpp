@@ -76,11 +76,10 @@ class RunSums {
 template <typename A>
 struct Workspace {
     A* grad_a;        // [Hk, queries, Dv]: gradient of A
-    A* lse;           // [Hk, queries]
-    A* delta;         // [Hk, queries]: <grad_a, A>
     A* gate_row;      // the row's gate gradient
-    A* weights;       // [queries, kTile]: of v in A
-    A* slopes;        // [queries, kTile]: gradient of <seed, key>
+    A* delta;         // [queries]: mean of the weights' gradients under the weights, before the softmax's division
+    A* weights;       // [queries, kTile]: scores first, then the weights of v in A
+    A* slopes;        // [queries, kTile]: gradients of the weights first, then of <seed, key>
     A* key_buffer;    // [kTile, D]
     A* value_buffer;  // [kTile, Dv]
     A* channels;      // [2, max(D, Dv)]
@@ -104,12 +103,11 @@ struct Workspace {
         int64_t size;
     };
 
-    static std::array<Part, 9> layout(const Sizes& n, int64_t gate_size) {
+    static std::array<Part, 8> layout(const Sizes& n, int64_t gate_size) {
         const int64_t all = n.M * n.H, tile = n.queries() * kTile;
         return {{{&Workspace::grad_a, all * n.Dv},
-                 {&Workspace::lse, all},
-                 {&Workspace::delta, all},
                  {&Workspace::gate_row, gate_size},
+                 {&Workspace::delta, n.queries()},
                  {&Workspace::weights, tile},
                  {&Workspace::slopes, tile},
                  {&Workspace::key_buffer, kTile * n.D},
@@ -126,8 +124,7 @@ class Backward {
     Backward(const Problem<T>& problem, const PmaPoolingGradients& grads)
         : p(problem),
           grad_out_(grads.grad_out),
-          attended_(grads.attended),
-          lse_(typed<Strided<const A, 3>>(grads.lse)),
+          attended_(typed<Strided<const T, 4>>(grads.attended)),
           grad_seeds_(grads.grad_seeds),
           grad_k_(grads.grad_k),
           grad_v_(typed<Strided<T, 3>>(grads.grad_v)) {
@@ -147,11 +144,12 @@ class Backward {
         const int64_t useful = p.rows.ordered() ? threads : 1;
         const int active = worthwhile_threads(useful, runs, 3 * p.n.multiply_adds());
         Scratch<A> memory(active, Workspace<A>::size(p.n, gate_size));
+        Scratch<RunningSoftmax<A>> softmax(active, p.n.queries());
         zero_outside(active);
         parallel_for(active, runs, [&](int64_t run, int thread) {
             Workspace<A> w(p.n, gate_size, memory.of(thread));
             for (int64_t row = cuts[run]; row < cuts[run + 1]; ++row)
-                one_row(row, w, seed_sums.of(run), gate_sums.of(run));
+                one_row(row, w, softmax.of(thread), seed_sums.of(run), gate_sums.of(run));
         });
         write_sums(seed_sums, gate_sums, gate_size);
     }
@@ -160,58 +158,88 @@ class Backward {
     // Enough runs to keep many threads busy; fewer where their sums would take more than a few MiB.
     static constexpr int64_t kMostRuns = 128, kFewestRuns = 8, kMostSums = 1 << 20;
 
-    void one_row(int64_t row, const Workspace<A>& w, A* seed_sum, A* gate_sum) const {
+    void one_row(int64_t row, const Workspace<A>& w, RunningSoftmax<A>* softmax, A* seed_sum, A* gate_sum) const {
         through_epilogue(row, w, gate_sum);
-        const Span span = p.attended_span(row);
-        zero_tokens({p.rows.span(row).begin, std::min(span.begin, p.rows.span(row).end)});
-        for (int64_t kv_head = 0; kv_head < p.n.Hk; ++kv_head)
-            for_tiles(span, [&](Span tokens) { one_tile(tokens, kv_head, w, seed_sum); });
+        const Span whole = p.rows.span(row), span = p.attended_span(row);
+        zero_tokens({whole.begin, std::min(span.begin, whole.end)});
+        for (int64_t kv_head = 0; kv_head < p.n.Hk; ++kv_head) {
+            if (p.score.softmax) measure(span, kv_head, w, softmax);
+            for_tiles(span, [&](Span tokens) { one_tile(span, tokens, kv_head, w, softmax, seed_sum); });
+        }
     }
 
     // From grad_out to the gradients of A and of the gate.
     void through_epilogue(int64_t row, const Workspace<A>& w, A* gate_sum) const {
         const int64_t Dv = p.n.Dv;
-        A* attended = w.channels;
-        A* grad_gate = attended + Dv;
-        if (gate_) std::fill_n(w.gate_row, gate_->row_size(), A(0));
         p.for_queries([&](int64_t i, int64_t m, int64_t h) {
-            A* grad_a = w.grad_a + i * Dv;
-            widen(grad_out_.at(row, m, h), grad_out_.strides[3], Dv, grad_a);
-            widen(attended_.at(row, m, h), attended_.strides[3], Dv, attended);
-            if (p.gate) {
-                const T* gate = p.gate->at(row, m, h);
-                for (int64_t c = 0; c < Dv; ++c) {
-                    A to_a, to_gate;
-                    p.gating.slopes(attended[c], load(gate[c * p.gate->strides[3]]), to_a, to_gate);
-                    grad_gate[c] = grad_a[c] * to_gate;
-                    grad_a[c] *= to_a;
-                }
-                gate_->add(grad_gate, Dv, m, h, w.gate_row);
-            }
-            w.delta[i] = dot(grad_a, attended, Dv);
-            if (!lse_) return;
-            // An infinite lse of a row with keys came of scores whose softmax is NaN.
-            const A lse = *lse_->at(row, m, h);
-            w.lse[i] = std::isfinite(lse) ? lse : std::numeric_limits<A>::quiet_NaN();
+            widen(grad_out_.at(row, m, h), grad_out_.strides[3], Dv, w.grad_a + i * Dv);
         });
         if (!gate_) return;
+        std::fill_n(w.gate_row, gate_->row_size(), A(0));
+        p.for_queries([&](int64_t i, int64_t m, int64_t h) { through_gate(row, i, m, h, w); });
         if (gate_->over_rows(p.n.B))
-            for (int64_t i = 0; i < gate_->row_size(); ++i) gate_sum[i] += w.gate_row[i];
+            for (int64_t j = 0; j < gate_->row_size(); ++j) gate_sum[j] += w.gate_row[j];
         else
             gate_->write(row, w.gate_row);
     }
 
-    void one_tile(Span tokens, int64_t kv_head, const Workspace<A>& w, A* seed_sum) const {
-        const int64_t S = p.n.queries(), D = p.n.D, Dv = p.n.Dv, count = tokens.size();
+    void through_gate(int64_t row, int64_t i, int64_t m, int64_t h, const Workspace<A>& w) const {
+        A* grad_a = w.grad_a + i * p.n.Dv;
+        A* grad_gate = w.channels;
+        const T* attended = attended_->at(row, m, h);
+        const T* gate = p.gate->at(row, m, h);
+        for (int64_t c = 0; c < p.n.Dv; ++c) {
+            A to_a, to_gate;
+            p.gating.slopes(load(attended[c * attended_->strides[3]]), load(gate[c * p.gate->strides[3]]), to_a,
+                            to_gate);
+            grad_gate[c] = grad_a[c] * to_gate;
+            grad_a[c] *= to_a;
+        }
+        gate_->add(grad_gate, p.n.Dv, m, h, w.gate_row);
+    }
+
+    // Scores of a tile, and the gradients of their weights.
+    void score(Span tokens, int64_t kv_head, const Tile<A>& keys, const Tile<A>& values, const Workspace<A>& w) const {
+        for (int64_t here = 0; here < p.n.queries(); ++here) {
+            const int64_t i = kv_head * p.n.queries() + here;
+            for (int64_t t = 0; t < tokens.size(); ++t) {
+                w.weights[here * kTile + t] = p.scale * dot(p.seeds.data() + i * p.n.D, keys[t], p.n.D);
+                w.slopes[here * kTile + t] = dot(w.grad_a + i * p.n.Dv, values[t], p.n.Dv);
+            }
+        }
+    }
+
+    // The softmax of a row and `delta`, from the scores again: taking them from lse and <grad_a, A> would save this
+    // pass on long rows, but doubles the error of short ones, since both are rounded where their differences count.
+    void measure(Span span, int64_t kv_head, const Workspace<A>& w, RunningSoftmax<A>* softmax) const {
+        std::fill_n(softmax, p.n.queries(), RunningSoftmax<A>());
+        std::fill_n(w.delta, p.n.queries(), A(0));
+        for_tiles(span, [&](Span tokens) {
+            const Tile<A> keys = p.keys(tokens, kv_head, w.key_buffer);
+            score(tokens, kv_head, keys, p.values(tokens, kv_head, keys, w.value_buffer), w);
+            for (int64_t here = 0; here < p.n.queries(); ++here) {
+                A* weights = w.weights + here * kTile;
+                const A shrink = softmax[here].soften(weights, tokens.size());
+                w.delta[here] = w.delta[here] * shrink + dot(weights, w.slopes + here * kTile, tokens.size());
+            }
+        });
+    }
+
+    void one_tile(Span span, Span tokens, int64_t kv_head, const Workspace<A>& w, const RunningSoftmax<A>* softmax,
+                  A* seed_sum) const {
+        const int64_t S = p.n.queries(), D = p.n.D, count = tokens.size();
         const Tile<A> keys = p.keys(tokens, kv_head, w.key_buffer);
-        const Tile<A> values = p.values(tokens, kv_head, keys, w.value_buffer);
+        const bool measured = p.score.softmax && span.size() <= kTile;  // then the row's one tile is still at hand
+        if (!measured) score(tokens, kv_head, keys, p.values(tokens, kv_head, keys, w.value_buffer), w);
         for (int64_t here = 0; here < S; ++here) {
             const int64_t i = kv_head * S + here;
             A* weights = w.weights + here * kTile;
             A* slopes = w.slopes + here * kTile;
-            for (int64_t t = 0; t < count; ++t) {
-                const A score = p.scale * dot(p.seeds.data() + i * D, keys[t], D);
-                weigh(score, dot(w.grad_a + i * Dv, values[t], Dv), w.lse[i], w.delta[i], weights[t], slopes[t]);
+            if (p.score.softmax) {
+                if (!measured) softmax[here].exponentials(weights, count);
+                softmax_slopes(softmax[here].sum, w.delta[here], weights, slopes, count);
+            } else {
+                activation_slopes(weights, slopes, count);
             }
             A* partial = w.channels;
             std::fill_n(partial, D, A(0));
@@ -221,15 +249,18 @@ class Backward {
         for (int64_t t = 0; t < count; ++t) token_gradients(tokens.begin + t, t, kv_head, w);
     }
 
-    // A score and the gradient of its weight -> the weight, and the gradient of <seed, key>.
-    void weigh(A score, A grad_weight, A lse, A delta, A& weight, A& slope) const {
-        if (p.score.softmax) {
-            weight = std::exp(score - lse);
-            slope = weight * (grad_weight - delta) * p.scale;
-        } else {
-            const ValueAndSlope<A> act = activate_with_slope(p.score.activation, score);
-            weight = p.post_scale * act.value;
-            slope = p.post_scale * act.slope * grad_weight * p.scale;
+    void softmax_slopes(A sum, A delta, A* weights, A* slopes, int64_t count) const {
+        for (int64_t t = 0; t < count; ++t) {
+            weights[t] /= sum;
+            slopes[t] = weights[t] * (slopes[t] - delta / sum) * p.scale;
+        }
+    }
+
+    void activation_slopes(A* weights, A* slopes, int64_t count) const {
+        for (int64_t t = 0; t < count; ++t) {
+            const ValueAndSlope<A> act = activate_with_slope(p.score.activation, weights[t]);
+            weights[t] = p.post_scale * act.value;
+            slopes[t] = p.post_scale * act.slope * slopes[t] * p.scale;
         }
     }
 
@@ -283,8 +314,8 @@ class Backward {
     }
 
     const Problem<T>& p;
-    Strided<const T, 4> grad_out_, attended_;
-    std::optional<Strided<const A, 3>> lse_;
+    Strided<const T, 4> grad_out_;
+    std::optional<Strided<const T, 4>> attended_;
     Strided<T, 3> grad_seeds_, grad_k_;
     std::optional<Strided<T, 3>> grad_v_;
     std::optional<GateGradient<T>> gate_;
@@ -296,17 +327,19 @@ void check_gradient(const Checks& check, const char* argument, const TensorView&
     check.contiguous_last_axis(argument, grad);
 }
 
-void check_gate_gradient(const Checks& check, const Sizes& n, const PmaPoolingInputs& in,
-                         const PmaPoolingGradients& g) {
-    check.that(in.gate.has_value() == g.grad_gate.has_value(), "grad_gate", "given where gate is",
-               g.grad_gate ? describe(*g.grad_gate) : "None");
-    if (!g.grad_gate) return;
-    check.tensor("grad_gate", *g.grad_gate, in.k.dtype, {{"B | 1"}, {"M | 1"}, {"H | 1"}, {"Dv | 1"}});
-    check.contiguous_last_axis("grad_gate", *g.grad_gate);
+// `given` is there just where `wanted` is.
+void check_pair(const Checks& check, const char* argument, bool wanted, const std::optional<TensorView>& given) {
+    if (wanted == given.has_value()) return;
+    check.refuse(argument, wanted ? "given" : "None", given ? describe(*given) : "None");
+}
+
+void check_gate_gradient(const Checks& check, const Sizes& n, const TensorView& grad, DType dtype) {
+    check.tensor("grad_gate", grad, dtype, {{"B or 1"}, {"M or 1"}, {"H or 1"}, {"Dv or 1"}});
+    check.contiguous_last_axis("grad_gate", grad);
     const int64_t full[] = {n.B, n.M, n.H, n.Dv};
     for (int axis = 0; axis < 4; ++axis)
-        check.that(g.grad_gate->shape[axis] == 1 || g.grad_gate->shape[axis] == full[axis], "grad_gate",
-                   "of size 1 or the output's on every axis", describe(*g.grad_gate));
+        if (grad.shape[axis] != 1 && grad.shape[axis] != full[axis])
+            check.refuse("grad_gate", "of size 1 or the output's on every axis", describe(grad));
 }
 
 }  // namespace
@@ -315,16 +348,19 @@ void check_gate_gradient(const Checks& check, const Sizes& n, const PmaPoolingIn
 void pma_pooling_backward(const PmaPoolingInputs& in, const PmaPoolingGradients& grads, int64_t threads) {
     const Checks check("pma_pooling_backward");
     const pma::Sizes n = pma::checked_sizes(check, in);
-    pma::check_like_output(check, n, "grad_out", grads.grad_out, in.k.dtype);
-    pma::check_like_output(check, n, "attended", grads.attended, in.k.dtype);
-    pma::check_lse(check, n, in, grads.lse);
+    const DType dtype = in.k.dtype;
+    pma::check_like_output(check, n, "grad_out", grads.grad_out, dtype);
     pma::check_gradient(check, "grad_seeds", grads.grad_seeds, in.seeds);
     pma::check_gradient(check, "grad_k", grads.grad_k, in.k);
-    check.that(in.v.has_value() == grads.grad_v.has_value(), "grad_v", "given where v is",
-               grads.grad_v ? describe(*grads.grad_v) : "None");
+    pma::check_pair(check, "grad_v", in.v.has_value(), grads.grad_v);
     if (in.v) pma::check_gradient(check, "grad_v", *grads.grad_v, *in.v);
-    pma::check_gate_gradient(check, n, in, grads);
-    with_element_type(in.k.dtype, [&](auto element) {
+    pma::check_pair(check, "attended", in.gate.has_value(), grads.attended);
+    pma::check_pair(check, "grad_gate", in.gate.has_value(), grads.grad_gate);
+    if (in.gate) {
+        pma::check_like_output(check, n, "attended", *grads.attended, dtype);
+        pma::check_gate_gradient(check, n, *grads.grad_gate, dtype);
+    }
+    with_element_type(dtype, [&](auto element) {
         const pma::Problem<decltype(element)> problem(n, in);
         pma::Backward<decltype(element)>(problem, grads).run(threads);
     });

@@ -29,9 +29,6 @@ Sizes checked_sizes(const Checks& check, const PmaPoolingInputs& in);
 // `x` has the output's shape.
 void check_like_output(const Checks& check, const Sizes& n, const char* argument, const TensorView& x, DType dtype);
 
-// `lse` is there just where the score is softmax.
-void check_lse(const Checks& check, const Sizes& n, const PmaPoolingInputs& in, const std::optional<TensorView>& lse);
-
 template <typename View>
 std::optional<View> typed(const std::optional<TensorView>& view) {
     return view ? std::optional<View>(View(*view)) : std::nullopt;

@@ -35,9 +35,9 @@ def forward(
     shape = (offsets.shape[0] - 1, seeds.shape[0], seeds.shape[1], (k if v is None else v).shape[2])
     softmax = score == "softmax"
     keep = keep_attended and (gate is not None or residual is not None)
-    out = torch.empty(shape, dtype=k.dtype)
-    lse = torch.empty(shape[:3] if softmax else (0,), dtype=accumulation_dtype(k.dtype))
-    attended = torch.empty(shape if keep else (0,), dtype=k.dtype)
+    out = k.new_empty(shape)
+    lse = k.new_empty(shape[:3] if softmax else 0, dtype=accumulation_dtype(k.dtype))
+    attended = k.new_empty(shape if keep else 0)
     _C.pma_pooling_forward(
         resolved(seeds),
         k,
@@ -75,15 +75,12 @@ def backward(
     gate_form: str,
     gate_activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `seeds, k, v, gate`; an input that was not given has an empty one."""
+    """Gradients of `seeds, k, v, gate`; an input that was not given has an empty one. `lse` is not needed: see the kernel."""
     k, v = readable(k), None if v is None else readable(v)
-    grad_seeds, grad_k, grad_v, grad_gate = (
-        torch.empty((0,) if x is None else x.shape, dtype=k.dtype) for x in (seeds, k, v, gate)
-    )
+    grad_seeds, grad_k, grad_v, grad_gate = (k.new_empty(0 if x is None else x.shape) for x in (seeds, k, v, gate))
     _C.pma_pooling_backward(
         resolved(grad_out),
-        attended,
-        lse if score == "softmax" else None,
+        None if gate is None else resolved(attended),
         resolved(seeds),
         k,
         v,
