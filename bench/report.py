@@ -122,8 +122,9 @@ def _plot_times(axis: Any, shapes: list[dict[str, Measurement]]) -> None:
 def _plot_parity(axis: Any, parity: Sequence[Any]) -> None:
     keys = list(dict.fromkeys((row.op, row.backend, row.dtype) for row in parity))
     for at, key in enumerate(keys):
-        shares = [row.share for row in parity if (row.op, row.backend, row.dtype) == key and row.share is not None]
-        axis.plot(shares, [at] * len(shares), "o", color="tab:red" if any(s > 1 for s in shares) else "tab:green", ms=4)
+        # What could not be compared at all has an infinite share: it is drawn at the edge, not left out.
+        shares = [min(row.share, 2.0) for row in parity if (row.op, row.backend, row.dtype) == key]
+        axis.plot(shares, [at] * len(shares), "o", color="tab:red" if max(shares) > 1 else "tab:green", ms=4)
     axis.axvline(1, color="tab:red", linestyle="--")
     axis.set_yticks(range(len(keys)), [" ".join(key) for key in keys], fontsize=7)
     axis.invert_yaxis()

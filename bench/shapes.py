@@ -16,13 +16,13 @@ from torch import Tensor
 
 # Where length files are looked for when no directory is named: beside a source checkout.
 DEFAULT_DATA = Path("../shared/data")
-_LEVELS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+_LEVELS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 # Real histories: file, and the lengths at those levels.
 _REAL = {
-    "movielens": ("ml100k_prefix_before_each_rating.json", (0, 10, 26, 70, 145, 233, 451, 736)),
-    "beauty": ("5core_beauty.json", (5, 5, 5, 6, 9, 14, 43, 204)),
-    "grocery": ("amazon_grocery_train.json", (3, 3, 3, 5, 9, 17, 54, 202)),
-    "diginetica": ("diginetica_sessions.json", (1, 1, 1, 3, 5, 9, 20, 54)),
+    "movielens": ("ml100k_prefix_before_each_rating.json", (0, 10, 26, 70, 145, 233, 451, 672, 736)),
+    "beauty": ("5core_beauty.json", (5, 5, 5, 6, 9, 14, 43, 97, 204)),
+    "grocery": ("amazon_grocery_train.json", (3, 3, 3, 5, 9, 17, 54, 108, 202)),
+    "diginetica": ("diginetica_sessions.json", (1, 1, 1, 3, 5, 9, 20, 39, 54)),
 }
 
 Quantile = Callable[[Tensor], Tensor]

@@ -1,0 +1,71 @@
+# `make demo` and `make test` need Python, make and a C++ compiler; everything else goes into an environment of their own.
+
+PYTHON ?= python3
+# Pinned: a bare `torch` may bring gigabytes of CUDA libraries. `make TORCH=torch==2.11.0 test` tries another.
+TORCH ?= torch==2.13.0
+# A directory of data to train on (and length files beside it); synthetic clicks where empty.
+DATA ?=
+# Further arguments of pytest, demo or bench: `make test ARGS='-k jagged'`.
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/ready
+WHEEL := build/wheel
+WHEEL_BIN := $(CURDIR)/$(WHEEL)/venv/bin
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
+BUILT_FROM := pyproject.toml setup.py $(shell find CMakeLists.txt csrc cmake -type f)
+data_option := $(if $(DATA),--data $(DATA))
+
+.PHONY: help demo test lint wheel-test bench torch-matrix clean
+
+help:
+	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
+	@echo "make test               all tests"
+	@echo "make lint               ruff, mypy, clang-format"
+	@echo "make wheel-test         builds the wheel and tries it in a bare environment, from another directory"
+	@echo "make bench [DATA=path]  the speed table on all named shapes: bench/out/report.md"
+	@echo "make torch-matrix       one wheel under several versions of torch (downloads them)"
+	@echo "make clean              removes the environment and all that was built"
+
+# The environment, made again when what the native module is built from has changed.
+$(READY): $(BUILT_FROM)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/interformer-kernels demo $(data_option) $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+# The installed wheel has torch beside it and nothing else, and the checkout is out of sight.
+wheel-test: $(READY)
+	rm -rf $(WHEEL)
+	$(BIN)/python -m build --wheel --outdir $(WHEEL) . > /dev/null
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL_BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(WHEEL)/*.whl
+	cd "$$(mktemp -d)" \
+	&& $(WHEEL_BIN)/python -c "import interformer_kernels as k; assert k.__file__.startswith('$(CURDIR)/$(WHEEL)'), k.__file__" \
+	&& $(WHEEL_BIN)/interformer-kernels info \
+	&& $(WHEEL_BIN)/interformer-kernels parity --json parity.json \
+	&& $(WHEEL_BIN)/interformer-kernels parity --backend cpu --op pma_pooling --dtype float32 > /dev/null \
+	&& $(WHEEL_BIN)/python -m interformer_bench --op pma_pooling --law diginetica --seconds 0.2
+
+bench: $(READY)
+	$(BIN)/python -m interformer_bench $(data_option) --markdown bench/out/report.md --json bench/out/report.json \
+	    --plot bench/out/report.png $(ARGS)
+
+torch-matrix: $(READY)
+	bash tools/torch_matrix.sh
+
+clean:
+	rm -rf .venv build dist demo-out bench/out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f interformer_kernels/_C.*.so interformer_kernels/_C.py

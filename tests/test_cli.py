@@ -1,0 +1,170 @@
+"""The command line: what it prints and writes, what it needs, and the exit status that other people's CI sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import interformer_kernels
+from interformer_kernels import testing
+from interformer_kernels._cli import parity
+from interformer_kernels.cli import main
+
+ROOT = Path(__file__).parents[1]
+# Small enough for a test: one op, one dtype.
+SMALL = ["--op", "personalized_ffn", "--dtype", "float32"]
+
+
+def run(*arguments: str, before: str = "", blocked: str = "") -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own; `before` runs first, and modules named in `blocked` cannot be imported."""
+    block = f"import sys\nfor name in {blocked.split()!r}: sys.modules[name] = None\n"
+    program = f"{block}{before}\nfrom interformer_kernels.cli import main\nraise SystemExit(main(sys.argv[1:]))"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(path.read_text())
+    return found
+
+
+# ---------------------------------------------------------------- info
+
+
+def test_info_as_json_names_versions_and_backends() -> None:
+    done = run("info", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["versions"]["torch"] == torch.__version__
+    assert set(found["backends"]) == set(testing.OPS)
+    ffn = found["backends"]["personalized_ffn"]["cpu"]["float64"]
+    assert ffn["cannot_serve"]["triton"]
+    assert ffn["backend"] not in ffn["cannot_serve"]
+
+
+@pytest.mark.parametrize("blocked", ["", "rich", "triton", "interformer_kernels._C numpy rich triton"])
+def test_info_needs_torch_alone(blocked: str) -> None:
+    done = run("info", blocked=blocked)
+    assert done.returncode == 0, done.stderr
+    for op in testing.OPS:
+        assert op in done.stdout
+    if "_C" in blocked:
+        assert "missing: the native module interformer_kernels._C cannot be imported" in done.stdout
+
+
+def test_it_is_a_module_too() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "interformer_kernels", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for name in ("info", "parity", "demo"):
+        assert name in done.stdout
+
+
+# ---------------------------------------------------------------- parity
+
+
+def test_parity_passes_and_writes_every_quantity(tmp_path: Path) -> None:
+    target = tmp_path / "made" / "parity.json"
+    done = run("parity", *SMALL, "--backend", "reference", "--json", str(target), blocked="rich numpy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 breaches" in done.stdout
+    rows = results(target)
+    cases = {str(case) for case in testing.cases("personalized_ffn")}
+    assert {row["case"] for row in rows} == cases
+    assert {row["quantity"] for row in rows} == {"out", "dx", "dweight", "dbias", "dresidual"}
+    assert all(row["ok"] and row["error"] <= row["budget"] for row in rows)
+    assert f"{len(rows)} quantities compared" in done.stdout
+
+
+def test_parity_ends_with_1_on_a_planted_breach(tmp_path: Path) -> None:
+    plant = """
+import interformer_kernels as package
+right = package.personalized_ffn
+package.personalized_ffn = lambda *args, **options: right(*args, **options) * 1.001
+"""
+    target = tmp_path / "parity.json"
+    done = run("parity", *SMALL, "--json", str(target), before=plant)
+    assert done.returncode == 1, done.stderr
+    assert "BREACH: personalized_ffn reference float32 cpu, case 'plain', out: error" in done.stdout
+    assert any(not row["ok"] and row["error"] > row["budget"] for row in results(target))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shown"),
+    [(lambda out: out * torch.nan, "error nan"), (lambda out: out[..., :-1], "RuntimeError")],
+    ids=["nan", "raises"],
+)
+def test_parity_counts_nan_and_exceptions_as_breaches(
+    wrong: Callable[[Tensor], Tensor],
+    shown: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right = interformer_kernels.personalized_ffn
+    plant = lambda *tensors, **options: wrong(right(*tensors, **options))  # noqa: E731
+    monkeypatch.setattr(interformer_kernels, "personalized_ffn", plant)
+    target = tmp_path / "parity.json"
+    assert main(["parity", *SMALL, "--json", str(target)]) == 1
+    assert shown in capsys.readouterr().out
+    assert any(row["error"] is None and not row["ok"] for row in results(target))  # read back: no NaN in the JSON
+
+
+def test_parity_lets_mistakes_of_its_own_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interformer_kernels, "personalized_ffn", lambda *tensors, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["parity", *SMALL])
+
+
+def test_parity_fails_where_a_named_backend_cannot_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parity", *SMALL, "--backend", "triton", "--device", "cpu"]) == 1
+    shown = capsys.readouterr().out
+    assert "BREACH: personalized_ffn triton float32 cpu" in shown
+    assert "cannot serve on cpu: " in shown
+    assert "0 quantities compared, 1 breaches" in shown
+
+
+def test_parity_fails_where_the_native_module_is_missing_and_named() -> None:
+    named = ["--op", "pma_pooling", "--dtype", "float32", "--backend", "cpu"]
+    done = run("parity", *named, blocked="interformer_kernels._C")
+    assert done.returncode == 1
+    assert "interformer_kernels._C cannot be imported" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["parity", "--backend", "magic"], ["parity", "--op", "softmax"], ["nothing"], []]
+)
+def test_wrong_arguments_end_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: interformer-kernels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "budget", "ok"),
+    [(0.0, 0.0, True), (1.0, 1.0, True), (1.1, 1.0, False), (1e-30, 0.0, False), (float("nan"), 1.0, False)],
+)
+def test_verdict(error: float, budget: float, ok: bool) -> None:
+    assert parity.Result("op", "cpu", "float32", "cpu", "case", "out", error, budget).ok is ok
+
+
+# ---------------------------------------------------------------- demo
+
+
+def test_demo_says_what_it_needs() -> None:
+    done = run("demo", before="import importlib.util as u\nfind = u.find_spec\nu.find_spec = lambda name: None")
+    assert done.returncode == 1
+    assert "pip install 'interformer-kernels[bench,train]'" in done.stderr
