@@ -1,5 +1,7 @@
 #include "common/checks.h"
 
+#include <algorithm>
+
 namespace interformer {
 
 const char* name_of(DType dtype) {
@@ -111,6 +113,14 @@ void Checks::tensor(const char* argument, const TensorView& view, DType dtype, s
     on_cpu(argument, view);
     if (view.dtype != dtype) throw TypeError(message(argument, name_of(dtype), describe(view)));
     if (!fits(view, axes)) refuse(argument, std::string(name_of(dtype)) + " " + named(axes), describe(view));
+}
+
+void Checks::like(const char* argument, const TensorView& view, const char* other, const TensorView& model) const {
+    on_cpu(argument, view);
+    if (view.dtype != model.dtype) throw TypeError(message(argument, name_of(model.dtype), describe(view)));
+    const int known = std::min(view.axes, TensorView::kMaxAxes);
+    if (view.axes != model.axes || !std::equal(view.shape, view.shape + known, model.shape))
+        refuse(argument, std::string("of the shape of ") + other + ", " + shape_of(model), describe(view));
 }
 
 void Checks::contiguous_last_axis(const char* argument, const TensorView& view) const {

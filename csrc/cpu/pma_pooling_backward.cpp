@@ -321,9 +321,9 @@ class Backward {
     std::optional<GateGradient<T>> gate_;
 };
 
-void check_gradient(const Checks& check, const char* argument, const TensorView& grad, const TensorView& of) {
-    const int64_t* n = of.shape;
-    check.tensor(argument, grad, of.dtype, {{"as", n[0]}, {"its", n[1]}, {"input", n[2]}});
+void check_gradient(const Checks& check, const char* argument, const TensorView& grad, const char* of,
+                    const TensorView& input) {
+    check.like(argument, grad, of, input);
     check.contiguous_last_axis(argument, grad);
 }
 
@@ -350,10 +350,10 @@ void pma_pooling_backward(const PmaPoolingInputs& in, const PmaPoolingGradients&
     const pma::Sizes n = pma::checked_sizes(check, in);
     const DType dtype = in.k.dtype;
     pma::check_like_output(check, n, "grad_out", grads.grad_out, dtype);
-    pma::check_gradient(check, "grad_seeds", grads.grad_seeds, in.seeds);
-    pma::check_gradient(check, "grad_k", grads.grad_k, in.k);
+    pma::check_gradient(check, "grad_seeds", grads.grad_seeds, "seeds", in.seeds);
+    pma::check_gradient(check, "grad_k", grads.grad_k, "k", in.k);
     pma::check_pair(check, "grad_v", in.v.has_value(), grads.grad_v);
-    if (in.v) pma::check_gradient(check, "grad_v", *grads.grad_v, *in.v);
+    if (in.v) pma::check_gradient(check, "grad_v", *grads.grad_v, "v", *in.v);
     pma::check_pair(check, "attended", in.gate.has_value(), grads.attended);
     pma::check_pair(check, "grad_gate", in.gate.has_value(), grads.grad_gate);
     if (in.gate) {
