@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,11 @@ from interformer import train as training
 from interformer.config import InterFormerConfig
 from interformer.data import Splits, SyntheticLaw, read_movielens, synthesize
 from interformer.metrics import Metrics
+from interformer.presets import MOVIELENS, SYNTHETIC
 from interformer.settings import add_options, read_options
 
-# The paper's sizes (InterFormerConfig's defaults) are for millions of clicks; these are for a hundred thousand.
-SMALL = InterFormerConfig(
-    embed_dim=16,
-    num_heads=2,
-    num_layers=1,
-    interaction_hidden=(64,),
-    pffn_hidden=(16,),
-    head_hidden=(64, 32),
-    dropout=0.2,
-    embedding_dropout=0.2,
-    max_history=50,
-)
+# Settings of the law that are options of the model and the training: runs of different seeds see the same data.
+NOT_OF_THE_DATA = ("seed", "max_history")
 
 
 class Bars(training.Progress):
@@ -92,18 +83,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE|-", help="write the report as JSON, - for standard output")
     command.add_argument("--device", default="cpu", help="(default: cpu)")
     command.add_argument("--threads", type=int, metavar="INT", help="threads of PyTorch (default: its own choice)")
-    add_options(command, training.TrainConfig(), "training")
-    add_options(command, SMALL, "model")
-    add_options(command, SyntheticLaw(), "synthetic data", skip=("seed", "max_history"))
+    for title, index in (("model", 0), ("training", 1)):
+        add_options(command, title, {"synthetic": SYNTHETIC[index], "--data": MOVIELENS[index]})
+    add_options(command, "synthetic data", {"": SyntheticLaw()}, skip=NOT_OF_THE_DATA)
     command.set_defaults(run=train_command)
     return parser
 
 
-def load(options: argparse.Namespace) -> Splits:
-    """The data that the options name."""
+def load(options: argparse.Namespace, max_history: int) -> Splits:
+    """The data that the options name, histories cut to their last `max_history` events."""
     if options.data is not None:
-        return read_movielens(options.data, max_history=options.max_history)
-    return synthesize(read_options(options, SyntheticLaw()))
+        return read_movielens(options.data, max_history=max_history)
+    law = read_options(options, SyntheticLaw(), skip=NOT_OF_THE_DATA)
+    return synthesize(replace(law, max_history=max_history))
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -111,8 +103,9 @@ def train_command(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     console = Console(stderr=True)
-    splits = load(options)
-    config, train_config = read_options(options, SMALL), read_options(options, training.TrainConfig())
+    preset = SYNTHETIC if options.data is None else MOVIELENS
+    config, train_config = read_options(options, preset.model), read_options(options, preset.training)
+    splits = load(options, config.max_history)
     progress = Bars(console)
     for name, part in splits.parts().items():
         mean = float(part.lengths.double().mean())

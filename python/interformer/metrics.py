@@ -67,8 +67,8 @@ def _ranks_in_groups(group: NDArray[np.intp], score: Floats) -> Floats:
     order = np.lexsort((score, group))
     g, s = group[order], score[order]
     place = np.arange(len(order), dtype=np.float64)
-    new_group = np.r_[True, g[1:] != g[:-1]]
-    new_value = new_group | np.r_[True, s[1:] != s[:-1]]
+    new_group = np.diff(g, prepend=-1) != 0
+    new_value = new_group | (np.diff(s, prepend=0.0) != 0)
     run = np.cumsum(new_value) - 1
     mean_place = np.bincount(run, place) / np.bincount(run)
     first = place[new_group][np.cumsum(new_group) - 1]

@@ -11,25 +11,41 @@ from typing import Any, TypeVar
 Settings = TypeVar("Settings")
 
 
-def add_options(parser: argparse.ArgumentParser, defaults: object, title: str, skip: tuple[str, ...] = ()) -> None:
-    """One option `--name-of-field` for each field of the dataclass instance `defaults`, but those in `skip`."""
+def add_options(
+    parser: argparse.ArgumentParser, title: str, presets: dict[str, object], skip: tuple[str, ...] = ()
+) -> None:
+    """One option `--name-of-field` for each field of a settings dataclass, but those in `skip`.
+
+    `presets` are instances of that dataclass by the case in which their values hold; what the user does not say is left
+    out of the namespace, so that `read_options` can take the preset of the case at hand.
+    """
     group = parser.add_argument_group(title)
-    kinds = typing.get_type_hints(type(defaults))
-    for field in dataclasses.fields(defaults):  # type: ignore[arg-type]
+    some = next(iter(presets.values()))
+    kinds = typing.get_type_hints(type(some))
+    for field in dataclasses.fields(some):  # type: ignore[arg-type]
         if field.name in skip:
             continue
-        value = getattr(defaults, field.name)
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        shown = {case: _show(getattr(preset, field.name)) for case, preset in presets.items()}
+        defaults = shown if len(set(shown.values())) > 1 else {"": next(iter(shown.values()))}
+        text = ", ".join(f"{case} {value}".strip() for case, value in defaults.items())
         option = "--" + field.name.replace("_", "-")
         parse, metavar = _parser_of(kinds[field.name])
-        group.add_argument(option, type=parse, default=value, metavar=metavar, help=f"(default: {shown})")
+        group.add_argument(option, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=f"(default: {text})")
 
 
-def read_options(options: argparse.Namespace, defaults: Settings) -> Settings:
-    """`defaults` with what the options say."""
-    names = [field.name for field in dataclasses.fields(defaults)]  # type: ignore[arg-type]
+def _show(value: object) -> str:
+    if value is None:
+        return "the fastest"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def read_options(options: argparse.Namespace, preset: Settings, skip: tuple[str, ...] = ()) -> Settings:
+    """`preset` with what the options say of fields other than those in `skip`."""
+    names = [field.name for field in dataclasses.fields(preset) if field.name not in skip]  # type: ignore[arg-type]
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    return dataclasses.replace(defaults, **given)  # type: ignore[type-var]
+    return dataclasses.replace(preset, **given)  # type: ignore[type-var]
 
 
 def _parser_of(kind: Any) -> tuple[Callable[[str], Any], str]:

@@ -31,18 +31,20 @@ class TrainConfig:
         epochs: at most so many.
         patience: stop after so many epochs in a row without a better validation AUC.
         batch_size: impressions of a step; evaluation takes batches of four times as many.
-        lr: of Adam, constant.
+        lr: of Adam, in the first epoch.
+        lr_decay: factor of the learning rate from one epoch to the next.
         weight_decay: decoupled, of matrices outside the embedding tables; a step takes `lr * weight_decay` of them.
         embedding_weight_decay: the same, of the embedding tables.
         seed: of everything random.
     """
 
-    epochs: int = 12
+    epochs: int = 10
     patience: int = 2
     batch_size: int = 256
-    lr: float = 2e-3
-    weight_decay: float = 0.5
-    embedding_weight_decay: float = 0.5
+    lr: float = 1e-3
+    lr_decay: float = 1.0
+    weight_decay: float = 0.0
+    embedding_weight_decay: float = 0.0
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -51,6 +53,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, found {self.lr}")
+        if not 0 < self.lr_decay <= 1:
+            raise ValueError(f"lr_decay must lie in (0, 1], found {self.lr_decay}")
         for name in ("weight_decay", "embedding_weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, found {getattr(self, name)}")
@@ -135,6 +139,8 @@ class Run:
         config, epoch, began = self.train_config, len(self.history), time.perf_counter()
         train = self.splits.train
         progress.start_epoch(epoch, len(train))
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * config.lr_decay**epoch
         self.model.train()
         total = 0.0
         for batch in train.batches(config.batch_size, seed=config.seed * 1_000_003 + epoch):

@@ -12,11 +12,11 @@ candidate's category is one of the user's favourites (60 %), the successor of th
 
 **Label.** Bernoulli of `sigmoid(z)`, where
 
-    z = 0.7 q_i + 2.5 (share - 0.2) + 1.8 opinion + 1.8 next - 0.4
+    z = 0.7 q_i + 4 (share - 0.2) + 1.8 opinion + 1.8 next - 0.4
 
 `share` is the part of the history in the candidate's category (content); `opinion` is +1 or -1 as the *most recent*
 event in that category was liked or not, 0 without one (order: a bag knows only how many were); `next` is 1 if the
-category is the successor of the last event's (order). Without a history only `q_i` and the user's favourites are left to learn.
+category is the successor of the last event's (order). Without a history only `q_i` is left to learn.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class SyntheticLaw:
 
     num_users: int = 2500
     impressions_per_user: int = 8
-    num_items: int = 400
-    num_categories: int = 12
+    num_items: int = 120
+    num_categories: int = 6
     mean_length: float = 100.0
     max_history: int = MAX_LENGTH
     seed: int = 0
@@ -169,4 +169,4 @@ def _logit(
         opinion[:, i] = torch.where(latest >= 0, said, 0)
     last = _last_category(categories, lengths)
     follows = (last != NO_CATEGORY) & (category == (last + 1) % law.num_categories)
-    return 0.7 * quality + 2.5 * (share - 0.2) + 1.8 * opinion + 1.8 * follows - 0.4
+    return 0.7 * quality + 4 * (share - 0.2) + 1.8 * opinion + 1.8 * follows - 0.4

@@ -1,0 +1,216 @@
+"""The model: every form runs and learns from all its parameters, rows do not see their neighbours, identities hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from interformer import InterFormer, InterFormerConfig, Schema
+from interformer.batch import Layout
+from interformer.layers import Gating, MaskNet, RankFeedForward, RotaryTables, SequenceSummary
+from interformer.testing import random_batch, rows_of, small_schema
+
+SMALL = InterFormerConfig(
+    embed_dim=8,
+    num_heads=2,
+    num_layers=2,
+    cross_rank=4,
+    interaction_hidden=(12,),
+    pffn_hidden=(6,),
+    head_hidden=(16, 8),
+    max_history=40,
+    embedding_std=0.5,
+)
+LENGTHS = (3, 0, 17, 1, 2, 40)
+FORMS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "dot": {"backbone": "dot"},
+    "dcnv2": {"backbone": "dcnv2", "backbone_layers": 3},
+    "dhen-1": {"backbone_layers": 1},
+    "dhen-3": {"backbone_layers": 3},
+    "rank": {"pffn": "rank"},
+    "literal": {"literal": True},
+    "literal-rank": {"literal": True, "pffn": "rank"},
+    "self_identity": {"gate": "self_identity"},
+    "self_sigmoid": {"gate": "self_sigmoid"},
+    "multiply_sigmoid": {"gate": "multiply_sigmoid"},
+    "mask-sigmoid": {"mask_output": "sigmoid"},
+    "no-pma": {"num_seeds": 0},
+    "no-recent": {"num_recent": 0},
+    "one-layer": {"num_layers": 1},
+    "one-head": {"num_heads": 1, "num_cls": 1, "num_seeds": 3, "num_recent": 5},
+    "dropout": {"dropout": 0.3, "embedding_dropout": 0.2},
+}
+
+
+def _model(config: InterFormerConfig, schema: Schema | None = None, seed: int = 0) -> InterFormer:
+    torch.manual_seed(seed)
+    return InterFormer(config, schema or small_schema())
+
+
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS, (5,), (0,), (0, 0)], ids=["mixed", "one row", "one empty row", "all empty"]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_runs_and_all_parameters_learn(form: str, lengths: tuple[int, ...]) -> None:
+    model = _model(replace(SMALL, **FORMS[form]))
+    batch = random_batch(model.schema, lengths)
+    logits = model(batch)
+    assert logits.shape == (len(lengths),)
+    assert logits.isfinite().all()
+    torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.label).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        if lengths is LENGTHS:
+            assert parameter.grad.any(), f"{name} does not reach the loss"
+
+
+@pytest.mark.parametrize("form", ["default", "rank", "dcnv2", "literal"])
+def test_a_row_does_not_depend_on_its_neighbours(form: str) -> None:
+    model = _model(replace(SMALL, **FORMS[form])).double()
+    batch = random_batch(model.schema, LENGTHS)
+    together = model(batch)
+    for row in range(len(LENGTHS)):
+        alone = model(rows_of(batch, [row]))
+        torch.testing.assert_close(alone, together[row : row + 1], rtol=1e-10, atol=1e-12)
+    order = [5, 1, 3, 0, 2, 4]
+    torch.testing.assert_close(model(rows_of(batch, order)), together[order], rtol=1e-10, atol=1e-12)
+
+
+def test_tail_events_of_no_row_change_nothing() -> None:
+    model = _model(SMALL)
+    with_tail = random_batch(model.schema, LENGTHS, tail=7)
+    without = replace(with_tail, sequences=with_tail.sequences[:-7])
+    torch.testing.assert_close(model(with_tail), model(without))
+
+
+def test_no_rows_give_no_logits() -> None:
+    model = _model(SMALL)
+    assert model(random_batch(model.schema, ())).shape == (0,)
+
+
+def test_a_schema_without_dense_scalars_has_one_token_less() -> None:
+    schema = small_schema(num_dense=0)
+    model = _model(SMALL, schema)
+    assert schema.num_tokens == 3
+    assert model(random_batch(schema, LENGTHS)).isfinite().all()
+
+
+def test_order_of_the_history_matters() -> None:
+    model = _model(SMALL)
+    batch = random_batch(model.schema, (9,))
+    turned = replace(batch, sequences=torch.cat((batch.sequences[:7].flip(0), batch.sequences[7:])))
+    assert not torch.allclose(model(batch), model(turned), rtol=1e-4)
+
+
+def test_backends_have_one_state_and_one_answer() -> None:
+    reference = _model(replace(SMALL, backend="reference"))
+    fastest = _model(replace(SMALL, backend=None), seed=1)
+    assert list(reference.state_dict()) == list(fastest.state_dict())
+    fastest.load_state_dict(reference.state_dict())
+    batch = random_batch(reference.schema, LENGTHS)
+    torch.testing.assert_close(fastest(batch), reference(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_literal_form_ends_with_the_last_layers_cross_arch() -> None:
+    default, literal = _model(SMALL), _model(replace(SMALL, literal=True))
+    assert (len(default.cross), len(default.sequence), len(default.interaction)) == (3, 2, 2)
+    assert (len(literal.cross), len(literal.sequence), len(literal.interaction)) == (2, 1, 1)
+    assert not any("norm" in name for name, _ in literal.sequence.named_parameters())
+
+
+def test_literal_sequence_arch_is_attention_of_the_feed_forward_alone() -> None:
+    model = _model(replace(SMALL, literal=True))
+    arch = model.sequence[0]
+    layout = Layout.of(torch.tensor([0, 3, 3]), 3, SMALL.num_cls, SMALL.num_recent)
+    tokens, x_sum = torch.randn(3 + 2 * SMALL.num_cls, 8), torch.randn(2, SMALL.num_cls, 8)
+    fed = arch.feed_forward(tokens, x_sum, layout.offsets)
+    expected = arch.attention(fed, layout.offsets, model.rope())
+    torch.testing.assert_close(arch(tokens, x_sum, layout.offsets, model.rope()), expected)
+
+
+def test_rank_feed_forward_is_attention_with_identity_score() -> None:
+    """Appendix A.2.2: `(s_t W) X_sum` is attention with identity score, scale 1, keys `W`, values `X_sum`."""
+    from interformer_kernels import gated_cross_attention
+
+    layer = RankFeedForward(replace(SMALL, embed_dim=8, num_heads=1)).double()
+    lengths = torch.tensor([2, 0, 5])
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    tokens = torch.randn(7, 8, dtype=torch.float64)
+    x_sum = torch.randn(3, SMALL.num_cls, 8, dtype=torch.float64)
+    keys = layer.weight.T.expand(3, -1, -1).flatten(0, 1)[:, None]  # [B*S, 1, E]
+    key_offsets = SMALL.num_cls * torch.arange(4)
+    attended = gated_cross_attention(
+        tokens[:, None], keys, x_sum.flatten(0, 1)[:, None], key_offsets, q_offsets=offsets, score="identity", scale=1.0
+    )
+    torch.testing.assert_close(layer(tokens, x_sum, offsets), attended[:, 0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("self_identity", lambda z, g: z * g),
+        ("self_tanh", lambda z, g: torch.tanh(z * g)),
+        ("self_sigmoid", lambda z, g: torch.sigmoid(z * g)),
+        ("multiply_sigmoid", lambda z, g: z * torch.sigmoid(g)),
+    ],
+)
+def test_gates_are_equation_10(mode: str, expected: Any) -> None:
+    gate, z = Gating(replace(SMALL, gate=mode)), torch.randn(2, 3, 8)
+    torch.testing.assert_close(gate(z), expected(z, gate.g(z)))
+
+
+def test_mask_net_is_equation_6() -> None:
+    net, events = MaskNet(replace(SMALL, mask_output="sigmoid"), 3), torch.randn(5, 24)
+    torch.testing.assert_close(net(events), net.lce(events * torch.sigmoid(net.mask(events))))
+
+
+def test_layout_puts_cls_in_front_and_finds_the_last_events() -> None:
+    layout = Layout.of(torch.tensor([0, 3, 3, 4]), 6, num_cls=2, num_recent=2)  # rows of 3, 0 and 1, a tail of 2
+    behaviours = torch.arange(1.0, 7)[:, None]
+    cls_tokens = torch.tensor([[-1.0, -2], [-3, -4], [-5, -6]])[..., None]
+    tokens = layout.prepend(cls_tokens, behaviours)
+    assert tokens.flatten().tolist() == [-1, -2, 1, 2, 3, -3, -4, -5, -6, 4, 5, 6]
+    assert layout.offsets.tolist() == [0, 5, 7, 10]
+    assert layout.take_cls(tokens).flatten().tolist() == [-1, -2, -3, -4, -5, -6]
+    assert layout.take_recent(tokens).squeeze(-1).tolist() == [[2, 3], [0, 0], [0, 4]]
+
+
+@pytest.mark.parametrize("gate", ["self_tanh", "self_sigmoid", "multiply_sigmoid"])
+def test_missing_recent_events_are_zero_after_the_gate(gate: str) -> None:
+    config = replace(SMALL, gate=gate)
+    layout = Layout.of(torch.tensor([0, 1, 1]), 1, config.num_cls, config.num_recent)
+    summary = SequenceSummary(config)(torch.randn(1 + 2 * config.num_cls, 8), layout)
+    assert summary.shape == (2, config.num_cls + config.num_seeds + config.num_recent, 8)
+    recent = summary[:, -config.num_recent :]
+    assert recent[0, 1].all()
+    assert not recent[0, 0].any()
+    assert not recent[1].any()
+
+
+def test_rotary_tables_stay_float32_and_exact() -> None:
+    tables = RotaryTables(1000, 8, 10000.0)
+    cos, sin = (table.clone() for table in tables())
+    for dtype in (torch.bfloat16, torch.float64):
+        assert all(table.dtype == torch.float32 for table in tables.to(dtype)())
+        torch.testing.assert_close(tables()[0], cos, rtol=0, atol=0)
+        torch.testing.assert_close(tables()[1], sin, rtol=0, atol=0)
+    assert not tables.state_dict()
+
+
+def test_a_history_longer_than_the_tables_is_refused() -> None:
+    model = _model(replace(SMALL, max_history=4))
+    with pytest.raises(ValueError, match="at most P = 8 tokens, found 9"):
+        model(random_batch(model.schema, (5,)))
+
+
+def test_bfloat16_autocast_trains() -> None:
+    model = _model(SMALL)
+    batch = random_batch(model.schema, LENGTHS)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(batch).float(), batch.label)
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -1,0 +1,283 @@
+"""Training learns, stops, and goes on after a kill; the command line does what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interformer import InterFormerConfig
+from interformer.__main__ import main
+from interformer.data import Splits, SyntheticLaw, synthesize
+from interformer.train import EpochRecord, Progress, Run, TrainConfig, make_optimizer, train, write_atomically
+
+MODEL = InterFormerConfig(
+    embed_dim=8,
+    num_heads=2,
+    num_layers=1,
+    cross_rank=8,
+    interaction_hidden=(16,),
+    pffn_hidden=(8,),
+    head_hidden=(16,),
+    dropout=0.1,
+    embedding_dropout=0.1,
+    embedding_std=0.5,
+    max_history=12,
+)
+TRAINING = TrainConfig(epochs=3, batch_size=64, lr=5e-3, lr_decay=0.9, weight_decay=0.1, embedding_weight_decay=0.1)
+OPTIONS = [
+    f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+    for name, value in {**vars(MODEL), **vars(TRAINING), "num_users": 60, "mean_length": 8}.items()
+    if name not in ("literal", "backend")
+]
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return synthesize(SyntheticLaw(num_users=100, impressions_per_user=6, mean_length=8, max_history=12))
+
+
+class Killed(Exception):  # noqa: N818
+    """Stands for the signal."""
+
+
+class KillAfter(Progress):
+    """Ends the run in the middle of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch, self.now, self.steps = epoch, -1, 0
+
+    def start_epoch(self, epoch: int, impressions: int) -> None:
+        self.now, self.steps = epoch, 0
+
+    def step(self, impressions: int, tokens: int, loss: float) -> None:
+        self.steps += 1
+        if self.now == self.epoch and self.steps == 3:
+            raise Killed
+
+
+def _curve(history: list[EpochRecord]) -> list[tuple[int, float, dict[str, float]]]:
+    return [(record.epoch, record.loss, record.valid) for record in history]
+
+
+def test_training_learns_the_synthetic_law() -> None:
+    splits = synthesize(SyntheticLaw(num_users=500, num_items=30, mean_length=10, max_history=16))
+    config = replace(MODEL, dropout=0.0, embedding_dropout=0.0, max_history=16)
+    report = train(splits, config, replace(TRAINING, epochs=4, weight_decay=0.0, embedding_weight_decay=0.0, lr=1e-2))
+    losses = [record.loss for record in report.history]
+    assert losses[-1] < losses[0] - 0.02
+    assert report.valid.auc > 0.6
+    assert report.test.auc > 0.6
+
+
+@pytest.mark.parametrize("killed_in", [1, 2])
+def test_a_killed_and_resumed_run_is_the_uninterrupted_one(tmp_path: Path, splits: Splits, killed_in: int) -> None:
+    whole = train(splits, MODEL, TRAINING)
+    checkpoint = tmp_path / "runs" / "run.pt"
+    with pytest.raises(Killed):
+        train(splits, MODEL, TRAINING, checkpoint=checkpoint, progress=KillAfter(killed_in))
+    torch.rand(5)  # another process would have another random state
+    resumed = train(splits, MODEL, TRAINING, checkpoint=checkpoint, resume=True)
+    assert resumed.resumed_at == killed_in
+    assert _curve(resumed.history) == _curve(whole.history)
+    assert (resumed.best_epoch, resumed.valid, resumed.test) == (whole.best_epoch, whole.valid, whole.test)
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["run.pt"]
+
+
+def test_resuming_a_finished_run_only_measures(tmp_path: Path, splits: Splits) -> None:
+    checkpoint = tmp_path / "run.pt"
+    first = train(splits, MODEL, TRAINING, checkpoint=checkpoint)
+    again = train(splits, MODEL, TRAINING, checkpoint=checkpoint, resume=True, progress=KillAfter(0))
+    assert (again.valid, again.test) == (first.valid, first.test)
+
+
+def test_a_finished_run_goes_on_with_more_epochs(tmp_path: Path, splits: Splits) -> None:
+    checkpoint = tmp_path / "run.pt"
+    patient = replace(TRAINING, patience=9)
+    train(splits, MODEL, replace(patient, epochs=1), checkpoint=checkpoint)
+    longer = train(splits, MODEL, patient, checkpoint=checkpoint, resume=True)
+    assert _curve(longer.history) == _curve(train(splits, MODEL, patient).history)
+
+
+def test_a_run_leaves_the_callers_random_state(splits: Splits) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(splits, MODEL, replace(TRAINING, epochs=1))
+    assert torch.get_rng_state().equal(before)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, splits: Splits) -> None:
+    checkpoint = tmp_path / "run.pt"
+    run = Run(splits, MODEL, TRAINING)
+    run.save(checkpoint)
+    with pytest.raises(ValueError, match=r"model\.num_seeds was 2 and is 3; training\.seed was 1 and is 2"):
+        Run(splits, replace(MODEL, num_seeds=3), replace(TRAINING, seed=2)).load(checkpoint)
+    Run(splits, replace(MODEL, backend="reference"), replace(TRAINING, epochs=9)).load(checkpoint)
+    torch.save({"weights": 1}, checkpoint)
+    with pytest.raises(ValueError, match="wanted a checkpoint of this program"):
+        run.load(checkpoint)
+
+
+def test_resuming_needs_a_checkpoint_and_starts_where_there_is_none_yet(tmp_path: Path, splits: Splits) -> None:
+    with pytest.raises(ValueError, match="resume wants a checkpoint to go on from, found None"):
+        train(splits, MODEL, TRAINING, resume=True)
+
+    said: list[str] = []
+
+    class Listener(Progress):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    one = replace(TRAINING, epochs=1)
+    report = train(splits, MODEL, one, checkpoint=tmp_path / "run.pt", resume=True, progress=Listener())
+    assert report.resumed_at == 0
+    assert "no checkpoint yet" in said[0]
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    write_atomically(path, {"epoch": 1})
+    with pytest.raises(AttributeError):
+        write_atomically(path, {"epoch": 2, "cannot": lambda: None})
+    assert torch.load(path) == {"epoch": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_early_stopping_keeps_the_best_epoch(splits: Splits) -> None:
+    worsening = iter([0.6, 0.7, 0.65, 0.69, 0.5])
+
+    class Scripted(Run):
+        def evaluate(self, clicks: Any) -> Any:
+            return replace(super().evaluate(clicks), auc=next(worsening))
+
+    run = Scripted(splits, MODEL, replace(TRAINING, epochs=9, patience=2))
+    states = []
+    while not run.finished():
+        run.train_epoch(Progress())
+        states.append(run.model.head[0].weight.detach().clone())
+    assert len(run.history) == 4
+    assert run.best_epoch == 1
+    assert run.best["head.0.weight"].equal(states[1])
+
+
+def test_every_parameter_is_in_one_group_of_its_own_decay(splits: Splits) -> None:
+    model = Run(splits, MODEL, TRAINING).model
+    config = replace(TRAINING, weight_decay=0.25, embedding_weight_decay=0.5)
+    decay = {
+        id(p): group["weight_decay"] for group in make_optimizer(model, config).param_groups for p in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        expected = 0.5 if ".tables." in name else 0.25 if parameter.dim() > 1 else 0.0
+        assert decay.pop(id(parameter)) == expected, name
+    assert not decay
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, found 0"),
+        ({"patience": 0}, "patience must be at least 1, found 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, found 0"),
+        ({"lr": 0.0}, "lr must be above 0, found 0"),
+        ({"lr_decay": 1.5}, r"lr_decay must lie in \(0, 1\], found 1.5"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0, found -1"),
+    ],
+)
+def test_bad_training_settings_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(TRAINING, **change)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_the_report_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "report.json"
+    assert main(["train", *OPTIONS, "--json", str(target)]) == 0
+    report = json.loads(target.read_text())
+    assert report["model"] == {**MODEL.to_dict(), "literal": False, "backend": None}
+    assert report["training"] == vars(TRAINING)
+    assert report["data"]["clicks"] == {"train": 384, "valid": 48, "test": 48}
+    assert 1 <= len(report["history"]) <= TRAINING.epochs
+    assert set(report["test"]) == {"auc", "gauc", "logloss", "ne"}
+    assert report["valid"] == report["history"][report["best_epoch"]]["valid"]
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"test  AUC {report['test']['auc']:.4f}" in said.err
+
+
+def test_json_goes_to_standard_output_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *OPTIONS, "--epochs", "1", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["best_epoch"] == 0
+
+
+def test_the_seed_changes_the_run_and_not_the_data() -> None:
+    from interformer.__main__ import build_parser, load
+
+    one, two = (build_parser().parse_args(["train", *OPTIONS, f"--seed={seed}"]) for seed in (1, 2))
+    assert load(one, 9).train.label.equal(load(two, 9).train.label)
+
+
+def test_movielens_is_trained_on_its_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    films = [f"{i}\t{1990 + i % 5}\tDrama" for i in range(20)]
+    people = [f"{u}\t30\tM\tnone" for u in range(5)]
+    ratings = [f"{u}\t{i}\t{1 + (7 * u + 3 * i) % 5}\t{i}" for u in range(5) for i in range(20)]
+    header = {
+        "item": "item_id:token\trelease_year:token\tclass:token_seq",
+        "user": "user_id:token\tage:token\tgender:token\toccupation:token",
+        "inter": "user_id:token\titem_id:token\trating:float\ttimestamp:float",
+    }
+    for suffix, lines in (("item", films), ("user", people), ("inter", ratings)):
+        (tmp_path / f"ml.{suffix}").write_text("\n".join([header[suffix], *lines]))
+    assert main(["train", "--data", str(tmp_path), *OPTIONS, "--epochs=1"]) == 0
+    assert "ml train: 80 clicks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "/no/such/place"], "FileNotFoundError: /no/such/place: wanted a directory"),
+        (["--embed-dim=10"], "ValueError: embed_dim must be a multiple of 2 * num_heads"),
+        (["--resume"], "ValueError: train: resume wants a checkpoint"),
+        (["--num-users=2"], "ValueError: SyntheticLaw: num_users must be at least 10, found 2"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *OPTIONS, *arguments]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
+def test_a_process_killed_by_a_signal_is_resumed(tmp_path: Path) -> None:
+    """SIGKILL in the third epoch or later, then `--resume`: the same report as of a run that was never killed."""
+    checkpoint = tmp_path / "run.pt"
+    arguments = ["train", *OPTIONS, "--patience=50", "--threads=1"]
+    command = [sys.executable, "-m", "interformer", *arguments, f"--checkpoint={checkpoint}", "--epochs=50"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("epoch  2"):
+                process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=60) == -signal.SIGKILL
+    done = len(torch.load(checkpoint)["history"])
+    assert 1 <= done < 50
+
+    def report(*extra: str) -> dict[str, Any]:
+        target = tmp_path / "report.json"
+        assert main([*arguments, f"--epochs={done + 1}", f"--json={target}", *extra]) == 0
+        found: dict[str, Any] = json.loads(target.read_text())
+        for record in found["history"]:
+            del record["seconds"]
+        return found
+
+    resumed, whole = report(f"--checkpoint={checkpoint}", "--resume"), report()
+    assert resumed.pop("resumed_at") == done
+    assert whole.pop("resumed_at") == 0
+    assert resumed == whole
