@@ -61,20 +61,21 @@ def interleaved(
     """Time the runs by turns, so that whatever else the machine does falls on all alike.
 
     Args:
-        runs: by name; each is called a few times before it is timed.
+        runs: by name; each is called before it is timed.
         device: "cpu" or "cuda".
-        seconds: about how long all of it may take; `least` rounds are always made, and never more than `most`.
+        seconds: about how long all of it may take: `least` rounds are made nevertheless, unless they take ten times as
+            long (one round always is), and never more than `most`.
 
     Runs faster than a millisecond are repeated within a sample, so that the clock does not show.
     """
-    repeats = {}
+    repeats = dict.fromkeys(runs, 1)
     for name, run in runs.items():
-        once(run, device)
-        repeats[name] = max(1, math.ceil(1e-3 / once(run, device)))
+        if once(run, device) < 0.1:  # the first call is slower than the others: a slow one is not made twice
+            repeats[name] = max(1, math.ceil(1e-3 / once(run, device)))
     samples: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     for turn in range(most):
-        if turn >= least and time.perf_counter() - start > seconds:
+        if turn and time.perf_counter() - start > (seconds if turn >= least else 10 * seconds):
             break
         for name, run in runs.items():
             samples[name].append(once(run, device, repeats[name]))

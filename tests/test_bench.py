@@ -102,9 +102,10 @@ def test_a_wrong_peer_is_not_timed(wrong: Any, shown: str, monkeypatch: pytest.M
 def test_interleaved_runs_take_turns_and_report_medians() -> None:
     calls: list[str] = []
     runs = {name: lambda name=name: calls.append(name) for name in "ab"}
-    taken = timing.interleaved(runs, seconds=0.0, least=3)
+    taken = timing.interleaved(runs, seconds=1.0, least=3, most=3)
     assert {name: time.samples for name, time in taken.items()} == {"a": 3, "b": 3}
-    turns = "".join(calls[4:])  # after two calls of each before the timing
+    assert timing.interleaved(runs, seconds=0.0)["b"].samples == 1  # slow runs are not repeated for ever
+    turns = "".join(calls[4:10])  # after two calls of each before the timing
     assert turns.lstrip("a").startswith("b")
     assert "a" in turns.lstrip("a")
     assert timing.Timing.of([3.0, 1.0, 2.0, 100.0]) == timing.Timing(2.5, 1.75, 27.25, 4)
