@@ -12,6 +12,8 @@ from interformer.batch import Layout
 from interformer.layers import Gating, MaskNet, RankFeedForward, RotaryTables, SequenceSummary
 from interformer.testing import random_batch, rows_of, small_schema
 
+from interformer_kernels import gated_cross_attention
+
 SMALL = InterFormerConfig(
     embed_dim=8,
     num_heads=2,
@@ -134,8 +136,6 @@ def test_literal_sequence_arch_is_attention_of_the_feed_forward_alone() -> None:
 
 def test_rank_feed_forward_is_attention_with_identity_score() -> None:
     """Appendix A.2.2: `(s_t W) X_sum` is attention with identity score, scale 1, keys `W`, values `X_sum`."""
-    from interformer_kernels import gated_cross_attention
-
     layer = RankFeedForward(replace(SMALL, embed_dim=8, num_heads=1)).double()
     lengths = torch.tensor([2, 0, 5])
     offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
@@ -205,6 +205,15 @@ def test_a_history_longer_than_the_tables_is_refused() -> None:
     model = _model(replace(SMALL, max_history=4))
     with pytest.raises(ValueError, match="at most P = 8 tokens, found 9"):
         model(random_batch(model.schema, (5,)))
+
+
+@pytest.mark.parametrize("side", ["categorical", "sequences"])
+def test_a_batch_of_another_schema_is_named(side: str) -> None:
+    model = _model(SMALL)
+    batch = random_batch(model.schema, LENGTHS)
+    other = replace(batch, **{side: getattr(batch, side)[:, 1:]})
+    with pytest.raises(ValueError, match=rf"batch\.{side} must have one column for each of .*; found shape \[\d+, 2\]"):
+        model(other)
 
 
 def test_bfloat16_autocast_trains() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from interformer import InterFormerConfig
-from interformer.__main__ import main
+from interformer.__main__ import build_parser, load, main, write_json
 from interformer.data import Splits, SyntheticLaw, synthesize
 from interformer.train import EpochRecord, Progress, Run, TrainConfig, make_optimizer, train, write_atomically
 
@@ -195,6 +195,14 @@ def test_bad_training_settings_are_named(change: dict[str, Any], message: str) -
         replace(TRAINING, **change)
 
 
+def test_parts_that_cannot_be_trained_on_are_named(splits: Splits) -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"splits\.valid must hold at least one impression, found none"):
+        train(replace(splits, valid=splits.valid.select(none)), MODEL, TRAINING)
+    with pytest.raises(ValueError, match="rate must lie strictly between 0 and 1, found 1"):
+        train(replace(splits, train=splits.train.select(splits.train.label == 1)), MODEL, TRAINING)
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -213,14 +221,17 @@ def test_the_report_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert f"test  AUC {report['test']['auc']:.4f}" in said.err
 
 
+def test_json_has_null_for_what_is_undefined(tmp_path: Path) -> None:
+    write_json(str(tmp_path / "x.json"), {"test": {"auc": float("nan"), "ne": 1.0}, "history": [float("nan")]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"test": {"auc": None, "ne": 1.0}, "history": [None]}
+
+
 def test_json_goes_to_standard_output_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *OPTIONS, "--epochs", "1", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["best_epoch"] == 0
 
 
 def test_the_seed_changes_the_run_and_not_the_data() -> None:
-    from interformer.__main__ import build_parser, load
-
     one, two = (build_parser().parse_args(["train", *OPTIONS, f"--seed={seed}"]) for seed in (1, 2))
     assert load(one, 9).train.label.equal(load(two, 9).train.label)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -143,9 +144,18 @@ def describe(
     }
 
 
+def without_nan(value: Any) -> Any:
+    """`value` with None for every NaN, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def write_json(target: str, content: dict[str, Any]) -> None:
     """Write to the file `target`, whole or not at all, or to standard output for `-`."""
-    text = json.dumps(content, indent=2) + "\n"
+    text = json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n"
     if target == "-":
         sys.stdout.write(text)
         return

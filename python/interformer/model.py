@@ -29,17 +29,21 @@ class Embedding(nn.Module):
         self.dense = nn.Linear(len(schema.dense), config.embed_dim, bias=False) if schema.dense else None
         self.dropout = nn.Dropout(config.embedding_dropout)
 
-    def _look_up(self, fields: tuple[Field, ...], ids: Tensor) -> list[Tensor]:
+    def _look_up(self, side: str, ids: Tensor) -> list[Tensor]:
+        fields: tuple[Field, ...] = getattr(self.schema, side)
+        if ids.dim() != 2 or ids.shape[1] != len(fields):
+            wanted = f"batch.{side} must have one column for each of {', '.join(field.name for field in fields)}"
+            raise ValueError(f"InterFormer: {wanted}; found shape {list(ids.shape)}")
         return [self.tables[field.table](ids[:, i]) for i, field in enumerate(fields)]
 
     def tokens(self, batch: Batch) -> Tensor:
-        found = self._look_up(self.schema.categorical, batch.categorical)
+        found = self._look_up("categorical", batch.categorical)
         if self.dense is not None:
             found.insert(0, self.dense(batch.dense.to(self.dense.weight.dtype)))
         return self.dropout(torch.stack(found, 1))
 
     def events(self, batch: Batch) -> Tensor:
-        return self.dropout(torch.cat(self._look_up(self.schema.sequences, batch.sequences), 1))
+        return self.dropout(torch.cat(self._look_up("sequences", batch.sequences), 1))
 
 
 def num_summary(config: InterFormerConfig) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from interformer.config import InterFormerConfig
 from interformer.data.clicks import Clicks, Splits
-from interformer.metrics import Metrics, evaluate
+from interformer.metrics import Metrics, entropy, evaluate
 from interformer.model import InterFormer
 
 
@@ -112,11 +112,15 @@ class Run:
     def __init__(
         self, splits: Splits, config: InterFormerConfig, train_config: TrainConfig, device: torch.device | str = "cpu"
     ) -> None:
+        for name, part in splits.parts().items():
+            if not len(part):
+                raise ValueError(f"splits.{name} must hold at least one impression, found none")
         self.splits, self.train_config, self.device = splits, train_config, torch.device(device)
         torch.manual_seed(train_config.seed)
         self.model = InterFormer(config, splits.schema).to(self.device)
         self.optimizer = make_optimizer(self.model, train_config)
         self.train_rate = splits.train.rate()
+        entropy(self.train_rate)  # a training part of one class has no NE: better known now than after an epoch
         self.history: list[EpochRecord] = []
         self.best: dict[str, Tensor] = {}
         self.best_epoch = -1
