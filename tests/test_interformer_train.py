@@ -68,13 +68,13 @@ def _curve(history: list[EpochRecord]) -> list[tuple[int, float, dict[str, float
 
 
 def test_training_learns_the_synthetic_law() -> None:
-    splits = synthesize(SyntheticLaw(num_users=500, num_items=30, mean_length=10, max_history=16))
-    config = replace(MODEL, dropout=0.0, embedding_dropout=0.0, max_history=16)
-    report = train(splits, config, replace(TRAINING, epochs=4, weight_decay=0.0, embedding_weight_decay=0.0, lr=1e-2))
+    splits = synthesize(SyntheticLaw(num_users=300, num_items=20, mean_length=6, max_history=12))
+    config = replace(MODEL, dropout=0.0, embedding_dropout=0.0)
+    report = train(splits, config, replace(TRAINING, lr=1e-2, weight_decay=0.0, embedding_weight_decay=0.0))
     losses = [record.loss for record in report.history]
     assert losses[-1] < losses[0] - 0.02
-    assert report.valid.auc > 0.6
-    assert report.test.auc > 0.6
+    assert (report.valid.auc + report.test.auc) / 2 > 0.6
+    assert report.valid.ne < 1
 
 
 @pytest.mark.parametrize("killed_in", [1, 2])
