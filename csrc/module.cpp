@@ -9,8 +9,11 @@
 
 #include "common/checks.h"
 #include "common/exchange.h"
+#include "cpu/apply_rotary.h"
+#include "cpu/attention.h"
 #include "cpu/features.h"
-#include "cpu/pma_pooling.h"
+#include "cpu/level.h"
+#include "cpu/personalized_ffn.h"
 #include "cpu/rows.h"
 #ifdef INTERFORMER_HAS_CUDA
 #include "cuda/device.h"
@@ -26,7 +29,8 @@ py::dict build_info() {
     py::dict info;
     info["compiler"] = INTERFORMER_COMPILER;
     info["openmp"] = _OPENMP;  // the date of the standard, as the compiler gives it
-    info["cpu_levels"] = std::vector<std::string>{"generic"};
+    info["cpu_levels"] = usable_levels();
+    info["cpu_level"] = chosen_level();
     info["cuda"] = INTERFORMER_CUDA_NOTE;
     info["cuda_architectures"] = py::str(INTERFORMER_CUDA_ARCHITECTURES).attr("split")();
 #ifdef INTERFORMER_HAS_CUDA
@@ -57,48 +61,121 @@ int64_t bind_first_bad_offset(py::handle offsets, int64_t total) {
     return first_bad_offset(view, total);
 }
 
-PmaPoolingInputs pma_pooling_inputs(const Viewer& view, py::handle seeds, py::handle k, py::handle v,
-                                    py::handle offsets, py::handle gate, double scale, int64_t skip_prefix,
-                                    const std::string& score, double post_scale, const std::string& gate_form,
-                                    const std::string& gate_activation) {
-    return {view("seeds", seeds),
-            view("k", k),
-            view.optional("v", v),
-            view("offsets", offsets),
-            view.optional("gate", gate),
-            scale,
-            skip_prefix,
-            parse_score(score),
-            post_scale,
-            parse_gate(gate_form, gate_activation)};
+// Arguments that forward and backward share, in the order of the Python call.
+struct AttentionArguments {
+    const std::string& layout;
+    py::handle q, k, v, q_offsets, kv_offsets;
+    int64_t skip_prefix;
+    py::handle cos, sin, positions_q, positions_k;
+    bool rope_interleaved, causal;
+    int64_t window_left, window_right, num_prefix;
+    py::handle gate;
+    double scale, post_scale;
+    const std::string &score, &gate_form, &gate_activation;
+
+    AttentionInputs view(const Viewer& view) const {
+        return {parse_query_layout(layout),
+                view("q", q),
+                view("k", k),
+                view.optional("v", v),
+                view.optional("q_offsets", q_offsets),
+                view("kv_offsets", kv_offsets),
+                skip_prefix,
+                view.optional("cos", cos),
+                view.optional("sin", sin),
+                view.optional("positions_q", positions_q),
+                view.optional("positions_k", positions_k),
+                rope_interleaved,
+                causal,
+                window_left,
+                window_right,
+                num_prefix,
+                view.optional("gate", gate),
+                scale,
+                post_scale,
+                parse_score(score),
+                parse_gate(gate_form, gate_activation)};
+    }
+};
+
+void bind_attention_forward(const std::string& layout, py::handle q, py::handle k, py::handle v, py::handle q_offsets,
+                            py::handle kv_offsets, int64_t skip_prefix, py::handle cos, py::handle sin,
+                            py::handle positions_q, py::handle positions_k, bool rope_interleaved, bool causal,
+                            int64_t window_left, int64_t window_right, int64_t num_prefix, py::handle gate,
+                            double scale, double post_scale, const std::string& score, const std::string& gate_form,
+                            const std::string& gate_activation, py::handle residual, py::handle out, py::handle lse,
+                            py::handle attended, int64_t threads) {
+    const Viewer view("attention_forward");
+    const AttentionInputs in =
+        AttentionArguments{layout,      q,           k,           v,           q_offsets,   kv_offsets,
+                           skip_prefix, cos,         sin,         positions_q, positions_k, rope_interleaved,
+                           causal,      window_left, window_right, num_prefix, gate,        scale,
+                           post_scale,  score,       gate_form,   gate_activation}
+            .view(view);
+    const AttentionOutputs to{view.optional("residual", residual), view("out", out), view.optional("lse", lse),
+                              view.optional("attended", attended)};
+    const py::gil_scoped_release released;
+    attention_forward(in, to, threads);
 }
 
-void bind_pma_pooling_forward(py::handle seeds, py::handle k, py::handle v, py::handle offsets, py::handle gate,
-                              py::handle residual, double scale, int64_t skip_prefix, const std::string& score,
-                              double post_scale, const std::string& gate_form, const std::string& gate_activation,
-                              py::handle out, py::handle lse, py::handle attended, int64_t threads) {
-    const Viewer view("pma_pooling_forward");
-    const PmaPoolingInputs in = pma_pooling_inputs(view, seeds, k, v, offsets, gate, scale, skip_prefix, score,
-                                                   post_scale, gate_form, gate_activation);
-    const PmaPoolingOutputs to{view.optional("residual", residual), view("out", out), view.optional("lse", lse),
-                               view.optional("attended", attended)};
+void bind_attention_backward(const std::string& layout, py::handle q, py::handle k, py::handle v, py::handle q_offsets,
+                             py::handle kv_offsets, int64_t skip_prefix, py::handle cos, py::handle sin,
+                             py::handle positions_q, py::handle positions_k, bool rope_interleaved, bool causal,
+                             int64_t window_left, int64_t window_right, int64_t num_prefix, py::handle gate,
+                             double scale, double post_scale, const std::string& score, const std::string& gate_form,
+                             const std::string& gate_activation, py::handle grad_out, py::handle attended,
+                             py::handle grad_q, py::handle grad_k, py::handle grad_v, py::handle grad_gate,
+                             int64_t threads) {
+    const Viewer view("attention_backward");
+    const AttentionInputs in =
+        AttentionArguments{layout,      q,           k,           v,           q_offsets,   kv_offsets,
+                           skip_prefix, cos,         sin,         positions_q, positions_k, rope_interleaved,
+                           causal,      window_left, window_right, num_prefix, gate,        scale,
+                           post_scale,  score,       gate_form,   gate_activation}
+            .view(view);
+    const AttentionGradients grads{view("grad_out", grad_out),      view.optional("attended", attended),
+                                   view("grad_q", grad_q),          view("grad_k", grad_k),
+                                   view.optional("grad_v", grad_v), view.optional("grad_gate", grad_gate)};
     const py::gil_scoped_release released;
-    pma_pooling_forward(in, to, threads);
+    attention_backward(in, grads, threads);
 }
 
-void bind_pma_pooling_backward(py::handle grad_out, py::handle attended, py::handle seeds, py::handle k, py::handle v,
-                               py::handle offsets, py::handle gate, double scale, int64_t skip_prefix,
-                               const std::string& score, double post_scale, const std::string& gate_form,
-                               const std::string& gate_activation, py::handle grad_seeds, py::handle grad_k,
-                               py::handle grad_v, py::handle grad_gate, int64_t threads) {
-    const Viewer view("pma_pooling_backward");
-    const PmaPoolingInputs in = pma_pooling_inputs(view, seeds, k, v, offsets, gate, scale, skip_prefix, score,
-                                                   post_scale, gate_form, gate_activation);
-    const PmaPoolingGradients grads{view("grad_out", grad_out),      view.optional("attended", attended),
-                                    view("grad_seeds", grad_seeds),  view("grad_k", grad_k),
-                                    view.optional("grad_v", grad_v), view.optional("grad_gate", grad_gate)};
+FfnInputs ffn_inputs(const Viewer& view, py::handle x, py::handle weight, py::handle offsets, py::handle bias,
+                     const std::string& activation) {
+    return {view("x", x), view("weight", weight), view("offsets", offsets), view.optional("bias", bias),
+            parse_activation(activation)};
+}
+
+void bind_personalized_ffn_forward(py::handle x, py::handle weight, py::handle offsets, py::handle bias,
+                                   const std::string& activation, py::handle residual, py::handle out,
+                                   int64_t threads) {
+    const Viewer view("personalized_ffn_forward");
+    const FfnInputs in = ffn_inputs(view, x, weight, offsets, bias, activation);
+    const std::optional<TensorView> added = view.optional("residual", residual);
+    const TensorView to = view("out", out);
     const py::gil_scoped_release released;
-    pma_pooling_backward(in, grads, threads);
+    personalized_ffn_forward(in, added, to, threads);
+}
+
+void bind_personalized_ffn_backward(py::handle x, py::handle weight, py::handle offsets, py::handle bias,
+                                    const std::string& activation, py::handle grad_out, py::handle grad_x,
+                                    py::handle grad_weight, py::handle grad_bias, int64_t threads) {
+    const Viewer view("personalized_ffn_backward");
+    const FfnInputs in = ffn_inputs(view, x, weight, offsets, bias, activation);
+    const FfnGradients grads{view("grad_out", grad_out), view("grad_x", grad_x), view("grad_weight", grad_weight),
+                             view.optional("grad_bias", grad_bias)};
+    const py::gil_scoped_release released;
+    personalized_ffn_backward(in, grads, threads);
+}
+
+void bind_apply_rotary(py::handle x, py::handle offsets, py::handle cos, py::handle sin, py::handle positions,
+                       bool interleaved, bool backwards, py::handle out, int64_t threads) {
+    const Viewer view("apply_rotary");
+    const TensorView from = view("x", x), rows = view("offsets", offsets);
+    const TensorView cosines = view("cos", cos), sines = view("sin", sin), to = view("out", out);
+    const std::optional<TensorView> places = view.optional("positions", positions);
+    const py::gil_scoped_release released;
+    apply_rotary(from, rows, cosines, sines, places, interleaved, backwards, to, threads);
 }
 
 }  // namespace
@@ -118,15 +195,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_device_count", &cuda_device_count);
     m.def("first_bad_offset", &bind_first_bad_offset, py::arg("offsets"), py::arg("total"));
 
-    m.def("pma_pooling_forward", &bind_pma_pooling_forward, py::arg("seeds"), py::arg("k"), py::arg("v"),
-          py::arg("offsets"), py::arg("gate"), py::arg("residual"), py::arg("scale"), py::arg("skip_prefix"),
-          py::arg("score"), py::arg("post_scale"), py::arg("gate_form"), py::arg("gate_activation"), py::arg("out"),
-          py::arg("lse"), py::arg("attended"), py::arg("threads"));
-    m.def("pma_pooling_backward", &bind_pma_pooling_backward, py::arg("grad_out"), py::arg("attended"),
-          py::arg("seeds"), py::arg("k"), py::arg("v"), py::arg("offsets"), py::arg("gate"), py::arg("scale"),
-          py::arg("skip_prefix"), py::arg("score"), py::arg("post_scale"), py::arg("gate_form"),
-          py::arg("gate_activation"), py::arg("grad_seeds"), py::arg("grad_k"), py::arg("grad_v"), py::arg("grad_gate"),
-          py::arg("threads"));
+    m.def("attention_forward", &bind_attention_forward);
+    m.def("attention_backward", &bind_attention_backward);
+    m.def("personalized_ffn_forward", &bind_personalized_ffn_forward);
+    m.def("personalized_ffn_backward", &bind_personalized_ffn_backward);
+    m.def("apply_rotary", &bind_apply_rotary);
 }
 
 }  // namespace interformer

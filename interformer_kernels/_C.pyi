@@ -20,47 +20,117 @@ def cuda_device_count() -> int:
 def first_bad_offset(offsets: Tensor, total: int) -> int:
     """Index of the first entry that is not 0 at the start, less than its predecessor, or beyond `total`; else -1."""
 
-def pma_pooling_forward(
-    seeds: Tensor,
+def attention_forward(
+    layout: str,
+    q: Tensor,
     k: Tensor,
     v: Tensor | None,
-    offsets: Tensor,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    scale: float,
+    q_offsets: Tensor | None,
+    kv_offsets: Tensor,
     skip_prefix: int,
-    score: str,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions_q: Tensor | None,
+    positions_k: Tensor | None,
+    rope_interleaved: bool,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    num_prefix: int,
+    gate: Tensor | None,
+    scale: float,
     post_scale: float,
+    score: str,
     gate_form: str,
     gate_activation: str,
+    residual: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
     attended: Tensor | None,
     threads: int,
+    /,
 ) -> None:
-    """Writes `out`, and `lse` and `attended` where given; `gate` has the output's shape, by strides of 0 if need be."""
+    """Writes `out`, and `lse` and `attended` where given; `gate` has the output's shape, by strides of 0 if need be.
 
-def pma_pooling_backward(
-    grad_out: Tensor,
-    attended: Tensor | None,
-    seeds: Tensor,
+    `layout` says where a row's queries are: "packed" `[Tq, H, D]`, "dense" `[B, N, H, D]`, "shared" `[M, H, D]`.
+    """
+
+def attention_backward(
+    layout: str,
+    q: Tensor,
     k: Tensor,
     v: Tensor | None,
-    offsets: Tensor,
+    q_offsets: Tensor | None,
+    kv_offsets: Tensor,
+    skip_prefix: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions_q: Tensor | None,
+    positions_k: Tensor | None,
+    rope_interleaved: bool,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    num_prefix: int,
     gate: Tensor | None,
     scale: float,
-    skip_prefix: int,
-    score: str,
     post_scale: float,
+    score: str,
     gate_form: str,
     gate_activation: str,
-    grad_seeds: Tensor,
+    grad_out: Tensor,
+    attended: Tensor | None,
+    grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor | None,
     grad_gate: Tensor | None,
     threads: int,
+    /,
 ) -> None:
     """Writes the gradients; an axis of size 1 of `grad_gate` that the gate broadcast over is summed.
 
-    `attended` is the ungated A, which only the gate's gradient needs.
+    `grad_gate`, and `grad_q` of shared queries, are of the type of accumulation. `attended` is the ungated A, which only
+    the gate's gradient needs.
     """
+
+def personalized_ffn_forward(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    out: Tensor,
+    threads: int,
+    /,
+) -> None:
+    """Writes `out [T, F]`."""
+
+def personalized_ffn_backward(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    grad_out: Tensor,
+    grad_x: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    threads: int,
+    /,
+) -> None:
+    """Writes the gradients."""
+
+def apply_rotary(
+    x: Tensor,
+    offsets: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    backwards: bool,
+    out: Tensor,
+    threads: int,
+    /,
+) -> None:
+    """Writes `out [T, H, D]`: x rotated, or, backwards, turned back."""

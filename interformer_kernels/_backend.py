@@ -15,7 +15,10 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # The launcher modules of each kernel backend, by op: a module with `forward` and `backward`.
 _LAUNCHERS: dict[str, dict[str, str]] = {
-    "cpu": {"pma_pooling": "interformer_kernels._native.pma_pooling"},
+    "cpu": {
+        op: f"interformer_kernels._native.{op}"
+        for op in ("apply_rotary", "gated_cross_attention", "jagged_attention", "personalized_ffn", "pma_pooling")
+    },
     "triton": {},
     "cuda": {},
 }

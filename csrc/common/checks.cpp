@@ -123,6 +123,20 @@ void Checks::like(const char* argument, const TensorView& view, const char* othe
         refuse(argument, std::string("of the shape of ") + other + ", " + shape_of(model), describe(view));
 }
 
+void Checks::contiguous(const char* argument, const TensorView& view) const {
+    int64_t stride = 1;
+    for (int axis = view.axes - 1; axis >= 0 && view.size() > 0; --axis) {
+        if (view.shape[axis] > 1 && view.strides[axis] != stride)
+            refuse(argument, "contiguous", "a stride of " + std::to_string(view.strides[axis]));
+        stride *= view.shape[axis];
+    }
+}
+
+void Checks::gradient(const char* argument, const TensorView& view, const char* other, const TensorView& model) const {
+    like(argument, view, other, model);
+    contiguous(argument, view);
+}
+
 void Checks::contiguous_last_axis(const char* argument, const TensorView& view) const {
     const int last = view.axes - 1;
     if (view.shape[last] > 1 && view.strides[last] != 1)

@@ -36,6 +36,10 @@ class Checks {
     void tensor(const char* argument, const TensorView& view, DType dtype, std::initializer_list<Axis> axes) const;
     // On the CPU, of the dtype and the shape of another argument.
     void like(const char* argument, const TensorView& view, const char* other, const TensorView& model) const;
+    // `like`, and without gaps: a tensor that a kernel fills.
+    void gradient(const char* argument, const TensorView& view, const char* other, const TensorView& model) const;
+    // Without gaps, in the order of its axes.
+    void contiguous(const char* argument, const TensorView& view) const;
     // Elements of the last axis lie side by side.
     void contiguous_last_axis(const char* argument, const TensorView& view) const;
     // Anything else, once it is known to be wrong: the texts of a call that is right are never made.

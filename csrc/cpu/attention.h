@@ -1,78 +1,57 @@
-// What the attention kernels share: tokens taken by the tile, and the softmax over a row that is seen tile by tile.
+// The ops of the attention family on the CPU: OPS.md's `jagged_attention`, `gated_cross_attention` and `pma_pooling`
+// are one computation in three layouts of the queries and of what has the output's shape.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
-#include <limits>
-#include <type_traits>
+#include <optional>
 
 #include "common/tensor_view.h"
-#include "cpu/element.h"
-#include "cpu/rows.h"
+#include "cpu/scalar_maps.h"
 
 namespace interformer {
 
-// Tokens of a tile. Sums run over a tile first and over the row's tiles then, so that long rows stay exact.
-constexpr int64_t kTile = 64;
+// Where a row's queries are: packed `[Tq, H, D]` with offsets of their own (or the keys'), dense `[B, N, H, D]`, or
+// `[M, H, D]` shared by all rows. Outputs are `[Tq, H, Dv]`, `[B, N, H, Dv]` and `[B, M, H, Dv]`.
+enum class QueryLayout { packed, dense, shared };
 
-// One head's channels of the tokens of a tile, in the type of accumulation.
-template <typename A>
-struct Tile {
-    const A* data;
-    int64_t stride;
+QueryLayout parse_query_layout(const std::string& name);
 
-    const A* operator[](int64_t token) const { return data + token * stride; }
+// What forward and backward both read. Floating tensors share one dtype, but for the float32 tables.
+struct AttentionInputs {
+    QueryLayout layout;
+    TensorView q, k;
+    std::optional<TensorView> v;          // [Tk, Hk, Dv]; none: v is k
+    std::optional<TensorView> q_offsets;  // of packed queries; none: the keys'
+    TensorView kv_offsets;
+    int64_t skip_prefix;  // keys left out at the start of each row
+    std::optional<TensorView> cos, sin, positions_q, positions_k;
+    bool rope_interleaved;
+    bool causal;
+    int64_t window_left, window_right, num_prefix;
+    std::optional<TensorView> gate;  // of the output's shape, expanded
+    double scale, post_scale;
+    Score score;
+    Gate gating;
 };
 
-// A tile of packed tokens `x [T, Hk, channels]`: in place where the type allows it, else converted into `buffer`.
-template <typename T>
-Tile<Acc<T>> tile_of(const Strided<const T, 3>& x, Span tokens, int64_t head, int64_t channels, Acc<T>* buffer) {
-    if constexpr (std::is_same_v<T, Acc<T>>) {
-        return {x.at(tokens.begin, head), x.strides[0]};
-    } else {
-        for (int64_t t = tokens.begin; t < tokens.end; ++t)
-            widen(x.at(t, head), 1, channels, buffer + (t - tokens.begin) * channels);
-        return {buffer, channels};
-    }
-}
-
-// Calls `body(tokens)` for the tiles of a span, in order.
-template <typename Body>
-void for_tiles(Span span, Body&& body) {
-    for (int64_t first = span.begin; first < span.end; first += kTile)
-        body(Span{first, first + kTile < span.end ? first + kTile : span.end});
-}
-
-// The softmax of one query: the largest score so far, and the sum of the exponentials against it.
-template <typename A>
-struct RunningSoftmax {
-    A largest = -std::numeric_limits<A>::infinity();
-    A sum = 0;
-
-    // Turns a tile's scores into weights, to be divided by `sum` at the end; what was summed with the weights of
-    // earlier tiles is to be multiplied by the result.
-    A soften(A* scores, int64_t count) {
-        A next = largest;
-        for (int64_t t = 0; t < count; ++t)  // a NaN wins, and stays
-            if (scores[t] > next || scores[t] != scores[t]) next = scores[t];
-        const A shrink = next == largest ? A(1) : std::exp(largest - next);
-        largest = next;
-        exponentials(scores, count);
-        A added = 0;
-        for (int64_t t = 0; t < count; ++t) added += scores[t];
-        sum = sum * shrink + added;
-        return shrink;
-    }
-
-    // Scores to weights against the largest score. While every score is -inf the weights are 0, since a finite score
-    // may follow; if none does, 0 / 0 is NaN at the end.
-    void exponentials(A* scores, int64_t count) const {
-        const A against = largest == -std::numeric_limits<A>::infinity() ? A(0) : largest;
-        for (int64_t t = 0; t < count; ++t) scores[t] = std::exp(scores[t] - against);
-    }
-
-    // As torch.logsumexp: infinite where the largest score is, -inf where there was none.
-    A log_sum() const { return std::isinf(largest) ? largest : largest + std::log(sum); }
+struct AttentionOutputs {
+    std::optional<TensorView> residual;  // read
+    TensorView out;
+    std::optional<TensorView> lse;       // in the type of accumulation, softmax only
+    std::optional<TensorView> attended;  // the ungated A
 };
+
+struct AttentionGradients {
+    TensorView grad_out;                  // read
+    std::optional<TensorView> attended;   // the ungated A, read; only a gate needs it
+    TensorView grad_q, grad_k;            // grad_k holds v's share where v is k
+    std::optional<TensorView> grad_v;
+    std::optional<TensorView> grad_gate;  // of the output's rank: summed over the axes of size 1
+};
+
+// A row's bits depend on the row alone, and no bits on the number of threads: sums over rows (of shared queries'
+// gradients and of broadcast gates') are taken over runs of rows that the offsets fix, in their order.
+void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, int64_t threads);
+void attention_backward(const AttentionInputs& in, const AttentionGradients& grads, int64_t threads);
 
 }  // namespace interformer

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 namespace interformer {
 
@@ -16,32 +16,35 @@ inline int worthwhile_threads(int64_t threads, int64_t tasks, int64_t work) {
     return static_cast<int>(std::max<int64_t>(1, std::min({threads, tasks, work / kShare})));
 }
 
-// Memory for each thread, taken before the threads start: a failed allocation must not leave a parallel region.
-template <typename A>
-class Scratch {
+// Uninitialised memory for each thread, taken before the threads start: a failed allocation must not leave a parallel
+// region.
+class ThreadMemory {
   public:
-    Scratch(int threads, int64_t size)
-        : stride_((size + kLine - 1) / kLine * kLine + kLine), memory_(threads * stride_) {}
+    ThreadMemory(int threads, int64_t bytes)
+        : stride_((bytes + kLine - 1) / kLine * kLine), memory_(new char[threads * stride_ + kLine]) {
+        const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+        first_ = memory_.get() + (kLine - address % kLine) % kLine;
+    }
 
-    A* of(int thread) { return memory_.data() + thread * stride_; }
+    void* of(int thread) { return first_ + thread * stride_; }
 
   private:
-    static constexpr int64_t kLine = 64 / sizeof(A);  // whole cache lines, so that threads share none
+    static constexpr int64_t kLine = 64;  // pieces begin on cache lines, so that threads share none
 
     int64_t stride_;
-    std::vector<A> memory_;
+    std::unique_ptr<char[]> memory_;
+    char* first_;
 };
 
-// Calls `body(task, thread)` for every task in [0, tasks). `body` may not throw, and its result may not depend on
-// the thread: then the result does not depend on the number of threads either.
+// Calls `body(task, thread)` for every task in [0, tasks), the first ones first. `body` may not throw, and its result
+// may not depend on the thread: then the result does not depend on the number of threads either.
 template <typename Body>
 void parallel_for(int threads, int64_t tasks, Body&& body) {
     if (threads <= 1) {
         for (int64_t task = 0; task < tasks; ++task) body(task, 0);
         return;
     }
-    const int64_t chunk = std::max<int64_t>(1, tasks / (threads * int64_t{32}));  // small, since rows differ in length
-#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
 }
 

@@ -1,6 +1,8 @@
 #include "cpu/rows.h"
 
 #include <algorithm>
+#include <cstring>
+#include <numeric>
 
 namespace interformer {
 
@@ -18,10 +20,16 @@ int64_t first_bad(const TensorView& offsets, int64_t total) {
     return -1;
 }
 
-template <typename Index>
-void copy_clamped(const TensorView& offsets, int64_t total, std::vector<int64_t>& edges) {
+// Calls `each(begin, end)` for every row, clamped.
+template <typename Index, typename Each>
+void for_rows(const TensorView& offsets, int64_t total, Each&& each) {
     const Strided<const Index, 1> entries(offsets);
-    for (int64_t i = 0; i < offsets.shape[0]; ++i) edges[i] = std::clamp<int64_t>(*entries.at(i), 0, total);
+    int64_t begin = std::clamp<int64_t>(*entries.at(0), 0, total);
+    for (int64_t i = 1; i < offsets.shape[0]; ++i) {
+        const int64_t end = std::clamp<int64_t>(*entries.at(i), 0, total);
+        each(begin, end);
+        begin = end;
+    }
 }
 
 }  // namespace
@@ -30,29 +38,34 @@ int64_t first_bad_offset(const TensorView& offsets, int64_t total) {
     return offsets.dtype == DType::int32 ? first_bad<int32_t>(offsets, total) : first_bad<int64_t>(offsets, total);
 }
 
-Rows::Rows(const TensorView& offsets, int64_t total) : edges_(offsets.shape[0]), total_(total) {
+Rows::Rows(const TensorView& offsets, int64_t total, int64_t skip) : total_(total) {
+    begins_.reserve(offsets.shape[0] - 1);
+    counts_.reserve(offsets.shape[0] - 1);
+    const auto add = [&](int64_t begin, int64_t end) {
+        ordered_ = ordered_ && begin <= end;
+        begin += std::min(skip, total - begin);
+        begins_.push_back(begin);
+        counts_.push_back(std::max<int64_t>(end - begin, 0));
+        longest_ = std::max(longest_, counts_.back());
+    };
     if (offsets.dtype == DType::int32)
-        copy_clamped<int32_t>(offsets, total, edges_);
+        for_rows<int32_t>(offsets, total, add);
     else
-        copy_clamped<int64_t>(offsets, total, edges_);
-    ordered_ = std::is_sorted(edges_.begin(), edges_.end());
+        for_rows<int64_t>(offsets, total, add);
 }
 
-std::vector<int64_t> Rows::cuts(int64_t most) const {
-    constexpr int64_t kRowWork = 8;  // what a row costs beside its tokens, in tokens
-    int64_t work = 0;
-    for (int64_t b = 0; b < count(); ++b) work += kRowWork + span(b).size();
-    const int64_t share = (work + most - 1) / most;
-    std::vector<int64_t> cuts{0};
-    int64_t open = 0;
-    for (int64_t b = 0; b < count(); ++b) {
-        open += kRowWork + span(b).size();
-        if (open >= share || b + 1 == count()) {
-            cuts.push_back(b + 1);
-            open = 0;
-        }
-    }
-    return cuts;
+void zero_gaps(const Rows& rows, const TensorView& x) {
+    int64_t token = x.dtype == DType::float64 ? 8 : x.dtype == DType::float32 ? 4 : 2;  // bytes
+    for (int axis = 1; axis < x.axes; ++axis) token *= x.shape[axis];
+    rows.for_gaps([&](int64_t begin, int64_t end) {
+        std::memset(static_cast<char*>(x.data) + begin * token, 0, static_cast<size_t>((end - begin) * token));
+    });
+}
+
+void Runs::sort_by_work() {
+    order_.resize(work_.size());
+    std::iota(order_.begin(), order_.end(), int64_t{0});
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return work_[a] > work_[b]; });
 }
 
 }  // namespace interformer

@@ -1,0 +1,140 @@
+#include "cpu/attention_checks.h"
+
+#include <string>
+
+#include "cpu/rotary_tables.h"
+
+namespace interformer {
+
+namespace {
+
+// The output's axes but the last one, as checks name them; `fixed` is its last axis.
+void check_like_output(const Checks& check, const AttentionInputs& in, const char* argument, const TensorView& x,
+                       DType dtype, Axis last, bool with_last = true) {
+    const int64_t* q = in.q.shape;
+    const int64_t rows = in.kv_offsets.shape[0] - 1;
+    if (in.layout == QueryLayout::packed) {
+        if (with_last) return check.tensor(argument, x, dtype, {{"Tq", q[0]}, {"H", q[1]}, last});
+        return check.tensor(argument, x, dtype, {{"Tq", q[0]}, {"H", q[1]}});
+    }
+    const int64_t n = q[in.q.axes - 3], heads = q[in.q.axes - 2];
+    if (with_last) return check.tensor(argument, x, dtype, {{"B", rows}, {"N", n}, {"H", heads}, last});
+    check.tensor(argument, x, dtype, {{"B", rows}, {"N", n}, {"H", heads}});
+}
+
+Axis value_axis(const AttentionInputs& in) {
+    return {"Dv", (in.v ? *in.v : in.k).shape[2]};
+}
+
+void check_rope(const Checks& check, const AttentionInputs& in) {
+    if (!in.cos) return;
+    if (!in.sin) check.refuse("sin", "given with cos", "None");
+    check_rotary(check, *in.cos, *in.sin, in.k.shape[2]);
+    if (in.layout != QueryLayout::packed) check.refuse("cos", "None unless queries are packed", describe(*in.cos));
+    check_positions(check, "positions_q", in.positions_q, in.q.shape[0]);
+    check_positions(check, "positions_k", in.positions_k, in.k.shape[0]);
+}
+
+void check_layout(const Checks& check, const AttentionInputs& in) {
+    const DType dtype = in.k.dtype;
+    const int64_t rows = in.kv_offsets.shape[0] - 1, D = in.k.shape[2];
+    switch (in.layout) {
+        case QueryLayout::packed:
+            check.tensor("q", in.q, dtype, {{"Tq"}, {"H"}, {"D", D}});
+            if (in.q_offsets) {
+                check.index("q_offsets", *in.q_offsets);
+                if (in.q_offsets->shape[0] != rows + 1) check.refuse("q_offsets", "[B+1]", describe(*in.q_offsets));
+            } else if (in.q.shape[0] != in.k.shape[0]) {
+                check.refuse("q", "of k's tokens, or with q_offsets", describe(in.q));
+            }
+            return;
+        case QueryLayout::dense:
+            return check.tensor("q", in.q, dtype, {{"B", rows}, {"N"}, {"H"}, {"D", D}});
+        case QueryLayout::shared:
+            return check.tensor("q", in.q, dtype, {{"M"}, {"H"}, {"D", D}});
+    }
+}
+
+// `given` is there just where `wanted` is.
+void check_pair(const Checks& check, const char* argument, bool wanted, const std::optional<TensorView>& given) {
+    if (wanted == given.has_value()) return;
+    check.refuse(argument, wanted ? "given" : "None", given ? describe(*given) : "None");
+}
+
+DType accumulation_of(DType dtype) {
+    return dtype == DType::float64 ? DType::float64 : DType::float32;
+}
+
+void check_gate_gradient(const Checks& check, const AttentionInputs& in, const TensorView& grad) {
+    const TensorView& gate = *in.gate;
+    const DType exact = accumulation_of(in.k.dtype);
+    if (grad.axes == 3)
+        check.tensor("grad_gate", grad, exact, {{"Tq or 1"}, {"H or 1"}, {"Dv or 1"}});
+    else
+        check.tensor("grad_gate", grad, exact, {{"B or 1"}, {"N or 1"}, {"H or 1"}, {"Dv or 1"}});
+    check.contiguous("grad_gate", grad);
+    for (int axis = 0; axis < grad.axes; ++axis)
+        if (grad.axes != gate.axes || (grad.shape[axis] != 1 && grad.shape[axis] != gate.shape[axis]))
+            check.refuse("grad_gate", "of size 1 or the output's on every axis", describe(grad));
+}
+
+}  // namespace
+
+void check_inputs(const Checks& check, const AttentionInputs& in) {
+    check.floating("k", in.k);
+    const DType dtype = in.k.dtype;
+    check.tensor("k", in.k, dtype, {{"Tk"}, {"Hk"}, {"D"}});
+    check.contiguous_last_axis("k", in.k);
+    check.index("kv_offsets", in.kv_offsets);
+    if (in.kv_offsets.shape[0] < 1)
+        check.refuse("kv_offsets", "[B+1] with at least one entry", describe(in.kv_offsets));
+    if (in.v) {
+        check.tensor("v", *in.v, dtype, {{"Tk", in.k.shape[0]}, {"Hk", in.k.shape[1]}, {"Dv"}});
+        check.contiguous_last_axis("v", *in.v);
+    }
+    check_layout(check, in);
+    const int64_t heads = in.q.shape[in.q.axes - 2], kv_heads = in.k.shape[1];
+    if (kv_heads < 1 || heads % kv_heads != 0)
+        check.refuse("q", "of a number of heads that k's " + std::to_string(kv_heads) + " divides", describe(in.q));
+    if (in.k.shape[2] < 1 || value_axis(in).size < 1) check.refuse("k", "of at least one channel", describe(in.k));
+    check_rope(check, in);
+    if (in.gate) check_like_output(check, in, "gate", *in.gate, dtype, value_axis(in));
+    if (in.skip_prefix < 0) check.refuse("skip_prefix", "at least 0", std::to_string(in.skip_prefix));
+}
+
+void check_outputs(const Checks& check, const AttentionInputs& in, const AttentionOutputs& to) {
+    const DType dtype = in.k.dtype;
+    check_like_output(check, in, "out", to.out, dtype, value_axis(in));
+    check.contiguous("out", to.out);
+    if (to.residual) check_like_output(check, in, "residual", *to.residual, dtype, value_axis(in));
+    if (to.attended) {
+        check_like_output(check, in, "attended", *to.attended, dtype, value_axis(in));
+        check.contiguous("attended", *to.attended);
+    }
+    if (!to.lse) return;
+    check_like_output(check, in, "lse", *to.lse, accumulation_of(dtype), {""}, false);
+    check.contiguous("lse", *to.lse);
+    if (!in.score.softmax) check.refuse("lse", "None without softmax", describe(*to.lse));
+}
+
+void check_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads) {
+    const DType dtype = in.k.dtype;
+    check_like_output(check, in, "grad_out", grads.grad_out, dtype, value_axis(in));
+    if (in.layout == QueryLayout::shared) {
+        const int64_t* q = in.q.shape;
+        check.tensor("grad_q", grads.grad_q, accumulation_of(dtype), {{"M", q[0]}, {"H", q[1]}, {"D", q[2]}});
+        check.contiguous("grad_q", grads.grad_q);
+    } else {
+        check.gradient("grad_q", grads.grad_q, "q", in.q);
+    }
+    check.gradient("grad_k", grads.grad_k, "k", in.k);
+    check_pair(check, "grad_v", in.v.has_value(), grads.grad_v);
+    if (in.v) check.gradient("grad_v", *grads.grad_v, "v", *in.v);
+    check_pair(check, "attended", in.gate.has_value(), grads.attended);
+    check_pair(check, "grad_gate", in.gate.has_value(), grads.grad_gate);
+    if (!in.gate) return;
+    check_like_output(check, in, "attended", *grads.attended, dtype, value_axis(in));
+    check_gate_gradient(check, in, *grads.grad_gate);
+}
+
+}  // namespace interformer

@@ -1,0 +1,51 @@
+// The kernels of one element type, compiled for one instruction set, and the problems that they are given.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/attention_problem.h"
+#include "cpu/row_tensor.h"
+#include "cpu/scalar_maps.h"
+
+namespace interformer {
+
+// OPS.md's `personalized_ffn`: y_t = act(x_t W_b + bias_b) (+ residual_t). Tensors of tokens are [T, 1 head, channels].
+struct FfnProblem {
+    int64_t inputs = 0, outputs = 0;  // E, F
+    const int64_t* begins = nullptr;
+    const int64_t* counts = nullptr;
+    RowTensor x, residual, out;
+    RowTensor weight, bias;  // [B, E, F] as rows of "tokens" E, and [B, F] as rows of one token
+    Activation activation = Activation::identity;
+
+    // Backward.
+    RowTensor grad_out, grad_x, grad_weight, grad_bias;
+};
+
+// OPS.md's `apply_rotary`, or, backwards, its inverse.
+struct RotaryProblem {
+    int64_t heads = 0, head_size = 0;
+    const int64_t* begins = nullptr;
+    const int64_t* counts = nullptr;
+    RowTensor x, out;
+    RotaryTables rope;
+    Positions positions;
+    bool backwards = false;
+};
+
+// A task of attention is a run of rows [first, last) under one key/value head, of the others a run of rows. `run` says
+// whose sums over rows it adds to. Memory is given by the thread; `..._memory` says how many bytes.
+struct Kernels {
+    int64_t (*attention_forward_memory)(const AttentionProblem&);
+    int64_t (*attention_backward_memory)(const AttentionProblem&);
+    void (*attention_forward)(const AttentionProblem&, int64_t first, int64_t last, int64_t kv_head, void* memory);
+    void (*attention_backward)(const AttentionProblem&, int64_t first, int64_t last, int64_t kv_head, int64_t run,
+                               void* memory);
+    int64_t (*ffn_memory)(const FfnProblem&);
+    void (*ffn_forward)(const FfnProblem&, int64_t first, int64_t last, void* memory);
+    void (*ffn_backward)(const FfnProblem&, int64_t first, int64_t last, void* memory);
+    int64_t (*rotary_memory)(const RotaryProblem&);
+    void (*rotary)(const RotaryProblem&, int64_t first, int64_t last, void* memory);
+};
+
+}  // namespace interformer

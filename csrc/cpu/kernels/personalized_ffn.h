@@ -1,0 +1,138 @@
+// Personalised feed-forward: every row's tokens times the row's own matrix.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/kernels.h"
+#include "cpu/kernels/memory.h"
+#include "cpu/kernels/multiply.h"
+#include "cpu/kernels/scalar_maps.h"
+
+INTERFORMER_LEVEL_BEGIN
+
+template <typename T>
+class Ffn {
+  public:
+    using A = Acc<T>;
+
+    static int64_t memory(const FfnProblem& p) { return Ffn(p, nullptr).bytes_; }
+
+    static void forward(const FfnProblem& p, int64_t first, int64_t last, void* memory) {
+        const Ffn ffn(p, memory);
+        for (int64_t row = first; row < last; ++row) {
+            const Matrix<const A> weight = ffn.weight_of(row);
+            for (int64_t t = 0; t < p.counts[row]; t += kBlock) ffn.forward_block(row, t, weight);
+        }
+    }
+
+    static void backward(const FfnProblem& p, int64_t first, int64_t last, void* memory) {
+        const Ffn ffn(p, memory);
+        for (int64_t row = first; row < last; ++row) ffn.backward_row(row);
+    }
+
+  private:
+    static constexpr int64_t kBlock = 8 * kTileRows;  // tokens
+
+    Ffn(const FfnProblem& problem, void* memory)
+        : p(problem), stride_(round_up(p.outputs, kLanes<A>)), x_stride_(round_up(p.inputs, kPanel<A>)) {
+        Memory<A> from(memory);
+        weight_ = from.take(p.inputs * stride_);
+        turned_ = from.take(x_stride_ * p.outputs);
+        grad_weight_ = from.take(p.inputs * stride_);
+        grad_bias_ = from.take(stride_);
+        bias_ = from.take(stride_);
+        x_ = from.take(kBlock * x_stride_);
+        y_ = from.take(kBlock * stride_);
+        grad_ = from.take(kBlock * stride_);
+        extra_ = from.take(stride_);
+        bytes_ = from.bytes();
+    }
+
+    // The row's matrix as rows of numbers of type A, in place or copied; columns beyond the last are 0. Its bias, too.
+    Matrix<const A> weight_of(int64_t row) const {
+        if (p.bias.given) widen(address<T>(p.bias, row, 0, 0), p.bias.channel, p.outputs, bias_);
+        if constexpr (std::is_same_v<T, A>)
+            if (p.weight.channel == 1 && p.outputs % kLanes<A> == 0)
+                return {address<T>(p.weight, row, 0, 0), p.weight.token};
+        for (int64_t e = 0; e < p.inputs; ++e) {
+            A* to = weight_ + e * stride_;
+            widen(address<T>(p.weight, row, e, 0), p.weight.channel, p.outputs, to);
+            fill(to + p.outputs, stride_ - p.outputs, A(0));
+        }
+        return {weight_, stride_};
+    }
+
+    // Tokens [t, t + count) of x, to be read number by number.
+    Scalars<A> tokens(int64_t row, int64_t t, int64_t count) const {
+        if constexpr (std::is_same_v<T, A>) return {address<T>(p.x, row, t, 0), p.x.token, p.x.channel};
+        for (int64_t i = 0; i < count; ++i)
+            widen(address<T>(p.x, row, t + i, 0), p.x.channel, p.inputs, x_ + i * x_stride_);
+        return {x_, x_stride_, 1};
+    }
+
+    // y = x W + bias of a block.
+    void linear(Scalars<A> x, Matrix<const A> weight, int64_t count) const {
+        multiply<A>(x, weight, count, stride_, p.inputs, {y_, stride_}, false);
+        if (!p.bias.given) return;
+        for (int64_t i = 0; i < count; ++i)
+            for (int64_t f = 0; f < p.outputs; ++f) y_[i * stride_ + f] += bias_[f];
+    }
+
+    void forward_block(int64_t row, int64_t t, Matrix<const A> weight) const {
+        const int64_t count = least(kBlock, p.counts[row] - t);
+        linear(tokens(row, t, count), weight, count);
+        for (int64_t i = 0; i < count; ++i) {
+            A* y = y_ + i * stride_;
+            activate(p.activation, y, p.outputs);
+            if (p.residual.given) {
+                widen(address<T>(p.residual, row, t + i, 0), p.residual.channel, p.outputs, extra_);
+                for (int64_t f = 0; f < p.outputs; ++f) y[f] += extra_[f];
+            }
+            narrow(y, p.outputs, address<T>(p.out, row, t + i, 0));
+        }
+    }
+
+    void backward_row(int64_t row) const {
+        const Matrix<const A> weight = weight_of(row);
+        fill(grad_weight_, p.inputs * stride_, A(0));
+        fill(grad_bias_, stride_, A(0));
+        if (p.counts[row] > 0) pack_transposed<A>(weight, p.inputs, p.outputs, turned_);
+        for (int64_t t = 0; t < p.counts[row]; t += kBlock) backward_block(row, t, weight);
+        for (int64_t e = 0; e < p.inputs; ++e)
+            narrow(grad_weight_ + e * stride_, p.outputs, address<T>(p.grad_weight, row, e, 0));
+        if (p.bias.given) narrow(grad_bias_, p.outputs, address<T>(p.grad_bias, row, 0, 0));
+    }
+
+    void backward_block(int64_t row, int64_t t, Matrix<const A> weight) const {
+        const int64_t count = least(kBlock, p.counts[row] - t);
+        const Scalars<A> x = tokens(row, t, count);
+        for (int64_t i = 0; i < count; ++i) {
+            A* grad = grad_ + i * stride_;
+            widen(address<T>(p.grad_out, row, t + i, 0), p.grad_out.channel, p.outputs, grad);
+            fill(grad + p.outputs, stride_ - p.outputs, A(0));
+        }
+        if (p.activation != Activation::identity) {
+            linear(x, weight, count);
+            for (int64_t i = 0; i < count; ++i)
+                activate_with_slopes(p.activation, y_ + i * stride_, grad_ + i * stride_, p.outputs);
+        }
+        multiply<A>({x.data, x.column, x.row}, {grad_, stride_}, p.inputs, stride_, count, {grad_weight_, stride_},
+                    true);
+        for (int64_t i = 0; i < count; i += 8)  // a few tokens first: shorter sums are more exact
+            for (int64_t f = 0; f < p.outputs; ++f) {
+                A sum = 0;
+                for (int64_t j = i; j < least(i + 8, count); ++j) sum += grad_[j * stride_ + f];
+                grad_bias_[f] += sum;
+            }
+        // x is not needed any more: its memory takes its gradient.
+        multiply_packed<A>({grad_, stride_, 1}, turned_, count, 0, x_stride_, p.outputs, {x_, x_stride_});
+        for (int64_t i = 0; i < count; ++i)
+            narrow(x_ + i * x_stride_, p.inputs, address<T>(p.grad_x, row, t + i, 0));
+    }
+
+    const FfnProblem& p;
+    int64_t stride_, x_stride_, bytes_;
+    A *weight_, *turned_, *grad_weight_, *grad_bias_, *bias_, *x_, *y_, *grad_, *extra_;
+};
+
+INTERFORMER_LEVEL_END

@@ -1,0 +1,153 @@
+// Exponentials, activations and gates with their slopes, as loops that the compiler turns into vector code.
+#pragma once
+
+#include "cpu/kernels/level.h"
+#include "cpu/scalar_maps.h"
+
+INTERFORMER_LEVEL_BEGIN
+
+// e^x, without branches. x = n ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7 (remainder below
+// 6e-9 of it), 2^n by the exponent's bits in two factors, so that the smallest and largest results come out right.
+inline float exponential(float x) {
+    const float inside = x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x;  // NaN stays: it compares with nothing
+    const float shifted = inside * 1.44269504f + 12582912.0f;            // 1.5 * 2^23: rounds to an integer
+    const float n = shifted - 12582912.0f;
+    const float r = (inside - n * 0.693145752f) - n * 1.42860677e-6f;
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    int32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    const int32_t whole = bits - 0x4b400000, half = whole >> 1;
+    const int32_t first_bits = (half + 127) << 23, second_bits = (whole - half + 127) << 23;
+    float first, second;
+    std::memcpy(&first, &first_bits, sizeof first);
+    std::memcpy(&second, &second_bits, sizeof second);
+    return p * first * second;
+}
+
+inline double exponential(double x) {
+    return __builtin_exp(x);
+}
+
+template <typename A>
+inline A sigmoid(A x) {
+    return A(1) / (A(1) + exponential(-x));
+}
+
+inline float error_function(float x) {
+    return __builtin_erff(x);
+}
+inline double error_function(double x) {
+    return __builtin_erf(x);
+}
+inline float hyperbolic_tangent(float x) {
+    return __builtin_tanhf(x);
+}
+inline double hyperbolic_tangent(double x) {
+    return __builtin_tanh(x);
+}
+
+// Distribution and density of the standard normal law.
+template <typename A>
+inline A normal_distribution(A x) {
+    return A(0.5) * (A(1) + error_function(x * A(0.70710678118654752440)));
+}
+template <typename A>
+inline A normal_density(A x) {
+    return A(0.39894228040143267794) * exponential(A(-0.5) * x * x);
+}
+
+// Calls `each(i, f, slope)` for all i, where `value = f(x[i])` and `slope = f'(x[i])` are functions of x: one loop for
+// each kind of map, so that the choice is made once and not for every number.
+template <typename A, typename Each>
+inline void over_activation(Activation kind, int64_t count, Each&& each) {
+    switch (kind) {
+        case Activation::identity:
+            for (int64_t i = 0; i < count; ++i) each(i, [](A x) { return x; }, [](A) { return A(1); });
+            return;
+        case Activation::relu:
+            for (int64_t i = 0; i < count; ++i)
+                each(i, [](A x) { return x <= A(0) ? A(0) : x; }, [](A x) { return x <= A(0) ? A(0) : A(1); });
+            return;
+        case Activation::silu:
+            for (int64_t i = 0; i < count; ++i)
+                each(i, [](A x) { return x * sigmoid(x); },
+                     [](A x) {
+                         const A s = sigmoid(x);
+                         return s * (A(1) + x * (A(1) - s));
+                     });
+            return;
+        case Activation::gelu:
+            for (int64_t i = 0; i < count; ++i)
+                each(i, [](A x) { return x * normal_distribution(x); },
+                     [](A x) { return normal_distribution(x) + x * normal_density(x); });
+            return;
+        case Activation::sigmoid:
+            for (int64_t i = 0; i < count; ++i)
+                each(i, [](A x) { return sigmoid(x); },
+                     [](A x) {
+                         const A s = sigmoid(x);
+                         return s * (A(1) - s);
+                     });
+            return;
+        case Activation::tanh:
+            for (int64_t i = 0; i < count; ++i)
+                each(i, [](A x) { return hyperbolic_tangent(x); },
+                     [](A x) {
+                         const A t = hyperbolic_tangent(x);
+                         return A(1) - t * t;
+                     });
+            return;
+    }
+}
+
+// x becomes act(x).
+template <typename A>
+inline void activate(Activation kind, A* x, int64_t count) {
+    over_activation<A>(kind, count, [x](int64_t i, auto value, auto) { x[i] = value(x[i]); });
+}
+
+// x becomes act(x); slopes are multiplied by act'(x).
+template <typename A>
+inline void activate_with_slopes(Activation kind, A* x, A* slopes, int64_t count) {
+    over_activation<A>(kind, count, [=](int64_t i, auto value, auto slope) {
+        slopes[i] *= slope(x[i]);
+        x[i] = value(x[i]);
+    });
+}
+
+// a becomes G(a, gate).
+template <typename A>
+inline void apply_gate(const Gate& gating, A* a, const A* gate, int64_t count) {
+    if (gating.inside)
+        over_activation<A>(gating.activation, count,
+                           [=](int64_t i, auto value, auto) { a[i] = value(a[i] * gate[i]); });
+    else
+        over_activation<A>(gating.activation, count,
+                           [=](int64_t i, auto value, auto) { a[i] = a[i] * value(gate[i]); });
+}
+
+// `grad`, the gradient of G(a, gate), becomes that of a; `gate` becomes the gate's.
+template <typename A>
+inline void back_through_gate(const Gate& gating, const A* a, A* gate, A* grad, int64_t count) {
+    if (gating.inside)
+        over_activation<A>(gating.activation, count, [=](int64_t i, auto, auto slope) {
+            const A inner = grad[i] * slope(a[i] * gate[i]), to_a = inner * gate[i];
+            gate[i] = inner * a[i];
+            grad[i] = to_a;
+        });
+    else
+        over_activation<A>(gating.activation, count, [=](int64_t i, auto value, auto slope) {
+            const A to_a = grad[i] * value(gate[i]);
+            gate[i] = grad[i] * a[i] * slope(gate[i]);
+            grad[i] = to_a;
+        });
+}
+
+INTERFORMER_LEVEL_END

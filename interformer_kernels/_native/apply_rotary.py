@@ -1,0 +1,40 @@
+"""Rotary embedding on the native module: see `csrc/cpu/apply_rotary.h`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from interformer_kernels import _C
+from interformer_kernels._native._tensors import readable, resolved
+
+
+def _rotated(
+    x: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, backwards: bool
+) -> Tensor:
+    out = x.new_empty(x.shape)
+    tables = readable(cos), readable(sin)
+    _C.apply_rotary(
+        resolved(x), offsets, *tables, positions, interleaved, backwards, out, torch.get_num_threads()
+    )
+    return out
+
+
+def forward(
+    x: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
+) -> Tensor:
+    """The output `[T, H, D]`."""
+    return _rotated(x, offsets, cos, sin, positions, interleaved, backwards=False)
+
+
+def backward(
+    grad_out: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+) -> Tensor:
+    """The gradient of `x`: the output's, turned back."""
+    return _rotated(grad_out, offsets, cos, sin, positions, interleaved, backwards=True)

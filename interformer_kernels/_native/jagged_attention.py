@@ -1,0 +1,100 @@
+"""Jagged attention on the native module."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from interformer_kernels._native._attention import Attention
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    kv_offsets: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions_q: Tensor | None,
+    positions_k: Tensor | None,
+    gate: Tensor | None,
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    num_prefix: int,
+    rope_interleaved: bool,
+    score: str,
+    post_scale: float,
+    gate_form: str,
+    gate_activation: str,
+) -> Attention:
+    own, keys = (None, offsets) if kv_offsets is None else (offsets, kv_offsets)
+    return Attention(
+        "packed", q, k, v, own, keys, gate, scale, score, post_scale, gate_form, gate_activation,
+        cos=cos, sin=sin, positions_q=positions_q, positions_k=positions_k, rope_interleaved=rope_interleaved,
+        causal=causal, window_left=window_left, window_right=window_right, num_prefix=num_prefix,
+    )  # fmt: skip
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    kv_offsets: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions_q: Tensor | None,
+    positions_k: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    num_prefix: int,
+    rope_interleaved: bool,
+    score: str,
+    post_scale: float,
+    gate_form: str,
+    gate_activation: str,
+    keep_attended: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(out, lse, attended)`."""
+    rope = cos, sin, positions_q, positions_k
+    options = scale, causal, window_left, window_right, num_prefix, rope_interleaved, score, post_scale
+    call = _call(q, k, v, offsets, kv_offsets, *rope, gate, *options, gate_form, gate_activation)
+    return call.forward(residual, keep_attended)
+
+
+def backward(
+    grad_out: Tensor,
+    attended: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    kv_offsets: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions_q: Tensor | None,
+    positions_k: Tensor | None,
+    gate: Tensor | None,
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    num_prefix: int,
+    rope_interleaved: bool,
+    score: str,
+    post_scale: float,
+    gate_form: str,
+    gate_activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `q, k, v, gate`."""
+    rope = cos, sin, positions_q, positions_k
+    options = scale, causal, window_left, window_right, num_prefix, rope_interleaved, score, post_scale
+    call = _call(q, k, v, offsets, kv_offsets, *rope, gate, *options, gate_form, gate_activation)
+    return call.backward(grad_out, attended)
