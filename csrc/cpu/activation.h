@@ -33,29 +33,10 @@ A normal_density(A x) {
 }
 
 template <typename A>
-A activate(Activation kind, A x) {
-    switch (kind) {
-        case Activation::relu:
-            return x <= A(0) ? A(0) : x;  // NaN stays NaN
-        case Activation::silu:
-            return x * sigmoid(x);
-        case Activation::gelu:
-            return x * normal_distribution(x);
-        case Activation::sigmoid:
-            return sigmoid(x);
-        case Activation::tanh:
-            return std::tanh(x);
-        case Activation::identity:
-            break;
-    }
-    return x;
-}
-
-template <typename A>
 ValueAndSlope<A> activate_with_slope(Activation kind, A x) {
     switch (kind) {
         case Activation::relu:
-            return {x <= A(0) ? A(0) : x, x <= A(0) ? A(0) : A(1)};
+            return {x <= A(0) ? A(0) : x, x <= A(0) ? A(0) : A(1)};  // NaN stays NaN
         case Activation::silu: {
             const A s = sigmoid(x);
             return {x * s, s * (A(1) + x * (A(1) - s))};
@@ -76,6 +57,11 @@ ValueAndSlope<A> activate_with_slope(Activation kind, A x) {
             break;
     }
     return {x, A(1)};
+}
+
+template <typename A>
+A activate(Activation kind, A x) {
+    return activate_with_slope(kind, x).value;
 }
 
 // How scores become weights: by the softmax over a row, or one by one.
