@@ -1,6 +1,5 @@
 // The Python module interformer_kernels._C: the one file that knows pybind11. It makes views of tensors, gives the GIL
 // back and calls kernels; what a kernel wants of its arguments, it checks itself.
-#include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -35,8 +34,9 @@ py::dict build_info() {
     info["cuda_architectures"] = py::str(INTERFORMER_CUDA_ARCHITECTURES).attr("split")();
 #ifdef INTERFORMER_HAS_CUDA
     info["cuda_built"] = true;
-    info["cuda_runtime"] = cuda_runtime().runtime_version;
-    info["cuda_driver"] = cuda_runtime().driver_version;
+    const CudaRuntime runtime = cuda_runtime();
+    info["cuda_runtime"] = runtime.runtime_version;
+    info["cuda_driver"] = runtime.driver_version;
 #else
     info["cuda_built"] = false;
 #endif

@@ -1,7 +1,7 @@
-"""The native module (csrc/module.cpp). Tensors are read and written in place, through DLPack views; import torch first.
+"""The native module (csrc/module.cpp). Tensors are read and written in place, as DLPack views; import torch first.
 
-Every function raises TypeError for a wrong kind of argument (not a dense tensor in memory, a wrong dtype), ValueError for
-a wrong shape, value or device; the message names the argument, what was wanted and what was found.
+Every function raises TypeError for a wrong kind of argument (not a dense tensor in memory, a wrong dtype), ValueError
+for a wrong shape, value or device; the message names the argument, what was wanted and what was found.
 """
 
 from typing import Any
@@ -89,8 +89,8 @@ def attention_backward(
 ) -> None:
     """Writes the gradients; an axis of size 1 of `grad_gate` that the gate broadcast over is summed.
 
-    `grad_gate`, and `grad_q` of shared queries, are of the type of accumulation. `attended` is the ungated A, which only
-    the gate's gradient needs.
+    `grad_gate`, and `grad_q` of shared queries, are of the type of accumulation. `attended` is the ungated A, which
+    only the gate's gradient needs.
     """
 
 def personalized_ffn_forward(

@@ -1,6 +1,7 @@
 #include "cpu/attention.h"
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <optional>
@@ -135,98 +136,74 @@ void run_tasks(const Call& call, const Runs& runs, int64_t threads, int64_t byte
 
 // ---------------------------------------------------------------- sums of the backward
 
-// A gradient that is summed over rows, tokens or heads: kept for each run of rows (where rows are summed), each token
-// that is kept and each head, then added up in order. `to` is dense, [kept tokens, heads or 1, channels].
-template <typename A>
+// A gradient that is summed over rows, tokens or heads: kept in double for each run of rows (where rows are summed),
+// each token that is kept and each head, then added up in order. `to` is dense, [kept tokens, heads or 1, channels].
 class Sums {
   public:
     Sums(const TensorView& to, int64_t runs, int64_t kept, int64_t heads)
         : to_(to),
-          runs_(runs),
+          runs_(std::max<int64_t>(runs, 1)),  // without rows the sum is still there, and is 0
           kept_(kept),
           heads_(heads),
           heads_to_(to.shape[to.axes - 2]),
           channels_(to.shape[to.axes - 1]),
-          own_(runs == 1 && heads_to_ == heads ? 0 : runs * run_size()),
-          sums_(own_.empty() ? static_cast<A*>(to.data) : own_.data()) {
-        if (own_.empty()) std::fill_n(sums_, run_size(), A(0));
-    }
+          sums_(runs_ * run_size()) {}
 
     int64_t run_size() const { return kept_ * heads_ * channels_; }
-
-    // How kernels reach a query's sum; strides of 0 where rows or tokens are summed.
-    RowTensor tensor(const int64_t* begins, bool rows_kept, bool tokens_kept, int64_t row_tokens) {
-        const int64_t token = heads_ * channels_;
-        const bool by_begins = begins != nullptr && rows_kept;
-        return {sums_,                 by_begins ? begins : nullptr,
-                by_begins || !rows_kept ? 0 : row_tokens * token, tokens_kept ? token : 0,
-                channels_,             1,
-                true};
-    }
+    double* data() { return sums_.data(); }
 
     void write() {
-        if (own_.empty()) return;
         for (int64_t run = 1; run < runs_; ++run)
             for (int64_t i = 0; i < run_size(); ++i) sums_[i] += sums_[run * run_size() + i];
-        A* to = static_cast<A*>(to_.data);
-        for (int64_t token = 0; token < kept_; ++token)
-            for (int64_t h = 0; h < heads_; ++h)
-                for (int64_t c = 0; c < channels_; ++c) {
-                    const A x = sums_[(token * heads_ + h) * channels_ + c];
-                    A& sum = to[(token * heads_to_ + (heads_to_ == 1 ? 0 : h)) * channels_ + c];
-                    sum = heads_to_ == 1 && h > 0 ? sum + x : x;
-                }
+        if (to_.dtype == DType::float64)
+            write_as<double>();
+        else
+            write_as<float>();
     }
 
   private:
-    const TensorView& to_;
+    template <typename A>
+    void write_as() {
+        A* to = static_cast<A*>(to_.data);
+        for (int64_t token = 0; token < kept_; ++token)
+            for (int64_t c = 0; c < channels_; ++c) {
+                double* first = sums_.data() + token * heads_ * channels_ + c;
+                if (heads_to_ == 1)
+                    for (int64_t h = 1; h < heads_; ++h) *first += first[h * channels_];
+                for (int64_t h = 0; h < heads_to_; ++h)
+                    to[(token * heads_to_ + h) * channels_ + c] = static_cast<A>(first[h * channels_]);
+            }
+    }
+
+    TensorView to_;
     int64_t runs_, kept_, heads_, heads_to_, channels_;
-    std::vector<A> own_;  // empty where nothing is summed: then sums are made where they shall be
-    A* sums_;
+    std::vector<double> sums_;
 };
 
-// The gate's gradient, [Tq | 1, H | 1, Dv | 1] or [B | 1, N | 1, H | 1, Dv | 1], as sums.
-template <typename A>
-Sums<A> gate_sums(Call& call, const TensorView& grad, int64_t runs) {
+// The gate's gradient, [Tq | 1, H | 1, Dv | 1] or [B | 1, N | 1, H | 1, Dv | 1]: made in place where each query has a
+// gate of its own, else as sums.
+std::optional<Sums> prepare_gate(Call& call, const TensorView& grad, int64_t runs) {
     AttentionProblem& p = call.problem;
     const int64_t* n = grad.shape;
     const bool packed = call.packed();
-    const bool rows_kept = packed ? n[0] != 1 || call.tokens() == 1 : n[0] == p.rows;
+    const bool rows_kept = packed ? n[0] == call.tokens() : n[0] == p.rows;
     const bool tokens_kept = packed ? rows_kept : n[1] == p.queries;
-    const int64_t kept = packed ? n[0] : n[0] * n[1];
-    Sums<A> sums(grad, rows_kept ? 1 : runs, kept, p.heads);
-    p.grad_gate = sums.tensor(p.query_begins, rows_kept, tokens_kept, packed ? 0 : n[1]);
+    const int64_t heads_to = n[grad.axes - 2];
     p.gate_channels = n[grad.axes - 1];
-    p.gate_run = rows_kept ? 0 : sums.run_size();
-    return sums;
-}
-
-template <typename A>
-void backward_in(Call& call, const AttentionInputs& in, const AttentionGradients& grads, int64_t threads) {
-    AttentionProblem& p = call.problem;
-    // Fewer runs where their sums would take more than a few MiB.
-    const bool sums_over_rows = in.layout == QueryLayout::shared || in.gate;
-    const int64_t most_sums = (int64_t{1} << 20) / std::max<int64_t>(1, p.queries * p.heads * (p.head_size + p.value_size));
-    const Runs runs(p.rows, sums_over_rows ? std::clamp<int64_t>(most_sums, 8, kMostRuns) : kMostRuns,
-                    [&](int64_t row) { return call.work(row); });
-    std::optional<Sums<A>> of_queries, of_gate;
-    p.shared_queries = in.layout == QueryLayout::shared;
-    if (p.shared_queries) {
-        of_queries.emplace(grads.grad_q, runs.count(), p.queries, p.heads);
-        p.grad_q = of_queries->tensor(nullptr, false, true, 0);
-        p.query_run = of_queries->run_size();
-    } else {
-        p.grad_q = call.like_output(grads.grad_q);
-        if (call.packed()) zero_gaps(call.queries(), grads.grad_q);
+    if (rows_kept && tokens_kept && heads_to == p.heads) {
+        const size_t size = grad.dtype == DType::float64 ? sizeof(double) : sizeof(float);
+        std::memset(grad.data, 0, static_cast<size_t>(grad.size()) * size);
+        p.grad_gate = call.like_output(grad);
+        return std::nullopt;
     }
-    if (grads.grad_gate) of_gate.emplace(gate_sums<A>(call, *grads.grad_gate, runs.count()));
-    const Kernels& native = kernels(in.k.dtype);
-    run_tasks(call, runs, threads, native.attention_backward_memory(p),
-              [&](int64_t first, int64_t last, int64_t kv_head, int64_t run, void* memory) {
-                  native.attention_backward(p, first, last, kv_head, run, memory);
-              });
-    if (of_queries) of_queries->write();
-    if (of_gate) of_gate->write();
+    std::optional<Sums> sums(std::in_place, grad, rows_kept ? 1 : runs, packed ? n[0] : n[0] * n[1], p.heads);
+    const int64_t token = p.heads * p.gate_channels;
+    p.gate_summed = true;
+    p.gate_run = rows_kept ? 0 : sums->run_size();
+    p.grad_gate = {sums->data(), nullptr, 0, tokens_kept ? token : 0, p.gate_channels, 1, true};
+    if (rows_kept && packed) p.grad_gate.begins = p.query_begins;
+    if (rows_kept && !packed) p.grad_gate.row = n[1] * token;
+    return sums;
 }
 
 }  // namespace
@@ -269,10 +246,29 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
         p.grad_v = call.like_keys(*grads.grad_v);
         zero_gaps(call.keys, *grads.grad_v);
     }
-    if (in.k.dtype == DType::float64)
-        backward_in<double>(call, in, grads, threads);
-    else
-        backward_in<float>(call, in, grads, threads);
+    // Fewer runs where their sums would take more than a few MiB.
+    const bool sums_over_rows = in.layout == QueryLayout::shared || in.gate;
+    const int64_t of_a_run = std::max<int64_t>(1, p.queries * p.heads * (p.head_size + p.value_size));
+    const int64_t most_runs = std::clamp<int64_t>((int64_t{1} << 20) / of_a_run, 8, kMostRuns);
+    const Runs runs(p.rows, sums_over_rows ? most_runs : kMostRuns, [&](int64_t row) { return call.work(row); });
+    std::optional<Sums> query_sums, gate_sums;
+    p.shared_queries = in.layout == QueryLayout::shared;
+    if (p.shared_queries) {
+        query_sums.emplace(grads.grad_q, runs.count(), p.queries, p.heads);
+        p.grad_q = {query_sums->data(), nullptr, 0, p.heads * p.head_size, p.head_size, 1, true};
+        p.query_run = query_sums->run_size();
+    } else {
+        p.grad_q = call.like_output(grads.grad_q);
+        if (call.packed()) zero_gaps(call.queries(), grads.grad_q);
+    }
+    if (grads.grad_gate) gate_sums = prepare_gate(call, *grads.grad_gate, runs.count());
+    const Kernels& native = kernels(in.k.dtype);
+    run_tasks(call, runs, threads, native.attention_backward_memory(p),
+              [&](int64_t first, int64_t last, int64_t kv_head, int64_t run, void* memory) {
+                  native.attention_backward(p, first, last, kv_head, run, memory);
+              });
+    if (query_sums) query_sums->write();
+    if (gate_sums) gate_sums->write();
 }
 
 }  // namespace interformer

@@ -33,8 +33,9 @@ struct AttentionProblem {
 
     // Backward. `attended` is read there.
     RowTensor grad_out, grad_q, grad_k, grad_v;
-    bool shared_queries = false;  // grad_q is a sum over rows: its RowTensor is of the type of accumulation
-    RowTensor grad_gate;          // of the type of accumulation: added to; strides of 0 sum over an axis
+    bool shared_queries = false;  // grad_q is a sum over rows, in double
+    RowTensor grad_gate;          // in double where `gate_summed` (strides of 0 sum over an axis), else of the type of
+    bool gate_summed = false;     // accumulation
     int64_t gate_channels = 0;    // 1, or value_size
     int64_t query_run = 0, gate_run = 0;  // numbers between the sums of two runs of rows; 0: no sums over rows
 };

@@ -17,7 +17,7 @@ from pathlib import Path
 from interformer_kernels._cli import info, parity
 from interformer_kernels._cli.tables import heading, print_table, status_line
 
-_NEEDED = ("interformer_bench", "interformer", "matplotlib", "numpy", "sklearn")
+_NEEDED = ("interformer_bench", "interformer", "matplotlib", "numpy", "rich", "sklearn")
 # Real histories from long to short; a demo is not a bench.
 _LAWS = ("movielens", "beauty", "diginetica")
 _SECONDS_PER_SHAPE = 1.5

@@ -14,9 +14,7 @@ def _rotated(
 ) -> Tensor:
     out = x.new_empty(x.shape)
     tables = readable(cos), readable(sin)
-    _C.apply_rotary(
-        resolved(x), offsets, *tables, positions, interleaved, backwards, out, torch.get_num_threads()
-    )
+    _C.apply_rotary(resolved(x), offsets, *tables, positions, interleaved, backwards, out, torch.get_num_threads())
     return out
 
 

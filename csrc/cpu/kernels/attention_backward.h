@@ -103,14 +103,22 @@ class AttentionBackward {
         widen(row_.at(p.attended, r), p.attended.channel, channels, pieces_.attended);
         widen(row_.at(p.gate, r), p.gate.channel, channels, pieces_.gate);
         back_through_gate(p.gating, pieces_.attended, pieces_.gate, grad_a, channels);
-        A* to = row_.template at<A>(p.grad_gate, r) + run_ * p.gate_run;
+        if (p.gate_summed)
+            add_gate_gradient(row_.template at<double>(p.grad_gate, r) + run_ * p.gate_run);
+        else
+            add_gate_gradient(row_.template at<A>(p.grad_gate, r));
+    }
+
+    template <typename Sum>
+    void add_gate_gradient(Sum* to) const {
+        const int64_t channels = p.value_size;
         if (p.gate_channels == channels) {
             for (int64_t c = 0; c < channels; ++c) to[c] += pieces_.gate[c];
-        } else {
-            A sum = 0;
-            for (int64_t c = 0; c < channels; ++c) sum += pieces_.gate[c];
-            to[0] += sum;
+            return;
         }
+        Sum sum = 0;
+        for (int64_t c = 0; c < channels; ++c) sum += pieces_.gate[c];
+        to[0] += sum;
     }
 
     // Scores become the weights of v in A, gradients of the weights become those of the scaled scores.
@@ -133,16 +141,14 @@ class AttentionBackward {
         constexpr int64_t W = kLanes<A>;
         Vector<A> sums{};
         for (int64_t j = run.begin; j < run.end; j += W) sums += load_vector(x + j) * load_vector(y + j);
-        A sum = 0;
-        for (int64_t lane = 0; lane < W; ++lane) sum += sums[lane];
-        return sum;
+        return sum_of<A>(sums);
     }
 
     void write_query_gradient(int64_t r, A* grad) const {
         const A scale = static_cast<A>(p.scale);
         for (int64_t c = 0; c < p.head_size; ++c) grad[c] *= scale;
         if (p.shared_queries) {
-            A* to = row_.template at<A>(p.grad_q, r) + run_ * p.query_run;
+            double* to = row_.template at<double>(p.grad_q, r) + run_ * p.query_run;
             for (int64_t c = 0; c < p.head_size; ++c) to[c] += grad[c];
             return;
         }

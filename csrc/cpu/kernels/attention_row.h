@@ -62,7 +62,7 @@ struct Visible {
 template <typename A>
 void weighted_sums(Scalars<A> weights, Matrix<const A> tokens, const Columns* runs, int parts, int64_t keys,
                    int64_t count, int64_t columns, Matrix<A> to) {
-    constexpr int64_t kPiece = 256;
+    constexpr int64_t kPiece = 64;
     bool add = false;
     for (int i = 0; i < parts; ++i)
         for (int64_t j = runs[i].begin; j < least(runs[i].end, keys); j += kPiece) {
@@ -235,9 +235,7 @@ class AttentionRow {
         for (int64_t j = 0; j < count; ++j) x[j] = exponential(x[j] - against);
         Vector<A> sums{};
         for (int64_t j = 0; j < count; j += W) sums += load_vector(x + j);
-        A sum = 0;
-        for (int64_t lane = 0; lane < W; ++lane) sum += sums[lane];
-        return sum;
+        return sum_of<A>(sums);
     }
 
     const AttentionProblem& p;

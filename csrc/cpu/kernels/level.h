@@ -57,6 +57,14 @@ inline void store_vector(A* to, Vector<A> x) {
     std::memcpy(to, &x, sizeof x);
 }
 
+// Sum of a vector's numbers, by halves: few roundings, always in one order.
+template <typename A>
+inline A sum_of(Vector<A> x) {
+    for (int64_t half = kLanes<A> / 2; half > 0; half /= 2)
+        for (int64_t lane = 0; lane < half; ++lane) x[lane] += x[lane + half];
+    return x[0];
+}
+
 inline int64_t least(int64_t a, int64_t b) {
     return a < b ? a : b;
 }

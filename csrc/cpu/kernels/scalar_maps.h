@@ -19,8 +19,7 @@ inline float exponential(float x) {
     p = p * r + 1.0f / 24;
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    const float power = 1.0f + (r + r * r * p);  // what is largest comes last, so that its rounding is the only one
     int32_t bits;
     std::memcpy(&bits, &shifted, sizeof bits);
     const int32_t whole = bits - 0x4b400000, half = whole >> 1;
@@ -28,7 +27,7 @@ inline float exponential(float x) {
     float first, second;
     std::memcpy(&first, &first_bits, sizeof first);
     std::memcpy(&second, &second_bits, sizeof second);
-    return p * first * second;
+    return power * first * second;
 }
 
 inline double exponential(double x) {
