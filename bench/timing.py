@@ -33,7 +33,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine does in this process: matrix products (FLOP/s), copies (bytes/s, read and written), CPU threads."""
+    """What the machine does in this process: matrix products (FLOP/s), copies (bytes/s, both ways), on CPU threads."""
 
     gemm: float
     copy: float
