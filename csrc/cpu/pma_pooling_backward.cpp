@@ -137,8 +137,7 @@ class Backward {
         RunSums<A> seed_sums(runs, p.seeds.size());
         RunSums<A> gate_sums(runs, gate_ && gate_->over_rows(p.n.B) ? gate_size : 0);
 
-        // Rows that overlap (offsets that are wrong) write the same tokens: one thread, then, and no token left
-        // unwritten.
+        // Rows overlap where offsets are wrong: one thread, then, since two would write the same tokens.
         const int64_t useful = p.rows.ordered() ? threads : 1;
         const int active = worthwhile_threads(useful, runs, 3 * p.n.multiply_adds());
         Scratch<A> memory(active, Workspace<A>::size(p.n, gate_size));
@@ -285,7 +284,8 @@ class Backward {
             }
     }
 
-    // Tokens that belong to no row.
+    // Tokens that belong to no row. With these every token is written, whatever the offsets hold: between the first and
+    // the last offset, some pair of neighbours has it between them.
     void zero_outside(int threads) const {
         constexpr int64_t kChunk = 1024;
         const auto zero = [&](Span span) {
@@ -294,7 +294,6 @@ class Backward {
                 zero_tokens({first, std::min(first + kChunk, span.end)});
             });
         };
-        if (!p.rows.ordered()) return zero({0, p.n.T});
         zero(p.rows.head());
         zero(p.rows.tail());
     }
