@@ -1,7 +1,7 @@
-"""The native module (csrc/module.cpp). Tensors are read and written in place, through DLPack views; import torch first.
+"""The native module (csrc/module.cpp): tensors are read and written in place, as DLPack views; import torch first.
 
-Every function raises TypeError for a wrong kind of argument (not a dense tensor in memory, a wrong dtype), ValueError for
-a wrong shape, value or device; the message names the argument, what was wanted and what was found.
+Every function raises TypeError for a wrong kind of argument (not a dense tensor in memory, a wrong dtype) and
+ValueError for a wrong shape, value or device; the message names the argument, what was wanted and what was found.
 """
 
 from typing import Any

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 namespace interformer {
 
@@ -16,20 +16,21 @@ inline int worthwhile_threads(int64_t threads, int64_t tasks, int64_t work) {
     return static_cast<int>(std::max<int64_t>(1, std::min({threads, tasks, work / kShare})));
 }
 
-// Memory for each thread, taken before the threads start: a failed allocation must not leave a parallel region.
+// Memory for each thread, taken before the threads start: a failed allocation must not leave a parallel region. Numbers
+// in it are not initialised.
 template <typename A>
 class Scratch {
   public:
     Scratch(int threads, int64_t size)
-        : stride_((size + kLine - 1) / kLine * kLine + kLine), memory_(threads * stride_) {}
+        : stride_((size + kLine - 1) / kLine * kLine + kLine), memory_(new A[threads * stride_]) {}
 
-    A* of(int thread) { return memory_.data() + thread * stride_; }
+    A* of(int thread) { return memory_.get() + thread * stride_; }
 
   private:
     static constexpr int64_t kLine = 64 / sizeof(A);  // whole cache lines, so that threads share none
 
     int64_t stride_;
-    std::vector<A> memory_;
+    std::unique_ptr<A[]> memory_;
 };
 
 // Calls `body(task, thread)` for every task in [0, tasks). `body` may not throw, and its result may not depend on

@@ -75,7 +75,7 @@ def backward(
     gate_form: str,
     gate_activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `seeds, k, v, gate`; an input that was not given has an empty one. `lse` is not needed: see the kernel."""
+    """Gradients of `seeds, k, v, gate`, empty for an input that was not given; the kernel does without `lse`."""
     k, v = readable(k), None if v is None else readable(v)
     grad_seeds, grad_k, grad_v, grad_gate = (k.new_empty(0 if x is None else x.shape) for x in (seeds, k, v, gate))
     _C.pma_pooling_backward(
