@@ -51,12 +51,15 @@ def problems(measurements: Iterable[Measurement]) -> list[str]:
 
 
 def _time(one: Measurement) -> str:
-    return "-" if one.median is None else f"{one.median * 1e3:.3g} ms"
+    if one.median is None:
+        return "-"
+    return f"{one.median:.3g} s" if one.median >= 1 else f"{one.median * 1e3:.3g} ms"
 
 
 def rates(machine: Machine) -> str:
     """The machine in words."""
-    return f"GEMM {machine.gemm / 1e9:.0f} GFLOP/s, copy {machine.copy / 1e9:.1f} GB/s, in the same run"
+    rate = f"GEMM {machine.gemm / 1e9:.0f} GFLOP/s, copy {machine.copy / 1e9:.1f} GB/s"
+    return f"{rate}, in the same run; CPU threads: {machine.threads}"
 
 
 def markdown(measurements: Sequence[Measurement], machine: Machine) -> str:

@@ -33,10 +33,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine does in this process: matrix products (FLOP/s) and copies (bytes/s, read and written)."""
+    """What the machine does in this process: matrix products (FLOP/s), copies (bytes/s, both ways), on CPU threads."""
 
     gemm: float
     copy: float
+    threads: int
 
 
 def wait(device: str) -> None:
@@ -89,4 +90,4 @@ def machine(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Machine:
     source = torch.ones(bytes_, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     product, copy = (min(once(run, device) for _ in range(5)) for run in (lambda: a @ b, lambda: target.copy_(source)))
-    return Machine(2 * size**3 / product, 2 * bytes_ / copy)
+    return Machine(2 * size**3 / product, 2 * bytes_ / copy, torch.get_num_threads())

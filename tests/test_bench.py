@@ -143,7 +143,7 @@ def test_the_table_compares_with_the_best_peer_only(tmp_path: Path) -> None:
         measurement(runner="fast", median=0.001),
         measurement(runner="wrong", median=None, problem="wrong out: error 1, budget 0"),
     ]
-    machine = timing.Machine(gemm=2e9, copy=3e9)
+    machine = timing.Machine(gemm=2e9, copy=3e9, threads=1)
     text = report.markdown(measured, machine)
     line = "| pma_pooling | beauty (fitted) | 2 x 5 (9) | forward | 2 ms (cpu) | 1 ms (fast) | 0.50x | 100% |"
     assert line in text.splitlines()

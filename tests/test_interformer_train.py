@@ -256,6 +256,7 @@ def test_movielens_is_trained_on_its_directory(tmp_path: Path, capsys: pytest.Ca
     [
         (["--data", "/no/such/place"], "FileNotFoundError: /no/such/place: wanted a directory"),
         (["--embed-dim=10"], "ValueError: embed_dim must be a multiple of 2 * num_heads"),
+        (["--threads=0"], "ValueError: threads must be at least 1, found 0"),
         (["--resume"], "ValueError: train: resume wants a checkpoint"),
         (["--num-users=2"], "ValueError: SyntheticLaw: num_users must be at least 10, found 2"),
     ],
@@ -268,7 +269,7 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
 def test_a_process_killed_by_a_signal_is_resumed(tmp_path: Path) -> None:
     """SIGKILL in the third epoch or later, then `--resume`: the same report as of a run that was never killed."""
     checkpoint = tmp_path / "run.pt"
-    arguments = ["train", *OPTIONS, "--patience=50", "--threads=1"]
+    arguments = ["train", *OPTIONS, "--patience=50"]
     command = [sys.executable, "-m", "interformer", *arguments, f"--checkpoint={checkpoint}", "--epochs=50"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:

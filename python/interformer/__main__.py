@@ -83,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--resume", action="store_true", help="go on from --checkpoint")
     command.add_argument("--json", metavar="FILE|-", help="write the report as JSON, - for standard output")
     command.add_argument("--device", default="cpu", help="(default: cpu)")
-    command.add_argument("--threads", type=int, metavar="INT", help="threads of PyTorch (default: its own choice)")
+    # The presets' operations are too small to share, and on a busy machine waiting for a second thread costs tenfold.
+    command.add_argument("--threads", type=int, default=1, metavar="INT", help="threads of PyTorch (default: 1)")
     for title, index in (("model", 0), ("training", 1)):
         add_options(command, title, {"synthetic": SYNTHETIC[index], "--data": MOVIELENS[index]})
     add_options(command, "synthetic data", {"": SyntheticLaw()}, skip=NOT_OF_THE_DATA)
@@ -101,8 +102,9 @@ def load(options: argparse.Namespace, max_history: int) -> Splits:
 
 def train_command(options: argparse.Namespace) -> int:
     """Stops when validation AUC does; the test part is measured once, at the end, at the best epoch."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    if options.threads < 1:
+        raise ValueError(f"threads must be at least 1, found {options.threads}")
+    torch.set_num_threads(options.threads)
     console = Console(stderr=True)
     preset = SYNTHETIC if options.data is None else MOVIELENS
     config, train_config = read_options(options, preset.model), read_options(options, preset.training)

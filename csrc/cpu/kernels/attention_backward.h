@@ -124,7 +124,9 @@ class AttentionBackward {
     // Scores become the weights of v in A, gradients of the weights become those of the scaled scores.
     void score_gradients(int64_t r, A* weights, A* slopes, const Columns* runs, int parts) const {
         if (p.score.softmax) {
-            row_.weigh(r, weights, runs, parts, nullptr);
+            const A sum = row_.weigh(r, weights, runs, parts, nullptr);
+            for (int i = 0; i < parts; ++i)
+                for (int64_t j = runs[i].begin; j < runs[i].end; ++j) weights[j] /= sum;
             A mean = 0;
             for (int i = 0; i < parts; ++i) mean += dot(weights, slopes, runs[i]);
             for (int i = 0; i < parts; ++i)

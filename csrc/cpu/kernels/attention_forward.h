@@ -18,7 +18,7 @@ class AttentionForward {
 
   private:
     struct Pieces {
-        A *keys, *values, *packed_keys, *queries, *scores, *attended, *extra;
+        A *keys, *values, *packed_keys, *queries, *scores, *sums, *attended, *extra;
         int64_t bytes;
 
         Pieces(const AttentionProblem& p, void* memory) {
@@ -30,6 +30,7 @@ class AttentionForward {
             packed_keys = from.take(panels * p.head_size);
             queries = from.take(block * n.head_stride);
             scores = from.take(n.most_scores(p));
+            sums = from.take(block);
             attended = from.take(block * n.value_stride);
             extra = from.take(n.value_stride);
             bytes = from.bytes();
@@ -57,19 +58,18 @@ class AttentionForward {
                                runs[i].end, p.head_size, scores);
         for (int64_t i = 0; i < count; ++i) {
             A log_sum;
-            row_.weigh(r + i, scores.data + i * row_.score_stride, runs, parts, &log_sum);
+            pieces_.sums[i] = row_.weigh(r + i, scores.data + i * row_.score_stride, runs, parts, &log_sum);
             if (p.lse.given) *row_.template at<A>(p.lse, r + i) = log_sum;
         }
         weighted_sums({scores.data, row_.score_stride, 1}, values, runs, parts, row_.keys, count, size_.value_stride, attended);
-        for (int64_t i = 0; i < count; ++i) finish(r + i, attended.data + i * size_.value_stride);
+        for (int64_t i = 0; i < count; ++i) finish(r + i, attended.data + i * size_.value_stride, pieces_.sums[i]);
     }
 
     // Gate, residual and output of one query.
-    void finish(int64_t r, A* a) const {
+    void finish(int64_t r, A* a, A sum) const {
         const int64_t channels = p.value_size;
         const A factor = static_cast<A>(p.post_scale);
-        if (!p.score.softmax)
-            for (int64_t c = 0; c < channels; ++c) a[c] *= factor;
+        for (int64_t c = 0; c < channels; ++c) a[c] = p.score.softmax ? a[c] / sum : a[c] * factor;
         if (p.attended.given) narrow(a, channels, row_.at(p.attended, r));
         if (p.gate.given) {
             widen(row_.at(p.gate, r), p.gate.channel, channels, pieces_.extra);

@@ -170,28 +170,28 @@ class AttentionRow {
         return runs;
     }
 
-    // Scores of one query over its block's columns become weights: zero where it does not see. For softmax they sum to
-    // one, and `log_sum` (where asked for) is set; else they are act(score), without `post_scale`.
-    void weigh(int64_t r, A* s, const Columns* runs, int count, A* log_sum) const {
+    // Scores of one query over its block's columns become weights: zero where it does not see. For softmax they are to
+    // be divided by the sum that is returned, and `log_sum` (where asked for) is set; else they are act(score), without
+    // `post_scale`, and 1 is returned.
+    A weigh(int64_t r, A* s, const Columns* runs, int count, A* log_sum) const {
         const Visible seen = visible(r);
         if (!p.score.softmax) {
             for (int i = 0; i < count; ++i)
                 activate(p.score.activation, s + runs[i].begin, runs[i].end - runs[i].begin);
-            return hide(s, seen, runs, count, A(0));
+            hide(s, seen, runs, count, A(0));
+            return A(1);
         }
         const A hidden = -__builtin_inf();
         hide(s, seen, runs, count, hidden);
         A largest = hidden;
         for (int i = 0; i < count; ++i) largest = most_of(s + runs[i].begin, runs[i].end - runs[i].begin, largest);
-        // Nothing seen, or only scores of -inf: against 0 every weight is 0; the sum of 0 decides below.
-        const A against = largest == -__builtin_inf() ? A(0) : largest;
+        // Nothing seen, or only scores of -inf: against 0 every weight is 0. Of nothing the mean is 0, of the other NaN.
+        const A against = largest == hidden ? A(0) : largest;
         A sum = 0;
         for (int i = 0; i < count; ++i) sum += exponentials(s + runs[i].begin, runs[i].end - runs[i].begin, against);
+        if (log_sum) *log_sum = largest == hidden ? hidden : largest + log_of(sum);
         const bool blind = seen.prefix == 0 && seen.first >= seen.last;
-        if (log_sum) *log_sum = blind || largest == -__builtin_inf() ? A(-__builtin_inf()) : largest + log_of(sum);
-        if (blind) return;
-        for (int i = 0; i < count; ++i)
-            for (int64_t j = runs[i].begin; j < runs[i].end; ++j) s[j] /= sum;
+        return blind ? A(1) : sum;
     }
 
     // Scores without softmax become weights, and gradients of the weights those of the scores.
@@ -229,12 +229,14 @@ class AttentionRow {
         return largest;
     }
 
-    // x becomes e^(x - against); returns the sum.
+    // x becomes e^(x - against); returns the sum. Columns come in whole panels.
     static A exponentials(A* x, int64_t count, A against) {
-        constexpr int64_t W = kLanes<A>;
-        for (int64_t j = 0; j < count; ++j) x[j] = exponential(x[j] - against);
         Vector<A> sums{};
-        for (int64_t j = 0; j < count; j += W) sums += load_vector(x + j);
+        for (int64_t j = 0; j < count; j += kLanes<A>) {
+            const Vector<A> power = exponential(load_vector(x + j) - against);
+            store_vector(x + j, power);
+            sums += power;
+        }
         return sum_of<A>(sums);
     }
 

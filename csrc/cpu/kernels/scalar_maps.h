@@ -6,32 +6,47 @@
 
 INTERFORMER_LEVEL_BEGIN
 
-// e^x, without branches. x = n ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7 (remainder below
-// 6e-9 of it), 2^n by the exponent's bits in two factors, so that the smallest and largest results come out right.
-inline float exponential(float x) {
-    const float inside = x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x;  // NaN stays: it compares with nothing
-    const float shifted = inside * 1.44269504f + 12582912.0f;            // 1.5 * 2^23: rounds to an integer
-    const float n = shifted - 12582912.0f;
-    const float r = (inside - n * 0.693145752f) - n * 1.42860677e-6f;
-    float p = 1.0f / 5040;
+// e^x, without branches, of a number or of a vector of them. x = n ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor
+// polynomial of degree 7 (remainder below 6e-9 of it), 2^n by the exponent's bits in two factors, so that the smallest
+// and largest results come out right. NaN stays: it compares with nothing.
+template <typename Float, typename Int>
+inline Float exponential_of(Float x) {
+    const Float low = Float{} - 104.0f, high = Float{} + 89.0f;
+    const Float bounded = x < low ? low : x;
+    const Float inside = bounded > high ? high : bounded;
+    const Float shifted = inside * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+    const Float n = shifted - 12582912.0f;
+    const Float r = (inside - n * 0.693145752f) - n * 1.42860677e-6f;
+    Float p = Float{} + 1.0f / 5040;
     p = p * r + 1.0f / 720;
     p = p * r + 1.0f / 120;
     p = p * r + 1.0f / 24;
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
-    const float power = 1.0f + (r + r * r * p);  // what is largest comes last, so that its rounding is the only one
-    int32_t bits;
+    const Float power = 1.0f + (r + r * r * p);  // what is largest comes last, so that its rounding is the only one
+    Int bits;
     std::memcpy(&bits, &shifted, sizeof bits);
-    const int32_t whole = bits - 0x4b400000, half = whole >> 1;
-    const int32_t first_bits = (half + 127) << 23, second_bits = (whole - half + 127) << 23;
-    float first, second;
+    const Int whole = bits - 0x4b400000, half = whole >> 1;
+    const Int first_bits = (half + 127) << 23, second_bits = (whole - half + 127) << 23;
+    Float first, second;
     std::memcpy(&first, &first_bits, sizeof first);
     std::memcpy(&second, &second_bits, sizeof second);
     return power * first * second;
 }
 
+inline float exponential(float x) {
+    return exponential_of<float, int32_t>(x);
+}
+inline Vector<float> exponential(Vector<float> x) {
+    return exponential_of<Vector<float>, Vector<int32_t>>(x);
+}
+
 inline double exponential(double x) {
     return __builtin_exp(x);
+}
+inline Vector<double> exponential(Vector<double> x) {
+    for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = __builtin_exp(x[lane]);
+    return x;
 }
 
 template <typename A>
