@@ -57,7 +57,7 @@ class AttentionForward {
             multiply_packed<A>({pieces_.queries, size_.head_stride, 1}, pieces_.packed_keys, count, runs[i].begin,
                                runs[i].end, p.head_size, scores);
         for (int64_t i = 0; i < count; ++i) {
-            A log_sum;
+            A log_sum = 0;
             pieces_.sums[i] = row_.weigh(r + i, scores.data + i * row_.score_stride, runs, parts, &log_sum);
             if (p.lse.given) *row_.template at<A>(p.lse, r + i) = log_sum;
         }
