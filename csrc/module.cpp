@@ -106,12 +106,29 @@ void bind_attention_forward(const std::string& layout, py::handle q, py::handle 
                             const std::string& gate_activation, py::handle residual, py::handle out, py::handle lse,
                             py::handle attended, int64_t threads) {
     const Viewer view("attention_forward");
-    const AttentionInputs in =
-        AttentionArguments{layout,      q,           k,           v,           q_offsets,   kv_offsets,
-                           skip_prefix, cos,         sin,         positions_q, positions_k, rope_interleaved,
-                           causal,      window_left, window_right, num_prefix, gate,        scale,
-                           post_scale,  score,       gate_form,   gate_activation}
-            .view(view);
+    const AttentionInputs in = AttentionArguments{layout,
+                                                  q,
+                                                  k,
+                                                  v,
+                                                  q_offsets,
+                                                  kv_offsets,
+                                                  skip_prefix,
+                                                  cos,
+                                                  sin,
+                                                  positions_q,
+                                                  positions_k,
+                                                  rope_interleaved,
+                                                  causal,
+                                                  window_left,
+                                                  window_right,
+                                                  num_prefix,
+                                                  gate,
+                                                  scale,
+                                                  post_scale,
+                                                  score,
+                                                  gate_form,
+                                                  gate_activation}
+                                   .view(view);
     const AttentionOutputs to{view.optional("residual", residual), view("out", out), view.optional("lse", lse),
                               view.optional("attended", attended)};
     const py::gil_scoped_release released;
@@ -127,12 +144,29 @@ void bind_attention_backward(const std::string& layout, py::handle q, py::handle
                              py::handle grad_q, py::handle grad_k, py::handle grad_v, py::handle grad_gate,
                              int64_t threads) {
     const Viewer view("attention_backward");
-    const AttentionInputs in =
-        AttentionArguments{layout,      q,           k,           v,           q_offsets,   kv_offsets,
-                           skip_prefix, cos,         sin,         positions_q, positions_k, rope_interleaved,
-                           causal,      window_left, window_right, num_prefix, gate,        scale,
-                           post_scale,  score,       gate_form,   gate_activation}
-            .view(view);
+    const AttentionInputs in = AttentionArguments{layout,
+                                                  q,
+                                                  k,
+                                                  v,
+                                                  q_offsets,
+                                                  kv_offsets,
+                                                  skip_prefix,
+                                                  cos,
+                                                  sin,
+                                                  positions_q,
+                                                  positions_k,
+                                                  rope_interleaved,
+                                                  causal,
+                                                  window_left,
+                                                  window_right,
+                                                  num_prefix,
+                                                  gate,
+                                                  scale,
+                                                  post_scale,
+                                                  score,
+                                                  gate_form,
+                                                  gate_activation}
+                                   .view(view);
     const AttentionGradients grads{view("grad_out", grad_out),      view.optional("attended", attended),
                                    view("grad_q", grad_q),          view("grad_k", grad_k),
                                    view.optional("grad_v", grad_v), view.optional("grad_gate", grad_gate)};

@@ -383,52 +383,50 @@ def largest_error(found: Tensor, truth: Tensor) -> float:
 
 Run = Callable[[Mapping[str, Any]], tuple[Tensor, Tensor | None]]
 # Of one draw, by quantity: the dtype found, the error found, eager PyTorch's error, and the largest true value.
-_Draws = dict[str, tuple[torch.dtype, float, float, float]]
+Errors = dict[str, tuple[torch.dtype, float, float, float]]
 
 
 def compare(case: Case, backend: str | None, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Row]:
-    """Hold one case on one backend against the float64 truth; a row for the output and for each gradient."""
-    return compare_run(lambda inputs: call(case.op, inputs, backend), case, dtype, device, seed)
+    """Hold one case on one backend against the float64 truth; a row for the output and for each gradient.
 
-
-def compare_run(run: Run, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Row]:
-    """`compare` for anything that maps a case's inputs to `(out, lse or None)`.
-
-    Errors are the largest over a few draws of the inputs, the run's and eager PyTorch's alike. Of a handful of numbers
-    a single draw's error is a matter of luck, so a suspicion is settled by more draws, again for both.
+    Errors are the largest over a few draws of the inputs, the backend's and eager PyTorch's alike. Of a handful of
+    numbers a single draw's error is a matter of luck, so a suspicion is settled by more draws, again for both.
     """
-    draws: list[_Draws] = []
+    draws: list[Errors] = []
     rows: list[Row] = []
     for wanted in (2, 12):
-        draws += [_compare_draw(run, case, dtype, device, seed + i) for i in range(len(draws), wanted)]
-        rows = _judge(draws, dtype)
+        for i in range(len(draws), wanted):
+            inputs = make_inputs(case, dtype, device, seed + i)
+            draws.append(measure(lambda made: call(case.op, made, backend), case.op, inputs))
+        rows = judge(draws)
         if all(row.ok for row in rows):
             break
     return rows
 
 
-def _compare_draw(run: Run, case: Case, dtype: torch.dtype, device: str, seed: int) -> _Draws:
-    op, inputs = case.op, make_inputs(case, dtype, device, seed)
+def measure(run: Run, op: str, inputs: Mapping[str, Any]) -> Errors:
+    """Errors of one run (the output, the log-sum-exp where it returns one, every gradient), and eager PyTorch's."""
     found = evaluate(lambda: run(inputs), op, inputs)
     exact = cast_inputs(inputs, torch.float64)
     truth = evaluate(lambda: call_eager(op, exact), op, exact)
-    rough = cast_inputs(inputs, torch.float32 if dtype == torch.float64 else dtype)
+    double = inputs["grad_out"].dtype == torch.float64
+    rough = cast_inputs(inputs, torch.float32) if double else inputs
     eager = evaluate(lambda: call_eager(op, rough), op, rough)
-    draw = {}
-    for quantity, true in truth.items():
+    errors = {}
+    for quantity, x in found.items():
+        true = truth[quantity]
         finite = true[true.isfinite()].abs()
         largest = float(finite.max()) if finite.numel() else 0.0
-        errors = largest_error(found[quantity], true), largest_error(eager[quantity], true)
-        draw[quantity] = found[quantity].dtype, *errors, largest
-    return draw
+        errors[quantity] = x.dtype, largest_error(x, true), largest_error(eager[quantity], true), largest
+    return errors
 
 
-def _judge(draws: list[_Draws], dtype: torch.dtype) -> list[Row]:
-    ratio, share = (2.0**-29, 3) if dtype == torch.float64 else (1.0, 2)
+def judge(draws: Sequence[Errors]) -> list[Row]:
+    """The largest errors over the draws against their budget."""
     rows = []
-    for quantity, (kind, *_) in draws[0].items():
+    for quantity, (dtype, *_) in draws[0].items():
         _, found, eager, largest = zip(*(draw[quantity] for draw in draws), strict=True)
+        ratio, share = (2.0**-29, 3) if dtype == torch.float64 else (1.0, 2)
         error = math.nan if any(map(math.isnan, found)) else max(found)
-        budget = share * ratio * max(eager) + torch.finfo(kind).eps * max(largest)
-        rows.append(Row(quantity, error, budget))
+        rows.append(Row(quantity, error, share * ratio * max(eager) + torch.finfo(dtype).eps * max(largest)))
     return rows

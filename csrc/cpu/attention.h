@@ -42,9 +42,9 @@ struct AttentionOutputs {
 };
 
 struct AttentionGradients {
-    TensorView grad_out;                  // read
-    std::optional<TensorView> attended;   // the ungated A, read; only a gate needs it
-    TensorView grad_q, grad_k;            // grad_k holds v's share where v is k
+    TensorView grad_out;                 // read
+    std::optional<TensorView> attended;  // the ungated A, read; only a gate needs it
+    TensorView grad_q, grad_k;           // grad_k holds v's share where v is k
     std::optional<TensorView> grad_v;
     std::optional<TensorView> grad_gate;  // of the output's rank: summed over the axes of size 1
 };

@@ -37,7 +37,9 @@ class Call {
     }
 
     const Rows& rows() const { return rows_; }
-    RowTensor tokens(const TensorView& x) const { return {x.data, rows_.begins(), 0, x.strides[0], 0, x.strides[1], true}; }
+    RowTensor tokens(const TensorView& x) const {
+        return {x.data, rows_.begins(), 0, x.strides[0], 0, x.strides[1], true};
+    }
     static RowTensor matrices(const TensorView& x) {
         return {x.data, nullptr, x.strides[0], x.strides[1], 0, x.strides[2], true};
     }

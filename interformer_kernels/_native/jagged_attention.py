@@ -6,6 +6,10 @@ from torch import Tensor
 
 from interformer_kernels._native._attention import Attention
 
+_Rope = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool]  # cos, sin, positions, interleaved
+_Masks = tuple[bool, int, int, int]  # causal, window, num_prefix
+_Maps = tuple[float, str, float, str, str]  # scale, score, post_scale, gate's form and activation
+
 
 def _call(
     q: Tensor,
@@ -13,28 +17,13 @@ def _call(
     v: Tensor,
     offsets: Tensor,
     kv_offsets: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions_q: Tensor | None,
-    positions_k: Tensor | None,
     gate: Tensor | None,
-    scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    num_prefix: int,
-    rope_interleaved: bool,
-    score: str,
-    post_scale: float,
-    gate_form: str,
-    gate_activation: str,
+    rope: _Rope,
+    masks: _Masks,
+    maps: _Maps,
 ) -> Attention:
     own, keys = (None, offsets) if kv_offsets is None else (offsets, kv_offsets)
-    return Attention(
-        "packed", q, k, v, own, keys, gate, scale, score, post_scale, gate_form, gate_activation,
-        cos=cos, sin=sin, positions_q=positions_q, positions_k=positions_k, rope_interleaved=rope_interleaved,
-        causal=causal, window_left=window_left, window_right=window_right, num_prefix=num_prefix,
-    )  # fmt: skip
+    return Attention("packed", q, k, v, own, keys, gate, *maps, 0, *rope, *masks)
 
 
 def forward(
@@ -62,9 +51,10 @@ def forward(
     keep_attended: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(out, lse, attended)`."""
-    rope = cos, sin, positions_q, positions_k
-    options = scale, causal, window_left, window_right, num_prefix, rope_interleaved, score, post_scale
-    call = _call(q, k, v, offsets, kv_offsets, *rope, gate, *options, gate_form, gate_activation)
+    rope = cos, sin, positions_q, positions_k, rope_interleaved
+    masks = causal, window_left, window_right, num_prefix
+    maps = scale, score, post_scale, gate_form, gate_activation
+    call = _call(q, k, v, offsets, kv_offsets, gate, rope, masks, maps)
     return call.forward(residual, keep_attended)
 
 
@@ -94,7 +84,8 @@ def backward(
     gate_activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `q, k, v, gate`."""
-    rope = cos, sin, positions_q, positions_k
-    options = scale, causal, window_left, window_right, num_prefix, rope_interleaved, score, post_scale
-    call = _call(q, k, v, offsets, kv_offsets, *rope, gate, *options, gate_form, gate_activation)
+    rope = cos, sin, positions_q, positions_k, rope_interleaved
+    masks = causal, window_left, window_right, num_prefix
+    maps = scale, score, post_scale, gate_form, gate_activation
+    call = _call(q, k, v, offsets, kv_offsets, gate, rope, masks, maps)
     return call.backward(grad_out, attended)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from interformer_kernels import _backend
 
@@ -79,7 +79,8 @@ class RegisteredOp:
         self.forward_fake, self.backward_fake = forward_fake, backward_fake
         self.forward_op = self._register(f"{name}_fwd", forward_fake, self._run_forward)
         self.backward_op = self._register(f"{name}_bwd", backward_fake, self._run_backward)
-        self._count(flops, backward_over_forward)
+        self.flops, self.backward_over_forward = flops, backward_over_forward
+        self.counted = False
         _OPS[name] = self
 
     def _register(self, name: str, fake: Callable[..., Any], run: Callable[..., Any]) -> Any:
@@ -89,16 +90,21 @@ class RegisteredOp:
         torch.library.register_fake(f"interformer_kernels::{name}", fake, lib=LIBRARY)
         return getattr(torch.ops.interformer_kernels, name).default
 
-    def _count(self, flops: Callable[[Bound], int], backward_over_forward: float) -> None:
+    def _register_flops(self) -> None:
+        """Tell PyTorch's FLOP counter of this op, once it is imported: importing it would import Triton, too."""
+        from torch.utils.flop_counter import register_flop_formula
+
         def forward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-            return flops({**dict(zip(self.forward_names, args, strict=False)), **kwargs})
+            return self.flops({**dict(zip(self.forward_names, args, strict=False)), **kwargs})
 
         def backward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-            return int(flops({**dict(zip(self.backward_names, args, strict=False)), **kwargs}) * backward_over_forward)
+            bound = {**dict(zip(self.backward_names, args, strict=False)), **kwargs}
+            return int(self.flops(bound) * self.backward_over_forward)
 
         for half, formula in (("fwd", forward), ("bwd", backward)):
             packet = getattr(torch.ops.interformer_kernels, f"{self.name}_{half}")
             register_flop_formula(packet, get_raw=True)(formula)
+        self.counted = True
 
     # -------------------------------------------------------- implementations, with real tensors in hand
 
@@ -172,6 +178,8 @@ class RegisteredOp:
         if torch.compiler.is_compiling():
             # Dynamo refuses one tensor in two places of an autograd.Function (q = k = v, say); views are two tensors.
             args = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in args)
+        elif not self.counted and "torch.utils.flop_counter" in sys.modules:
+            self._register_flops()
         if wants_gradients(*args):
             outputs = _Joined.apply(self.name, *args)  # type: ignore[no-untyped-call]
             return outputs if self.extras else outputs[0]

@@ -81,16 +81,17 @@ class AttentionBackward {
                                runs[i].end, p.value_size, slopes);
         }
         for (int64_t i = 0; i < count; ++i)
-            score_gradients(r + i, weights.data + i * row_.score_stride, slopes.data + i * row_.score_stride, runs, parts);
+            score_gradients(r + i, weights.data + i * row_.score_stride, slopes.data + i * row_.score_stride, runs,
+                            parts);
         weighted_sums({slopes.data, row_.score_stride, 1}, keys, runs, parts, row_.keys, count, size_.head_stride,
                       Matrix<A>{pieces_.grad_q, size_.head_stride});
         for (int64_t i = 0; i < count; ++i) write_query_gradient(r + i, pieces_.grad_q + i * size_.head_stride);
         for (int i = 0; i < parts; ++i) {
             const int64_t j = runs[i].begin, tokens = least(runs[i].end, row_.keys) - j;
-            multiply<A>({slopes.data + j, 1, row_.score_stride}, {queries.data, queries.stride}, tokens, size_.head_stride,
-                        count, {pieces_.grad_k + j * size_.head_stride, size_.head_stride}, true);
-            multiply<A>({weights.data + j, 1, row_.score_stride}, {grad_a.data, grad_a.stride}, tokens, size_.value_stride,
-                        count, {pieces_.grad_v + j * size_.value_stride, size_.value_stride}, true);
+            multiply<A>({slopes.data + j, 1, row_.score_stride}, {queries.data, queries.stride}, tokens,
+                        size_.head_stride, count, {pieces_.grad_k + j * size_.head_stride, size_.head_stride}, true);
+            multiply<A>({weights.data + j, 1, row_.score_stride}, {grad_a.data, grad_a.stride}, tokens,
+                        size_.value_stride, count, {pieces_.grad_v + j * size_.value_stride, size_.value_stride}, true);
         }
     }
 
@@ -164,7 +165,8 @@ class AttentionBackward {
             if (p.rope.cos) turn(p.rope, row_.key_position(j), A(-1), grad);
             narrow(grad, p.head_size, address<T>(p.grad_k, batch_row_, j, kv_head_));
             if (!p.v_is_k)
-                narrow(pieces_.grad_v + j * size_.value_stride, p.value_size, address<T>(p.grad_v, batch_row_, j, kv_head_));
+                narrow(pieces_.grad_v + j * size_.value_stride, p.value_size,
+                       address<T>(p.grad_v, batch_row_, j, kv_head_));
         }
     }
 

@@ -61,7 +61,8 @@ class AttentionForward {
             pieces_.sums[i] = row_.weigh(r + i, scores.data + i * row_.score_stride, runs, parts, &log_sum);
             if (p.lse.given) *row_.template at<A>(p.lse, r + i) = log_sum;
         }
-        weighted_sums({scores.data, row_.score_stride, 1}, values, runs, parts, row_.keys, count, size_.value_stride, attended);
+        weighted_sums({scores.data, row_.score_stride, 1}, values, runs, parts, row_.keys, count, size_.value_stride,
+                      attended);
         for (int64_t i = 0; i < count; ++i) finish(r + i, attended.data + i * size_.value_stride, pieces_.sums[i]);
     }
 

@@ -57,8 +57,8 @@ struct Visible {
     int64_t prefix, first, last;
 };
 
-// `to [count, columns]` = sum over the keys j of the columns' runs of `weights[., j] * tokens[j]`. Long sums are made in
-// pieces, which keeps them exact.
+// `to [count, columns]` = sum over the keys j of the columns' runs of `weights[., j] * tokens[j]`. Long sums are made
+// in pieces, which keeps them exact.
 template <typename A>
 void weighted_sums(Scalars<A> weights, Matrix<const A> tokens, const Columns* runs, int parts, int64_t keys,
                    int64_t count, int64_t columns, Matrix<A> to) {
@@ -185,7 +185,8 @@ class AttentionRow {
         hide(s, seen, runs, count, hidden);
         A largest = hidden;
         for (int i = 0; i < count; ++i) largest = most_of(s + runs[i].begin, runs[i].end - runs[i].begin, largest);
-        // Nothing seen, or only scores of -inf: against 0 every weight is 0. Of nothing the mean is 0, of the other NaN.
+        // Nothing seen, or only scores of -inf: against 0 every weight is 0. Of nothing the mean is 0, of the other
+        // NaN.
         const A against = largest == hidden ? A(0) : largest;
         A sum = 0;
         for (int i = 0; i < count; ++i) sum += exponentials(s + runs[i].begin, runs[i].end - runs[i].begin, against);

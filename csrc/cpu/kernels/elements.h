@@ -33,7 +33,7 @@ inline float load(Float16 x) {
     const uint32_t magnitude = x.bits & 0x7fffu;
     const uint32_t widened = magnitude << 13;  // in float's field widths
     const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
-    const uint32_t normal = widened + (112u << 23);   // exponent bias 15 becomes 127
+    const uint32_t normal = widened + (112u << 23);  // exponent bias 15 becomes 127
     const uint32_t special = widened | 0x7f800000u;  // infinity and NaN
     const uint32_t found = magnitude < 0x0400u ? bits_of(subnormal) : magnitude >= 0x7c00u ? special : normal;
     return float_of(sign | found);

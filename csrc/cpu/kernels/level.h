@@ -10,8 +10,8 @@
 #error "compile this file with INTERFORMER_LEVEL set to the name of an instruction set"
 #endif
 
-#define INTERFORMER_LEVEL_BEGIN \
-    namespace interformer {     \
+#define INTERFORMER_LEVEL_BEGIN   \
+    namespace interformer {       \
     namespace INTERFORMER_LEVEL { \
     namespace {
 #define INTERFORMER_LEVEL_END \

@@ -73,7 +73,8 @@ void multiply(Scalars<A> a, Matrix<const A> b, int64_t rows, int64_t columns, in
 
 // Columns [first, last) of C, multiples of the panel, with B packed in panels: see `pack_transposed`.
 template <typename A>
-void multiply_packed(Scalars<A> a, const A* panels, int64_t rows, int64_t first, int64_t last, int64_t depth, Matrix<A> c) {
+void multiply_packed(Scalars<A> a, const A* panels, int64_t rows, int64_t first, int64_t last, int64_t depth,
+                     Matrix<A> c) {
     for (int64_t n = first; n < last; n += kPanel<A>)
         multiply_columns<A, 2>(a, panels + n * depth, kPanel<A>, rows, depth, {c.data + n, c.stride}, false);
 }

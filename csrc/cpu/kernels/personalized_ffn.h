@@ -126,8 +126,7 @@ class Ffn {
             }
         // x is not needed any more: its memory takes its gradient.
         multiply_packed<A>({grad_, stride_, 1}, turned_, count, 0, x_stride_, p.outputs, {x_, x_stride_});
-        for (int64_t i = 0; i < count; ++i)
-            narrow(x_ + i * x_stride_, p.inputs, address<T>(p.grad_x, row, t + i, 0));
+        for (int64_t i = 0; i < count; ++i) narrow(x_ + i * x_stride_, p.inputs, address<T>(p.grad_x, row, t + i, 0));
     }
 
     const FfnProblem& p;

@@ -91,32 +91,36 @@ inline void over_activation(Activation kind, int64_t count, Each&& each) {
             return;
         case Activation::silu:
             for (int64_t i = 0; i < count; ++i)
-                each(i, [](A x) { return x * sigmoid(x); },
-                     [](A x) {
-                         const A s = sigmoid(x);
-                         return s * (A(1) + x * (A(1) - s));
-                     });
+                each(
+                    i, [](A x) { return x * sigmoid(x); },
+                    [](A x) {
+                        const A s = sigmoid(x);
+                        return s * (A(1) + x * (A(1) - s));
+                    });
             return;
         case Activation::gelu:
             for (int64_t i = 0; i < count; ++i)
-                each(i, [](A x) { return x * normal_distribution(x); },
-                     [](A x) { return normal_distribution(x) + x * normal_density(x); });
+                each(
+                    i, [](A x) { return x * normal_distribution(x); },
+                    [](A x) { return normal_distribution(x) + x * normal_density(x); });
             return;
         case Activation::sigmoid:
             for (int64_t i = 0; i < count; ++i)
-                each(i, [](A x) { return sigmoid(x); },
-                     [](A x) {
-                         const A s = sigmoid(x);
-                         return s * (A(1) - s);
-                     });
+                each(
+                    i, [](A x) { return sigmoid(x); },
+                    [](A x) {
+                        const A s = sigmoid(x);
+                        return s * (A(1) - s);
+                    });
             return;
         case Activation::tanh:
             for (int64_t i = 0; i < count; ++i)
-                each(i, [](A x) { return hyperbolic_tangent(x); },
-                     [](A x) {
-                         const A t = hyperbolic_tangent(x);
-                         return A(1) - t * t;
-                     });
+                each(
+                    i, [](A x) { return hyperbolic_tangent(x); },
+                    [](A x) {
+                        const A t = hyperbolic_tangent(x);
+                        return A(1) - t * t;
+                    });
             return;
     }
 }

@@ -10,9 +10,15 @@ INTERFORMER_LEVEL_BEGIN
 
 template <typename T>
 constexpr Kernels kernels_of() {
-    return {&AttentionForward<T>::memory, &AttentionBackward<T>::memory, &AttentionForward<T>::run,
-            &AttentionBackward<T>::run,   &Ffn<T>::memory,               &Ffn<T>::forward,
-            &Ffn<T>::backward,            &Rotary<T>::memory,            &Rotary<T>::run};
+    return {&AttentionForward<T>::memory,
+            &AttentionBackward<T>::memory,
+            &AttentionForward<T>::run,
+            &AttentionBackward<T>::run,
+            &Ffn<T>::memory,
+            &Ffn<T>::forward,
+            &Ffn<T>::backward,
+            &Rotary<T>::memory,
+            &Rotary<T>::run};
 }
 
 INTERFORMER_LEVEL_END
