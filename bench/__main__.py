@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", action="append", choices=peers.OPS, help="may be repeated; all where left out")
     parser.add_argument("--law", action="append", choices=list(laws), help="may be repeated; all where left out")
     parser.add_argument("--data", type=Path, help="directory with the length files")
+    parser.add_argument("--rows", type=int, help="rows of a batch; with 2, the cost of a call shows")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=3.0, help="about how long each (shape, pass) is timed")
@@ -28,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     dtype = getattr(torch, chosen.dtype)
-    cases = run.default_shapes(shapes.laws(chosen.data), chosen.law or list(laws), chosen.op or peers.OPS)
+    names, ops = chosen.law or list(laws), chosen.op or peers.OPS
+    cases = run.default_shapes(shapes.laws(chosen.data), names, ops, chosen.rows)
     measured = list(run.measure(cases, dtype, chosen.device, chosen.seconds, status_line))
     machine = timing.machine(dtype, chosen.device)
     if chosen.markdown == Path("-"):

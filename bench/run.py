@@ -61,14 +61,19 @@ class Measurement:
     problem: str | None = None
 
 
-def default_shapes(laws: dict[str, Law], names: Sequence[str], ops: Sequence[str] = peers.OPS) -> list[Shape]:
-    """The named laws for each op; batches of long rows are smaller where work grows with the square of the length."""
+def default_shapes(
+    laws: dict[str, Law], names: Sequence[str], ops: Sequence[str] = peers.OPS, rows: int | None = None
+) -> list[Shape]:
+    """The named laws for each op, on batches of `rows` rows.
+
+    Where None, 512; fewer for long rows where work grows with the square of the length.
+    """
     found = []
     for op in ops:
         for name in names:
             mean = sum(laws[name].lengths(1000)) / 1000
-            rows = 512 if op != "jagged_attention" else min(512, max(16, int(4096 / max(mean, 1))))
-            found.append(Shape(op, laws[name], rows))
+            usual = 512 if op != "jagged_attention" else min(512, max(16, int(16384 / max(mean, 1))))
+            found.append(Shape(op, laws[name], rows or usual))
     return found
 
 
