@@ -96,8 +96,9 @@ class Call {
     void set_options(const AttentionInputs& in) {
         AttentionProblem& p = problem;
         p.causal = in.causal;
-        p.window_left = in.window_left;
-        p.window_right = in.window_right;
+        constexpr int64_t kWidest = int64_t{1} << 62;  // beyond any row, and positions can be added to it
+        p.window_left = std::min(in.window_left, kWidest);
+        p.window_right = std::min(in.window_right, kWidest);
         p.num_prefix = in.num_prefix;
         if (in.cos) p.rope = rotary_tables(*in.cos, *in.sin, in.rope_interleaved);
         p.positions_q = positions_of(in.positions_q);

@@ -33,7 +33,7 @@ inline void multiply_tile(Scalars<A> a, const A* b, int64_t b_stride, int64_t de
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) sum[m][n] = add ? load_vector(c + m * c_stride + n * W) : Vector<A>{};
+        for (int n = 0; n < N; ++n) sum[m][n] = Vector<A>{};
     for (int64_t k = 0; k < depth; ++k) {
         Vector<A> row[N];
 #pragma GCC unroll 2
@@ -48,7 +48,11 @@ inline void multiply_tile(Scalars<A> a, const A* b, int64_t b_stride, int64_t de
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) store_vector(c + m * c_stride + n * W, sum[m][n]);
+        for (int n = 0; n < N; ++n) {
+            A* to = c + m * c_stride + n * W;
+            // What is there is added last: a long sum that is made in pieces then errs as the sum of its pieces does.
+            store_vector(to, add ? load_vector(to) + sum[m][n] : sum[m][n]);
+        }
 }
 
 template <typename A, int N>
@@ -75,8 +79,14 @@ void multiply(Scalars<A> a, Matrix<const A> b, int64_t rows, int64_t columns, in
 template <typename A>
 void multiply_packed(Scalars<A> a, const A* panels, int64_t rows, int64_t first, int64_t last, int64_t depth,
                      Matrix<A> c) {
-    for (int64_t n = first; n < last; n += kPanel<A>)
-        multiply_columns<A, 2>(a, panels + n * depth, kPanel<A>, rows, depth, {c.data + n, c.stride}, false);
+    constexpr int64_t kPiece = 128;  // of a long sum
+    for (int64_t n = first; n < last; n += kPanel<A>) {
+        int64_t k = 0;
+        do
+            multiply_columns<A, 2>(a.from(0, k), panels + n * depth + k * kPanel<A>, kPanel<A>, rows,
+                                   least(kPiece, depth - k), {c.data + n, c.stride}, k > 0);
+        while ((k += kPiece) < depth);
+    }
 }
 
 // ---------------------------------------------------------------- transposing

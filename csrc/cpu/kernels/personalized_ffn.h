@@ -118,12 +118,15 @@ class Ffn {
         }
         multiply<A>({x.data, x.column, x.row}, {grad_, stride_}, p.inputs, stride_, count, {grad_weight_, stride_},
                     true);
-        for (int64_t i = 0; i < count; i += 8)  // a few tokens first: shorter sums are more exact
-            for (int64_t f = 0; f < p.outputs; ++f) {
+        for (int64_t f = 0; f < p.outputs; ++f) {
+            A block = 0;
+            for (int64_t i = 0; i < count; i += 8) {  // a few tokens first: shorter sums are more exact
                 A sum = 0;
                 for (int64_t j = i; j < least(i + 8, count); ++j) sum += grad_[j * stride_ + f];
-                grad_bias_[f] += sum;
+                block += sum;
             }
+            grad_bias_[f] += block;
+        }
         // x is not needed any more: its memory takes its gradient.
         multiply_packed<A>({grad_, stride_, 1}, turned_, count, 0, x_stride_, p.outputs, {x_, x_stride_});
         for (int64_t i = 0; i < count; ++i) narrow(x_ + i * x_stride_, p.inputs, address<T>(p.grad_x, row, t + i, 0));

@@ -1,0 +1,81 @@
+"""How the tests of the CPU kernels call them, and how they compare what comes back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interformer_kernels import testing
+
+# Where the queries lie decides what a kernel sums over: each of the three layouts, with its own or the keys' offsets.
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"op": "jagged_attention", "name": "self"},
+    {"op": "jagged_attention", "name": "cross", "query_lengths": True},
+    {"op": "gated_cross_attention", "name": "dense"},
+    {"op": "gated_cross_attention", "name": "jagged", "query_lengths": True},
+    {"op": "pma_pooling", "name": "shared"},
+)
+
+
+def layouts(lengths: tuple[int, ...], **sizes: Any) -> list[testing.Case]:
+    """One case of each layout; queries with offsets of their own have the keys' lengths in turned order."""
+    cases = [testing.Case(**{**layout, "lengths": lengths, **sizes}) for layout in LAYOUTS]
+    turned = {"query_lengths": lengths[::-1]}
+    return [testing.Case(**{**vars(case), **turned}) if case.query_lengths else case for case in cases]
+
+
+def all_ops(lengths: tuple[int, ...], **sizes: Any) -> list[testing.Case]:
+    """One case of each layout of the attention family, and one of each other op."""
+    others = ("personalized_ffn", {"residual": True, "options": {"activation": "gelu"}}), ("apply_rotary", {"rope": 6})
+    return layouts(lengths, **sizes) + [
+        testing.Case(op, "tokens", lengths=lengths, **{**sizes, **own}) for op, own in others
+    ]
+
+
+def name_of(case: testing.Case) -> str:
+    """A readable id."""
+    return f"{case.op}-{case.name}"
+
+
+def results(op: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Output, log-sum-exp and gradients of the CPU kernels, by name."""
+    return testing.evaluate(lambda: testing.call(op, inputs, "cpu"), op, inputs)
+
+
+def truth(op: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The same of the definition, in the inputs' own dtype."""
+    return testing.evaluate(lambda: testing.call_eager(op, inputs), op, inputs)
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bytes of a tensor: tells -0 from 0, and NaNs are equal."""
+    return x.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
+    """Names of the quantities whose bits are not the same."""
+    assert a.keys() == b.keys()
+    return [name for name in a if a[name].shape != b[name].shape or not torch.equal(bits(a[name]), bits(b[name]))]
+
+
+def replaced(inputs: Mapping[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+    """The inputs with `change(name, x)` of every floating tensor but `grad_out`, as gradient leaves."""
+    found = dict(inputs)
+    for name, x in inputs.items():
+        if isinstance(x, Tensor) and x.is_floating_point() and name != "grad_out":
+            found[name] = change(name, x.detach()).requires_grad_(x.requires_grad)
+    return found
+
+
+def broadcast_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """All shapes that broadcast to `shape`, of its rank and below."""
+    found = []
+    for rank in range(len(shape) + 1):
+        tail = shape[len(shape) - rank :]
+        found += [tuple(1 if one else n for one, n in zip(ones, tail, strict=True))
+                  for ones in itertools.product((False, True), repeat=rank)]  # fmt: skip
+    return found

@@ -1,0 +1,316 @@
+"""The CPU kernels: right for every option, size and layout in memory, and exact where numbers only pass through.
+
+The grid of small calls is in test_parity.py; here are the sizes and the strides that it leaves out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cpu_calls import all_ops, bits, broadcast_shapes, differing, layouts, name_of, replaced, results, truth
+from torch import Tensor
+
+import interformer_kernels
+from interformer_kernels import testing
+from interformer_kernels.testing import Case, make_inputs, offsets_of
+
+_C = pytest.importorskip("interformer_kernels._C", exc_type=ImportError)
+
+SCORES = ("softmax", "identity", "relu", "silu", "gelu")
+ACTIVATIONS = ("sigmoid", "tanh", "silu", "identity")
+GATES = ("full", "head", "channel", "scalar")
+SMALL = (3, 0, 70)
+
+
+def breaches(case: Case, dtype: torch.dtype) -> list[testing.Row]:
+    return [row for row in testing.compare(case, "cpu", dtype) if not row.ok]
+
+
+# ---------------------------------------------------------------- every option and every size
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("form", ["multiply", "self"])
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_and_gate(score: str, form: str, activation: str) -> None:
+    maps = {"score": score, "post_scale": 1.0 if score == "softmax" else 0.5, "scale": 0.3}
+    options = {**maps, "gate_form": form, "gate_activation": activation}
+    sizes = {"heads": 4, "kv_heads": 2, "head_size": 8, "value_size": 6, "residual": True, "options": options}
+    for i, case in enumerate(layouts(SMALL, **sizes)):
+        # One kernel serves all layouts: all gates in one of them, in each of the others another one.
+        for gate in GATES if case.op == "pma_pooling" else GATES[i % 4 : i % 4 + 1]:
+            chosen = Case(**{**vars(case), "gate": gate})
+            inputs = make_inputs(chosen, torch.float64)
+            torch.testing.assert_close(results(case.op, inputs), truth(case.op, inputs), msg=f"{name_of(case)} {gate}")
+
+
+@pytest.mark.parametrize("skip", [0, 2, 1000])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 1)], ids=str)
+def test_heads_prefix_and_shared_values(heads: tuple[int, int], shared: bool, skip: int) -> None:
+    lengths, options = (3, 0, 2, 65), {"skip_prefix": skip}
+    case = Case(
+        "pma_pooling", "", lengths=lengths, heads=heads[0], kv_heads=heads[1], head_size=8, value_size=6,
+        shared_value=shared, options=options,
+    )  # fmt: skip
+    assert not breaches(case, torch.float64)
+
+
+EVERY_LENGTH: list[tuple[torch.dtype, int, int, dict[str, Any]]] = [
+    (torch.float32, 16, 16, {}),
+    (torch.float32, 32, 32, {"causal": True}),
+    (torch.float32, 64, 64, {"window": (9, 30)}),
+    (torch.float32, 128, 128, {}),
+    (torch.float32, 7, 10, {}),
+    (torch.float32, 1, 33, {"window": (20, 0), "num_prefix": 5}),
+    (torch.float64, 16, 16, {}),
+    (torch.float64, 33, 1, {"score": "silu", "post_scale": 0.1}),
+    (torch.bfloat16, 32, 32, {}),
+    (torch.float16, 5, 9, {"causal": True}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "d", "dv", "options"), EVERY_LENGTH, ids=str)
+def test_every_length(dtype: torch.dtype, d: int, dv: int, options: dict[str, Any]) -> None:
+    """Each length from 0 to past two tiles of the longest kind: remainders of tiles, vectors and pieces.
+
+    Each row is held against its own largest numbers: long rows, whose numbers are small, hide nothing of short ones.
+    """
+    lengths = tuple(range(140))
+    sizes = {"heads": 1, "kv_heads": 1, "head_size": d, "value_size": dv, "options": options}
+    inputs = make_inputs(Case("jagged_attention", "", lengths=lengths, **sizes), dtype)
+    exact = testing.cast_inputs(inputs, torch.float64)
+    coarse = testing.cast_inputs(inputs, torch.float32) if dtype == torch.float64 else inputs
+    found = results("jagged_attention", inputs)
+    true, eager = truth("jagged_attention", exact), truth("jagged_attention", coarse)
+    ends = offsets_of(lengths).tolist()
+    for name, x in found.items():
+        largest = testing.largest_error(eager[name], true[name])
+        unit = torch.finfo(x.dtype).eps
+        share = 3 * 2.0**-29 if dtype == torch.float64 else 2
+        for length, end in zip(lengths, ends[1:], strict=True):
+            row = slice(end - length, end)
+            assert length == 0 or x[row].isfinite().all(), (name, length)
+            error = testing.largest_error(x[row], true[name][row])
+            size = float(true[name][row].abs().max()) if length else 0.0
+            assert error <= share * largest + 2 * unit * size, (name, length)
+
+
+@pytest.mark.parametrize("op", ["pma_pooling", "gated_cross_attention", "personalized_ffn", "apply_rotary"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_length_of_the_other_ops(op: str, dtype: torch.dtype) -> None:
+    for d, dv in ((2, 1), (16, 16), (33, 7)):
+        rope = d // 2 * 2 if op == "apply_rotary" else 0
+        sizes = {"heads": 1, "kv_heads": 1, "head_size": d, "value_size": dv, "rope": rope}
+        assert not breaches(Case(op, "", lengths=tuple(range(140)), **sizes), dtype), (d, dv)
+
+
+@pytest.mark.parametrize("queries", [0, 1, 5, 6, 7, 23, 200])
+def test_numbers_of_queries(queries: int) -> None:
+    """Tiles of queries, and blocks of them, under groups of heads that divide neither."""
+    for op in ("pma_pooling", "gated_cross_attention"):
+        sizes = {"queries": queries, "heads": 6, "kv_heads": 2, "head_size": 8, "value_size": 6}
+        case = Case(op, "", lengths=(5, 0, 130), gate="full", **sizes)
+        assert not breaches(case, torch.float32), op
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("jagged_attention", "causal", lengths=(1000,), heads=2, kv_heads=1, options={"causal": True}),
+        Case("jagged_attention", "identity", lengths=(900,), heads=1, kv_heads=1, options={"score": "identity"}),
+        Case("pma_pooling", "shared", lengths=(2500,), heads=2, kv_heads=1, gate="full"),
+        Case("personalized_ffn", "tokens", lengths=(2000,)),
+    ],
+    ids=name_of,
+)
+def test_long_sums_stay_exact(case: Case) -> None:
+    """Sums over thousands of tokens or queries, in one chain, would err more than PyTorch's, which are cut up."""
+    assert not breaches(case, torch.float32)
+
+
+@pytest.mark.parametrize("size", [511, 512])
+def test_large_heads(size: int) -> None:
+    case = Case("jagged_attention", "", lengths=SMALL, heads=1, kv_heads=1, head_size=size, value_size=size)
+    assert not breaches(case, torch.float32)
+
+
+def test_open_windows_of_any_size() -> None:
+    """The largest numbers that a caller can write are as good as an open side."""
+    inputs = make_inputs(Case("jagged_attention", "", query_lengths=(9, 2, 40, 0, 3), head_size=8), torch.float32)
+    for most in (2**31, 2**62, 2**63 - 1):
+        wide = results("jagged_attention", {**inputs, "window": (most, most)})
+        assert not differing(wide, results("jagged_attention", inputs)), most
+        assert not differing(results("jagged_attention", {**inputs, "causal": True, "num_prefix": most}), wide), most
+    shared = make_inputs(Case("pma_pooling", "", options={"skip_prefix": 2**63 - 1}), torch.float32)
+    assert not results("pma_pooling", shared)["out"].any()
+
+
+@pytest.mark.parametrize("case", layouts((3, 1, 20), head_size=3, value_size=5), ids=name_of)
+def test_gates_of_every_broadcast_shape(case: Case) -> None:
+    inputs = make_inputs(case, torch.float64)
+    for shape in broadcast_shapes(tuple(inputs["grad_out"].shape)):
+        gate = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        gated = {**inputs, "gate": gate, "gate_activation": "tanh"}
+        torch.testing.assert_close(results(case.op, gated), truth(case.op, gated), msg=str(shape))
+
+
+@pytest.mark.parametrize("tail", [0, 3])
+@pytest.mark.parametrize("lengths", [(), (0, 0)], ids=["no rows", "empty rows"])
+def test_no_rows_and_no_tokens(lengths: tuple[int, ...], tail: int) -> None:
+    for case in all_ops(lengths, tail=tail, head_size=8, value_size=6):
+        gated = {"gate": "scalar"} if case.op.endswith(("attention", "pooling")) else {}
+        inputs = make_inputs(Case(**{**vars(case), **gated}), torch.float32)
+        for name, x in results(case.op, inputs).items():
+            assert (x == (-torch.inf if name == "lse" else 0)).all(), (name_of(case), name)
+
+
+# ---------------------------------------------------------------- every layout in memory
+
+
+def relaid(x: Tensor, how: str) -> Tensor:
+    """The same numbers with other strides; what lies between them is NaN."""
+    if x.dim() < 2:
+        return x
+    hole = torch.full_like(x, torch.nan)
+    if how == "sliced":
+        return torch.cat((hole, x, hole), -1)[..., x.shape[-1] : 2 * x.shape[-1]]
+    if how == "turned":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    return torch.stack((x, hole), 1)[:, 0] if how == "spread" else torch.stack((x, hole), -1)[..., 0]
+
+
+class Spy:
+    """The native module, and where the tensors lay that it was handed."""
+
+    def __init__(self) -> None:
+        self.handed: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            self.handed |= {x.data_ptr() for x in args if isinstance(x, Tensor)}
+            return getattr(_C, name)(*args)
+
+        return call
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["sliced", "turned", "spread", "channels apart"])
+def test_strided_inputs_are_read_in_place(how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy = Spy()
+    for module in ("_attention", "personalized_ffn", "apply_rotary"):
+        monkeypatch.setattr(f"interformer_kernels._native.{module}._C", spy)
+    for case in all_ops((5, 0, 70), kv_heads=2, head_size=8, value_size=16):
+        gated = {"gate": "full", "residual": True} if case.op.endswith(("attention", "pooling")) else {}
+        inputs = make_inputs(Case(**{**vars(case), **gated}), dtype)
+        strided = replaced(inputs, lambda name, x: relaid(x, how))
+        strided["grad_out"] = relaid(inputs["grad_out"], how)
+        for name in ("offsets", "kv_offsets", "q_offsets"):
+            if inputs.get(name) is not None:
+                strided[name] = torch.stack((inputs[name], inputs[name].flip(0)), 1)[:, 0].int()
+        if "rope" in inputs:
+            strided["rope"] = tuple(relaid(x, how) for x in inputs["rope"])
+        spy.handed.clear()
+        assert not differing(results(case.op, strided), results(case.op, inputs)), name_of(case)
+        given = {name: x for name, x in strided.items() if isinstance(x, Tensor)}
+        if how == "channels apart":  # of these the kernels read whole vectors
+            given = {name: x for name, x in given.items() if name not in ("k", "v")}
+        assert {name for name, x in given.items() if x.data_ptr() not in spy.handed} == set()
+
+
+@pytest.mark.parametrize("case", all_ops((4, 5), head_size=8, value_size=8), ids=name_of)
+def test_lazily_negated_views(case: Case) -> None:
+    def negated(name: str, x: Tensor) -> Tensor:
+        view = torch.complex(torch.zeros_like(x), -x).conj().imag
+        assert view.is_neg()
+        return view
+
+    inputs = make_inputs(Case(**{**vars(case), "tail": 0}), torch.float64)
+    lazy = replaced(inputs, negated)
+    lazy["grad_out"] = negated("grad_out", inputs["grad_out"])
+    assert not differing(results(case.op, lazy), results(case.op, inputs))
+
+
+@pytest.mark.parametrize(
+    ("op", "far"),
+    [("pma_pooling", "k"), ("pma_pooling", "v"), ("jagged_attention", "q"), ("gated_cross_attention", "q"),
+     ("gated_cross_attention", "residual"), ("jagged_attention", "gate"), ("personalized_ffn", "x"),
+     ("personalized_ffn", "weight"), ("apply_rotary", "x")],
+)  # fmt: skip
+def test_beyond_two_to_the_31(op: str, far: str) -> None:
+    """Element offsets need 64 bits; of the memory only a few pages are ever touched."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    step = 2**31 + 100
+    epilogue = {} if op in ("personalized_ffn", "apply_rotary") else {"gate": "full", "residual": True}
+    sizes = {"heads": 1, "kv_heads": 1, "head_size": 4, "value_size": 4, "queries": 2, "rope": 0, "tail": 0}
+    lengths = (1, 1) if far == "weight" or op == "gated_cross_attention" else (2,)
+    case = Case(op, "", lengths=lengths, **{**sizes, **epilogue, "rope": 4 if op == "apply_rotary" else 0})
+
+    def moved(name: str, x: Tensor) -> Tensor:
+        if name != far:
+            return x
+        assert x.shape[0] == 2
+        wide = torch.empty(step + x[0].numel(), dtype=x.dtype).as_strided(x.shape, (step, *x.stride()[1:]))
+        return wide.copy_(x)
+
+    inputs = make_inputs(case, torch.bfloat16)
+    distant = replaced(inputs, moved)
+    with torch.no_grad():  # gradients have the inputs' shapes, but not their strides
+        out = testing.call(op, distant, "cpu")[0]
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    found = results(op, inputs)
+    assert torch.equal(out, found["out"])
+    assert not differing(results(op, distant), found)
+
+
+# ---------------------------------------------------------------- element types
+
+
+def converted(values: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`values` through the kernel: each is the one token of a row, so that A is v itself, rounded to its dtype."""
+    n = values.numel()
+    zeros = torch.zeros(n, 1, 1, dtype=values.dtype)
+    added = None if residual is None else residual.view(n, 1, 1, 1)
+    out = interformer_kernels.pma_pooling(
+        zeros[:1], zeros, values.view(n, 1, 1), torch.arange(n + 1), residual=added, backend="cpu"
+    )
+    assert isinstance(out, Tensor)
+    assert out.dtype == values.dtype
+    return out.view(n)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_bit_pattern_comes_through(dtype: torch.dtype) -> None:
+    # All but -0, which the sum that starts at 0 turns into 0, as a matrix product does.
+    every = torch.arange(1 - 2**15, 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    # Channels that do not rotate are not touched at all, so -0 stays.
+    pairs = torch.stack((every * 0, every * 0, every), -1).view(-1, 1, 3)
+    rope = testing.rotary_tables(every.numel(), 2)
+    kept = interformer_kernels.apply_rotary(pairs, offsets_of((every.numel(),)), rope, backend="cpu")
+    for found in (converted(every), kept[:, 0, 2]):
+        number = ~every.isnan()
+        assert torch.equal(found.view(torch.int16)[number], every.view(torch.int16)[number])
+        assert found[~number].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
+    """Sums of two numbers land between the numbers of the dtype, and on ties; also subnormal ones and overflows."""
+    a = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    a = a[a.isfinite()]
+    for shift in (0.25, 0.5, 0.75, 2.0**-10, 1.0):
+        b = (a.roll(1) - a).mul(shift)
+        assert torch.equal(bits(converted(a, b)), bits((a.float() + b.float()).to(dtype)))
+
+
+def test_gradients_are_checked_numerically() -> None:
+    for case in all_ops((2, 0, 5), heads=2, kv_heads=1, head_size=6, value_size=3, queries=2, tail=0):
+        inputs = make_inputs(case, torch.float64)
+        names = [name for name in testing.DIFFERENTIABLE[case.op] if inputs.get(name) is not None]
+
+        def run(*leaves: Tensor, op: str = case.op, inputs: Any = inputs, names: Any = tuple(names)) -> Tensor:
+            return testing.call(op, {**inputs, **dict(zip(names, leaves, strict=True))}, "cpu")[0]
+
+        assert torch.autograd.gradcheck(run, [inputs[name] for name in names]), name_of(case)
