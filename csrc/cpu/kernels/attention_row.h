@@ -190,7 +190,7 @@ class AttentionRow {
         const A against = largest == hidden ? A(0) : largest;
         A sum = 0;
         for (int i = 0; i < count; ++i) sum += exponentials(s + runs[i].begin, runs[i].end - runs[i].begin, against);
-        if (log_sum) *log_sum = largest == hidden ? hidden : largest + log_of(sum);
+        if (log_sum) *log_sum = largest == hidden || largest == -hidden ? largest : largest + log_of(sum);
         const bool blind = seen.prefix == 0 && seen.first >= seen.last;
         return blind ? A(1) : sum;
     }

@@ -1,0 +1,189 @@
+"""The CPU kernels of each instruction set, as separate processes see them: which is chosen, forks, threads, objects."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cpu_calls import all_ops, differing, name_of, results
+
+from interformer_kernels.testing import make_inputs
+
+_C = pytest.importorskip("interformer_kernels._C", exc_type=ImportError)
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_size": 16, "value_size": 16}
+
+
+def python(script: str, level: str | None = None) -> subprocess.CompletedProcess[str]:
+    """A script in a fresh process that finds the tests' own modules, under a forced level."""
+    environment = {name: x for name, x in os.environ.items() if name != "INTERFORMER_CPU_LEVEL"}
+    paths = [str(Path(__file__).parent), *sys.path]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    if level is not None:
+        environment["INTERFORMER_CPU_LEVEL"] = level
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=100
+    )
+
+
+# ---------------------------------------------------------------- the level that is chosen
+
+GRID = """
+import torch
+from cpu_calls import all_ops
+from interformer_kernels import _C, testing
+from interformer_kernels.testing import Case
+torch.set_num_threads(1)
+epilogue = dict(gate="full", residual=True)
+cases = all_ops((5, 0, 37, 1, 130), heads=4, kv_heads=2, head_size=16, value_size=16)
+cases += all_ops((64, 33), heads=2, kv_heads=2, head_size=7, value_size=10)
+cases += [Case("pma_pooling", "epilogue", **epilogue), Case("gated_cross_attention", "epilogue", **epilogue)]
+cases += [Case("pma_pooling", "shared value", shared_value=True, options={"score": "gelu", "scale": 0.3})]
+masks = {"window": (4, 2), "num_prefix": 2}
+cases += [Case("jagged_attention", "masks", lengths=(90, 3), rope=16, options=masks, **epilogue)]
+cases += [Case("jagged_attention", "score", lengths=(90, 3), options={"score": "silu", "causal": True})]
+rows = 0
+for case in cases:
+    for dtype in (torch.float32, torch.bfloat16):
+        found = testing.compare(case, "cpu", dtype)
+        rows += len(found)
+        print(*(f"BREACH {case.op} {case} {dtype} {row}\\n" for row in found if not row.ok), end="")
+print(_C.build_info()["cpu_level"], rows > 100)
+"""
+
+
+@pytest.mark.parametrize("level", _C.build_info()["cpu_levels"])
+def test_every_level_is_right(level: str) -> None:
+    done = python(GRID, level)
+    assert done.stdout == f"{level} True\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("level", [None, ""], ids=["unset", "empty"])
+def test_the_best_level_is_taken(level: str | None) -> None:
+    done = python("import torch\nfrom interformer_kernels import _C\nprint(_C.build_info()['cpu_level'])", level)
+    assert done.stdout.strip() == _C.build_info()["cpu_levels"][-1], done.stderr
+
+
+def test_an_unknown_level_is_an_error() -> None:
+    """Of every call, and not of the import: what needs no kernel still works."""
+    script = """
+import torch, interformer_kernels
+from interformer_kernels import _C
+assert _C.first_bad_offset(torch.tensor([0, 2]), 2) == -1
+x = torch.ones(2, 1, 2)
+for _ in range(2):
+    for call in (
+        _C.build_info,
+        lambda: interformer_kernels.jagged_attention(x, x, x, torch.tensor([0, 2]), backend="cpu"),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            print(error)
+"""
+    done = python(script, "avx3")
+    expected = f"INTERFORMER_CPU_LEVEL must be one of {', '.join(_C.build_info()['cpu_levels'])}, found avx3\n"
+    assert done.stdout == 4 * expected, done.stderr
+
+
+# ---------------------------------------------------------------- forks and threads
+
+
+def test_a_forked_process_does_not_hang() -> None:
+    """As a DataLoader's worker: the parent's threads of OpenMP are not there, and one thread does without."""
+    script = """
+import os, torch
+from cpu_calls import all_ops, differing, results
+from interformer_kernels.testing import make_inputs
+cases = all_ops((400, *range(1, 50)), heads=4, kv_heads=2, head_size=16, value_size=16)
+inputs = [make_inputs(case, torch.float32) for case in cases]
+torch.set_num_threads(2)
+before = [results(case.op, made) for case, made in zip(cases, inputs)]
+for _ in range(2):
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        after = [results(case.op, made) for case, made in zip(cases, inputs)]
+        os._exit(any(differing(a, b) for a, b in zip(before, after)))
+    assert os.waitpid(child, 0)[1] == 0
+print("joined")
+"""
+    done = python(script)
+    assert done.stdout == "joined\n", done.stderr
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_python_threads_at_once(threads: int) -> None:
+    """Each thread has other inputs; what comes out is what comes out of one call after another."""
+    cases = all_ops((400, *range(1, 50)), **SIZES)
+    inputs = [make_inputs(case, torch.float32, seed=seed) for seed, case in enumerate(cases)]
+    expected = [results(case.op, made) for case, made in zip(cases, inputs, strict=True)]
+
+    def repeat(order: list[int]) -> list[str]:
+        torch.set_num_threads(threads)
+        wrong = []
+        for i in order * 2:
+            found = results(cases[i].op, inputs[i])
+            wrong += [f"{name_of(cases[i])} {name}" for name in differing(found, expected[i])]
+        return wrong
+
+    order = list(range(len(cases)))
+    with ThreadPoolExecutor(3) as pool:
+        for wrong in pool.map(repeat, (order, order[::-1], order[3:] + order[:3])):
+            assert not wrong
+
+
+# ---------------------------------------------------------------- the object of each level
+
+
+def level_flags(level: str) -> list[str]:
+    """What CMakeLists.txt compiles the kernels of a level with; not optimised, where every function is still there."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    options = re.findall(r"target_compile_options\(interformer_\$\{level\} PRIVATE (.*?)\$\{", text)
+    own = re.findall(rf"set\({level}_flags(.*?)\)", text)
+    standard = re.findall(r"set\(CMAKE_CXX_STANDARD (\d+)\)", text)
+    visibility = re.findall(r"set\(CMAKE_CXX_VISIBILITY_PRESET (\w+)\)", text)
+    assert [len(found) for found in (options, own, standard, visibility)] == [1, 1, 1, 1]
+    common = [f"-std=c++{standard[0]}", f"-fvisibility={visibility[0]}", "-fPIC", "-DNDEBUG", "-O0"]
+    return [*common, f"-DINTERFORMER_LEVEL={level}", *options[0].split(), *own[0].split()]
+
+
+def merged_symbols(source: Path, to: Path, flags: list[str]) -> list[str]:
+    """Symbols of a compiled source of which the linker keeps one copy among those of many objects."""
+    subprocess.run(["g++", *flags, "-I", ROOT / "csrc", "-c", source, "-o", to], check=True)
+    listed = subprocess.run(["nm", "-C", to], check=True, capture_output=True, text=True).stdout
+    lines = re.findall(r"^[0-9a-f ]{16} (\S) (.*)$", listed, re.MULTILINE)
+    assert any("kKernels" in name for _, name in lines) or source.name != "table.cpp"
+    return [name for kind, name in lines if kind in "WwVvu"]
+
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++") or not shutil.which("nm") or not (ROOT / "csrc").is_dir(),
+    reason="needs g++, nm and the sources",
+)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("level", _C.build_info()["cpu_levels"])
+def test_no_kernel_can_stand_in_for_another_levels(level: str, tmp_path: Path) -> None:
+    """A weak function of AVX2 code, kept by the linker for all levels, would stop older processors."""
+    source = ROOT / "csrc/cpu/kernels/table.cpp"
+    assert merged_symbols(source, tmp_path / "level.o", level_flags(level)) == []
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_check_of_symbols_sees_one(tmp_path: Path) -> None:
+    source = tmp_path / "weak.cpp"
+    source.write_text("#include <algorithm>\nint f(int a, int b) { return std::max(a, b); }")
+    assert merged_symbols(source, tmp_path / "weak.o", level_flags("generic"))

@@ -1,0 +1,277 @@
+"""What the functions of the native module refuse of their arguments, and in which words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+_C = pytest.importorskip("interformer_kernels._C", exc_type=ImportError)
+
+FLOATS = "float32, float64, bfloat16 or float16"
+B, M, H, HK, D, DV, T = 2, 3, 4, 2, 5, 6, 7
+
+
+# One right call of each function: arguments by name, in the order in which they are passed.
+def attention_arguments() -> dict[str, Any]:
+    """What both directions share, for seeds of pma_pooling."""
+    return {
+        "layout": "shared",
+        "q": torch.zeros(M, H, D),
+        "k": torch.zeros(T, HK, D),
+        "v": torch.zeros(T, HK, DV),
+        "q_offsets": None,
+        "kv_offsets": torch.tensor([0, 3, 7]),
+        "skip_prefix": 0,
+        "cos": None,
+        "sin": None,
+        "positions_q": None,
+        "positions_k": None,
+        "rope_interleaved": False,
+        "causal": False,
+        "window_left": -1,
+        "window_right": -1,
+        "num_prefix": 0,
+        "gate": torch.zeros(B, M, H, DV),
+        "scale": 1.0,
+        "post_scale": 1.0,
+        "score": "softmax",
+        "gate_form": "multiply",
+        "gate_activation": "sigmoid",
+    }
+
+
+def forward(**changed: Any) -> None:
+    row = torch.zeros(B, M, H, DV)
+    own = {"residual": row, "out": row.clone(), "lse": torch.zeros(B, M, H), "attended": row.clone(), "threads": 1}
+    _C.attention_forward(*{**attention_arguments(), **own, **changed}.values())
+
+
+def backward(**changed: Any) -> None:
+    row, shared = torch.zeros(B, M, H, DV), attention_arguments()
+    gradients = {
+        "grad_out": row,
+        "attended": row,
+        "grad_q": shared["q"].clone(),
+        "grad_k": shared["k"].clone(),
+        "grad_v": shared["v"].clone(),
+        "grad_gate": torch.zeros(B, 1, H, DV),
+        "threads": 1,
+    }
+    _C.attention_backward(*{**shared, **gradients, **changed}.values())
+
+
+PACKED = {
+    "layout": "packed", "q": torch.zeros(T, H, D), "gate": torch.zeros(T, H, DV), "residual": torch.zeros(T, H, DV),
+    "out": torch.zeros(T, H, DV), "lse": torch.zeros(T, H), "attended": torch.zeros(T, H, DV),
+}  # fmt: skip
+DENSE = {"layout": "dense", "q": torch.zeros(B, M, H, D)}
+ROPE = {**PACKED, "cos": torch.zeros(9, 2), "sin": torch.zeros(9, 2)}
+
+
+def ffn_arguments() -> dict[str, Any]:
+    return {
+        "x": torch.zeros(T, D),
+        "weight": torch.zeros(B, D, DV),
+        "offsets": torch.tensor([0, 3, 7]),
+        "bias": torch.zeros(B, DV),
+        "activation": "relu",
+    }
+
+
+def ffn_forward(**changed: Any) -> None:
+    own = {"residual": torch.zeros(T, DV), "out": torch.zeros(T, DV), "threads": 1}
+    _C.personalized_ffn_forward(*{**ffn_arguments(), **own, **changed}.values())
+
+
+def ffn_backward(**changed: Any) -> None:
+    shared = ffn_arguments()
+    gradients = {f"grad_{name}": shared[name].clone() for name in ("x", "weight", "bias")}
+    own = {"grad_out": torch.zeros(T, DV), **gradients, "threads": 1}
+    _C.personalized_ffn_backward(*{**shared, **own, **changed}.values())
+
+
+def rotary(**changed: Any) -> None:
+    x = torch.zeros(T, H, D)
+    own = {"x": x, "offsets": torch.tensor([0, 3, 7]), "cos": torch.zeros(9, 2), "sin": torch.zeros(9, 2)}
+    options = {"positions": None, "interleaved": False, "backwards": False, "out": x.clone(), "threads": 1}
+    _C.apply_rotary(*{**own, **options, **changed}.values())
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def wrong(changed: object) -> str | None:
+    """The name of a case: what is changed last."""
+    return list(changed)[-1] if isinstance(changed, dict) else None
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"k": torch.zeros(7, 2, 5, dtype=torch.int64)}, TypeError, f"k must be {FLOATS}, found int64 [7, 2, 5] on"),
+        ({"k": torch.zeros(7, 2, 5, dtype=torch.bool)}, TypeError, f"k must be {FLOATS}, found bool [7, 2, 5]"),
+        ({"k": torch.zeros(7, 2, 5, dtype=torch.complex64)}, TypeError, f"k must be {FLOATS}, found complex64"),
+        ({"v": torch.zeros(7, 2, 6).half()}, TypeError, "v must be float32, found float16 [7, 2, 6]"),
+        ({"q": torch.zeros(3, 4, 5).double()}, TypeError, "q must be float32, found float64 [3, 4, 5]"),
+        ({"lse": torch.zeros(2, 3, 4).half()}, TypeError, "lse must be float32, found float16"),
+        ({"kv_offsets": torch.zeros(3)}, TypeError, "kv_offsets must be int32 or int64, found float32 [3] on the CPU"),
+        ({"kv_offsets": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, "kv_offsets must be a vector, found int64"),
+        ({"kv_offsets": torch.zeros(0).int()}, ValueError, "kv_offsets must be [B+1] with at least one entry"),
+        ({"k": torch.zeros(7, 10)}, ValueError, "k must be float32 [Tk, Hk, D], found float32 [7, 10] on the CPU"),
+        ({"k": torch.zeros((1,) * 9)}, ValueError, "k must be float32 [Tk, Hk, D], found float32 [9 axes]"),
+        ({"k": torch.zeros(7, 2, 10)[..., ::2]}, ValueError, "k must be contiguous along its last axis"),
+        ({"v": torch.zeros(7, 2, 12)[..., ::2]}, ValueError, "v must be contiguous along its last axis"),
+        ({"v": torch.zeros(6, 2, 6)}, ValueError, "v must be float32 [Tk = 7, Hk = 2, Dv], found float32 [6, 2, 6]"),
+        ({"v": torch.zeros(7, 2, 0)}, ValueError, "k must be of at least one channel"),
+        ({"q": torch.zeros(3, 4, 6)}, ValueError, "q must be float32 [M, H, D = 5], found float32 [3, 4, 6]"),
+        ({"q": torch.zeros(3, 3, 5)}, ValueError, "q must be of a number of heads that k's 2 divides"),
+        ({"gate": torch.zeros(2, 3, 4, 1)}, ValueError, "gate must be float32 [B = 2, N = 3, H = 4, Dv = 6]"),
+        ({"residual": torch.zeros(3, 4, 6)}, ValueError, "residual must be float32 [B = 2, N = 3, H = 4, Dv = 6]"),
+        ({"attended": torch.zeros(2, 3, 4, 5)}, ValueError, "attended must be float32 [B = 2, N = 3, H = 4, Dv = 6]"),
+        ({"out": torch.zeros(2, 3, 4, 5)}, ValueError, "out must be float32 [B = 2, N = 3, H = 4, Dv = 6]"),
+        ({"out": torch.zeros(2, 3, 4, 12)[..., ::2]}, ValueError, "out must be contiguous, found a stride of 2"),
+        ({"score": "relu"}, ValueError, "lse must be None without softmax"),
+        ({"skip_prefix": -1}, ValueError, "skip_prefix must be at least 0, found -1"),
+        ({**DENSE, "q": torch.zeros(3, 3, 4, 5)}, ValueError, "q must be float32 [B = 2, N, H, D = 5], found"),
+        ({**PACKED, "q": torch.zeros(2, 3, 4, 5)}, ValueError, "q must be float32 [Tq, H, D = 5], found"),
+        ({**PACKED, "q": torch.zeros(6, 4, 5)}, ValueError, "q must be of k's tokens, or with q_offsets, found"),
+        ({**PACKED, "q_offsets": torch.tensor([0, 7])}, ValueError, "q_offsets must be [B+1], found int64 [2]"),
+        ({**PACKED, "q_offsets": torch.zeros(3)}, TypeError, "q_offsets must be int32 or int64, found float32"),
+        ({**PACKED, "lse": torch.zeros(2, 3, 4)}, ValueError, "lse must be float32 [Tq = 7, H = 4], found"),
+        ({**PACKED, "gate": torch.zeros(7, 4, 5)}, ValueError, "gate must be float32 [Tq = 7, H = 4, Dv = 6], found"),
+        ({**ROPE, "sin": None}, ValueError, "sin must be given with cos, found None"),
+        ({**ROPE, "sin": torch.zeros(8, 2)}, ValueError, "sin must be float32 [P = 9, R/2 = 2], found float32 [8, 2]"),
+        ({**ROPE, "cos": torch.zeros(9, 2).double()}, TypeError, "cos must be float32, found float64 [9, 2]"),
+        ({**ROPE, "cos": torch.zeros(9, 4)[:, ::2]}, ValueError, "cos must be contiguous along its last axis"),
+        ({**ROPE, "sin": torch.zeros(9, 3), "cos": torch.zeros(9, 3)}, ValueError, "cos must be [P, R/2] with P >= 1"),
+        ({**ROPE, "sin": torch.zeros(0, 2), "cos": torch.zeros(0, 2)}, ValueError, "cos must be [P, R/2] with P >= 1"),
+        ({**ROPE, "positions_q": torch.zeros(7)}, TypeError, "positions_q must be int32 or int64, found float32"),
+        ({**ROPE, "positions_k": torch.zeros(6).int()}, ValueError, "positions_k must be one for each token, found"),
+        ({"sin": torch.zeros(9, 2), "cos": torch.zeros(9, 2)}, ValueError, "cos must be None unless queries are"),
+    ],
+    ids=wrong,
+)  # fmt: skip
+def test_wrong_dtype_rank_or_shape(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^" + re.escape("attention_forward: " + message)):
+        forward(**changed)
+
+
+@pytest.mark.parametrize(
+    ("call", "changed", "message"),
+    [
+        (forward, {"layout": "ragged"}, "layout must be packed, dense or shared, found ragged"),
+        (forward, {"score": "max"}, "activation must be identity, relu, silu or gelu, found max"),
+        (forward, {"gate_form": "add"}, "gate_form must be multiply or self, found add"),
+        (forward, {"gate_activation": "relu"}, "gate_activation must be sigmoid, tanh, silu or identity, found relu"),
+        (ffn_forward, {"activation": "tanh"}, "activation must be identity, relu, silu or gelu, found tanh"),
+    ],
+    ids=wrong,
+)
+def test_unknown_names(call: Callable[..., None], changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + message):
+        call(**changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"grad_v": None}, "grad_v must be given, found None"),
+        ({"gate": None}, "attended must be None, found float32 [2, 3, 4, 6]"),
+        ({"attended": None}, "attended must be given, found None"),
+        ({"grad_gate": None}, "grad_gate must be given, found None"),
+        ({"gate": None, "attended": None}, "grad_gate must be None, found float32 [2, 1, 4, 6]"),
+        ({"grad_gate": torch.zeros(2, 2, 4, 6)}, "grad_gate must be of size 1 or the output's on every axis"),
+        ({"grad_gate": torch.zeros(4, 6)}, "grad_gate must be float32 [B or 1, N or 1, H or 1, Dv or 1], found"),
+        ({"grad_q": torch.zeros(3, 4, 6)}, "grad_q must be float32 [M = 3, H = 4, D = 5], found float32 [3, 4, 6]"),
+        ({"grad_k": torch.zeros(6, 2, 5)}, "grad_k must be of the shape of k, [7, 2, 5], found float32 [6, 2, 5]"),
+        ({"grad_v": torch.zeros(7, 2, 5)}, "grad_v must be of the shape of v, [7, 2, 6], found float32 [7, 2, 5]"),
+        ({"grad_k": torch.zeros(7, 2, 10)[..., ::2]}, "grad_k must be contiguous, found a stride of 2"),
+        ({"grad_out": torch.zeros(2, 3, 4, 5)}, "grad_out must be float32 [B = 2, N = 3, H = 4, Dv = 6], found"),
+    ],
+    ids=wrong,
+)  # fmt: skip
+def test_wrong_gradients(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape("attention_backward: " + message)):
+        backward(**changed)
+
+
+def test_gradients_without_values_of_their_own() -> None:
+    row = torch.zeros(B, M, H, D)
+    same = {"v": None, "gate": row, "grad_out": row, "attended": row, "grad_gate": row.clone()}
+    backward(**same, grad_v=None)
+    with pytest.raises(ValueError, match=re.escape("attention_backward: grad_v must be None, found float32 [7, 2, 6]")):
+        backward(**same)
+
+
+@pytest.mark.parametrize(
+    ("call", "changed", "error", "message"),
+    [
+        (ffn_forward, {"x": torch.zeros(7, 5).int()}, TypeError, f"forward: x must be {FLOATS}, found int32 [7, 5]"),
+        (ffn_forward, {"x": torch.zeros(7, 5, 1)}, ValueError, "forward: x must be float32 [T, E], found"),
+        (ffn_forward, {"weight": torch.zeros(3, 5, 6)}, ValueError, "forward: weight must be float32 [B = 2, E = 5"),
+        (ffn_forward, {"bias": torch.zeros(2, 5)}, ValueError, "forward: bias must be float32 [B = 2, F = 6], found"),
+        (ffn_forward, {"offsets": torch.zeros(0).int()}, ValueError, "forward: offsets must be [B+1] with at least"),
+        (ffn_forward, {"residual": torch.zeros(7, 6).half()}, TypeError, "forward: residual must be float32, found"),
+        (ffn_forward, {"out": torch.zeros(6, 7).T}, ValueError, "forward: out must be contiguous, found a stride of"),
+        (ffn_backward, {"grad_out": torch.zeros(7, 5)}, ValueError, "backward: grad_out must be float32 [T = 7, F"),
+        (ffn_backward, {"grad_bias": None}, ValueError, "backward: grad_bias must be given, found None"),
+        (ffn_backward, {"bias": None}, ValueError, "backward: grad_bias must be None, found float32 [2, 6]"),
+        (ffn_backward, {"grad_weight": torch.zeros(2, 6, 5)}, ValueError, "backward: grad_weight must be of the shape"),
+    ],
+    ids=wrong,
+)  # fmt: skip
+def test_wrong_feed_forward(
+    call: Callable[..., None], changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match="^" + re.escape("personalized_ffn_" + message)):
+        call(**changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"x": torch.zeros(7, 4, 5).int()}, TypeError, f"x must be {FLOATS}, found int32 [7, 4, 5]"),
+        ({"x": torch.zeros(7, 20)}, ValueError, "x must be float32 [T, H, D], found float32 [7, 20]"),
+        ({"out": torch.zeros(7, 4, 6)}, ValueError, "out must be of the shape of x, [7, 4, 5], found float32"),
+        ({"offsets": torch.zeros(3)}, TypeError, "offsets must be int32 or int64, found float32 [3]"),
+        ({"offsets": torch.zeros(0).int()}, ValueError, "offsets must be [B+1] with at least one entry, found"),
+        ({"positions": torch.zeros(6).int()}, ValueError, "positions must be one for each token, found int32 [6]"),
+        ({"sin": torch.zeros(9, 1)}, ValueError, "sin must be float32 [P = 9, R/2 = 2], found float32 [9, 1]"),
+    ],
+    ids=wrong,
+)
+def test_wrong_rotary(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^" + re.escape("apply_rotary: " + message)):
+        rotary(**changed)
+
+
+def test_the_right_calls_pass() -> None:
+    """What the refusals above change is all that is wrong with them."""
+    forward()
+    bare = {"v": None, "gate": None, "residual": None, "lse": None, "attended": None}
+    forward(**bare, out=torch.zeros(B, M, H, D))
+    forward(**DENSE)
+    forward(**ROPE)
+    backward()
+    ffn_forward()
+    ffn_forward(bias=None, residual=None)
+    ffn_backward()
+    ffn_backward(bias=None, grad_bias=None)
+    rotary()
+
+
+def test_arguments_go_by_position_only() -> None:
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _C.apply_rotary(x=torch.zeros(T, H, D))
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _C.attention_forward("shared", torch.zeros(M, H, D))
+
+
+def test_tensors_with_gradients_are_viewed() -> None:
+    leaf = torch.zeros(7, 2, 5, requires_grad=True)
+    forward(k=leaf)
+    forward(k=leaf * 2)
