@@ -150,12 +150,12 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> N
 
 
 def check_window(op: str, window: object) -> tuple[int, int]:
-    """The pair `(left, right)`, each an int of at least -1."""
+    """The pair `(left, right)`, each an int of at least -1; cut where a position added to it would overflow."""
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"{op}: window must be a pair (left, right) of ints, found {describe(window)}")
     for name, side in zip(("window[0]", "window[1]"), window, strict=True):
         check_count(op, name, side, least=-1)
-    return window[0], window[1]
+    return min(window[0], 2**62), min(window[1], 2**62)
 
 
 def check_bool(op: str, name: str, value: object) -> None:

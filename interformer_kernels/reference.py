@@ -41,7 +41,7 @@ class Spans(NamedTuple):
 def row_spans(offsets: Tensor, total: int, skip: int = 0) -> Spans:
     """Spans of `offsets [B+1]` without each row's first `skip` tokens, clamped to `[0, total]` whatever they hold."""
     edges = offsets.long().clamp(0, total)
-    starts = (edges[:-1] + skip).clamp(max=total)
+    starts = (edges[:-1] + min(skip, total)).clamp(max=total)
     return Spans(starts, (edges[1:] - starts).clamp(min=0))
 
 

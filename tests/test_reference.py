@@ -177,6 +177,15 @@ def test_personalized_ffn() -> None:
     torch.testing.assert_close(found, residual + torch.cat(wanted))
 
 
+def test_the_widest_window_and_prefix_do_not_overflow() -> None:
+    q, offsets = draw(sum(LENGTHS_Q), 2, D), offsets_of(LENGTHS_Q)
+    widest = 2**63 - 1
+    wanted = ik.jagged_attention(q, q, q, offsets, backend="reference")
+    for options in ({"window": (widest, widest)}, {"num_prefix": widest, "causal": True}):
+        assert torch.equal(ik.jagged_attention(q, q, q, offsets, backend="reference", **options), wanted)
+    assert not ik.pma_pooling(q[:2], q, None, offsets, skip_prefix=widest, backend="reference").any()
+
+
 def test_padding_of_a_group_stays_below_double() -> None:
     lengths = torch.tensor([0, 1, 2, 3, 4, 5, 300, 17, 1000])
     spans = reference.Spans(torch.zeros_like(lengths), lengths)
