@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <optional>
 #include <stdexcept>
@@ -122,17 +121,28 @@ void blind_gaps(const Rows& rows, const TensorView& lse) {
     });
 }
 
+// A run of rows under all heads, which lie side by side, is one task, but for the heaviest runs: heads of those may find
+// threads of their own.
+std::vector<AttentionTask> tasks_of(const Runs& runs, int64_t kv_heads) {
+    constexpr double kHeavy = 1.0 / 64;
+    std::vector<AttentionTask> tasks;
+    for (int64_t i = 0; i < runs.count(); ++i) {
+        const int64_t run = runs.in_order(i), heads = runs.work(run) > kHeavy * runs.total() ? 1 : kv_heads;
+        for (int64_t head = 0; head < kv_heads; head += heads)
+            tasks.push_back({runs.cut(run), runs.cut(run + 1), head, head + heads, run});
+    }
+    return tasks;
+}
+
 void run_tasks(const Call& call, const Runs& runs, int64_t threads, int64_t bytes,
-               const std::function<void(int64_t first, int64_t last, int64_t kv_head, int64_t run, void*)>& kernel) {
+               void (*kernel)(const AttentionProblem&, const AttentionTask&, void*)) {
     const AttentionProblem& p = call.problem;
-    const int64_t tasks = runs.count() * p.kv_heads;
+    const std::vector<AttentionTask> tasks = tasks_of(runs, p.kv_heads);
+    const int64_t count = static_cast<int64_t>(tasks.size());
     const double multiply_adds = runs.total() * static_cast<double>(p.kv_heads * (p.head_size + p.value_size));
-    const int active = worthwhile_threads(call.ordered() ? threads : 1, tasks, static_cast<int64_t>(multiply_adds));
+    const int active = worthwhile_threads(call.ordered() ? threads : 1, count, static_cast<int64_t>(multiply_adds));
     ThreadMemory memory(active, bytes);
-    parallel_for(active, tasks, [&](int64_t task, int thread) {
-        const int64_t run = runs.in_order(task / p.kv_heads);
-        kernel(runs.cut(run), runs.cut(run + 1), task % p.kv_heads, run, memory.of(thread));
-    });
+    parallel_for(active, count, [&](int64_t i, int thread) { kernel(p, tasks[i], memory.of(thread)); });
 }
 
 // ---------------------------------------------------------------- sums of the backward
@@ -227,10 +237,7 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, in
     }
     const Runs runs(p.rows, kMostRuns, [&](int64_t row) { return call.work(row); });
     const Kernels& native = kernels(in.k.dtype);
-    run_tasks(call, runs, threads, native.attention_forward_memory(p),
-              [&](int64_t first, int64_t last, int64_t kv_head, int64_t, void* memory) {
-                  native.attention_forward(p, first, last, kv_head, memory);
-              });
+    run_tasks(call, runs, threads, native.attention_forward_memory(p), native.attention_forward);
 }
 
 void attention_backward(const AttentionInputs& in, const AttentionGradients& grads, int64_t threads) {
@@ -264,10 +271,7 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
     }
     if (grads.grad_gate) gate_sums = prepare_gate(call, *grads.grad_gate, runs.count());
     const Kernels& native = kernels(in.k.dtype);
-    run_tasks(call, runs, threads, native.attention_backward_memory(p),
-              [&](int64_t first, int64_t last, int64_t kv_head, int64_t run, void* memory) {
-                  native.attention_backward(p, first, last, kv_head, run, memory);
-              });
+    run_tasks(call, runs, threads, native.attention_backward_memory(p), native.attention_backward);
     if (query_sums) query_sums->write();
     if (gate_sums) gate_sums->write();
 }

@@ -33,14 +33,18 @@ struct RotaryProblem {
     bool backwards = false;
 };
 
-// A task of attention is a run of rows [first, last) under one key/value head, of the others a run of rows. `run` says
-// whose sums over rows it adds to. Memory is given by the thread; `..._memory` says how many bytes.
+// A task of attention: rows of a run under some key/value heads. `run` says whose sums over rows it adds to.
+struct AttentionTask {
+    int64_t first_row, last_row, first_head, last_head, run;
+};
+
+// A task of the other ops is a run of rows [first, last). Memory is given by the thread; `..._memory` says how many
+// bytes.
 struct Kernels {
     int64_t (*attention_forward_memory)(const AttentionProblem&);
     int64_t (*attention_backward_memory)(const AttentionProblem&);
-    void (*attention_forward)(const AttentionProblem&, int64_t first, int64_t last, int64_t kv_head, void* memory);
-    void (*attention_backward)(const AttentionProblem&, int64_t first, int64_t last, int64_t kv_head, int64_t run,
-                               void* memory);
+    void (*attention_forward)(const AttentionProblem&, const AttentionTask&, void* memory);
+    void (*attention_backward)(const AttentionProblem&, const AttentionTask&, void* memory);
     int64_t (*ffn_memory)(const FfnProblem&);
     void (*ffn_forward)(const FfnProblem&, int64_t first, int64_t last, void* memory);
     void (*ffn_backward)(const FfnProblem&, int64_t first, int64_t last, void* memory);

@@ -75,6 +75,7 @@ class Runs {
     int64_t cut(int64_t i) const { return cuts_[i]; }
     // Runs in the order in which to start them: most work first, so that none is left for the end.
     int64_t in_order(int64_t i) const { return order_[i]; }
+    double work(int64_t i) const { return work_[i]; }
     double total() const { return total_; }
 
   private:

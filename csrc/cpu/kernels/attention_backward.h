@@ -12,169 +12,182 @@ template <typename T>
 class AttentionBackward {
   public:
     using A = Acc<T>;
+    using S = Stored<T>;
+    using X = Operand<T>;
 
-    static int64_t memory(const AttentionProblem& p) { return Pieces(p, nullptr).bytes; }
+    static int64_t memory(const AttentionProblem& p) { return AttentionBackward(p, 0, nullptr).bytes_; }
 
-    static void run(const AttentionProblem& p, int64_t first, int64_t last, int64_t kv_head, int64_t run,
-                    void* memory) {
-        for (int64_t row = first; row < last; ++row) AttentionBackward(p, row, kv_head, run, memory).whole_row();
+    static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
+        const AttentionBackward backward(p, task.run, memory);
+        for_each_row<T>(p, task, [&](int64_t row, int64_t kv_head) { backward.whole_row(row, kv_head); });
     }
 
   private:
-    struct Pieces {
-        A *keys, *values, *packed_keys, *packed_values, *queries, *scores, *slopes, *grad_a, *grad_q, *grad_k, *grad_v,
-            *attended, *gate;
-        int64_t bytes;
+    using Row = AttentionRow<T>;
 
-        Pieces(const AttentionProblem& p, void* memory) {
-            const Sizes<A> n(p);
-            const int64_t panels = round_up(p.most_keys, kPanel<A>), block = n.most_block(p);
-            Memory<A> from(memory);
-            keys = from.take(p.most_keys * n.head_stride);
-            values = p.v_is_k ? keys : from.take(p.most_keys * n.value_stride);
-            packed_keys = from.take(panels * p.head_size);
-            packed_values = p.v_is_k ? packed_keys : from.take(panels * p.value_size);
-            queries = from.take(block * n.head_stride);
-            scores = from.take(n.most_scores(p));
-            slopes = from.take(n.most_scores(p));
-            grad_a = from.take(block * n.value_stride);
-            grad_q = from.take(block * n.head_stride);
-            grad_k = from.take(p.most_keys * n.head_stride);
-            grad_v = p.v_is_k ? grad_k : from.take(p.most_keys * n.value_stride);
-            attended = from.take(n.value_stride);
-            gate = from.take(n.value_stride);
-            bytes = from.bytes();
+    AttentionBackward(const AttentionProblem& problem, int64_t run, void* memory)
+        : p(problem), size_(problem), run_(run) {
+        const int64_t panels = round_up(p.most_keys, kPanel<X>), block = size_.most_block(p);
+        const int64_t scores = size_.most_scores(p), channels = most(size_.head_stride, size_.value_stride);
+        Memory from(memory);
+        keys_ = from.take<S>(p.most_keys * size_.head_stride);
+        values_ = p.v_is_k ? keys_ : from.take<S>(p.most_keys * size_.value_stride);
+        packed_keys_ = from.take<X>(panels * size_.head_operands);
+        packed_values_ = p.v_is_k ? packed_keys_ : from.take<X>(panels * size_.value_operands);
+        queries_ = from.take<S>(block * size_.head_stride);
+        grad_a_ = from.take<S>(block * size_.value_stride);
+        scores_ = from.take<A>(scores);
+        slopes_ = from.take<A>(scores);
+        grad_q_ = from.take<A>(block * size_.head_stride);
+        grad_k_ = from.take<A>(p.most_keys * size_.head_stride);
+        grad_v_ = p.v_is_k ? grad_k_ : from.take<A>(p.most_keys * size_.value_stride);
+        extra_ = from.take<A>(channels);
+        attended_ = from.take<A>(channels);
+        gate_ = from.take<A>(channels);
+        if (kNumbers<X> > 1) {
+            key_rows_ = from.take<X>(operands<X>(p.most_keys) * size_.head_stride);
+            query_rows_ = from.take<X>(operands<X>(block) * size_.head_stride);
+            grad_a_rows_ = from.take<X>(operands<X>(block) * size_.value_stride);
+            slope_columns_ = from.take<A>(scores);
         }
-    };
-
-    AttentionBackward(const AttentionProblem& problem, int64_t row, int64_t kv_head, int64_t run, void* memory)
-        : p(problem),
-          batch_row_(row),
-          kv_head_(kv_head),
-          run_(run),
-          row_(problem, row, kv_head),
-          size_(problem),
-          pieces_(problem, memory) {}
-
-    void whole_row() const {
-        const Matrix<const A> keys = row_.tokens(p.k, p.head_size, p.rope.cos, pieces_.keys);
-        const Matrix<const A> values = p.v_is_k ? keys : row_.tokens(p.v, p.value_size, false, pieces_.values);
-        pack_transposed<A>(keys, row_.keys, p.head_size, pieces_.packed_keys);
-        if (!p.v_is_k) pack_transposed<A>(values, row_.keys, p.value_size, pieces_.packed_values);
-        fill(pieces_.grad_k, row_.keys * size_.head_stride, A(0));
-        if (!p.v_is_k) fill(pieces_.grad_v, row_.keys * size_.value_stride, A(0));
-        for (int64_t r = 0; r < row_.total; r += row_.block) one_block(r, least(row_.block, row_.total - r), keys);
-        write_key_gradients();
+        bytes_ = from.bytes();
     }
 
-    void one_block(int64_t r, int64_t count, Matrix<const A> keys) const {
+    void whole_row(int64_t batch_row, int64_t kv_head) const {
+        const Row row(p, size_, batch_row, kv_head, extra_);
+        const Matrix<const S> keys = row.tokens(p.k, p.head_size, p.rope.cos, keys_);
+        const Matrix<const S> values = p.v_is_k ? keys : row.tokens(p.v, p.value_size, false, values_);
+        pack_transposed<X>(along_columns<X>(keys), row.keys, size_.head_operands, packed_keys_);
+        if (!p.v_is_k) pack_transposed<X>(along_columns<X>(values), row.keys, size_.value_operands, packed_values_);
+        const Matrix<const X> key_rows = along_rows<X>(keys, row.keys, size_.head_stride, key_rows_);
+        fill(grad_k_, row.keys * size_.head_stride, A(0));
+        if (!p.v_is_k) fill(grad_v_, row.keys * size_.value_stride, A(0));
+        for (int64_t r = 0; r < row.total; r += row.block)
+            one_block(row, r, least(row.block, row.total - r), key_rows);
+        write_key_gradients(row, batch_row, kv_head);
+    }
+
+    void one_block(const Row& row, int64_t r, int64_t count, Matrix<const X> key_rows) const {
         Columns runs[2];
-        const int parts = row_.columns(r, count, runs);
-        const Matrix<A> weights{pieces_.scores, row_.score_stride}, slopes{pieces_.slopes, row_.score_stride};
-        const Matrix<A> queries{pieces_.queries, size_.head_stride}, grad_a{pieces_.grad_a, size_.value_stride};
-        row_.load_queries(r, count, queries.data);
-        for (int64_t i = 0; i < count; ++i) back_through_epilogue(r + i, grad_a.data + i * grad_a.stride);
+        const int parts = row.columns(r, count, runs);
+        const Matrix<A> weights{scores_, row.score_stride}, slopes{slopes_, row.score_stride};
+        const Matrix<const S> queries{queries_, size_.head_stride}, grad_a{grad_a_, size_.value_stride};
+        row.load_queries(r, count, queries_);
+        for (int64_t i = 0; i < count; ++i) back_through_epilogue(row, r + i, grad_a_ + i * grad_a.stride);
         for (int i = 0; i < parts; ++i) {
-            multiply_packed<A>({queries.data, queries.stride, 1}, pieces_.packed_keys, count, runs[i].begin,
-                               runs[i].end, p.head_size, weights);
-            multiply_packed<A>({grad_a.data, grad_a.stride, 1}, pieces_.packed_values, count, runs[i].begin,
-                               runs[i].end, p.value_size, slopes);
+            multiply_packed<X>(scalars_along_columns<X>(queries), packed_keys_, count, runs[i].begin, runs[i].end,
+                               size_.head_operands, weights);
+            multiply_packed<X>(scalars_along_columns<X>(grad_a), packed_values_, count, runs[i].begin, runs[i].end,
+                               size_.value_operands, slopes);
         }
         for (int64_t i = 0; i < count; ++i)
-            score_gradients(r + i, weights.data + i * row_.score_stride, slopes.data + i * row_.score_stride, runs,
-                            parts);
-        weighted_sums({slopes.data, row_.score_stride, 1}, keys, runs, parts, row_.keys, count, size_.head_stride,
-                      Matrix<A>{pieces_.grad_q, size_.head_stride});
-        for (int64_t i = 0; i < count; ++i) write_query_gradient(r + i, pieces_.grad_q + i * size_.head_stride);
-        for (int i = 0; i < parts; ++i) {
-            const int64_t j = runs[i].begin, tokens = least(runs[i].end, row_.keys) - j;
-            multiply<A>({slopes.data + j, 1, row_.score_stride}, {queries.data, queries.stride}, tokens,
-                        size_.head_stride, count, {pieces_.grad_k + j * size_.head_stride, size_.head_stride}, true);
-            multiply<A>({weights.data + j, 1, row_.score_stride}, {grad_a.data, grad_a.stride}, tokens,
-                        size_.value_stride, count, {pieces_.grad_v + j * size_.value_stride, size_.value_stride}, true);
-        }
+            score_gradients(row, r + i, weights.from(i).data, slopes.from(i).data, runs, parts);
+        const Scalars<X> slope_columns = along_keys(slopes, count, runs, parts);
+        weighted_sums<X>(slope_columns, key_rows, runs, parts, row.keys, count, size_.head_stride,
+                         {grad_q_, size_.head_stride});
+        for (int64_t i = 0; i < count; ++i) write_query_gradient(row, r + i, grad_q_ + i * size_.head_stride);
+        add_key_gradients(slopes, along_rows<X>(queries, count, size_.head_stride, query_rows_), count, runs, parts,
+                          row.keys, {grad_k_, size_.head_stride});
+        add_key_gradients(weights, along_rows<X>(grad_a, count, size_.value_stride, grad_a_rows_), count, runs, parts,
+                          row.keys, {grad_v_, size_.value_stride});
     }
 
     // From grad_out to the gradients of A and of the gate.
-    void back_through_epilogue(int64_t r, A* grad_a) const {
+    void back_through_epilogue(const Row& row, int64_t r, S* grad_a) const {
         const int64_t channels = p.value_size;
-        widen(row_.at(p.grad_out, r), p.grad_out.channel, channels, grad_a);
-        fill(grad_a + channels, size_.value_stride - channels, A(0));
-        if (!p.gate.given) return;
-        widen(row_.at(p.attended, r), p.attended.channel, channels, pieces_.attended);
-        widen(row_.at(p.gate, r), p.gate.channel, channels, pieces_.gate);
-        back_through_gate(p.gating, pieces_.attended, pieces_.gate, grad_a, channels);
-        if (p.gate_summed)
-            add_gate_gradient(row_.template at<double>(p.grad_gate, r) + run_ * p.gate_run);
-        else
-            add_gate_gradient(row_.template at<A>(p.grad_gate, r));
+        widen(row.at(p.grad_out, r), p.grad_out.channel, channels, extra_);
+        if (p.gate.given) {
+            widen(row.at(p.attended, r), p.attended.channel, channels, attended_);
+            widen(row.at(p.gate, r), p.gate.channel, channels, gate_);
+            back_through_gate(p.gating, attended_, gate_, extra_, channels);
+            if (p.gate_summed)
+                add_gate_gradient(row.template at<double>(p.grad_gate, r) + run_ * p.gate_run);
+            else
+                add_gate_gradient(row.template at<A>(p.grad_gate, r));
+        }
+        narrow(extra_, channels, grad_a);
+        fill(grad_a + channels, size_.value_stride - channels, S{});
     }
 
     template <typename Sum>
     void add_gate_gradient(Sum* to) const {
         const int64_t channels = p.value_size;
         if (p.gate_channels == channels) {
-            for (int64_t c = 0; c < channels; ++c) to[c] += pieces_.gate[c];
+            for (int64_t c = 0; c < channels; ++c) to[c] += gate_[c];
             return;
         }
         Sum sum = 0;
-        for (int64_t c = 0; c < channels; ++c) sum += pieces_.gate[c];
+        for (int64_t c = 0; c < channels; ++c) sum += gate_[c];
         to[0] += sum;
     }
 
-    // Scores become the weights of v in A, gradients of the weights become those of the scaled scores.
-    void score_gradients(int64_t r, A* weights, A* slopes, const Columns* runs, int parts) const {
+    // Scores become the weights of v in A, gradients of the weights those of the scores before their scaling.
+    void score_gradients(const Row& row, int64_t r, A* weights, A* slopes, const Columns* runs, int parts) const {
+        const A scale = row.score_scale();
         if (p.score.softmax) {
-            const A sum = row_.weigh(r, weights, runs, parts, nullptr);
+            const Weighed<A> weighed = row.weigh(r, weights, runs, parts, slopes);
+            const A share = A(1) / weighed.sum, mean = weighed.mean;
             for (int i = 0; i < parts; ++i)
-                for (int64_t j = runs[i].begin; j < runs[i].end; ++j) weights[j] /= sum;
-            A mean = 0;
-            for (int i = 0; i < parts; ++i) mean += dot(weights, slopes, runs[i]);
-            for (int i = 0; i < parts; ++i)
-                for (int64_t j = runs[i].begin; j < runs[i].end; ++j) slopes[j] = weights[j] * (slopes[j] - mean);
+                for (int64_t j = runs[i].begin; j < runs[i].end; ++j) {
+                    weights[j] *= share;
+                    slopes[j] = weights[j] * (slopes[j] - mean) * scale;
+                }
             return;
         }
-        const A factor = static_cast<A>(p.post_scale);
-        row_.activate_with_gradients(r, weights, slopes, runs, parts);
+        const A factor = static_cast<A>(p.post_scale), slope_factor = factor * scale;
+        row.activate_with_gradients(r, weights, slopes, runs, parts);
         for (int i = 0; i < parts; ++i)
-            for (int64_t j = runs[i].begin; j < runs[i].end; ++j) weights[j] *= factor, slopes[j] *= factor;
+            for (int64_t j = runs[i].begin; j < runs[i].end; ++j) weights[j] *= factor, slopes[j] *= slope_factor;
     }
 
-    static A dot(const A* x, const A* y, Columns run) {
-        constexpr int64_t W = kLanes<A>;
-        Vector<A> sums{};
-        for (int64_t j = run.begin; j < run.end; j += W) sums += load_vector(x + j) * load_vector(y + j);
-        return sum_of<A>(sums);
+    // A block's slopes as operands of sums over keys: where they lie, or copied.
+    Scalars<X> along_keys(Matrix<A> slopes, int64_t count, const Columns* runs, int parts) const {
+        if constexpr (std::is_same_v<X, A>) return {slopes.data, slopes.stride, 1};
+        for (int64_t i = 0; i < count; ++i)
+            for (int part = 0; part < parts; ++part)
+                pair_columns<X>(slopes.from(i).data, runs[part].begin, runs[part].end,
+                                slope_columns_ + i * slopes.stride);
+        return {operands_in<X>(slope_columns_), slopes.stride, 1};
     }
 
-    void write_query_gradient(int64_t r, A* grad) const {
-        const A scale = static_cast<A>(p.scale);
-        for (int64_t c = 0; c < p.head_size; ++c) grad[c] *= scale;
+    // Adds a block's share to the gradients of the keys that it sees; `weights` are no longer numbers then.
+    static void add_key_gradients(Matrix<A> weights, Matrix<const X> queries, int64_t count, const Columns* runs,
+                                  int parts, int64_t keys, Matrix<A> to) {
+        for (int i = 0; i < parts; ++i) {
+            const int64_t j = runs[i].begin;
+            pair_rows<X>(weights, count, j, runs[i].end);
+            multiply<X>({operands_in<X>(weights.data) + j, 1, kNumbers<X> * weights.stride}, queries,
+                        least(runs[i].end, keys) - j, to.stride, operands<X>(count), to.from(j), true);
+        }
+    }
+
+    void write_query_gradient(const Row& row, int64_t r, A* grad) const {
+        for (int64_t c = 0; c < p.head_size; ++c) grad[c] *= row.sign();
         if (p.shared_queries) {
-            double* to = row_.template at<double>(p.grad_q, r) + run_ * p.query_run;
+            double* to = row.template at<double>(p.grad_q, r) + run_ * p.query_run;
             for (int64_t c = 0; c < p.head_size; ++c) to[c] += grad[c];
             return;
         }
-        if (p.rope.cos) turn(p.rope, row_.query_position(r), A(-1), grad);
-        narrow(grad, p.head_size, row_.at(p.grad_q, r));
+        if (p.rope.cos) turn(p.rope, row.query_position(r), A(-1), grad);
+        narrow(grad, p.head_size, row.at(p.grad_q, r));
     }
 
-    void write_key_gradients() const {
-        for (int64_t j = 0; j < row_.keys; ++j) {
-            A* grad = pieces_.grad_k + j * size_.head_stride;
-            if (p.rope.cos) turn(p.rope, row_.key_position(j), A(-1), grad);
-            narrow(grad, p.head_size, address<T>(p.grad_k, batch_row_, j, kv_head_));
+    void write_key_gradients(const Row& row, int64_t batch_row, int64_t kv_head) const {
+        for (int64_t j = 0; j < row.keys; ++j) {
+            A* grad = grad_k_ + j * size_.head_stride;
+            if (p.rope.cos) turn(p.rope, row.key_position(j), A(-1), grad);
+            narrow(grad, p.head_size, address<T>(p.grad_k, batch_row, j, kv_head));
             if (!p.v_is_k)
-                narrow(pieces_.grad_v + j * size_.value_stride, p.value_size,
-                       address<T>(p.grad_v, batch_row_, j, kv_head_));
+                narrow(grad_v_ + j * size_.value_stride, p.value_size, address<T>(p.grad_v, batch_row, j, kv_head));
         }
     }
 
     const AttentionProblem& p;
-    int64_t batch_row_, kv_head_, run_;
-    AttentionRow<T> row_;
-    Sizes<A> size_;
-    Pieces pieces_;
+    Sizes<T> size_;
+    int64_t run_, bytes_;
+    S *keys_, *values_, *queries_, *grad_a_;
+    X *packed_keys_, *packed_values_, *key_rows_ = nullptr, *query_rows_ = nullptr, *grad_a_rows_ = nullptr;
+    A *scores_, *slopes_, *slope_columns_ = nullptr, *grad_q_, *grad_k_, *grad_v_, *extra_, *attended_, *gate_;
 };
 
 INTERFORMER_LEVEL_END

@@ -9,84 +9,100 @@ template <typename T>
 class AttentionForward {
   public:
     using A = Acc<T>;
+    using S = Stored<T>;
+    using X = Operand<T>;
 
-    static int64_t memory(const AttentionProblem& p) { return Pieces(p, nullptr).bytes; }
+    static int64_t memory(const AttentionProblem& p) { return AttentionForward(p, nullptr).bytes_; }
 
-    static void run(const AttentionProblem& p, int64_t first, int64_t last, int64_t kv_head, void* memory) {
-        for (int64_t row = first; row < last; ++row) AttentionForward(p, row, kv_head, memory).whole_row();
+    static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
+        AttentionForward forward(p, memory);
+        for_each_row<T>(p, task, [&](int64_t row, int64_t kv_head) { forward.whole_row(row, kv_head); });
     }
 
   private:
-    struct Pieces {
-        A *keys, *values, *packed_keys, *queries, *scores, *sums, *attended, *extra;
-        int64_t bytes;
-
-        Pieces(const AttentionProblem& p, void* memory) {
-            const Sizes<A> n(p);
-            const int64_t panels = round_up(p.most_keys, kPanel<A>), block = n.most_block(p);
-            Memory<A> from(memory);
-            keys = from.take(p.most_keys * n.head_stride);
-            values = p.v_is_k ? keys : from.take(p.most_keys * n.value_stride);
-            packed_keys = from.take(panels * p.head_size);
-            queries = from.take(block * n.head_stride);
-            scores = from.take(n.most_scores(p));
-            sums = from.take(block);
-            attended = from.take(block * n.value_stride);
-            extra = from.take(n.value_stride);
-            bytes = from.bytes();
-        }
-    };
-
-    AttentionForward(const AttentionProblem& problem, int64_t row, int64_t kv_head, void* memory)
-        : p(problem), row_(problem, row, kv_head), size_(problem), pieces_(problem, memory) {}
-
-    void whole_row() const {
-        if (row_.total == 0) return;
-        const Matrix<const A> keys = row_.tokens(p.k, p.head_size, p.rope.cos, pieces_.keys);
-        const Matrix<const A> values = p.v_is_k ? keys : row_.tokens(p.v, p.value_size, false, pieces_.values);
-        pack_transposed<A>(keys, row_.keys, p.head_size, pieces_.packed_keys);
-        for (int64_t r = 0; r < row_.total; r += row_.block) one_block(r, least(row_.block, row_.total - r), values);
+    AttentionForward(const AttentionProblem& problem, void* memory) : p(problem), size_(problem) {
+        const int64_t panels = round_up(p.most_keys, kPanel<X>), block = size_.most_block(p);
+        Memory from(memory);
+        keys_ = from.take<S>(p.most_keys * size_.head_stride);
+        values_ = p.v_is_k ? keys_ : from.take<S>(p.most_keys * size_.value_stride);
+        packed_keys_ = from.take<X>(panels * size_.head_operands);
+        value_rows_ = kNumbers<X> == 1 ? nullptr : from.take<X>(operands<X>(p.most_keys) * size_.value_stride);
+        queries_ = from.take<S>(block * size_.head_stride);
+        scores_ = from.take<A>(size_.most_scores(p));
+        largest_ = from.take<A>(round_up(block, kLanes<A>));
+        sums_ = from.take<A>(round_up(block, kLanes<A>));
+        attended_ = from.take<A>(block * size_.value_stride);
+        extra_ = from.take<A>(most(size_.head_stride, size_.value_stride));
+        bytes_ = from.bytes();
     }
 
-    void one_block(int64_t r, int64_t count, Matrix<const A> values) const {
+    void whole_row(int64_t batch_row, int64_t kv_head) const {
+        const AttentionRow<T> row(p, size_, batch_row, kv_head, extra_);
+        if (row.total == 0) return;
+        const Matrix<const S> keys = row.tokens(p.k, p.head_size, p.rope.cos, keys_);
+        const Matrix<const S> values = p.v_is_k ? keys : row.tokens(p.v, p.value_size, false, values_);
+        pack_transposed<X>(along_columns<X>(keys), row.keys, size_.head_operands, packed_keys_);
+        const Matrix<const X> value_rows = along_rows<X>(values, row.keys, size_.value_stride, value_rows_);
+        for (int64_t r = 0; r < row.total; r += row.block)
+            one_block(row, r, least(row.block, row.total - r), value_rows);
+    }
+
+    void one_block(const AttentionRow<T>& row, int64_t r, int64_t count, Matrix<const X> values) const {
         Columns runs[2];
-        const int parts = row_.columns(r, count, runs);
-        row_.load_queries(r, count, pieces_.queries);
-        const Matrix<A> scores{pieces_.scores, row_.score_stride}, attended{pieces_.attended, size_.value_stride};
+        const int parts = row.columns(r, count, runs);
+        const Matrix<A> scores{scores_, row.score_stride}, attended{attended_, size_.value_stride};
+        row.load_queries(r, count, queries_);
+        const auto queries = scalars_along_columns<X>(Matrix<const S>{queries_, size_.head_stride});
         for (int i = 0; i < parts; ++i)
-            multiply_packed<A>({pieces_.queries, size_.head_stride, 1}, pieces_.packed_keys, count, runs[i].begin,
-                               runs[i].end, p.head_size, scores);
+            multiply_packed<X>(queries, packed_keys_, count, runs[i].begin, runs[i].end, size_.head_operands, scores);
         for (int64_t i = 0; i < count; ++i) {
-            A log_sum = 0;
-            pieces_.sums[i] = row_.weigh(r + i, scores.data + i * row_.score_stride, runs, parts, &log_sum);
-            if (p.lse.given) *row_.template at<A>(p.lse, r + i) = log_sum;
+            A* s = scores.from(i).data;
+            const Weighed<A> weighed = row.weigh(r + i, s, runs, parts);
+            largest_[i] = weighed.largest, sums_[i] = weighed.sum;
+            for (int part = 0; part < parts; ++part) pair_columns<X>(s, runs[part].begin, runs[part].end, s);
         }
-        weighted_sums({scores.data, row_.score_stride, 1}, values, runs, parts, row_.keys, count, size_.value_stride,
-                      attended);
-        for (int64_t i = 0; i < count; ++i) finish(r + i, attended.data + i * size_.value_stride, pieces_.sums[i]);
+        if (p.lse.given) write_log_sums(row, r, count);
+        weighted_sums<X>({operands_in<X>(scores.data), scores.stride, 1}, values, runs, parts, row.keys, count,
+                         size_.value_stride, attended);
+        for (int64_t i = 0; i < count; ++i) finish(row, r + i, attended.from(i).data, sums_[i]);
+    }
+
+    void write_log_sums(const AttentionRow<T>& row, int64_t r, int64_t count) const {
+        constexpr A kInfinity = __builtin_inf();
+        for (int64_t i = 0; i < count; i += kLanes<A>) {
+            const Vector<A> largest = load_vector(largest_ + i);
+            const Vector<A> log_sum = largest + logarithm(load_vector(sums_ + i));
+            store_vector(largest_ + i, largest == kInfinity ? largest : log_sum);
+        }
+        for (int64_t i = 0; i < count; ++i) *row.template at<A>(p.lse, r + i) = largest_[i];
     }
 
     // Gate, residual and output of one query.
-    void finish(int64_t r, A* a, A sum) const {
+    void finish(const AttentionRow<T>& row, int64_t r, A* a, A sum) const {
         const int64_t channels = p.value_size;
         const A factor = static_cast<A>(p.post_scale);
-        for (int64_t c = 0; c < channels; ++c) a[c] = p.score.softmax ? a[c] / sum : a[c] * factor;
-        if (p.attended.given) narrow(a, channels, row_.at(p.attended, r));
+        if (p.score.softmax)
+            for (int64_t c = 0; c < channels; ++c) a[c] /= sum;
+        else
+            for (int64_t c = 0; c < channels; ++c) a[c] *= factor;
+        if (p.attended.given) narrow(a, channels, row.at(p.attended, r));
         if (p.gate.given) {
-            widen(row_.at(p.gate, r), p.gate.channel, channels, pieces_.extra);
-            apply_gate(p.gating, a, pieces_.extra, channels);
+            widen(row.at(p.gate, r), p.gate.channel, channels, extra_);
+            apply_gate(p.gating, a, extra_, channels);
         }
         if (p.residual.given) {
-            widen(row_.at(p.residual, r), p.residual.channel, channels, pieces_.extra);
-            for (int64_t c = 0; c < channels; ++c) a[c] += pieces_.extra[c];
+            widen(row.at(p.residual, r), p.residual.channel, channels, extra_);
+            for (int64_t c = 0; c < channels; ++c) a[c] += extra_[c];
         }
-        narrow(a, channels, row_.at(p.out, r));
+        narrow(a, channels, row.at(p.out, r));
     }
 
     const AttentionProblem& p;
-    AttentionRow<T> row_;
-    Sizes<A> size_;
-    Pieces pieces_;
+    Sizes<T> size_;
+    int64_t bytes_;
+    S *keys_, *values_, *queries_;
+    X *packed_keys_, *value_rows_;
+    A *scores_, *largest_, *sums_, *attended_, *extra_;
 };
 
 INTERFORMER_LEVEL_END

@@ -5,9 +5,7 @@
 // softmax is the plain one, whatever the row's length, and the backward computes them once.
 #pragma once
 
-#include <type_traits>
-
-#include "cpu/attention_problem.h"
+#include "cpu/kernels.h"
 #include "cpu/kernels/memory.h"
 #include "cpu/kernels/multiply.h"
 #include "cpu/kernels/rotary.h"
@@ -15,15 +13,22 @@
 
 INTERFORMER_LEVEL_BEGIN
 
-// Row strides of what a thread keeps. They are odd numbers of cache lines where columns are read, so that what is read
-// down a column does not crowd one set of the cache.
-template <typename A>
+// Sizes of what a thread keeps, in numbers (of type A) or operands (of type X). Rows of scores are an odd number of cache
+// lines apart, so that what is read down a column does not crowd one set of the cache.
+template <typename T>
 struct Sizes {
-    int64_t head_stride, value_stride, group;
+    using A = Acc<T>;
+    using X = Operand<T>;
+
+    int64_t head_stride, value_stride;      // numbers between rows of channels
+    int64_t head_operands, value_operands;  // in such a row
+    int64_t group;
 
     explicit Sizes(const AttentionProblem& p)
-        : head_stride(round_up(p.head_size, kLanes<A>)),
-          value_stride(round_up(p.value_size, kLanes<A>)),
+        : head_stride(round_up(p.head_size, kNumbers<X> * kLanes<X>)),
+          value_stride(round_up(p.value_size, kNumbers<X> * kLanes<X>)),
+          head_operands(operands<X>(p.head_size)),
+          value_operands(operands<X>(p.value_size)),
           group(p.heads / p.kv_heads) {}
 
     static int64_t score_stride(int64_t keys) {
@@ -47,7 +52,7 @@ struct Sizes {
     static constexpr int64_t kScores = (128 << 10) / sizeof(A), kMostTiles = 16;
 };
 
-// Columns of the scores [begin, end), multiples of the panel: those that some query of a block sees.
+// Columns of the scores that some query of a block sees: `begin` a multiple of the panel, `end` of the vector.
 struct Columns {
     int64_t begin, end;
 };
@@ -57,77 +62,130 @@ struct Visible {
     int64_t prefix, first, last;
 };
 
+// What became of a query's scores: the largest, scaled; the weights' sum; the mean of their gradients.
+template <typename A>
+struct Weighed {
+    A largest, sum, mean;
+};
+
 // `to [count, columns]` = sum over the keys j of the columns' runs of `weights[., j] * tokens[j]`. Long sums are made
 // in pieces, which keeps them exact.
-template <typename A>
-void weighted_sums(Scalars<A> weights, Matrix<const A> tokens, const Columns* runs, int parts, int64_t keys,
-                   int64_t count, int64_t columns, Matrix<A> to) {
-    constexpr int64_t kPiece = 64;
+template <typename X>
+void weighted_sums(Scalars<X> weights, Matrix<const X> tokens, const Columns* runs, int parts, int64_t keys,
+                   int64_t count, int64_t columns, Matrix<SumOf<X>> to) {
+    constexpr int64_t kPiece = 64 * kNumbers<X>;
     bool add = false;
     for (int i = 0; i < parts; ++i)
         for (int64_t j = runs[i].begin; j < least(runs[i].end, keys); j += kPiece) {
-            const int64_t depth = least(kPiece, least(runs[i].end, keys) - j);
-            multiply<A>(weights.from(0, j), {tokens.data + j * tokens.stride, tokens.stride}, count, columns, depth, to,
-                        add);
+            const int64_t depth = operands<X>(least(kPiece, least(runs[i].end, keys) - j)), k = j / kNumbers<X>;
+            multiply<X>(weights.from(0, k), tokens.from(k), count, columns, depth, to, add);
             add = true;
         }
     if (!add)
-        for (int64_t i = 0; i < count; ++i) fill(to.data + i * to.stride, columns, A(0));
+        for (int64_t i = 0; i < count; ++i) fill(to.data + i * to.stride, columns, SumOf<X>(0));
+}
+
+// Asks for the tokens of a row under `heads` heads.
+template <typename T>
+inline void prefetch_tokens(const RowTensor& x, int64_t row, int64_t tokens, int64_t head, int64_t heads,
+                            int64_t channels) {
+    constexpr int64_t kLine = 64, kMostBytes = 64 << 10;  // longer rows the processor foresees itself
+    const int64_t bytes = static_cast<int64_t>(sizeof(T)), span = ((heads - 1) * x.head + channels) * bytes;
+    if (!x.given || tokens * span > kMostBytes) return;
+    const char* first = reinterpret_cast<const char*>(address<T>(x, row, 0, head));
+    for (int64_t t = 0; t < tokens; ++t, first += x.token * bytes)
+        for (int64_t at = 0; at < span; at += kLine) __builtin_prefetch(first + at, 0, 2);
+}
+
+// Calls `each(row, kv_head)` for a task's rows, and asks for the next row's tokens while one is computed: rows that are
+// too short for the processor to see what comes would else wait for memory.
+template <typename T, typename Each>
+inline void for_each_row(const AttentionProblem& p, const AttentionTask& task, Each&& each) {
+    const int64_t heads = task.last_head - task.first_head, group = p.heads / p.kv_heads;
+    for (int64_t row = task.first_row; row < task.last_row; ++row) {
+        if (const int64_t next = row + 1; next < task.last_row) {
+            const int64_t keys = p.key_counts[next], queries = p.query_counts ? p.query_counts[next] : 0;
+            prefetch_tokens<T>(p.k, next, keys, task.first_head, heads, p.head_size);
+            if (!p.v_is_k) prefetch_tokens<T>(p.v, next, keys, task.first_head, heads, p.value_size);
+            prefetch_tokens<T>(p.q, next, queries, task.first_head * group, heads * group, p.head_size);
+            prefetch_tokens<T>(p.out, next, queries, task.first_head * group, heads * group, p.value_size);
+            prefetch_tokens<T>(p.grad_out, next, queries, task.first_head * group, heads * group, p.value_size);
+        }
+        for (int64_t head = task.first_head; head < task.last_head; ++head) each(row, head);
+    }
 }
 
 template <typename T>
 class AttentionRow {
   public:
     using A = Acc<T>;
+    using S = Stored<T>;
+    using X = Operand<T>;
 
-    AttentionRow(const AttentionProblem& problem, int64_t row, int64_t kv_head)
+    // `extra`: memory for the channels of one token.
+    AttentionRow(const AttentionProblem& problem, const Sizes<T>& size, int64_t row, int64_t kv_head, A* extra)
         : p(problem),
+          size_(size),
           row_(row),
           kv_head_(kv_head),
           queries_(p.query_counts ? p.query_counts[row] : p.queries),
-          size_(problem),
+          extra_(extra),
           keys(p.key_counts[row]),
           total(queries_ * size_.group),
           block(size_.block(total, keys)),
           score_stride(size_.score_stride(keys)) {}
 
-    int64_t token(int64_t r) const { return r / size_.group; }
-    int64_t head(int64_t r) const { return kv_head_ * size_.group + r % size_.group; }
+    // Without a division where heads are not grouped: there it would cost as much as a short row's products.
+    int64_t token(int64_t r) const { return size_.group == 1 ? r : r / size_.group; }
+    int64_t head(int64_t r) const { return kv_head_ * size_.group + r - token(r) * size_.group; }
 
-    template <typename X = T>
-    X* at(const RowTensor& x, int64_t r) const {
-        return address<T, X>(x, row_, token(r), head(r));
+    template <typename E = T>
+    E* at(const RowTensor& x, int64_t r) const {
+        return address<T, E>(x, row_, token(r), head(r));
     }
 
-    // Whether tokens of k (or v) can be multiplied where they lie.
-    static bool in_place(int64_t channels, bool rotated) {
-        return std::is_same_v<T, A> && !rotated && channels % kLanes<A> == 0;
-    }
-
-    // Tokens of k or v as rows of numbers of type A, in place or copied; channels beyond the last are 0.
-    Matrix<const A> tokens(const RowTensor& x, int64_t channels, bool rotate, A* copy) const {
-        const int64_t stride = round_up(channels, kLanes<A>);
-        if constexpr (std::is_same_v<T, A>)
-            if (in_place(channels, rotate)) return {address<T>(x, row_, 0, kv_head_), x.token};
+    // Tokens of k or v, in place or copied; channels beyond the last are 0.
+    Matrix<const S> tokens(const RowTensor& x, int64_t channels, bool rotate, S* copy) const {
+        const int64_t stride = round_up(channels, kNumbers<X> * kLanes<X>);
+        if constexpr (std::is_same_v<T, S>) {
+            const T* first = address<T>(x, row_, 0, kv_head_);
+            const bool whole_operands =  // wherever a token begins
+                kNumbers<X> == 1 || (x.token % 2 == 0 && reinterpret_cast<uintptr_t>(first) % sizeof(X) == 0);
+            if (!rotate && stride == channels && whole_operands) return {first, x.token};
+        }
         for (int64_t j = 0; j < keys; ++j) {
-            A* to = copy + j * stride;
-            widen(address<T>(x, row_, j, kv_head_), 1, channels, to);
-            fill(to + channels, stride - channels, A(0));
-            if (rotate) turn(p.rope, key_position(j), A(1), to);
+            S* to = copy + j * stride;
+            if (rotate) {
+                widen(address<T>(x, row_, j, kv_head_), 1, channels, extra_);
+                turn(p.rope, key_position(j), A(1), extra_);
+                narrow(extra_, channels, to);
+            } else {
+                copy_stored(address<T>(x, row_, j, kv_head_), 1, channels, to);
+            }
+            fill(to + channels, stride - channels, S{});
         }
         return {copy, stride};
     }
 
-    // Queries [r, r + count) scaled, rotated, as rows.
-    void load_queries(int64_t r, int64_t count, A* to) const {
+    // Queries [r, r + count), rotated, as rows. Their products with keys are yet to be scaled by `score_scale`, which is
+    // positive.
+    void load_queries(int64_t r, int64_t count, S* to) const {
         for (int64_t i = 0; i < count; ++i, to += size_.head_stride) {
-            widen(at(p.q, r + i), p.q.channel, p.head_size, to);
-            fill(to + p.head_size, size_.head_stride - p.head_size, A(0));
-            if (p.rope.cos) turn(p.rope, query_position(r + i), A(1), to);
-            const A scale = static_cast<A>(p.scale);
-            for (int64_t c = 0; c < p.head_size; ++c) to[c] *= scale;
+            if (p.rope.cos || p.scale <= 0) {
+                widen(at(p.q, r + i), p.q.channel, p.head_size, extra_);
+                if (p.rope.cos) turn(p.rope, query_position(r + i), A(1), extra_);
+                for (int64_t c = 0; c < p.head_size; ++c) extra_[c] *= sign();
+                narrow(extra_, p.head_size, to);
+            } else {
+                copy_stored(at(p.q, r + i), p.q.channel, p.head_size, to);
+            }
+            fill(to + p.head_size, size_.head_stride - p.head_size, S{});
         }
     }
+    // What queries are multiplied by, and then their scores: a scale of 0 stays with the queries, since it would make NaNs
+    // of hidden scores.
+    A sign() const { return p.scale < 0 ? A(-1) : p.scale == 0 ? A(0) : A(1); }
+    A score_scale() const { return p.scale == 0 ? A(1) : static_cast<A>(p.scale < 0 ? -p.scale : p.scale); }
 
     int64_t query_position(int64_t r) const {
         return position_of(p.positions_q, p.query_begins ? p.query_begins[row_] : 0, token(r));
@@ -162,88 +220,109 @@ class AttentionRow {
         const Visible end = visible(r + count - 1);
         if (end.first < end.last) first = least(first, end.first), last = most(last, end.last);
         int runs = 0;
-        const int64_t begin = first / kPanel<A> * kPanel<A>, prefix_end = round_up(prefix, kPanel<A>);
+        const int64_t begin = first / kPanel<A> * kPanel<A>, prefix_end = round_up(prefix, kLanes<A>);
         if (prefix > 0 && prefix_end < begin && first < last) to[runs++] = {0, prefix_end};
         const bool joined = prefix > 0 && runs == 0;
         if (first < last || joined)
-            to[runs++] = {joined ? 0 : begin, most(round_up(last, kPanel<A>), joined ? prefix_end : 0)};
+            to[runs++] = {joined ? 0 : begin, most(round_up(last, kLanes<A>), joined ? prefix_end : 0)};
         return runs;
     }
 
-    // Scores of one query over its block's columns become weights: zero where it does not see. For softmax they are to
-    // be divided by the sum that is returned, and `log_sum` (where asked for) is set; else they are act(score), without
-    // `post_scale`, and 1 is returned.
-    A weigh(int64_t r, A* s, const Columns* runs, int count, A* log_sum) const {
+    // Scores of one query over its block's columns become weights: 0 where it does not see. For softmax they are yet to
+    // be divided by their sum, and where `slopes` is given, its mean under the weights is found on the way; else they are
+    // act(score), without `post_scale`.
+    Weighed<A> weigh(int64_t r, A* s, const Columns* runs, int count, const A* slopes = nullptr) const {
         const Visible seen = visible(r);
         if (!p.score.softmax) {
-            for (int i = 0; i < count; ++i)
+            for (int i = 0; i < count; ++i) {
+                scale(s + runs[i].begin, runs[i].end - runs[i].begin);
                 activate(p.score.activation, s + runs[i].begin, runs[i].end - runs[i].begin);
+            }
             hide(s, seen, runs, count, A(0));
-            return A(1);
+            return {0, 1, 0};
         }
-        const A hidden = -__builtin_inf();
-        hide(s, seen, runs, count, hidden);
-        A largest = hidden;
+        constexpr A kHidden = -__builtin_inf();
+        hide(s, seen, runs, count, kHidden);
+        A largest = kHidden;
         for (int i = 0; i < count; ++i) largest = most_of(s + runs[i].begin, runs[i].end - runs[i].begin, largest);
         // Nothing seen, or only scores of -inf: against 0 every weight is 0. Of nothing the mean is 0, of the other
         // NaN.
-        const A against = largest == hidden ? A(0) : largest;
-        A sum = 0;
-        for (int i = 0; i < count; ++i) sum += exponentials(s + runs[i].begin, runs[i].end - runs[i].begin, against);
-        if (log_sum) *log_sum = largest == hidden || largest == -hidden ? largest : largest + log_of(sum);
+        const A against = largest == kHidden ? A(0) : largest;
+        Vector<A> sum{}, dot{};
+        for (int i = 0; i < count; ++i) exponentials(s, slopes, runs[i], against, sum, dot);
         const bool blind = seen.prefix == 0 && seen.first >= seen.last;
-        return blind ? A(1) : sum;
+        const A total = blind ? A(1) : sum_of<A>(sum);
+        return {largest * score_scale(), total, slopes ? sum_of<A>(dot) / total : A(0)};
     }
 
     // Scores without softmax become weights, and gradients of the weights those of the scores.
     void activate_with_gradients(int64_t r, A* s, A* grads, const Columns* runs, int count) const {
-        for (int i = 0; i < count; ++i)
+        for (int i = 0; i < count; ++i) {
+            scale(s + runs[i].begin, runs[i].end - runs[i].begin);
             activate_with_slopes(p.score.activation, s + runs[i].begin, grads + runs[i].begin,
                                  runs[i].end - runs[i].begin);
+        }
         const Visible seen = visible(r);
         hide(s, seen, runs, count, A(0));
         hide(grads, seen, runs, count, A(0));
     }
 
   private:
-    static float log_of(float x) { return __builtin_logf(x); }
-    static double log_of(double x) { return __builtin_log(x); }
+    void scale(A* s, int64_t count) const {
+        const A factor = score_scale();
+        for (int64_t j = 0; j < count; ++j) s[j] *= factor;
+    }
 
+    // Columns that `seen` leaves out become `hidden`.
     static void hide(A* s, const Visible& seen, const Columns* runs, int count, A hidden) {
         for (int i = 0; i < count; ++i) {
-            const int64_t from = most(runs[i].begin, seen.prefix), before = least(seen.first, runs[i].end);
-            for (int64_t j = from; j < before; ++j) s[j] = hidden;
-            for (int64_t j = most(most(seen.last, seen.prefix), runs[i].begin); j < runs[i].end; ++j) s[j] = hidden;
+            hide(s, most(runs[i].begin, seen.prefix), least(seen.first, runs[i].end), hidden);
+            hide(s, most(most(seen.last, seen.prefix), runs[i].begin), runs[i].end, hidden);
         }
     }
 
-    // Largest of the numbers; a NaN wins and stays.
-    static A most_of(const A* x, int64_t count, A largest) {
+    // Columns [begin, end), by whole vectors: one that is written by the number cannot be read by the vector soon after.
+    static void hide(A* s, int64_t begin, int64_t end, A hidden) {
         constexpr int64_t W = kLanes<A>;
-        Vector<A> most = Vector<A>{} + largest;
-        for (int64_t j = 0; j < count; j += W) {  // columns come in whole panels
-            const Vector<A> next = load_vector(x + j);
-            most = ((next > most) | (next != next)) ? next : most;
+        using Index = typename IndexOf<A>::type;
+        Vector<Index> lanes;
+        for (Index lane = 0; lane < W; ++lane) lanes[lane] = lane;
+        for (int64_t j = begin / W * W; j < end; j += W) {
+            const Index from = static_cast<Index>(most(begin - j, 0)), to = static_cast<Index>(least(end - j, W));
+            const Vector<A> x = load_vector(s + j), out = Vector<A>{} + hidden;
+            store_vector(s + j, (lanes >= from) & (lanes < to) ? out : x);
         }
-        for (int64_t lane = 0; lane < W; ++lane)
-            if (most[lane] > largest || most[lane] != most[lane]) largest = most[lane];
-        return largest;
     }
 
-    // x becomes e^(x - against); returns the sum. Columns come in whole panels.
-    static A exponentials(A* x, int64_t count, A against) {
-        Vector<A> sums{};
+    // Largest of the numbers. NaNs are passed over: the sum of the exponentials shows them. Columns come in whole
+    // vectors.
+    static A most_of(const A* x, int64_t count, A largest) {
+        Vector<A> most = Vector<A>{} + largest;
         for (int64_t j = 0; j < count; j += kLanes<A>) {
-            const Vector<A> power = exponential(load_vector(x + j) - against);
-            store_vector(x + j, power);
-            sums += power;
+            const Vector<A> next = load_vector(x + j);
+            most = next > most ? next : most;
         }
-        return sum_of<A>(sums);
+        return most_of_lanes<A>(most);
+    }
+
+    // s becomes e^(scale (s - against)); adds to its sum, and to that of its products with `slopes`, where given.
+    void exponentials(A* s, const A* slopes, Columns run, A against, Vector<A>& sum, Vector<A>& dot) const {
+        constexpr A kLog2OfE = 1.44269504088896340736;
+        const A factor = score_scale() * kLog2OfE;
+        Vector<A> sums = sum, dots = dot;
+        for (int64_t j = run.begin; j < run.end; j += kLanes<A>) {
+            const Vector<A> power = power_of_two((load_vector(s + j) - against) * factor);
+            store_vector(s + j, power);
+            sums += power;
+            if (slopes) dots += power * load_vector(slopes + j);
+        }
+        sum = sums, dot = dots;
     }
 
     const AttentionProblem& p;
+    const Sizes<T>& size_;
     int64_t row_, kv_head_, queries_;
-    Sizes<A> size_;
+    A* extra_;  // of one token
 
   public:
     const int64_t keys, total;          // total: queries of all heads

@@ -75,6 +75,15 @@ inline void widen(const T* from, int64_t stride, int64_t count, Acc<T>* to) {
         for (int64_t i = 0; i < count; ++i) to[i] = load(from[i * stride]);
 }
 
+// The same, as they are to be stored for products: in the type of accumulation, or, of one type, as they are.
+template <typename T>
+inline void copy_stored(const T* from, int64_t stride, int64_t count, Acc<T>* to) {
+    widen(from, stride, count, to);
+}
+inline void copy_stored(const BFloat16* from, int64_t stride, int64_t count, BFloat16* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
+}
+
 template <typename T>
 inline void narrow(const Acc<T>* from, int64_t count, T* to) {
     for (int64_t i = 0; i < count; ++i) store(to[i], from[i]);

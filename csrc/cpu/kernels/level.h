@@ -19,9 +19,14 @@
     }                         \
     }
 
+// Products of pairs of bfloat16 numbers: where the processor has them, and in the level that stands for it in tests.
+#if defined(__AVX512BF16__) || defined(INTERFORMER_WIDE)
+#define INTERFORMER_PAIRS
+#endif
+
 INTERFORMER_LEVEL_BEGIN
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(INTERFORMER_WIDE)
 constexpr int kVectorBytes = 64;
 constexpr int kTileRows = 12;  // with two vectors each: 24 of 32 registers hold sums
 #elif defined(__AVX2__)
@@ -57,12 +62,35 @@ inline void store_vector(A* to, Vector<A> x) {
     std::memcpy(to, &x, sizeof x);
 }
 
-// Sum of a vector's numbers, by halves: few roundings, always in one order.
+// The type of lane numbers that go with a vector of A.
+template <typename A>
+struct IndexOf {
+    using type = int32_t;
+};
+template <>
+struct IndexOf<double> {
+    using type = int64_t;
+};
+
+// `join` of all lanes, by halves: few roundings, always in one order.
+template <typename A, typename Join>
+inline A joined(Vector<A> x, Join&& join) {
+#pragma GCC unroll 4
+    for (int64_t half = kLanes<A> / 2; half > 0; half /= 2) {
+        Vector<typename IndexOf<A>::type> other;
+#pragma GCC unroll 16
+        for (int64_t lane = 0; lane < kLanes<A>; ++lane) other[lane] = (lane + half) % kLanes<A>;
+        x = join(x, __builtin_shuffle(x, other));
+    }
+    return x[0];
+}
 template <typename A>
 inline A sum_of(Vector<A> x) {
-    for (int64_t half = kLanes<A> / 2; half > 0; half /= 2)
-        for (int64_t lane = 0; lane < half; ++lane) x[lane] += x[lane + half];
-    return x[0];
+    return joined<A>(x, [](Vector<A> a, Vector<A> b) { return a + b; });
+}
+template <typename A>
+inline A most_of_lanes(Vector<A> x) {
+    return joined<A>(x, [](Vector<A> a, Vector<A> b) { return a > b ? a : b; });
 }
 
 inline int64_t least(int64_t a, int64_t b) {

@@ -13,20 +13,20 @@ inline X* address(const RowTensor& x, int64_t row, int64_t token, int64_t head) 
 }
 
 // Hands out pieces of a thread's memory, each on a cache line of its own; with none, it only counts.
-template <typename A>
 class Memory {
   public:
-    explicit Memory(void* memory) : at_(static_cast<A*>(memory)) {}
+    explicit Memory(void* memory) : at_(static_cast<char*>(memory)) {}
 
-    A* take(int64_t count) {
-        A* piece = at_ == nullptr ? nullptr : at_ + used_;
-        used_ += round_up(count, 64 / sizeof(A));
+    template <typename E>
+    E* take(int64_t count) {
+        E* piece = at_ == nullptr ? nullptr : reinterpret_cast<E*>(at_ + used_);
+        used_ += round_up(count * static_cast<int64_t>(sizeof(E)), 64);
         return piece;
     }
-    int64_t bytes() const { return used_ * static_cast<int64_t>(sizeof(A)); }
+    int64_t bytes() const { return used_; }
 
   private:
-    A* at_;
+    char* at_;
     int64_t used_ = 0;
 };
 

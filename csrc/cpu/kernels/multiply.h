@@ -6,43 +6,28 @@
 // order of summation is k's, whatever the sizes, so a result's bits depend on its own row and column alone.
 #pragma once
 
-#include "cpu/kernels/level.h"
+#include "cpu/kernels/operands.h"
 
 INTERFORMER_LEVEL_BEGIN
 
-// A matrix read one number at a time.
-template <typename A>
-struct Scalars {
-    const A* data;
-    int64_t row, column;  // strides
-
-    Scalars from(int64_t m, int64_t k) const { return {data + m * row + k * column, row, column}; }
-};
-
-// A matrix whose rows are read by the vector; rows are `stride` apart.
-template <typename A>
-struct Matrix {
-    A* data;
-    int64_t stride;
-};
-
-template <typename A, int M, int N>
-inline void multiply_tile(Scalars<A> a, const A* b, int64_t b_stride, int64_t depth, A* c, int64_t c_stride, bool add) {
-    constexpr int64_t W = kLanes<A>;
+template <typename X, int M, int N>
+void multiply_tile(Scalars<X> a, const X* b, int64_t b_stride, int64_t depth, SumOf<X>* c, int64_t c_stride, bool add) {
+    using A = SumOf<X>;
+    constexpr int64_t W = kLanes<X>;
     Vector<A> sum[M][N];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) sum[m][n] = Vector<A>{};
     for (int64_t k = 0; k < depth; ++k) {
-        Vector<A> row[N];
+        Vector<X> row[N];
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) row[n] = load_vector(b + k * b_stride + n * W);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-            const A x = a.data[m * a.row + k * a.column];
+            const X x = a.data[m * a.row + k * a.column];
 #pragma GCC unroll 2
-            for (int n = 0; n < N; ++n) sum[m][n] += x * row[n];
+            for (int n = 0; n < N; ++n) multiply_add<X>(sum[m][n], x, row[n]);
         }
     }
 #pragma GCC unroll 16
@@ -55,52 +40,55 @@ inline void multiply_tile(Scalars<A> a, const A* b, int64_t b_stride, int64_t de
         }
 }
 
-template <typename A, int N>
-void multiply_columns(Scalars<A> a, const A* b, int64_t b_stride, int64_t rows, int64_t depth, Matrix<A> c, bool add) {
-    int64_t m = 0;
-    for (; m + kTileRows <= rows; m += kTileRows)
-        multiply_tile<A, kTileRows, N>(a.from(m, 0), b, b_stride, depth, c.data + m * c.stride, c.stride, add);
-    for (; m + 3 <= rows; m += 3)
-        multiply_tile<A, 3, N>(a.from(m, 0), b, b_stride, depth, c.data + m * c.stride, c.stride, add);
-    for (; m < rows; ++m)
-        multiply_tile<A, 1, N>(a.from(m, 0), b, b_stride, depth, c.data + m * c.stride, c.stride, add);
+// `multiply_tile` for `rows` of [1, M].
+template <typename X, int M, int N>
+inline void multiply_rows(int64_t rows, Scalars<X> a, const X* b, int64_t b_stride, int64_t depth, SumOf<X>* c,
+                          int64_t c_stride, bool add) {
+    if (rows == M) return multiply_tile<X, M, N>(a, b, b_stride, depth, c, c_stride, add);
+    if constexpr (M > 1) multiply_rows<X, M - 1, N>(rows, a, b, b_stride, depth, c, c_stride, add);
+}
+
+// C [rows, N vectors], in tiles of as equal numbers of rows as can be: a last tile of one row would wait for each sum.
+template <typename X, int N>
+void multiply_columns(Scalars<X> a, const X* b, int64_t b_stride, int64_t rows, int64_t depth, Matrix<SumOf<X>> c, bool add) {
+    for (int64_t tiles = (rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+        const int64_t m = (rows + tiles - 1) / tiles;
+        multiply_rows<X, kTileRows, N>(m, a, b, b_stride, depth, c.data, c.stride, add);
+        a = a.from(m, 0);
+        c.data += m * c.stride;
+        rows -= m;
+    }
 }
 
 // C [rows, columns] with B's rows read in place; `columns` is a multiple of the vector.
-template <typename A>
-void multiply(Scalars<A> a, Matrix<const A> b, int64_t rows, int64_t columns, int64_t depth, Matrix<A> c, bool add) {
+template <typename X>
+void multiply(Scalars<X> a, Matrix<const X> b, int64_t rows, int64_t columns, int64_t depth, Matrix<SumOf<X>> c, bool add) {
     int64_t n = 0;
-    for (; n + kPanel<A> <= columns; n += kPanel<A>)
-        multiply_columns<A, 2>(a, b.data + n, b.stride, rows, depth, {c.data + n, c.stride}, add);
-    if (n < columns) multiply_columns<A, 1>(a, b.data + n, b.stride, rows, depth, {c.data + n, c.stride}, add);
+    for (; n + kPanel<X> <= columns; n += kPanel<X>)
+        multiply_columns<X, 2>(a, b.data + n, b.stride, rows, depth, {c.data + n, c.stride}, add);
+    if (n < columns) multiply_columns<X, 1>(a, b.data + n, b.stride, rows, depth, {c.data + n, c.stride}, add);
 }
 
-// Columns [first, last) of C, multiples of the panel, with B packed in panels: see `pack_transposed`.
-template <typename A>
-void multiply_packed(Scalars<A> a, const A* panels, int64_t rows, int64_t first, int64_t last, int64_t depth,
-                     Matrix<A> c) {
+// Columns [first, last) of C, `first` a multiple of the panel, `last` of the vector, with B packed in panels: see
+// `pack_transposed`.
+template <typename X>
+void multiply_packed(Scalars<X> a, const X* panels, int64_t rows, int64_t first, int64_t last, int64_t depth,
+                     Matrix<SumOf<X>> c) {
     constexpr int64_t kPiece = 128;  // of a long sum
-    for (int64_t n = first; n < last; n += kPanel<A>) {
+    for (int64_t n = first; n < last; n += kPanel<X>) {
         int64_t k = 0;
-        do
-            multiply_columns<A, 2>(a.from(0, k), panels + n * depth + k * kPanel<A>, kPanel<A>, rows,
-                                   least(kPiece, depth - k), {c.data + n, c.stride}, k > 0);
-        while ((k += kPiece) < depth);
+        do {
+            const X* panel = panels + n * depth + k * kPanel<X>;
+            const int64_t piece = least(kPiece, depth - k);
+            if (last - n > kLanes<X>)
+                multiply_columns<X, 2>(a.from(0, k), panel, kPanel<X>, rows, piece, {c.data + n, c.stride}, k > 0);
+            else
+                multiply_columns<X, 1>(a.from(0, k), panel, kPanel<X>, rows, piece, {c.data + n, c.stride}, k > 0);
+        } while ((k += kPiece) < depth);
     }
 }
 
 // ---------------------------------------------------------------- transposing
-
-template <typename A>
-struct IndexOf;
-template <>
-struct IndexOf<float> {
-    using type = int32_t;
-};
-template <>
-struct IndexOf<double> {
-    using type = int64_t;
-};
 
 // A square of `kLanes` rows of one vector each, transposed in registers: halves are exchanged, then quarters, ...
 template <typename A>
@@ -126,25 +114,29 @@ inline void transpose_square(Vector<A>* rows) {
 }
 
 // X [tokens, channels] transposed and cut in panels of columns: number (c, t) goes to
-// `to[(t / kPanel) * channels * kPanel + c * kPanel + t % kPanel]`; tokens that fill up the last panel are 0.
+// `to[(t / kPanel) * channels * kPanel + c * kPanel + t % kPanel]`; tokens that fill up the last vector are 0.
 template <typename A>
 void pack_transposed(Matrix<const A> x, int64_t tokens, int64_t channels, A* to) {
     constexpr int64_t W = kLanes<A>;
-    for (int64_t t = 0; t < round_up(tokens, kPanel<A>); t += W) {
+    for (int64_t t = 0; t < tokens; t += W) {
         A* panel = to + t / kPanel<A> * kPanel<A> * channels + t % kPanel<A>;
+        const A* from = x.data + t * x.stride;
         int64_t c = 0;
-        if (t + W <= tokens)
-            for (; c + W <= channels; c += W) {
-                Vector<A> square[W];
+        for (; c + W <= channels; c += W) {
+            Vector<A> square[W];
+            if (t + W <= tokens) {
 #pragma GCC unroll 16
-                for (int64_t i = 0; i < W; ++i) square[i] = load_vector(x.data + (t + i) * x.stride + c);
-                transpose_square<A>(square);
-#pragma GCC unroll 16
-                for (int64_t i = 0; i < W; ++i) store_vector(panel + (c + i) * kPanel<A>, square[i]);
+                for (int64_t i = 0; i < W; ++i) square[i] = load_vector(from + i * x.stride + c);
+            } else {
+                for (int64_t i = 0; i < W; ++i)
+                    square[i] = t + i < tokens ? load_vector(from + i * x.stride + c) : Vector<A>{};
             }
+            transpose_square<A>(square);
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < W; ++i) store_vector(panel + (c + i) * kPanel<A>, square[i]);
+        }
         for (; c < channels; ++c)
-            for (int64_t i = 0; i < W; ++i)
-                panel[c * kPanel<A> + i] = t + i < tokens ? x.data[(t + i) * x.stride + c] : A(0);
+            for (int64_t i = 0; i < W; ++i) panel[c * kPanel<A> + i] = t + i < tokens ? from[i * x.stride + c] : A(0);
     }
 }
 

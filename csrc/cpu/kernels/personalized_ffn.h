@@ -35,16 +35,16 @@ class Ffn {
 
     Ffn(const FfnProblem& problem, void* memory)
         : p(problem), stride_(round_up(p.outputs, kLanes<A>)), x_stride_(round_up(p.inputs, kPanel<A>)) {
-        Memory<A> from(memory);
-        weight_ = from.take(p.inputs * stride_);
-        turned_ = from.take(x_stride_ * p.outputs);
-        grad_weight_ = from.take(p.inputs * stride_);
-        grad_bias_ = from.take(stride_);
-        bias_ = from.take(stride_);
-        x_ = from.take(kBlock * x_stride_);
-        y_ = from.take(kBlock * stride_);
-        grad_ = from.take(kBlock * stride_);
-        extra_ = from.take(stride_);
+        Memory from(memory);
+        weight_ = from.take<A>(p.inputs * stride_);
+        turned_ = from.take<A>(x_stride_ * p.outputs);
+        grad_weight_ = from.take<A>(p.inputs * stride_);
+        grad_bias_ = from.take<A>(stride_);
+        bias_ = from.take<A>(stride_);
+        x_ = from.take<A>(kBlock * x_stride_);
+        y_ = from.take<A>(kBlock * stride_);
+        grad_ = from.take<A>(kBlock * stride_);
+        extra_ = from.take<A>(stride_);
         bytes_ = from.bytes();
     }
 

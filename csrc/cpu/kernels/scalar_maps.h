@@ -49,6 +49,53 @@ inline Vector<double> exponential(Vector<double> x) {
     return x;
 }
 
+// 2^x for x <= 0, as the softmax needs it: 0 below 2^-126. x = n + r with |r| <= 1/2; 2^r by the polynomial
+// 1 + r q(r) with the least relative error (2e-9, computed with float64), 2^n by the exponent's bits. NaN stays.
+inline Vector<float> power_of_two(Vector<float> x) {
+    const Vector<float> shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which its last bits hold
+    const Vector<float> r = x - (shifted - 12582912.0f);
+    Vector<float> q = Vector<float>{} + 0.00015353362f;
+    q = q * r + 0.00133988739f;
+    q = q * r + 0.00961843692f;
+    q = q * r + 0.0555033237f;
+    q = q * r + 0.240226477f;
+    q = q * r + 0.693147182f;
+    Vector<int32_t> bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127) << 23;
+    Vector<float> scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    const Vector<float> power = (q * r + 1.0f) * scale;
+    return x < -126.0f ? Vector<float>{} : power;
+}
+inline Vector<double> power_of_two(Vector<double> x) {
+    for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = __builtin_exp2(x[lane]);
+    return x;
+}
+
+// Natural logarithm of x >= 1 (the sum of a softmax); of 0 some number, and NaN stays. x = 2^e m with m in
+// [sqrt(1/2), sqrt(2)), and log m = 2 artanh t, t = (m - 1) / (m + 1), by its series (remainder below 1e-9).
+inline Vector<float> logarithm(Vector<float> x) {
+    Vector<int32_t> bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const Vector<int32_t> exponent = (bits - 0x3f3504f3) >> 23;  // of x / sqrt(1/2)
+    bits -= exponent << 23;
+    Vector<float> m;
+    std::memcpy(&m, &bits, sizeof m);
+    const Vector<float> t = (m - 1.0f) / (m + 1.0f), square = t * t;
+    Vector<float> series = Vector<float>{} + 1.0f / 9;
+    series = series * square + 1.0f / 7;
+    series = series * square + 1.0f / 5;
+    series = series * square + 1.0f / 3;
+    const Vector<float> log_m = 2.0f * t + 2.0f * t * square * series;
+    const Vector<float> log = __builtin_convertvector(exponent, Vector<float>) * 0.693147182f + log_m;
+    return x != x ? x : log;
+}
+inline Vector<double> logarithm(Vector<double> x) {
+    for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = __builtin_log(x[lane]);
+    return x;
+}
+
 template <typename A>
 inline A sigmoid(A x) {
     return A(1) / (A(1) + exponential(-x));
