@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/entries.h"
 #include "common/exchange.h"
 #include "cpu/apply_rotary.h"
 #include "cpu/attention.h"
@@ -61,112 +62,50 @@ int64_t bind_first_bad_offset(py::handle offsets, int64_t total) {
     return first_bad_offset(view, total);
 }
 
-// Arguments that forward and backward share, in the order of the Python call.
-struct AttentionArguments {
-    const std::string& layout;
-    py::handle q, k, v, q_offsets, kv_offsets;
-    int64_t skip_prefix;
-    py::handle cos, sin, positions_q, positions_k;
-    bool rope_interleaved, causal;
-    int64_t window_left, window_right, num_prefix;
-    py::handle gate;
-    double scale, post_scale;
-    const std::string &score, &gate_form, &gate_activation;
+// What both directions of the attention family read, from the tuple that `AttentionCall` names the entries of.
+AttentionInputs attention_inputs(const Viewer& view, py::handle call) {
+    Entries next(view, "call", call);
+    AttentionInputs in;
+    in.layout = parse_query_layout(next.text("layout"));
+    next.tensor("q", in.q);
+    next.tensor("k", in.k);
+    next.optional("v", in.v);
+    next.optional("q_offsets", in.q_offsets);
+    next.tensor("kv_offsets", in.kv_offsets);
+    next.optional("gate", in.gate);
+    in.scale = next.number("scale");
+    in.score = parse_score(next.text("score"));
+    in.post_scale = next.number("post_scale");
+    const std::string gate_form = next.text("gate_form");
+    in.gating = parse_gate(gate_form, next.text("gate_activation"));
+    in.skip_prefix = next.integer("skip_prefix");
+    next.optional("cos", in.cos);
+    next.optional("sin", in.sin);
+    next.optional("positions_q", in.positions_q);
+    next.optional("positions_k", in.positions_k);
+    in.rope_interleaved = next.boolean("rope_interleaved");
+    in.causal = next.boolean("causal");
+    in.window_left = next.integer("window_left");
+    in.window_right = next.integer("window_right");
+    in.num_prefix = next.integer("num_prefix");
+    next.end();
+    return in;
+}
 
-    AttentionInputs view(const Viewer& view) const {
-        return {parse_query_layout(layout),
-                view("q", q),
-                view("k", k),
-                view.optional("v", v),
-                view.optional("q_offsets", q_offsets),
-                view("kv_offsets", kv_offsets),
-                skip_prefix,
-                view.optional("cos", cos),
-                view.optional("sin", sin),
-                view.optional("positions_q", positions_q),
-                view.optional("positions_k", positions_k),
-                rope_interleaved,
-                causal,
-                window_left,
-                window_right,
-                num_prefix,
-                view.optional("gate", gate),
-                scale,
-                post_scale,
-                parse_score(score),
-                parse_gate(gate_form, gate_activation)};
-    }
-};
-
-void bind_attention_forward(const std::string& layout, py::handle q, py::handle k, py::handle v, py::handle q_offsets,
-                            py::handle kv_offsets, int64_t skip_prefix, py::handle cos, py::handle sin,
-                            py::handle positions_q, py::handle positions_k, bool rope_interleaved, bool causal,
-                            int64_t window_left, int64_t window_right, int64_t num_prefix, py::handle gate,
-                            double scale, double post_scale, const std::string& score, const std::string& gate_form,
-                            const std::string& gate_activation, py::handle residual, py::handle out, py::handle lse,
-                            py::handle attended, int64_t threads) {
+void bind_attention_forward(py::handle call, py::handle residual, py::handle out, py::handle lse, py::handle attended,
+                            int64_t threads) {
     const Viewer view("attention_forward");
-    const AttentionInputs in = AttentionArguments{layout,
-                                                  q,
-                                                  k,
-                                                  v,
-                                                  q_offsets,
-                                                  kv_offsets,
-                                                  skip_prefix,
-                                                  cos,
-                                                  sin,
-                                                  positions_q,
-                                                  positions_k,
-                                                  rope_interleaved,
-                                                  causal,
-                                                  window_left,
-                                                  window_right,
-                                                  num_prefix,
-                                                  gate,
-                                                  scale,
-                                                  post_scale,
-                                                  score,
-                                                  gate_form,
-                                                  gate_activation}
-                                   .view(view);
+    const AttentionInputs in = attention_inputs(view, call);
     const AttentionOutputs to{view.optional("residual", residual), view("out", out), view.optional("lse", lse),
                               view.optional("attended", attended)};
     const py::gil_scoped_release released;
     attention_forward(in, to, threads);
 }
 
-void bind_attention_backward(const std::string& layout, py::handle q, py::handle k, py::handle v, py::handle q_offsets,
-                             py::handle kv_offsets, int64_t skip_prefix, py::handle cos, py::handle sin,
-                             py::handle positions_q, py::handle positions_k, bool rope_interleaved, bool causal,
-                             int64_t window_left, int64_t window_right, int64_t num_prefix, py::handle gate,
-                             double scale, double post_scale, const std::string& score, const std::string& gate_form,
-                             const std::string& gate_activation, py::handle grad_out, py::handle attended,
-                             py::handle grad_q, py::handle grad_k, py::handle grad_v, py::handle grad_gate,
-                             int64_t threads) {
+void bind_attention_backward(py::handle call, py::handle grad_out, py::handle attended, py::handle grad_q,
+                             py::handle grad_k, py::handle grad_v, py::handle grad_gate, int64_t threads) {
     const Viewer view("attention_backward");
-    const AttentionInputs in = AttentionArguments{layout,
-                                                  q,
-                                                  k,
-                                                  v,
-                                                  q_offsets,
-                                                  kv_offsets,
-                                                  skip_prefix,
-                                                  cos,
-                                                  sin,
-                                                  positions_q,
-                                                  positions_k,
-                                                  rope_interleaved,
-                                                  causal,
-                                                  window_left,
-                                                  window_right,
-                                                  num_prefix,
-                                                  gate,
-                                                  scale,
-                                                  post_scale,
-                                                  score,
-                                                  gate_form,
-                                                  gate_activation}
-                                   .view(view);
+    const AttentionInputs in = attention_inputs(view, call);
     const AttentionGradients grads{view("grad_out", grad_out),      view.optional("attended", attended),
                                    view("grad_q", grad_q),          view("grad_k", grad_k),
                                    view.optional("grad_v", grad_v), view.optional("grad_gate", grad_gate)};

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from interformer_kernels._native._attention import AttentionCall
+
 def build_info() -> dict[str, Any]:
     """Compiler, OpenMP, CPU instruction levels, and the CUDA part: built, for which GPUs, or why not."""
 
@@ -21,28 +23,7 @@ def first_bad_offset(offsets: Tensor, total: int) -> int:
     """Index of the first entry that is not 0 at the start, less than its predecessor, or beyond `total`; else -1."""
 
 def attention_forward(
-    layout: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    q_offsets: Tensor | None,
-    kv_offsets: Tensor,
-    skip_prefix: int,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions_q: Tensor | None,
-    positions_k: Tensor | None,
-    rope_interleaved: bool,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    num_prefix: int,
-    gate: Tensor | None,
-    scale: float,
-    post_scale: float,
-    score: str,
-    gate_form: str,
-    gate_activation: str,
+    call: AttentionCall,
     residual: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
@@ -50,34 +31,10 @@ def attention_forward(
     threads: int,
     /,
 ) -> None:
-    """Writes `out`, and `lse` and `attended` where given; `gate` has the output's shape, by strides of 0 if need be.
-
-    `layout` says where a row's queries are: "packed" `[Tq, H, D]`, "dense" `[B, N, H, D]`, "shared" `[M, H, D]`.
-    """
+    """Writes `out`, and `lse` and `attended` where given; `gate` has the output's shape, by strides of 0 if need be."""
 
 def attention_backward(
-    layout: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    q_offsets: Tensor | None,
-    kv_offsets: Tensor,
-    skip_prefix: int,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions_q: Tensor | None,
-    positions_k: Tensor | None,
-    rope_interleaved: bool,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    num_prefix: int,
-    gate: Tensor | None,
-    scale: float,
-    post_scale: float,
-    score: str,
-    gate_form: str,
-    gate_activation: str,
+    call: AttentionCall,
     grad_out: Tensor,
     attended: Tensor | None,
     grad_q: Tensor,

@@ -190,7 +190,8 @@ class Spy:
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any) -> Any:
-            self.handed |= {x.data_ptr() for x in args if isinstance(x, Tensor)}
+            shared = args[0] if isinstance(args[0], tuple) else ()
+            self.handed |= {x.data_ptr() for x in (*shared, *args) if isinstance(x, Tensor)}
             return getattr(_C, name)(*args)
 
         return call

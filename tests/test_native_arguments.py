@@ -10,6 +10,7 @@ import pytest
 import torch
 
 _C = pytest.importorskip("interformer_kernels._C", exc_type=ImportError)
+AttentionCall = pytest.importorskip("interformer_kernels._native._attention", exc_type=ImportError).AttentionCall
 
 FLOATS = "float32, float64, bfloat16 or float16"
 B, M, H, HK, D, DV, T = 2, 3, 4, 2, 5, 6, 7
@@ -17,7 +18,7 @@ B, M, H, HK, D, DV, T = 2, 3, 4, 2, 5, 6, 7
 
 # One right call of each function: arguments by name, in the order in which they are passed.
 def attention_arguments() -> dict[str, Any]:
-    """What both directions share, for seeds of pma_pooling."""
+    """Of a call for seeds of pma_pooling: what both directions share, in any order."""
     return {
         "layout": "shared",
         "q": torch.zeros(M, H, D),
@@ -25,34 +26,33 @@ def attention_arguments() -> dict[str, Any]:
         "v": torch.zeros(T, HK, DV),
         "q_offsets": None,
         "kv_offsets": torch.tensor([0, 3, 7]),
-        "skip_prefix": 0,
-        "cos": None,
-        "sin": None,
-        "positions_q": None,
-        "positions_k": None,
-        "rope_interleaved": False,
-        "causal": False,
-        "window_left": -1,
-        "window_right": -1,
-        "num_prefix": 0,
         "gate": torch.zeros(B, M, H, DV),
         "scale": 1.0,
-        "post_scale": 1.0,
         "score": "softmax",
+        "post_scale": 1.0,
         "gate_form": "multiply",
         "gate_activation": "sigmoid",
     }
 
 
+def attention(function: Callable[..., None], own: dict[str, Any], changed: dict[str, Any]) -> None:
+    """`function` with its own arguments after the shared ones; each of them may be changed."""
+    shared, others = attention_arguments(), {}
+    for name, x in changed.items():
+        (own if name in own else shared if name in AttentionCall._fields else others)[name] = x
+    assert not others
+    function(AttentionCall(**shared), *own.values())
+
+
 def forward(**changed: Any) -> None:
     row = torch.zeros(B, M, H, DV)
     own = {"residual": row, "out": row.clone(), "lse": torch.zeros(B, M, H), "attended": row.clone(), "threads": 1}
-    _C.attention_forward(*{**attention_arguments(), **own, **changed}.values())
+    attention(_C.attention_forward, own, changed)
 
 
 def backward(**changed: Any) -> None:
     row, shared = torch.zeros(B, M, H, DV), attention_arguments()
-    gradients = {
+    own = {
         "grad_out": row,
         "attended": row,
         "grad_q": shared["q"].clone(),
@@ -61,7 +61,7 @@ def backward(**changed: Any) -> None:
         "grad_gate": torch.zeros(B, 1, H, DV),
         "threads": 1,
     }
-    _C.attention_backward(*{**shared, **gradients, **changed}.values())
+    attention(_C.attention_backward, own, changed)
 
 
 PACKED = {
@@ -269,6 +269,34 @@ def test_arguments_go_by_position_only() -> None:
         _C.apply_rotary(x=torch.zeros(T, H, D))
     with pytest.raises(TypeError, match="incompatible function arguments"):
         _C.attention_forward("shared", torch.zeros(M, H, D))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda call: 3, "call must be a tuple, found int"),
+        (lambda call: list(call), "call must be a tuple, found list"),
+        (lambda call: call[:3], "call must be a tuple that goes on with v, found a tuple of 3"),
+        (lambda call: (), "call must be a tuple that goes on with layout, found a tuple of 0"),
+        (lambda call: (*call, 1), "call must be a tuple of 22, found a tuple of 23"),
+        (lambda call: call._replace(layout=1), "layout must be a str, found int"),
+        (lambda call: call._replace(score="\ud800"), "score must be a str, found str"),
+        (lambda call: call._replace(q=None), "q must be a torch.Tensor, found NoneType"),
+        (lambda call: call._replace(v=0), "v must be a torch.Tensor, found int"),
+        (lambda call: call._replace(scale=1), "scale must be a float, found int"),
+        (lambda call: call._replace(causal=0), "causal must be a bool, found int"),
+        (lambda call: call._replace(window_left=2.0), "window_left must be an int of 64 bits, found float"),
+        (lambda call: call._replace(window_right=2**63), "window_right must be an int of 64 bits, found int"),
+        (lambda call: call._replace(num_prefix=True), "num_prefix must be an int of 64 bits, found bool"),
+    ],
+)  # fmt: skip
+def test_the_shared_arguments_are_one_tuple(change: Callable[[Any], object], message: str) -> None:
+    changed = change(AttentionCall(**attention_arguments()))
+    row = torch.zeros(B, M, H, DV)
+    with pytest.raises(TypeError, match="^attention_forward: " + re.escape(message) + "$"):
+        _C.attention_forward(changed, None, row, None, None, 1)
+    with pytest.raises(TypeError, match="^attention_backward: " + re.escape(message) + "$"):
+        _C.attention_backward(changed, *[row] * 6, 1)
 
 
 def test_tensors_with_gradients_are_viewed() -> None:

@@ -72,27 +72,36 @@ class Viewer {
     explicit Viewer(const char* function) : function_(function) {}
 
     TensorView operator()(const char* argument, py::handle object) const {
+        TensorView view;
+        fill(view, argument, object);
+        return view;
+    }
+
+    std::optional<TensorView> optional(const char* argument, py::handle object) const {
+        std::optional<TensorView> view;
+        if (!object.is_none()) fill(view.emplace(), argument, object);
+        return view;
+    }
+
+    void fill(TensorView& view, const char* argument, py::handle object) const {
         static ExchangeTables tables;
         const dlpack::ExchangeTable* table = tables.of(Py_TYPE(object.ptr()));
         if (table == nullptr) refuse(argument, "a torch.Tensor", type_name(object));
         dlpack::Tensor tensor;
         if (table->tensor_from_object(object.ptr(), &tensor) != 0)
             refuse(argument, "a dense tensor in memory", type_name(object) + " (" + pending_error() + ")");
-        TensorView view = copied(tensor);
+        copy(tensor, view);
         // FakeTensors, wrapper subclasses and freed storage come through the table without an error.
         if (view.data == nullptr && view.size() != 0)
             refuse(argument, "a dense tensor in memory", type_name(object) + " without memory");
-        return view;
     }
 
-    std::optional<TensorView> optional(const char* argument, py::handle object) const {
-        if (object.is_none()) return std::nullopt;
-        return (*this)(argument, object);
+    [[noreturn]] void refuse(const char* argument, const std::string& wanted, const std::string& found) const {
+        throw TypeError(std::string(function_) + ": " + argument + " must be " + wanted + ", found " + found);
     }
 
   private:
-    static TensorView copied(const dlpack::Tensor& tensor) {
-        TensorView view;
+    static void copy(const dlpack::Tensor& tensor, TensorView& view) {
         view.data = tensor.data ? static_cast<char*>(tensor.data) + tensor.byte_offset : nullptr;
         view.dtype = dtype_of(tensor.dtype);
         view.raw_type = tensor.dtype;
@@ -102,7 +111,6 @@ class Viewer {
             view.shape[i] = tensor.shape[i];
             view.strides[i] = tensor.strides[i];
         }
-        return view;
     }
 
     static std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
@@ -111,10 +119,6 @@ class Viewer {
     static std::string pending_error() {
         const std::string text = py::error_already_set().value().cast<py::str>();
         return text.substr(0, text.find('\n'));
-    }
-
-    [[noreturn]] void refuse(const char* argument, const std::string& wanted, const std::string& found) const {
-        throw TypeError(std::string(function_) + ": " + argument + " must be " + wanted + ", found " + found);
     }
 
     const char* function_;

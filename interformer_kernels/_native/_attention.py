@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ from interformer_kernels._native._tensors import (
 )
 
 
-@dataclasses.dataclass(slots=True)
-class Attention:
-    """One call in the native module's terms; options that an op does not have keep their neutral values.
+class AttentionCall(NamedTuple):
+    """What both directions read, in the order in which the native module reads it.
 
-    `layout` says where a row's queries are: "packed" `[Tq, H, D]`, "dense" `[B, N, H, D]`, "shared" `[M, H, D]`.
+    Options that an op does not have keep their neutral values. `layout` says where a row's queries are: "packed"
+    `[Tq, H, D]`, "dense" `[B, N, H, D]`, "shared" `[M, H, D]`.
     """
 
     layout: str
@@ -47,57 +47,55 @@ class Attention:
     window_right: int = -1
     num_prefix: int = 0
 
-    def __post_init__(self) -> None:
-        self.k = readable(self.k)
-        self.v = None if self.v is None else readable(self.v)
-        self.q = resolved(self.q)
-        if self.cos is not None and self.sin is not None:
-            self.cos, self.sin = readable(self.cos), readable(self.sin)
-
     def out_shape(self) -> tuple[int, ...]:
         """Shape of the output."""
         channels = (self.k if self.v is None else self.v).shape[2]
         rows = (self.kv_offsets.shape[0] - 1,) if self.layout == "shared" else ()
         return (*rows, *self.q.shape[:-1], channels)
 
-    def _arguments(self, shape: tuple[int, ...]) -> tuple[object, ...]:
-        tensors = self.layout, self.q, self.k, self.v, self.q_offsets, self.kv_offsets, self.skip_prefix
-        rope = self.cos, self.sin, self.positions_q, self.positions_k, self.rope_interleaved
-        masks = self.causal, self.window_left, self.window_right, self.num_prefix
-        maps = self.scale, self.post_scale, self.score, self.gate_form, self.gate_activation
-        return (*tensors, *rope, *masks, expanded(self.gate, shape), *maps)
+    def fitted(self, shape: tuple[int, ...]) -> AttentionCall:
+        """The call with its tensors as the kernels read them, and the gate of the output's `shape` by strides of 0."""
+        q, gate = resolved(self.q), expanded(self.gate, shape)
+        k, v, cos, sin = readable(self.k), readable(self.v), readable(self.cos), readable(self.sin)
+        if q is self.q and k is self.k and v is self.v and gate is self.gate and cos is self.cos and sin is self.sin:
+            return self
+        return self._replace(q=q, k=k, v=v, gate=gate, cos=cos, sin=sin)
 
-    def forward(self, residual: Tensor | None, keep_attended: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """`(out, lse, attended)`; `lse` is empty without softmax, `attended` unless it is to be kept."""
-        shape, softmax = self.out_shape(), self.score == "softmax"
-        out = self.k.new_empty(shape)
-        lse = self.k.new_empty(shape[:-1] if softmax else 0, dtype=accumulation_dtype(self.k.dtype))
-        attended = self.k.new_empty(shape if keep_attended else 0)
-        _C.attention_forward(
-            *self._arguments(shape),  # type: ignore[arg-type, call-arg]
-            None if residual is None else resolved(residual),
-            out,
-            lse if softmax else None,
-            attended if keep_attended else None,
-            torch.get_num_threads(),
-        )
-        return out, lse, attended
 
-    def backward(self, grad_out: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
-        dtype, exact = self.k.dtype, accumulation_dtype(self.k.dtype)
-        grad_q = torch.empty(self.q.shape, dtype=exact if self.layout == "shared" else dtype)
-        grad_k = self.k.new_empty(self.k.shape)
-        grad_v = self.k.new_empty(0 if self.v is None else self.v.shape)
-        grad_gate = self.k.new_empty(0 if self.gate is None else self.gate.shape, dtype=exact)
-        _C.attention_backward(
-            *self._arguments(tuple(grad_out.shape)),  # type: ignore[arg-type, call-arg]
-            resolved(grad_out),
-            None if self.gate is None else resolved(attended),
-            grad_q,
-            grad_k,
-            None if self.v is None else grad_v,
-            None if self.gate is None else broadcast_axes_as_ones(grad_gate, grad_out.dim()),
-            torch.get_num_threads(),
-        )
-        return grad_q.to(dtype), grad_k, grad_v, grad_gate.to(dtype)
+def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`(out, lse, attended)`; `lse` is empty without softmax, `attended` unless it is to be kept."""
+    shape, softmax, k = call.out_shape(), call.score == "softmax", call.k
+    out = k.new_empty(*shape)
+    lse = k.new_empty(*(shape[:-1] if softmax else (0,)), dtype=accumulation_dtype(k.dtype))
+    attended = k.new_empty(*(shape if keep_attended else (0,)))
+    _C.attention_forward(
+        call.fitted(shape),
+        resolved(residual),
+        out,
+        lse if softmax else None,
+        attended if keep_attended else None,
+        torch.get_num_threads(),
+    )
+    return out, lse, attended
+
+
+def backward(call: AttentionCall, grad_out: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
+    q, k, v, gate = call.q, call.k, call.v, call.gate
+    dtype, exact = k.dtype, accumulation_dtype(k.dtype)
+    grad_q = k.new_empty(*q.shape, dtype=exact if call.layout == "shared" else dtype)
+    grad_k = k.new_empty(*k.shape)
+    grad_v = k.new_empty(*((0,) if v is None else v.shape))
+    # A gate that broadcasts along every axis has no axis of its own.
+    grad_gate = k.new_empty((0,) if gate is None else tuple(gate.shape), dtype=exact)
+    _C.attention_backward(
+        call.fitted(tuple(grad_out.shape)),
+        resolved(grad_out),
+        None if gate is None else resolved(attended),
+        grad_q,
+        grad_k,
+        None if v is None else grad_v,
+        None if gate is None else broadcast_axes_as_ones(grad_gate, grad_out.dim()),
+        torch.get_num_threads(),
+    )
+    return grad_q.to(dtype), grad_k, grad_v, grad_gate.to(dtype)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Optional, TypeVar
+
 import torch
 from torch import Tensor
 
+Given = TypeVar("Given", Tensor, Optional[Tensor])
 
-def resolved(x: Tensor) -> Tensor:
+
+def resolved(x: Given) -> Given:
     """`x` with its negation carried out, where it is a lazily negated view: raw memory does not show it."""
-    return x.resolve_neg()
+    return x.resolve_neg() if x is not None and x.is_neg() else x
 
 
-def readable(x: Tensor) -> Tensor:
+def readable(x: Given) -> Given:
     """`x` as kernels read it in place: any strides, but a contiguous last axis; a copy where that does not hold."""
     x = resolved(x)
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    if x is None or x.is_contiguous() or x.shape[-1] <= 1 or x.stride(-1) == 1:
+        return x
+    return x.contiguous()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,7 +30,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def expanded(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     """`x` broadcast to `shape` by strides of 0."""
-    return None if x is None else resolved(x).expand(shape)
+    x = resolved(x)
+    return x if x is None or x.shape == shape else x.expand(shape)
 
 
 def broadcast_axes_as_ones(x: Tensor, axes: int) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from interformer_kernels._native._attention import Attention
+from interformer_kernels._native import _attention
+from interformer_kernels._native._attention import AttentionCall
 
 _Rope = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool]  # cos, sin, positions, interleaved
 _Masks = tuple[bool, int, int, int]  # causal, window, num_prefix
@@ -21,9 +22,9 @@ def _call(
     rope: _Rope,
     masks: _Masks,
     maps: _Maps,
-) -> Attention:
+) -> AttentionCall:
     own, keys = (None, offsets) if kv_offsets is None else (offsets, kv_offsets)
-    return Attention("packed", q, k, v, own, keys, gate, *maps, 0, *rope, *masks)
+    return AttentionCall("packed", q, k, v, own, keys, gate, *maps, 0, *rope, *masks)
 
 
 def forward(
@@ -55,7 +56,7 @@ def forward(
     masks = causal, window_left, window_right, num_prefix
     maps = scale, score, post_scale, gate_form, gate_activation
     call = _call(q, k, v, offsets, kv_offsets, gate, rope, masks, maps)
-    return call.forward(residual, keep_attended)
+    return _attention.forward(call, residual, keep_attended)
 
 
 def backward(
@@ -88,4 +89,4 @@ def backward(
     masks = causal, window_left, window_right, num_prefix
     maps = scale, score, post_scale, gate_form, gate_activation
     call = _call(q, k, v, offsets, kv_offsets, gate, rope, masks, maps)
-    return call.backward(grad_out, attended)
+    return _attention.backward(call, grad_out, attended)

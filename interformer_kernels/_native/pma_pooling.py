@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from interformer_kernels._native._attention import Attention
+from interformer_kernels._native import _attention
+from interformer_kernels._native._attention import AttentionCall
 
 
 def forward(
@@ -24,8 +25,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(out, lse, attended)`."""
     maps = scale, score, post_scale, gate_form, gate_activation
-    call = Attention("shared", seeds, k, v, None, offsets, gate, *maps, skip_prefix=skip_prefix)
-    return call.forward(residual, keep_attended)
+    call = AttentionCall("shared", seeds, k, v, None, offsets, gate, *maps, skip_prefix=skip_prefix)
+    return _attention.forward(call, residual, keep_attended)
 
 
 def backward(
@@ -46,5 +47,5 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `seeds, k, v, gate`."""
     maps = scale, score, post_scale, gate_form, gate_activation
-    call = Attention("shared", seeds, k, v, None, offsets, gate, *maps, skip_prefix=skip_prefix)
-    return call.backward(grad_out, attended)
+    call = AttentionCall("shared", seeds, k, v, None, offsets, gate, *maps, skip_prefix=skip_prefix)
+    return _attention.backward(call, grad_out, attended)
