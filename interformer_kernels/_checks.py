@@ -103,10 +103,13 @@ class Axes:
 
     def bind(self, name: str, x: Tensor, axes: Sequence[str]) -> None:
         """Check that `x` has just these axes; sizes not known yet are taken from it."""
-        if x.dim() == len(axes):
-            sizes = dict(zip(axes, x.shape, strict=True))
-            if all(self.sizes.get(axis, size) == size for axis, size in sizes.items()):
-                self.sizes.update(sizes)
+        shape, sizes = x.shape, self.sizes
+        if len(shape) == len(axes):
+            for axis, size in zip(axes, shape, strict=True):
+                if sizes.get(axis, size) != size:
+                    break
+            else:
+                sizes.update(zip(axes, shape, strict=True))
                 return
         known = ", ".join(f"{axis} = {self.sizes[axis]}" for axis in axes if axis in self.sizes)
         wanted = f"[{', '.join(axes)}]" + (f" with {known}" if known else "")
@@ -153,9 +156,10 @@ def check_window(op: str, window: object) -> tuple[int, int]:
     """The pair `(left, right)`, each an int of at least -1; cut where a position added to it would overflow."""
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"{op}: window must be a pair (left, right) of ints, found {describe(window)}")
-    for name, side in zip(("window[0]", "window[1]"), window, strict=True):
-        check_count(op, name, side, least=-1)
-    return min(window[0], 2**62), min(window[1], 2**62)
+    left, right = window
+    check_count(op, "window[0]", left, least=-1)
+    check_count(op, "window[1]", right, least=-1)
+    return min(left, 2**62), min(right, 2**62)
 
 
 def check_bool(op: str, name: str, value: object) -> None:
