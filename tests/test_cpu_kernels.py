@@ -231,7 +231,22 @@ def test_lazily_negated_views(case: Case) -> None:
     inputs = make_inputs(Case(**{**vars(case), "tail": 0}), torch.float64)
     lazy = replaced(inputs, negated)
     lazy["grad_out"] = negated("grad_out", inputs["grad_out"])
+    if "rope" in inputs:
+        lazy["rope"] = tuple(negated("rope", x) for x in inputs["rope"])
     assert not differing(results(case.op, lazy), results(case.op, inputs))
+
+
+def test_lazily_conjugated_views() -> None:
+    """Their halves are lazily negated ones, as above; whole, they are complex and no kernel takes them."""
+    x = torch.randn(9, 1, 4, dtype=torch.complex64).conj()
+    assert x.is_conj()
+    rows = {"offsets": offsets_of((9,)), "backend": "cpu"}
+    with pytest.raises(TypeError, match="jagged_attention: q must be a tensor of float32, .*complex64"):
+        interformer_kernels.jagged_attention(x, x, x, **rows)
+    half = x.imag
+    assert half.is_neg()
+    found = interformer_kernels.jagged_attention(half, half, half, **rows)
+    assert torch.equal(found, interformer_kernels.jagged_attention(*[half.clone()] * 3, **rows))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,10 @@ def wrapper() -> Tensor:
     return torch.Tensor._make_wrapper_subclass(Wrapper, (3,), dtype=torch.int64)
 
 
+def functional() -> Tensor:
+    return torch._to_functional_tensor(torch.zeros(3, dtype=torch.int64))
+
+
 def freed() -> Tensor:
     x = torch.zeros(3, dtype=torch.int64)
     x.untyped_storage().resize_(0)
@@ -67,6 +71,7 @@ def test_not_a_tensor(thing: object, name: str) -> None:
     [
         fake,
         wrapper,
+        functional,
         freed,
         quantized,
         lambda: torch.zeros(3, dtype=torch.int64, device="meta"),
@@ -74,7 +79,7 @@ def test_not_a_tensor(thing: object, name: str) -> None:
         lambda: torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)]),
         lambda: torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)], layout=torch.jagged),
     ],
-    ids=["fake", "wrapper", "freed", "quantized", "meta", "sparse", "nested-strided", "nested-jagged"],
+    ids=["fake", "wrapper", "functional", "freed", "quantized", "meta", "sparse", "nested-strided", "nested-jagged"],
 )
 def test_no_memory_to_view(make: Callable[[], Tensor]) -> None:
     with pytest.raises(TypeError) as caught:

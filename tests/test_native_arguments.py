@@ -249,6 +249,31 @@ def test_wrong_rotary(changed: dict[str, Any], error: type[Exception], message: 
         rotary(**changed)
 
 
+def without_memory(x: torch.Tensor) -> torch.Tensor:
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.parametrize("name", ["k", "v", "gate", "kv_offsets", "residual", "out", "lse"])
+def test_memory_that_was_given_back(name: str) -> None:
+    changed = {name: without_memory(torch.zeros(3))}
+    message = f"attention_forward: {name} must be a dense tensor in memory, found Tensor without memory"
+    with pytest.raises(TypeError, match="^" + re.escape(message)):
+        forward(**changed)
+    if name in AttentionCall._fields:
+        with pytest.raises(TypeError, match="^" + re.escape(message.replace("forward", "backward"))):
+            backward(**changed)
+    forward()  # and nothing stays behind
+
+
+def test_nothing_of_an_empty_tensor_is_read() -> None:
+    """Tensors without elements have no memory, and need none."""
+    none = {"k": torch.zeros(0, HK, D), "v": torch.zeros(0, HK, DV), "kv_offsets": torch.zeros(3, dtype=torch.int32)}
+    assert none["k"].data_ptr() == 0
+    forward(**none)
+    backward(**none, grad_k=torch.zeros(0, HK, D), grad_v=torch.zeros(0, HK, DV))
+
+
 def test_the_right_calls_pass() -> None:
     """What the refusals above change is all that is wrong with them."""
     forward()
