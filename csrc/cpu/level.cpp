@@ -10,8 +10,17 @@ namespace interformer {
     extern const Kernels kKernels[];    \
     }
 INTERFORMER_DECLARE_LEVEL(generic)
+#ifdef INTERFORMER_HAS_WIDE
+INTERFORMER_DECLARE_LEVEL(wide)
+#endif
 #ifdef INTERFORMER_HAS_AVX2
 INTERFORMER_DECLARE_LEVEL(avx2)
+#endif
+#ifdef INTERFORMER_HAS_AVX512
+INTERFORMER_DECLARE_LEVEL(avx512)
+#endif
+#ifdef INTERFORMER_HAS_AVX512_BF16
+INTERFORMER_DECLARE_LEVEL(avx512_bf16)
 #endif
 #undef INTERFORMER_DECLARE_LEVEL
 
@@ -27,17 +36,34 @@ bool always() {
     return true;
 }
 
-#ifdef INTERFORMER_HAS_AVX2
+#if defined(__x86_64__)
 bool runs_avx2() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
+bool runs_avx512() {
+    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool runs_avx512_bf16() {
+    return runs_avx512() && __builtin_cpu_supports("avx512bf16");
+}
 #endif
 
+// The last one that runs is the best.
 const Level kLevels[] = {
+#ifdef INTERFORMER_HAS_WIDE
+    {"wide", runs_avx2, wide::kKernels},
+#endif
     {"generic", always, generic::kKernels},
 #ifdef INTERFORMER_HAS_AVX2
     {"avx2", runs_avx2, avx2::kKernels},
+#endif
+#ifdef INTERFORMER_HAS_AVX512
+    {"avx512", runs_avx512, avx512::kKernels},
+#endif
+#ifdef INTERFORMER_HAS_AVX512_BF16
+    {"avx512_bf16", runs_avx512_bf16, avx512_bf16::kKernels},
 #endif
 };
 

@@ -19,7 +19,7 @@ class AttentionBackward {
 
     static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
         const AttentionBackward backward(p, task.run, memory);
-        for_each_row<T>(p, task, [&](int64_t row, int64_t kv_head) { backward.whole_row(row, kv_head); });
+        for_each_row(task, [&](int64_t row, int64_t kv_head) { backward.whole_row(row, kv_head); });
     }
 
   private:

@@ -16,7 +16,7 @@ class AttentionForward {
 
     static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
         AttentionForward forward(p, memory);
-        for_each_row<T>(p, task, [&](int64_t row, int64_t kv_head) { forward.whole_row(row, kv_head); });
+        for_each_row(task, [&](int64_t row, int64_t kv_head) { forward.whole_row(row, kv_head); });
     }
 
   private:

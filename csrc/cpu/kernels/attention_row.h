@@ -85,34 +85,11 @@ void weighted_sums(Scalars<X> weights, Matrix<const X> tokens, const Columns* ru
         for (int64_t i = 0; i < count; ++i) fill(to.data + i * to.stride, columns, SumOf<X>(0));
 }
 
-// Asks for the tokens of a row under `heads` heads.
-template <typename T>
-inline void prefetch_tokens(const RowTensor& x, int64_t row, int64_t tokens, int64_t head, int64_t heads,
-                            int64_t channels) {
-    constexpr int64_t kLine = 64, kMostBytes = 64 << 10;  // longer rows the processor foresees itself
-    const int64_t bytes = static_cast<int64_t>(sizeof(T)), span = ((heads - 1) * x.head + channels) * bytes;
-    if (!x.given || tokens * span > kMostBytes) return;
-    const char* first = reinterpret_cast<const char*>(address<T>(x, row, 0, head));
-    for (int64_t t = 0; t < tokens; ++t, first += x.token * bytes)
-        for (int64_t at = 0; at < span; at += kLine) __builtin_prefetch(first + at, 0, 2);
-}
-
-// Calls `each(row, kv_head)` for a task's rows, and asks for the next row's tokens while one is computed: rows that are
-// too short for the processor to see what comes would else wait for memory.
-template <typename T, typename Each>
-inline void for_each_row(const AttentionProblem& p, const AttentionTask& task, Each&& each) {
-    const int64_t heads = task.last_head - task.first_head, group = p.heads / p.kv_heads;
-    for (int64_t row = task.first_row; row < task.last_row; ++row) {
-        if (const int64_t next = row + 1; next < task.last_row) {
-            const int64_t keys = p.key_counts[next], queries = p.query_counts ? p.query_counts[next] : 0;
-            prefetch_tokens<T>(p.k, next, keys, task.first_head, heads, p.head_size);
-            if (!p.v_is_k) prefetch_tokens<T>(p.v, next, keys, task.first_head, heads, p.value_size);
-            prefetch_tokens<T>(p.q, next, queries, task.first_head * group, heads * group, p.head_size);
-            prefetch_tokens<T>(p.out, next, queries, task.first_head * group, heads * group, p.value_size);
-            prefetch_tokens<T>(p.grad_out, next, queries, task.first_head * group, heads * group, p.value_size);
-        }
+// Calls `each(row, kv_head)` for a task: heads of a row, whose tokens lie side by side, one after the other.
+template <typename Each>
+inline void for_each_row(const AttentionTask& task, Each&& each) {
+    for (int64_t row = task.first_row; row < task.last_row; ++row)
         for (int64_t head = task.first_head; head < task.last_head; ++head) each(row, head);
-    }
 }
 
 template <typename T>
@@ -140,7 +117,7 @@ class AttentionRow {
     int64_t head(int64_t r) const { return kv_head_ * size_.group + r - token(r) * size_.group; }
 
     template <typename E = T>
-    E* at(const RowTensor& x, int64_t r) const {
+    INTERFORMER_INLINE E* at(const RowTensor& x, int64_t r) const {
         return address<T, E>(x, row_, token(r), head(r));
     }
 
@@ -286,7 +263,8 @@ class AttentionRow {
         constexpr int64_t W = kLanes<A>;
         using Index = typename IndexOf<A>::type;
         Vector<Index> lanes;
-        for (Index lane = 0; lane < W; ++lane) lanes[lane] = lane;
+#pragma GCC unroll 16
+        for (int lane = 0; lane < W; ++lane) lanes[lane] = lane;
         for (int64_t j = begin / W * W; j < end; j += W) {
             const Index from = static_cast<Index>(most(begin - j, 0)), to = static_cast<Index>(least(end - j, W));
             const Vector<A> x = load_vector(s + j), out = Vector<A>{} + hidden;

@@ -24,6 +24,9 @@
 #define INTERFORMER_PAIRS
 #endif
 
+// For what is called from one inner loop after another: left to itself the compiler makes a function of it.
+#define INTERFORMER_INLINE inline __attribute__((always_inline))
+
 INTERFORMER_LEVEL_BEGIN
 
 #if defined(__AVX512F__) || defined(INTERFORMER_WIDE)
@@ -73,23 +76,23 @@ struct IndexOf<double> {
 };
 
 // `join` of all lanes, by halves: few roundings, always in one order.
-template <typename A, typename Join>
-inline A joined(Vector<A> x, Join&& join) {
-#pragma GCC unroll 4
-    for (int64_t half = kLanes<A> / 2; half > 0; half /= 2) {
+template <typename A, int64_t Half = kLanes<A> / 2, typename Join>
+INTERFORMER_INLINE A joined(Vector<A> x, Join&& join) {
+    if constexpr (Half == 0) {
+        return x[0];
+    } else {
         Vector<typename IndexOf<A>::type> other;
 #pragma GCC unroll 16
-        for (int64_t lane = 0; lane < kLanes<A>; ++lane) other[lane] = (lane + half) % kLanes<A>;
-        x = join(x, __builtin_shuffle(x, other));
+        for (int lane = 0; lane < kLanes<A>; ++lane) other[lane] = lane ^ Half;
+        return joined<A, Half / 2>(join(x, __builtin_shuffle(x, other)), join);
     }
-    return x[0];
 }
 template <typename A>
-inline A sum_of(Vector<A> x) {
+INTERFORMER_INLINE A sum_of(Vector<A> x) {
     return joined<A>(x, [](Vector<A> a, Vector<A> b) { return a + b; });
 }
 template <typename A>
-inline A most_of_lanes(Vector<A> x) {
+INTERFORMER_INLINE A most_of_lanes(Vector<A> x) {
     return joined<A>(x, [](Vector<A> a, Vector<A> b) { return a > b ? a : b; });
 }
 

@@ -7,7 +7,7 @@
 INTERFORMER_LEVEL_BEGIN
 
 template <typename T, typename X = T>
-inline X* address(const RowTensor& x, int64_t row, int64_t token, int64_t head) {
+INTERFORMER_INLINE X* address(const RowTensor& x, int64_t row, int64_t token, int64_t head) {
     const int64_t first = x.begins ? x.begins[row] * x.token : row * x.row;
     return static_cast<X*>(x.data) + first + token * x.token + head * x.head;
 }

@@ -91,25 +91,24 @@ void multiply_packed(Scalars<X> a, const X* panels, int64_t rows, int64_t first,
 // ---------------------------------------------------------------- transposing
 
 // A square of `kLanes` rows of one vector each, transposed in registers: halves are exchanged, then quarters, ...
-template <typename A>
+template <typename A, int S = kLanes<A> / 2>
 inline void transpose_square(Vector<A>* rows) {
-    using Index = typename IndexOf<A>::type;
-    constexpr int W = kLanes<A>;
-#pragma GCC unroll 4
-    for (int s = W / 2; s > 0; s /= 2) {
-        Vector<Index> low, high;
+    if constexpr (S > 0) {
+        constexpr int W = kLanes<A>;
+        Vector<typename IndexOf<A>::type> low, high;
 #pragma GCC unroll 16
         for (int lane = 0; lane < W; ++lane) {
-            low[lane] = lane & s ? W + lane - s : lane;
-            high[lane] = lane & s ? W + lane : lane + s;
+            low[lane] = lane & S ? W + lane - S : lane;
+            high[lane] = lane & S ? W + lane : lane + S;
         }
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) {
-            if (i & s) continue;
-            const Vector<A> above = rows[i], below = rows[i + s];
+            if (i & S) continue;
+            const Vector<A> above = rows[i], below = rows[i + S];
             rows[i] = __builtin_shuffle(above, below, low);
-            rows[i + s] = __builtin_shuffle(above, below, high);
+            rows[i + S] = __builtin_shuffle(above, below, high);
         }
+        transpose_square<A, S / 2>(rows);
     }
 }
 
@@ -128,6 +127,7 @@ void pack_transposed(Matrix<const A> x, int64_t tokens, int64_t channels, A* to)
 #pragma GCC unroll 16
                 for (int64_t i = 0; i < W; ++i) square[i] = load_vector(from + i * x.stride + c);
             } else {
+#pragma GCC unroll 16
                 for (int64_t i = 0; i < W; ++i)
                     square[i] = t + i < tokens ? load_vector(from + i * x.stride + c) : Vector<A>{};
             }
