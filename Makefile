@@ -23,7 +23,7 @@ help:
 	@echo "make test               all tests"
 	@echo "make lint               ruff, mypy, clang-format"
 	@echo "make wheel-test         builds the wheel and tries it in a bare environment, from another directory"
-	@echo "make bench [DATA=path]  the speed table on all named shapes: bench/out/report.md"
+	@echo "make bench [DATA=path]  every op against its peers on all named shapes: bench/out/report.md"
 	@echo "make torch-matrix       one wheel under several versions of torch (downloads them)"
 	@echo "make clean              removes the environment and all that was built"
 
@@ -57,11 +57,10 @@ wheel-test: $(READY)
 	&& $(WHEEL_BIN)/interformer-kernels info \
 	&& $(WHEEL_BIN)/interformer-kernels parity --json parity.json \
 	&& $(WHEEL_BIN)/interformer-kernels parity --backend cpu --dtype float32 > /dev/null \
-	&& $(WHEEL_BIN)/python -m interformer_bench --op pma_pooling --law diginetica --seconds 0.2
+	&& $(WHEEL_BIN)/python -m interformer_bench --op pma_pooling --law diginetica --seconds 0.2 --no-compile
 
 bench: $(READY)
-	$(BIN)/python -m interformer_bench $(data_option) --markdown bench/out/report.md --json bench/out/report.json \
-	    --plot bench/out/report.png $(ARGS)
+	$(BIN)/python -m interformer_bench $(data_option) --out bench/out $(ARGS)
 
 torch-matrix: $(READY)
 	bash tools/torch_matrix.sh

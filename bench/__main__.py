@@ -1,51 +1,104 @@
-"""`python -m interformer_bench`: the speed table on named shapes; `--markdown FILE` writes it as in the README."""
+"""`python -m interformer_bench`: this package against its peers on the named shapes; `--out DIR` writes the report."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from interformer_bench import peers, report, run, shapes, timing
+from interformer_bench import calls, grid, memory, plots, report, run, shapes, timing, workloads
+from interformer_bench.peers import OURS
 
+from interformer_kernels import _backend
 from interformer_kernels._cli.tables import print_table, status_line
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m interformer_bench", description=__doc__)
+    add = parser.add_argument
+    add("--op", action="append", choices=workloads.OPS, help="may be repeated; all where left out")
+    add("--law", action="append", choices=list(shapes.laws()), help="may be repeated; all where left out")
+    add("--data", type=Path, help="directory with the length files")
+    add("--rows", type=int, help="rows of a batch, instead of each shape's own")
+    add("--dtype", action="append", choices=_DTYPES, help="may be repeated; each shape's own where left out")
+    add("--threads", action="append", type=int, help="of the CPU; may be repeated; 1 and 2 where left out")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--backend", choices=_backend.BACKENDS, help="of this package; the fastest where left out")
+    add("--seconds", type=float, default=2.0, help="about how long each (shape, pass, threads) is timed")
+    add("--quick", action="store_true", help="few shapes, no compiled peers, no memory")
+    add("--no-compile", action="store_true", help="without the peers that torch.compile makes")
+    add("--json", type=Path, metavar="FILE")
+    add("--markdown", type=Path, metavar="FILE", help='"-" prints it')
+    add("--out", type=Path, metavar="DIR", help="report.md, report.json and pictures")
+    return parser
+
+
+def _progress() -> Callable[[str], None]:
+    """Says what is going on: a line that is overwritten on a terminal, plain lines elsewhere."""
+    if sys.stderr.isatty():
+        return status_line
+    return lambda text: print(text, file=sys.stderr, flush=True) if text else None
+
+
+def _measure(chosen: argparse.Namespace, found: Sequence[grid.Shape], tell: Callable[[str], None]) -> report.Report:
+    settings = run.Settings(
+        dtypes=tuple(chosen.dtype) if chosen.dtype else None,
+        device=chosen.device,
+        threads=tuple(chosen.threads or (1, 2)),
+        seconds=chosen.seconds,
+        compiled=not (chosen.quick or chosen.no_compile),
+        backend=chosen.backend,
+        tell=tell,
+    )
+    machine = timing.Machine(chosen.device)
+    measured = list(run.measure(found, settings, machine))
+    if chosen.quick or chosen.device != "cpu":
+        return report.Report(measured, machine.rates())
+    why = memory.why_not()
+    if why is not None:
+        tell(why)
+    peaks = [] if why is not None else list(memory.peaks(found, chosen.data, max(settings.threads), tell))
+    return report.Report(measured, machine.rates(), peaks, calls.lines())
+
+
+def _write(chosen: argparse.Namespace, made: report.Report) -> None:
+    if chosen.markdown == Path("-"):
+        print(report.markdown(made))
+    elif chosen.markdown:
+        chosen.markdown.parent.mkdir(parents=True, exist_ok=True)
+        chosen.markdown.write_text(report.markdown(made))
+    if chosen.json:
+        report.write_json(chosen.json, made)
+    if chosen.out:
+        plots.ratios(chosen.out / "ratios.png", made.measurements)
+        plots.limits(chosen.out / "limits.png", made.measurements, made.machine)
+        (chosen.out / "report.md").write_text(report.markdown(made, ("ratios.png", "limits.png")))
+        report.write_json(chosen.out / "report.json", made)
+
+
+def _show(made: report.Report) -> None:
+    for op, lines in report.by_op(made).items():
+        print_table(op, report.COLUMNS, lines)
+        print()
+    if made.peaks:
+        print_table("peak memory beyond inputs and outputs", report.MEMORY_COLUMNS, report.memory_table(made.peaks))
+    if made.calls:
+        print_table("the cost of a call", report.CALL_COLUMNS, made.calls)
+    print("\n".join([report.rates(made.machine), *report.missed(made), *report.problems(made.measurements)]))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    laws = shapes.laws()
-    parser = argparse.ArgumentParser(prog="python -m interformer_bench", description=__doc__)
-    parser.add_argument("--op", action="append", choices=peers.OPS, help="may be repeated; all where left out")
-    parser.add_argument("--law", action="append", choices=list(laws), help="may be repeated; all where left out")
-    parser.add_argument("--data", type=Path, help="directory with the length files")
-    parser.add_argument("--rows", type=int, help="rows of a batch; with 2, the cost of a call shows")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--seconds", type=float, default=3.0, help="about how long each (shape, pass) is timed")
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help='"-" prints it')
-    parser.add_argument("--plot", type=Path, metavar="FILE")
-    chosen = parser.parse_args(arguments)
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
-    dtype = getattr(torch, chosen.dtype)
-    names, ops = chosen.law or list(laws), chosen.op or peers.OPS
-    cases = run.default_shapes(shapes.laws(chosen.data), names, ops, chosen.rows)
-    measured = list(run.measure(cases, dtype, chosen.device, chosen.seconds, status_line))
-    machine = timing.machine(dtype, chosen.device)
-    if chosen.markdown == Path("-"):
-        print(report.markdown(measured, machine))
-    else:
-        print_table(f"{chosen.dtype} on {chosen.device}", report.COLUMNS, report.table(measured))
-        print("\n".join([report.rates(machine), *report.problems(measured)]))
-    if chosen.markdown not in (None, Path("-")):
-        chosen.markdown.parent.mkdir(parents=True, exist_ok=True)
-        chosen.markdown.write_text(report.markdown(measured, machine))
-    if chosen.json:
-        report.write_json(chosen.json, measured, machine)
-    if chosen.plot:
-        report.plot(chosen.plot, measured)
-    return 1 if any(one.problem and one.runner == peers.OURS for one in measured) else 0
+    """Measure, print, write; 1 where this package itself is wrong somewhere."""
+    chosen = _parser().parse_args(arguments)
+    found = grid.shapes(shapes.laws(chosen.data), chosen.op or workloads.OPS, chosen.law, chosen.rows, chosen.quick)
+    made = _measure(chosen, found, _progress())
+    if chosen.markdown != Path("-"):
+        _show(made)
+    _write(chosen, made)
+    return 1 if any(one.problem and one.runner == OURS for one in made.measurements) else 0
 
 
 if __name__ == "__main__":

@@ -1,53 +1,221 @@
-"""Measurements as a table (terminal or Markdown), as JSON, and as one picture beside the parity rows."""
+"""Measurements as tables (terminal or Markdown) with their targets, and as JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from interformer_bench import targets
+from interformer_bench.memory import YARDSTICK, Peak
 from interformer_bench.peers import OURS
-from interformer_bench.run import Measurement
-from interformer_bench.timing import Machine
+from interformer_bench.run import PASSES, Measurement
+from interformer_bench.timing import Rates
 
-COLUMNS = ("op", "lengths", "rows x mean (longest)", "pass", "interformer", "best peer", "ratio", "spread")
+from interformer_kernels import _backend
+
+Group = dict[str, Measurement]
+Machine = Mapping[tuple[str, int], Rates]
+
+COLUMNS = (
+    "lengths",
+    "rows x mean (longest)",
+    "sizes",
+    "dtype",
+    "threads",
+    "pass",
+    "interformer",
+    "best peer",
+    "ratio",
+    "of limit",
+    "back / forth",
+    "spread",
+    "targets",
+)
+CALL_COLUMNS = ("what", "found", "target")
+MEMORY_COLUMNS = ("op", "lengths", "sizes", "pass", "runner", "peak", "of padded")
 
 
-def groups(measurements: Iterable[Measurement]) -> list[dict[str, Measurement]]:
-    """The runners of each (op, shape, pass), by name, in the order they were measured."""
-    found: dict[tuple[object, ...], dict[str, Measurement]] = {}
+@dataclass(frozen=True)
+class Report:
+    """What a run of the bench has found."""
+
+    measurements: Sequence[Measurement]
+    machine: Machine
+    peaks: Sequence[Peak] = ()
+    calls: Sequence[tuple[str, str, str]] = ()
+
+
+def groups(measurements: Iterable[Measurement]) -> list[Group]:
+    """The runners of each (op, shape, dtype, threads, pass), by name, in the order they were measured."""
+    found: dict[tuple[object, ...], Group] = {}
     for one in measurements:
-        key = one.op, one.law, one.rows, one.queries, one.heads, one.head_size, one.dtype, one.device, one.direction
+        key = one.op, one.law, one.rows, one.sizes, one.dtype, one.device, one.threads, one.direction
         found.setdefault(key, {})[one.runner] = one
     return list(found.values())
 
 
-def best_peer(group: dict[str, Measurement]) -> Measurement | None:
-    """The fastest right peer."""
-    timed = [one for name, one in group.items() if name != OURS and one.median is not None]
+def best_peer(group: Group, of: str = "") -> Measurement | None:
+    """The fastest right peer; where `of` is given, of that group."""
+    timed = [one for name, one in group.items() if name != OURS and one.median is not None and of in ("", one.group)]
     return min(timed, key=lambda one: one.median or 0.0, default=None)
 
 
-def table(measurements: Iterable[Measurement]) -> list[tuple[str, ...]]:
-    """A line per (op, shape, pass): this package against its best peer; the spread is that of the quartiles."""
-    lines = []
+def ratio(group: Group, of: str = "") -> float | None:
+    """How many times as long the best peer takes; None where either was not timed."""
+    mine, theirs = group[OURS].median, best_peer(group, of)
+    return theirs.median / mine if mine and theirs and theirs.median else None
+
+
+def of_limit(one: Measurement, machine: Machine) -> tuple[str, float] | None:
+    """The nearer limit of the machine (products or copies), and the share of it that was reached."""
+    rates = machine.get((one.dtype, one.threads))
+    if rates is None or not one.median:
+        return None
+    # 16-bit numbers may be widened: a slow product of theirs is no limit.
+    gemm = max([rates.gemm, *(x.gemm for key, x in machine.items() if key == ("float32", one.threads))])
+    shares = {"GEMM": one.flops / gemm / one.median, "copy": one.bytes / rates.copy / one.median}
+    return max(shares.items(), key=lambda item: item[1])
+
+
+def of_gemm(one: Measurement, machine: Machine) -> float | None:
+    """The share of the rate of matrix products."""
+    rates = machine.get((one.dtype, one.threads))
+    return one.flops / rates.gemm / one.median if rates and one.median else None
+
+
+def back_over_forth(group: Group, measured: Mapping[tuple[object, ...], float]) -> float | None:
+    """The time of the backward over that of the forward, from the two passes of this package."""
+    ours = group[OURS]
+    forward = measured.get(_forward_key(ours))
+    return (ours.median - forward) / forward if ours.direction != PASSES[0] and ours.median and forward else None
+
+
+def _forward_key(one: Measurement) -> tuple[object, ...]:
+    return one.op, one.law, one.rows, one.sizes, one.dtype, one.device, one.threads
+
+
+def forwards(measurements: Iterable[Measurement]) -> dict[tuple[object, ...], float]:
+    """Seconds of this package's forward, by shape."""
+    return {
+        _forward_key(one): one.median
+        for one in measurements
+        if one.runner == OURS and one.direction == PASSES[0] and one.median
+    }
+
+
+# ---------------------------------------------------------------- targets
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One target of one line: what is wanted, what was found, and whether that is enough."""
+
+    text: str
+    found: float
+    ok: bool
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self.found:.2f} {'pass' if self.ok else 'MISS'}"
+
+
+def judge(group: Group, machine: Machine, back: float | None) -> list[Judged]:
+    """The targets of a line; those of issue tables hold on `targets.THREADS` threads, the floor everywhere."""
+    ours = group[OURS]
+    if ours.median is None:
+        return []
+    found = []
+    plain = ratio(group)
+    if plain is not None:
+        found.append(Judged(f">= {targets.FLOOR:g}x", plain, plain >= targets.FLOOR))
+    if ours.threads != targets.THREADS:
+        return found
+    target = targets.target(ours.kind, ours.dtype)
+    for of, least in target.ratios(ours.direction).items():
+        reached = ratio(group, of)
+        if reached is not None:
+            found.append(Judged(f">= {least:g}x {of}".rstrip(), reached, reached >= least))
+    share = of_gemm(ours, machine)
+    if ours.direction == PASSES[0] and target.gemm is not None and share is not None:
+        found.append(Judged(f">= {target.gemm:g} of GEMM", share, share >= target.gemm))
+    if back is not None:
+        most = targets.BACKWARD_OVER_FORWARD
+        found.append(Judged(f"back / forth <= {most:g}", back, back <= most))
+    return found
+
+
+def level() -> str:
+    """The instruction set that the kernels take on this machine."""
+    native = _backend.native()
+    return str(native.build_info()["cpu_level"]) if native is not None else "none: the native module is not there"
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table(measurements: Sequence[Measurement], machine: Machine) -> list[tuple[str, ...]]:
+    """A line per (shape, dtype, threads, pass): this package against its best peer, and its targets.
+
+    The spread is that of the quartiles.
+    """
+    first = forwards(measurements)
+    lines: list[tuple[str, ...]] = []
     for group in groups(measurements):
-        ours, peer = group[OURS], best_peer(group)
-        shape = f"{ours.rows} x {ours.tokens / max(ours.rows, 1):.0f} ({ours.longest})"
+        ours, peer, times = group[OURS], best_peer(group), ratio(group)
         law = ours.law if ours.source == "synthetic" else f"{ours.law} ({ours.source})"
-        ratio = f"{peer.median / ours.median:.2f}x" if peer and peer.median and ours.median else "-"
+        limit = of_limit(ours, machine)
+        back = back_over_forth(group, first)
         spread = f"{(ours.high - ours.low) / ours.median:.0%}" if ours.median and ours.high and ours.low else "-"
-        mine = f"{_time(ours)} ({ours.backend})"
-        theirs = f"{_time(peer)} ({peer.runner})" if peer else "none is right"
-        lines.append((ours.op, law, shape, ours.direction, mine, theirs, ratio, spread))
+        judged = judge(group, machine, back)
+        lines.append(
+            (
+                law,
+                f"{ours.rows} x {ours.tokens / max(ours.rows, 1):.0f} ({ours.longest})",
+                ours.sizes,
+                ours.dtype,
+                str(ours.threads),
+                ours.direction,
+                f"{_time(ours)} ({ours.backend})",
+                f"{_time(peer)} ({peer.runner})" if peer else "none is right",
+                f"{times:.2f}x" if times else "-",
+                f"{limit[1]:.2f} {limit[0]}" if limit else "-",
+                f"{back:.2f}" if back is not None else "-",
+                spread,
+                "; ".join(map(str, judged)) or "-",
+            )
+        )
     return lines
 
 
+def by_op(made: Report) -> dict[str, list[tuple[str, ...]]]:
+    """The table of each op."""
+    ops = dict.fromkeys(one.op for one in made.measurements)
+    return {op: table([one for one in made.measurements if one.op == op], made.machine) for op in ops}
+
+
 def problems(measurements: Iterable[Measurement]) -> list[str]:
-    """What was not timed, and why; once per runner and shape."""
-    return list(dict.fromkeys(f"{m.op} on {m.law}: {m.runner} {m.problem}" for m in measurements if m.problem))
+    """What was not timed, and why; once per runner, shape and reason."""
+    told: dict[tuple[str, str, str], list[str]] = {}
+    for one in measurements:
+        if one.problem:
+            shapes = told.setdefault((one.op, one.runner, one.problem), [])
+            name = f"{one.law} ({one.sizes}, {one.dtype}, {one.direction})"
+            shapes += [] if name in shapes else [name]
+    return [f"{op}: {runner} {problem}: {', '.join(shapes)}" for (op, runner, problem), shapes in told.items()]
+
+
+def missed(made: Report) -> list[str]:
+    """Every target of a line that was not reached."""
+    first = forwards(made.measurements)
+    found = []
+    for group in groups(made.measurements):
+        one = group[OURS]
+        for judged in judge(group, made.machine, back_over_forth(group, first)):
+            if not judged.ok:
+                where = f"{one.op}, {one.law}, {one.sizes}, {one.dtype}, {one.threads} threads, {one.direction}"
+                found.append(f"{where}: {judged}")
+    return found
 
 
 def _time(one: Measurement) -> str:
@@ -58,78 +226,65 @@ def _time(one: Measurement) -> str:
 
 def rates(machine: Machine) -> str:
     """The machine in words."""
-    rate = f"GEMM {machine.gemm / 1e9:.0f} GFLOP/s, copy {machine.copy / 1e9:.1f} GB/s"
-    return f"{rate}, in the same run; CPU threads: {machine.threads}"
+    parts = [
+        f"{dtype}, {threads} threads: GEMM {one.gemm / 1e9:.3g} GFLOP/s ({one.size}^3), copy {one.copy / 1e9:.1f} GB/s"
+        for (dtype, threads), one in machine.items()
+    ]
+    held = "targets hold" if level() in targets.LEVELS else f"targets are for {' and '.join(targets.LEVELS)}"
+    text = f"Kernels: {level()} ({held}; >= {targets.FLOOR:g}x the best peer is promised on AVX2 too)."
+    return "; ".join(["In the same run", *parts]) + ". " + text
 
 
-def markdown(measurements: Sequence[Measurement], machine: Machine) -> str:
-    """The table in Markdown, with the machine's rates under it."""
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *table(measurements)]
-    rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([rows, rates(machine) + ".", *problems(measurements)]) + "\n"
+def memory_table(peaks: Sequence[Peak]) -> list[tuple[str, ...]]:
+    """Peak memory beyond inputs and outputs, and its share of padded SDPA's."""
+    padded = {
+        (one.op, one.law, one.sizes, one.direction): one.extra for one in peaks if one.runner == YARDSTICK[one.op]
+    }
+    lines: list[tuple[str, ...]] = []
+    for one in peaks:
+        whole, share = padded.get((one.op, one.law, one.sizes, one.direction)), "-"
+        if one.extra is not None and whole:
+            share = f"{one.extra / whole:.0%}"
+            if one.runner == OURS:
+                share += " pass" if one.extra <= targets.MEMORY * whole else " MISS"
+        found = f"{one.extra / 2**20:.2f} MiB" if one.extra is not None else str(one.problem)
+        lines.append((one.op, one.law, one.sizes, one.direction, one.runner, found, share))
+    return lines
 
 
-def write_json(path: Path, measurements: Sequence[Measurement], machine: Machine) -> None:
-    """All measurements and the machine's rates."""
+# ---------------------------------------------------------------- files
+
+
+def markdown(made: Report, pictures: Sequence[str] = ()) -> str:
+    """Everything in Markdown: a table per op, the machine's rates, memory, calls, targets missed, problems."""
+    parts = []
+    for op, lines in by_op(made).items():
+        parts += [f"## {op}", _rows(COLUMNS, lines)]
+    parts += ["## The machine", rates(made.machine)]
+    if made.peaks:
+        parts += ["## Peak memory beyond inputs and outputs", _rows(MEMORY_COLUMNS, memory_table(made.peaks))]
+    if made.calls:
+        parts += ["## The cost of a call", _rows(CALL_COLUMNS, made.calls)]
+    if pictures:
+        parts += ["## Pictures", *(f"![{name}]({name})" for name in pictures)]
+    for title, found in (("Targets missed", missed(made)), ("Not timed", problems(made.measurements))):
+        if found:
+            parts += [f"## {title}", "\n".join(f"- {line}" for line in found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *lines))
+
+
+def write_json(path: Path, made: Report) -> None:
+    """All of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": asdict(machine), "measurements": [asdict(one) for one in measurements]}
+    content = {
+        "level": level(),
+        "machine": [{"dtype": name, "threads": n, **asdict(one)} for (name, n), one in made.machine.items()],
+        "measurements": [asdict(one) for one in made.measurements],
+        "memory": [asdict(one) for one in made.peaks],
+        "calls": made.calls,
+    }
     path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def plot(path: Path, measurements: Sequence[Measurement], parity: Sequence[Any] = ()) -> None:
-    """One picture: time of every runner per shape, and (where given) each parity row's error against its budget.
-
-    Args:
-        path: of the PNG.
-        measurements: drawn as bars, quartiles as whiskers.
-        parity: objects with `op`, `backend`, `dtype`, `quantity` and `share` (error / budget; above 1 is a breach).
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = 3 if parity else 2
-    figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 7), layout="constrained")
-    for axis, direction in zip(axes, ("forward", "forward+backward"), strict=False):
-        _plot_times(axis, [group for group in groups(measurements) if group[OURS].direction == direction])
-        axis.set_title(direction)
-    if parity:
-        _plot_parity(axes[2], parity)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _plot_times(axis: Any, shapes: list[dict[str, Measurement]]) -> None:
-    names = list(dict.fromkeys(name for group in shapes for name in group))
-    height = 0.8 / max(len(names), 1)
-    for i, name in enumerate(names):
-        timed = [
-            (at, group[name]) for at, group in enumerate(shapes) if name in group and group[name].median is not None
-        ]
-        middle = [(one.median or 0) * 1e3 for _, one in timed]
-        reach = [
-            [(one.median - one.low) * 1e3 for _, one in timed],  # type: ignore[operator]
-            [(one.high - one.median) * 1e3 for _, one in timed],  # type: ignore[operator]
-        ]
-        axis.barh([at + i * height for at, _ in timed], middle, height, xerr=reach, label=name)
-    labels = [f"{group[OURS].op}\n{group[OURS].law}" for group in shapes]
-    axis.set_yticks([at + 0.4 - height / 2 for at in range(len(shapes))], labels, fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xscale("log")
-    axis.set_xlabel("ms (log scale)")
-    axis.legend(fontsize=8)
-
-
-def _plot_parity(axis: Any, parity: Sequence[Any]) -> None:
-    keys = list(dict.fromkeys((row.op, row.backend, row.dtype) for row in parity))
-    for at, key in enumerate(keys):
-        # What could not be compared at all has an infinite share: it is drawn at the edge, not left out.
-        shares = [min(row.share, 2.0) for row in parity if (row.op, row.backend, row.dtype) == key]
-        axis.plot(shares, [at] * len(shares), "o", color="tab:red" if max(shares) > 1 else "tab:green", ms=4)
-    axis.axvline(1, color="tab:red", linestyle="--")
-    axis.set_yticks(range(len(keys)), [" ".join(key) for key in keys], fontsize=7)
-    axis.invert_yaxis()
-    axis.set_xlabel("error / budget, output and each gradient (1 is the limit)")
-    axis.set_title("parity with float64")

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from interformer_bench import peers, timing
-from interformer_bench.shapes import Law
+from interformer_bench import checks, limits, timing, workloads
+from interformer_bench.grid import Shape
+from interformer_bench.peers import OURS, Peer, candidates
+from interformer_bench.peers.registry import MOST_BYTES
 
 from interformer_kernels import _backend
 
 PASSES = ("forward", "forward+backward")
-# The rows on which a run must be right before it is timed: of the law, and empty ones among them.
-_CHECKED_ROWS = 24
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One op on one batch: `rows` rows of a law's lengths, `queries` seeds or dense queries per row, H heads of D."""
-
-    op: str
-    law: Law
-    rows: int
-    queries: int = 2
-    heads: int = 4
-    head_size: int = 16
-
-    def inputs(
-        self, dtype: torch.dtype, device: str, rows: int | None = None, extra: tuple[int, ...] = ()
-    ) -> peers.Inputs:
-        """Arguments for `rows` rows (its own number where None) and `extra` ones."""
-        sizes = {"queries": self.queries, "heads": self.heads, "kv_heads": self.heads}
-        sizes |= {"head_size": self.head_size, "value_size": self.head_size}
-        return peers.inputs(self.op, self.law.lengths(rows or self.rows) + extra, dtype, device, **sizes)
+# A peer that would take longer than this for one call is not waited for, ...
+_MOST_SECONDS = 15.0
+# ... and one that was so much slower than the fastest peer on more threads is not timed on fewer.
+_FAR_BEHIND = 10.0
 
 
 @dataclass(frozen=True)
@@ -46,88 +30,184 @@ class Measurement:
     rows: int
     tokens: int
     longest: int
-    queries: int
-    heads: int
-    head_size: int
+    sizes: str
+    kind: str
     dtype: str
     device: str
+    threads: int
     direction: str
     runner: str
+    group: str
     backend: str
-    median: float | None
-    low: float | None
-    high: float | None
-    samples: int
+    flops: int
+    bytes: int
+    median: float | None = None
+    low: float | None = None
+    high: float | None = None
+    samples: int = 0
     problem: str | None = None
 
 
-def default_shapes(
-    laws: dict[str, Law], names: Sequence[str], ops: Sequence[str] = peers.OPS, rows: int | None = None
-) -> list[Shape]:
-    """The named laws for each op, on batches of `rows` rows.
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
 
-    Where None, 512; fewer for long rows where work grows with the square of the length.
+    Attributes:
+        dtypes: names; None takes each shape's own.
+        threads: numbers of CPU threads.
+        seconds: about how long each (shape, pass, number of threads) is timed.
+        compiled: with the peers that `torch.compile` makes.
+        backend: of this package; None takes the fastest.
+        tell: hears what is going on.
     """
-    found = []
-    for op in ops:
-        for name in names:
-            mean = sum(laws[name].lengths(1000)) / 1000
-            usual = 512 if op != "jagged_attention" else min(512, max(16, int(16384 / max(mean, 1))))
-            found.append(Shape(op, laws[name], rows or usual))
-    return found
+
+    dtypes: tuple[str, ...] | None = None
+    device: str = "cpu"
+    threads: tuple[int, ...] = (1, 2)
+    seconds: float = 3.0
+    compiled: bool = True
+    backend: str | None = None
+    tell: Callable[[str], None] = field(default=lambda line: None)
 
 
 def measure(
-    shapes: Sequence[Shape],
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    seconds: float = 3.0,
-    tell: Callable[[str], None] = lambda line: None,
+    shapes: Sequence[Shape], settings: Settings, machine: timing.Machine | None = None
 ) -> Iterator[Measurement]:
-    """Check, then time, every runner on every shape, forward and forward+backward; `tell` hears what is going on."""
-    for shape in shapes:
-        tell(f"{shape.op}: {shape.rows} rows, {shape.law.name} ({shape.law.source})")
-        yield from _measure_shape(shape, dtype, device, seconds)
-    tell("")
+    """Check, then time, every runner on every shape, in each dtype, on each number of threads, in both passes."""
+    before = torch.get_num_threads()
+    jobs = [(dtype, shape) for shape in shapes for dtype in settings.dtypes or shape.dtypes]
+    try:
+        for at, (dtype, shape) in enumerate(sorted(jobs, key=lambda job: job[0] != jobs[0][0]), 1):
+            name = f"{shape.op}, {dtype}: {shape.rows} rows, {shape.law.name} ({shape.law.source}), {shape.sizes}"
+            settings.tell(f"{at}/{len(jobs)} {name}")
+            yield from _Session(shape, dtype, settings, machine).measurements()
+    finally:
+        torch.set_num_threads(before)
+        settings.tell("")
 
 
-def _measure_shape(shape: Shape, dtype: torch.dtype, device: str, seconds: float) -> Iterator[Measurement]:
-    small = shape.inputs(dtype, device, rows=min(shape.rows, _CHECKED_ROWS), extra=(0, 1, 0))
-    arguments = shape.inputs(dtype, device)
-    offsets = arguments["kv_offsets" if shape.op == "gated_cross_attention" else "offsets"]
-    runners = peers.candidates(shape.op)
-    problems = {name: peers.check(shape.op, name, small) for name in runners}
-    right = {name: peer for name, peer in runners.items() if problems[name] is None}
-    for direction in PASSES:
-        runs = {name: runner(shape.op, peer, arguments, direction) for name, peer in right.items()}
-        taken = timing.interleaved(runs, device, seconds) if runs else {}
-        for name in runners:
-            time = taken.get(name)
-            yield Measurement(
-                op=shape.op,
-                law=shape.law.name,
-                source=shape.law.source,
-                rows=shape.rows,
-                tokens=int(offsets[-1]),
-                longest=int(offsets.diff().max()),
-                queries=shape.queries,
-                heads=shape.heads,
-                head_size=shape.head_size,
-                dtype=str(dtype).removeprefix("torch."),
-                device=device,
-                direction=direction,
-                runner=name,
-                backend=_backend.choose(shape.op, device, dtype) if name == peers.OURS else "torch",
-                median=time.median if time else None,
-                low=time.low if time else None,
-                high=time.high if time else None,
-                samples=time.samples if time else 0,
-                problem=problems[name],
-            )
+class _Session:
+    """The measurements of one shape in one dtype."""
+
+    def __init__(self, shape: Shape, dtype: str, settings: Settings, machine: timing.Machine | None) -> None:
+        self.shape, self.dtype, self.settings, self.machine = shape, dtype, settings, machine
+        self.torch_dtype: torch.dtype = getattr(torch, dtype)
+        self.lengths = shape.lengths()
+        self.small = checks.small_lengths(self.lengths, shape.sizes.heads)
+        self.runners = candidates(shape.op, settings.backend, settings.compiled)
+
+    def measurements(self) -> Iterator[Measurement]:
+        """Of all runners, passes and numbers of threads."""
+        # Compiled peers keep the number of threads that they were compiled with as their most: the largest goes first.
+        threads = sorted(self.settings.threads, reverse=True)
+        torch.set_num_threads(threads[0])
+        checker = checks.Checker(self.shape.op, self.small, self.shape.sizes, self.torch_dtype, self.settings.device)
+        verdicts = {name: checker.check(name, peer) for name, peer in self.runners.items()}
+        self.arguments = self.shape.inputs(self.torch_dtype, self.settings.device)
+        found: list[Measurement] = []
+        behind: dict[tuple[str, str], str] = {}
+        for number in threads:
+            torch.set_num_threads(number)
+            if self.machine is not None:
+                for dtype in {self.torch_dtype, torch.float32}:
+                    self.machine.sample(dtype)
+            for direction in PASSES:
+                problems = {
+                    name: behind.get((name, direction)) or self._problem(name, direction, verdicts[name])
+                    for name in self.runners
+                }
+                taken = self._time(direction, [name for name, problem in problems.items() if problem is None])
+                behind |= _far_behind(taken, direction, number)
+                found += [
+                    self._measurement(name, number, direction, taken.get(name), problems[name]) for name in self.runners
+                ]
+        yield from sorted(found, key=lambda one: one.threads)
+
+    def _problem(self, name: str, direction: str, verdict: checks.Verdict) -> str | None:
+        """Why a runner is not timed in this pass; None where it is."""
+        peer = self.runners[name]
+        if verdict.problem is not None or name == OURS:
+            return verdict.problem
+        if direction != PASSES[0] and not peer.trains:
+            return "has no backward on CPU"
+        return too_much(self.shape, peer, self.arguments, self.small, verdict, direction)
+
+    def _time(self, direction: str, names: Sequence[str]) -> dict[str, timing.Timing]:
+        runs = {name: runner(self.shape.op, self.runners[name], self.arguments, direction) for name in names}
+        for name, run in runs.items():
+            if self.runners[name].compiled:
+                run()  # may compile once more
+        return timing.interleaved(runs, self.settings.device, self.settings.seconds) if runs else {}
+
+    def _measurement(
+        self, name: str, threads: int, direction: str, time: timing.Timing | None, problem: str | None
+    ) -> Measurement:
+        shape, device = self.shape, self.settings.device
+        kernel = self.settings.backend or _backend.choose(workloads.kernel_of(shape.op), device, self.torch_dtype)
+        done = limits.work(shape.op, self.arguments, self.lengths, shape.sizes, direction)
+        return Measurement(
+            op=shape.op,
+            law=shape.law.name,
+            source=shape.law.source,
+            rows=shape.rows,
+            tokens=sum(self.lengths),
+            longest=max(self.lengths, default=0),
+            sizes=str(shape.sizes),
+            kind=shape.kind,
+            dtype=self.dtype,
+            device=device,
+            threads=threads,
+            direction=direction,
+            runner=name,
+            group=self.runners[name].group,
+            backend=kernel if name == OURS else "torch",
+            flops=done.flops,
+            bytes=done.bytes,
+            median=time.median if time else None,
+            low=time.low if time else None,
+            high=time.high if time else None,
+            samples=time.samples if time else 0,
+            problem=problem,
+        )
 
 
-def runner(op: str, peer: peers.Peer, arguments: peers.Inputs, direction: str) -> timing.Run:
+def too_much(
+    shape: Shape,
+    peer: Peer,
+    arguments: workloads.Inputs,
+    small: Sequence[int],
+    verdict: checks.Verdict,
+    direction: str,
+) -> str | None:
+    """Why a peer is not tried on the whole batch: memory, or time by what it took on the `small` one; None: it is."""
+    training = direction != PASSES[0]
+    needed = peer.needs(arguments) * (2 if training else 1)
+    if needed > MOST_BYTES:
+        return f"would allocate about {needed / 2**30:.0f} GiB"
+
+    def places(lengths: Sequence[int]) -> int:
+        """What its work grows with: tokens, or pairs of tokens; padded ones, where it pads."""
+        longest = max(lengths, default=0)
+        power = 2 if shape.op == "jagged_attention" else 1
+        return sum((longest if peer.tokens else length) ** power for length in lengths)
+
+    seconds = verdict.training if training else verdict.forward
+    expected = seconds * places(shape.lengths()) / max(places(small), 1)
+    return f"would take about {expected:.0f} s" if expected > _MOST_SECONDS else None
+
+
+def _far_behind(taken: Mapping[str, timing.Timing], direction: str, threads: int) -> dict[tuple[str, str], str]:
+    """Peers that need not be timed on fewer threads."""
+    fastest = min((time.median for name, time in taken.items() if name != OURS), default=0.0)
+    return {
+        (name, direction): f"was {time.median / fastest:.0f} times slower than the best peer on {threads} threads"
+        for name, time in taken.items()
+        if name != OURS and time.median > _FAR_BEHIND * fastest
+    }
+
+
+def runner(op: str, peer: Peer, arguments: workloads.Inputs, direction: str) -> timing.Run:
     """A run of one peer, as `timing` takes it."""
-    if direction == "forward":
-        return lambda: peers.forward(peer, arguments)
-    return lambda: peers.forward_backward(op, peer, arguments)
+    if direction == PASSES[0]:
+        return lambda: workloads.forward(peer.run, arguments)
+    return lambda: workloads.training(op, peer.run, arguments)

@@ -91,6 +91,7 @@ def _synthetic() -> dict[str, Quantile]:
         "log-normal, mean 100": _log_normal(100, 1000),
         "log-normal, mean 500": _log_normal(500, 2048),
         "all 1024": lambda level: torch.full_like(level, 1024),
+        "all 104": lambda level: torch.full_like(level, 104),  # the InterFormer paper's sequences
         "fill 0.1": _filled(0.1),
         "fill 0.5": _filled(0.5),
         "fill 1.0": _filled(1.0),

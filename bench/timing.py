@@ -11,6 +11,11 @@ from dataclasses import dataclass
 import torch
 
 Run = Callable[[], object]
+# A run more than so many times slower than the fastest is nobody's rival: one sample of it is enough.
+_HOPELESS = 2.0
+# The matrices of a GEMM, smaller where the machine would take longer than this for one.
+_GEMM_SIZES, _GEMM_SECONDS = (2048, 1024, 512, 256), 3.0
+_COPY_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -31,22 +36,13 @@ class Timing:
         return cls(median, low, high, len(seconds))
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What the machine does in this process: matrix products (FLOP/s), copies (bytes/s, both ways), on CPU threads."""
-
-    gemm: float
-    copy: float
-    threads: int
-
-
 def wait(device: str) -> None:
     """Until the device has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def once(run: Run, device: str, repeats: int = 1) -> float:
+def once(run: Run, device: str = "cpu", repeats: int = 1) -> float:
     """Seconds of one run, averaged over `repeats` in a row."""
     wait(device)
     start = time.perf_counter()
@@ -56,38 +52,105 @@ def once(run: Run, device: str, repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+# ---------------------------------------------------------------- runs side by side
+
+
+class _Series:
+    """The samples of one run."""
+
+    def __init__(self, run: Run, device: str, slow: float) -> None:
+        self.run, self.device = run, device
+        first = once(run, device)
+        self.samples: list[float] = [first] if first > slow else []  # a slow call is not made twice to warm up
+        self.typical = first if first > min(slow, 0.1) else once(run, device)
+        self.repeats = max(1, math.ceil(1e-3 / self.typical))
+        self.spent = sum(self.samples)
+
+    def sample(self) -> None:
+        taken = once(self.run, self.device, self.repeats)
+        self.samples.append(taken)
+        self.spent += taken * self.repeats
+
+
 def interleaved(
     runs: Mapping[str, Run], device: str = "cpu", seconds: float = 3.0, least: int = 3, most: int = 50
 ) -> dict[str, Timing]:
     """Time the runs by turns, so that whatever else the machine does falls on all alike.
 
     Args:
-        runs: by name; each is called before it is timed.
+        runs: by name; each is called once before it is timed, and that call counts if it takes longer than all may.
         device: "cpu" or "cuda".
-        seconds: about how long all of it may take: `least` rounds are made nevertheless, unless they take ten times as
-            long (one round always is), and never more than `most`.
+        seconds: about how long all of it may take; each run gets its share. Runs near the fastest get `least` samples
+            nevertheless, unless that takes ten times as long; the others at least one.
+        most: samples of one run.
 
     Runs faster than a millisecond are repeated within a sample, so that the clock does not show.
     """
-    repeats = dict.fromkeys(runs, 1)
-    for name, run in runs.items():
-        if once(run, device) < 0.1:  # the first call is slower than the others: a slow one is not made twice
-            repeats[name] = max(1, math.ceil(1e-3 / once(run, device)))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    series = {name: _Series(run, device, seconds) for name, run in runs.items()}
+    share = seconds / max(len(runs), 1)
     start = time.perf_counter()
-    for turn in range(most):
-        if turn and time.perf_counter() - start > (seconds if turn >= least else 10 * seconds):
-            break
-        for name, run in runs.items():
-            samples[name].append(once(run, device, repeats[name]))
-    return {name: Timing.of(taken) for name, taken in samples.items()}
+    for _ in range(most):
+        late = time.perf_counter() - start > 10 * seconds
+        fastest = min((one.typical for one in series.values()), default=0.0)
+        for one in series.values():
+            rival = one.typical <= _HOPELESS * fastest and len(one.samples) < least
+            if not one.samples or (not late and (rival or one.spent < share)):
+                one.sample()
+    return {name: Timing.of(one.samples) for name, one in series.items()}
 
 
-def machine(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Machine:
-    """Best of five: a product of two 2048 x 2048 matrices, and a copy of 256 MiB."""
-    size, bytes_ = 2048, 256 * 2**20
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    source = torch.ones(bytes_, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    product, copy = (min(once(run, device) for _ in range(5)) for run in (lambda: a @ b, lambda: target.copy_(source)))
-    return Machine(2 * size**3 / product, 2 * bytes_ / copy, torch.get_num_threads())
+# ---------------------------------------------------------------- what the machine does
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of the machine: matrix products of `size` squared (FLOP/s), and copies (bytes/s, read and written)."""
+
+    gemm: float
+    copy: float
+    size: int = 2048
+
+
+class Machine:
+    """The rates of this machine by dtype and number of threads, sampled now and then; the medians stand."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self._samples: dict[tuple[torch.dtype, int], list[tuple[float, float]]] = {}
+        self._runs: dict[torch.dtype, tuple[int, Run]] = {}
+
+    def sample(self, dtype: torch.dtype) -> None:
+        """One product and one copy more, on torch's present number of threads."""
+        size, product = self._product(dtype)
+        taken = once(product, self.device), once(self._copy, self.device)
+        key = dtype, torch.get_num_threads()
+        self._samples.setdefault(key, []).append((2 * size**3 / taken[0], 2 * _COPY_BYTES / taken[1]))
+
+    def rates(self) -> dict[tuple[str, int], Rates]:
+        """By dtype's name and threads."""
+        found = {}
+        for (dtype, threads), samples in self._samples.items():
+            gemm, copy = (statistics.median(one) for one in zip(*samples, strict=True))
+            found[str(dtype).removeprefix("torch."), threads] = Rates(gemm, copy, self._runs[dtype][0])
+        return found
+
+    def _product(self, dtype: torch.dtype) -> tuple[int, Run]:
+        """A product as large as `_GEMM_SECONDS` allow: PyTorch's 16-bit product is slow on some processors."""
+        if dtype not in self._runs:
+            size = _GEMM_SIZES[-1]
+            once(self._multiply(size, dtype), self.device)
+            rate = size**3 / once(self._multiply(size, dtype), self.device)
+            size = next((n for n in _GEMM_SIZES if n**3 / rate < _GEMM_SECONDS), size)
+            self._runs[dtype] = size, self._multiply(size, dtype)
+            once(self._runs[dtype][1], self.device)
+        return self._runs[dtype]
+
+    def _multiply(self, size: int, dtype: torch.dtype) -> Run:
+        a, b = (torch.ones(size, size, dtype=dtype, device=self.device) for _ in range(2))
+        return lambda: a @ b
+
+    def _copy(self) -> None:
+        if not hasattr(self, "_source"):
+            self._source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=self.device)
+            self._target = self._source.clone()
+        self._target.copy_(self._source)

@@ -1,21 +1,30 @@
-"""The bench measures what it says: laws of lengths, peers that are right, medians, and a table that tells the truth."""
+"""The bench measures what it says: laws of lengths, the grid of shapes, peers that are right, medians."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from interformer_bench import peers, report, run, shapes, timing
+from interformer_bench import checks, grid, peers, report, run, shapes, targets, timing, workloads
+from interformer_bench.__main__ import main
+from interformer_bench.workloads import Sizes
 
 NOWHERE = Path("nowhere")
+LAWS = (
+    *("movielens", "beauty", "grocery", "diginetica", "uniform 1..50", "log-normal, mean 100", "log-normal, mean 500"),
+    *("all 1024", "all 104", "fill 0.1", "fill 0.5", "fill 1.0"),
+)
 
 
 def quantiles(lengths: tuple[int, ...], *levels: float) -> list[float]:
     return torch.tensor(lengths).double().quantile(torch.tensor(levels, dtype=torch.float64)).tolist()
+
+
+# ---------------------------------------------------------------- laws
 
 
 @pytest.mark.parametrize(
@@ -45,6 +54,7 @@ def test_fitted_laws_have_the_quantiles_of_the_real_ones(
         ("log-normal, mean 100", 100, 1, 1000),
         ("log-normal, mean 500", 500, 1, 2048),
         ("all 1024", 1024, 1024, 1024),
+        ("all 104", 104, 104, 104),
         ("fill 0.1", 51.2, 0, 512),
         ("fill 0.5", 256, 0, 512),
         ("fill 1.0", 512, 512, 512),
@@ -72,31 +82,124 @@ def test_lengths_come_from_the_seed() -> None:
     assert law.lengths(40, seed=1) == law.lengths(40, seed=1) != law.lengths(40, seed=2)
 
 
-@pytest.mark.parametrize("op", peers.OPS)
-def test_every_peer_is_right_with_empty_rows_among_the_others(op: str) -> None:
-    arguments = peers.inputs(op, (0, 5, 1, 33, 0), torch.float32, "cpu", queries=2)
-    for name in peers.candidates(op):
-        assert peers.check(op, name, arguments) is None
+# ---------------------------------------------------------------- the grid
+
+
+def test_every_op_meets_every_law() -> None:
+    laws = shapes.laws(NOWHERE)
+    assert set(laws) == set(LAWS)
+    for op in workloads.OPS:
+        assert {shape.law.name for shape in grid.shapes(laws, [op])} == set(LAWS)
+
+
+def test_the_grid_has_every_size_that_is_promised() -> None:
+    found = grid.shapes(shapes.laws(NOWHERE))
+    attention = [shape for shape in found if shape.op in ("jagged_attention", "pma_pooling", "gated_cross_attention")]
+    assert {shape.sizes.heads for shape in attention} >= {2, 4, 8}
+    assert {shape.sizes.head_size for shape in attention} >= {16, 32, 64}
+    assert {shape.sizes.queries for shape in attention if shape.op == "pma_pooling"} == {1, 2, 4, 32}
+    assert {shape.sizes.queries for shape in attention if shape.op == "gated_cross_attention"} >= {1, 2, 4, 8, 16}
+    folded = {(s.sizes.width, s.sizes.heads, s.sizes.queries) for s in found if s.op == "pma_folded"}
+    assert folded == {(64, 4, 4), (128, 8, 2), (64, 4, 2)}
+    paper = [shape for shape in found if shape.law.name == "all 104"]
+    assert all(
+        shape.rows == 2048 and max(s.width, s.heads * s.head_size) == 64 for shape in paper for s in [shape.sizes]
+    )
+    for op in workloads.OPS:
+        own = [shape for shape in found if shape.op == op]
+        assert {dtype for shape in own for dtype in shape.dtypes} == {"float32", "bfloat16"}
+        assert any(shape.memory and shape.law.name == "fill 0.1" for shape in own)
+        assert any(shape.quick for shape in own)
+    assert {shape.kind for shape in found} == set(targets.KINDS)
+
+
+@pytest.mark.parametrize(
+    ("law", "rows", "sizes"),
+    [
+        ("log-normal, mean 100", 256, Sizes(4, 32)),
+        ("uniform 1..50", 1024, Sizes(2, 32)),
+        ("log-normal, mean 500", 64, Sizes(4, 64)),
+        ("all 1024", 16, Sizes(8, 64)),
+    ],
+)
+def test_the_prototypes_cases_are_in_the_grid(law: str, rows: int, sizes: Sizes) -> None:
+    found = grid.shapes(shapes.laws(NOWHERE), ["jagged_attention"])
+    assert [(s.rows, s.sizes) for s in found if s.law.name == law] == [(rows, sizes)]
+
+
+def test_shapes_are_chosen_by_op_law_and_size() -> None:
+    laws = shapes.laws(NOWHERE)
+    found = grid.shapes(laws, ["pma_pooling"], ["beauty"], rows=3)
+    assert [(s.op, s.law.name, s.rows) for s in found] == [("pma_pooling", "beauty", 3)]
+    assert 0 < len(grid.shapes(laws, quick=True)) < len(grid.shapes(laws)) / 3
+
+
+# ---------------------------------------------------------------- peers
+
+
+SIZES = {
+    "pma_folded": Sizes(heads=2, head_size=8, queries=3, width=16),
+    "personalized_ffn": Sizes(head_size=12, width=7),
+    "gated_cross_attention": Sizes(heads=2, head_size=8, queries=3, gated=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", workloads.OPS)
+def test_every_peer_is_right_with_empty_rows_among_the_others(op: str, dtype: torch.dtype) -> None:
+    sizes = SIZES.get(op, Sizes(heads=2, head_size=8, queries=2))
+    checker = checks.Checker(op, (5, 1, 0, 33), sizes, dtype)
+    candidates = peers.candidates(op, compile_too=False)
+    assert len(candidates) >= 3
+    assert {name: checker.check(name, peer).problem for name, peer in candidates.items()} == dict.fromkeys(candidates)
+
+
+def test_what_is_folded_is_what_is_projected() -> None:
+    arguments = workloads.inputs("pma_folded", (4, 0, 2), SIZES["pma_folded"], torch.float64)
+    call = {name: x for name, x in arguments.items() if name != "grad_out"}
+    torch.testing.assert_close(workloads.ours("pma_folded")(**call), workloads.definition("pma_folded", call))
 
 
 @pytest.mark.parametrize(
     ("wrong", "shown"),
     [
         (lambda peer: lambda **arguments: peer(**arguments) * 1.001, "wrong out"),
-        (lambda peer: lambda **arguments: torch.ones(2) @ torch.ones(3), "failed"),
+        (lambda peer: lambda **arguments: peer(**{**arguments, "v": arguments["v"].detach()}), "failed: RuntimeError"),
+        (lambda peer: lambda **arguments: torch.ones(2) @ torch.ones(3), "failed: RuntimeError"),
     ],
-    ids=["wrong", "raises"],
+    ids=["wrong", "no gradient", "raises"],
 )
-def test_a_wrong_peer_is_not_timed(wrong: Any, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"padded SDPA": wrong(peers.padded_pma_pooling), "per-row SDPA": peers.row_wise_pma_pooling}
-    monkeypatch.setitem(peers.PEERS, "pma_pooling", table)
-    shape = run.Shape("pma_pooling", shapes.laws(NOWHERE)["diginetica"], rows=8)
-    measured = list(run.measure([shape], seconds=0.0))
-    assert [one.runner for one in measured if one.median is None] == ["padded SDPA"] * 2
+def test_a_wrong_peer_is_not_timed(wrong: Callable[..., Any], shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = peers.candidates("pma_pooling", compile_too=False)
+    right = {name: found[name] for name in (peers.OURS, "padded SDPA")}
+    broken = peers.Peer(wrong(found["per-row SDPA"].run))
+    monkeypatch.setattr(run, "candidates", lambda *_: {**right, "broken": broken})
+    shape = grid.Shape("pma_pooling", shapes.laws(NOWHERE)["diginetica"], rows=8)
+    measured = list(run.measure([shape], run.Settings(threads=(1,), seconds=0.0)))
+    assert [one.runner for one in measured if one.median is None] == ["broken"] * 2
     assert [one.direction for one in measured] == [d for d in run.PASSES for _ in range(3)]
     problems = report.problems(measured)
     assert len(problems) == 1
     assert shown in problems[0]
+
+
+def test_what_is_too_large_is_not_tried() -> None:
+    shape = grid.Shape("jagged_attention", shapes.laws(NOWHERE)["log-normal, mean 500"], 64, Sizes(4, 64))
+    made, small = shape.inputs(torch.float32), (10, 1)
+    eager = peers.candidates("jagged_attention")["eager with mask"]
+    quick = checks.Verdict(None, 1e-6, 1e-6)
+    # Scores alone: 64 rows, 4 heads, longest squared, 4 bytes, three times.
+    longest = max(shape.lengths())
+    least = 3 * 64 * 4 * longest**2 * 4
+    assert least <= eager.needs(made) <= 1.2 * least
+    assert "GiB" in (run.too_much(shape, eager, made, small, quick, run.PASSES[0]) or "")
+    padded = peers.candidates("jagged_attention")["padded SDPA"]
+    assert run.too_much(shape, padded, made, small, quick, run.PASSES[0]) is None
+    slow = checks.Verdict(None, forward=1.0, training=1.0)
+    assert "would take about" in (run.too_much(shape, padded, made, small, slow, run.PASSES[1]) or "")
+
+
+# ---------------------------------------------------------------- timing
 
 
 def test_interleaved_runs_take_turns_and_report_medians() -> None:
@@ -106,54 +209,28 @@ def test_interleaved_runs_take_turns_and_report_medians() -> None:
     assert {name: time.samples for name, time in taken.items()} == {"a": 3, "b": 3}
     turns = "".join(calls[4:])  # after two calls of each before the timing
     assert turns.lstrip("a").startswith("b")
-    assert "a" in turns.lstrip("a")
+    assert "a" in turns.lstrip("a").lstrip("b")
     assert timing.interleaved(runs, seconds=0.0)["b"].samples == 1  # slow runs are not repeated for ever
     assert timing.Timing.of([3.0, 1.0, 2.0, 100.0]) == timing.Timing(2.5, 1.75, 27.25, 4)
     assert timing.Timing.of([2.0]) == timing.Timing(2.0, 2.0, 2.0, 1)
 
 
-def measurement(**changes: Any) -> run.Measurement:
-    one = run.Measurement(
-        op="pma_pooling",
-        law="beauty",
-        source="fitted",
-        rows=2,
-        tokens=10,
-        longest=9,
-        queries=2,
-        heads=4,
-        head_size=16,
-        dtype="float32",
-        device="cpu",
-        direction="forward",
-        runner=peers.OURS,
-        backend="cpu",
-        median=0.002,
-        low=0.001,
-        high=0.003,
-        samples=3,
-    )
-    return replace(one, **changes)
+def test_the_machines_rates_are_those_of_each_dtype_and_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_GEMM_SIZES", (64, 32))
+    monkeypatch.setattr(timing, "_COPY_BYTES", 1 << 16)
+    machine = timing.Machine()
+    for dtype in (torch.float32, torch.float64):
+        machine.sample(dtype)
+    rates = machine.rates()
+    assert set(rates) == {("float32", 1), ("float64", 1)}
+    assert all(one.gemm > 0 and one.copy > 0 and one.size == 64 for one in rates.values())
 
 
-def test_the_table_compares_with_the_best_peer_only(tmp_path: Path) -> None:
-    measured = [
-        measurement(),
-        measurement(runner="slow", median=0.009),
-        measurement(runner="fast", median=0.001),
-        measurement(runner="wrong", median=None, problem="wrong out: error 1, budget 0"),
-    ]
-    machine = timing.Machine(gemm=2e9, copy=3e9, threads=1)
-    text = report.markdown(measured, machine)
-    line = "| pma_pooling | beauty (fitted) | 2 x 5 (9) | forward | 2 ms (cpu) | 1 ms (fast) | 0.50x | 100% |"
-    assert line in text.splitlines()
-    assert "GEMM 2 GFLOP/s, copy 3.0 GB/s" in text
-    assert "pma_pooling on beauty: wrong wrong out: error 1, budget 0" in text
-    report.write_json(tmp_path / "new" / "speed.json", measured, machine)
-    assert len(json.loads((tmp_path / "new" / "speed.json").read_text())["measurements"]) == 4
-
-
-def test_the_picture_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    report.plot(tmp_path / "speed.png", [measurement(), measurement(direction="forward+backward")])
-    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+def test_the_bench_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--op", "personalized_ffn", "--rows", "4", "--seconds", "0", "--threads", "1", "--quick"]
+    target = tmp_path / "made" / "bench.json"
+    assert main([*chosen, "--law", "movielens", "--dtype", "float32", "--json", str(target)]) == 0
+    found = json.loads(target.read_text())
+    assert {(one["law"], one["rows"], one["threads"]) for one in found["measurements"]} == {("movielens", 4, 1)}
+    assert [one["dtype"] for one in found["machine"]] == ["float32"]
+    assert "Kernels: " in capsys.readouterr().out

@@ -14,13 +14,15 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from interformer_kernels._cli import info, parity
 from interformer_kernels._cli.tables import heading, print_table, status_line
 
 _NEEDED = ("interformer_bench", "interformer", "matplotlib", "numpy", "rich", "sklearn")
 # Real histories from long to short; a demo is not a bench.
 _LAWS = ("movielens", "beauty", "diginetica")
-_SECONDS_PER_SHAPE = 1.5
+_SECONDS_PER_SHAPE = 0.8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,17 +57,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _speed(arguments: argparse.Namespace, results: list[parity.Result]) -> int:
     # The bench is a package of its own, above this one: only the demo reaches up to it, and only when run.
-    from interformer_bench import peers, report, shapes, timing
-    from interformer_bench.run import default_shapes, measure
+    from interformer_bench import grid, peers, plots, report, shapes, timing
+    from interformer_bench import run as bench
 
-    cases = default_shapes(shapes.laws(arguments.data), _LAWS)
-    measured = list(measure(cases, seconds=_SECONDS_PER_SHAPE, tell=status_line))
-    machine = timing.machine()
-    print_table("float32 on cpu; ratio above 1: faster than the best peer", report.COLUMNS, report.table(measured))
-    print("\n".join([report.rates(machine), *report.problems(measured)]))
-    report.write_json(arguments.out / "speed.json", measured, machine)
-    report.plot(arguments.out / "demo.png", measured, parity.worst(results))
-    return 1 if any(one.problem and one.runner == peers.OURS for one in measured) else 0
+    cases = grid.shapes(shapes.laws(arguments.data), names=_LAWS)
+    threads = torch.get_num_threads()
+    settings = bench.Settings(("float32",), "cpu", (threads,), _SECONDS_PER_SHAPE, compiled=False, tell=status_line)
+    machine = timing.Machine()
+    made = report.Report(list(bench.measure(cases, settings, machine)), machine.rates())
+    for op, lines in report.by_op(made).items():
+        print_table(f"{op}; ratio above 1: faster than the best peer", report.COLUMNS, lines)
+    print("\n".join([report.rates(made.machine), *report.problems(made.measurements)]))
+    report.write_json(arguments.out / "speed.json", made)
+    plots.times(arguments.out / "demo.png", made.measurements, parity.worst(results))
+    return 1 if any(one.problem and one.runner == peers.OURS for one in made.measurements) else 0
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,25 @@
+"""`pytest bench/bench_call.py`: what a call costs where there is next to nothing to compute, under pytest-benchmark."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from interformer_bench import calls
+
+pytestmark = pytest.mark.timeout(0)
+
+
+@pytest.mark.parametrize("op", calls.OPS)
+@pytest.mark.parametrize("name", calls.RUNNERS)
+def test_tiny_call(benchmark: Any, op: str, name: str) -> None:
+    benchmark.group = op
+    benchmark(calls.tiny(op)[name])
+
+
+def test_border(benchmark: Any) -> None:
+    call = calls.border()
+    if call is None:
+        pytest.skip("the native module is not there")
+    benchmark.extra_info["tensors"] = call[0]
+    benchmark(call[1])

@@ -1,0 +1,105 @@
+"""Is a runner right, and would it end in time: asked of every runner on a few rows before it is timed.
+
+Right is the error budget of `interformer_kernels.testing` for this package, and ten times as much for its peers: they
+are left out for wrong answers, not for roundings.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from interformer_bench import workloads
+from interformer_bench.peers import OURS, Peer
+from interformer_bench.workloads import Inputs, Sizes
+from torch import Tensor
+
+from interformer_kernels import testing
+
+_ALLOWANCE = 10.0
+# The rows that are checked: so many of the law's, none longer than that (the truth is computed by the definition).
+_ROWS, _LONGEST = 24, 256
+# And so many score entries, where work grows with the square of the length.
+_ENTRIES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one runner: what is wrong with it (None: nothing), and the seconds of its second calls on the small batch."""
+
+    problem: str | None
+    forward: float = 0.0
+    training: float = 0.0
+
+
+def small_lengths(lengths: Sequence[int], heads: int) -> tuple[int, ...]:
+    """The first rows of a batch, clipped, as far as the truth is cheap; then one of a single token."""
+    found: list[int] = []
+    entries = 0
+    for length in (min(length, _LONGEST) for length in lengths[:_ROWS]):
+        entries += heads * length * length
+        if found and entries > _ENTRIES:
+            break
+        found.append(length)
+    return (*found, 1)
+
+
+class Checker:
+    """The truth for one op, dtype and list of lengths; holds any number of runners against it."""
+
+    def __init__(self, op: str, lengths: Sequence[int], sizes: Sizes, dtype: torch.dtype, device: str = "cpu") -> None:
+        self.op, self.lengths, self.sizes, self.dtype, self.device = op, tuple(lengths), sizes, dtype, device
+        self._known: dict[bool, tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]] = {}
+
+    def _truth(self, empty_rows: bool) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:
+        """Inputs, the float64 truth, and eager PyTorch's results in the inputs' own dtype."""
+        if empty_rows not in self._known:
+            lengths = (0, *self.lengths, 0) if empty_rows else tuple(n for n in self.lengths if n)
+            made = workloads.inputs(self.op, lengths, self.sizes, self.dtype, self.device)
+            exact = testing.cast_inputs(made, torch.float64)
+            truth, eager = (self._by_definition(x) for x in (exact, made))
+            self._known[empty_rows] = made, truth, eager
+        return self._known[empty_rows]
+
+    def _by_definition(self, arguments: Inputs) -> dict[str, Tensor]:
+        return workloads.training(self.op, lambda **call: workloads.definition(self.op, call), arguments)
+
+    def check(self, name: str, peer: Peer) -> Verdict:
+        """The verdict on one runner; an exception of it is a problem like any other."""
+        made, truth, eager = self._truth(peer.empty_rows)
+        try:
+            found = {"out": workloads.forward(peer.run, made)}
+            problem = self._wrong(name, found, truth, eager)
+            if problem is None and peer.trains:
+                problem = self._wrong(name, workloads.training(self.op, peer.run, made), truth, eager)
+            if problem is not None:
+                return Verdict(problem)
+            start = time.perf_counter()
+            workloads.forward(peer.run, made)
+            middle = time.perf_counter()
+            if peer.trains:
+                workloads.training(self.op, peer.run, made)
+            return Verdict(None, middle - start, time.perf_counter() - middle)
+        except Exception as error:
+            return Verdict(f"failed: {type(error).__name__}: {_first_line(error)}")
+
+    def _wrong(
+        self, name: str, found: dict[str, Tensor], truth: dict[str, Tensor], eager: dict[str, Tensor]
+    ) -> str | None:
+        allowance = 1.0 if name == OURS else _ALLOWANCE
+        for quantity, x in found.items():
+            true = truth[quantity]
+            largest = float(true.abs().max()) if true.numel() else 0.0
+            errors = testing.largest_error(x, true), testing.largest_error(eager[quantity], true)
+            row = testing.judge([{quantity: (self.dtype, *errors, largest)}])[0]
+            if not row.error <= allowance * row.budget:
+                return f"wrong {quantity}: error {row.error:.2e}, budget {allowance * row.budget:.2e}"
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "error:" in line]
+    return (telling or lines or [""])[0][:200]

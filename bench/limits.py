@@ -1,0 +1,69 @@
+"""What a call must compute and move at least, whatever computes it: the one place that counts.
+
+FLOPs are useful ones: no padding, no masks, a multiply-add is two. `L` is a row's length, `T` the sum of all.
+
+| op | forward | backward |
+|---|---|---|
+| jagged_attention | `4 H D sum(L^2)` (scores, weighted sum) | `10 H D sum(L^2)` (scores again, 2 products for each) |
+| pma_pooling, gated_cross_attention | `4 M H D T` | `10 M H D T` |
+| pma_folded | `4 M H E T` + `2 M H D E (1 + B)` (fold, apply `W_v`) | `10 M H E T` + `4 M H D E (1 + B)` |
+| personalized_ffn | `2 E F T` | `4 E F T` |
+
+Bytes: forward reads every input and writes the output, once; backward reads every input and `grad_out` and writes every
+gradient, once. Offsets count as inputs. What stays in the cache between the two is not given away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from interformer_bench.workloads import DIFFERENTIABLE, Inputs, Sizes
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs to be done and bytes to be moved."""
+
+    flops: int
+    bytes: int
+
+
+def work(op: str, arguments: Inputs, lengths: Sequence[int], sizes: Sizes, direction: str) -> Work:
+    """Of one call with these arguments; `direction` is "forward" or "forward+backward"."""
+    there, back = flops(op, lengths, sizes)
+    read, written = _bytes(op, arguments)
+    if direction == "forward":
+        return Work(there, read + written)
+    gradients = sum(
+        _size(arguments[name]) for name in DIFFERENTIABLE[op] if arguments.get(name) is not None and name != "residual"
+    )
+    return Work(there + back, 2 * (read + written) + gradients)
+
+
+def flops(op: str, lengths: Sequence[int], sizes: Sizes) -> tuple[int, int]:
+    """Of the forward and of the backward alone."""
+    tokens, rows = sum(lengths), len(lengths)
+    if op == "jagged_attention":
+        product = 2 * sizes.heads * sizes.head_size * sum(length * length for length in lengths)
+        return 2 * product, 5 * product
+    if op == "personalized_ffn":
+        product = 2 * sizes.head_size * sizes.width * tokens
+        return product, 2 * product
+    if op == "pma_folded":
+        product = 2 * sizes.queries * sizes.heads * sizes.width * tokens
+        around = 2 * sizes.queries * sizes.heads * sizes.head_size * sizes.width * (1 + rows)
+        return 2 * product + around, 5 * product + 2 * around
+    product = 2 * sizes.queries * sizes.heads * sizes.head_size * tokens
+    return 2 * product, 5 * product
+
+
+def _bytes(op: str, arguments: Inputs) -> tuple[int, int]:
+    """Of the inputs, and of the output (which is as large as `grad_out`)."""
+    read = sum(_size(x) for name, x in arguments.items() if name != "grad_out" and isinstance(x, Tensor))
+    return read, _size(arguments["grad_out"])
+
+
+def _size(x: Tensor) -> int:
+    return x.numel() * x.element_size()

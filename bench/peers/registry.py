@@ -1,0 +1,223 @@
+"""Which peers an op has, and what they would cost in memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from interformer_bench import workloads
+from interformer_bench.peers import compiled, nested, padded, rows, scatter
+from interformer_bench.workloads import Call, Inputs, offsets_of
+from torch import Tensor
+
+# The name this package's own way goes by among its peers.
+OURS = "interformer"
+# What a peer may allocate for one call, forward; with gradients it is taken to need twice as much.
+MOST_BYTES = 6 * 2**30
+# Groups that targets name: ways to pool projected tokens, and the batched product.
+PROJECTS, FOLDS, PADDED_BMM = "that projects", "that folds", "padded bmm"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to compute an op, or (in `_dense_cores`) the attention in it.
+
+    Attributes:
+        run: takes the op's keyword arguments.
+        group: what targets call it; empty for most.
+        trains: it has a backward.
+        compiled: by `torch.compile`: its first calls compile.
+        empty_rows: it promises to be right where rows are empty.
+        tokens: padded tensors as wide as the keys that it holds at once.
+        scores: padded score matrices that it holds at once.
+        spread: tensors that it holds at once which have the keys' width for each seed and token.
+    """
+
+    run: Call
+    group: str = ""
+    trains: bool = True
+    compiled: bool = False
+    empty_rows: bool = True
+    tokens: int = 0
+    scores: int = 0
+    spread: int = 0
+
+    def needs(self, arguments: Inputs) -> int:
+        """About how many bytes a forward call allocates for what it pads or spreads out."""
+        lengths = offsets_of(arguments).diff()
+        longest, total = int(lengths.max()), int(lengths.sum())
+        lead: Tensor = next(arguments[name] for name in ("q", "seeds", "x") if name in arguments)
+        heads, width = (lead.shape[-2], lead.shape[-2] * lead.shape[-1]) if lead.dim() > 2 else (1, lead.shape[-1])
+        queries = longest  # of a row: itself, or the seeds, or its dense queries
+        if "seeds" in arguments:
+            queries = lead.shape[0]
+        elif lead.dim() == 4:
+            queries = lead.shape[1]
+        padded_numbers = len(lengths) * longest * (self.tokens * width + self.scores * heads * queries)
+        return int(lead.element_size() * (padded_numbers + self.spread * total * queries * width))
+
+
+Core = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+# ---------------------------------------------------------------- from a core to the op's arguments
+
+
+def _scale(q: Tensor) -> float:
+    return float(q.shape[-1] ** -0.5)
+
+
+def _jagged(core: Core) -> Call:
+    return lambda q, k, v, offsets: core(q, k, v, offsets, _scale(q))
+
+
+def _gated(core: Core) -> Call:
+    """Dense queries, with the epilogue where the call has one."""
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, kv_offsets: Tensor, gate: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        out = core(q, k, v, kv_offsets, _scale(q))
+        out = out if gate is None else out * gate.sigmoid()
+        return out if residual is None else residual + out
+
+    return run
+
+
+def _pooling(core: Core) -> Call:
+    """Dense queries that are the same in every row."""
+    return lambda seeds, k, v, offsets: core(seeds.expand(len(offsets) - 1, *seeds.shape), k, v, offsets, _scale(seeds))
+
+
+def _projecting(pooling: Call) -> Call:
+    """Project every token, then pool."""
+
+    def run(seeds: Tensor, x: Tensor, key_weight: Tensor, value_weight: Tensor, offsets: Tensor) -> Tensor:
+        k, v = workloads.projected(x, key_weight, value_weight)
+        return pooling(seeds=seeds, k=k, v=v, offsets=offsets)
+
+    return run
+
+
+def _folding(pooling: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Call:
+    """Fold the key weights into the seeds, pool raw tokens `[T, E]`, then apply the value weights."""
+
+    def run(seeds: Tensor, x: Tensor, key_weight: Tensor, value_weight: Tensor, offsets: Tensor) -> Tensor:
+        pooled = pooling(workloads.fold(seeds, key_weight), x, offsets, _scale(seeds))
+        return workloads.unfold(pooled, value_weight)
+
+    return run
+
+
+def _with_width(core: Callable[..., Tensor], attention: padded.Attention) -> Core:
+    """A core over padded tensors; their width is read from the offsets outside of what is compiled."""
+    return lambda q, k, v, offsets, scale: core(attention, q, k, v, offsets, padded.longest(offsets), scale)
+
+
+def _compiled_core(core: Callable[..., Tensor]) -> Core:
+    def run(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> Tensor:
+        width = padded.longest(offsets)
+        out: Tensor = compiled.compiled(core)(padded.eager_with_mask, q, k, v, offsets, width, scale)
+        return out
+
+    return run
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def _jagged_peers() -> dict[str, Peer]:
+    def with_width(attention: padded.Attention) -> Call:
+        return _jagged(_with_width(padded.attend_jagged, attention))
+
+    return {
+        "padded SDPA": Peer(with_width(padded.sdpa_with_mask), tokens=5),
+        "per-row SDPA": Peer(_jagged(rows.attend_jagged)),
+        "nested SDPA": Peer(_jagged(nested.attend_jagged), tokens=5, scores=1),
+        "eager with mask": Peer(with_width(padded.eager_with_mask), tokens=5, scores=3),
+        "torch.compile": Peer(_jagged(_compiled_core(padded.attend_jagged)), compiled=True, tokens=5, scores=2),
+        "FlexAttention": Peer(_jagged(compiled.flex_jagged), compiled=True, trains=False),
+    }
+
+
+def _dense_cores() -> dict[str, Peer]:
+    """Attention with dense queries: their `run` is a core."""
+
+    def with_width(attention: padded.Attention) -> Core:
+        return _with_width(padded.attend_dense, attention)
+
+    return {
+        "padded SDPA": Peer(with_width(padded.sdpa_with_mask), tokens=4),
+        "per-row SDPA": Peer(rows.attend_dense),
+        "nested SDPA": Peer(nested.attend_dense, tokens=4, scores=1),
+        "eager with mask": Peer(with_width(padded.eager_with_mask), tokens=4, scores=3),
+        "torch.compile": Peer(_compiled_core(padded.attend_dense), compiled=True, tokens=4, scores=2),
+        "FlexAttention": Peer(with_width(compiled.flex_padded), compiled=True, trains=False, tokens=4),
+    }
+
+
+def _gated_peers() -> dict[str, Peer]:
+    return {name: replace(peer, run=_gated(peer.run)) for name, peer in _dense_cores().items()}
+
+
+def _pooling_peers() -> dict[str, Peer]:
+    def index_add(seeds: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+        return scatter.attend(seeds, k, v, offsets, _scale(seeds))
+
+    found = {name: replace(peer, run=_pooling(peer.run)) for name, peer in _dense_cores().items()}
+    return {**found, "index-add": Peer(index_add, spread=3)}
+
+
+def _folded_peers() -> dict[str, Peer]:
+    found = {
+        f"projected, {name}": replace(peer, run=_projecting(peer.run), group=PROJECTS)
+        for name, peer in _pooling_peers().items()
+    }
+
+    def one_head(core: Core) -> Call:
+        """Folded seeds as queries of one head over the raw tokens."""
+
+        def pool(seeds: Tensor, x: Tensor, offsets: Tensor, scale: float) -> Tensor:
+            queries = seeds.flatten(0, 1)[:, None].expand(len(offsets) - 1, -1, -1, -1)
+            return core(queries, x[:, None], x[:, None], offsets, scale).view(-1, *seeds.shape)
+
+        return _folding(pool)
+
+    chosen = {name: _dense_cores()[name] for name in ("padded SDPA", "eager with mask", "torch.compile")}
+    found |= {f"folded, {n}": replace(peer, run=one_head(peer.run), group=FOLDS) for n, peer in chosen.items()}
+    return {**found, "folded, row by row": Peer(_folding(rows.folded), group=FOLDS)}
+
+
+def _ffn_peers() -> dict[str, Peer]:
+    def padded_bmm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
+        return padded.ffn(x, weight, offsets, bias, padded.longest(offsets))
+
+    def compiled_bmm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
+        out: Tensor = compiled.compiled(padded.ffn)(x, weight, offsets, bias, padded.longest(offsets))
+        return out
+
+    return {
+        "padded bmm": Peer(padded_bmm, group=PADDED_BMM, tokens=2),
+        "row by row": Peer(rows.ffn),
+        "torch.compile": Peer(compiled_bmm, compiled=True, tokens=2),
+    }
+
+
+@functools.cache
+def peers_of(op: str) -> dict[str, Peer]:
+    """The peers of an op, by name."""
+    tables = {
+        "jagged_attention": _jagged_peers,
+        "pma_pooling": _pooling_peers,
+        "pma_folded": _folded_peers,
+        "gated_cross_attention": _gated_peers,
+        "personalized_ffn": _ffn_peers,
+    }
+    return tables[op]()
+
+
+def candidates(op: str, backend: str | None = None, compile_too: bool = True) -> dict[str, Peer]:
+    """This package's way, first, and its peers."""
+    others = {name: peer for name, peer in peers_of(op).items() if compile_too or not peer.compiled}
+    return {OURS: Peer(workloads.ours(op, backend)), **others}

@@ -1,0 +1,43 @@
+"""Row by row: one call of PyTorch per row, on pieces of `split` (whose backward is one concatenation)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+
+def _rows(x: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
+    """`[T, H, D]` to each row's `[1, H, L, D]`: with three axes, PyTorch takes a slower SDPA."""
+    heads_first = x.transpose(0, 1)[None]
+    return torch.split(heads_first, offsets.diff().tolist(), dim=2)
+
+
+def attend_jagged(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> Tensor:
+    """One SDPA per row, joined."""
+    rows = zip(_rows(q, offsets), _rows(k, offsets), _rows(v, offsets), strict=True)
+    outs = [sdpa(q_row, k_row, v_row, scale=scale) for q_row, k_row, v_row in rows if q_row.shape[2]]
+    return torch.cat(outs, dim=2)[0].transpose(0, 1)
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> Tensor:
+    """One SDPA per row of queries `[B, N, H, D]`; rows without keys get zeros."""
+    rows = zip(q.transpose(1, 2).split(1), _rows(k, offsets), _rows(v, offsets), strict=True)
+    outs = [
+        sdpa(q_row, k_row, v_row, scale=scale) if k_row.shape[2] else torch.zeros_like(q_row)
+        for q_row, k_row, v_row in rows
+    ]
+    return torch.cat(outs).transpose(1, 2)
+
+
+def folded(seeds: Tensor, x: Tensor, offsets: Tensor, scale: float) -> Tensor:
+    """Folded seeds `[M, H, E]` over the raw tokens of each row, as two matrix products."""
+    queries = seeds.flatten(0, 1) * scale
+    pooled = [(queries @ row.T).softmax(-1) @ row for row in x.split(offsets.diff().tolist())]
+    return torch.stack(pooled).view(-1, *seeds.shape)
+
+
+def ffn(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
+    """One product per row, joined."""
+    rows = zip(bias.unbind(), x.split(offsets.diff().tolist()), weight.unbind(), strict=True)
+    return torch.cat([torch.addmm(*row) for row in rows])

@@ -1,0 +1,60 @@
+"""What this package shall reach, per kind of shape: ratios to its best peer, shares of the machine's GEMM rate.
+
+The targets are for AVX-512 and 2 threads. On AVX2 the promise is `FLOOR` times the best peer, everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from interformer_bench.peers.registry import FOLDS, PADDED_BMM, PROJECTS
+
+LEVELS = ("avx512", "avx512bf16")
+THREADS = 2
+FLOOR = 0.95
+# Backward over forward, at most.
+BACKWARD_OVER_FORWARD = 2.8
+# Peak memory beyond inputs and outputs, at most, as a share of padded SDPA's where a tenth of its places is tokens.
+MEMORY = 0.10
+
+
+@dataclass(frozen=True)
+class Target:
+    """Least ratios by the group of peers that they are to (`""`: all), and the least share of the GEMM rate."""
+
+    forward: Mapping[str, float] = field(default_factory=dict)
+    training: Mapping[str, float] = field(default_factory=dict)
+    gemm: float | None = None
+
+    def ratios(self, direction: str) -> Mapping[str, float]:
+        """Of one pass."""
+        return self.forward if direction == "forward" else self.training
+
+
+def _best(forward: float, training: float, gemm: float | None = None) -> Target:
+    return Target({"": forward}, {"": training}, gemm)
+
+
+# Kinds of shapes; those of attention inside rows have a target for each dtype.
+TARGETS: dict[tuple[str, str], Target] = {
+    ("long rows", "float32"): _best(1.25, 1.3, 0.95),
+    ("middle rows", "float32"): _best(2.2, 2.2, 0.80),
+    ("short rows", "float32"): _best(7.0, 8.0, 0.40),
+    ("long rows", "bfloat16"): _best(2.2, 1.8, 0.70),
+    ("middle rows", "bfloat16"): _best(3.0, 2.5),
+    ("short rows", "bfloat16"): _best(9.0, 8.0),
+}
+_ANY_DTYPE = {
+    "folded": Target({PROJECTS: 8.0, FOLDS: 4.5}, {PROJECTS: 6.0, FOLDS: 3.0}),
+    "pooled": _best(3.0, 3.0),
+    "row weights": Target({PADDED_BMM: 1.5}, {PADDED_BMM: 1.5}),
+    "full": _best(1.0, 1.0),
+    "none": Target(),
+}
+KINDS = (*dict.fromkeys(kind for kind, _ in TARGETS), *_ANY_DTYPE)
+
+
+def target(kind: str, dtype: str) -> Target:
+    """Of shapes of this kind; none where nothing is promised for the dtype."""
+    return _ANY_DTYPE[kind] if kind in _ANY_DTYPE else TARGETS.get((kind, dtype), Target())

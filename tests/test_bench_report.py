@@ -1,0 +1,251 @@
+"""The bench's report tells the truth: what a call must compute and move, ratios, targets, memory, pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interformer_bench import calls, grid, limits, memory, peers, plots, report, run, shapes, targets, timing, workloads
+from interformer_bench.workloads import Sizes
+from torch.utils.flop_counter import FlopCounterMode
+
+# ---------------------------------------------------------------- what must be computed and moved
+
+
+def test_flops_by_hand() -> None:
+    lengths = (3, 0, 2)
+    # 9 + 4 pairs of tokens, 2 heads of 5 channels; scores and weighted sum, two operations each; backward: 5 products.
+    assert limits.flops("jagged_attention", lengths, Sizes(2, 5)) == (2 * 2 * 2 * 5 * 13, 5 * 2 * 2 * 5 * 13)
+    for op in ("pma_pooling", "gated_cross_attention"):  # 5 tokens, 7 queries
+        assert limits.flops(op, lengths, Sizes(2, 5, 7)) == (4 * 7 * 2 * 5 * 5, 10 * 7 * 2 * 5 * 5)
+    assert limits.flops("personalized_ffn", lengths, Sizes(1, 6, width=9)) == (2 * 6 * 9 * 5, 4 * 6 * 9 * 5)
+    # Folded: 7 seeds of 2 heads against 5 raw tokens of 10; seeds by W_k, and 3 pooled rows by W_v.
+    there, back = limits.flops("pma_folded", lengths, Sizes(2, 5, 7, width=10))
+    assert there == 4 * 7 * 2 * 10 * 5 + 2 * 7 * 2 * 5 * 10 + 2 * 3 * 7 * 2 * 5 * 10
+    assert back == 10 * 7 * 2 * 10 * 5 + 2 * (2 * 7 * 2 * 5 * 10 + 2 * 3 * 7 * 2 * 5 * 10)
+
+
+def test_flops_are_those_of_pytorchs_own_counter_where_nothing_is_padded() -> None:
+    arguments = workloads.inputs("personalized_ffn", (4, 4), Sizes(head_size=6, width=3), torch.float32)
+    bmm = peers.candidates("personalized_ffn")["padded bmm"]
+    there, back = limits.flops("personalized_ffn", (4, 4), Sizes(head_size=6, width=3))
+    with FlopCounterMode(display=False) as counter:
+        workloads.training("personalized_ffn", bmm.run, arguments)
+    assert counter.get_total_flops() == there + back
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)], ids=str)
+def test_bytes_by_hand(dtype: torch.dtype, size: int) -> None:
+    lengths, sizes = (3, 0, 2), Sizes(2, 4, 7)
+    tokens, out, offsets = 5 * 2 * 4 * size, 3 * 7 * 2 * 4 * size, 4 * 8
+
+    def found(op: str, direction: str, sizes: Sizes = sizes) -> int:
+        arguments = workloads.inputs(op, lengths, sizes, dtype)
+        return limits.work(op, arguments, lengths, sizes, direction).bytes
+
+    forward = 3 * tokens + offsets + tokens  # q, k, v, offsets; out
+    assert found("jagged_attention", "forward") == forward
+    assert found("jagged_attention", "forward+backward") == 2 * forward + 3 * tokens  # grad_out for out; dq, dk, dv
+    seeds = 7 * 2 * 4 * size
+    forward = seeds + 2 * tokens + offsets + out
+    assert found("pma_pooling", "forward") == forward
+    assert found("pma_pooling", "forward+backward") == 2 * forward + seeds + 2 * tokens
+    # A residual's gradient is the output's own: it is not written.
+    gated = replace(sizes, gated=True)
+    forward = out + 2 * tokens + offsets + 2 * out + out  # q; k, v; offsets; gate, residual; out
+    assert found("gated_cross_attention", "forward+backward", gated) == 2 * forward + out + 2 * tokens + out
+    wide = Sizes(head_size=6, width=9)
+    forward = size * (5 * 6 + 3 * 6 * 9 + 3 * 9 + 5 * 9) + offsets
+    assert found("personalized_ffn", "forward", wide) == forward
+
+
+# ---------------------------------------------------------------- the table
+
+
+def measurement(**changes: Any) -> run.Measurement:
+    one = run.Measurement(
+        op="pma_pooling",
+        law="beauty",
+        source="fitted",
+        rows=2,
+        tokens=10,
+        longest=9,
+        sizes="H4 D16 M2",
+        kind="pooled",
+        dtype="float32",
+        device="cpu",
+        threads=2,
+        direction="forward",
+        runner=peers.OURS,
+        group="",
+        backend="cpu",
+        flops=1_000_000,
+        bytes=3_000_000,
+        median=0.002,
+        low=0.001,
+        high=0.003,
+        samples=3,
+    )
+    return replace(one, **changes)
+
+
+MACHINE = {("float32", 2): timing.Rates(gemm=2e9, copy=3e9), ("bfloat16", 2): timing.Rates(gemm=1e8, copy=3e9)}
+
+
+def test_the_table_compares_with_the_best_peer_only(tmp_path: Path) -> None:
+    measured = [
+        measurement(),
+        measurement(runner="slow", median=0.009),
+        measurement(runner="fast", median=0.001),
+        measurement(runner="wrong", median=None, problem="wrong out: error 1, budget 0"),
+        measurement(direction="forward+backward", median=0.008),
+        measurement(direction="forward+backward", runner="fast", median=0.032),
+    ]
+    made = report.Report(measured, MACHINE, calls=[("a call", "2 us", "-")])
+    text = report.markdown(made, ["ratios.png"])
+    shape = "| beauty (fitted) | 2 x 5 (9) | H4 D16 M2 | float32 | 2 |"
+    missed = ">= 0.95x: 0.50 MISS; >= 3x: 0.50 MISS"
+    # 1 MFLOP at 2 GFLOP/s takes 0.5 ms, 3 MB at 3 GB/s 1 ms: copies are the nearer limit, half of it is reached.
+    assert f"{shape} forward | 2 ms (cpu) | 1 ms (fast) | 0.50x | 0.50 copy | - | 100% | {missed} |" in text
+    passed = ">= 0.95x: 4.00 pass; >= 3x: 4.00 pass; back / forth <= 2.8: 3.00 MISS"
+    assert f"{shape} forward+backward | 8 ms (cpu) | 32 ms (fast) | 4.00x | 0.12 copy | 3.00 |" in text
+    assert passed in text
+    assert "float32, 2 threads: GEMM 2 GFLOP/s (2048^3), copy 3.0 GB/s" in text
+    assert "- pma_pooling: wrong wrong out: error 1, budget 0: beauty (H4 D16 M2, float32, forward)" in text
+    assert "| a call | 2 us | - |" in text
+    assert "![ratios.png](ratios.png)" in text
+    assert len(report.missed(made)) == 3
+    report.write_json(tmp_path / "new" / "speed.json", made)
+    found = json.loads((tmp_path / "new" / "speed.json").read_text())
+    assert len(found["measurements"]) == 6
+    assert found["machine"][0] == {"dtype": "float32", "threads": 2, "gemm": 2e9, "copy": 3e9, "size": 2048}
+
+
+def test_targets_hold_on_two_threads_and_the_floor_on_any() -> None:
+    def texts(**changes: Any) -> list[str]:
+        group = {one.runner: one for one in (measurement(**changes), measurement(**{**changes, "runner": "peer"}))}
+        return [judged.text for judged in report.judge(group, MACHINE, back=None)]
+
+    assert texts() == [">= 0.95x", ">= 3x"]
+    assert texts(threads=1) == [">= 0.95x"]
+    assert texts(kind="full", direction="forward+backward") == [">= 0.95x", ">= 1x"]
+    jagged = texts(op="jagged_attention", kind="middle rows")
+    assert jagged == [">= 0.95x", ">= 2.2x", ">= 0.8 of GEMM"]
+    assert texts(op="jagged_attention", kind="long rows", dtype="bfloat16")[1:] == [">= 2.2x", ">= 0.7 of GEMM"]
+    assert texts(median=None) == []
+
+
+def test_groups_of_peers_have_targets_of_their_own() -> None:
+    group = {
+        one.runner: one
+        for one in (
+            measurement(op="pma_folded", kind="folded", median=1.0),
+            measurement(op="pma_folded", kind="folded", runner="a", group="that projects", median=9.0),
+            measurement(op="pma_folded", kind="folded", runner="b", group="that folds", median=4.0),
+            measurement(op="pma_folded", kind="folded", runner="c", group="that folds", median=4.4),
+        )
+    }
+    assert [str(judged) for judged in report.judge(group, MACHINE, back=None)] == [
+        ">= 0.95x: 4.00 pass",
+        ">= 8x that projects: 9.00 pass",
+        ">= 4.5x that folds: 4.00 MISS",
+    ]
+
+
+def test_a_slow_product_of_16_bit_numbers_is_no_limit() -> None:
+    limit = report.of_limit(measurement(dtype="bfloat16", bytes=0), MACHINE)
+    assert limit == ("GEMM", pytest.approx(0.25))  # at float32's rate, 20 times bfloat16's
+    assert report.of_gemm(measurement(dtype="bfloat16"), MACHINE) == pytest.approx(5.0)
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    measured = [measurement(direction=d, runner=name) for d in run.PASSES for name in (peers.OURS, "peer")]
+    plots.times(tmp_path / "times.png", measured)
+    plots.ratios(tmp_path / "ratios.png", measured)
+    plots.limits(tmp_path / "limits.png", measured, MACHINE)
+    for name in ("times", "ratios", "limits"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------- memory, calls
+
+
+needs_linux = pytest.mark.skipif(memory.why_not() is not None, reason=str(memory.why_not()))
+
+
+@needs_linux
+def test_a_peak_is_seen_though_it_is_gone_in_the_end() -> None:
+    size = 96 * 2**20
+
+    def run_() -> torch.Tensor:
+        torch.ones(size // 4).sum()
+        return torch.ones(8)
+
+    grown, result = memory.growth(run_)
+    assert 0.95 * size < grown < 1.3 * size
+    assert isinstance(result, torch.Tensor)
+
+
+@needs_linux
+def test_peaks_come_from_children_and_padding_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(memory._OTHERS, "pma_pooling", ())
+    shape = grid.Shape("pma_pooling", shapes.laws()["fill 0.1"], 64, Sizes(4, 32, 4), memory=True)
+    unmarked = replace(shape, memory=False)
+    peaks = list(memory.peaks([shape, unmarked], None, threads=1, tell=lambda line: None))
+    assert [peak.problem for peak in peaks] == [None] * 4
+    found = {(peak.runner, peak.direction): peak.extra or 0 for peak in peaks}
+    # Keys and values: 64 rows of up to 512 places, 128 numbers of 4 bytes; a tenth of the places is taken.
+    padded = 2 * 64 * max(shape.lengths()) * 128 * 4
+    assert padded < found["padded SDPA", "forward"] < 3 * padded
+    assert padded < found["padded SDPA", "forward+backward"] < 8 * padded
+    assert all(found[peers.OURS, direction] < 0.5 * padded for direction in run.PASSES)
+    table = report.memory_table(peaks)
+    assert all(line[6].endswith((" pass", " MISS")) for line in table[:2])
+    assert [line[6] for line in table[2:]] == ["100%"] * 2
+
+
+@needs_linux
+def test_a_child_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "YARDSTICK", {"pma_pooling": "no such peer"})
+    monkeypatch.setitem(memory._OTHERS, "pma_pooling", ())
+    monkeypatch.setattr(memory, "OURS", "nor this one")
+    shape = grid.Shape("pma_pooling", shapes.laws()["diginetica"], 2, Sizes(1, 4), memory=True)
+    peaks = list(memory.peaks([shape], None, threads=1, tell=lambda line: None))
+    assert ["KeyError" in str(peak.problem) for peak in peaks] == [True] * 4
+
+
+def test_memory_is_judged_by_its_share_of_padding() -> None:
+    def peak(runner: str, extra: int | None) -> memory.Peak:
+        problem = None if extra is not None else "killed"
+        return memory.Peak("pma_pooling", "fill 0.1", "H4", "forward", runner, extra, problem)
+
+    mebi = 2**20
+    peaks = [peak(peers.OURS, mebi), peak("padded SDPA", 20 * mebi), peak("index-add", None)]
+    assert [line[5:] for line in report.memory_table(peaks)] == [
+        ("1.00 MiB", "5% pass"),
+        ("20.00 MiB", "100%"),
+        ("killed", "-"),
+    ]
+    worse = [peak(peers.OURS, 3 * mebi), *peaks[1:]]
+    assert report.memory_table(worse)[0][6] == "15% MISS"
+
+
+def test_the_cost_of_a_call_is_told_for_every_way() -> None:
+    found = calls.lines(seconds=0.01)
+    assert len(found) >= len(calls.OPS) * len(calls.RUNNERS)
+    assert all(" us" in line[1] for line in found)
+    judged = [line[2] for line in found if line[2] != "-"]
+    assert len(judged) >= len(calls.OPS)
+    assert all(target.endswith(("pass", "MISS")) for target in judged)
+
+
+def test_every_target_has_a_kind_and_a_pass() -> None:
+    for kind in targets.KINDS:
+        found = targets.target(kind, "float32")
+        assert bool(found.forward) == bool(found.training) == (kind != "none")
+    assert targets.target("short rows", "float64") == targets.Target()
