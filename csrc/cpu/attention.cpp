@@ -121,8 +121,8 @@ void blind_gaps(const Rows& rows, const TensorView& lse) {
     });
 }
 
-// A run of rows under all heads, which lie side by side, is one task, but for the heaviest runs: heads of those may find
-// threads of their own.
+// A run of rows under all heads, which lie side by side, is one task, but for the heaviest runs: heads of those may
+// find threads of their own.
 std::vector<AttentionTask> tasks_of(const Runs& runs, int64_t kv_heads) {
     constexpr double kHeavy = 1.0 / 64;
     std::vector<AttentionTask> tasks;

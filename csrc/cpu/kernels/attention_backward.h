@@ -32,8 +32,8 @@ class AttentionBackward {
         Memory from(memory);
         keys_ = from.take<S>(p.most_keys * size_.head_stride);
         values_ = p.v_is_k ? keys_ : from.take<S>(p.most_keys * size_.value_stride);
-        packed_keys_ = from.take<X>(panels * size_.head_operands);
-        packed_values_ = p.v_is_k ? packed_keys_ : from.take<X>(panels * size_.value_operands);
+        packed_keys_ = from.take<X>(panels * operands<X>(size_.head_stride));
+        packed_values_ = p.v_is_k ? packed_keys_ : from.take<X>(panels * operands<X>(size_.value_stride));
         queries_ = from.take<S>(block * size_.head_stride);
         grad_a_ = from.take<S>(block * size_.value_stride);
         scores_ = from.take<A>(scores);
@@ -57,28 +57,53 @@ class AttentionBackward {
         const Row row(p, size_, batch_row, kv_head, extra_);
         const Matrix<const S> keys = row.tokens(p.k, p.head_size, p.rope.cos, keys_);
         const Matrix<const S> values = p.v_is_k ? keys : row.tokens(p.v, p.value_size, false, values_);
-        pack_transposed<X>(along_columns<X>(keys), row.keys, size_.head_operands, packed_keys_);
-        if (!p.v_is_k) pack_transposed<X>(along_columns<X>(values), row.keys, size_.value_operands, packed_values_);
+        const Multiplicand<T> key_factors(keys, row.keys, size_.head_stride, row.total, packed_keys_);
+        const Multiplicand<T> value_factors =
+            p.v_is_k ? key_factors : Multiplicand<T>(values, row.keys, size_.value_stride, row.total, packed_values_);
         const Matrix<const X> key_rows = along_rows<X>(keys, row.keys, size_.head_stride, key_rows_);
-        fill(grad_k_, row.keys * size_.head_stride, A(0));
-        if (!p.v_is_k) fill(grad_v_, row.keys * size_.value_stride, A(0));
+        KeyGradients to;
+        to.keys = sums_for(row, p.grad_k, batch_row, kv_head, p.head_size, p.rope.cos, grad_k_);
+        to.values = p.v_is_k ? to.keys : sums_for(row, p.grad_v, batch_row, kv_head, p.value_size, false, grad_v_);
         for (int64_t r = 0; r < row.total; r += row.block)
-            one_block(row, r, least(row.block, row.total - r), key_rows);
-        write_key_gradients(row, batch_row, kv_head);
+            one_block(row, r, least(row.block, row.total - r), key_factors, value_factors, key_rows, to);
+        if (row.total == 0) no_key_gradients(row, to);
+        if (to.keys.data == grad_k_) write_sums(row, p.grad_k, batch_row, kv_head, p.head_size, p.rope.cos, grad_k_);
+        if (to.values.data == grad_v_ && !p.v_is_k)
+            write_sums(row, p.grad_v, batch_row, kv_head, p.value_size, false, grad_v_);
     }
 
-    void one_block(const Row& row, int64_t r, int64_t count, Matrix<const X> key_rows) const {
+    struct KeyGradients {
+        Matrix<A> keys, values;
+    };
+
+    // Where gradients of a row's keys or values are summed: in place where one block of queries makes them, else in
+    // memory that is dense, and that later blocks find in the cache.
+    static Matrix<A> sums_for(const Row& row, const RowTensor& grad, int64_t batch_row, int64_t kv_head,
+                              int64_t channels, bool rotated, A* buffer) {
+        if constexpr (std::is_same_v<T, A>)
+            if (row.total <= row.block && !rotated && channels % kLanes<A> == 0)
+                return {address<T>(grad, batch_row, 0, kv_head), grad.token};
+        return {buffer, round_up(channels, kNumbers<X> * kLanes<X>)};
+    }
+
+    void write_sums(const Row& row, const RowTensor& grad, int64_t batch_row, int64_t kv_head, int64_t channels,
+                    bool rotated, A* sums) const {
+        for (int64_t j = 0; j < row.keys; ++j, sums += round_up(channels, kNumbers<X> * kLanes<X>)) {
+            if (rotated) turn(p.rope, row.key_position(j), A(-1), sums);
+            narrow(sums, channels, address<T>(grad, batch_row, j, kv_head));
+        }
+    }
+
+    void one_block(const Row& row, int64_t r, int64_t count, const Multiplicand<T>& keys, const Multiplicand<T>& values,
+                   Matrix<const X> key_rows, const KeyGradients& to) const {
         Columns runs[2];
         const int parts = row.columns(r, count, runs);
         const Matrix<A> weights{scores_, row.score_stride}, slopes{slopes_, row.score_stride};
-        const Matrix<const S> queries{queries_, size_.head_stride}, grad_a{grad_a_, size_.value_stride};
-        row.load_queries(r, count, queries_);
+        const Matrix<const S> queries = row.queries(r, count, queries_), grad_a{grad_a_, size_.value_stride};
         for (int64_t i = 0; i < count; ++i) back_through_epilogue(row, r + i, grad_a_ + i * grad_a.stride);
         for (int i = 0; i < parts; ++i) {
-            multiply_packed<X>(scalars_along_columns<X>(queries), packed_keys_, count, runs[i].begin, runs[i].end,
-                               size_.head_operands, weights);
-            multiply_packed<X>(scalars_along_columns<X>(grad_a), packed_values_, count, runs[i].begin, runs[i].end,
-                               size_.value_operands, slopes);
+            keys.multiply(queries, count, runs[i], weights);
+            values.multiply(grad_a, count, runs[i], slopes);
         }
         for (int64_t i = 0; i < count; ++i)
             score_gradients(row, r + i, weights.from(i).data, slopes.from(i).data, runs, parts);
@@ -86,10 +111,20 @@ class AttentionBackward {
         weighted_sums<X>(slope_columns, key_rows, runs, parts, row.keys, count, size_.head_stride,
                          {grad_q_, size_.head_stride});
         for (int64_t i = 0; i < count; ++i) write_query_gradient(row, r + i, grad_q_ + i * size_.head_stride);
+        // The first block writes the keys' gradients where it sees all of them, else they begin as zeros.
+        const bool all = parts == 1 && runs[0].begin == 0 && runs[0].end >= row.keys, writes = r == 0 && all;
+        if (r == 0 && !all) no_key_gradients(row, to);
         add_key_gradients(slopes, along_rows<X>(queries, count, size_.head_stride, query_rows_), count, runs, parts,
-                          row.keys, {grad_k_, size_.head_stride});
+                          row.keys, size_.head_stride, to.keys, !writes);
         add_key_gradients(weights, along_rows<X>(grad_a, count, size_.value_stride, grad_a_rows_), count, runs, parts,
-                          row.keys, {grad_v_, size_.value_stride});
+                          row.keys, size_.value_stride, to.values, !writes || p.v_is_k);
+    }
+
+    void no_key_gradients(const Row& row, const KeyGradients& to) const {
+        for (int64_t j = 0; j < row.keys; ++j) {
+            fill(to.keys.from(j).data, size_.head_stride, A(0));
+            fill(to.values.from(j).data, size_.value_stride, A(0));
+        }
     }
 
     // From grad_out to the gradients of A and of the gate.
@@ -150,14 +185,15 @@ class AttentionBackward {
         return {operands_in<X>(slope_columns_), slopes.stride, 1};
     }
 
-    // Adds a block's share to the gradients of the keys that it sees; `weights` are no longer numbers then.
+    // A block's share of the gradients of the keys that it sees, added to what is there or (`add` false) written;
+    // `weights` are no longer numbers then.
     static void add_key_gradients(Matrix<A> weights, Matrix<const X> queries, int64_t count, const Columns* runs,
-                                  int parts, int64_t keys, Matrix<A> to) {
+                                  int parts, int64_t keys, int64_t channels, Matrix<A> to, bool add) {
         for (int i = 0; i < parts; ++i) {
             const int64_t j = runs[i].begin;
             pair_rows<X>(weights, count, j, runs[i].end);
             multiply<X>({operands_in<X>(weights.data) + j, 1, kNumbers<X> * weights.stride}, queries,
-                        least(runs[i].end, keys) - j, to.stride, operands<X>(count), to.from(j), true);
+                        least(runs[i].end, keys) - j, channels, operands<X>(count), to.from(j), add);
         }
     }
 
@@ -170,16 +206,6 @@ class AttentionBackward {
         }
         if (p.rope.cos) turn(p.rope, row.query_position(r), A(-1), grad);
         narrow(grad, p.head_size, row.at(p.grad_q, r));
-    }
-
-    void write_key_gradients(const Row& row, int64_t batch_row, int64_t kv_head) const {
-        for (int64_t j = 0; j < row.keys; ++j) {
-            A* grad = grad_k_ + j * size_.head_stride;
-            if (p.rope.cos) turn(p.rope, row.key_position(j), A(-1), grad);
-            narrow(grad, p.head_size, address<T>(p.grad_k, batch_row, j, kv_head));
-            if (!p.v_is_k)
-                narrow(grad_v_ + j * size_.value_stride, p.value_size, address<T>(p.grad_v, batch_row, j, kv_head));
-        }
     }
 
     const AttentionProblem& p;

@@ -25,7 +25,7 @@ class AttentionForward {
         Memory from(memory);
         keys_ = from.take<S>(p.most_keys * size_.head_stride);
         values_ = p.v_is_k ? keys_ : from.take<S>(p.most_keys * size_.value_stride);
-        packed_keys_ = from.take<X>(panels * size_.head_operands);
+        packed_keys_ = from.take<X>(panels * operands<X>(size_.head_stride));
         value_rows_ = kNumbers<X> == 1 ? nullptr : from.take<X>(operands<X>(p.most_keys) * size_.value_stride);
         queries_ = from.take<S>(block * size_.head_stride);
         scores_ = from.take<A>(size_.most_scores(p));
@@ -41,20 +41,19 @@ class AttentionForward {
         if (row.total == 0) return;
         const Matrix<const S> keys = row.tokens(p.k, p.head_size, p.rope.cos, keys_);
         const Matrix<const S> values = p.v_is_k ? keys : row.tokens(p.v, p.value_size, false, values_);
-        pack_transposed<X>(along_columns<X>(keys), row.keys, size_.head_operands, packed_keys_);
+        const Multiplicand<T> factors(keys, row.keys, size_.head_stride, row.total, packed_keys_);
         const Matrix<const X> value_rows = along_rows<X>(values, row.keys, size_.value_stride, value_rows_);
         for (int64_t r = 0; r < row.total; r += row.block)
-            one_block(row, r, least(row.block, row.total - r), value_rows);
+            one_block(row, r, least(row.block, row.total - r), factors, value_rows);
     }
 
-    void one_block(const AttentionRow<T>& row, int64_t r, int64_t count, Matrix<const X> values) const {
+    void one_block(const AttentionRow<T>& row, int64_t r, int64_t count, const Multiplicand<T>& keys,
+                   Matrix<const X> values) const {
         Columns runs[2];
         const int parts = row.columns(r, count, runs);
         const Matrix<A> scores{scores_, row.score_stride}, attended{attended_, size_.value_stride};
-        row.load_queries(r, count, queries_);
-        const auto queries = scalars_along_columns<X>(Matrix<const S>{queries_, size_.head_stride});
-        for (int i = 0; i < parts; ++i)
-            multiply_packed<X>(queries, packed_keys_, count, runs[i].begin, runs[i].end, size_.head_operands, scores);
+        const Matrix<const S> queries = row.queries(r, count, queries_);
+        for (int i = 0; i < parts; ++i) keys.multiply(queries, count, runs[i], scores);
         for (int64_t i = 0; i < count; ++i) {
             A* s = scores.from(i).data;
             const Weighed<A> weighed = row.weigh(r + i, s, runs, parts);

@@ -13,22 +13,19 @@
 
 INTERFORMER_LEVEL_BEGIN
 
-// Sizes of what a thread keeps, in numbers (of type A) or operands (of type X). Rows of scores are an odd number of cache
-// lines apart, so that what is read down a column does not crowd one set of the cache.
+// Sizes of what a thread keeps, in numbers (of type A) or operands (of type X). Rows of scores are an odd number of
+// cache lines apart, so that what is read down a column does not crowd one set of the cache.
 template <typename T>
 struct Sizes {
     using A = Acc<T>;
     using X = Operand<T>;
 
-    int64_t head_stride, value_stride;      // numbers between rows of channels
-    int64_t head_operands, value_operands;  // in such a row
+    int64_t head_stride, value_stride;  // numbers between rows of channels
     int64_t group;
 
     explicit Sizes(const AttentionProblem& p)
         : head_stride(round_up(p.head_size, kNumbers<X> * kLanes<X>)),
           value_stride(round_up(p.value_size, kNumbers<X> * kLanes<X>)),
-          head_operands(operands<X>(p.head_size)),
-          value_operands(operands<X>(p.value_size)),
           group(p.heads / p.kv_heads) {}
 
     static int64_t score_stride(int64_t keys) {
@@ -92,6 +89,40 @@ inline void for_each_row(const AttentionTask& task, Each&& each) {
         for (int64_t head = task.first_head; head < task.last_head; ++head) each(row, head);
 }
 
+// Tokens of a row to be multiplied with its queries, channel by channel: as they are where queries are few, else
+// packed.
+template <typename T>
+class Multiplicand {
+  public:
+    using S = Stored<T>;
+    using X = Operand<T>;
+
+    // `channels`: of a token, as many as it is stored with.
+    Multiplicand(Matrix<const S> tokens, int64_t count, int64_t channels, int64_t queries, X* panels)
+        : tokens_(along_columns<X>(tokens)),
+          panels_(queries > kFew ? panels : nullptr),
+          count_(count),
+          depth_(channels / kNumbers<X>) {
+        if (panels_) pack_transposed<X>(tokens_, count_, depth_, panels);
+    }
+
+    // Products of rows with the tokens of the columns.
+    void multiply(Matrix<const S> rows, int64_t count, Columns columns, Matrix<Acc<T>> to) const {
+        if (panels_)
+            multiply_packed<X>(scalars_along_columns<X>(rows), panels_, count, columns.begin, columns.end, depth_, to);
+        else
+            multiply_dots<X>(along_columns<X>(rows), tokens_.from(columns.begin), count,
+                             least(columns.end, count_) - columns.begin, depth_, {to.data + columns.begin, to.stride});
+    }
+
+  private:
+    static constexpr int64_t kFew = 8;
+
+    Matrix<const X> tokens_;
+    const X* panels_;
+    int64_t count_, depth_;
+};
+
 template <typename T>
 class AttentionRow {
   public:
@@ -126,9 +157,7 @@ class AttentionRow {
         const int64_t stride = round_up(channels, kNumbers<X> * kLanes<X>);
         if constexpr (std::is_same_v<T, S>) {
             const T* first = address<T>(x, row_, 0, kv_head_);
-            const bool whole_operands =  // wherever a token begins
-                kNumbers<X> == 1 || (x.token % 2 == 0 && reinterpret_cast<uintptr_t>(first) % sizeof(X) == 0);
-            if (!rotate && stride == channels && whole_operands) return {first, x.token};
+            if (!rotate && stride == channels && whole_operands(first, x.token)) return {first, x.token};
         }
         for (int64_t j = 0; j < keys; ++j) {
             S* to = copy + j * stride;
@@ -144,23 +173,35 @@ class AttentionRow {
         return {copy, stride};
     }
 
-    // Queries [r, r + count), rotated, as rows. Their products with keys are yet to be scaled by `score_scale`, which is
-    // positive.
-    void load_queries(int64_t r, int64_t count, S* to) const {
+    // Queries [r, r + count), rotated, as rows: copied, or, of few, in place. Their products with keys are yet to be
+    // scaled by `score_scale`, which is positive.
+    Matrix<const S> queries(int64_t r, int64_t count, S* copy) const {
+        constexpr int64_t kFew = 32;  // of more the copy is denser in the cache
+        const bool as_they_are = !p.rope.cos && p.scale > 0;
+        if constexpr (std::is_same_v<T, S>) {
+            const int64_t stride = size_.group == 1 ? p.q.token : p.q.head;
+            const bool even = size_.group == 1 || p.q.token == size_.group * p.q.head;
+            const T* first = at(p.q, r);
+            if (total <= kFew && as_they_are && even && p.q.channel == 1 && p.head_size == size_.head_stride &&
+                whole_operands(first, stride))
+                return {first, stride};
+        }
+        S* to = copy;
         for (int64_t i = 0; i < count; ++i, to += size_.head_stride) {
-            if (p.rope.cos || p.scale <= 0) {
+            if (as_they_are) {
+                copy_stored(at(p.q, r + i), p.q.channel, p.head_size, to);
+            } else {
                 widen(at(p.q, r + i), p.q.channel, p.head_size, extra_);
                 if (p.rope.cos) turn(p.rope, query_position(r + i), A(1), extra_);
                 for (int64_t c = 0; c < p.head_size; ++c) extra_[c] *= sign();
                 narrow(extra_, p.head_size, to);
-            } else {
-                copy_stored(at(p.q, r + i), p.q.channel, p.head_size, to);
             }
             fill(to + p.head_size, size_.head_stride - p.head_size, S{});
         }
+        return {copy, size_.head_stride};
     }
-    // What queries are multiplied by, and then their scores: a scale of 0 stays with the queries, since it would make NaNs
-    // of hidden scores.
+    // What queries are multiplied by, and then their scores: a scale of 0 stays with the queries, since it would make
+    // NaNs of hidden scores.
     A sign() const { return p.scale < 0 ? A(-1) : p.scale == 0 ? A(0) : A(1); }
     A score_scale() const { return p.scale == 0 ? A(1) : static_cast<A>(p.scale < 0 ? -p.scale : p.scale); }
 
@@ -206,8 +247,8 @@ class AttentionRow {
     }
 
     // Scores of one query over its block's columns become weights: 0 where it does not see. For softmax they are yet to
-    // be divided by their sum, and where `slopes` is given, its mean under the weights is found on the way; else they are
-    // act(score), without `post_scale`.
+    // be divided by their sum, and where `slopes` is given, its mean under the weights is found on the way; else they
+    // are act(score), without `post_scale`.
     Weighed<A> weigh(int64_t r, A* s, const Columns* runs, int count, const A* slopes = nullptr) const {
         const Visible seen = visible(r);
         if (!p.score.softmax) {
@@ -245,6 +286,11 @@ class AttentionRow {
     }
 
   private:
+    // Whether rows that begin at `first` and are `stride` apart begin where an operand may.
+    static bool whole_operands(const T* first, int64_t stride) {
+        return kNumbers<X> == 1 || (stride % kNumbers<X> == 0 && reinterpret_cast<uintptr_t>(first) % sizeof(X) == 0);
+    }
+
     void scale(A* s, int64_t count) const {
         const A factor = score_scale();
         for (int64_t j = 0; j < count; ++j) s[j] *= factor;
@@ -258,7 +304,8 @@ class AttentionRow {
         }
     }
 
-    // Columns [begin, end), by whole vectors: one that is written by the number cannot be read by the vector soon after.
+    // Columns [begin, end), by whole vectors: one that is written by the number cannot be read by the vector soon
+    // after.
     static void hide(A* s, int64_t begin, int64_t end, A hidden) {
         constexpr int64_t W = kLanes<A>;
         using Index = typename IndexOf<A>::type;

@@ -17,22 +17,22 @@ void multiply_tile(Scalars<X> a, const X* b, int64_t b_stride, int64_t depth, Su
     Vector<A> sum[M][N];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int n = 0; n < N; ++n) sum[m][n] = Vector<A>{};
     for (int64_t k = 0; k < depth; ++k) {
         Vector<X> row[N];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int n = 0; n < N; ++n) row[n] = load_vector(b + k * b_stride + n * W);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
             const X x = a.data[m * a.row + k * a.column];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int n = 0; n < N; ++n) multiply_add<X>(sum[m][n], x, row[n]);
         }
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int n = 0; n < N; ++n) {
             A* to = c + m * c_stride + n * W;
             // What is there is added last: a long sum that is made in pieces then errs as the sum of its pieces does.
@@ -50,7 +50,8 @@ inline void multiply_rows(int64_t rows, Scalars<X> a, const X* b, int64_t b_stri
 
 // C [rows, N vectors], in tiles of as equal numbers of rows as can be: a last tile of one row would wait for each sum.
 template <typename X, int N>
-void multiply_columns(Scalars<X> a, const X* b, int64_t b_stride, int64_t rows, int64_t depth, Matrix<SumOf<X>> c, bool add) {
+void multiply_columns(Scalars<X> a, const X* b, int64_t b_stride, int64_t rows, int64_t depth, Matrix<SumOf<X>> c,
+                      bool add) {
     for (int64_t tiles = (rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
         const int64_t m = (rows + tiles - 1) / tiles;
         multiply_rows<X, kTileRows, N>(m, a, b, b_stride, depth, c.data, c.stride, add);
@@ -62,8 +63,12 @@ void multiply_columns(Scalars<X> a, const X* b, int64_t b_stride, int64_t rows, 
 
 // C [rows, columns] with B's rows read in place; `columns` is a multiple of the vector.
 template <typename X>
-void multiply(Scalars<X> a, Matrix<const X> b, int64_t rows, int64_t columns, int64_t depth, Matrix<SumOf<X>> c, bool add) {
+void multiply(Scalars<X> a, Matrix<const X> b, int64_t rows, int64_t columns, int64_t depth, Matrix<SumOf<X>> c,
+              bool add) {
     int64_t n = 0;
+    if (rows <= 3)  // more columns at once, so that one sum need not wait for the other
+        for (; n + 2 * kPanel<X> <= columns; n += 2 * kPanel<X>)
+            multiply_rows<X, 3, 4>(rows, a, b.data + n, b.stride, depth, c.data + n, c.stride, add);
     for (; n + kPanel<X> <= columns; n += kPanel<X>)
         multiply_columns<X, 2>(a, b.data + n, b.stride, rows, depth, {c.data + n, c.stride}, add);
     if (n < columns) multiply_columns<X, 1>(a, b.data + n, b.stride, rows, depth, {c.data + n, c.stride}, add);
@@ -110,6 +115,48 @@ inline void transpose_square(Vector<A>* rows) {
         }
         transpose_square<A, S / 2>(rows);
     }
+}
+
+// Sums of the lanes of each of `kLanes` vectors, as the lanes of one.
+template <typename A, int S = kLanes<A> / 2>
+INTERFORMER_INLINE Vector<A> sums_of(Vector<A>* rows) {
+    if constexpr (S == 0) {
+        return rows[0];
+    } else {
+        constexpr int W = kLanes<A>;
+        Vector<typename IndexOf<A>::type> low, high;
+#pragma GCC unroll 16
+        for (int lane = 0; lane < W; ++lane) {
+            low[lane] = lane & S ? W + lane - S : lane;
+            high[lane] = lane & S ? W + lane : lane + S;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < S; ++i)
+            rows[i] = __builtin_shuffle(rows[i], rows[i + S], low) + __builtin_shuffle(rows[i], rows[i + S], high);
+        return sums_of<A, S / 2>(rows);
+    }
+}
+
+// C[m, n] = sum over k of a[m, k] * b[n, k] for n in [0, columns), with nothing packed: for few rows. `depth` is a
+// multiple of the vector. C is written by whole vectors; what lies beyond the columns is of no use.
+template <typename X>
+void multiply_dots(Matrix<const X> a, Matrix<const X> b, int64_t rows, int64_t columns, int64_t depth,
+                   Matrix<SumOf<X>> c) {
+    using A = SumOf<X>;
+    constexpr int64_t W = kLanes<X>;
+    for (int64_t n = 0; n < columns; n += W)
+        for (int64_t m = 0; m < rows; ++m) {
+            Vector<A> sums[W];
+            const X* row[W];
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < W; ++i) sums[i] = Vector<A>{}, row[i] = b.from(least(n + i, columns - 1)).data;
+            for (int64_t k = 0; k < depth; k += W) {
+                const Vector<X> x = load_vector(a.from(m).data + k);
+#pragma GCC unroll 16
+                for (int64_t i = 0; i < W; ++i) multiply_add<X>(sums[i], x, load_vector(row[i] + k));
+            }
+            store_vector(c.from(m).data + n, sums_of<A>(sums));
+        }
 }
 
 // X [tokens, channels] transposed and cut in panels of columns: number (c, t) goes to

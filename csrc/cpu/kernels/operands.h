@@ -43,20 +43,29 @@ inline int64_t operands(int64_t count) {
 template <typename X>
 using SumOf = std::conditional_t<std::is_same_v<X, Pair>, float, X>;
 
-template <typename X>
-inline void multiply_add(Vector<SumOf<X>>& sum, X x, Vector<X> row) {
+// Numbers in the high, or low, halves of pairs.
+inline Vector<float> high_numbers(Vector<Pair> pairs) {
+    const Vector<Pair> bits = pairs & 0xffff0000u;
+    Vector<float> x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+inline Vector<float> low_numbers(Vector<Pair> pairs) {
+    return high_numbers(pairs << 16);
+}
+
+// `x` is an operand, or a vector of them.
+template <typename X, typename Factor>
+INTERFORMER_INLINE void multiply_add(Vector<SumOf<X>>& sum, Factor x, Vector<X> row) {
     if constexpr (!std::is_same_v<X, Pair>) {
         sum += x * row;
     } else {
+        const Vector<Pair> factors = Vector<Pair>{} + x;
 #ifdef __AVX512BF16__
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)(Vector<Pair>{} + x), (__m512bh)row);
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)factors, (__m512bh)row);
 #else
-        const Vector<Pair> low = row << 16, high = row & 0xffff0000u;
-        Vector<float> firsts, seconds;
-        std::memcpy(&firsts, &low, sizeof low);
-        std::memcpy(&seconds, &high, sizeof high);
-        sum += float_of(x & 0xffff0000u) * seconds;
-        sum += float_of(x << 16) * firsts;
+        sum += high_numbers(factors) * high_numbers(row);
+        sum += low_numbers(factors) * low_numbers(row);
 #endif
     }
 }
