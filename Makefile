@@ -16,11 +16,15 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 BUILT_FROM := pyproject.toml setup.py $(shell find CMakeLists.txt csrc cmake -type f)
 data_option := $(if $(DATA),--data $(DATA))
 
-.PHONY: help demo test lint wheel-test bench torch-matrix clean
+# Random calls of each kind that `make fuzz` makes.
+EXAMPLES ?= 10000
+
+.PHONY: help demo test fuzz lint wheel-test bench torch-matrix clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
 	@echo "make test               all tests"
+	@echo "make fuzz               10 000 random calls of the CPU kernels, and as many with broken offsets"
 	@echo "make lint               ruff, mypy, clang-format"
 	@echo "make wheel-test         builds the wheel and tries it in a bare environment, from another directory"
 	@echo "make bench [DATA=path]  every op against its peers on all named shapes: bench/out/report.md"
@@ -39,6 +43,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Other calls each time; a failing one is printed, and tried first by the next run.
+fuzz: $(READY)
+	EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/test_properties.py -k cpu --timeout 0 \
+	    --hypothesis-profile fuzz --hypothesis-show-statistics $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

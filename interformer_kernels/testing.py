@@ -386,19 +386,28 @@ Run = Callable[[Mapping[str, Any]], tuple[Tensor, Tensor | None]]
 Errors = dict[str, tuple[torch.dtype, float, float, float]]
 
 
-def compare(case: Case, backend: str | None, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Row]:
+def compare(
+    case: Case,
+    backend: str | None,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
+    make: Callable[[Case, torch.dtype, str, int], dict[str, Any]] = make_inputs,
+    draws: Sequence[int] = (2, 12),
+) -> list[Row]:
     """Hold one case on one backend against the float64 truth; a row for the output and for each gradient.
 
     Errors are the largest over a few draws of the inputs, the backend's and eager PyTorch's alike. Of a handful of
-    numbers a single draw's error is a matter of luck, so a suspicion is settled by more draws, again for both.
+    numbers a single draw's error is a matter of luck, so a suspicion is settled by more draws, again for both: `draws`
+    are their numbers, from the first look to the last word.
     """
-    draws: list[Errors] = []
+    errors: list[Errors] = []
     rows: list[Row] = []
-    for wanted in (2, 12):
-        for i in range(len(draws), wanted):
-            inputs = make_inputs(case, dtype, device, seed + i)
-            draws.append(measure(lambda made: call(case.op, made, backend), case.op, inputs))
-        rows = judge(draws)
+    for wanted in draws:
+        for i in range(len(errors), wanted):
+            inputs = make(case, dtype, device, seed + i)
+            errors.append(measure(lambda made: call(case.op, made, backend), case.op, inputs))
+        rows = judge(errors)
         if all(row.ok for row in rows):
             break
     return rows

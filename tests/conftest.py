@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
 import interformer_kernels
+
+_LENIENT = {
+    "deadline": None,
+    "suppress_health_check": [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+}
+hypothesis.settings.register_profile("short", max_examples=60, derandomize=True, **_LENIENT)
+hypothesis.settings.register_profile("fuzz", max_examples=int(os.environ.get("EXAMPLES", "10000")), **_LENIENT)
+hypothesis.settings.load_profile("short")
 
 
 @pytest.fixture(autouse=True)

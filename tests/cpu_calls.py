@@ -19,6 +19,8 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
     {"op": "gated_cross_attention", "name": "jagged", "query_lengths": True},
     {"op": "pma_pooling", "name": "shared"},
 )
+# Slices of wider tensors along the channels, heads before tokens, every other token, every other channel.
+MEMORY_LAYOUTS = ("sliced", "turned", "spread", "channels apart")
 
 
 def layouts(lengths: tuple[int, ...], **sizes: Any) -> list[testing.Case]:
@@ -68,6 +70,27 @@ def replaced(inputs: Mapping[str, Any], change: Callable[[str, Tensor], Tensor])
     for name, x in inputs.items():
         if isinstance(x, Tensor) and x.is_floating_point() and name != "grad_out":
             found[name] = change(name, x.detach()).requires_grad_(x.requires_grad)
+    return found
+
+
+def relaid(x: Tensor, how: str) -> Tensor:
+    """The same numbers with other strides, one of MEMORY_LAYOUTS; what lies between them is NaN."""
+    if x.dim() < 2:
+        return x
+    hole = torch.full_like(x, torch.nan)
+    if how == "sliced":
+        return torch.cat((hole, x, hole), -1)[..., x.shape[-1] : 2 * x.shape[-1]]
+    if how == "turned":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    return torch.stack((x, hole), 1)[:, 0] if how == "spread" else torch.stack((x, hole), -1)[..., 0]
+
+
+def relaid_inputs(inputs: Mapping[str, Any], how: str) -> dict[str, Any]:
+    """The inputs with all floating tensors relaid."""
+    found = replaced(inputs, lambda name, x: relaid(x, how))
+    found["grad_out"] = relaid(inputs["grad_out"], how)
+    if "rope" in inputs:
+        found["rope"] = tuple(relaid(x, how) for x in inputs["rope"])
     return found
 
 

@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_calls import all_ops, bits, broadcast_shapes, differing, layouts, name_of, replaced, results, truth
+from cpu_calls import (
+    MEMORY_LAYOUTS,
+    all_ops,
+    bits,
+    broadcast_shapes,
+    differing,
+    layouts,
+    name_of,
+    relaid_inputs,
+    replaced,
+    results,
+    truth,
+)
 from torch import Tensor
 
 import interformer_kernels
@@ -170,18 +182,6 @@ def test_no_rows_and_no_tokens(lengths: tuple[int, ...], tail: int) -> None:
 # ---------------------------------------------------------------- every layout in memory
 
 
-def relaid(x: Tensor, how: str) -> Tensor:
-    """The same numbers with other strides; what lies between them is NaN."""
-    if x.dim() < 2:
-        return x
-    hole = torch.full_like(x, torch.nan)
-    if how == "sliced":
-        return torch.cat((hole, x, hole), -1)[..., x.shape[-1] : 2 * x.shape[-1]]
-    if how == "turned":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    return torch.stack((x, hole), 1)[:, 0] if how == "spread" else torch.stack((x, hole), -1)[..., 0]
-
-
 class Spy:
     """The native module, and where the tensors lay that it was handed."""
 
@@ -198,7 +198,7 @@ class Spy:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("how", ["sliced", "turned", "spread", "channels apart"])
+@pytest.mark.parametrize("how", MEMORY_LAYOUTS)
 def test_strided_inputs_are_read_in_place(how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy()
     for module in ("_attention", "personalized_ffn", "apply_rotary"):
@@ -206,13 +206,10 @@ def test_strided_inputs_are_read_in_place(how: str, dtype: torch.dtype, monkeypa
     for case in all_ops((5, 0, 70), kv_heads=2, head_size=8, value_size=16):
         gated = {"gate": "full", "residual": True} if case.op.endswith(("attention", "pooling")) else {}
         inputs = make_inputs(Case(**{**vars(case), **gated}), dtype)
-        strided = replaced(inputs, lambda name, x: relaid(x, how))
-        strided["grad_out"] = relaid(inputs["grad_out"], how)
+        strided = relaid_inputs(inputs, how)
         for name in ("offsets", "kv_offsets", "q_offsets"):
             if inputs.get(name) is not None:
                 strided[name] = torch.stack((inputs[name], inputs[name].flip(0)), 1)[:, 0].int()
-        if "rope" in inputs:
-            strided["rope"] = tuple(relaid(x, how) for x in inputs["rope"])
         spy.handed.clear()
         assert not differing(results(case.op, strided), results(case.op, inputs)), name_of(case)
         given = {name: x for name, x in strided.items() if isinstance(x, Tensor)}

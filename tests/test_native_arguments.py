@@ -271,6 +271,7 @@ def test_nothing_of_an_empty_tensor_is_read() -> None:
     none = {"k": torch.zeros(0, HK, D), "v": torch.zeros(0, HK, DV), "kv_offsets": torch.zeros(3, dtype=torch.int32)}
     assert none["k"].data_ptr() == 0
     forward(**none)
+    forward(**none | {"v": torch.zeros(0, HK, 2 * DV)[..., ::2]})
     backward(**none, grad_k=torch.zeros(0, HK, D), grad_v=torch.zeros(0, HK, DV))
 
 

@@ -139,7 +139,7 @@ void Checks::gradient(const char* argument, const TensorView& view, const char* 
 
 void Checks::contiguous_last_axis(const char* argument, const TensorView& view) const {
     const int last = view.axes - 1;
-    if (view.shape[last] > 1 && view.strides[last] != 1)
+    if (view.shape[last] > 1 && view.strides[last] != 1 && view.size() > 0)
         refuse(argument, "contiguous along its last axis", "a stride of " + std::to_string(view.strides[last]));
 }
 
