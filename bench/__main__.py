@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -38,9 +39,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _progress() -> Callable[[str], None]:
     """Says what is going on: a line that is overwritten on a terminal, plain lines elsewhere."""
-    if sys.stderr.isatty():
-        return status_line
-    return lambda text: print(text, file=sys.stderr, flush=True) if text else None
+    start = time.perf_counter()
+
+    def tell(text: str) -> None:
+        if sys.stderr.isatty():
+            status_line(text)
+        elif text:
+            print(f"[{time.perf_counter() - start:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def _measure(chosen: argparse.Namespace, found: Sequence[grid.Shape], tell: Callable[[str], None]) -> report.Report:

@@ -6,12 +6,11 @@ are left out for wrong answers, not for roundings.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from interformer_bench import workloads
+from interformer_bench import timing, workloads
 from interformer_bench.peers import OURS, Peer
 from interformer_bench.workloads import Inputs, Sizes
 from torch import Tensor
@@ -27,7 +26,7 @@ _ENTRIES = 1 << 20
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one runner: what is wrong with it (None: nothing), and the seconds of its second calls on the small batch."""
+    """Of one runner: what is wrong with it (None: nothing), and the seconds of its calls on the small batch."""
 
     problem: str | None
     forward: float = 0.0
@@ -76,12 +75,10 @@ class Checker:
                 problem = self._wrong(name, workloads.training(self.op, peer.run, made), truth, eager)
             if problem is not None:
                 return Verdict(problem)
-            start = time.perf_counter()
-            workloads.forward(peer.run, made)
-            middle = time.perf_counter()
-            if peer.trains:
-                workloads.training(self.op, peer.run, made)
-            return Verdict(None, middle - start, time.perf_counter() - middle)
+            forward = timing.quickest(lambda: workloads.forward(peer.run, made))
+            if not peer.trains:
+                return Verdict(None, forward)
+            return Verdict(None, forward, timing.quickest(lambda: workloads.training(self.op, peer.run, made)))
         except Exception as error:
             return Verdict(f"failed: {type(error).__name__}: {_first_line(error)}")
 

@@ -56,7 +56,7 @@ _Line = tuple[str, int, int, int, int, str, str]
 _JAGGED: tuple[_Line, ...] = (
     ("movielens", 256, 4, 16, 1, "short rows", "bq"),
     ("beauty", 1024, 4, 32, 1, "short rows", "b"),
-    ("grocery", 1024, 2, 16, 1, "short rows", ""),
+    ("grocery", 1024, 2, 32, 1, "short rows", ""),
     ("diginetica", 2048, 4, 64, 1, "short rows", ""),
     ("uniform 1..50", 1024, 2, 32, 1, "short rows", "bq"),
     ("log-normal, mean 100", 256, 4, 32, 1, "middle rows", "bq"),

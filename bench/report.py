@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from interformer_bench.timing import Rates
 
 from interformer_kernels import _backend
 
+_FIGURE = re.compile(r"\b\d[\d.]*(?:e[-+]?\d+)?\b")
 Group = dict[str, Measurement]
 Machine = Mapping[tuple[str, int], Rates]
 
@@ -177,7 +179,7 @@ def table(measurements: Sequence[Measurement], machine: Machine) -> list[tuple[s
                 str(ours.threads),
                 ours.direction,
                 f"{_time(ours)} ({ours.backend})",
-                f"{_time(peer)} ({peer.runner})" if peer else "none is right",
+                f"{_time(peer)} ({peer.runner})" if peer else "none timed",
                 f"{times:.2f}x" if times else "-",
                 f"{limit[1]:.2f} {limit[0]}" if limit else "-",
                 f"{back:.2f}" if back is not None else "-",
@@ -195,14 +197,17 @@ def by_op(made: Report) -> dict[str, list[tuple[str, ...]]]:
 
 
 def problems(measurements: Iterable[Measurement]) -> list[str]:
-    """What was not timed, and why; once per runner, shape and reason."""
-    told: dict[tuple[str, str, str], list[str]] = {}
+    """What was not timed, and why: a line per op, runner and kind of reason, then the shapes with their figures."""
+    told: dict[tuple[str, str, str], dict[str, None]] = {}
     for one in measurements:
-        if one.problem:
-            shapes = told.setdefault((one.op, one.runner, one.problem), [])
-            name = f"{one.law} ({one.sizes}, {one.dtype}, {one.direction})"
-            shapes += [] if name in shapes else [name]
-    return [f"{op}: {runner} {problem}: {', '.join(shapes)}" for (op, runner, problem), shapes in told.items()]
+        if one.problem is None:
+            continue
+        # Figures differ from shape to shape: they go with the shape.
+        kind = one.problem if one.runner == OURS else _FIGURE.sub("..", one.problem)
+        figures = " ".join(_FIGURE.findall(one.problem)) if kind != one.problem else ""
+        shape = f"{one.law}, {one.sizes}, {one.dtype}, {one.direction}"
+        told.setdefault((one.op, one.runner, kind), {})[f"{shape}: {figures}" if figures else shape] = None
+    return [f"{op}: {runner} {kind} ({'; '.join(shapes)})" for (op, runner, kind), shapes in told.items()]
 
 
 def missed(made: Report) -> list[str]:

@@ -14,10 +14,10 @@ from interformer_bench.peers.registry import MOST_BYTES
 from interformer_kernels import _backend
 
 PASSES = ("forward", "forward+backward")
-# A peer that would take longer than this for one call is not waited for, ...
-_MOST_SECONDS = 15.0
-# ... and one that was so much slower than the fastest peer on more threads is not timed on fewer.
-_FAR_BEHIND = 10.0
+# A peer is not waited for where its call is expected to take `_BEHIND` times as long as the fastest one's and more than
+# `_PATIENCE` seconds, nor beyond `_MOST_SECONDS`; the peer that is expected to be the fastest always is. What was
+# `_FAR_BEHIND` times slower than the best peer is not timed again on fewer threads.
+_BEHIND, _PATIENCE, _MOST_SECONDS, _FAR_BEHIND = 5.0, 1.0, 10.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,8 @@ class _Session:
                 for dtype in {self.torch_dtype, torch.float32}:
                     self.machine.sample(dtype)
             for direction in PASSES:
-                problems = {
-                    name: behind.get((name, direction)) or self._problem(name, direction, verdicts[name])
-                    for name in self.runners
-                }
+                problems = self._problems(direction, verdicts)
+                problems |= {name: why for (name, of), why in behind.items() if of == direction}
                 taken = self._time(direction, [name for name, problem in problems.items() if problem is None])
                 behind |= _far_behind(taken, direction, number)
                 found += [
@@ -123,14 +121,21 @@ class _Session:
                 ]
         yield from sorted(found, key=lambda one: one.threads)
 
-    def _problem(self, name: str, direction: str, verdict: checks.Verdict) -> str | None:
-        """Why a runner is not timed in this pass; None where it is."""
-        peer = self.runners[name]
-        if verdict.problem is not None or name == OURS:
-            return verdict.problem
-        if direction != PASSES[0] and not peer.trains:
-            return "has no backward on CPU"
-        return too_much(self.shape, peer, self.arguments, self.small, verdict, direction)
+    def _problems(self, direction: str, verdicts: Mapping[str, checks.Verdict]) -> dict[str, str | None]:
+        """Of every runner: why it is not timed in this pass, None where it is."""
+        found: dict[str, str | None] = {}
+        expected: dict[str, float] = {}
+        for name, peer in self.runners.items():
+            found[name] = verdicts[name].problem
+            if found[name] is None and name != OURS:
+                backward = peer.trains or direction == PASSES[0]
+                found[name] = too_large(peer, self.arguments, direction) if backward else "has no backward on CPU"
+            if found[name] is None and name != OURS:
+                expected[name] = expected_seconds(self.shape, peer, self.small, verdicts[name], direction)
+        fastest = min(expected.values(), default=0.0)
+        patience = max(fastest, min(_MOST_SECONDS, max(_PATIENCE, _BEHIND * fastest)))
+        slow = {name: f"would take about {time:.0f} s" for name, time in expected.items() if time > patience}
+        return found | slow
 
     def _time(self, direction: str, names: Sequence[str]) -> dict[str, timing.Timing]:
         runs = {name: runner(self.shape.op, self.runners[name], self.arguments, direction) for name in names}
@@ -171,19 +176,14 @@ class _Session:
         )
 
 
-def too_much(
-    shape: Shape,
-    peer: Peer,
-    arguments: workloads.Inputs,
-    small: Sequence[int],
-    verdict: checks.Verdict,
-    direction: str,
-) -> str | None:
-    """Why a peer is not tried on the whole batch: memory, or time by what it took on the `small` one; None: it is."""
-    training = direction != PASSES[0]
-    needed = peer.needs(arguments) * (2 if training else 1)
-    if needed > MOST_BYTES:
-        return f"would allocate about {needed / 2**30:.0f} GiB"
+def too_large(peer: Peer, arguments: workloads.Inputs, direction: str) -> str | None:
+    """Why a peer is not tried on the whole batch, by the memory it would take; None where it is."""
+    needed = peer.needs(arguments) * (1 if direction == PASSES[0] else 2)
+    return f"would allocate about {needed / 2**30:.0f} GiB" if needed > MOST_BYTES else None
+
+
+def expected_seconds(shape: Shape, peer: Peer, small: Sequence[int], verdict: checks.Verdict, direction: str) -> float:
+    """About how long a call takes, by what it took on the `small` batch."""
 
     def places(lengths: Sequence[int]) -> int:
         """What its work grows with: tokens, or pairs of tokens; padded ones, where it pads."""
@@ -191,9 +191,8 @@ def too_much(
         power = 2 if shape.op == "jagged_attention" else 1
         return sum((longest if peer.tokens else length) ** power for length in lengths)
 
-    seconds = verdict.training if training else verdict.forward
-    expected = seconds * places(shape.lengths()) / max(places(small), 1)
-    return f"would take about {expected:.0f} s" if expected > _MOST_SECONDS else None
+    seconds = verdict.forward if direction == PASSES[0] else verdict.training
+    return seconds * places(shape.lengths()) / max(places(small), 1)
 
 
 def _far_behind(taken: Mapping[str, timing.Timing], direction: str, threads: int) -> dict[tuple[str, str], str]:

@@ -12,7 +12,7 @@ import torch
 
 Run = Callable[[], object]
 # A run more than so many times slower than the fastest is nobody's rival: one sample of it is enough.
-_HOPELESS = 2.0
+_HOPELESS = 3.0
 # The matrices of a GEMM, smaller where the machine would take longer than this for one.
 _GEMM_SIZES, _GEMM_SECONDS = (2048, 1024, 512, 256), 3.0
 _COPY_BYTES = 256 * 2**20
@@ -52,6 +52,14 @@ def once(run: Run, device: str = "cpu", repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def quickest(run: Run, calls: int = 3, enough: float = 0.3) -> float:
+    """Seconds of the quickest of a few calls; of fewer, where they take long."""
+    taken: list[float] = []
+    while len(taken) < calls and sum(taken) < enough:
+        taken.append(once(run))
+    return min(taken)
+
+
 # ---------------------------------------------------------------- runs side by side
 
 
@@ -62,7 +70,7 @@ class _Series:
         self.run, self.device = run, device
         first = once(run, device)
         self.samples: list[float] = [first] if first > slow else []  # a slow call is not made twice to warm up
-        self.typical = first if first > min(slow, 0.1) else once(run, device)
+        self.typical = first if self.samples else once(run, device)
         self.repeats = max(1, math.ceil(1e-3 / self.typical))
         self.spent = sum(self.samples)
 
@@ -73,20 +81,26 @@ class _Series:
 
 
 def interleaved(
-    runs: Mapping[str, Run], device: str = "cpu", seconds: float = 3.0, least: int = 3, most: int = 50
+    runs: Mapping[str, Run],
+    device: str = "cpu",
+    seconds: float = 3.0,
+    least: int = 3,
+    most: int = 50,
+    slow: float = 2.0,
 ) -> dict[str, Timing]:
     """Time the runs by turns, so that whatever else the machine does falls on all alike.
 
     Args:
-        runs: by name; each is called once before it is timed, and that call counts if it takes longer than all may.
+        runs: by name; each is called before it is timed, and that call counts if it takes longer than `slow`.
         device: "cpu" or "cuda".
         seconds: about how long all of it may take; each run gets its share. Runs near the fastest get `least` samples
             nevertheless, unless that takes ten times as long; the others at least one.
         most: samples of one run.
+        slow: seconds of a call that does not need another one to warm up.
 
     Runs faster than a millisecond are repeated within a sample, so that the clock does not show.
     """
-    series = {name: _Series(run, device, seconds) for name, run in runs.items()}
+    series = {name: _Series(run, device, slow) for name, run in runs.items()}
     share = seconds / max(len(runs), 1)
     start = time.perf_counter()
     for _ in range(most):

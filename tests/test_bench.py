@@ -185,18 +185,33 @@ def test_a_wrong_peer_is_not_timed(wrong: Callable[..., Any], shown: str, monkey
 
 def test_what_is_too_large_is_not_tried() -> None:
     shape = grid.Shape("jagged_attention", shapes.laws(NOWHERE)["log-normal, mean 500"], 64, Sizes(4, 64))
-    made, small = shape.inputs(torch.float32), (10, 1)
-    eager = peers.candidates("jagged_attention")["eager with mask"]
-    quick = checks.Verdict(None, 1e-6, 1e-6)
+    made = shape.inputs(torch.float32)
+    eager, padded = (peers.candidates("jagged_attention")[name] for name in ("eager with mask", "padded SDPA"))
     # Scores alone: 64 rows, 4 heads, longest squared, 4 bytes, three times.
     longest = max(shape.lengths())
     least = 3 * 64 * 4 * longest**2 * 4
     assert least <= eager.needs(made) <= 1.2 * least
-    assert "GiB" in (run.too_much(shape, eager, made, small, quick, run.PASSES[0]) or "")
-    padded = peers.candidates("jagged_attention")["padded SDPA"]
-    assert run.too_much(shape, padded, made, small, quick, run.PASSES[0]) is None
-    slow = checks.Verdict(None, forward=1.0, training=1.0)
-    assert "would take about" in (run.too_much(shape, padded, made, small, slow, run.PASSES[1]) or "")
+    assert "GiB" in (run.too_large(eager, made, run.PASSES[0]) or "")
+    assert run.too_large(padded, made, run.PASSES[0]) is None
+    # Two rows of 10 places in a second (3 with gradients): 64 rows of `longest` take so many times as long.
+    verdict = checks.Verdict(None, forward=1.0, training=3.0)
+    times = 64 * longest**2 / (2 * 10**2)
+    found = [run.expected_seconds(shape, padded, (10, 1), verdict, direction) for direction in run.PASSES]
+    assert found == pytest.approx([times, 3 * times])
+
+
+def test_a_peer_far_behind_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = peers.candidates("pma_pooling", compile_too=False)
+    chosen = {name: found[name] for name in (peers.OURS, "padded SDPA", "per-row SDPA")}
+    monkeypatch.setattr(run, "candidates", lambda *_: chosen)
+    expected = {"padded SDPA": 1.0, "per-row SDPA": 11.0}
+    monkeypatch.setattr(
+        run, "expected_seconds", lambda shape, peer, *_: next(expected[n] for n, p in chosen.items() if p is peer)
+    )
+    shape = grid.Shape("pma_pooling", shapes.laws(NOWHERE)["diginetica"], rows=8)
+    measured = list(run.measure([shape], run.Settings(threads=(1,), seconds=0.0)))
+    assert {(one.runner, one.problem) for one in measured if one.problem} == {("per-row SDPA", "would take about 11 s")}
+    assert [one.runner for one in measured if one.median is None] == ["per-row SDPA"] * 2
 
 
 # ---------------------------------------------------------------- timing

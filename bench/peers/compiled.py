@@ -26,10 +26,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` of it, once; new sizes are not compiled again, and if there are too many after all, it raises."""
     import torch._dynamo.config
     import torch._inductor.config
+    import torch.fx.experimental._config
 
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._inductor.config.cpp.dynamic_threads = True
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance are not one size
     return torch.compile(function, dynamic=True)
 
 
