@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -34,7 +35,10 @@ class Call {
     std::optional<Rows> own_queries;
 
     explicit Call(const AttentionInputs& in)
-        : keys(in.kv_offsets, in.k.shape[0], in.skip_prefix), layout_(in.layout), tokens_(in.q.shape[0]) {
+        : keys(in.kv_offsets, in.k.shape[0], in.skip_prefix),
+          layout_(in.layout),
+          dtype_(in.k.dtype),
+          tokens_(in.q.shape[0]) {
         if (in.q_offsets) own_queries.emplace(*in.q_offsets, in.q.shape[0]);
         AttentionProblem& p = problem;
         p.rows = keys.count();
@@ -63,7 +67,10 @@ class Call {
     const Rows& queries() const { return own_queries ? *own_queries : keys; }
     bool packed() const { return layout_ == QueryLayout::packed; }
     // Rows that overlap (offsets that are wrong) write the same tokens: for one thread only.
-    bool ordered() const { return keys.ordered() && (!packed() || queries().ordered()); }
+    int64_t useful_threads(int64_t threads) const {
+        return keys.ordered() && (!packed() || queries().ordered()) ? threads : 1;
+    }
+    DType dtype() const { return dtype_; }
 
     RowTensor like_keys(const TensorView& x) const {
         return {x.data, problem.key_begins, 0, x.strides[0], x.strides[1], x.strides[2], true};
@@ -109,6 +116,7 @@ class Call {
     }
 
     QueryLayout layout_;
+    DType dtype_;
     int64_t tokens_;  // of packed queries, the tail included
 };
 
@@ -121,29 +129,70 @@ void blind_gaps(const Rows& rows, const TensorView& lse) {
     });
 }
 
-// A run of rows under all heads, which lie side by side, is one task, but for the heaviest runs: heads of those may
-// find threads of their own.
-std::vector<AttentionTask> tasks_of(const Runs& runs, int64_t kv_heads) {
+// What is shared out to threads. A run of rows under all heads, which lie side by side, is one task, but for the
+// heaviest runs: heads of those may find threads of their own, and parts of a row that alone would keep one thread too
+// long. Nothing of this changes a result's bits.
+std::vector<AttentionTask> tasks_of(const Call& call, const Runs& runs, int64_t threads, bool divisible) {
     constexpr double kHeavy = 1.0 / 64;
+    const AttentionProblem& p = call.problem;
+    const double share = runs.total() * static_cast<double>(p.kv_heads) / static_cast<double>(2 * threads);
     std::vector<AttentionTask> tasks;
     for (int64_t i = 0; i < runs.count(); ++i) {
-        const int64_t run = runs.in_order(i), heads = runs.work(run) > kHeavy * runs.total() ? 1 : kv_heads;
-        for (int64_t head = 0; head < kv_heads; head += heads)
-            tasks.push_back({runs.cut(run), runs.cut(run + 1), head, head + heads, run});
+        const int64_t run = runs.in_order(i), first = runs.cut(run), last = runs.cut(run + 1);
+        const bool heavy = runs.work(run) > kHeavy * runs.total();
+        const bool divide = divisible && threads > 1 && last - first == 1 && runs.work(run) > share;
+        const int64_t parts = divide ? kernels(call.dtype()).attention_parts(p, first) : 1;
+        for (int64_t head = 0, heads = heavy ? 1 : p.kv_heads; head < p.kv_heads; head += heads)
+            for (int64_t part = 0; part < parts; ++part)
+                tasks.push_back({first, last, head, head + heads, run, parts > 1 ? part : -1});
     }
     return tasks;
 }
 
-void run_tasks(const Call& call, const Runs& runs, int64_t threads, int64_t bytes,
-               void (*kernel)(const AttentionProblem&, const AttentionTask&, void*)) {
+using Kernel = void (*)(const AttentionProblem&, const AttentionTask&, void*);
+
+// Returns the number of threads that it took.
+int run_tasks(const Call& call, const Runs& runs, const std::vector<AttentionTask>& tasks, int64_t threads,
+              int64_t bytes, Kernel kernel) {
     const AttentionProblem& p = call.problem;
-    const std::vector<AttentionTask> tasks = tasks_of(runs, p.kv_heads);
     const int64_t count = static_cast<int64_t>(tasks.size());
     const double multiply_adds = runs.total() * static_cast<double>(p.kv_heads * (p.head_size + p.value_size));
-    const int active = worthwhile_threads(call.ordered() ? threads : 1, count, static_cast<int64_t>(multiply_adds));
+    const int active = worthwhile_threads(threads, count, static_cast<int64_t>(multiply_adds));
     ThreadMemory memory(active, bytes);
     parallel_for(active, count, [&](int64_t i, int thread) { kernel(p, tasks[i], memory.of(thread)); });
+    return active;
 }
+
+// Memory for the sums of tasks that are parts, and how these are joined: few, since only rows are divided that are
+// heavy for the number of threads.
+class PartSums {
+  public:
+    PartSums(const AttentionProblem& problem, const Kernels& kernels, std::vector<AttentionTask>& tasks)
+        : p(problem), kernels_(kernels) {
+        for (AttentionTask& task : tasks) {
+            if (task.part < 0) continue;
+            const int64_t bytes = kernels_.attention_part_bytes(p, task.first_row);
+            if (task.part == 0) {
+                sums_.emplace_back(new char[bytes * kernels_.attention_parts(p, task.first_row)]);
+                joins_.push_back(task);
+                joins_.back().part_sums = sums_.back().get();
+            }
+            task.part_sums = sums_.back().get() + task.part * bytes;
+        }
+    }
+
+    // On as many threads as the tasks took: OpenMP ends threads that a next region has no use for.
+    void join(int threads) const {
+        parallel_for(joins_.empty() ? 1 : threads, static_cast<int64_t>(joins_.size()),
+                     [&](int64_t i, int) { kernels_.attention_join_parts(p, joins_[i]); });
+    }
+
+  private:
+    const AttentionProblem& p;
+    const Kernels& kernels_;
+    std::vector<std::unique_ptr<char[]>> sums_;
+    std::vector<AttentionTask> joins_;
+};
 
 // ---------------------------------------------------------------- sums of the backward
 
@@ -237,7 +286,9 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, in
     }
     const Runs runs(p.rows, kMostRuns, [&](int64_t row) { return call.work(row); });
     const Kernels& native = kernels(in.k.dtype);
-    run_tasks(call, runs, threads, native.attention_forward_memory(p), native.attention_forward);
+    threads = call.useful_threads(threads);
+    run_tasks(call, runs, tasks_of(call, runs, threads, true), threads, native.attention_forward_memory(p),
+              native.attention_forward);
 }
 
 void attention_backward(const AttentionInputs& in, const AttentionGradients& grads, int64_t threads) {
@@ -271,7 +322,13 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
     }
     if (grads.grad_gate) gate_sums = prepare_gate(call, *grads.grad_gate, runs.count());
     const Kernels& native = kernels(in.k.dtype);
-    run_tasks(call, runs, threads, native.attention_backward_memory(p), native.attention_backward);
+    threads = call.useful_threads(threads);
+    // Parts of a row would add to the same sums over queries at once.
+    std::vector<AttentionTask> tasks = tasks_of(call, runs, threads, !p.shared_queries && !p.gate_summed);
+    const PartSums parts(p, native, tasks);
+    const int active =
+        run_tasks(call, runs, tasks, threads, native.attention_backward_memory(p), native.attention_backward);
+    parts.join(active);
     if (query_sums) query_sums->write();
     if (gate_sums) gate_sums->write();
 }

@@ -19,7 +19,25 @@ class AttentionBackward {
 
     static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
         const AttentionBackward backward(p, task.run, memory);
-        for_each_row(task, [&](int64_t row, int64_t kv_head) { backward.whole_row(row, kv_head); });
+        for_each_row(task, [&](int64_t row, int64_t kv_head) { backward.whole_row(row, kv_head, task); });
+    }
+
+    static int64_t parts(const AttentionProblem& p, int64_t row) {
+        const Sizes<T> size(p);
+        return Row(p, size, row, 0, nullptr).parts();
+    }
+    static int64_t part_bytes(const AttentionProblem& p, int64_t row) {
+        const Sizes<T> size(p);
+        return p.key_counts[row] * (size.head_stride + size.value_stride) * static_cast<int64_t>(sizeof(A));
+    }
+    static void join_parts(const AttentionProblem& p, const AttentionTask& task) {
+        const AttentionBackward backward(p, task.run, nullptr);
+        const Row row(p, backward.size_, task.first_row, task.first_head, nullptr);
+        char* sums = static_cast<char*>(task.part_sums);
+        const KeyGradients to = backward.part_sums(row, sums);
+        for (int64_t part = 1; part < row.parts(); ++part)
+            backward.add(row, backward.part_sums(row, sums + part * part_bytes(p, task.first_row)), to);
+        backward.write(row, to);
     }
 
   private:
@@ -50,70 +68,105 @@ class AttentionBackward {
             grad_a_rows_ = from.take<X>(operands<X>(block) * size_.value_stride);
             slope_columns_ = from.take<A>(scores);
         }
+        if (size_.has_parts(p)) part_sums_ = from.take<A>(p.most_keys * (size_.head_stride + size_.value_stride));
         bytes_ = from.bytes();
     }
 
-    void whole_row(int64_t batch_row, int64_t kv_head) const {
+    void whole_row(int64_t batch_row, int64_t kv_head, const AttentionTask& task) const {
         const Row row(p, size_, batch_row, kv_head, extra_);
         const Matrix<const S> keys = row.tokens(p.k, p.head_size, p.rope.cos, keys_);
         const Matrix<const S> values = p.v_is_k ? keys : row.tokens(p.v, p.value_size, false, values_);
-        const Multiplicand<T> key_factors(keys, row.keys, size_.head_stride, row.total, packed_keys_);
-        const Multiplicand<T> value_factors =
-            p.v_is_k ? key_factors : Multiplicand<T>(values, row.keys, size_.value_stride, row.total, packed_values_);
-        const Matrix<const X> key_rows = along_rows<X>(keys, row.keys, size_.head_stride, key_rows_);
-        KeyGradients to;
-        to.keys = sums_for(row, p.grad_k, batch_row, kv_head, p.head_size, p.rope.cos, grad_k_);
-        to.values = p.v_is_k ? to.keys : sums_for(row, p.grad_v, batch_row, kv_head, p.value_size, false, grad_v_);
-        for (int64_t r = 0; r < row.total; r += row.block)
-            one_block(row, r, least(row.block, row.total - r), key_factors, value_factors, key_rows, to);
-        if (row.total == 0) no_key_gradients(row, to);
-        if (to.keys.data == grad_k_) write_sums(row, p.grad_k, batch_row, kv_head, p.head_size, p.rope.cos, grad_k_);
-        if (to.values.data == grad_v_ && !p.v_is_k)
-            write_sums(row, p.grad_v, batch_row, kv_head, p.value_size, false, grad_v_);
+        const Multiplicand<T> factors(keys, row.keys, size_.head_stride, row.total, packed_keys_);
+        const Factors of_row{
+            factors,
+            p.v_is_k ? factors : Multiplicand<T>(values, row.keys, size_.value_stride, row.total, packed_values_),
+            along_rows<X>(keys, row.keys, size_.head_stride, key_rows_)};
+        if (task.part >= 0) return one_part(row, task.part, of_row, part_sums(row, task.part_sums));
+        const KeyGradients to = whole_sums(row);
+        one_part(row, 0, of_row, to);
+        for (int64_t part = 1; part < row.parts(); ++part) {
+            const KeyGradients share = part_sums(row, part_sums_);
+            one_part(row, part, of_row, share);
+            add(row, share, to);
+        }
+        write(row, to);
     }
 
+    // What a row's queries are multiplied with.
+    struct Factors {
+        Multiplicand<T> keys, values;
+        Matrix<const X> key_rows;
+    };
+    // Sums of the gradients of a row's keys and values; both are one where values are keys.
     struct KeyGradients {
         Matrix<A> keys, values;
     };
 
-    // Where gradients of a row's keys or values are summed: in place where one block of queries makes them, else in
-    // memory that is dense, and that later blocks find in the cache.
-    static Matrix<A> sums_for(const Row& row, const RowTensor& grad, int64_t batch_row, int64_t kv_head,
-                              int64_t channels, bool rotated, A* buffer) {
+    KeyGradients part_sums(const Row& row, void* memory) const {
+        A* sums = static_cast<A*>(memory);
+        const Matrix<A> keys{sums, size_.head_stride};
+        return {keys, p.v_is_k ? keys : Matrix<A>{sums + row.keys * size_.head_stride, size_.value_stride}};
+    }
+    KeyGradients whole_sums(const Row& row) const {
+        const Matrix<A> keys = sums_in(row, p.grad_k, p.head_size, p.rope.cos, grad_k_);
+        return {keys, p.v_is_k ? keys : sums_in(row, p.grad_v, p.value_size, false, grad_v_)};
+    }
+    // In place where one block of queries makes all of them, else in memory that is dense, and that later blocks find
+    // in the cache.
+    static Matrix<A> sums_in(const Row& row, const RowTensor& grad, int64_t channels, bool rotated, A* memory) {
         if constexpr (std::is_same_v<T, A>)
             if (row.total <= row.block && !rotated && channels % kLanes<A> == 0)
-                return {address<T>(grad, batch_row, 0, kv_head), grad.token};
-        return {buffer, round_up(channels, kNumbers<X> * kLanes<X>)};
+                return {row.key_at(grad, 0), grad.token};
+        return {memory, round_up(channels, kNumbers<X> * kLanes<X>)};
     }
 
-    void write_sums(const Row& row, const RowTensor& grad, int64_t batch_row, int64_t kv_head, int64_t channels,
-                    bool rotated, A* sums) const {
-        for (int64_t j = 0; j < row.keys; ++j, sums += round_up(channels, kNumbers<X> * kLanes<X>)) {
-            if (rotated) turn(p.rope, row.key_position(j), A(-1), sums);
-            narrow(sums, channels, address<T>(grad, batch_row, j, kv_head));
+    void add(const Row& row, const KeyGradients& share, const KeyGradients& to) const {
+        for (int64_t i = 0; i < row.keys * size_.head_stride; ++i) to.keys.data[i] += share.keys.data[i];
+        if (p.v_is_k) return;
+        for (int64_t i = 0; i < row.keys * size_.value_stride; ++i) to.values.data[i] += share.values.data[i];
+    }
+
+    void write(const Row& row, const KeyGradients& sums) const {
+        write(row, sums.keys, p.grad_k, p.head_size, p.rope.cos);
+        if (!p.v_is_k) write(row, sums.values, p.grad_v, p.value_size, false);
+    }
+    void write(const Row& row, Matrix<A> sums, const RowTensor& grad, int64_t channels, bool rotated) const {
+        if (static_cast<void*>(sums.data) == row.key_at(grad, 0)) return;
+        for (int64_t j = 0; j < row.keys; ++j) {
+            A* sum = sums.from(j).data;
+            if (rotated) turn(p.rope, row.key_position(j), A(-1), sum);
+            narrow(sum, channels, row.key_at(grad, j));
         }
     }
 
-    void one_block(const Row& row, int64_t r, int64_t count, const Multiplicand<T>& keys, const Multiplicand<T>& values,
-                   Matrix<const X> key_rows, const KeyGradients& to) const {
+    // The queries of one part, or none; the keys' gradients under them are written to `to`.
+    void one_part(const Row& row, int64_t part, const Factors& of_row, const KeyGradients& to) const {
+        const int64_t first = part * row.part, last = least(first + row.part, row.total);
+        if (first >= last) no_key_gradients(row, to);
+        for (int64_t r = first; r < last; r += row.block)
+            one_block(row, r, least(row.block, last - r), r == first, of_row, to);
+    }
+
+    void one_block(const Row& row, int64_t r, int64_t count, bool first, const Factors& of_row,
+                   const KeyGradients& to) const {
         Columns runs[2];
         const int parts = row.columns(r, count, runs);
         const Matrix<A> weights{scores_, row.score_stride}, slopes{slopes_, row.score_stride};
         const Matrix<const S> queries = row.queries(r, count, queries_), grad_a{grad_a_, size_.value_stride};
         for (int64_t i = 0; i < count; ++i) back_through_epilogue(row, r + i, grad_a_ + i * grad_a.stride);
         for (int i = 0; i < parts; ++i) {
-            keys.multiply(queries, count, runs[i], weights);
-            values.multiply(grad_a, count, runs[i], slopes);
+            of_row.keys.multiply(queries, count, runs[i], weights);
+            of_row.values.multiply(grad_a, count, runs[i], slopes);
         }
         for (int64_t i = 0; i < count; ++i)
             score_gradients(row, r + i, weights.from(i).data, slopes.from(i).data, runs, parts);
         const Scalars<X> slope_columns = along_keys(slopes, count, runs, parts);
-        weighted_sums<X>(slope_columns, key_rows, runs, parts, row.keys, count, size_.head_stride,
+        weighted_sums<X>(slope_columns, of_row.key_rows, runs, parts, row.keys, count, size_.head_stride,
                          {grad_q_, size_.head_stride});
         for (int64_t i = 0; i < count; ++i) write_query_gradient(row, r + i, grad_q_ + i * size_.head_stride);
         // The first block writes the keys' gradients where it sees all of them, else they begin as zeros.
-        const bool all = parts == 1 && runs[0].begin == 0 && runs[0].end >= row.keys, writes = r == 0 && all;
-        if (r == 0 && !all) no_key_gradients(row, to);
+        const bool all = parts == 1 && runs[0].begin == 0 && runs[0].end >= row.keys, writes = first && all;
+        if (first && !all) no_key_gradients(row, to);
         add_key_gradients(slopes, along_rows<X>(queries, count, size_.head_stride, query_rows_), count, runs, parts,
                           row.keys, size_.head_stride, to.keys, !writes);
         add_key_gradients(weights, along_rows<X>(grad_a, count, size_.value_stride, grad_a_rows_), count, runs, parts,
@@ -213,7 +266,8 @@ class AttentionBackward {
     int64_t run_, bytes_;
     S *keys_, *values_, *queries_, *grad_a_;
     X *packed_keys_, *packed_values_, *key_rows_ = nullptr, *query_rows_ = nullptr, *grad_a_rows_ = nullptr;
-    A *scores_, *slopes_, *slope_columns_ = nullptr, *grad_q_, *grad_k_, *grad_v_, *extra_, *attended_, *gate_;
+    A *scores_, *slopes_, *slope_columns_ = nullptr, *grad_q_, *grad_k_, *grad_v_, *extra_, *attended_, *gate_,
+                          *part_sums_ = nullptr;
 };
 
 INTERFORMER_LEVEL_END

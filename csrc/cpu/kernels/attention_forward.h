@@ -16,7 +16,7 @@ class AttentionForward {
 
     static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
         AttentionForward forward(p, memory);
-        for_each_row(task, [&](int64_t row, int64_t kv_head) { forward.whole_row(row, kv_head); });
+        for_each_row(task, [&](int64_t row, int64_t kv_head) { forward.whole_row(row, kv_head, task.part); });
     }
 
   private:
@@ -36,14 +36,16 @@ class AttentionForward {
         bytes_ = from.bytes();
     }
 
-    void whole_row(int64_t batch_row, int64_t kv_head) const {
+    // `part`: of the row's queries, or -1.
+    void whole_row(int64_t batch_row, int64_t kv_head, int64_t part) const {
         const AttentionRow<T> row(p, size_, batch_row, kv_head, extra_);
         if (row.total == 0) return;
         const Matrix<const S> keys = row.tokens(p.k, p.head_size, p.rope.cos, keys_);
         const Matrix<const S> values = p.v_is_k ? keys : row.tokens(p.v, p.value_size, false, values_);
         const Multiplicand<T> factors(keys, row.keys, size_.head_stride, row.total, packed_keys_);
         const Matrix<const X> value_rows = along_rows<X>(values, row.keys, size_.value_stride, value_rows_);
-        for (int64_t r = 0; r < row.total; r += row.block)
+        const int64_t first = part < 0 ? 0 : part * row.part, last = part < 0 ? row.total : first + row.part;
+        for (int64_t r = first; r < least(last, row.total); r += row.block)
             one_block(row, r, least(row.block, row.total - r), factors, value_rows);
     }
 

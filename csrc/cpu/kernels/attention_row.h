@@ -36,6 +36,14 @@ struct Sizes {
         const int64_t tiles = most(kScores / score_stride(keys) / kTileRows, 1);
         return most(1, least(queries, least(tiles, kMostTiles) * kTileRows));
     }
+    // Queries of a part of a row, in whole blocks. The gradients of the row's keys are summed part by part, whether or
+    // not parts are shared out to threads: so the bits are the same.
+    static int64_t part(int64_t queries, int64_t keys) {
+        const int64_t size = block(queries, keys);
+        return size * most(kPart / size, 1);
+    }
+    // Whether some row may have more than one part.
+    bool has_parts(const AttentionProblem& p) const { return p.most_queries * group > kPart / 2; }
     // Bounds of `block` and of the scores of a block over all rows of a problem.
     int64_t most_block(const AttentionProblem& p) const {
         return most(1, least(p.most_queries * group, kMostTiles * kTileRows));
@@ -46,7 +54,7 @@ struct Sizes {
     }
 
   private:
-    static constexpr int64_t kScores = (128 << 10) / sizeof(A), kMostTiles = 16;
+    static constexpr int64_t kScores = (128 << 10) / sizeof(A), kMostTiles = 16, kPart = 512;
 };
 
 // Columns of the scores that some query of a block sees: `begin` a multiple of the panel, `end` of the vector.
@@ -141,7 +149,10 @@ class AttentionRow {
           keys(p.key_counts[row]),
           total(queries_ * size_.group),
           block(size_.block(total, keys)),
+          part(size_.part(total, keys)),
           score_stride(size_.score_stride(keys)) {}
+
+    int64_t parts() const { return most((total + part - 1) / part, 1); }
 
     // Without a division where heads are not grouped: there it would cost as much as a short row's products.
     int64_t token(int64_t r) const { return size_.group == 1 ? r : r / size_.group; }
@@ -152,21 +163,23 @@ class AttentionRow {
         return address<T, E>(x, row_, token(r), head(r));
     }
 
+    T* key_at(const RowTensor& x, int64_t j) const { return address<T>(x, row_, j, kv_head_); }
+
     // Tokens of k or v, in place or copied; channels beyond the last are 0.
     Matrix<const S> tokens(const RowTensor& x, int64_t channels, bool rotate, S* copy) const {
         const int64_t stride = round_up(channels, kNumbers<X> * kLanes<X>);
         if constexpr (std::is_same_v<T, S>) {
-            const T* first = address<T>(x, row_, 0, kv_head_);
+            const T* first = key_at(x, 0);
             if (!rotate && stride == channels && whole_operands(first, x.token)) return {first, x.token};
         }
         for (int64_t j = 0; j < keys; ++j) {
             S* to = copy + j * stride;
             if (rotate) {
-                widen(address<T>(x, row_, j, kv_head_), 1, channels, extra_);
+                widen(key_at(x, j), 1, channels, extra_);
                 turn(p.rope, key_position(j), A(1), extra_);
                 narrow(extra_, channels, to);
             } else {
-                copy_stored(address<T>(x, row_, j, kv_head_), 1, channels, to);
+                copy_stored(key_at(x, j), 1, channels, to);
             }
             fill(to + channels, stride - channels, S{});
         }
@@ -263,6 +276,9 @@ class AttentionRow {
         hide(s, seen, runs, count, kHidden);
         A largest = kHidden;
         for (int i = 0; i < count; ++i) largest = most_of(s + runs[i].begin, runs[i].end - runs[i].begin, largest);
+        if (largest == -kHidden)  // the sum is NaN then, and does not show which scores were
+            for (int i = 0; i < count; ++i)
+                for (int64_t j = runs[i].begin; j < runs[i].end; ++j) largest = s[j] != s[j] ? s[j] : largest;
         // Nothing seen, or only scores of -inf: against 0 every weight is 0. Of nothing the mean is 0, of the other
         // NaN.
         const A against = largest == kHidden ? A(0) : largest;
@@ -350,8 +366,9 @@ class AttentionRow {
     A* extra_;  // of one token
 
   public:
-    const int64_t keys, total;          // total: queries of all heads
-    const int64_t block, score_stride;  // queries of a block, and from one's scores to the next one's
+    const int64_t keys, total;   // total: queries of all heads
+    const int64_t block, part;   // queries of a block, and of a part
+    const int64_t score_stride;  // from the scores of one query to the next one's
 };
 
 INTERFORMER_LEVEL_END
