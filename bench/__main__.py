@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", action="append", type=int, help="of the CPU; may be repeated; 1 and 2 where left out")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--backend", choices=_backend.BACKENDS, help="of this package; the fastest where left out")
-    add("--seconds", type=float, default=2.0, help="about how long each (shape, pass, threads) is timed")
+    add("--seconds", type=float, default=1.2, help="about how long each (shape, pass, threads) is timed")
     add("--quick", action="store_true", help="few shapes, no compiled peers, no memory")
     add("--no-compile", action="store_true", help="without the peers that torch.compile makes")
     add("--json", type=Path, metavar="FILE")

@@ -43,8 +43,11 @@ def _label(one: Measurement) -> str:
     return f"{one.op}, {one.law}, {one.sizes}, {'bf16' if one.dtype == 'bfloat16' else one.dtype}"
 
 
-def _bars(axis: Any, labels: Sequence[str], lengths: Sequence[float], colours: Sequence[str]) -> None:
-    axis.barh(range(len(labels)), lengths, color=colours)
+def _bars(axis: Any, labels: Sequence[str], ends: Sequence[float], colours: Sequence[str], start: float) -> None:
+    """A bar per label, from `start` to its end, and a line at 1."""
+    axis.barh(range(len(labels)), [end - start for end in ends], left=start, color=colours)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.margins(y=0.01)
     axis.set_yticks(range(len(labels)), labels, fontsize=6)
     axis.invert_yaxis()
 
@@ -57,9 +60,11 @@ def ratios(path: Path, measurements: Sequence[Measurement]) -> None:
         found = [(group[OURS], report.ratio(group)) for group in _lines(measurements, direction)]
         drawn = [(one, times) for one, times in found if times is not None]
         colours = ["tab:red" if times < targets.FLOOR else "tab:blue" for _, times in drawn]
-        _bars(axis, [_label(one) for one, _ in drawn], [times for _, times in drawn], colours)
-        axis.axvline(1, color="black", linewidth=0.8)
+        _bars(axis, [_label(one) for one, _ in drawn], [times for _, times in drawn], colours, start=1)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="x", which="both", labelsize=7)
         axis.set_title(direction)
         axis.set_xlabel("times as fast as the best peer (log scale)")
     _save(path, figure)
@@ -73,8 +78,7 @@ def limits(path: Path, measurements: Sequence[Measurement], machine: Machine) ->
         found = [(group[OURS], report.of_limit(group[OURS], machine)) for group in _lines(measurements, direction)]
         drawn = [(one, limit) for one, limit in found if limit is not None]
         colours = ["tab:blue" if limit[0] == "GEMM" else "tab:orange" for _, limit in drawn]
-        _bars(axis, [_label(one) for one, _ in drawn], [limit[1] for _, limit in drawn], colours)
-        axis.axvline(1, color="black", linewidth=0.8)
+        _bars(axis, [_label(one) for one, _ in drawn], [limit[1] for _, limit in drawn], colours, start=0)
         axis.set_title(direction)
         axis.set_xlabel("share of the nearer limit (blue: products, orange: copies)")
     _save(path, figure)

@@ -168,7 +168,6 @@ def table(measurements: Sequence[Measurement], machine: Machine) -> list[tuple[s
         law = ours.law if ours.source == "synthetic" else f"{ours.law} ({ours.source})"
         limit = of_limit(ours, machine)
         back = back_over_forth(group, first)
-        spread = f"{(ours.high - ours.low) / ours.median:.0%}" if ours.median and ours.high and ours.low else "-"
         judged = judge(group, machine, back)
         lines.append(
             (
@@ -183,7 +182,7 @@ def table(measurements: Sequence[Measurement], machine: Machine) -> list[tuple[s
                 f"{times:.2f}x" if times else "-",
                 f"{limit[1]:.2f} {limit[0]}" if limit else "-",
                 f"{back:.2f}" if back is not None else "-",
-                spread,
+                _spread(ours),
                 "; ".join(map(str, judged)) or "-",
             )
         )
@@ -227,6 +226,13 @@ def _time(one: Measurement) -> str:
     if one.median is None:
         return "-"
     return f"{one.median:.3g} s" if one.median >= 1 else f"{one.median * 1e3:.3g} ms"
+
+
+def _spread(one: Measurement) -> str:
+    """Of the quartiles, and of how many samples."""
+    if not one.median or one.low is None or one.high is None:
+        return "-"
+    return f"{(one.high - one.low) / one.median:.0%} of {one.samples}" if one.samples > 2 else f"{one.samples} only"
 
 
 def rates(machine: Machine) -> str:

@@ -16,6 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 # Rows of a mask's blocks; PyTorch's own default.
 _BLOCK = 128
+# Widths of padded keys for FlexAttention: with 104 and 120, compiled for sizes that vary, torch 2.13 is wrong on CPU.
+FLEX_WIDTHS = 16
 # FlexAttention's index tables keep this many places, whatever the batch: with sizes that vary, torch 2.13 writes code
 # for the CPU that does not compile (a size named ks18 is taken for ks1).
 _CAPACITY = 1 << 18

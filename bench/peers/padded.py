@@ -49,9 +49,9 @@ class Padding:
         return x.flatten(0, 1).index_select(0, self.back)
 
 
-def longest(offsets: Tensor) -> int:
-    """The width of the padded batch."""
-    return int(offsets.diff().max())
+def longest(offsets: Tensor, multiple: int = 1) -> int:
+    """The width of the padded batch, in multiples of `multiple`."""
+    return -(-int(offsets.diff().max()) // multiple) * multiple
 
 
 def attend_jagged(

@@ -110,9 +110,9 @@ def _folding(pooling: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Call
     return run
 
 
-def _with_width(core: Callable[..., Tensor], attention: padded.Attention) -> Core:
-    """A core over padded tensors; their width is read from the offsets outside of what is compiled."""
-    return lambda q, k, v, offsets, scale: core(attention, q, k, v, offsets, padded.longest(offsets), scale)
+def _with_width(core: Callable[..., Tensor], attention: padded.Attention, multiple: int = 1) -> Core:
+    """A core over padded tensors, as wide as the longest row needs, in multiples of `multiple`."""
+    return lambda q, k, v, offsets, scale: core(attention, q, k, v, offsets, padded.longest(offsets, multiple), scale)
 
 
 def _compiled_core(core: Callable[..., Tensor]) -> Core:
@@ -144,16 +144,17 @@ def _jagged_peers() -> dict[str, Peer]:
 def _dense_cores() -> dict[str, Peer]:
     """Attention with dense queries: their `run` is a core."""
 
-    def with_width(attention: padded.Attention) -> Core:
-        return _with_width(padded.attend_dense, attention)
+    def with_width(attention: padded.Attention, multiple: int = 1) -> Core:
+        return _with_width(padded.attend_dense, attention, multiple)
 
+    flex = with_width(compiled.flex_padded, compiled.FLEX_WIDTHS)
     return {
         "padded SDPA": Peer(with_width(padded.sdpa_with_mask), tokens=4),
         "per-row SDPA": Peer(rows.attend_dense),
         "nested SDPA": Peer(nested.attend_dense, tokens=4, scores=1),
         "eager with mask": Peer(with_width(padded.eager_with_mask), tokens=4, scores=3),
         "torch.compile": Peer(_compiled_core(padded.attend_dense), compiled=True, tokens=4, scores=2),
-        "FlexAttention": Peer(with_width(compiled.flex_padded), compiled=True, trains=False, tokens=4),
+        "FlexAttention": Peer(flex, compiled=True, trains=False, tokens=4),
     }
 
 
