@@ -121,6 +121,41 @@ print("joined")
     assert done.stdout == "joined\n", done.stderr
 
 
+def test_workers_of_a_data_loader() -> None:
+    """They fork from a process whose threads have run, and use the kernels in `__getitem__` and in the collation."""
+    script = """
+import torch
+from cpu_calls import all_ops, differing, results
+from interformer_kernels.testing import make_inputs
+from torch.utils.data import DataLoader
+cases = all_ops((400, *range(1, 50)), heads=4, kv_heads=2, head_size=16, value_size=16)
+torch.set_num_threads(2)
+expected = [results(case.op, make_inputs(case, torch.float32)) for case in cases]
+
+class Items(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(cases)
+
+    def __getitem__(self, i):
+        assert torch.get_num_threads() == 1
+        return i, results(cases[i].op, make_inputs(cases[i], torch.float32))
+
+def collated(items):
+    again = {i: results(cases[i].op, make_inputs(cases[i], torch.float32)) for i, _ in items}
+    assert not any(differing(found, again[i]) for i, found in items)
+    return items
+
+seen = 0
+for items in DataLoader(Items(), batch_size=2, num_workers=2, collate_fn=collated, multiprocessing_context="fork"):
+    for i, found in items:
+        assert not differing(found, expected[i])
+        seen += 1
+print(seen == len(cases))
+"""
+    done = python(script)
+    assert done.stdout == "True\n", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_python_threads_at_once(threads: int) -> None:
     """Each thread has other inputs; what comes out is what comes out of one call after another."""
