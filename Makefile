@@ -11,6 +11,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 WHEEL := build/wheel
+WIDE := $(CURDIR)/build/wide
 WHEEL_BIN := $(CURDIR)/$(WHEEL)/venv/bin
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 BUILT_FROM := pyproject.toml setup.py $(shell find CMakeLists.txt csrc cmake -type f)
@@ -19,7 +20,7 @@ data_option := $(if $(DATA),--data $(DATA))
 # Random calls of each kind that `make fuzz` makes.
 EXAMPLES ?= 10000
 
-.PHONY: help demo test fuzz lint wheel-test bench torch-matrix clean
+.PHONY: help demo test fuzz lint wheel-test wide-test bench torch-matrix clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
@@ -27,6 +28,7 @@ help:
 	@echo "make fuzz               10 000 random calls of the CPU kernels, and as many with broken offsets"
 	@echo "make lint               ruff, mypy, clang-format"
 	@echo "make wheel-test         builds the wheel and tries it in a bare environment, from another directory"
+	@echo "make wide-test          tests the kernels for AVX-512 BF16 on a machine with AVX2"
 	@echo "make bench [DATA=path]  every op against its peers on all named shapes: bench/out/report.md"
 	@echo "make torch-matrix       one wheel under several versions of torch (downloads them)"
 	@echo "make clean              removes the environment and all that was built"
@@ -67,6 +69,16 @@ wheel-test: $(READY)
 	&& $(WHEEL_BIN)/interformer-kernels parity --json parity.json \
 	&& $(WHEEL_BIN)/interformer-kernels parity --backend cpu --dtype float32 > /dev/null \
 	&& $(WHEEL_BIN)/python -m interformer_bench --op pma_pooling --law diginetica --seconds 0.2 --no-compile
+
+# The kernels for AVX-512 BF16 on machines without: the same source, its vectors and pairs made of AVX2 instructions.
+wide-test: $(READY)
+	rm -rf $(WIDE)
+	mkdir -p $(WIDE)/site $(WIDE)/run
+	INTERFORMER_CUDA=0 INTERFORMER_WIDE_LEVEL=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --no-deps --target $(WIDE)/site .
+	cp -r tests pyproject.toml $(WIDE)/run
+	cd $(WIDE)/run && INTERFORMER_CPU_LEVEL=wide PYTHONPATH=$(WIDE)/site $(CURDIR)/$(BIN)/pytest -k 'not reference' \
+	    tests/test_parity.py tests/test_cpu_kernels.py tests/test_cpu_determinism.py
 
 bench: $(READY)
 	$(BIN)/python -m interformer_bench $(data_option) --out bench/out $(ARGS)

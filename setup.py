@@ -94,6 +94,7 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11_directory()}",
                 f"-DINTERFORMER_CUDA={os.environ.get('INTERFORMER_CUDA', 'auto')}",
+                f"-DINTERFORMER_WIDE_LEVEL={os.environ.get('INTERFORMER_WIDE_LEVEL', '0')}",
                 f"-DINTERFORMER_OUTPUT_DIRECTORY={target.parent}",
                 f"-DINTERFORMER_OUTPUT_NAME={target.name}",
             ],

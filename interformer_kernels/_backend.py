@@ -74,11 +74,12 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
 @functools.cache
 def choose(op: str, device_type: str, dtype: torch.dtype) -> str:
     """The fastest backend that can serve; says once per op, device and dtype what it is and why."""
-    passed_over = []
+    module, passed_over = native(), []
     for backend in _PREFERENCE.get(device_type, ()):
         reason = why_not(op, backend, device_type, dtype)
         if reason is None:
-            _log.info("%s on %s with %s: backend %r serves", op, device_type, dtype, backend)
+            kind = f", instruction set {module.build_info()['cpu_level']}" if backend == "cpu" and module else ""
+            _log.info("%s on %s with %s: backend %r serves%s", op, device_type, dtype, backend, kind)
             return backend
         passed_over.append(f"{backend}: {reason}")
     because = "; ".join(passed_over) or f"no kernel backend serves {device_type} tensors"
