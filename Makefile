@@ -20,12 +20,13 @@ data_option := $(if $(DATA),--data $(DATA))
 # Random calls of each kind that `make fuzz` makes.
 EXAMPLES ?= 10000
 
-.PHONY: help demo test fuzz lint wheel-test wide-test bench torch-matrix clean
+.PHONY: help demo test fuzz sanitize lint wheel-test wide-test bench torch-matrix clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
 	@echo "make test               all tests"
 	@echo "make fuzz               10 000 random calls of the CPU kernels, and as many with broken offsets"
+	@echo "make sanitize           the CPU kernels' tests and a short fuzz under AddressSanitizer and UBSan"
 	@echo "make lint               ruff, mypy, clang-format"
 	@echo "make wheel-test         builds the wheel and tries it in a bare environment, from another directory"
 	@echo "make wide-test          tests the kernels for AVX-512 BF16 on a machine with AVX2"
@@ -50,6 +51,9 @@ test: $(READY)
 fuzz: $(READY)
 	EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/test_properties.py -k cpu --timeout 0 \
 	    --hypothesis-profile fuzz --hypothesis-show-statistics $(ARGS)
+
+sanitize: $(READY)
+	PYTHON=$(BIN)/python bash tools/sanitize.sh $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

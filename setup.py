@@ -1,6 +1,7 @@
 """Builds the native module `interformer_kernels._C` with CMake and Ninja; everything static is in pyproject.toml.
 
 `INTERFORMER_CUDA` chooses its CUDA part: `auto` (the default: where nvcc is found), `1` (required) or `0` (left out).
+`INTERFORMER_SANITIZE` is what `-fsanitize=` gets: see `tools/sanitize.sh`.
 Without a C++ compiler the package is installed without the module, and `_C` becomes a file that says so when imported.
 """
 
@@ -95,6 +96,7 @@ class CMakeBuild(build_ext):
                 f"-Dpybind11_DIR={pybind11_directory()}",
                 f"-DINTERFORMER_CUDA={os.environ.get('INTERFORMER_CUDA', 'auto')}",
                 f"-DINTERFORMER_WIDE_LEVEL={os.environ.get('INTERFORMER_WIDE_LEVEL', '0')}",
+                f"-DINTERFORMER_SANITIZE={os.environ.get('INTERFORMER_SANITIZE', '')}",
                 f"-DINTERFORMER_OUTPUT_DIRECTORY={target.parent}",
                 f"-DINTERFORMER_OUTPUT_NAME={target.name}",
             ],

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# The native module under AddressSanitizer and UndefinedBehaviorSanitizer: builds a copy of the package in
+# build/sanitize, and runs on it the tests of the module and of the CPU kernels (offsets of any content among them) and
+# a short fuzz. The first report ends it with status 1, also one of a child process.
+#
+#     tools/sanitize.sh                    everything
+#     tools/sanitize.sh -k offsets         further arguments are pytest's
+#     EXAMPLES=5000 tools/sanitize.sh      random calls of each kind
+set -euo pipefail
+
+python=$(command -v "${PYTHON:-python3}")
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")  # a virtual environment's own, not what it links to
+root=$(cd "$(dirname "$0")/.." && pwd)
+work=$root/build/sanitize
+compiler=${CXX:-c++}
+
+rm -rf "$work"
+mkdir -p "$work/site"
+wide=$([ "$(uname -m)" = x86_64 ] && echo 1 || echo 0)
+INTERFORMER_CUDA=0 INTERFORMER_WIDE_LEVEL=$wide INTERFORMER_SANITIZE=address,undefined \
+    "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$work/site" "$root"
+
+# Python is not built with the sanitizers, so their runtime must be there first, and what throws before what it throws
+# through. Python's own small blocks come from malloc, where reads past them are seen. PyTorch leaks at exit, by intent.
+export LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)"
+export PYTHONMALLOC=malloc
+export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1
+export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+
+tests() {  # a report goes past pytest's capture, and stops the process
+    "$python" -m pytest -x --capture=sys --timeout 900 -m "not slow" "$@"
+}
+
+cd "$work/site"  # before the checkout on Python's path
+"$python" -c "import torch, interformer_kernels._C as m; assert m.__file__.startswith('$work'), m.__file__"
+# Left out: what counts the threads that run, since the sanitizers' runtime has some of its own.
+tests "$root"/tests/test_native*.py "$root"/tests/test_cpu_*.py -k "not take_threads" "$@"
+EXAMPLES=${EXAMPLES:-300} tests "$root/tests/test_properties.py" -k cpu --hypothesis-profile fuzz
+echo "no report of the sanitizers"
