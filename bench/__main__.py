@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--backend", choices=_backend.BACKENDS, help="of this package; the fastest where left out")
     add("--seconds", type=float, default=1.2, help="about how long each (shape, pass, threads) is timed")
-    add("--quick", action="store_true", help="few shapes, no compiled peers, no memory")
+    add("--quick", action="store_true", help="few shapes, float32, 2 threads, no compiled peers, no memory")
     add("--no-compile", action="store_true", help="without the peers that torch.compile makes")
     add("--json", type=Path, metavar="FILE")
     add("--markdown", type=Path, metavar="FILE", help='"-" prints it')
@@ -52,17 +52,24 @@ def _progress() -> Callable[[str], None]:
 
 def _measure(chosen: argparse.Namespace, found: Sequence[grid.Shape], tell: Callable[[str], None]) -> report.Report:
     settings = run.Settings(
-        dtypes=tuple(chosen.dtype) if chosen.dtype else None,
+        dtypes=tuple(chosen.dtype or ["float32"]) if chosen.dtype or chosen.quick else None,
         device=chosen.device,
-        threads=tuple(chosen.threads or (1, 2)),
+        threads=tuple(chosen.threads or ((2,) if chosen.quick else (1, 2))),
         seconds=chosen.seconds,
         compiled=not (chosen.quick or chosen.no_compile),
         backend=chosen.backend,
         tell=tell,
     )
     machine = timing.Machine(chosen.device)
-    measured = list(run.measure(found, settings, machine))
-    if chosen.quick or chosen.device != "cpu":
+    measured: list[run.Measurement] = []
+    stopped = False
+    try:
+        for one in run.measure(found, settings, machine):
+            measured.append(one)
+    except KeyboardInterrupt:
+        stopped = True
+        tell("stopped: the report holds what was measured")
+    if stopped or chosen.quick or chosen.device != "cpu":
         return report.Report(measured, machine.rates())
     why = memory.why_not()
     if why is not None:

@@ -16,6 +16,8 @@ from interformer_bench.timing import Rates
 
 from interformer_kernels import _backend
 
+# Two threads multiply large matrices faster than one, by this at least, where they have a core each.
+_SCALES = 1.4
 _FIGURE = re.compile(r"\b\d[\d.]*(?:e[-+]?\d+)?\b")
 Group = dict[str, Measurement]
 Machine = Mapping[tuple[str, int], Rates]
@@ -243,7 +245,18 @@ def rates(machine: Machine) -> str:
     ]
     held = "targets hold" if level() in targets.LEVELS else f"targets are for {' and '.join(targets.LEVELS)}"
     text = f"Kernels: {level()} ({held}; >= {targets.FLOOR:g}x the best peer is promised on AVX2 too)."
-    return "; ".join(["In the same run", *parts]) + ". " + text
+    return " ".join(["; ".join(["In the same run", *parts]) + ".", text, *_busy(machine)])
+
+
+def _busy(machine: Machine) -> list[str]:
+    """A warning where more threads did not multiply matrices faster: somebody else had the cores."""
+    found = []
+    for (dtype, threads), one in machine.items():
+        single = machine.get((dtype, 1))
+        if single is not None and threads > 1 and one.gemm < _SCALES * single.gemm:
+            told = f"{threads} threads multiplied {dtype} at {one.gemm / single.gemm:.1f} times the rate of one"
+            found.append(f"THE CORES WERE BUSY: {told}; times on {threads} threads are not to be trusted.")
+    return found
 
 
 def memory_table(peaks: Sequence[Peak]) -> list[tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -106,11 +106,9 @@ class _Session:
         self.arguments = self.shape.inputs(self.torch_dtype, self.settings.device)
         found: list[Measurement] = []
         behind: dict[tuple[str, str], str] = {}
+        self._sample_machine({1, *threads})
         for number in threads:
             torch.set_num_threads(number)
-            if self.machine is not None:
-                for dtype in {self.torch_dtype, torch.float32}:
-                    self.machine.sample(dtype)
             for direction in PASSES:
                 problems = self._problems(direction, verdicts)
                 problems |= {name: why for (name, of), why in behind.items() if of == direction}
@@ -120,6 +118,15 @@ class _Session:
                     self._measurement(name, number, direction, taken.get(name), problems[name]) for name in self.runners
                 ]
         yield from sorted(found, key=lambda one: one.threads)
+
+    def _sample_machine(self, threads: Iterable[int]) -> None:
+        """Rates of this dtype and of float32; on one thread too: it tells whether more have cores of their own."""
+        if self.machine is None:
+            return
+        for number in threads:
+            torch.set_num_threads(number)
+            for dtype in {self.torch_dtype, torch.float32}:
+                self.machine.sample(dtype)
 
     def _problems(self, direction: str, verdicts: Mapping[str, checks.Verdict]) -> dict[str, str | None]:
         """Of every runner: why it is not timed in this pass, None where it is."""

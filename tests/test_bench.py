@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +250,16 @@ def test_the_bench_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {(one["law"], one["rows"], one["threads"]) for one in found["measurements"]} == {("movielens", 4, 1)}
     assert [one["dtype"] for one in found["machine"]] == ["float32"]
     assert "Kernels: " in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_reports_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*arguments: Any) -> Iterator[run.Measurement]:
+        yield from itertools.islice(measure(*arguments), 3)
+        raise KeyboardInterrupt
+
+    measure = run.measure
+    monkeypatch.setattr(run, "measure", stopped)
+    target = tmp_path / "bench.json"
+    chosen = ["--op", "personalized_ffn", "--law", "beauty", "--rows", "4", "--seconds", "0", "--threads", "1"]
+    main([*chosen, "--no-compile", "--json", str(target)])
+    assert len(json.loads(target.read_text())["measurements"]) == 3

@@ -163,6 +163,13 @@ def test_a_slow_product_of_16_bit_numbers_is_no_limit() -> None:
     assert report.of_gemm(measurement(dtype="bfloat16"), MACHINE) == pytest.approx(5.0)
 
 
+def test_busy_cores_are_told() -> None:
+    one, two = (timing.Rates(gemm, copy=1e9) for gemm in (1e9, 1.9e9))
+    assert "BUSY" not in report.rates({("float32", 1): one, ("float32", 2): two})
+    told = report.rates({("float32", 1): one, ("float32", 2): replace(two, gemm=0.9e9)})
+    assert "THE CORES WERE BUSY: 2 threads multiplied float32 at 0.9 times the rate of one" in told
+
+
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     measured = [measurement(direction=d, runner=name) for d in run.PASSES for name in (peers.OURS, "peer")]

@@ -1,7 +1,8 @@
 """Compiled peers: one `torch.compile(dynamic=True)` per op, and FlexAttention. Compiling is not timed.
 
 The compiled kernels are told to take the threads they find (`cpp.dynamic_threads`), so that one serves 1 and 2 threads.
-Compile with the largest number first: FlexAttention's kernel keeps the number that it was compiled with as its most.
+FlexAttention's must not be: it has memory for the threads that it was compiled with and overruns it on more, and with
+that setting PyTorch's cache of compiled code does not tell them apart. Its first call must have the most threads.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ _CAPACITY = 1 << 18
 
 
 @functools.cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` of it, once; new sizes are not compiled again, and if there are too many after all, it raises."""
+def compiled(function: Callable[..., Any], any_threads: bool = True) -> Callable[..., Any]:
+    """`torch.compile` of it, once; new sizes are not compiled again, and if there are too many after all, it raises.
+
+    With `any_threads` it runs on any number of threads, else on no more than there are at its first call.
+    """
     import torch._dynamo.config
-    import torch._inductor.config
     import torch.fx.experimental._config
 
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    torch._inductor.config.cpp.dynamic_threads = True
     torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance are not one size
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function, dynamic=True, options={"cpp.dynamic_threads": any_threads})
 
 
 def _fixed(values: Tensor) -> Tensor:
@@ -47,7 +49,9 @@ def _fixed(values: Tensor) -> Tensor:
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Tensor:
     # It refuses tensors that want gradients, also where none are recorded.
-    out: Tensor = compiled(flex_attention)(*(x.detach() for x in (q, k, v)), block_mask=mask, scale=scale)
+    out: Tensor = compiled(flex_attention, any_threads=False)(
+        *(x.detach() for x in (q, k, v)), block_mask=mask, scale=scale
+    )
     return out
 
 
