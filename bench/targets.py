@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from interformer_bench.peers.registry import FOLDS, PADDED_BMM, PROJECTS
 
-LEVELS = ("avx512", "avx512bf16")
+LEVELS = ("avx512", "avx512_bf16")
 THREADS = 2
 FLOOR = 0.95
 # Backward over forward, at most.
