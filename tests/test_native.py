@@ -143,7 +143,7 @@ def test_what_it_says_of_itself() -> None:
     info = _C.build_info()
     assert re.match(r"\w+ \d+", info["compiler"])
     assert info["openmp"] >= 201107
-    assert info["cpu_levels"][0] == "generic"
+    assert "generic" in info["cpu_levels"]
     assert info["cpu_level"] in info["cpu_levels"]
     assert info["cuda"]
     assert bool(info["cuda_architectures"]) == info["cuda_built"]
