@@ -71,65 +71,103 @@ class Ffn {
     }
 
     // y = x W + bias of a block.
-    void linear(Scalars<A> x, Matrix<const A> weight, int64_t count) const {
-        multiply<A>(x, weight, count, stride_, p.inputs, {y_, stride_}, false);
+    void linear(Scalars<A> x, Matrix<const A> weight, int64_t count, Matrix<A> y) const {
+        multiply<A>(x, weight, count, stride_, p.inputs, y, false);
         if (!p.bias.given) return;
         for (int64_t i = 0; i < count; ++i)
-            for (int64_t f = 0; f < p.outputs; ++f) y_[i * stride_ + f] += bias_[f];
+            for (int64_t f = 0; f < p.outputs; ++f) y.from(i).data[f] += bias_[f];
+    }
+
+    // Rows of a tensor that is written, by whole vectors: in place, or in `memory`, to be narrowed later.
+    static Matrix<A> rows_to_write(const RowTensor& x, int64_t row, int64_t t, int64_t channels, Matrix<A> memory) {
+        if constexpr (std::is_same_v<T, A>)
+            if (channels == memory.stride) return {address<T>(x, row, t, 0), x.token};
+        return memory;
+    }
+    static void narrow_rows(Matrix<A> from, int64_t count, int64_t channels, const RowTensor& x, int64_t row,
+                            int64_t t) {
+        if (static_cast<void*>(from.data) == address<T>(x, row, t, 0)) return;  // written in place
+        for (int64_t i = 0; i < count; ++i) narrow(from.from(i).data, channels, address<T>(x, row, t + i, 0));
     }
 
     void forward_block(int64_t row, int64_t t, Matrix<const A> weight) const {
         const int64_t count = least(kBlock, p.counts[row] - t);
-        linear(tokens(row, t, count), weight, count);
+        const Matrix<A> out = rows_to_write(p.out, row, t, p.outputs, {y_, stride_});
+        linear(tokens(row, t, count), weight, count, out);
         for (int64_t i = 0; i < count; ++i) {
-            A* y = y_ + i * stride_;
+            A* y = out.from(i).data;
             activate(p.activation, y, p.outputs);
             if (p.residual.given) {
                 widen(address<T>(p.residual, row, t + i, 0), p.residual.channel, p.outputs, extra_);
                 for (int64_t f = 0; f < p.outputs; ++f) y[f] += extra_[f];
             }
-            narrow(y, p.outputs, address<T>(p.out, row, t + i, 0));
         }
+        narrow_rows(out, count, p.outputs, p.out, row, t);
     }
+
+    // grad_x = grad W' of one row: dot products with the rows of W where tokens are few, else W is turned once.
+    void grad_x_block(int64_t row, int64_t t, int64_t count, Matrix<const A> grad, Matrix<const A> weight) const {
+        const Matrix<A> to = rows_to_write(p.grad_x, row, t, p.inputs, {x_, x_stride_});
+        if (few(row))
+            multiply_dots<A>(grad, weight, count, p.inputs, stride_, to);
+        else
+            multiply_packed<A>(scalars_along_columns<A>(grad), turned_, count, 0, round_up(p.inputs, kLanes<A>),
+                               p.outputs, to);
+        narrow_rows(to, count, p.inputs, p.grad_x, row, t);
+    }
+    bool few(int64_t row) const { return p.counts[row] <= 8; }
 
     void backward_row(int64_t row) const {
         const Matrix<const A> weight = weight_of(row);
-        fill(grad_weight_, p.inputs * stride_, A(0));
+        const Matrix<A> grad_weight = rows_to_write(p.grad_weight, row, 0, p.outputs, {grad_weight_, stride_});
         fill(grad_bias_, stride_, A(0));
-        if (p.counts[row] > 0) pack_transposed<A>(weight, p.inputs, p.outputs, turned_);
-        for (int64_t t = 0; t < p.counts[row]; t += kBlock) backward_block(row, t, weight);
-        for (int64_t e = 0; e < p.inputs; ++e)
-            narrow(grad_weight_ + e * stride_, p.outputs, address<T>(p.grad_weight, row, e, 0));
+        if (p.counts[row] == 0)
+            for (int64_t e = 0; e < p.inputs; ++e) fill(grad_weight.from(e).data, stride_, A(0));
+        else if (!few(row))
+            pack_transposed<A>(weight, p.inputs, p.outputs, turned_);
+        for (int64_t t = 0; t < p.counts[row]; t += kBlock) backward_block(row, t, weight, grad_weight);
+        narrow_rows(grad_weight, p.inputs, p.outputs, p.grad_weight, row, 0);
         if (p.bias.given) narrow(grad_bias_, p.outputs, address<T>(p.grad_bias, row, 0, 0));
     }
 
-    void backward_block(int64_t row, int64_t t, Matrix<const A> weight) const {
+    void backward_block(int64_t row, int64_t t, Matrix<const A> weight, Matrix<A> grad_weight) const {
         const int64_t count = least(kBlock, p.counts[row] - t);
         const Scalars<A> x = tokens(row, t, count);
+        const Matrix<const A> grad = linear_gradient(row, t, count, x, weight);
+        multiply<A>({x.data, x.column, x.row}, grad, p.inputs, stride_, count, grad_weight, t > 0);
+        if (p.bias.given) add_bias_gradient(grad, count);
+        grad_x_block(row, t, count, grad, weight);  // x is not needed any more: its memory may take its gradient
+    }
+
+    // The gradient of x W + bias: grad_out itself, or through the activation.
+    Matrix<const A> linear_gradient(int64_t row, int64_t t, int64_t count, Scalars<A> x, Matrix<const A> weight) const {
+        if constexpr (std::is_same_v<T, A>)
+            if (p.activation == Activation::identity && p.grad_out.channel == 1 && p.outputs == stride_)
+                return {address<T>(p.grad_out, row, t, 0), p.grad_out.token};
+        const Matrix<A> grad{grad_, stride_};
         for (int64_t i = 0; i < count; ++i) {
-            A* grad = grad_ + i * stride_;
-            widen(address<T>(p.grad_out, row, t + i, 0), p.grad_out.channel, p.outputs, grad);
-            fill(grad + p.outputs, stride_ - p.outputs, A(0));
+            widen(address<T>(p.grad_out, row, t + i, 0), p.grad_out.channel, p.outputs, grad.from(i).data);
+            fill(grad.from(i).data + p.outputs, stride_ - p.outputs, A(0));
         }
         if (p.activation != Activation::identity) {
-            linear(x, weight, count);
+            const Matrix<A> y{y_, stride_};
+            linear(x, weight, count, y);
             for (int64_t i = 0; i < count; ++i)
-                activate_with_slopes(p.activation, y_ + i * stride_, grad_ + i * stride_, p.outputs);
+                activate_with_slopes(p.activation, y.from(i).data, grad.from(i).data, p.outputs);
         }
-        multiply<A>({x.data, x.column, x.row}, {grad_, stride_}, p.inputs, stride_, count, {grad_weight_, stride_},
-                    true);
+        return {grad_, stride_};
+    }
+
+    void add_bias_gradient(Matrix<const A> grad, int64_t count) const {
         for (int64_t f = 0; f < p.outputs; ++f) {
             A block = 0;
             for (int64_t i = 0; i < count; i += 8) {  // a few tokens first: shorter sums are more exact
                 A sum = 0;
-                for (int64_t j = i; j < least(i + 8, count); ++j) sum += grad_[j * stride_ + f];
+                for (int64_t j = i; j < least(i + 8, count); ++j) sum += grad.from(j).data[f];
                 block += sum;
             }
             grad_bias_[f] += block;
         }
-        // x is not needed any more: its memory takes its gradient.
-        multiply_packed<A>({grad_, stride_, 1}, turned_, count, 0, x_stride_, p.outputs, {x_, x_stride_});
-        for (int64_t i = 0; i < count; ++i) narrow(x_ + i * x_stride_, p.inputs, address<T>(p.grad_x, row, t + i, 0));
     }
 
     const FfnProblem& p;
