@@ -252,7 +252,7 @@ std::optional<Sums> prepare_gate(Call& call, const TensorView& grad, int64_t run
     p.gate_channels = n[grad.axes - 1];
     if (rows_kept && tokens_kept && heads_to == p.heads) {
         const size_t size = grad.dtype == DType::float64 ? sizeof(double) : sizeof(float);
-        std::memset(grad.data, 0, static_cast<size_t>(grad.size()) * size);
+        if (grad.size() > 0) std::memset(grad.data, 0, static_cast<size_t>(grad.size()) * size);
         p.grad_gate = call.like_output(grad);
         return std::nullopt;
     }

@@ -204,9 +204,9 @@ class AttentionBackward {
             for (int64_t c = 0; c < channels; ++c) to[c] += gate_[c];
             return;
         }
-        Sum sum = 0;
+        double sum = 0;  // of up to hundreds of channels
         for (int64_t c = 0; c < channels; ++c) sum += gate_[c];
-        to[0] += sum;
+        to[0] += static_cast<Sum>(sum);
     }
 
     // Scores become the weights of v in A, gradients of the weights those of the scores before their scaling.

@@ -331,7 +331,7 @@ class AttentionRow {
         for (int64_t j = begin / W * W; j < end; j += W) {
             const Index from = static_cast<Index>(most(begin - j, 0)), to = static_cast<Index>(least(end - j, W));
             const Vector<A> x = load_vector(s + j), out = Vector<A>{} + hidden;
-            store_vector(s + j, (lanes >= from) & (lanes < to) ? out : x);
+            store_vector(s + j, ((lanes >= from) & (lanes < to)) ? out : x);
         }
     }
 

@@ -79,7 +79,7 @@ void multiply(Scalars<X> a, Matrix<const X> b, int64_t rows, int64_t columns, in
 template <typename X>
 void multiply_packed(Scalars<X> a, const X* panels, int64_t rows, int64_t first, int64_t last, int64_t depth,
                      Matrix<SumOf<X>> c) {
-    constexpr int64_t kPiece = 128;  // of a long sum
+    constexpr int64_t kPiece = 64;  // of a long sum
     for (int64_t n = first; n < last; n += kPanel<X>) {
         int64_t k = 0;
         do {

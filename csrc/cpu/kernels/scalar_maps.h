@@ -76,10 +76,10 @@ inline Vector<double> power_of_two(Vector<double> x) {
 // Natural logarithm of x >= 1 (the sum of a softmax); of 0 some number, and NaN stays. x = 2^e m with m in
 // [sqrt(1/2), sqrt(2)), and log m = 2 artanh t, t = (m - 1) / (m + 1), by its series (remainder below 1e-9).
 inline Vector<float> logarithm(Vector<float> x) {
-    Vector<int32_t> bits;
+    Vector<uint32_t> bits;  // unsigned, since it wraps where x is not a number of a sum
     std::memcpy(&bits, &x, sizeof bits);
-    const Vector<int32_t> exponent = (bits - 0x3f3504f3) >> 23;  // of x / sqrt(1/2)
-    bits -= exponent << 23;
+    const Vector<int32_t> exponent = (Vector<int32_t>)(bits - 0x3f3504f3u) >> 23;  // of x / sqrt(1/2)
+    bits -= (Vector<uint32_t>)exponent << 23;
     Vector<float> m;
     std::memcpy(&m, &bits, sizeof m);
     const Vector<float> t = (m - 1.0f) / (m + 1.0f), square = t * t;
