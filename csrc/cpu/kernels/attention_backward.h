@@ -117,7 +117,7 @@ class AttentionBackward {
         if constexpr (std::is_same_v<T, A>)
             if (row.total <= row.block && !rotated && channels % kLanes<A> == 0)
                 return {row.key_at(grad, 0), grad.token};
-        return {memory, round_up(channels, kNumbers<X> * kLanes<X>)};
+        return {memory, padded<X>(channels)};
     }
 
     void add(const Row& row, const KeyGradients& share, const KeyGradients& to) const {

@@ -24,9 +24,7 @@ struct Sizes {
     int64_t group;
 
     explicit Sizes(const AttentionProblem& p)
-        : head_stride(round_up(p.head_size, kNumbers<X> * kLanes<X>)),
-          value_stride(round_up(p.value_size, kNumbers<X> * kLanes<X>)),
-          group(p.heads / p.kv_heads) {}
+        : head_stride(padded<X>(p.head_size)), value_stride(padded<X>(p.value_size)), group(p.heads / p.kv_heads) {}
 
     static int64_t score_stride(int64_t keys) {
         return round_up(keys, kPanel<A>) + 64 / static_cast<int64_t>(sizeof(A));
@@ -167,7 +165,7 @@ class AttentionRow {
 
     // Tokens of k or v, in place or copied; channels beyond the last are 0.
     Matrix<const S> tokens(const RowTensor& x, int64_t channels, bool rotate, S* copy) const {
-        const int64_t stride = round_up(channels, kNumbers<X> * kLanes<X>);
+        const int64_t stride = padded<X>(channels);
         if constexpr (std::is_same_v<T, S>) {
             const T* first = key_at(x, 0);
             if (!rotate && stride == channels && whole_operands(first, x.token)) return {first, x.token};

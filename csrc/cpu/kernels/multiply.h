@@ -95,24 +95,28 @@ void multiply_packed(Scalars<X> a, const X* panels, int64_t rows, int64_t first,
 
 // ---------------------------------------------------------------- transposing
 
+// Lanes of two vectors exchanged in groups of S: of the high group of `above` with the low one of `below`, and so on.
+template <typename A, int S>
+INTERFORMER_INLINE void exchange(Vector<A>& above, Vector<A>& below) {
+    constexpr int W = kLanes<A>;
+    Vector<typename IndexOf<A>::type> low, high;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < W; ++lane) {
+        low[lane] = lane & S ? W + lane - S : lane;
+        high[lane] = lane & S ? W + lane : lane + S;
+    }
+    const Vector<A> first = above, second = below;
+    above = __builtin_shuffle(first, second, low);
+    below = __builtin_shuffle(first, second, high);
+}
+
 // A square of `kLanes` rows of one vector each, transposed in registers: halves are exchanged, then quarters, ...
 template <typename A, int S = kLanes<A> / 2>
 inline void transpose_square(Vector<A>* rows) {
     if constexpr (S > 0) {
-        constexpr int W = kLanes<A>;
-        Vector<typename IndexOf<A>::type> low, high;
 #pragma GCC unroll 16
-        for (int lane = 0; lane < W; ++lane) {
-            low[lane] = lane & S ? W + lane - S : lane;
-            high[lane] = lane & S ? W + lane : lane + S;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) {
-            if (i & S) continue;
-            const Vector<A> above = rows[i], below = rows[i + S];
-            rows[i] = __builtin_shuffle(above, below, low);
-            rows[i + S] = __builtin_shuffle(above, below, high);
-        }
+        for (int i = 0; i < kLanes<A>; ++i)
+            if (!(i & S)) exchange<A, S>(rows[i], rows[i + S]);
         transpose_square<A, S / 2>(rows);
     }
 }
@@ -123,16 +127,11 @@ INTERFORMER_INLINE Vector<A> sums_of(Vector<A>* rows) {
     if constexpr (S == 0) {
         return rows[0];
     } else {
-        constexpr int W = kLanes<A>;
-        Vector<typename IndexOf<A>::type> low, high;
 #pragma GCC unroll 16
-        for (int lane = 0; lane < W; ++lane) {
-            low[lane] = lane & S ? W + lane - S : lane;
-            high[lane] = lane & S ? W + lane : lane + S;
+        for (int i = 0; i < S; ++i) {
+            exchange<A, S>(rows[i], rows[i + S]);
+            rows[i] += rows[i + S];
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < S; ++i)
-            rows[i] = __builtin_shuffle(rows[i], rows[i + S], low) + __builtin_shuffle(rows[i], rows[i + S], high);
         return sums_of<A, S / 2>(rows);
     }
 }

@@ -40,6 +40,11 @@ template <typename X>
 inline int64_t operands(int64_t count) {
     return (count + kNumbers<X> - 1) / kNumbers<X>;
 }
+// Numbers between rows of channels: whole vectors of operands.
+template <typename X>
+inline int64_t padded(int64_t channels) {
+    return round_up(channels, kNumbers<X> * kLanes<X>);
+}
 template <typename X>
 using SumOf = std::conditional_t<std::is_same_v<X, Pair>, float, X>;
 
