@@ -63,6 +63,7 @@ def test_schema_goes_through_json() -> None:
         ({"categorical": ()}, "categorical must name at least one field, found none"),
         ({"sequences": ()}, "sequences must name at least one field, found none"),
         ({"sequences": (Field("shop", "shop"),)}, "field 'shop' must read one of item; found 'shop'"),
+        ({"candidate": ("shop",)}, "candidate must name fields among item; found 'shop'"),
     ],
 )
 def test_bad_schemas_are_named(change: dict[str, Any], message: str) -> None:

@@ -24,15 +24,19 @@ class Schema:
         dense: names of the dense scalars, in the order of `Batch.dense`. All of them together give one token.
         categorical: the fields of `Batch.categorical`, one token each; the candidate item is one of them.
         sequences: the fields of `Batch.sequences`: what is known of one event, aligned.
+        candidate: names of the categorical fields that describe the candidate item, for models that compare it with
+            the events (DIN, say). InterFormer does not need it.
 
     Raises:
-        ValueError: a field reads a table that is not there, a table has no ids, no field at all on one of the sides.
+        ValueError: a field reads a table that is not there, a table has no ids, no field at all on one of the sides,
+            a candidate field that is not categorical.
     """
 
     tables: Mapping[str, int]
     dense: tuple[str, ...]
     categorical: tuple[Field, ...]
     sequences: tuple[Field, ...]
+    candidate: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, size in self.tables.items():
@@ -46,6 +50,10 @@ class Schema:
                 if field.table not in self.tables:
                     wanted = f"Schema: {side} field {field.name!r} must read one of {', '.join(self.tables)}"
                     raise ValueError(f"{wanted}; found {field.table!r}")
+        names = [field.name for field in self.categorical]
+        for name in self.candidate:
+            if name not in names:
+                raise ValueError(f"Schema: candidate must name fields among {', '.join(names)}; found {name!r}")
 
     @property
     def num_tokens(self) -> int:
@@ -59,6 +67,7 @@ class Schema:
             "dense": list(self.dense),
             "categorical": [[field.name, field.table] for field in self.categorical],
             "sequences": [[field.name, field.table] for field in self.sequences],
+            "candidate": list(self.candidate),
         }
 
     @classmethod
@@ -69,4 +78,5 @@ class Schema:
             dense=tuple(plain["dense"]),
             categorical=tuple(Field(*pair) for pair in plain["categorical"]),
             sequences=tuple(Field(*pair) for pair in plain["sequences"]),
+            candidate=tuple(plain["candidate"]),
         )

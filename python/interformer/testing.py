@@ -19,6 +19,7 @@ def small_schema(num_dense: int = 2) -> Schema:
         dense=tuple(f"dense_{i}" for i in range(num_dense)),
         categorical=(Field("user", "user"), item, category),
         sequences=(item, category, Field("opinion", "opinion")),
+        candidate=("item", "category"),
     )
 
 

@@ -250,4 +250,5 @@ def _schema(films: Films, people: People) -> Schema:
     genres = tuple(Field(f"genre_{i + 1}", "genre") for i in range(GENRES))
     plain = tuple(Field(name, name) for name in ("user", "age", "gender", "occupation", "item", "year"))
     events = (Field("item", "item"), Field("rating", "rating"), *genres[:2], Field("gap", "gap"))
-    return Schema(tables, ("history_length", "item_seen", "item_liked"), plain + genres, events)
+    candidate = ("item", "year", *(genre.name for genre in genres))
+    return Schema(tables, ("history_length", "item_seen", "item_liked"), plain + genres, events, candidate)

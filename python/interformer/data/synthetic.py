@@ -101,7 +101,8 @@ def synthesize(law: SyntheticLaw | None = None) -> Splits:
 def _schema(law: SyntheticLaw) -> Schema:
     item, category = Field("item", "item"), Field("category", "category")
     tables = {"item": law.num_items, "category": law.num_categories, "opinion": 2}
-    return Schema(tables, ("history_length",), (item, category), (item, category, Field("opinion", "opinion")))
+    events = (item, category, Field("opinion", "opinion"))
+    return Schema(tables, ("history_length",), (item, category), events, candidate=("item", "category"))
 
 
 def _history_lengths(law: SyntheticLaw, g: torch.Generator) -> Tensor:

@@ -1,0 +1,22 @@
+"""The models by their names: what `--model` and experiments choose from. All read the same `Batch` and settings."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from interformer.config import InterFormerConfig
+from interformer.model import InterFormer
+from interformer.schema import Schema
+
+MODELS: dict[str, type[nn.Module]] = {"interformer": InterFormer}
+
+
+def build_model(name: str, config: InterFormerConfig, schema: Schema) -> nn.Module:
+    """The model called `name`: `Batch -> logits [B]`.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}; found {name!r}")
+    return MODELS[name](config, schema)
