@@ -9,10 +9,9 @@ import pytest
 import torch
 from interformer import InterFormer, InterFormerConfig, Schema
 from interformer.batch import Layout
-from interformer.layers import Gating, MaskNet, RankFeedForward, RotaryTables, SequenceSummary
+from interformer.cross import SelectiveSummary
+from interformer.layers import Gating, MaskNet, RotaryTables
 from interformer.testing import random_batch, rows_of, small_schema
-
-from interformer_kernels import gated_cross_attention
 
 SMALL = InterFormerConfig(
     embed_dim=8,
@@ -44,6 +43,28 @@ FORMS: dict[str, dict[str, Any]] = {
     "one-layer": {"num_layers": 1},
     "one-head": {"num_heads": 1, "num_cls": 1, "num_seeds": 3, "num_recent": 5},
     "dropout": {"dropout": 0.3, "embedding_dropout": 0.2},
+    "two_layer": {"pffn": "two_layer", "pffn_inner": 7},
+    "gdpa": {"pffn": "gdpa", "pffn_inner": 7, "pffn_tau": 2.0},
+    "literal-gdpa": {"literal": True, "pffn": "gdpa", "pffn_inner": 7},
+    "no-gate": {"gate": "none"},
+    "no-cls": {"cls": False},
+    "no-pffn": {"pffn": "none"},
+    "no-mha": {"attention": False},
+    "neither-half": {"pffn": "none", "attention": False},
+    "no-mask": {"mask_output": "none"},
+    "two-fields": {"event_fields": ("opinion", "item")},
+    "mab": {"pma": "mab"},
+    "hierarchical": {"pool_seeds": 5, "pool_products": 3},
+    "window": {"window": (2, 1)},
+    "mean": {"summary": "mean"},
+    "mlp": {"summary": "mlp"},
+    "mha": {"summary": "mha"},
+    "n2s": {"flow": "n2s"},
+    "s2n": {"flow": "s2n"},
+    "sep": {"flow": "sep"},
+    "sep-rank": {"flow": "sep", "pffn": "rank"},
+    "sole": {"flow": "sole"},
+    "sole-literal": {"flow": "sole", "literal": True, "backbone": "dot"},
 }
 
 
@@ -70,7 +91,7 @@ def test_every_form_runs_and_all_parameters_learn(form: str, lengths: tuple[int,
             assert parameter.grad.any(), f"{name} does not reach the loss"
 
 
-@pytest.mark.parametrize("form", ["default", "rank", "dcnv2", "literal"])
+@pytest.mark.parametrize("form", ["default", "rank", "dcnv2", "literal", "two_layer", "gdpa", "window", "mha", "sep"])
 def test_a_row_does_not_depend_on_its_neighbours(form: str) -> None:
     model = _model(replace(SMALL, **FORMS[form])).double()
     batch = random_batch(model.schema, LENGTHS)
@@ -134,21 +155,6 @@ def test_literal_sequence_arch_is_attention_of_the_feed_forward_alone() -> None:
     torch.testing.assert_close(arch(tokens, x_sum, layout.offsets, model.rope()), expected)
 
 
-def test_rank_feed_forward_is_attention_with_identity_score() -> None:
-    """Appendix A.2.2: `(s_t W) X_sum` is attention with identity score, scale 1, keys `W`, values `X_sum`."""
-    layer = RankFeedForward(replace(SMALL, embed_dim=8, num_heads=1)).double()
-    lengths = torch.tensor([2, 0, 5])
-    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
-    tokens = torch.randn(7, 8, dtype=torch.float64)
-    x_sum = torch.randn(3, SMALL.num_cls, 8, dtype=torch.float64)
-    keys = layer.weight.T.expand(3, -1, -1).flatten(0, 1)[:, None]  # [B*S, 1, E]
-    key_offsets = SMALL.num_cls * torch.arange(4)
-    attended = gated_cross_attention(
-        tokens[:, None], keys, x_sum.flatten(0, 1)[:, None], key_offsets, q_offsets=offsets, score="identity", scale=1.0
-    )
-    torch.testing.assert_close(layer(tokens, x_sum, offsets), attended[:, 0], rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [
@@ -183,7 +189,7 @@ def test_layout_puts_cls_in_front_and_finds_the_last_events() -> None:
 def test_missing_recent_events_are_zero_after_the_gate(gate: str) -> None:
     config = replace(SMALL, gate=gate)
     layout = Layout.of(torch.tensor([0, 1, 1]), 1, config.num_cls, config.num_recent)
-    summary = SequenceSummary(config)(torch.randn(1 + 2 * config.num_cls, 8), layout)
+    summary = SelectiveSummary(config)(torch.randn(1 + 2 * config.num_cls, 8), layout)
     assert summary.shape == (2, config.num_cls + config.num_seeds + config.num_recent, 8)
     recent = summary[:, -config.num_recent :]
     assert recent[0, 1].all()

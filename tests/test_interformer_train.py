@@ -32,10 +32,18 @@ MODEL = InterFormerConfig(
     max_history=12,
 )
 TRAINING = TrainConfig(epochs=3, batch_size=64, lr=5e-3, lr_decay=0.9, weight_decay=0.1, embedding_weight_decay=0.1)
+
+
+def _as_option(name: str, value: object) -> str:
+    said = ("no", "yes")[value] if isinstance(value, bool) else value
+    said = ",".join(map(str, value)) if isinstance(value, tuple) else said
+    return f"--{name.replace('_', '-')}={said}"
+
+
 OPTIONS = [
-    f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+    _as_option(name, value)
     for name, value in {**vars(MODEL), **vars(TRAINING), "num_users": 60, "mean_length": 8}.items()
-    if name not in ("literal", "backend")
+    if name != "backend"
 ]
 
 

@@ -66,7 +66,7 @@ class Layout:
         rows, device = offsets.shape[0] - 1, offsets.device
         offsets = offsets.long()
         token = torch.arange(tokens, device=device)
-        row = torch.searchsorted(offsets[1:].contiguous(), token, right=True).clamp(max=max(rows - 1, 0))
+        row = row_of_tokens(offsets, tokens)
         with_cls = offsets + num_cls * torch.arange(rows + 1, device=device)
         cls_places = with_cls[:-1, None] + torch.arange(num_cls, device=device)
         source = torch.empty(tokens + rows * num_cls, dtype=torch.int64, device=device)
@@ -89,6 +89,12 @@ class Layout:
         if not tokens.shape[0]:  # no rows, nothing to index
             return tokens.new_zeros(*self.recent.shape, tokens.shape[1])
         return _take(tokens, self.recent).where(self.has_recent[..., None], 0)
+
+
+def row_of_tokens(offsets: Tensor, tokens: int) -> Tensor:
+    """The row of each of `tokens` tokens, `[T]`; those of a tail count to the last row."""
+    token = torch.arange(tokens, device=offsets.device)
+    return torch.searchsorted(offsets[1:].contiguous(), token, right=True).clamp(max=max(offsets.shape[0] - 2, 0))
 
 
 def _take(tokens: Tensor, places: Tensor) -> Tensor:

@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 BACKBONES = ("dot", "dcnv2", "dhen")
-PFFN_MODES = ("mlp", "rank")
-GATE_MODES = ("self_identity", "self_tanh", "self_sigmoid", "multiply_sigmoid")
-MASK_OUTPUTS = ("identity", "sigmoid")
+PFFN_MODES = ("mlp", "rank", "two_layer", "gdpa", "none")
+GATE_MODES = ("self_identity", "self_tanh", "self_sigmoid", "multiply_sigmoid", "none")
+MASK_OUTPUTS = ("identity", "sigmoid", "none")
+FLOWS = ("int", "n2s", "s2n", "sep", "sole")
+SUMMARIES = ("selective", "mean", "mlp", "mha")
+PMA_FORMS = ("bare", "mab")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
@@ -24,14 +27,30 @@ class InterFormerConfig:
         num_cls: `S`, summary tokens of the non-sequence side, which are also the CLS tokens.
         num_seeds: `M`, learned queries of PMA; 0 leaves PMA out.
         num_recent: `K`, recent behaviours in the sequence summary; 0 leaves them out.
+        cls: whether the summary tokens stand in front of every row, and in the sequence summary, as CLS tokens.
+        flow: what the two sides tell each other: `int` everything; `n2s` only the static side to the sequence (CLS,
+            PFFN), `s2n` only the sequence to the static side (its summary in the interaction), `sep` nothing: the head
+            alone reads both. `sole` has no sequence side. Where the static side does not speak, learned tokens, the
+            same for all rows, take the place of its summary.
+        summary: of a row: `selective` (equation 11: CLS, PMA, recent), or the mean of its tokens, `mean`, after an MLP
+            of each, `mlp`, or after self-attention, `mha`.
+        pma: `bare`, or `mab`, Set Transformer's form with residual, norms and feed-forward (section 3).
+        pool_seeds: Kunlun's hierarchical seed pooling: PMA pools by so many seeds, and a sum of small products makes
+            `num_seeds` tokens of them; 0 is without.
+        pool_products: how many products there are in that sum.
         backbone: interaction of the Interaction Arch: `dot`, `dcnv2` or `dhen` (section 4).
         backbone_layers: 1 to 3: stacked DHEN layers, or cross layers of DCNv2; `dot` has one.
         cross_rank: low rank of DCNv2's matrices.
         interaction_hidden: hidden widths of the MLP behind an interaction.
-        pffn: how the personalised feed-forward is generated: `mlp` or `rank` (section 5).
-        pffn_hidden: hidden widths of the MLP that generates the matrix of `mlp`.
-        gate: mode of both gates (section 2).
-        mask_output: activation on MaskNet's mask: `identity` or `sigmoid` (section 1).
+        pffn: mode of the personalised feed-forward: `mlp`, `rank`, `two_layer` or `gdpa` (section 5), or `none`.
+        pffn_hidden: hidden widths of the MLP that generates the weights of `mlp`, `two_layer` and `gdpa`.
+        pffn_inner: `F`, inner width of `two_layer`, number of keys of `gdpa`.
+        pffn_tau: temperature of `gdpa`'s scores.
+        attention: whether the Sequence Arch has its attention.
+        window: neighbours on the left and on the right that a token sees, besides the CLS tokens; none: the whole row.
+        gate: mode of all gates (section 2), or `none`.
+        mask_output: activation on MaskNet's mask: `identity` or `sigmoid` (section 1); `none` has no mask.
+        event_fields: names of the fields of an event that the model reads; none are all that the schema has.
         head_hidden: hidden widths of the head.
         rope_base: base of the rotary embedding.
         max_history: longest history the rotary tables serve, CLS tokens not counted.
@@ -52,14 +71,25 @@ class InterFormerConfig:
     num_cls: int = 4
     num_seeds: int = 2
     num_recent: int = 2
+    cls: bool = True
+    flow: str = "int"
+    summary: str = "selective"
+    pma: str = "bare"
+    pool_seeds: int = 0
+    pool_products: int = 2
     backbone: str = "dhen"
     backbone_layers: int = 1
     cross_rank: int = 32
     interaction_hidden: tuple[int, ...] = (256,)
     pffn: str = "mlp"
     pffn_hidden: tuple[int, ...] = (64,)
+    pffn_inner: int = 64
+    pffn_tau: float = 1.0
+    attention: bool = True
+    window: tuple[int, ...] = ()
     gate: str = "self_tanh"
     mask_output: str = "identity"
+    event_fields: tuple[str, ...] = ()
     head_hidden: tuple[int, ...] = (1024, 512, 256, 128)
     rope_base: float = 10000.0
     max_history: int = 1024
@@ -70,30 +100,79 @@ class InterFormerConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("embed_dim", "num_heads", "num_layers", "num_cls", "cross_rank", "max_history"):
+        for name in ("embed_dim", "num_heads", "num_layers", "num_cls", "cross_rank", "max_history", "pffn_inner"):
             self._whole(name, getattr(self, name), 1)
-        for name in ("num_seeds", "num_recent"):
+        self._whole("pool_products", self.pool_products, 1)
+        for name in ("num_seeds", "num_recent", "pool_seeds"):
             self._whole(name, getattr(self, name), 0)
-        for name in ("interaction_hidden", "pffn_hidden", "head_hidden"):
-            self._widths(name)
+        for name, low in (("interaction_hidden", 1), ("pffn_hidden", 1), ("head_hidden", 1), ("window", 0)):
+            self._wholes(name, low)
         self._whole("backbone_layers", self.backbone_layers, 1, 3)
-        if self.backbone == "dot" and self.backbone_layers != 1:
-            raise ValueError(f"backbone_layers must be 1 for the dot backbone, found {self.backbone_layers}")
         self._choice("backbone", BACKBONES)
         self._choice("pffn", PFFN_MODES)
         self._choice("gate", GATE_MODES)
         self._choice("mask_output", MASK_OUTPUTS)
+        self._choice("flow", FLOWS)
+        self._choice("summary", SUMMARIES)
+        self._choice("pma", PMA_FORMS)
         if self.backend is not None:
             self._choice("backend", BACKENDS)
-        if self.embed_dim % (2 * self.num_heads):
-            found = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
-            raise ValueError(f"embed_dim must be a multiple of 2 * num_heads; found {found}")
         self._number("dropout", 0, 1)
         self._number("embedding_dropout", 0, 1)
         self._number("embedding_std", 0, float("inf"))
         self._number("rope_base", 1, float("inf"))
-        if not isinstance(self.literal, bool):
-            raise TypeError(f"literal must be a bool, found {self.literal!r}")
+        self._number("pffn_tau", 1e-6, float("inf"))
+        for name in ("literal", "cls", "attention"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, found {getattr(self, name)!r}")
+        if not isinstance(self.event_fields, tuple) or not all(isinstance(name, str) for name in self.event_fields):
+            raise TypeError(f"event_fields must be a tuple of names, found {self.event_fields!r}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Settings that are right by themselves and wrong beside one another."""
+        if self.embed_dim % (2 * self.num_heads):
+            found = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
+            raise ValueError(f"embed_dim must be a multiple of 2 * num_heads; found {found}")
+        if self.backbone == "dot" and self.backbone_layers != 1:
+            raise ValueError(f"backbone_layers must be 1 for the dot backbone, found {self.backbone_layers}")
+        if len(self.window) not in (0, 2):
+            raise ValueError(f"window must be empty or (left, right), found {self.window}")
+        if self.pool_seeds and not self.num_seeds:
+            raise ValueError(f"pool_seeds must be 0 without PMA (num_seeds=0), found {self.pool_seeds}")
+        if self.summary == "selective" and not (self.cls or self.num_seeds or self.num_recent):
+            raise ValueError("summary 'selective' must have cls, num_seeds or num_recent; found none of them")
+        if self.literal and self.num_layers == 1 and self.flow in ("s2n", "sep") and self.cls:
+            raise ValueError(f"literal with num_layers=1 has one X_sum, for head and CLS alike: not flow {self.flow!r}")
+        if self.to_sequence and not self.cls and self.pffn == "none":
+            raise ValueError(f"flow {self.flow!r} must reach the sequence by cls or pffn; found neither of them")
+
+    @property
+    def has_sequence(self) -> bool:
+        """Whether the model reads histories at all."""
+        return self.flow != "sole"
+
+    @property
+    def to_sequence(self) -> bool:
+        """Whether the static side speaks to the sequence."""
+        return self.flow in ("int", "n2s")
+
+    @property
+    def to_static(self) -> bool:
+        """Whether the sequence speaks to the static side."""
+        return self.flow in ("int", "s2n")
+
+    @property
+    def cls_tokens(self) -> int:
+        """Tokens in front of every row: `S`, or none."""
+        return self.num_cls if self.cls else 0
+
+    @property
+    def num_summary(self) -> int:
+        """Tokens of the sequence summary: CLS, PMA and recent, or one mean; none without a sequence side."""
+        if not self.has_sequence:
+            return 0
+        return self.cls_tokens + self.num_seeds + self.num_recent if self.summary == "selective" else 1
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings and lists, for JSON and checkpoints."""
@@ -116,12 +195,12 @@ class InterFormerConfig:
             wanted = f"at least {low}" if high is None else f"{low} to {high}"
             raise ValueError(f"{name} must be {wanted}, found {value}")
 
-    def _widths(self, name: str) -> None:
+    def _wholes(self, name: str, low: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, tuple):
             raise TypeError(f"{name} must be a tuple of ints, found {value!r}")
-        for i, width in enumerate(value):
-            self._whole(f"{name}[{i}]", width, 1)
+        for i, entry in enumerate(value):
+            self._whole(f"{name}[{i}]", entry, low)
 
     def _choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)

@@ -79,7 +79,7 @@ class DHENLayer(nn.Module):
 
 
 class InteractionArch(nn.Module):
-    """Section 4: `x [B, n, E]`, `s_sum [B, S+M+K, E]` -> `X' [B, n, E]`."""
+    """Section 4: `x [B, n, E]`, `s_sum [B, S+M+K, E]`, or None where the static side is alone -> `X' [B, n, E]`."""
 
     def __init__(self, config: InterFormerConfig, num_tokens: int, num_summary: int) -> None:
         super().__init__()
@@ -93,5 +93,5 @@ class InteractionArch(nn.Module):
             layers = (DHENLayer(wide, narrow, config) for wide, narrow in pairwise(sizes))
             self.backbone = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor, s_sum: Tensor) -> Tensor:
-        return self.backbone(torch.cat((x, s_sum), 1))
+    def forward(self, x: Tensor, s_sum: Tensor | None) -> Tensor:
+        return self.backbone(x if s_sum is None else torch.cat((x, s_sum), 1))

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from torch import nn
 
+from interformer.baselines import BST, DIN, LogisticRegression, MeanPooling
 from interformer.config import InterFormerConfig
 from interformer.model import InterFormer
 from interformer.schema import Schema
 
-MODELS: dict[str, type[nn.Module]] = {"interformer": InterFormer}
+MODELS: dict[str, type[nn.Module]] = {
+    "interformer": InterFormer,
+    "din": DIN,
+    "bst": BST,
+    "mean_pooling": MeanPooling,
+    "logistic_regression": LogisticRegression,
+}
 
 
 def build_model(name: str, config: InterFormerConfig, schema: Schema) -> nn.Module:

@@ -38,7 +38,7 @@ def _show(value: object) -> str:
         return "the fastest"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return (",".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
 
 def read_options(options: argparse.Namespace, preset: Settings, skip: tuple[str, ...] = ()) -> Settings:
@@ -57,6 +57,8 @@ def _parser_of(kind: Any) -> tuple[Callable[[str], Any], str]:
         return float, "FLOAT"
     if kind == tuple[int, ...]:
         return _whole_numbers, "INT,INT,..."
+    if kind == tuple[str, ...]:
+        return _names, "NAME,NAME,..."
     return str, "NAME"
 
 
@@ -64,6 +66,10 @@ def _yes_or_no(text: str) -> bool:
     if text not in ("yes", "no"):
         raise argparse.ArgumentTypeError(f"wanted yes or no, found {text!r}")
     return text == "yes"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
