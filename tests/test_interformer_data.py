@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from interformer.data import MalformedFileError, Splits, read_movielens
 from interformer.data.atomic import read_atomic
 from interformer.data.movielens import _year_bucket
+from real_data import real_data
 
 Rating = tuple[str, str, int, int]  # user, item, rating, timestamp
 
@@ -288,13 +288,7 @@ def test_a_batch_moves_as_a_whole(tiny: Splits) -> None:
 
 
 def test_movielens_100k() -> None:
-    named = os.environ.get("INTERFORMER_DATA")
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    directory = Path(named) if named else beside / "ml-100k"
-    directory = directory / "ml-100k" if (directory / "ml-100k").is_dir() else directory
-    if not list(directory.glob("*.inter")):
-        pytest.skip(f"no MovieLens-100k in {directory}; set INTERFORMER_DATA to its directory")
-    splits = read_movielens(directory)
+    splits = read_movielens(real_data("ml-100k", "*.inter"))
     sizes = {name: len(part) for name, part in splits.parts().items()}
     assert sum(sizes.values()) == 100_000
     assert sizes == {"train": 81494, "valid": 9857, "test": 8649}

@@ -8,13 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-class MalformedFileError(ValueError):
-    """A data file that cannot be read; the message begins with `file:line:column`."""
-
-    def __init__(self, path: Path, line: int, column: int, message: str) -> None:
-        super().__init__(f"{path}:{line}:{column}: {message}")
-        self.path, self.line, self.column = path, line, column
+from interformer.data.errors import MalformedFileError
 
 
 @dataclass(frozen=True)

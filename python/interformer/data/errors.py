@@ -1,0 +1,13 @@
+"""What readers raise for a data file that cannot be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class MalformedFileError(ValueError):
+    """A data file that cannot be read; the message begins with `file:line:column`."""
+
+    def __init__(self, path: Path, line: int, column: int, message: str) -> None:
+        super().__init__(f"{path}:{line}:{column}: {message}")
+        self.path, self.line, self.column = path, line, column
