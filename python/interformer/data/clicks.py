@@ -22,11 +22,11 @@ class Clicks:
     Args:
         schema: what the columns mean.
         dense: `[N, n_dense]` float32.
-        categorical: `[N, n_cat]` int64.
-        events: `[V, k]` int64, every user's events together, oldest first.
+        categorical: `[N, n_cat]` int64, or int32 to hold more of them; batches are int64.
+        events: `[V, k]` likewise: every user's events together (or every impression's), oldest first.
         first, last: `[N]` int64: the history of impression `i` is `events[first[i]:last[i]]`, maybe empty.
         label: `[N]` float32, 0 or 1.
-        user: `[N]` int64.
+        user: `[N]` likewise.
     """
 
     schema: Schema
@@ -61,9 +61,10 @@ class Clicks:
         offsets = torch.zeros(len(rows) + 1, dtype=torch.int64)
         torch.cumsum(length, 0, out=offsets[1:])
         steps = torch.arange(int(offsets[-1])) + torch.repeat_interleave(first - offsets[:-1], length)
-        return Batch(
-            self.dense[rows], self.categorical[rows], self.events[steps], offsets, self.label[rows], self.user[rows]
+        categorical, events, user = (
+            ids.long() for ids in (self.categorical[rows], self.events[steps], self.user[rows])
         )
+        return Batch(self.dense[rows], categorical, events, offsets, self.label[rows], user)
 
     def latest(self, length: int) -> Clicks:
         """The same impressions with only the last `length` events of every history."""

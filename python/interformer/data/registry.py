@@ -1,0 +1,59 @@
+"""The readers by their names: what experiments choose from."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from interformer.data.beauty import read_beauty
+from interformer.data.clicks import Splits
+from interformer.data.delimited import read_csv
+from interformer.data.movielens import read_movielens
+from interformer.data.synthetic import SyntheticLaw, synthesize
+
+
+def _read_synthetic(**law: Any) -> Splits:
+    return synthesize(SyntheticLaw(**law))
+
+
+READERS: dict[str, Callable[..., Splits]] = {
+    "movielens": read_movielens,
+    "beauty": read_beauty,
+    "csv": read_csv,
+    "synthetic": _read_synthetic,
+}
+
+
+def read(reader: str, path: Path | str | None = None, **options: Any) -> Splits:
+    """The clicks that the reader called `reader` makes of `path` with `options`: its own keyword arguments.
+
+    `synthetic` has no path; its options are the fields of `SyntheticLaw`.
+
+    Raises:
+        ValueError: no such reader, an option that it does not have or does not go without, a path too many or too few.
+        Exception: whatever the reader raises.
+    """
+    if reader not in READERS:
+        raise ValueError(f"reader must be one of {', '.join(READERS)}; found {reader!r}")
+    has_path = reader != "synthetic"
+    if has_path != (path is not None):
+        raise ValueError(f"reader {reader!r}: wanted {'a' if has_path else 'no'} path, found {path!r}")
+    known = _options(reader)
+    for name in options:
+        if name not in known:
+            raise ValueError(f"reader {reader!r}: options must be among {', '.join(known)}; found {name!r}")
+    for name, needed in known.items():
+        if needed and name not in options:
+            raise ValueError(f"reader {reader!r}: wanted the option {name!r}; found {', '.join(options) or 'none'}")
+    return READERS[reader](*([path] if has_path else []), **options)
+
+
+def _options(reader: str) -> dict[str, bool]:
+    """The options of a reader, and whether it does not go without."""
+    if reader == "synthetic":
+        return {field.name: False for field in dataclasses.fields(SyntheticLaw)}
+    _, *parameters = inspect.signature(READERS[reader]).parameters.values()
+    return {parameter.name: parameter.default is parameter.empty for parameter in parameters}
