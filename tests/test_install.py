@@ -129,7 +129,7 @@ def test_the_sdist_holds_what_a_build_needs(built: tuple[Path, str]) -> None:
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
-SOURCES = {".py", ".pyi", ".typed", ".cpp", ".h", ".cu", ".cuh", ".cmake", ".map"}
+SOURCES = {".py", ".pyi", ".typed", ".cpp", ".h", ".cu", ".cuh", ".cmake", ".map", ".yaml"}
 STAND_IN = {"interformer_kernels/_C.py"}
 
 
@@ -140,7 +140,8 @@ def test_the_wheel_holds_every_package(built: tuple[Path, str]) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for folder, package in (("interformer_kernels", ""), ("python/interformer", ""), ("bench", "interformer_bench")):
         root = ROOT / folder
-        inside = {path.relative_to(root).as_posix() for path in root.rglob("*.py") if "results" not in path.parts}
+        files = [*root.rglob("*.py"), *root.rglob("*.yaml")]
+        inside = {path.relative_to(root).as_posix() for path in files if "results" not in path.parts}
         assert {f"{package or root.name}/{name}" for name in inside} <= names | STAND_IN
     assert {"interformer_kernels/py.typed", "interformer_kernels/_C.pyi"} <= names
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "tools/"))]

@@ -108,14 +108,20 @@ def test_features_are_the_length_of_the_history_and_the_count_in_training(tmp_pa
     )
 
 
-def test_held_out_items_change_nothing_in_training_but_who_may_be_drawn(tmp_path: Path) -> None:
-    """Other last two items, of a kind that nobody trains on: the training part stays as it is, bit for bit."""
-    streams = {user: [*items, 600, 601] for user, items in _random_streams(6).items()}
-    changed = {user: [*items[:-2], 601, 600] for user, items in streams.items()}
-    before, after = (read_beauty(_write(tmp_path, some)).train for some in (streams, changed))
-    for name in ("dense", "categorical", "label", "user"):
-        assert torch.equal(getattr(before, name), getattr(after, name))
-    assert _rows(before) == _rows(after)
+def test_the_inputs_of_training_positives_know_nothing_of_what_is_held_out(tmp_path: Path) -> None:
+    """Every user gets the last two items of the next one."""
+    streams = _random_streams(6)
+    users = [user for user, items in streams.items() if len(items) > 2]
+    changed = streams | {
+        user: [*streams[user][:-2], *streams[other][-2:]]
+        for user, other in zip(users, [*users[1:], users[0]], strict=True)
+    }
+    assert changed != streams
+    before, after = (read_beauty(_write(tmp_path, some)) for some in (streams, changed))
+    assert not torch.equal(before.test.categorical, after.test.categorical)
+    one, two = (splits.train.select(splits.train.label == 1) for splits in (before, after))
+    assert torch.equal(one.dense, two.dense)
+    assert _rows(one) == _rows(two)
 
 
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:

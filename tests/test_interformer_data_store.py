@@ -96,6 +96,7 @@ def test_a_stale_cache_is_built_anew_and_said(directory: Path, change: str) -> N
     [
         ("about.json", b"{", "about.json cannot be read"),
         ("about.json", b"{}", "about.json cannot be read"),
+        ("about.json", b'{"state": "", "schema": {}, "sizes": [1, 2]}', "about.json cannot be read"),
         ("about.json", None, "about.json cannot be read"),
         ("events.npy", b"\x93NUMPY", "events.npy cannot be read"),
         ("label.npy", b"", "label.npy cannot be read"),

@@ -140,9 +140,9 @@ def _latest(texts: list[str], order: str, most: int) -> list[str]:
 def _want_equal(chunk: Chunk, lengths: dict[str, Ints]) -> None:
     first, *others = lengths
     for name in others:
-        for row in np.flatnonzero(lengths[name] != lengths[first]):
+        for row in np.flatnonzero(lengths[name] != lengths[first]).tolist():
             wanted = f"wanted {lengths[first][row]} events, as in column {first!r}, found {lengths[name][row]}"
-            raise chunk.bad(int(row), name, wanted)
+            raise chunk.bad(row, name, wanted)
 
 
 # ---------------------------------------------------------------- parts and vocabularies

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from interformer.data.errors import MalformedFileError
 
-CHUNK = 8192  # rows held as text at a time
+CHUNK = 1024  # rows held as text at a time
 BOM = "\ufeff"
 Advance = Callable[[int], object]
 
@@ -42,15 +42,15 @@ class Chunk:
             found = np.fromiter(map(float, cells), np.float64, len(cells))
         except ValueError:
             found = np.array([_number(cell) for cell in cells])
-        for row in np.flatnonzero(~np.isfinite(found)):
-            raise self.bad(int(row), name, f"wanted a finite number, found {cells[row]!r}")
+        for row in np.flatnonzero(~np.isfinite(found)).tolist():
+            raise self.bad(row, name, f"wanted a finite number, found {cells[row]!r}")
         return found
 
     def labels(self, name: str) -> NDArray[np.float32]:
         """A column of 0 and 1."""
         found = self.numbers(name)
-        for row in np.flatnonzero((found != 0) & (found != 1)):
-            raise self.bad(int(row), name, f"wanted a label 0 or 1, found {self.columns[name][row]!r}")
+        for row in np.flatnonzero((found != 0) & (found != 1)).tolist():
+            raise self.bad(row, name, f"wanted a label 0 or 1, found {self.columns[name][row]!r}")
         return found.astype(np.float32)
 
 

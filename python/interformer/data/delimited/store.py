@@ -10,15 +10,16 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from interformer.data.clicks import Clicks, Splits
-from interformer.data.delimited.spec import PARTS, CsvSchema
+from interformer.data.delimited.spec import CsvSchema
 from interformer.schema import Schema
 
 FORMAT = 1  # of the directory; another one makes it stale
@@ -28,6 +29,14 @@ Build = Callable[[Path], dict[str, Any]]
 
 class BrokenStoreError(ValueError):
     """A directory that does not hold what was written there."""
+
+
+class About(NamedTuple):
+    """What is written beside the arrays: the state of the files, the model's schema, rows of each part."""
+
+    state: str
+    schema: Schema
+    sizes: tuple[int, int, int]
 
 
 def fingerprint(schema: CsvSchema, directory: Path, max_length: int) -> tuple[str, str]:
@@ -51,7 +60,7 @@ def load_or_build(name: str, what: str, state: str, cache: Path, build: Build) -
     if place.exists():
         reason = "stale: its files have changed since"
         try:
-            if read_about(place)["state"] == state:
+            if read_about(place).state == state:
                 return load(name, place)
         except BrokenStoreError as error:
             reason = f"broken: {error}"
@@ -81,13 +90,14 @@ def _write_about(place: Path, about: dict[str, Any]) -> None:
     (place / ABOUT).write_text(json.dumps(about, indent=1))
 
 
-def read_about(place: Path) -> dict[str, Any]:
+def read_about(place: Path) -> About:
     """What is written beside the arrays."""
     try:
         about = json.loads((place / ABOUT).read_text())
-        return {key: about[key] for key in ("state", "schema", "sizes")}
+        train, valid, test = map(int, about["sizes"])
+        return About(about["state"], Schema.from_dict(about["schema"]), (train, valid, test))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BrokenStoreError(f"{ABOUT} cannot be read ({error})") from error
+        raise BrokenStoreError(f"{ABOUT} cannot be read ({error!r})") from error
 
 
 def load(name: str, place: Path, mapped: bool = True) -> Splits:
@@ -96,9 +106,8 @@ def load(name: str, place: Path, mapped: bool = True) -> Splits:
     Raises:
         BrokenStoreError: an array is missing, cut off, or not of its shape.
     """
-    about = read_about(place)
-    schema = Schema.from_dict(about["schema"])
-    total = sum(about["sizes"])
+    _, schema, sizes = read_about(place)
+    total = sum(sizes)
     shapes: dict[str, tuple[int, ...]] = {
         "categorical": (total, len(schema.categorical)),
         "label": (total,),
@@ -112,12 +121,11 @@ def load(name: str, place: Path, mapped: bool = True) -> Splits:
     ends = int(arrays["last"].max())
     events = _load(place / "events.npy", (ends, len(schema.sequences)), mapped)
     arrays.setdefault("dense", torch.empty(total, 0))
-    parts, start = {}, 0
-    for part, size in zip(PARTS, about["sizes"], strict=True):
-        rows = {array: values[start : start + size] for array, values in arrays.items()}
-        parts[part] = Clicks(schema=schema, events=events, **rows)
-        start += size
-    return Splits(name, **parts)
+    train, valid, test = (
+        Clicks(schema=schema, events=events, **{array: values[start:stop] for array, values in arrays.items()})
+        for start, stop in pairwise((0, *accumulate(sizes)))
+    )
+    return Splits(name, train, valid, test)
 
 
 def _load(path: Path, shape: tuple[int, ...], mapped: bool) -> Tensor:
