@@ -37,7 +37,7 @@ def read_csv(
         max_history: histories keep their latest so many events, if that is fewer than the schema's `max_length`.
         cache: where compact forms of data sets are kept, each in a directory of its own. They are mapped into memory,
             and built anew, with a warning, where they are broken or a file's size or time of change differs. Without a
-            cache everything is held in memory.
+            cache everything is held in memory in the end, by way of a temporary directory.
         progress: where to show the bytes read; by default on the terminal, if standard error is one.
 
     Raises:
