@@ -5,10 +5,10 @@ in which sequential recommenders pass the 5-core set around (`Beauty.txt`). Noth
 
 Positives: every item but the user's first, which nothing precedes. The user's last item is test, the one before it
 validation, the earlier ones training. Each positive comes with negatives of the same user and the same history.
-Negatives are drawn in proportion to how often an item is a training positive, so that in training an item's popularity
-says nothing of the label. `facts["popularity_auc"]` is the test AUC of that count alone: below one half on the real
-file, since a test click is not counted itself and late clicks go to newer items; nothing in training teaches that.
-An item of the user, earlier or later, is never a negative.
+A part's negatives are drawn in proportion to how often an item is a positive of that part, so that an item's popularity
+says nothing of the label there. (Late clicks go to newer items: negatives of the test part drawn by the counts of the
+training part would be told by their high counts, with an AUC of 0.63 for "rare in training".) `facts["popularity_auc"]`
+is the test AUC of the training count alone. An item of the user, earlier or later, is never a negative.
 No leakage: the history holds the items strictly before, and counts come from the training part. They cover all of it,
 the impression's own click too: to leave that one out would tell a training positive by its lower count.
 """
@@ -30,7 +30,7 @@ from interformer.schema import Field, Schema
 FILE = "Beauty.txt"
 LARGEST_DIGITS = 18  # whole numbers of so many digits fit int64
 Ints = NDArray[np.int64]
-TRAIN, VALID, TEST = range(3)
+TRAIN, VALID, TEST = PARTS = range(3)
 
 
 class Streams(NamedTuple):
@@ -69,12 +69,12 @@ def read_beauty(path: Path | str, *, max_history: int = 50, negatives: int = 1, 
     left = streams.length - 1 - streams.place  # events of the user that follow
     part = np.where(left == 0, TEST, np.where(left == 1, VALID, TRAIN))
     positive = streams.place > 0
-    count = np.bincount(streams.item[positive & (part == TRAIN)], minlength=streams.items)
-    if not count.any():
+    count = np.stack([np.bincount(streams.item[positive & (part == p)], minlength=streams.items) for p in PARTS])
+    if not count[TRAIN].any():
         raise ValueError(f"{path}: wanted at least one user with four items, to have a training click; found none")
-    clicks = _impressions(streams, np.flatnonzero(positive), count, negatives, seed).latest(max_history)
+    clicks = _impressions(streams, positive, part, count, negatives, seed).latest(max_history)
     part_of_click = np.repeat(part[positive], negatives + 1)
-    train, valid, test = (clicks.select(torch.from_numpy(part_of_click == which)) for which in range(3))
+    train, valid, test = (clicks.select(torch.from_numpy(part_of_click == which)) for which in PARTS)
     popularity = auc(test.label, test.dense[:, 1])
     return Splits(path.stem.lower(), train, valid, test, facts={"popularity_auc": popularity})
 
@@ -121,7 +121,7 @@ def _whole(path: Path, line: int, column: int, cell: bytes) -> int:
 # ---------------------------------------------------------------- impressions
 
 
-def _draw_negatives(streams: Streams, user: Ints, count: Ints, seed: int) -> Ints:
+def _draw_negatives(streams: Streams, user: Ints, count: Ints, rng: np.random.Generator) -> Ints:
     """For each entry of `user` an item that is none of that user's, drawn in proportion to `count [items]`."""
     owned = np.unique(streams.user * streams.items + streams.item)
     drawable = count > 0
@@ -129,8 +129,7 @@ def _draw_negatives(streams: Streams, user: Ints, count: Ints, seed: int) -> Int
     full = np.flatnonzero(has[user] == drawable.sum())
     if len(full):
         wanted = "read_beauty: wanted for every user an item to draw as a negative"
-        raise ValueError(f"{wanted}, found one who has all {drawable.sum()} positives of the training part")
-    rng = np.random.default_rng(seed)
+        raise ValueError(f"{wanted}, found one who has all {drawable.sum()} positive items of a part")
     upto = np.cumsum(count)
     drawn = np.empty(len(user), np.int64)
     open_places = np.arange(len(user))
@@ -142,15 +141,21 @@ def _draw_negatives(streams: Streams, user: Ints, count: Ints, seed: int) -> Int
     return drawn
 
 
-def _impressions(streams: Streams, positives: Ints, count: Ints, negatives: int, seed: int) -> Clicks:
-    """Each of the events `positives` with its negatives after it."""
+def _impressions(
+    streams: Streams, positive: NDArray[np.bool_], part: Ints, count: Ints, negatives: int, seed: int
+) -> Clicks:
+    """Each of the `positive [V]` events with its negatives after it, drawn by its part's `count [parts, items]`."""
+    positives = np.flatnonzero(positive)
     user = np.repeat(streams.user[positives], negatives + 1)
     item = np.repeat(streams.item[positives], negatives + 1)
     label = np.arange(len(item)) % (negatives + 1) == 0
-    item[~label] = _draw_negatives(streams, user[~label], count, seed)
+    rng = np.random.default_rng(seed)
+    for which in PARTS:
+        drawn = ~label & (np.repeat(part[positives], negatives + 1) == which)
+        item[drawn] = _draw_negatives(streams, user[drawn], count[which], rng)
     last = np.repeat(positives, negatives + 1)
     length = np.repeat(streams.place[positives], negatives + 1)
-    dense = np.stack((np.log1p(length) / 5, np.log1p(count[item]) / 5), 1)
+    dense = np.stack((np.log1p(length) / 5, np.log1p(count[TRAIN, item]) / 5), 1)
     fields = Field("user", "user"), Field("item", "item")
     tables = {"user": streams.users, "item": streams.items}
     return Clicks(
