@@ -54,10 +54,12 @@ class Telling(Progress):
 
 
 def read_data(data: Mapping[str, Any], root: Path) -> Splits:
-    """What a plan's `data` names, its path taken from `root`."""
-    options = {name: value for name, value in data.items() if name not in ("reader", "path", "clicks")}
-    path = root / data["path"] if "path" in data else None
-    return registry.read(data["reader"], path, **options)
+    """What a plan's `data` names; its `path`, and a reader's `cache`, are taken from `root`."""
+    options = {name: value for name, value in data.items() if name not in ("reader", "clicks")}
+    for name in ("path", "cache"):
+        if name in options:
+            options[name] = root / options[name]
+    return registry.read(data["reader"], options.pop("path", None), **options)
 
 
 def cut(splits: Splits, max_history: int, measure_test: bool) -> Splits:
