@@ -13,10 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from interformer import InterFormerConfig
-from interformer.__main__ import build_parser, load, main, write_json
+from interformer import Batch, InterFormerConfig, Schema
+from interformer.__main__ import build_parser, main
+from interformer._cli.train import load, write_json
 from interformer.data import Splits, SyntheticLaw, synthesize
+from interformer.experiments.worker import NotMeasured
+from interformer.models import MODELS
 from interformer.train import EpochRecord, Progress, Run, TrainConfig, make_optimizer, train, write_atomically
+from torch import nn
 
 MODEL = InterFormerConfig(
     embed_dim=8,
@@ -103,7 +107,8 @@ def test_resuming_a_finished_run_only_measures(tmp_path: Path, splits: Splits) -
     checkpoint = tmp_path / "run.pt"
     first = train(splits, MODEL, TRAINING, checkpoint=checkpoint)
     again = train(splits, MODEL, TRAINING, checkpoint=checkpoint, resume=True, progress=KillAfter(0))
-    assert (again.valid, again.test) == (first.valid, first.test)
+    assert (again.valid, again.test, again.step_ms) == (first.valid, first.test, first.step_ms)
+    assert again.seconds >= first.history[-1].seconds
 
 
 def test_a_finished_run_goes_on_with_more_epochs(tmp_path: Path, splits: Splits) -> None:
@@ -187,6 +192,50 @@ def test_every_parameter_is_in_one_group_of_its_own_decay(splits: Splits) -> Non
     assert not decay
 
 
+def test_a_model_of_tables_and_vectors_alone_is_trained(monkeypatch: pytest.MonkeyPatch, splits: Splits) -> None:
+    """Any model of the registry will do; its tables are its `nn.Embedding`s, wherever they are."""
+
+    class Floor(nn.Module):
+        def __init__(self, config: InterFormerConfig, schema: Schema) -> None:
+            super().__init__()
+            self.weights = nn.ModuleList(nn.Embedding(schema.tables[field.table], 1) for field in schema.categorical)
+            self.bias = nn.Parameter(torch.zeros(1))
+
+        def forward(self, batch: Batch) -> torch.Tensor:
+            return self.bias + sum(table(batch.categorical[:, i])[:, 0] for i, table in enumerate(self.weights))
+
+    monkeypatch.setitem(MODELS, "floor", Floor)
+    run = Run(splits, MODEL, TRAINING, model="floor")
+    tables, matrices, vectors = run.optimizer.param_groups
+    assert [id(p) for p in tables["params"]] == [id(table.weight) for table in run.model.weights]
+    assert matrices["params"] == []
+    assert vectors["params"][0] is run.model.bias
+    report = train(splits, MODEL, TRAINING, model="floor")
+    assert report.parameters == sum(splits.schema.tables[field.table] for field in splits.schema.categorical) + 1
+    assert report.history[-1].loss < report.history[0].loss
+
+
+def test_the_kind_of_model_is_part_of_a_checkpoint(tmp_path: Path, splits: Splits) -> None:
+    run = Run(splits, MODEL, TRAINING)
+    run.save(tmp_path / "run.pt")
+    run.kind = "din"
+    with pytest.raises(ValueError, match="kind was 'interformer' and is 'din'"):
+        run.load(tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="model must be one of interformer.*; found 'dien'"):
+        train(splits, MODEL, TRAINING, model="dien")
+
+
+def test_without_measuring_the_test_part_is_not_looked_at(tmp_path: Path, splits: Splits) -> None:
+    whole = train(splits, MODEL, TRAINING)
+    blind = replace(splits, test=NotMeasured())
+    with pytest.raises(AssertionError, match="must not be looked at"):
+        train(blind, MODEL, TRAINING)
+    report = train(blind, MODEL, TRAINING, measure_test=False, checkpoint=tmp_path / "run.pt")
+    assert (_curve(report.history), report.valid, report.test) == (_curve(whole.history), whole.valid, None)
+    with pytest.raises(ValueError, match=r"data\.test was None and is 60"):
+        Run(splits, MODEL, TRAINING).load(tmp_path / "run.pt")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -222,6 +271,7 @@ def test_the_report_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert report["training"] == vars(TRAINING)
     assert report["data"]["clicks"] == {"train": 384, "valid": 48, "test": 48}
     assert 1 <= len(report["history"]) <= TRAINING.epochs
+    assert report["kind"] == "interformer"
     assert set(report["test"]) == {"auc", "gauc", "logloss", "ne"}
     assert report["valid"] == report["history"][report["best_epoch"]]["valid"]
     said = capsys.readouterr()
@@ -293,8 +343,10 @@ def test_a_process_killed_by_a_signal_is_resumed(tmp_path: Path) -> None:
         target = tmp_path / "report.json"
         assert main([*arguments, f"--epochs={done + 1}", f"--json={target}", *extra]) == 0
         found: dict[str, Any] = json.loads(target.read_text())
-        for record in found["history"]:
+        for record in (found, *found["history"]):
             del record["seconds"]
+        assert found.pop("step_ms") > 0
+        assert found.pop("peak_mib") > 0
         return found
 
     resumed, whole = report(f"--checkpoint={checkpoint}", "--resume"), report()

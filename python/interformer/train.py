@@ -7,7 +7,9 @@ was not.
 
 from __future__ import annotations
 
-import os
+import resource
+import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +21,9 @@ from torch import Tensor, nn
 
 from interformer.config import InterFormerConfig
 from interformer.data.clicks import Clicks, Splits
+from interformer.files import replacing
 from interformer.metrics import Metrics, entropy, evaluate
-from interformer.model import InterFormer
+from interformer.models import build_model
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,27 @@ class EpochRecord:
 
 @dataclass
 class Report:
-    """The outcome of a run: the curve, and both held-out parts under the parameters of the best validation AUC."""
+    """The outcome of a run: the curve, and both held-out parts under the parameters of the best validation AUC.
+
+    Args:
+        history: one record an epoch.
+        best_epoch: the one of the best validation AUC.
+        valid, test: under its parameters; no test where it was not to be measured.
+        parameters: numbers in the model's parameters.
+        step_ms: median milliseconds of a training step: batch to device, forward, backward, optimiser.
+        seconds: of all epochs with their validation, those before a resume included, and of the last measurement.
+        peak_mib: peak memory: of the device's allocator on CUDA, else the process' resident set (data included).
+        resumed_at: epochs that a checkpoint brought.
+    """
 
     history: list[EpochRecord]
     best_epoch: int
     valid: Metrics
-    test: Metrics
+    test: Metrics | None
     parameters: int
+    step_ms: float
+    seconds: float
+    peak_mib: float
     resumed_at: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,36 +119,49 @@ class Run:
 
     Args:
         splits: the data; only their schema, and the training part's mean label, become part of the run.
-        config: the model.
+        config: settings of the model.
         train_config: the training.
         device: where the model lives.
+        model: which of `interformer.models` it is.
+        measure_test: whether the test part may be looked at; without, not even its size is.
     """
 
-    FORMAT = 1
+    FORMAT = 2
 
     def __init__(
-        self, splits: Splits, config: InterFormerConfig, train_config: TrainConfig, device: torch.device | str = "cpu"
+        self,
+        splits: Splits,
+        config: InterFormerConfig,
+        train_config: TrainConfig,
+        device: torch.device | str = "cpu",
+        *,
+        model: str = "interformer",
+        measure_test: bool = True,
     ) -> None:
-        for name, part in splits.parts().items():
+        self.parts = {name: part for name, part in splits.parts().items() if measure_test or name != "test"}
+        for name, part in self.parts.items():
             if not len(part):
                 raise ValueError(f"splits.{name} must hold at least one impression, found none")
-        self.splits, self.train_config, self.device = splits, train_config, torch.device(device)
+        self.splits, self.config, self.train_config = splits, config, train_config
+        self.kind, self.device = model, torch.device(device)
         torch.manual_seed(train_config.seed)
-        self.model = InterFormer(config, splits.schema).to(self.device)
+        self.model = build_model(model, config, splits.schema).to(self.device)
         self.optimizer = make_optimizer(self.model, train_config)
         self.train_rate = splits.train.rate()
         entropy(self.train_rate)  # a training part of one class has no NE: better known now than after an epoch
         self.history: list[EpochRecord] = []
         self.best: dict[str, Tensor] = {}
         self.best_epoch = -1
+        self.step_seconds: list[float] = []
+        self.seconds = 0.0
 
     def identity(self) -> dict[str, Any]:
         """What must agree for a checkpoint to be this run's: everything but the number of epochs and the backend."""
-        model, training = self.model.config.to_dict(), asdict(self.train_config)
+        model, training = self.config.to_dict(), asdict(self.train_config)
         del model["backend"], training["epochs"]
-        sizes = {name: len(part) for name, part in self.splits.parts().items()}
-        data = {"name": self.splits.name, "schema": self.model.schema.to_dict(), **sizes}
-        return {"format": self.FORMAT, "model": model, "training": training, "data": data}
+        sizes = {name: len(part) for name, part in self.parts.items()}
+        data = {"name": self.splits.name, "schema": self.splits.schema.to_dict(), **sizes}
+        return {"format": self.FORMAT, "kind": self.kind, "model": model, "training": training, "data": data}
 
     def finished(self) -> bool:
         """Whether the last epoch is over, or validation has not improved for `patience` epochs."""
@@ -148,12 +178,14 @@ class Run:
         self.model.train()
         total = 0.0
         for batch in train.batches(config.batch_size, seed=config.seed * 1_000_003 + epoch):
+            step_began = time.perf_counter()
             batch = batch.to(self.device)
             loss = F.binary_cross_entropy_with_logits(self.model(batch), batch.label)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
-            now = float(loss.detach())
+            now = float(loss.detach())  # waits for the device, so that the clock is right
+            self.step_seconds.append(time.perf_counter() - step_began)
             total += now * len(batch)
             progress.step(len(batch), batch.sequences.shape[0], now)
         seconds = time.perf_counter() - began
@@ -162,8 +194,27 @@ class Run:
         if self.best_epoch < 0 or record.valid["auc"] > self.history[self.best_epoch].valid["auc"]:
             self.best_epoch = epoch
             self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self.seconds += time.perf_counter() - began
         progress.end_epoch(record)
         return record
+
+    def report(self, resumed_at: int) -> Report:
+        """Both held-out parts (or the validation part alone) under the parameters of the best epoch."""
+        began = time.perf_counter()
+        self.model.load_state_dict(self.best)
+        valid = self.evaluate(self.splits.valid)
+        test = self.evaluate(self.parts["test"]) if "test" in self.parts else None
+        return Report(
+            history=self.history,
+            best_epoch=self.best_epoch,
+            valid=valid,
+            test=test,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            step_ms=1e3 * statistics.median(self.step_seconds),
+            seconds=self.seconds + time.perf_counter() - began,
+            peak_mib=peak_bytes(self.device) / 2**20,
+            resumed_at=resumed_at,
+        )
 
     def evaluate(self, clicks: Clicks) -> Metrics:
         """Metrics of `clicks` under the present parameters."""
@@ -183,6 +234,8 @@ class Run:
             "history": [asdict(record) for record in self.history],
             "best": self.best,
             "best_epoch": self.best_epoch,
+            "step_seconds": self.step_seconds,
+            "seconds": self.seconds,
         }
         write_atomically(path, state)
 
@@ -202,6 +255,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = [EpochRecord(**record) for record in state["history"]]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
+        self.step_seconds, self.seconds = state["step_seconds"], state["seconds"]
         torch.set_rng_state(state["rng"].cpu())
         if state["device_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["device_rng"].cpu(), self.device)
@@ -212,13 +266,16 @@ def train(
     config: InterFormerConfig,
     train_config: TrainConfig,
     *,
+    model: str = "interformer",
     checkpoint: Path | None = None,
     resume: bool = False,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    measure_test: bool = True,
 ) -> Report:
     """Train on `splits.train`, stop on `splits.valid`, and measure `splits.test` once, at the end, at the best epoch.
 
+    `model` is one of `interformer.models`. Without `measure_test` the test part is never touched: for tuning.
     With `checkpoint` the run is written there after every epoch; with `resume` it goes on from there (and starts,
     saying so, where the file does not exist yet). The caller's random state is left as it was.
     """
@@ -227,7 +284,7 @@ def train(
     progress = progress or Progress()
     device = torch.device(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        run = Run(splits, config, train_config, device)
+        run = Run(splits, config, train_config, device, model=model, measure_test=measure_test)
         if resume and checkpoint is not None:
             if checkpoint.exists():
                 run.load(checkpoint)
@@ -239,15 +296,20 @@ def train(
             run.train_epoch(progress)
             if checkpoint is not None:
                 run.save(checkpoint)
-        run.model.load_state_dict(run.best)
-        valid, test = run.evaluate(splits.valid), run.evaluate(splits.test)
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    return Report(run.history, run.best_epoch, valid, test, parameters, resumed_at)
+        return run.report(resumed_at)
 
 
-def make_optimizer(model: InterFormer, config: TrainConfig) -> torch.optim.Optimizer:
+def peak_bytes(device: torch.device) -> int:
+    """Peak of the device's allocator on CUDA, of this process' resident set elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay in three groups: embedding tables, other matrices, vectors (not decayed)."""
-    tables = list(model.embedding.tables.parameters())
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     in_tables = {id(parameter) for parameter in tables}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in in_tables]
     groups: list[dict[str, Any]] = [
@@ -275,16 +337,8 @@ def predict(
 
 def write_atomically(path: Path, state: dict[str, Any]) -> None:
     """`torch.save` to a neighbour of `path`, flushed to the disk, then renamed over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    neighbour = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(neighbour, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(neighbour, path)
-    finally:
-        neighbour.unlink(missing_ok=True)
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def differences(theirs: Any, ours: Any, name: str = "") -> list[str]:

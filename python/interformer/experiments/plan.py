@@ -1,0 +1,245 @@
+"""What a YAML file asks for: data, seeds, and variants of a model and its training.
+
+    name: movielens                     # the folder of the results
+    data: {reader: movielens, path: ml-100k, max_history: 50}
+    seeds: [1, 2, 3, 4, 5]
+    reference: interformer              # the variant that paired differences are against
+    base:                               # of every variant
+      model: {embed_dim: 8}             # fields of InterFormerConfig
+      training: {lr: 4.0e-3}            # fields of TrainConfig; the seed comes from `seeds`
+      search: {training.lr: [2.0e-3, 4.0e-3]}  # what --tune tries
+    variants:
+      interformer: {}
+      din: {kind: din, group: baselines, model: {dropout: 0.1}}
+      no_pma: {group: pieces, model: {num_seeds: 0}, seeds: [1]}
+
+A variant's fields go before those of `base`; `seeds` of its own must be among the file's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+
+from interformer.config import InterFormerConfig
+from interformer.models import MODELS
+from interformer.train import TrainConfig
+
+Settings = TypeVar("Settings", InterFormerConfig, TrainConfig)
+KINDS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+SEARCHED = {"model", "training"}
+
+
+class PlanError(ValueError):
+    """A file that cannot be understood: `FILE: key: wanted ..., found ...`."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model with its training, under each of `seeds`; `search` holds what `--tune` tries, by `section.field`."""
+
+    name: str
+    kind: str
+    group: str | None
+    model: InterFormerConfig
+    training: TrainConfig
+    seeds: tuple[int, ...]
+    search: Mapping[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment. `data` holds `reader`, perhaps `path`, and the reader's options."""
+
+    name: str
+    data: Mapping[str, Any]
+    reference: str
+    variants: tuple[Variant, ...]
+
+    def choose(self, names: tuple[str, ...], seeds: tuple[int, ...]) -> tuple[Variant, ...]:
+        """The variants `names` (all where empty) under `seeds` (their own where empty)."""
+        chosen = [variant for variant in self.variants if not names or variant.name in names]
+        if seeds:
+            own_seeds = {variant.name: tuple(seed for seed in variant.seeds if seed in seeds) for variant in chosen}
+            chosen = [replace(variant, seeds=own_seeds[variant.name]) for variant in chosen]
+        return tuple(chosen)
+
+
+def find(name: str) -> Path:
+    """The file `name`, or the file of that name, with or without its ending, that comes with this package."""
+    if Path(name).exists():
+        return Path(name)
+    shipped = {path.name: path for path in Path(str(resources.files("interformer") / "configs")).glob("*.yaml")}
+    found = shipped.get(name, shipped.get(f"{name}.yaml"))
+    if found is None:
+        raise FileNotFoundError(f"{name}: wanted a file or one of {', '.join(sorted(shipped))}; found neither")
+    return found
+
+
+def read(path: Path) -> Plan:
+    """The experiment in the file `path`.
+
+    Raises:
+        PlanError: naming file and key of what is not understood.
+    """
+    plain = _load(path)
+    top = _Section(path, "", plain, {"name", "data", "seeds", "base", "variants", "reference"})
+    name = top.text("name")
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise top.bad("name", "letters, digits and . _ -", name)
+    data = top.section("data", None).plain
+    if not isinstance(data.get("reader"), str):
+        raise top.bad("data.reader", "the name of a reader", data.get("reader"))
+    seeds = top.seeds()
+    base = top.section("base", {*SEARCHED, "search"})
+    variants = top.section("variants", None)
+    if not variants.plain:
+        raise top.bad("variants", "at least one", variants.plain)
+    found = tuple(_variant(base, variants, name, seeds) for name in variants.plain)
+    reference = top.text("reference", found[0].name)
+    if reference not in variants.plain:
+        raise top.bad("reference", f"one of {', '.join(variants.plain)}", reference)
+    return Plan(name, data, reference, found)
+
+
+def trials(variant: Variant) -> Iterator[tuple[dict[str, Any], Variant]]:
+    """What `--tune` tries of `variant`: each point of its grid, and the variant there."""
+    for values in itertools.product(*variant.search.values()):
+        point = dict(zip(variant.search, values, strict=True))
+        changed = variant
+        for key, value in point.items():
+            section, field = key.split(".")
+            changed = replace(changed, **{section: replace(getattr(changed, section), **{field: value})})
+        yield point, changed
+
+
+# ---------------------------------------------------------------- reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where `1e-3` is a number, as in YAML 1.2, and a key named twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"found {key.value!r} a second time", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        plain = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise PlanError(f"{path}: {place}{getattr(error, 'problem', None) or error}") from error
+    if not isinstance(plain, dict):
+        raise PlanError(f"{path}: wanted a mapping with name, data, seeds and variants, found {plain!r}")
+    return plain
+
+
+class _Section:
+    """A mapping of the file, and where it stands; keys outside `known` are an error."""
+
+    def __init__(self, path: Path, where: str, plain: Any, known: set[str] | None) -> None:
+        self.path, self.where = path, where
+        plain = {} if plain is None else plain
+        if not isinstance(plain, dict):
+            raise PlanError(f"{path}: {where}: wanted a mapping, found {plain!r}")
+        self.plain: dict[str, Any] = plain
+        for key in plain:
+            if not isinstance(key, str) or (known is not None and key not in known):
+                wanted = f"one of {', '.join(sorted(known))}" if known else "a name"
+                raise PlanError(f"{path}: {self.key(str(key))}: the key must be {wanted}; found {key!r}")
+
+    def key(self, name: str) -> str:
+        return f"{self.where}.{name}" if self.where else name
+
+    def bad(self, name: str, wanted: str, found: object) -> PlanError:
+        return PlanError(f"{self.path}: {self.key(name)}: wanted {wanted}; found {found!r}")
+
+    def section(self, name: str, known: set[str] | None) -> _Section:
+        return _Section(self.path, self.key(name), self.plain.get(name), known)
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self.plain.get(name, default)
+        if not isinstance(value, str):
+            raise self.bad(name, "a name", value)
+        return value
+
+    def seeds(self, among: tuple[int, ...] = ()) -> tuple[int, ...]:
+        value = self.plain.get("seeds", list(among))
+        whole = isinstance(value, list) and all(type(seed) is int for seed in value)
+        if not whole or not value or len(set(value)) < len(value):
+            raise self.bad("seeds", "different whole numbers, at least one", value)
+        if among and not set(value) <= set(among):
+            raise self.bad("seeds", f"some of {', '.join(map(str, among))}", value)
+        return tuple(value)
+
+    def settings(self, preset: Settings) -> Settings:
+        """`preset` with this section's fields; an error names the file and the key."""
+        known = {field.name for field in fields(preset)}
+        if isinstance(preset, TrainConfig):
+            known.discard("seed")
+        kinds, values = get_type_hints(type(preset)), {}
+        for name, value in _Section(self.path, self.where, self.plain, known).plain.items():
+            allowed = KINDS.get(kinds[name])
+            if allowed and type(value) not in allowed:
+                raise self.bad(name, f"a value of kind {kinds[name].__name__}", value)
+            if kinds[name] is float:
+                value = float(value)
+            values[name] = tuple(value) if isinstance(value, list) else value
+        try:
+            return replace(preset, **values)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"{self.path}: {self.where}: {error}") from error
+
+    def merged(self, other: _Section) -> _Section:
+        """This section's keys, then `other`'s over them; it stands where `other` does."""
+        return _Section(self.path, other.where, {**self.plain, **other.plain}, None)
+
+
+def _variant(base: _Section, variants: _Section, name: str, seeds: tuple[int, ...]) -> Variant:
+    own = variants.section(name, {*SEARCHED, "search", "kind", "group", "seeds"})
+    if not re.fullmatch(r"[\w.]+", name):
+        raise variants.bad(name, "a name of letters, digits, . and _", name)
+    kind = own.text("kind", "interformer")
+    if kind not in MODELS:
+        raise own.bad("kind", f"one of {', '.join(MODELS)}", kind)
+    group = own.text("group") if "group" in own.plain else None
+    sections = {section: base.section(section, None) for section in SEARCHED}
+    for section, inherited in sections.items():
+        # `base` alone is checked first: what is wrong there must be told of there, and not of a variant.
+        inherited.settings(InterFormerConfig() if section == "model" else TrainConfig())
+        sections[section] = inherited.merged(own.section(section, None))
+    model = sections["model"].settings(InterFormerConfig())
+    training = sections["training"].settings(TrainConfig())
+    search = base.section("search", None).merged(own.section("search", None))
+    grid = {key: _searched(search, key, model, training) for key in search.plain}
+    return Variant(name, kind, group, model, training, own.seeds(seeds), grid)
+
+
+def _searched(search: _Section, key: str, model: InterFormerConfig, training: TrainConfig) -> tuple[Any, ...]:
+    """The values of one line of `search`, each checked as a setting."""
+    values, (section, _, field) = search.plain[key], key.partition(".")
+    if section not in SEARCHED or not field:
+        raise search.bad(key, "model.FIELD or training.FIELD", key)
+    if not isinstance(values, list) or not values:
+        raise search.bad(key, "a list of values", values)
+    preset: Any = model if section == "model" else training
+    checked = [_Section(search.path, search.where, {field: value}, None).settings(preset) for value in values]
+    return tuple(getattr(settings, field) for settings in checked)

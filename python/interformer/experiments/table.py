@@ -1,0 +1,57 @@
+"""The summary as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from interformer.experiments.summary import Estimate, Row
+
+METRIC_TITLES = {"auc": "test AUC", "gauc": "gAUC", "logloss": "LogLoss", "ne": "NE"}
+COSTS = ("parameters", "step ms", "peak MiB", "total s")
+HEADER = ("variant", "group", "seeds", *METRIC_TITLES.values(), "valid AUC", "AUC - reference", *COSTS)
+
+
+def table(name: str, rows: Sequence[Row], reference: str) -> str:
+    """The whole page: what is in it, and a line a variant; groups follow each other as in the plan."""
+    lines = [
+        f"# {name}",
+        "",
+        "Mean over seeds +- standard error. The difference of test AUC is paired: to the run of "
+        f"`{reference}` under the same seed. Step: median of the training steps; peak: of the process' resident set "
+        "(CUDA: of the allocator); total: all seeds, validation included.",
+        "",
+        _line(HEADER),
+        _line(["---", "---", *["---:"] * (len(HEADER) - 2)]),
+        *(_line(_cells(row)) for row in rows),
+        "",
+        f"All runs: {sum(row.seconds for row in rows):,.0f} s of training and measuring.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.name,
+        row.group or "",
+        str(len(row.seeds)),
+        *(estimate(row.test.get(metric)) for metric in METRIC_TITLES),
+        estimate(row.valid_auc),
+        estimate(row.difference, signed=True),
+        f"{row.parameters:,}",
+        f"{row.step_ms:.2f}",
+        f"{row.peak_mib:.0f}",
+        f"{row.seconds:.0f}",
+    ]
+
+
+def estimate(found: Estimate | None, *, signed: bool = False) -> str:
+    """`0.7512 +- 0.0008`; without an error where there is one seed, `-` where there is nothing."""
+    if found is None or math.isnan(found.mean):
+        return "-"
+    mean = f"{found.mean:{'+' if signed else ''}.4f}"
+    return mean if math.isnan(found.error) else f"{mean} +- {found.error:.4f}"

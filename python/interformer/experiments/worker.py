@@ -1,0 +1,113 @@
+"""What the process of one run does."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from interformer.config import InterFormerConfig
+from interformer.data import registry
+from interformer.data.clicks import Splits
+from interformer.experiments.runs import Job
+from interformer.train import EpochRecord, Progress, TrainConfig, train
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+class NotMeasured:
+    """Stands for a test part that a run must not look at: any use of it is an error."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"the test part must not be looked at, and was asked for {name}")
+
+    def __len__(self) -> int:
+        raise AssertionError("the test part must not be looked at, and was asked for its length")
+
+
+class Telling(Progress):
+    """Tells every epoch, and twice a second how far it is."""
+
+    def __init__(self, tell: Tell, epochs: int) -> None:
+        self.tell, self.epochs = tell, epochs
+        self.epoch, self.impressions, self.done, self.told = 0, 1, 0, 0.0
+
+    def start_epoch(self, epoch: int, impressions: int) -> None:
+        self.epoch, self.impressions, self.done = epoch, impressions, 0
+
+    def step(self, impressions: int, tokens: int, loss: float) -> None:
+        self.done += impressions
+        now = time.monotonic()
+        if now - self.told > 0.5:
+            self.told = now
+            self.tell({"epoch": self.epoch, "epochs": self.epochs, "done": self.done / self.impressions})
+
+    def end_epoch(self, record: EpochRecord) -> None:
+        self.tell({"epoch": record.epoch, "epochs": self.epochs, "done": 1.0, "valid_auc": record.valid["auc"]})
+
+
+def read_data(data: Mapping[str, Any], root: Path) -> Splits:
+    """What a plan's `data` names; its `path`, and a reader's `cache`, are taken from `root`."""
+    options = {name: value for name, value in data.items() if name not in ("reader", "clicks")}
+    for name in ("path", "cache"):
+        if name in options:
+            options[name] = root / options[name]
+    return registry.read(data["reader"], options.pop("path", None), **options)
+
+
+def cut(splits: Splits, max_history: int, measure_test: bool) -> Splits:
+    """`splits` with the last `max_history` events of every history, and with no test part unless it is measured."""
+    test: Any = splits.test.latest(max_history) if measure_test else NotMeasured()
+    return replace(splits, train=splits.train.latest(max_history), valid=splits.valid.latest(max_history), test=test)
+
+
+def run(job: Job, root: Path, tell: Tell) -> None:
+    """Train `job` from where its checkpoint stands, and leave its report."""
+    identity = job.identity
+    torch.set_num_threads(identity["machine"]["threads"])
+    config, train_config = InterFormerConfig.from_dict(identity["model"]), TrainConfig(**identity["training"])
+    measure_test = identity["measure_test"]
+    splits = cut(read_data(identity["data"], root), config.max_history, measure_test)
+    report = train(
+        splits,
+        config,
+        train_config,
+        model=identity["kind"],
+        checkpoint=job.unfinished("pt"),
+        resume=True,
+        device=identity["machine"]["device"],
+        progress=Telling(tell, train_config.epochs),
+        measure_test=measure_test,
+    )
+    job.finish(report.to_dict(), splits.facts)
+
+
+def describe(data: Mapping[str, Any], root: Path, measure_test: bool) -> dict[str, int]:
+    """How many clicks each part holds; of the test part nothing unless it is measured."""
+    parts = read_data(data, root).parts()
+    return {name: len(part) for name, part in parts.items() if measure_test or name != "test"}
+
+
+def work(path: Path, root: Path, connection: Connection) -> None:
+    """The process of the job in the file `path`: its progress goes to `connection`, what is printed to its log."""
+    job = Job.load(path)
+    with open(job.unfinished("log"), "w", encoding="utf-8") as log:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(log.fileno(), stream.fileno())
+    run(job, root, connection.send)  # a runner that is gone breaks the pipe, and this process ends too
+
+
+def look(data: Mapping[str, Any], root: Path, measure_test: bool, connection: Connection) -> None:
+    """The process that tells the sizes of the data, or why it cannot be read."""
+    try:
+        connection.send({"clicks": describe(data, root, measure_test)})
+    except (ValueError, TypeError, OSError) as error:
+        connection.send({"error": f"{type(error).__name__}: {error}"})
