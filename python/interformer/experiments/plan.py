@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import yaml
 
@@ -34,7 +34,7 @@ from interformer.train import TrainConfig
 
 Settings = TypeVar("Settings", InterFormerConfig, TrainConfig)
 KINDS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
-SEARCHED = {"model", "training"}
+ASKED = {"model", "training", "search"}
 
 
 class PlanError(ValueError):
@@ -98,7 +98,7 @@ def read(path: Path) -> Plan:
     if not isinstance(data.get("reader"), str):
         raise top.bad("data.reader", "the name of a reader", data.get("reader"))
     seeds = top.seeds()
-    base = top.section("base", {*SEARCHED, "search"})
+    base = _Asked(InterFormerConfig(), TrainConfig(), {}).over(top.section("base", ASKED))
     variants = top.section("variants", None)
     if not variants.plain:
         raise top.bad("variants", "at least one", variants.plain)
@@ -208,35 +208,39 @@ class _Section:
         except (TypeError, ValueError) as error:
             raise PlanError(f"{self.path}: {self.where}: {error}") from error
 
-    def merged(self, other: _Section) -> _Section:
-        """This section's keys, then `other`'s over them; it stands where `other` does."""
-        return _Section(self.path, other.where, {**self.plain, **other.plain}, None)
+
+class _Asked(NamedTuple):
+    """Settings with the search that belongs to them."""
+
+    model: InterFormerConfig
+    training: TrainConfig
+    search: Mapping[str, tuple[Any, ...]]
+
+    def over(self, section: _Section) -> _Asked:
+        """`section`'s model, training and search over these."""
+        model = section.section("model", None).settings(self.model)
+        training = section.section("training", None).settings(self.training)
+        search = section.section("search", None)
+        own = {key: _searched(search, key, model, training) for key in search.plain}
+        return _Asked(model, training, {**self.search, **own})
 
 
-def _variant(base: _Section, variants: _Section, name: str, seeds: tuple[int, ...]) -> Variant:
-    own = variants.section(name, {*SEARCHED, "search", "kind", "group", "seeds"})
+def _variant(base: _Asked, variants: _Section, name: str, seeds: tuple[int, ...]) -> Variant:
+    own = variants.section(name, {*ASKED, "kind", "group", "seeds"})
     if not re.fullmatch(r"[\w.]+", name):
         raise variants.bad(name, "a name of letters, digits, . and _", name)
     kind = own.text("kind", "interformer")
     if kind not in MODELS:
         raise own.bad("kind", f"one of {', '.join(MODELS)}", kind)
     group = own.text("group") if "group" in own.plain else None
-    sections = {section: base.section(section, None) for section in SEARCHED}
-    for section, inherited in sections.items():
-        # `base` alone is checked first: what is wrong there must be told of there, and not of a variant.
-        inherited.settings(InterFormerConfig() if section == "model" else TrainConfig())
-        sections[section] = inherited.merged(own.section(section, None))
-    model = sections["model"].settings(InterFormerConfig())
-    training = sections["training"].settings(TrainConfig())
-    search = base.section("search", None).merged(own.section("search", None))
-    grid = {key: _searched(search, key, model, training) for key in search.plain}
-    return Variant(name, kind, group, model, training, own.seeds(seeds), grid)
+    asked = base.over(own)
+    return Variant(name, kind, group, asked.model, asked.training, own.seeds(seeds), asked.search)
 
 
 def _searched(search: _Section, key: str, model: InterFormerConfig, training: TrainConfig) -> tuple[Any, ...]:
     """The values of one line of `search`, each checked as a setting."""
     values, (section, _, field) = search.plain[key], key.partition(".")
-    if section not in SEARCHED or not field:
+    if section not in ("model", "training") or not field:
         raise search.bad(key, "model.FIELD or training.FIELD", key)
     if not isinstance(values, list) or not values:
         raise search.bad(key, "a list of values", values)

@@ -77,8 +77,10 @@ class Job:
         self.forget_unfinished()
 
     def forget_unfinished(self) -> None:
-        for ending in ("json", "pt", "log"):
-            self.unfinished(ending).unlink(missing_ok=True)
+        folder = self.unfinished("json").parent
+        for path in folder.iterdir() if folder.exists() else ():
+            if path.name.startswith(f"{self.name}."):  # also what a kill in the middle of a write left
+                path.unlink()
 
 
 def jobs_of(
