@@ -59,4 +59,4 @@ def test_a_backend_gives_the_references_losses(backend: str, pffn: str) -> None:
     """Float32, one seed, 100 steps: within the 1e-4 that the project promises."""
     fast, reference = (_losses(replace(MODEL, pffn=pffn, backend=name)) for name in (backend, "reference"))
     assert max(abs(a - b) for a, b in zip(fast, reference, strict=True)) <= 1e-4
-    assert min(reference) < reference[0] - 0.05
+    assert fast != reference  # bit by bit: two backends did compute
