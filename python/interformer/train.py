@@ -317,7 +317,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         {"params": [parameter for parameter in rest if parameter.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [parameter for parameter in rest if parameter.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)  # one pass over a table instead of ten
 
 
 def predict(
