@@ -1,0 +1,116 @@
+"""Forward of the attention kernels: an online softmax, or a plain sum, and the epilogue's gate and residual."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from interformer_kernels._triton._attention_tiles import (
+    at,
+    fold,
+    key_tiles,
+    keys_of,
+    query_tile,
+    settle,
+    visible,
+)
+from interformer_kernels._triton._maps import activate, dot
+
+
+@triton.jit
+def gated(
+    sums, residual, gate, p_gate, p_residual, m_out, FORM: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """`residual + G(A, gate)` of a tile of attended values."""
+    if GATE:
+        b_gate = tl.load(gate + p_gate, mask=m_out, other=0.0).to(tl.float32)
+        if FORM == "multiply":
+            sums = sums * activate(b_gate, ACTIVATION)
+        else:
+            sums = activate(sums * b_gate, ACTIVATION)
+    if RESIDUAL:
+        sums = sums + tl.load(residual + p_residual, mask=m_out, other=0.0).to(tl.float32)
+    return sums
+
+
+@triton.jit(
+    do_not_specialize=["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "prefix"],
+)
+def attention_forward(
+    q, k, v, gate, residual, out, lse, attended, q_offsets, kv_offsets,
+    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, scale, post_scale,
+    q_row, q_token, q_head, k_token, k_head, v_token, v_head,
+    gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
+    D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, PACKS: tl.constexpr,
+    LAYOUT: tl.constexpr, SCORE: tl.constexpr, V_IS_K: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
+    GATE: tl.constexpr, FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries over the keys that it sees."""
+    HEADS: tl.constexpr = PACK * GROUP
+    i_pack = tl.program_id(0) % PACKS
+    slot = tl.program_id(0) // PACKS
+    row, first, count, tile = query_tile(slot, q_offsets, rows, q_tokens, queries, HEADS, BLOCK_Q, LAYOUT)
+    if tile * BLOCK_Q >= count * HEADS:
+        return
+    k_first, keys = keys_of(row, rows, kv_offsets, k_tokens, skip)
+
+    o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_k = tl.arange(0, BLOCK_K)
+    o_d = tl.arange(0, BLOCK_D)
+    o_v = tl.arange(0, BLOCK_DV)
+    n = o_q // HEADS
+    head = i_pack * HEADS + o_q % HEADS
+    m_q = n < count  # [BLOCK_Q]
+    m_in = n < tl.where(row < rows, count, 0)  # [BLOCK_Q]
+    p_q = at(row, first, n, q_row, q_token, LAYOUT) + head * q_head
+    b_q = tl.load(q + p_q[:, None] + o_d, mask=m_in[:, None] & (o_d < D), other=0.0)
+
+    largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    sums = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+    n_first = tile * BLOCK_Q // HEADS
+    n_last = tl.minimum((tile * BLOCK_Q + BLOCK_Q - 1) // HEADS, count - 1)
+    before, start, stop = key_tiles(
+        n_first, n_last, count, keys, left, right, prefix, BLOCK_K // PACK, CAUSAL, LEFT, RIGHT, PREFIX
+    )
+    for step in range(0, before + stop - start):
+        i_k = tl.where(step < before, step, start + step - before)
+        j = (i_k * BLOCK_K + o_k) // PACK
+        o_h = o_k % PACK
+        m_k = j < keys  # [BLOCK_K]
+        k_head_of = i_pack * PACK + o_h
+        p_k = (k_first + j) * k_token + k_head_of * k_head
+        b_k = tl.load(k + p_k[:, None] + o_d, mask=m_k[:, None] & (o_d < D), other=0.0)
+        if V_IS_K:
+            b_v = b_k
+        else:
+            p_v = (k_first + j) * v_token + k_head_of * v_head
+            b_v = tl.load(v + p_v[:, None] + o_v, mask=m_k[:, None] & (o_v < DV), other=0.0)
+        m_seen = visible(n[:, None], j[None, :], count, keys, left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX)
+        if PACK > 1:
+            m_seen = m_seen & ((o_q % HEADS // GROUP)[:, None] == o_h[None, :])
+        s = dot(b_q, tl.trans(b_k), PRECISION)
+        weights, factor, largest, total = fold(s, m_seen, largest, total, scale, post_scale, SCORE)
+        sums = sums * factor[:, None] + dot(weights.to(b_v.dtype), b_v, PRECISION)
+
+    sums, b_lse = settle(sums, largest, total, SCORE)
+    m_out = m_q[:, None] & (o_v < DV)[None, :]  # [BLOCK_Q, BLOCK_DV]
+    p_head = (first + n) * (PACKS * HEADS) + head
+    p_out = p_head[:, None] * DV + o_v
+    if SCORE == "softmax":
+        tl.store(lse + p_head, b_lse, mask=m_q)
+    if KEEP:
+        tl.store(attended + p_out, sums.to(attended.dtype.element_ty), mask=m_out)
+    if GATE or RESIDUAL:
+        p_gate = at(row, first, n, gate_row, gate_token, LAYOUT) + head * gate_head
+        p_residual = at(row, first, n, residual_row, residual_token, LAYOUT) + head * residual_head
+        b_out = gated(
+            sums, residual, gate, p_gate[:, None] + o_v * gate_channel, p_residual[:, None] + o_v,
+            m_in[:, None] & (o_v < DV)[None, :], FORM, ACTIVATION, GATE, RESIDUAL,
+        )  # fmt: skip
+        sums = tl.where(row < rows, b_out, 0.0) if LAYOUT == "packed" else b_out
+    tl.store(out + p_out, sums.to(out.dtype.element_ty), mask=m_out)
