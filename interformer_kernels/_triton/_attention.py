@@ -21,7 +21,7 @@ from interformer_kernels._triton._tiles import Tiles, padded, tiles
 from interformer_kernels._triton.apply_rotary import rotated
 
 _FEWEST = 16  # rows of a tile that tensor cores take
-_BLOCK_TOKENS = 64  # of the epilogue's backward
+_NUMBERS = 4096  # of a tile of the epilogue's backward
 _MOST_RUNS = 512  # of rows, over which gradients of shared queries are summed
 
 
@@ -72,6 +72,11 @@ class _Problem:
         if self.call.layout == "packed":
             return found
         return found._replace(queries=min(found.queries, padded(max(1, self.queries * self.units))))
+
+    @property
+    def epilogue_tokens(self) -> int:
+        """Tokens of a tile of the epilogue's backward."""
+        return max(1, _NUMBERS // padded(self.out_shape[-1]))
 
     def query_slots(self, block: int, rows: int) -> int:
         """Slots of tiles of queries, over all rows of the batch or runs of them."""
@@ -165,8 +170,7 @@ def _through_epilogue(problem: _Problem, grad_out: Tensor, attended: Tensor) -> 
     gate = None if call.gate is None else call.gate.expand(shape)
     grad_attended = grad_out if gate is None else torch.empty_like(grad_out, memory_format=torch.contiguous_format)
     sums, over_tokens, over_channels = _gate_sums(problem, gate)
-    block = _BLOCK_TOKENS
-    wide = padded(shape[-1])
+    block, wide = problem.epilogue_tokens, padded(shape[-1])
     if grad_out.numel():
         _run.start(
             epilogue_backward, -(-problem.tokens // block) * problem.heads,
@@ -191,7 +195,7 @@ def _gate_sums(problem: _Problem, gate: Tensor | None) -> tuple[Tensor, bool, bo
     own = (1,) * (len(shape) - given.dim()) + tuple(given.shape)
     over_tokens = all(size == 1 for size in own[:-2])
     over_channels = own[-1] == 1
-    tokens = (-(-problem.tokens // _BLOCK_TOKENS), *(1,) * (len(shape) - 3)) if over_tokens else shape[:-2]
+    tokens = (-(-problem.tokens // problem.epilogue_tokens), *(1,) * (len(shape) - 3)) if over_tokens else shape[:-2]
     sums = given.new_empty((*tokens, shape[-2], 1 if over_channels else shape[-1]), dtype=torch.float32)
     return sums, over_tokens, over_channels
 

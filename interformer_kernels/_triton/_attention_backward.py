@@ -25,7 +25,7 @@ from interformer_kernels._triton._attention_tiles import (
     visible,
     weigh,
 )
-from interformer_kernels._triton._maps import activate, dot, slope
+from interformer_kernels._triton._maps import activate, dot, narrow, slope
 from interformer_kernels._triton._rows import edge, find
 
 SIZES = ["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "prefix", "run", "blocks", "rows_of_run"]
@@ -71,7 +71,7 @@ def epilogue_backward(
             b_inner = b_grad * slope(b_a * b_gate, ACTIVATION)
             b_grad_gate = b_inner * b_a
             b_grad = b_inner * b_gate
-        b_grad = b_grad.to(grad_attended.dtype.element_ty)
+        b_grad = narrow(b_grad, grad_attended.dtype.element_ty)
         tl.store(grad_attended + p_out, b_grad, mask=m_out)
         b_grad = b_grad.to(tl.float32)
         if SUM_TOKENS and SUM_CHANNELS:
@@ -82,7 +82,7 @@ def epilogue_backward(
         elif SUM_CHANNELS:
             tl.store(grad_gate + t * HEADS + head, tl.sum(b_grad_gate, 1), mask=t < q_tokens)
         else:
-            tl.store(grad_gate + p_out, b_grad_gate.to(grad_gate.dtype.element_ty), mask=m_out)
+            tl.store(grad_gate + p_out, narrow(b_grad_gate, grad_gate.dtype.element_ty), mask=m_out)
     if SOFTMAX:
         tl.store(delta + t * HEADS + head, tl.sum(b_grad * b_a, 1), mask=t < q_tokens)
 
@@ -126,7 +126,7 @@ def _over_keys(
         grad = dot(b_grad, tl.trans(b_v), PRECISION)
         weights, grads = weigh(s, grad, m_seen, b_lse[:, None], b_delta[:, None], scale, post_scale, SCORE)
         if GRADIENT:
-            sums += dot(grads.to(b_k.dtype), b_k, PRECISION)
+            sums += dot(narrow(grads, b_k.dtype), b_k, PRECISION)
         else:
             total += tl.sum(weights, 1)
             mean += tl.sum(weights * grad, 1)
@@ -204,7 +204,7 @@ def attention_grad_queries(
             row_sums = row_sums / total[:, None]
         sums += row_sums
     p_out = ((first + n) * (PACKS * HEADS) + head)[:, None] * D + o_d
-    tl.store(grad_q + p_out, (sums * scale).to(grad_q.dtype.element_ty), mask=m_q[:, None] & (o_d < D))
+    tl.store(grad_q + p_out, narrow(sums * scale, grad_q.dtype.element_ty), mask=m_q[:, None] & (o_d < D))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -279,14 +279,14 @@ def attention_grad_keys(
                 b_share = 1.0 / tl.load(totals + (first + n) * (PACKS * HEADS) + head, mask=m_q, other=1.0)
                 weights = weights * b_share[None, :]
                 grads = grads * b_share[None, :]
-            sums_v += dot(weights.to(b_grad.dtype), b_grad, PRECISION)
-            sums_k += dot(grads.to(b_q.dtype), b_q, PRECISION)
+            sums_v += dot(narrow(weights, b_grad.dtype), b_grad, PRECISION)
+            sums_k += dot(narrow(grads, b_q.dtype), b_q, PRECISION)
     sums_k = sums_k * scale
     p_token = (k_first + t) * (PACKS * PACK) + k_head_of
     if V_IS_K:
         sums_k = sums_k + sums_v
     else:
         p_v = p_token[:, None] * DV + o_v
-        tl.store(grad_v + p_v, sums_v.to(grad_v.dtype.element_ty), mask=m_t[:, None] & (o_v < DV))
+        tl.store(grad_v + p_v, narrow(sums_v, grad_v.dtype.element_ty), mask=m_t[:, None] & (o_v < DV))
     p_k = p_token[:, None] * D + o_d
-    tl.store(grad_k + p_k, sums_k.to(grad_k.dtype.element_ty), mask=m_t[:, None] & (o_d < D))
+    tl.store(grad_k + p_k, narrow(sums_k, grad_k.dtype.element_ty), mask=m_t[:, None] & (o_d < D))

@@ -14,7 +14,7 @@ from interformer_kernels._triton._attention_tiles import (
     settle,
     visible,
 )
-from interformer_kernels._triton._maps import activate, dot
+from interformer_kernels._triton._maps import activate, dot, narrow
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def attention_forward(
             m_seen = m_seen & ((o_q % HEADS // GROUP)[:, None] == o_h[None, :])
         s = dot(b_q, tl.trans(b_k), PRECISION)
         weights, factor, largest, total = fold(s, m_seen, largest, total, scale, post_scale, SCORE)
-        sums = sums * factor[:, None] + dot(weights.to(b_v.dtype), b_v, PRECISION)
+        sums = sums * factor[:, None] + dot(narrow(weights, b_v.dtype), b_v, PRECISION)
 
     sums, b_lse = settle(sums, largest, total, SCORE)
     m_out = m_q[:, None] & (o_v < DV)[None, :]  # [BLOCK_Q, BLOCK_DV]
@@ -104,7 +104,7 @@ def attention_forward(
     if SCORE == "softmax":
         tl.store(lse + p_head, b_lse, mask=m_q)
     if KEEP:
-        tl.store(attended + p_out, sums.to(attended.dtype.element_ty), mask=m_out)
+        tl.store(attended + p_out, narrow(sums, attended.dtype.element_ty), mask=m_out)
     if GATE or RESIDUAL:
         p_gate = at(row, first, n, gate_row, gate_token, LAYOUT) + head * gate_head
         p_residual = at(row, first, n, residual_row, residual_token, LAYOUT) + head * residual_head
@@ -113,4 +113,4 @@ def attention_forward(
             m_in[:, None] & (o_v < DV)[None, :], FORM, ACTIVATION, GATE, RESIDUAL,
         )  # fmt: skip
         sums = tl.where(row < rows, b_out, 0.0) if LAYOUT == "packed" else b_out
-    tl.store(out + p_out, sums.to(out.dtype.element_ty), mask=m_out)
+    tl.store(out + p_out, narrow(sums, out.dtype.element_ty), mask=m_out)

@@ -24,6 +24,17 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """Float32 rounded to the nearest number of a dtype; the interpreter would cut bfloat16 short."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # A NaN whose last bits are set must not carry over into its sign.
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def _tanh(x):
     e = tl.exp2(tl.abs(x) * _MINUS_TWO_LOG2_E)
     y = (1.0 - e) / (1.0 + e)

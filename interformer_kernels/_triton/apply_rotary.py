@@ -9,6 +9,7 @@ from torch import Tensor
 
 from interformer_kernels._launch.tensors import readable
 from interformer_kernels._triton import _run
+from interformer_kernels._triton._maps import narrow
 from interformer_kernels._triton._rows import find, slots
 from interformer_kernels._triton._tiles import Tiles, padded
 
@@ -56,7 +57,7 @@ def rotate_rows(
         b_sin = -b_sin
     b_turned = b_x.to(tl.float32) * b_cos + tl.where(second[None, :], b_other, -b_other) * b_sin
     # Channels that do not turn pass as they are, bit by bit.
-    b_out = tl.where(m_turned, b_turned.to(b_x.dtype), b_x)
+    b_out = tl.where(m_turned, narrow(b_turned, b_x.dtype), b_x)
     tl.store(out + ((first + n) * HEADS + head)[:, None] * D + o_d, b_out, mask=m_out)
 
 

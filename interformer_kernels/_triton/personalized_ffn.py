@@ -9,7 +9,7 @@ from torch import Tensor
 
 from interformer_kernels._launch.tensors import readable
 from interformer_kernels._triton import _run
-from interformer_kernels._triton._maps import activate, dot, slope
+from interformer_kernels._triton._maps import activate, dot, narrow, slope
 from interformer_kernels._triton._rows import find, slots, span
 from interformer_kernels._triton._tiles import Tiles, padded, tiles
 
@@ -58,7 +58,7 @@ def row_products(
         if RESIDUAL:
             p_res = (first + t)[:, None] * residual_token + o_f
             sums += tl.load(residual + p_res, mask=m_in, other=0.0).to(tl.float32)
-    b_out = tl.where(m_in, sums, 0.0).to(out.dtype.element_ty)
+    b_out = narrow(tl.where(m_in, sums, 0.0), out.dtype.element_ty)
     tl.store(out + (first + t)[:, None] * F + o_f, b_out, mask=m_out)
 
 
@@ -89,10 +89,10 @@ def row_grad_weight(
             of_bias += tl.sum(b_grad.to(tl.float32), 0)
     p_weight = (row.to(tl.int64) * E + o_e)[:, None] * F + o_f
     m_weight = (o_e < E)[:, None] & (o_f < F)[None, :]
-    tl.store(grad_weight + p_weight, sums.to(grad_weight.dtype.element_ty), mask=m_weight)
+    tl.store(grad_weight + p_weight, narrow(sums, grad_weight.dtype.element_ty), mask=m_weight)
     if BIAS:
         p_bias = row.to(tl.int64) * F + o_f
-        tl.store(grad_bias + p_bias, of_bias.to(grad_bias.dtype.element_ty), mask=o_f < tl.where(i_e == 0, F, 0))
+        tl.store(grad_bias + p_bias, narrow(of_bias, grad_bias.dtype.element_ty), mask=o_f < tl.where(i_e == 0, F, 0))
 
 
 def _products(
