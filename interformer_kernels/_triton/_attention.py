@@ -95,7 +95,7 @@ class _Problem:
         """Strides of rows, tokens and heads of a tensor of the queries' or the output's layout."""
         if x is None:
             return 0, 0, 0
-        return (0, *x.stride()[:2]) if x.dim() == 3 else (x.stride(0), x.stride(1), x.stride(2))
+        return (0, x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0), x.stride(1), x.stride(2))
 
     def constants(self, found: Tiles) -> dict[str, Any]:
         """What the kernels are compiled for."""
@@ -177,15 +177,15 @@ def _through_epilogue(problem: _Problem, grad_out: Tensor, attended: Tensor) -> 
             grad_out, attended, gate, grad_attended, delta, sums, problem.q_offsets,
             problem.rows, problem.tokens, problem.queries, *problem.strides(grad_out), *problem.strides(gate),
             0 if gate is None else gate.stride(-1),
-            HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, SOFTMAX=softmax and not problem.exact, GATE=gate is not None,
-            FORM=call.gate_form, ACTIVATION=call.gate_activation, SUM_TOKENS=over_tokens, SUM_CHANNELS=over_channels,
-            BLOCK_T=block, BLOCK_DV=wide, tiles=Tiles(block, wide, 4, 1),
+            HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, SOFTMAX=softmax and not problem.exact,
+            GATE=gate is not None, FORM=call.gate_form, ACTIVATION=call.gate_activation,
+            SUM_TOKENS=over_tokens, SUM_CHANNELS=over_channels, BLOCK_T=block, BLOCK_DV=wide, tiles=Tiles(block, wide, 4, 1),
         )  # fmt: skip
     return grad_attended, delta, _gate_gradient(call.gate, sums, grad_out)
 
 
 def _gate_sums(problem: _Problem, gate: Tensor | None) -> tuple[Tensor, bool, bool]:
-    """Memory for the gate's gradient, of as many axes as the output, and whether the kernel sums tokens and channels."""
+    """Memory for the gate's gradient, with the output's axes, and whether the kernel sums tokens and channels."""
     if gate is None:
         return problem.k.new_empty(0), False, False
     given, shape = problem.call.gate, problem.out_shape

@@ -26,7 +26,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """Float32 rounded to the nearest number of a dtype; the interpreter would cut bfloat16 short."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         # A NaN whose last bits are set must not carry over into its sign.

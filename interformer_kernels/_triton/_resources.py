@@ -21,6 +21,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from interformer_kernels._cli.tables import print_table, status_line
@@ -162,8 +163,8 @@ def _source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def _of_nvidia(compiled: Any) -> tuple[int, int]:
-    """Registers, and bytes of spills (or of arrays in local memory)."""
+def _of_nvidia(compiled: Any, target: GPUTarget) -> tuple[int, int]:
+    """Registers, and bytes of spills."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -172,7 +173,18 @@ def _of_nvidia(compiled: Any) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", said)
     if found is None:
         raise RuntimeError(f"cuobjdump tells no registers: {said}")
-    return int(found[1]), int(found[2])
+    # A frame in local memory may hold spills or nothing of the kind: the assembler tells them apart.
+    return int(found[1]), _spills(compiled, target) if int(found[2]) else 0
+
+
+def _spills(compiled: Any, target: GPUTarget) -> int:
+    name = f"sm_{target.arch}" + ("a" if target.arch >= 90 else "")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return max(int(found) for found in re.findall(r"(\d+) bytes spill stores", said))
 
 
 def _of_amd(compiled: Any) -> tuple[int, int]:
@@ -193,7 +205,7 @@ def usage(call: str, width: int, dtype: str, target: str) -> Iterator[Usage]:
     for launch in launches:
         options = {"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages}
         compiled = triton.compile(_source(launch), target=compiler, options=options)
-        registers, spills = _of_amd(compiled) if device.kind == "hip" else _of_nvidia(compiled)
+        registers, spills = _of_amd(compiled) if device.kind == "hip" else _of_nvidia(compiled, compiler)
         name = launch.kernel.fn.__name__
         tiles = "x".join(map(str, launch.tiles[:2])) + f", {launch.tiles.warps} warps, {launch.tiles.stages} stages"
         yield Usage(call, name, width, dtype, target, tiles, registers, spills, compiled.metadata.shared)

@@ -7,9 +7,11 @@ prefers, `interformer-kernels tune` measures and keeps in the user's cache direc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,8 +61,9 @@ def tiles(kernel: str, width: int, itemsize: int, target: Target) -> Tiles:
     """The entry for heads of `width` channels; what was tuned on this very device goes first."""
     entries = TABLE[kernel][itemsize]
     bucket = min((w for w in entries if w >= width), default=max(entries))
-    found = _tuned(target.name).get(key(kernel, bucket, itemsize)) if target.name else None
-    return found or entries[bucket]
+    name = key(kernel, bucket, itemsize)
+    tuned = _tuned(target.name) if target.name else {}
+    return _forced.get(name) or tuned.get(name) or entries[bucket]
 
 
 # ---------------------------------------------------------------- what was tuned
@@ -75,6 +78,19 @@ def tuned_file(device: str) -> Path:
     """Where the tuned tiles of a device are kept."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "interformer_kernels" / f"tiles-{device.replace(' ', '-').replace('/', '-')}.json"
+
+
+_forced: dict[str, Tiles] = {}
+
+
+@contextlib.contextmanager
+def forced(name: str, tiles: Tiles) -> Iterator[None]:
+    """This entry for now, whatever else is known."""
+    _forced[name] = tiles
+    try:
+        yield
+    finally:
+        del _forced[name]
 
 
 @functools.cache

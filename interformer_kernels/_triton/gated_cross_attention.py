@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from interformer_kernels._triton import _attention
 from interformer_kernels._launch import gated_cross_attention
+from interformer_kernels._triton import _attention
 
 forward, backward = gated_cross_attention.launcher(_attention)

@@ -49,12 +49,13 @@ def test_error_is_within_the_budget(case: Case, dtype: torch.dtype) -> None:
     assert not [row for row in rows if not row.ok]
 
 
+ATTENTION, POOLING = "jagged_attention", "pma_pooling"
 # Head sizes that are no power of two, wider than a tile of tensor cores, and of both sides; few queries of many heads.
 SIZES = [
-    (Case("jagged_attention", "wide", lengths=(3, 70), heads=1, kv_heads=1, head_size=96, value_size=256), torch.float32),
-    (Case("jagged_attention", "widest", lengths=(20,), heads=2, kv_heads=1, head_size=256, value_size=4), torch.bfloat16),
-    (Case("pma_pooling", "many heads", lengths=(9, 0, 40), heads=16, kv_heads=8, queries=1, head_size=4), torch.float32),
-    (Case("pma_pooling", "odd group", lengths=(9, 2), heads=6, kv_heads=2, queries=2, shared_value=True), torch.float16),
+    (Case(ATTENTION, "wide", lengths=(3, 70), heads=1, kv_heads=1, head_size=96, value_size=256), torch.float32),
+    (Case(ATTENTION, "widest", lengths=(20,), heads=2, kv_heads=1, head_size=256, value_size=4), torch.bfloat16),
+    (Case(POOLING, "many heads", lengths=(9, 0, 40), heads=16, kv_heads=8, queries=1, head_size=4), torch.float32),
+    (Case(POOLING, "odd group", lengths=(9, 2), heads=6, kv_heads=2, queries=2, shared_value=True), torch.float16),
     (Case("gated_cross_attention", "odd pack", heads=12, kv_heads=12, queries=1, lengths=(5, 33)), torch.bfloat16),
     (Case("personalized_ffn", "wide", lengths=(3, 0, 40), head_size=80, value_size=130), torch.float32),
     (Case("apply_rotary", "wide", heads=3, head_size=200, rope=120), torch.float16),
@@ -87,7 +88,9 @@ def test_tail_and_dtype(op: str) -> None:
         assert x.isfinite().all() or name == "lse", name
 
 
-REPEATED = [case for case in ALL_CASES if case.name in {"gate and residual", "v is k", "halves", "gelu, bias, residual"}]
+REPEATED = [
+    case for case in ALL_CASES if case.name in {"gate and residual", "v is k", "halves", "gelu, bias, residual"}
+]
 
 
 @pytest.mark.parametrize("case", REPEATED, ids=case_ids(REPEATED))
