@@ -16,10 +16,12 @@ from interformer_kernels._triton._attention_backward import (
     epilogue_backward,
 )
 from interformer_kernels._triton._attention_forward import attention_forward
+from interformer_kernels._triton._attention_output import attention_merge
 from interformer_kernels._triton._rows import slots
 from interformer_kernels._triton._tiles import Tiles, padded, tiles
 from interformer_kernels._triton.apply_rotary import rotated
 
+_SPLIT = 1024  # keys of a chunk of a long row that few queries meet
 _FEWEST = 16  # rows of a tile that tensor cores take
 _NUMBERS = 4096  # of a tile of the epilogue's backward
 _MOST_RUNS = 512  # of rows, over which gradients of shared queries are summed
@@ -72,6 +74,15 @@ class _Problem:
         if self.call.layout == "packed":
             return found
         return found._replace(queries=min(found.queries, padded(max(1, self.queries * self.units))))
+
+    @property
+    def splits(self) -> bool:
+        """Whether long rows are cut into chunks: few queries make few programs. Rows that fit a chunk do not notice."""
+        return self.call.layout != "packed" and self.k.shape[0] > _SPLIT
+
+    def pieces(self, split: int) -> int:
+        """Room for the chunks of all rows of more than `split` keys (`_attention_output.piece`)."""
+        return 2 * self.k.shape[0] // split + 1
 
     @property
     def epilogue_tokens(self) -> int:
@@ -132,16 +143,36 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -
         return out, lse, attended
     gate = None if call.gate is None else call.gate.expand(shape)
     residual = readable(residual)
-    found = problem.tiles("forward")
+    found, split = problem.tiles("forward"), _SPLIT if problem.splits else 0
+    pieces = k.new_empty((problem.pieces(split), *shape[1:]) if split else 0, dtype=torch.float32)
+    weights = k.new_empty((problem.pieces(split), *shape[1:-1], 2) if split else 0, dtype=torch.float32)
+    packs = problem.kv_heads // problem.pack
+    tiles_of_queries = problem.query_slots(found.queries, 1)
+    chunks = slots(k.shape[0], problem.rows, 1, split) * tiles_of_queries if split else 0
+    epilogue = {
+        "GATE": gate is not None,
+        "FORM": call.gate_form,
+        "ACTIVATION": call.gate_activation,
+        "RESIDUAL": residual is not None,
+        "KEEP": keep_attended,
+    }
+    of_epilogue = *problem.strides(gate), 0 if gate is None else gate.stride(-1), *problem.strides(residual)
     _run.start(
-        attention_forward, problem.query_slots(found.queries, problem.rows) * (problem.kv_heads // problem.pack),
-        problem.q, problem.k, problem.v, gate, residual, out, lse, attended, problem.q_offsets, problem.kv_offsets,
-        *problem.sizes(), call.scale, call.post_scale,
-        *problem.strides(problem.q), *problem.k.stride()[:2], *problem.v.stride()[:2],
-        *problem.strides(gate), 0 if gate is None else gate.stride(-1), *problem.strides(residual),
-        **problem.constants(found), GATE=gate is not None, FORM=call.gate_form, ACTIVATION=call.gate_activation,
-        RESIDUAL=residual is not None, KEEP=keep_attended, tiles=found,
+        attention_forward, (chunks or problem.query_slots(found.queries, problem.rows)) * packs,
+        problem.q, problem.k, problem.v, gate, residual, out, lse, attended, pieces, weights,
+        problem.q_offsets, problem.kv_offsets, *problem.sizes(), call.scale, call.post_scale,
+        *problem.strides(problem.q), *problem.k.stride()[:2], *problem.v.stride()[:2], *of_epilogue,
+        **problem.constants(found), **epilogue, SPLIT=split, tiles=found,
     )  # fmt: skip
+    if split:
+        block = max(1, min(_NUMBERS // padded(shape[-1]), padded(problem.queries * problem.heads)))
+        _run.start(
+            attention_merge, (k.shape[0] // split + 1) * -(-problem.queries * problem.heads // block),
+            pieces, weights, gate, residual, out, lse, attended, problem.kv_offsets,
+            problem.rows, k.shape[0], problem.queries, min(call.skip_prefix, k.shape[0]), *of_epilogue,
+            HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, SCORE=call.score, **epilogue, SPLIT=split,
+            BLOCK_Q=block, BLOCK_DV=padded(shape[-1]), tiles=Tiles(block, padded(shape[-1]), 4, 1),
+        )  # fmt: skip
     return out, lse, attended
 
 
@@ -179,7 +210,8 @@ def _through_epilogue(problem: _Problem, grad_out: Tensor, attended: Tensor) -> 
             0 if gate is None else gate.stride(-1),
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, SOFTMAX=softmax and not problem.exact,
             GATE=gate is not None, FORM=call.gate_form, ACTIVATION=call.gate_activation,
-            SUM_TOKENS=over_tokens, SUM_CHANNELS=over_channels, BLOCK_T=block, BLOCK_DV=wide, tiles=Tiles(block, wide, 4, 1),
+            SUM_TOKENS=over_tokens, SUM_CHANNELS=over_channels, BLOCK_T=block, BLOCK_DV=wide,
+            tiles=Tiles(block, wide, 4, 1),
         )  # fmt: skip
     return grad_attended, delta, _gate_gradient(call.gate, sums, grad_out)
 

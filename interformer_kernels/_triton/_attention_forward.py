@@ -1,44 +1,28 @@
-"""Forward of the attention kernels: an online softmax, or a plain sum, and the epilogue's gate and residual."""
+"""Forward of the attention kernels: an online softmax, or a plain sum, over the keys of a row or a chunk of them."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from interformer_kernels._triton._attention_output import finish, keep_piece, piece
 from interformer_kernels._triton._attention_tiles import (
     at,
     fold,
     key_tiles,
     keys_of,
     query_tile,
-    settle,
     visible,
 )
-from interformer_kernels._triton._maps import activate, dot, narrow
-
-
-@triton.jit
-def gated(
-    sums, residual, gate, p_gate, p_residual, m_out, FORM: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """`residual + G(A, gate)` of a tile of attended values."""
-    if GATE:
-        b_gate = tl.load(gate + p_gate, mask=m_out, other=0.0).to(tl.float32)
-        if FORM == "multiply":
-            sums = sums * activate(b_gate, ACTIVATION)
-        else:
-            sums = activate(sums * b_gate, ACTIVATION)
-    if RESIDUAL:
-        sums = sums + tl.load(residual + p_residual, mask=m_out, other=0.0).to(tl.float32)
-    return sums
+from interformer_kernels._triton._maps import dot, narrow
+from interformer_kernels._triton._rows import find
 
 
 @triton.jit(
     do_not_specialize=["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "prefix"],
 )
 def attention_forward(
-    q, k, v, gate, residual, out, lse, attended, q_offsets, kv_offsets,
+    q, k, v, gate, residual, out, lse, attended, pieces, weights_of_pieces, q_offsets, kv_offsets,
     rows, q_tokens, k_tokens, queries, skip, left, right, prefix, scale, post_scale,
     q_row, q_token, q_head, k_token, k_head, v_token, v_head,
     gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
@@ -46,16 +30,31 @@ def attention_forward(
     LAYOUT: tl.constexpr, SCORE: tl.constexpr, V_IS_K: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
     GATE: tl.constexpr, FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries over the keys that it sees."""
+    """One tile of queries over the keys that it sees.
+
+    With SPLIT (a multiple of the keys of a tile), rows that have more keys are cut into chunks of so many, a program
+    for each; `attention_merge` joins them. Shorter rows are not touched by it, bit by bit.
+    """
     HEADS: tl.constexpr = PACK * GROUP
     i_pack = tl.program_id(0) % PACKS
     slot = tl.program_id(0) // PACKS
-    row, first, count, tile = query_tile(slot, q_offsets, rows, q_tokens, queries, HEADS, BLOCK_Q, LAYOUT)
-    if tile * BLOCK_Q >= count * HEADS:
-        return
+    chunk = slot * 0
+    if SPLIT:
+        tiles = tl.cdiv(queries * HEADS, BLOCK_Q)
+        row, row_first, tokens, chunk = find(slot // tiles, kv_offsets, rows, k_tokens, 1, SPLIT)
+        tile = slot % tiles
+        first = row.to(tl.int64) * queries
+        count = queries + row * 0
+        # Also a row without keys has a first chunk, which writes its outputs.
+        if (row >= rows) | (chunk * SPLIT >= tl.maximum(tokens - skip, 1)):
+            return
+    else:
+        row, first, count, tile = query_tile(slot, q_offsets, rows, q_tokens, queries, HEADS, BLOCK_Q, LAYOUT)
+        if tile * BLOCK_Q >= count * HEADS:
+            return
     k_first, keys = keys_of(row, rows, kv_offsets, k_tokens, skip)
 
     o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -64,7 +63,6 @@ def attention_forward(
     o_v = tl.arange(0, BLOCK_DV)
     n = o_q // HEADS
     head = i_pack * HEADS + o_q % HEADS
-    m_q = n < count  # [BLOCK_Q]
     m_in = n < tl.where(row < rows, count, 0)  # [BLOCK_Q]
     p_q = at(row, first, n, q_row, q_token, LAYOUT) + head * q_head
     b_q = tl.load(q + p_q[:, None] + o_d, mask=m_in[:, None] & (o_d < D), other=0.0)
@@ -77,6 +75,9 @@ def attention_forward(
     before, start, stop = key_tiles(
         n_first, n_last, count, keys, left, right, prefix, BLOCK_K // PACK, CAUSAL, LEFT, RIGHT, PREFIX
     )
+    if SPLIT:
+        start = chunk * (SPLIT * PACK // BLOCK_K)
+        stop = tl.minimum(stop, start + SPLIT * PACK // BLOCK_K)
     for step in range(0, before + stop - start):
         i_k = tl.where(step < before, step, start + step - before)
         j = (i_k * BLOCK_K + o_k) // PACK
@@ -97,20 +98,14 @@ def attention_forward(
         weights, factor, largest, total = fold(s, m_seen, largest, total, scale, post_scale, SCORE)
         sums = sums * factor[:, None] + dot(narrow(weights, b_v.dtype), b_v, PRECISION)
 
-    sums, b_lse = settle(sums, largest, total, SCORE)
-    m_out = m_q[:, None] & (o_v < DV)[None, :]  # [BLOCK_Q, BLOCK_DV]
-    p_head = (first + n) * (PACKS * HEADS) + head
-    p_out = p_head[:, None] * DV + o_v
-    if SCORE == "softmax":
-        tl.store(lse + p_head, b_lse, mask=m_q)
-    if KEEP:
-        tl.store(attended + p_out, narrow(sums, attended.dtype.element_ty), mask=m_out)
-    if GATE or RESIDUAL:
-        p_gate = at(row, first, n, gate_row, gate_token, LAYOUT) + head * gate_head
-        p_residual = at(row, first, n, residual_row, residual_token, LAYOUT) + head * residual_head
-        b_out = gated(
-            sums, residual, gate, p_gate[:, None] + o_v * gate_channel, p_residual[:, None] + o_v,
-            m_in[:, None] & (o_v < DV)[None, :], FORM, ACTIVATION, GATE, RESIDUAL,
+    if SPLIT and keys > SPLIT:
+        keep_piece(
+            sums, largest, total, pieces, weights_of_pieces, piece(row_first, chunk, SPLIT), queries, n, head,
+            PACKS * HEADS, DV, BLOCK_DV,
         )  # fmt: skip
-        sums = tl.where(row < rows, b_out, 0.0) if LAYOUT == "packed" else b_out
-    tl.store(out + p_out, narrow(sums, out.dtype.element_ty), mask=m_out)
+    else:
+        finish(
+            sums, largest, total, gate, residual, out, lse, attended, row, rows, first, count, n, head,
+            gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
+            PACKS * HEADS, DV, LAYOUT, SCORE, GATE, FORM, ACTIVATION, RESIDUAL, KEEP, BLOCK_DV,
+        )  # fmt: skip

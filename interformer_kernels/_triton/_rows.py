@@ -47,3 +47,16 @@ def find(slot, offsets, rows, tokens, UNITS: tl.constexpr, BLOCK: tl.constexpr):
     tile = slot - (first * UNITS // BLOCK + low).to(tl.int32)
     # Before the first slot of a first row that starts late, against the contract, there is no row.
     return low, first, tl.where(tile < 0, 0, count), tl.maximum(tile, 0)
+
+
+@triton.jit
+def holder(token, offsets, rows, tokens):
+    """The row that holds a token (the tail is row `rows`), and its first token."""
+    low = rows * 0
+    high = rows + low
+    while low < high:
+        middle = (low + high + 1) // 2
+        here = edge(offsets, middle, tokens) <= token
+        low = tl.where(here, middle, low)
+        high = tl.where(here, high, middle - 1)
+    return low, edge(offsets, low, tokens)

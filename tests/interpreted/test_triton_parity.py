@@ -123,3 +123,25 @@ def test_a_row_does_not_see_the_others(op: str) -> None:
         with torch.no_grad():
             single = testing.call(op, alone, "triton")[0]
         assert torch.equal(together[b : b + 1] if dense else together[first : first + length], single), b
+
+
+@pytest.mark.parametrize("op", ["pma_pooling", "gated_cross_attention"])
+@pytest.mark.parametrize("score", ["softmax", "silu"])
+def test_long_rows_in_chunks(op: str, score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of more keys than a chunk are joined from chunks; shorter ones have the bits that they have without."""
+    from interformer_kernels._triton import _attention
+
+    lengths = (5, 200, 0, 64, 65, 3, 130)
+    extra: dict[str, object] = {"skip_prefix": 2} if op == "pma_pooling" else {}
+    options = {**extra, "score": score, "post_scale": 1.0 if score == "softmax" else 0.5}
+    case = Case(op, "", lengths=lengths, heads=2, kv_heads=2, gate="full", residual=True, options=options)
+    inputs = guarded_inputs(case, torch.float32)
+    with torch.no_grad():
+        whole = testing.call(op, inputs, "triton")[0]
+        monkeypatch.setattr(_attention, "_SPLIT", 64)
+        split = testing.call(op, inputs, "triton")[0]
+    short = [b for b, length in enumerate(lengths) if length <= 64]
+    assert torch.equal(split[short], whole[short])
+    assert not torch.equal(split, whole)
+    rows = testing.compare(case, "triton", torch.float32, make=guarded_inputs, draws=(1, 4, 12))
+    assert not [row for row in rows if not row.ok]
