@@ -22,11 +22,10 @@ from interformer_kernels._triton._tiles import Tiles, padded, tiles
 from interformer_kernels._triton.apply_rotary import rotated
 
 _SPLIT = 1024  # keys of a chunk of a long row that few queries meet
+_FEW = 32  # queries of a row under one key/value head, at most, for that: more make programs enough
 _FEWEST = 16  # rows of a tile that tensor cores take
 _NUMBERS = 4096  # of a tile of the epilogue's backward
 _MOST_RUNS = 512  # of rows, over which gradients of shared queries are summed
-
-
 # Of the queries: gradient of A, log-sum-exp, delta, and the sums of the weights (`_attention_backward.py`).
 _Sides = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
@@ -78,7 +77,8 @@ class _Problem:
     @property
     def splits(self) -> bool:
         """Whether long rows are cut into chunks: few queries make few programs. Rows that fit a chunk do not notice."""
-        return self.call.layout != "packed" and self.k.shape[0] > _SPLIT
+        few = self.call.layout != "packed" and self.queries * self.group <= _FEW
+        return few and self.k.shape[0] > _SPLIT
 
     def pieces(self, split: int) -> int:
         """Room for the chunks of all rows of more than `split` keys (`_attention_output.piece`)."""

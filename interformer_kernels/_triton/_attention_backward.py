@@ -43,7 +43,7 @@ def epilogue_backward(
 
     `grad_gate` holds sums over the channels, or over the block's tokens, where the gate broadcasts along them.
     """
-    head = tl.program_id(0) % HEADS
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
     block = tl.program_id(0) // HEADS
     t = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_v = tl.arange(0, BLOCK_DV)
@@ -62,7 +62,7 @@ def epilogue_backward(
     b_grad = tl.load(grad_out + p_grad, mask=m_load, other=0.0).to(tl.float32)
     b_a = tl.load(attended + p_out, mask=m_load, other=0.0).to(tl.float32)
     if GATE:
-        p_gate = row * gate_row + n[:, None] * gate_token + head * gate_head + o_v * gate_channel
+        p_gate = row * gate_row + n[:, None] * gate_token + head * gate_head + o_v.to(tl.int64) * gate_channel
         b_gate = tl.load(gate + p_gate, mask=m_load, other=0.0).to(tl.float32)
         if FORM == "multiply":
             b_grad_gate = b_grad * b_a * slope(b_gate, ACTIVATION)
@@ -111,7 +111,7 @@ def _over_keys(
         j = (i_k * BLOCK_K + o_k) // PACK
         o_h = o_k % PACK
         m_k = j < keys  # [BLOCK_K]
-        k_head_of = i_pack * PACK + o_h
+        k_head_of = (i_pack * PACK + o_h).to(tl.int64)
         p_k = (k_first + j) * k_token + k_head_of * k_head
         b_k = tl.load(k + p_k[:, None] + o_d, mask=m_k[:, None] & (o_d < D), other=0.0)
         if V_IS_K:
@@ -155,7 +155,7 @@ def attention_grad_queries(
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_DV)
     n = o_q // HEADS
-    head = i_pack * HEADS + o_q % HEADS
+    head = (i_pack * HEADS + o_q % HEADS).to(tl.int64)
     m_q = n < count  # [BLOCK_Q]
     n_first = tile * BLOCK_Q // HEADS
     n_last = tl.minimum((tile * BLOCK_Q + BLOCK_Q - 1) // HEADS, count - 1)
@@ -235,7 +235,7 @@ def attention_grad_keys(
     keys = tokens - skip
     m_t = t < tokens  # [BLOCK_K]
     m_in = (t < tl.where(row < rows, tokens, 0)) & (j >= 0)
-    k_head_of = i_pack * PACK + o_c % PACK
+    k_head_of = (i_pack * PACK + o_c % PACK).to(tl.int64)
     p_k = (k_first + t) * k_token + k_head_of * k_head
     b_k = tl.load(k + p_k[:, None] + o_d, mask=m_in[:, None] & (o_d < D), other=0.0)
     if V_IS_K:
@@ -256,7 +256,7 @@ def attention_grad_keys(
             i_q = tl.where(step < before, step, start + step - before)
             o_q = i_q * BLOCK_Q + o_r
             n = o_q // HEADS
-            head = i_pack * HEADS + o_q % HEADS
+            head = (i_pack * HEADS + o_q % HEADS).to(tl.int64)
             m_q = n < count  # [BLOCK_Q]
             p_q = at(row, first, n, q_row, q_token, LAYOUT) + head * q_head
             p_grad = at(row, first, n, grad_row, grad_token, LAYOUT) + head * grad_head

@@ -62,7 +62,7 @@ def attention_forward(
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_DV)
     n = o_q // HEADS
-    head = i_pack * HEADS + o_q % HEADS
+    head = (i_pack * HEADS + o_q % HEADS).to(tl.int64)
     m_in = n < tl.where(row < rows, count, 0)  # [BLOCK_Q]
     p_q = at(row, first, n, q_row, q_token, LAYOUT) + head * q_head
     b_q = tl.load(q + p_q[:, None] + o_d, mask=m_in[:, None] & (o_d < D), other=0.0)
@@ -83,7 +83,7 @@ def attention_forward(
         j = (i_k * BLOCK_K + o_k) // PACK
         o_h = o_k % PACK
         m_k = j < keys  # [BLOCK_K]
-        k_head_of = i_pack * PACK + o_h
+        k_head_of = (i_pack * PACK + o_h).to(tl.int64)
         p_k = (k_first + j) * k_token + k_head_of * k_head
         b_k = tl.load(k + p_k[:, None] + o_d, mask=m_k[:, None] & (o_d < D), other=0.0)
         if V_IS_K:

@@ -50,7 +50,7 @@ def finish(
         p_gate = at(row, first, n, gate_row, gate_token, LAYOUT) + head * gate_head
         p_residual = at(row, first, n, residual_row, residual_token, LAYOUT) + head * residual_head
         b_out = gated(
-            sums, residual, gate, p_gate[:, None] + o_v * gate_channel, p_residual[:, None] + o_v,
+            sums, residual, gate, p_gate[:, None] + o_v.to(tl.int64) * gate_channel, p_residual[:, None] + o_v,
             (n < held)[:, None] & (o_v < DV)[None, :], FORM, ACTIVATION, GATE, RESIDUAL,
         )  # fmt: skip
         sums = tl.where(row < rows, b_out, 0.0) if LAYOUT == "packed" else b_out
@@ -94,7 +94,7 @@ def attention_merge(
         return
     o_q = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
     n = o_q // HEADS
-    head = o_q % HEADS
+    head = (o_q % HEADS).to(tl.int64)
     o_v = tl.arange(0, BLOCK_DV)
     m_q = n < queries  # [BLOCK_Q]
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)

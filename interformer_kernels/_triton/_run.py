@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -38,16 +39,22 @@ def written_down(target: Target) -> Iterator[list[Launch]]:
         _written_down = _target = None
 
 
+@functools.cache
+def _gpu(index: int) -> Target:
+    name = torch.cuda.get_device_name(index)
+    if torch.version.hip:
+        return Target("hip", 0, name)
+    major, minor = torch.cuda.get_device_capability(index)
+    return Target("cuda", 10 * major + minor, name)
+
+
 def target_of(x: Tensor) -> Target:
     """The device that the call's kernels are for."""
     if _target is not None:
         return _target
     if x.device.type != "cuda":
         return Target("cpu", 0)
-    if torch.version.hip:
-        return Target("hip", 0)
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return Target("cuda", 10 * major + minor, torch.cuda.get_device_name(x.device))
+    return _gpu(x.device.index or 0)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -28,7 +28,7 @@ def rotate_rows(
     o_r = tile * BLOCK + tl.arange(0, BLOCK)
     o_d = tl.arange(0, BLOCK_D)
     n = o_r // HEADS
-    head = o_r % HEADS
+    head = (o_r % HEADS).to(tl.int64)
     m_out = (n < count)[:, None] & (o_d < D)[None, :]  # [BLOCK, BLOCK_D]
     held = tl.where(row < rows, count, 0)
     m_in = (n < held)[:, None] & (o_d < D)[None, :]

@@ -42,7 +42,11 @@ def row_products(
             m_e = e + o_e < E  # [BLOCK_E]
             p_x = (first + t)[:, None] * x_token + (e + o_e)
             b_x = tl.load(x + p_x, mask=m_t[:, None] & m_e[None, :], other=0.0)
-            p_w = row.to(tl.int64) * weight_row + (e + o_e)[:, None] * weight_in + o_f * weight_out
+            p_w = (
+                row.to(tl.int64) * weight_row
+                + (e + o_e).to(tl.int64)[:, None] * weight_in
+                + o_f.to(tl.int64) * weight_out
+            )
             b_w = tl.load(weight + p_w, mask=m_e[:, None] & (o_f < F)[None, :], other=0.0)
             sums += dot(b_x, b_w, PRECISION)
     if BIAS:

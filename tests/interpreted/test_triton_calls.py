@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_gpu_commands import load_gpu_report
 from test_registration import _jagged, recorded_calls
 from triton_calls import guarded, guarded_inputs, results
 
@@ -183,3 +184,31 @@ def test_beyond_two_to_the_31(op: str, far: str) -> None:
     with torch.no_grad():
         near = testing.call(op, inputs, "triton")[0]
         assert torch.equal(testing.call(op, {**inputs, far: wide.copy_(x)}, "triton")[0], near)
+
+
+def test_heads_far_apart() -> None:
+    """The same for what lies between heads: head times stride is beyond 32 bits, though no stride is."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    case = Case("pma_pooling", "", lengths=(2,), heads=4, kv_heads=4, head_size=4, tail=0, queries=2, shared_value=True)
+    inputs = testing.make_inputs(case, torch.bfloat16)
+    k = inputs["k"].detach()
+    step = 2**30
+    wide = torch.empty(3 * step + 8, dtype=k.dtype).as_strided(k.shape, (4, step, 1))
+    near = testing.call(case.op, inputs, "triton")[0]
+    with torch.no_grad():
+        assert torch.equal(testing.call(case.op, {**inputs, "k": wide.copy_(k)}, "triton")[0], near)
+
+
+def test_the_stages_of_the_gpu_report_run_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that they do but for the device; and two runs that differ are seen."""
+    module = load_gpu_report()
+    monkeypatch.setattr(testing, "OPS", ("pma_pooling", "apply_rotary"))
+    assert module.small_call("triton", "cpu") == 0
+    monkeypatch.setattr(module, "DTYPES", ("float32",))
+    monkeypatch.setattr(testing, "OPS", ("apply_rotary",))
+    assert module.determinism("triton", "cpu") == 0
+    assert capsys.readouterr().out.splitlines() == ["apply_rotary, halves, float32: same bits"]
+    monkeypatch.setattr(testing, "evaluate", lambda run, op, inputs: {"out": torch.rand(3)})
+    assert module.determinism("triton", "cpu") == 1
