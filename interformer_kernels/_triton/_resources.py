@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -218,18 +219,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", action="append", type=int, help="channels of a head")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES))
     parser.add_argument("--target", action="append", choices=tuple(TARGETS))
+    parser.add_argument(
+        "--entry", action="append", metavar="CALL/WIDTH/DTYPE/TARGET", help="just these; may be repeated"
+    )
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel")
     chosen = parser.parse_args(arguments)
     found: list[Usage] = []
-    for call in chosen.call or CALLS:
-        for width in chosen.width or WIDTHS:
-            for dtype in chosen.dtype or DTYPES:
-                for target in chosen.target or TARGETS:
-                    status_line(f"{call}, {width}, {dtype}, {target}")
-                    for one in usage(call, width, dtype, target):
-                        found.append(one)
-                        if chosen.json:
-                            print(json.dumps({**dataclasses.asdict(one), "fits": one.fits}), flush=True)
+    axes = chosen.call or CALLS, chosen.width or WIDTHS, chosen.dtype or DTYPES, chosen.target or TARGETS
+    entries = [entry.split("/") for entry in chosen.entry] if chosen.entry else itertools.product(*axes)
+    for call, width, dtype, target in entries:
+        status_line(f"{call}, {width}, {dtype}, {target}")
+        for one in usage(call, int(width), dtype, target):
+            found.append(one)
+            if chosen.json:
+                print(json.dumps({**dataclasses.asdict(one), "fits": one.fits}), flush=True)
     status_line("")
     if not chosen.json:
         _show(found)
