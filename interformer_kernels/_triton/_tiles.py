@@ -41,7 +41,7 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     },
     "grad_queries": {
         2: {64: Tiles(64, 64), 128: Tiles(32, 32), 256: Tiles(16, 32), 512: Tiles(16, 16)},
-        4: {64: Tiles(16, 32), 128: Tiles(16, 16), 256: Tiles(16, 16), 512: Tiles(16, 16)},
+        4: {32: Tiles(16, 32), 64: Tiles(16, 16), 128: Tiles(16, 16), 256: Tiles(16, 16), 512: Tiles(16, 16)},
     },
     "grad_keys": {
         2: {64: Tiles(32, 64), 128: Tiles(32, 32), 256: Tiles(16, 16), 512: Tiles(16, 16)},
