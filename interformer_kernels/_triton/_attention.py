@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from interformer_kernels._launch.attention_call import AttentionCall
-from interformer_kernels._launch.tensors import readable
+from interformer_kernels._launch.tensors import expanded, readable
 from interformer_kernels._triton import _run
 from interformer_kernels._triton._attention_backward import (
     attention_grad_keys,
@@ -141,7 +141,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -
     attended = k.new_empty(shape if keep_attended else (0,))
     if not out.numel():
         return out, lse, attended
-    gate = None if call.gate is None else call.gate.expand(shape)
+    gate = expanded(call.gate, shape)
     residual = readable(residual)
     found, split = problem.tiles("forward"), _SPLIT if problem.splits else 0
     pieces = k.new_empty((problem.pieces(split), *shape[1:]) if split else 0, dtype=torch.float32)
@@ -198,7 +198,7 @@ def _through_epilogue(problem: _Problem, grad_out: Tensor, attended: Tensor) -> 
     delta = grad_out.new_empty(shape[:-1] if softmax else (0,), dtype=torch.float32)
     if call.gate is None and (problem.exact or not softmax):
         return grad_out, delta, grad_out.new_empty(0)
-    gate = None if call.gate is None else call.gate.expand(shape)
+    gate = expanded(call.gate, shape)
     grad_attended = grad_out if gate is None else torch.empty_like(grad_out, memory_format=torch.contiguous_format)
     sums, over_tokens, over_channels = _gate_sums(problem, gate)
     block, wide = problem.epilogue_tokens, padded(shape[-1])

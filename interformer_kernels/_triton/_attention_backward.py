@@ -246,7 +246,7 @@ def attention_grad_keys(
     sums_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     sums_v = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     if row < rows:
-        first, count = queries_of(row, rows, k_first * 0, q_tokens, q_offsets, queries, LAYOUT)
+        first, count = queries_of(row, rows, q_tokens, q_offsets, queries, LAYOUT)
         j_first = tile * BLOCK_K // PACK - skip
         j_last = tl.minimum((tile * BLOCK_K + BLOCK_K - 1) // PACK - skip, keys - 1)
         before, start, stop = query_tiles(

@@ -32,7 +32,7 @@ def query_tile(slot, q_offsets, rows, tokens, queries, HEADS: tl.constexpr, BLOC
 
 
 @triton.jit
-def queries_of(row, rows, first, tokens, q_offsets, queries, LAYOUT: tl.constexpr):
+def queries_of(row, rows, tokens, q_offsets, queries, LAYOUT: tl.constexpr):
     """First query token of a row, as outputs are numbered, and how many the row has."""
     if LAYOUT == "packed":
         first, count = span(q_offsets, row, rows, tokens)

@@ -1,6 +1,6 @@
 """Tile sizes of the kernels, by kernel, width of the heads, bytes of a number, and device.
 
-No GPU was at hand: the entries are the largest that neither spill registers nor outgrow the shared memory of any
+No GPU was at hand: the entries are the largest that neither run out of registers nor outgrow the shared memory of any
 device they are for, as compiled ahead of time (`make resources` prints what each one takes). What a user's own GPU
 prefers, `interformer-kernels tune` measures and keeps in the user's cache directory.
 """

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from interformer_kernels._launch.tensors import readable
+from interformer_kernels._launch.tensors import readable, resolved
 from interformer_kernels._triton import _run
 from interformer_kernels._triton._maps import activate, dot, narrow, slope
 from interformer_kernels._triton._rows import find, slots, span
@@ -122,14 +122,14 @@ def forward(
     x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
     """The output `[T, F]`."""
-    return _products(readable(x), weight, offsets, readable(bias), readable(residual), None, activation)
+    return _products(readable(x), resolved(weight), offsets, readable(bias), readable(residual), None, activation)
 
 
 def backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `x, weight, bias`; an empty one for a bias that was not given."""
-    x, grad, bias = readable(x), readable(grad_out), readable(bias)
+    x, weight, grad, bias = readable(x), resolved(weight), readable(grad_out), readable(bias)
     if activation != "identity":
         grad = _products(x, weight, offsets, bias, None, grad, activation)
     grad_x = _products(grad, weight.transpose(1, 2), offsets, None, None, None, "identity")

@@ -28,7 +28,6 @@ def _patch_the_language_once() -> None:
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = once
-    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)  # a table made anew at every use
 
 
 if _backend.interprets_triton():
