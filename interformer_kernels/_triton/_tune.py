@@ -21,7 +21,7 @@ def candidates(kernel: str, width: int, itemsize: int) -> Iterator[Tiles]:
     yield _tiles.TABLE[kernel][itemsize][width]
     for queries, keys in itertools.product((16, 32, 64, 128), repeat=2):
         if (queries + keys) * width * itemsize <= 32 << 10:
-            for warps, stages in ((4, 2), (4, 3), (8, 2)):
+            for warps, stages in ((4, 2), (8, 2)):
                 yield Tiles(queries, keys, warps, stages)
 
 
