@@ -212,3 +212,18 @@ def test_the_stages_of_the_gpu_report_run_here(
     assert capsys.readouterr().out.splitlines() == ["apply_rotary, halves, float32: same bits"]
     monkeypatch.setattr(testing, "evaluate", lambda run, op, inputs: {"out": torch.rand(3)})
     assert module.determinism("triton", "cpu") == 1
+
+
+def test_lazily_negated_views_are_read_as_they_are() -> None:
+    """What PyTorch negates only when it is read: raw memory does not show it."""
+    x = torch.randn(7, 2, 4, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    offsets = offsets_of((3, 4))
+    found, wanted = (
+        ik.jagged_attention(y, y, y, offsets, gate=y, residual=y, backend="triton") for y in (x, x.clone())
+    )
+    assert torch.equal(found, wanted)
+    weight = torch.randn(2, 8, 8, dtype=torch.complex64).conj().imag
+    flat = x.clone().flatten(1)
+    found = ik.personalized_ffn(flat, weight, offsets, backend="triton")
+    assert torch.equal(found, ik.personalized_ffn(flat, weight.clone(), offsets, backend="triton"))
