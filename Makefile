@@ -20,11 +20,14 @@ data_option := $(if $(DATA),--data $(DATA))
 # Random calls of each kind that `make fuzz` makes.
 EXAMPLES ?= 10000
 
-.PHONY: help demo test fuzz sanitize lint wheel-test wide-test bench torch-matrix clean
+.PHONY: help demo test triton-test resources gpu-report fuzz sanitize lint wheel-test wide-test bench torch-matrix clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
 	@echo "make test               all tests"
+	@echo "make triton-test        the Triton kernels on the CPU, in Triton's interpreter; TRITON_EVERY=1: in every dtype"
+	@echo "make resources          registers, spills and shared memory of every Triton kernel on four devices, without one"
+	@echo "make gpu-report         on a machine with a GPU: parity, determinism, bench; bench/results/<gpu>.md"
 	@echo "make fuzz               10 000 random calls of the CPU kernels, and as many with broken offsets"
 	@echo "make sanitize           the CPU kernels' tests and a short fuzz under AddressSanitizer and UBSan"
 	@echo "make lint               ruff, mypy, clang-format"
@@ -46,6 +49,17 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# In a process of its own: Triton decides at its import whether kernels are compiled or interpreted.
+triton-test: $(READY)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(ARGS)
+
+resources: $(READY)
+	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m interformer_kernels._triton._resources $(ARGS)
+
+# With the Python that is there, and nothing installed: machines with GPUs come with their torch and Triton.
+gpu-report:
+	$(PYTHON) tools/gpu_report.py $(ARGS)
 
 # Other calls each time; a failing one is printed, and tried first by the next run.
 fuzz: $(READY)

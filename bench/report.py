@@ -283,12 +283,12 @@ def markdown(made: Report, pictures: Sequence[str] = ()) -> str:
     """Everything in Markdown: a table per op, the machine's rates, memory, calls, targets missed, problems."""
     parts = []
     for op, lines in by_op(made).items():
-        parts += [f"## {op}", _rows(COLUMNS, lines)]
+        parts += [f"## {op}", rows(COLUMNS, lines)]
     parts += ["## The machine", rates(made.machine)]
     if made.peaks:
-        parts += ["## Peak memory beyond inputs and outputs", _rows(MEMORY_COLUMNS, memory_table(made.peaks))]
+        parts += ["## Peak memory beyond inputs and outputs", rows(MEMORY_COLUMNS, memory_table(made.peaks))]
     if made.calls:
-        parts += ["## The cost of a call", _rows(CALL_COLUMNS, made.calls)]
+        parts += ["## The cost of a call", rows(CALL_COLUMNS, made.calls)]
     if pictures:
         parts += ["## Pictures", *(f"![{name}]({name})" for name in pictures)]
     for title, found in (("Targets missed", missed(made)), ("Not timed", problems(made.measurements))):
@@ -297,7 +297,8 @@ def markdown(made: Report, pictures: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _rows(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def rows(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *lines))
 
 

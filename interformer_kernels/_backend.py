@@ -13,13 +13,11 @@ from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
+_OPS = ("apply_rotary", "gated_cross_attention", "jagged_attention", "personalized_ffn", "pma_pooling")
 # The launcher modules of each kernel backend, by op: a module with `forward` and `backward`.
 _LAUNCHERS: dict[str, dict[str, str]] = {
-    "cpu": {
-        op: f"interformer_kernels._native.{op}"
-        for op in ("apply_rotary", "gated_cross_attention", "jagged_attention", "personalized_ffn", "pma_pooling")
-    },
-    "triton": {},
+    "cpu": {op: f"interformer_kernels._native.{op}" for op in _OPS},
+    "triton": {op: f"interformer_kernels._triton.{op}" for op in _OPS},
     "cuda": {},
 }
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
@@ -47,6 +45,11 @@ def native() -> ModuleType | None:
     return _load_native()[0]
 
 
+def interprets_triton() -> bool:
+    """Whether Triton interprets its kernels, on the CPU, for tensors of any device: a tool for tests and debugging."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
 def _missing(backend: str) -> str | None:
     """Why this machine or build lacks the backend altogether; None where it is there."""
     if backend == "cpu" and native() is None:
@@ -64,8 +67,9 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
         return None
     if op not in _LAUNCHERS[backend]:
         return f"there is no {backend} kernel for {op} in this version"
-    if device_type != _DEVICES[backend]:
-        return f"it serves {_DEVICES[backend]} tensors, found {device_type}"
+    if device_type != _DEVICES[backend] and not (backend == "triton" and device_type == "cpu" and interprets_triton()):
+        also = ", or cpu tensors under TRITON_INTERPRET=1" if backend == "triton" else ""
+        return f"it serves {_DEVICES[backend]} tensors{also}, found {device_type}"
     if dtype not in _DTYPES[backend]:
         return f"it serves {', '.join(str(d) for d in _DTYPES[backend])}, found {dtype}"
     return _missing(backend)
@@ -77,6 +81,8 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> str:
     module, passed_over = native(), []
     for backend in _PREFERENCE.get(device_type, ()):
         reason = why_not(op, backend, device_type, dtype)
+        if backend == "triton" and interprets_triton():
+            reason = "its interpreter serves only where it is named"
         if reason is None:
             kind = f", instruction set {module.build_info()['cpu_level']}" if backend == "cpu" and module else ""
             _log.info("%s on %s with %s: backend %r serves%s", op, device_type, dtype, backend, kind)

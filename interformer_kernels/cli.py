@@ -1,4 +1,4 @@
-"""The command line: `interformer-kernels info | parity | demo`, also as `python -m interformer_kernels`."""
+"""The command line: `interformer-kernels info | parity | demo | tune`, also as `python -m interformer_kernels`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from interformer_kernels._cli import demo, info, parity
+from interformer_kernels._cli import demo, info, parity, tune
 
 _COMMANDS = {
     "info": (info, "versions, what is built and why not, and which backend each op takes here"),
     "parity": (parity, "hold every backend against float64; exit status 1 on any breach"),
     "demo": (demo, "info, parity, speed, and InterFormer trained on clicks; one picture of it"),
+    "tune": (tune, "measure the Triton kernels' tile sizes on this machine's GPU, and keep the fastest"),
 }
 
 

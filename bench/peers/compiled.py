@@ -64,13 +64,13 @@ def flex_jagged(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) 
     """
     tokens = len(q)
     lengths = offsets.diff()
-    row = torch.repeat_interleave(torch.arange(len(lengths)), lengths, output_size=tokens)
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths, output_size=tokens)
     blocks = -(-tokens // _BLOCK)
-    first = torch.arange(blocks) * _BLOCK
+    first = torch.arange(blocks, device=q.device) * _BLOCK
     last = (first + _BLOCK - 1).clamp(max=tokens - 1)
     low = offsets[row[first]] // _BLOCK
     count = (offsets[row[last] + 1] - 1) // _BLOCK - low + 1
-    found = (low[:, None] + torch.arange(blocks)).clamp(max=blocks - 1)
+    found = (low[:, None] + torch.arange(blocks, device=q.device)).clamp(max=blocks - 1)
     table = _fixed(row)
 
     def same_row(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def flex_padded(q: Tensor, k: Tensor, v: Tensor, held: Tensor, scale: float) -> 
     rows, width, queries = len(lengths), k.shape[2], q.shape[2]
     blocks = -(-width // _BLOCK), -(-queries // _BLOCK)
     count = (-(-lengths // _BLOCK)).int()[:, None, None].expand(rows, 1, blocks[1])
-    found = torch.arange(blocks[0], dtype=torch.int32).expand(rows, 1, blocks[1], blocks[0])
+    found = torch.arange(blocks[0], dtype=torch.int32, device=q.device).expand(rows, 1, blocks[1], blocks[0])
     table = _fixed(lengths)
 
     def inside(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

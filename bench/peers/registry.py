@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from interformer_bench import workloads
-from interformer_bench.peers import compiled, nested, padded, rows, scatter
+from interformer_bench.peers import compiled, nested, padded, rows, scatter, varlen
 from interformer_bench.workloads import Call, Inputs, offsets_of
-from torch import Tensor
+from torch import Tensor, cuda
 
 # The name this package's own way goes by among its peers.
 OURS = "interformer"
@@ -127,6 +127,11 @@ def _compiled_core(core: Callable[..., Tensor]) -> Core:
 # ---------------------------------------------------------------- the tables
 
 
+def _varlen(run: Call) -> dict[str, Peer]:
+    """PyTorch's own attention over packed rows, which needs a GPU."""
+    return {"varlen_attn": Peer(run)} if cuda.is_available() else {}
+
+
 def _jagged_peers() -> dict[str, Peer]:
     def with_width(attention: padded.Attention) -> Call:
         return _jagged(_with_width(padded.attend_jagged, attention))
@@ -138,6 +143,7 @@ def _jagged_peers() -> dict[str, Peer]:
         "eager with mask": Peer(with_width(padded.eager_with_mask), tokens=5, scores=3),
         "torch.compile": Peer(_jagged(_compiled_core(padded.attend_jagged)), compiled=True, tokens=5, scores=2),
         "FlexAttention": Peer(_jagged(compiled.flex_jagged), compiled=True, trains=False),
+        **_varlen(_jagged(varlen.attend_jagged)),
     }
 
 
@@ -155,6 +161,7 @@ def _dense_cores() -> dict[str, Peer]:
         "eager with mask": Peer(with_width(padded.eager_with_mask), tokens=4, scores=3),
         "torch.compile": Peer(_compiled_core(padded.attend_dense), compiled=True, tokens=4, scores=2),
         "FlexAttention": Peer(flex, compiled=True, trains=False, tokens=4),
+        **_varlen(varlen.attend_dense),
     }
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _C
-from interformer_kernels._native._tensors import readable, resolved
+from interformer_kernels._launch.tensors import readable, resolved
 
 
 def _rotated(

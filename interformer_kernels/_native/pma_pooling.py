@@ -2,50 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from interformer_kernels._launch import pma_pooling
 from interformer_kernels._native import _attention
-from interformer_kernels._native._attention import AttentionCall
 
-
-def forward(
-    seeds: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    offsets: Tensor,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    scale: float,
-    skip_prefix: int,
-    score: str,
-    post_scale: float,
-    gate_form: str,
-    gate_activation: str,
-    keep_attended: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(out, lse, attended)`."""
-    maps = scale, score, post_scale, gate_form, gate_activation
-    call = AttentionCall("shared", seeds, k, v, None, offsets, gate, *maps, skip_prefix=skip_prefix)
-    return _attention.forward(call, residual, keep_attended)
-
-
-def backward(
-    grad_out: Tensor,
-    attended: Tensor,
-    lse: Tensor,
-    seeds: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    offsets: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    skip_prefix: int,
-    score: str,
-    post_scale: float,
-    gate_form: str,
-    gate_activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `seeds, k, v, gate`."""
-    maps = scale, score, post_scale, gate_form, gate_activation
-    call = AttentionCall("shared", seeds, k, v, None, offsets, gate, *maps, skip_prefix=skip_prefix)
-    return _attention.backward(call, grad_out, attended)
+forward, backward = pma_pooling.launcher(_attention)

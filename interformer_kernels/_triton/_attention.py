@@ -1,0 +1,282 @@
+"""The ops of the attention family in Triton: one set of kernels for all layouts, started from here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interformer_kernels._launch.attention_call import AttentionCall
+from interformer_kernels._launch.tensors import expanded, readable
+from interformer_kernels._triton import _run
+from interformer_kernels._triton._attention_backward import (
+    attention_grad_keys,
+    attention_grad_queries,
+    epilogue_backward,
+)
+from interformer_kernels._triton._attention_forward import attention_forward
+from interformer_kernels._triton._attention_output import attention_merge
+from interformer_kernels._triton._rows import slots
+from interformer_kernels._triton._tiles import Tiles, padded, tiles
+from interformer_kernels._triton.apply_rotary import rotated
+
+_SPLIT = 1024  # keys of a chunk of a long row that few queries meet
+_FEW = 32  # queries of a row under one key/value head, at most, for that: more make programs enough
+_FEWEST = 16  # rows of a tile that tensor cores take
+_NUMBERS = 4096  # of a tile of the epilogue's backward
+_MOST_RUNS = 512  # of rows, over which gradients of shared queries are summed
+# Of the queries: gradient of A, log-sum-exp, delta, and the sums of the weights (`_attention_backward.py`).
+_Sides = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+class _Problem:
+    """A call made ready for the kernels: tensors to be read in place, and what kernels take in common."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        self.call = call
+        self.out_shape = call.out_shape()
+        self.kv_offsets = call.kv_offsets
+        self.q_offsets = call.kv_offsets if call.q_offsets is None else call.q_offsets
+        q, k, v = call.q, call.k, call.k if call.v is None else call.v
+        if call.cos is not None and call.sin is not None:
+            tables = call.cos, call.sin
+            q = rotated(q, self.q_offsets, *tables, call.positions_q, call.rope_interleaved, backwards=False)
+            k = rotated(k, self.kv_offsets, *tables, call.positions_k, call.rope_interleaved, backwards=False)
+        self.q, self.k, self.v = readable(q), readable(k), readable(v)
+        self.rows = call.kv_offsets.shape[0] - 1
+        self.heads, self.kv_heads = q.shape[-2], k.shape[1]
+        # Query tokens of all rows as outputs are numbered, and of one row where all have the same.
+        self.tokens = self.out_shape[0] if call.layout == "packed" else self.out_shape[0] * self.out_shape[1]
+        self.queries = 0 if call.layout == "packed" else self.out_shape[1]
+        self.group = self.heads // self.kv_heads
+        self.pack = self._pack()
+        self.exact = call.score == "softmax" and k.dtype == torch.float32
+
+    def _pack(self) -> int:
+        """Key/value heads that a program takes at once, so that few queries fill a tile."""
+        pack = 1
+        if self.call.layout != "packed" and self.queries:
+            while self.kv_heads % (2 * pack) == 0 and 2 * pack * self.group * self.queries <= _FEWEST:
+                pack *= 2
+        return pack
+
+    @property
+    def units(self) -> int:
+        """Query heads of a program."""
+        return self.pack * self.group
+
+    def tiles(self, kernel: str) -> Tiles:
+        """Tiles of a kernel; no more queries than rows have, where that is known."""
+        width = max(padded(self.k.shape[2]), padded(self.v.shape[2]))
+        found = tiles(kernel, width, self.k.element_size(), _run.target_of(self.k))
+        if self.call.layout == "packed":
+            return found
+        return found._replace(queries=min(found.queries, padded(max(1, self.queries * self.units))))
+
+    @property
+    def splits(self) -> bool:
+        """Whether long rows are cut into chunks: few queries make few programs. Rows that fit a chunk do not notice."""
+        few = self.call.layout != "packed" and self.queries * self.group <= _FEW
+        return few and self.k.shape[0] > _SPLIT
+
+    def pieces(self, split: int) -> int:
+        """Room for the chunks of all rows of more than `split` keys (`_attention_output.piece`)."""
+        return 2 * self.k.shape[0] // split + 1
+
+    @property
+    def epilogue_tokens(self) -> int:
+        """Tokens of a tile of the epilogue's backward."""
+        return max(1, _NUMBERS // padded(self.out_shape[-1]))
+
+    def query_slots(self, block: int, rows: int) -> int:
+        """Slots of tiles of queries, over all rows of the batch or runs of them."""
+        if self.call.layout == "packed":
+            return slots(self.tokens, rows, self.units, block)
+        return rows * -(-self.queries * self.units // block)
+
+    def sizes(self) -> tuple[int, ...]:
+        """Rows, tokens and masks, as the kernels take them; no larger than tokens are many."""
+        call, most = self.call, max(self.tokens, self.k.shape[0])
+        limits = call.skip_prefix, call.window_left, call.window_right, call.num_prefix
+        skip, left, right, prefix = (min(limit, most) for limit in limits)
+        return self.rows, self.tokens, self.k.shape[0], self.queries, min(skip, self.k.shape[0]), left, right, prefix
+
+    def strides(self, x: Tensor | None) -> tuple[int, int, int]:
+        """Strides of rows, tokens and heads of a tensor of the queries' or the output's layout."""
+        if x is None:
+            return 0, 0, 0
+        return (0, x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0), x.stride(1), x.stride(2))
+
+    def constants(self, found: Tiles) -> dict[str, Any]:
+        """What the kernels are compiled for."""
+        call = self.call
+        return {
+            "D": self.k.shape[2],
+            "DV": self.v.shape[2],
+            "PACK": self.pack,
+            "GROUP": self.group,
+            "PACKS": self.kv_heads // self.pack,
+            "LAYOUT": call.layout,
+            "SCORE": call.score,
+            "V_IS_K": call.v is None,
+            "CAUSAL": call.causal,
+            "LEFT": call.window_left >= 0,
+            "RIGHT": call.window_right >= 0,
+            "PREFIX": call.num_prefix > 0,
+            "BLOCK_Q": found.queries,
+            "BLOCK_K": found.keys,
+            "BLOCK_D": padded(self.k.shape[2]),
+            "BLOCK_DV": padded(self.v.shape[2]),
+            "PRECISION": _run.precision(self.k.dtype),
+        }
+
+
+def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`(out, lse, attended)`; `lse` is empty without softmax, `attended` unless it is to be kept."""
+    problem, k, softmax = _Problem(call), call.k, call.score == "softmax"
+    shape = problem.out_shape
+    out = k.new_empty(shape)
+    lse = k.new_empty(shape[:-1] if softmax else (0,), dtype=torch.float32)
+    attended = k.new_empty(shape if keep_attended else (0,))
+    if not out.numel():
+        return out, lse, attended
+    gate = expanded(call.gate, shape)
+    residual = readable(residual)
+    found, split = problem.tiles("forward"), _SPLIT if problem.splits else 0
+    pieces = k.new_empty((problem.pieces(split), *shape[1:]) if split else 0, dtype=torch.float32)
+    weights = k.new_empty((problem.pieces(split), *shape[1:-1], 2) if split else 0, dtype=torch.float32)
+    packs = problem.kv_heads // problem.pack
+    tiles_of_queries = problem.query_slots(found.queries, 1)
+    chunks = slots(k.shape[0], problem.rows, 1, split) * tiles_of_queries if split else 0
+    epilogue = {
+        "GATE": gate is not None,
+        "FORM": call.gate_form,
+        "ACTIVATION": call.gate_activation,
+        "RESIDUAL": residual is not None,
+        "KEEP": keep_attended,
+    }
+    of_epilogue = *problem.strides(gate), 0 if gate is None else gate.stride(-1), *problem.strides(residual)
+    _run.start(
+        attention_forward, (chunks or problem.query_slots(found.queries, problem.rows)) * packs,
+        problem.q, problem.k, problem.v, gate, residual, out, lse, attended, pieces, weights,
+        problem.q_offsets, problem.kv_offsets, *problem.sizes(), call.scale, call.post_scale,
+        *problem.strides(problem.q), *problem.k.stride()[:2], *problem.v.stride()[:2], *of_epilogue,
+        **problem.constants(found), **epilogue, SPLIT=split, tiles=found,
+    )  # fmt: skip
+    if split:
+        block = max(1, min(_NUMBERS // padded(shape[-1]), padded(problem.queries * problem.heads)))
+        _run.start(
+            attention_merge, (k.shape[0] // split + 1) * -(-problem.queries * problem.heads // block),
+            pieces, weights, gate, residual, out, lse, attended, problem.kv_offsets,
+            problem.rows, k.shape[0], problem.queries, min(call.skip_prefix, k.shape[0]), *of_epilogue,
+            HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, SCORE=call.score, **epilogue, SPLIT=split,
+            BLOCK_Q=block, BLOCK_DV=padded(shape[-1]), tiles=Tiles(block, padded(shape[-1]), 4, 1),
+        )  # fmt: skip
+    return out, lse, attended
+
+
+def backward(
+    call: AttentionCall, grad_out: Tensor, attended: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
+    problem = _Problem(call)
+    grad_attended, delta, grad_gate = _through_epilogue(problem, readable(grad_out), attended)
+    sides = grad_attended, lse, delta, torch.empty_like(lse) if problem.exact else None
+    grad_q = _grad_queries(problem, sides)
+    grad_k, grad_v = _grad_keys(problem, sides)
+    if call.cos is not None and call.sin is not None:
+        tables = call.cos, call.sin
+        grad_q = rotated(grad_q, problem.q_offsets, *tables, call.positions_q, call.rope_interleaved, backwards=True)
+        grad_k = rotated(grad_k, problem.kv_offsets, *tables, call.positions_k, call.rope_interleaved, backwards=True)
+    return grad_q, grad_k, grad_v, grad_gate
+
+
+def _through_epilogue(problem: _Problem, grad_out: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of A, delta, and gradient of the gate."""
+    call, shape, softmax = problem.call, problem.out_shape, problem.call.score == "softmax"
+    delta = grad_out.new_empty(shape[:-1] if softmax else (0,), dtype=torch.float32)
+    if call.gate is None and (problem.exact or not softmax):
+        return grad_out, delta, grad_out.new_empty(0)
+    gate = expanded(call.gate, shape)
+    grad_attended = grad_out if gate is None else torch.empty_like(grad_out, memory_format=torch.contiguous_format)
+    sums, over_tokens, over_channels = _gate_sums(problem, gate)
+    block, wide = problem.epilogue_tokens, padded(shape[-1])
+    if grad_out.numel():
+        _run.start(
+            epilogue_backward, -(-problem.tokens // block) * problem.heads,
+            grad_out, attended, gate, grad_attended, delta, sums, problem.q_offsets,
+            problem.rows, problem.tokens, problem.queries, *problem.strides(grad_out), *problem.strides(gate),
+            0 if gate is None else gate.stride(-1),
+            HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, SOFTMAX=softmax and not problem.exact,
+            GATE=gate is not None, FORM=call.gate_form, ACTIVATION=call.gate_activation,
+            SUM_TOKENS=over_tokens, SUM_CHANNELS=over_channels, BLOCK_T=block, BLOCK_DV=wide,
+            tiles=Tiles(block, wide, 4, 1),
+        )  # fmt: skip
+    return grad_attended, delta, _gate_gradient(call.gate, sums, grad_out)
+
+
+def _gate_sums(problem: _Problem, gate: Tensor | None) -> tuple[Tensor, bool, bool]:
+    """Memory for the gate's gradient, with the output's axes, and whether the kernel sums tokens and channels."""
+    if gate is None:
+        return problem.k.new_empty(0), False, False
+    given, shape = problem.call.gate, problem.out_shape
+    assert given is not None
+    if given.shape == shape:
+        return given.new_empty(shape), False, False
+    own = (1,) * (len(shape) - given.dim()) + tuple(given.shape)
+    over_tokens = all(size == 1 for size in own[:-2])
+    over_channels = own[-1] == 1
+    tokens = (-(-problem.tokens // problem.epilogue_tokens), *(1,) * (len(shape) - 3)) if over_tokens else shape[:-2]
+    sums = given.new_empty((*tokens, shape[-2], 1 if over_channels else shape[-1]), dtype=torch.float32)
+    return sums, over_tokens, over_channels
+
+
+def _gate_gradient(gate: Tensor | None, sums: Tensor, grad_out: Tensor) -> Tensor:
+    """The gate's gradient in its own shape, from the kernel's sums."""
+    if gate is None:
+        return grad_out.new_empty(0)
+    if gate.shape == grad_out.shape:
+        return sums
+    own = (1,) * (grad_out.dim() - gate.dim()) + tuple(gate.shape)
+    axes = [axis for axis, size in enumerate(own) if size == 1 and sums.shape[axis] != 1]
+    summed = sums.sum(axes, keepdim=True) if axes else sums
+    return summed.view(gate.shape).to(gate.dtype)
+
+
+def _grad_queries(problem: _Problem, sides: _Sides) -> Tensor:
+    """dQ; of shared queries summed over runs of rows, and then over the runs."""
+    call, q, rows, per_run = problem.call, problem.q, problem.rows, 1
+    sums = q.new_empty(call.q.shape)
+    if call.layout == "shared":
+        per_run = max(1, -(-rows // _MOST_RUNS))
+        rows = -(-rows // per_run)
+        sums = q.new_empty((rows, *q.shape), dtype=torch.float32)
+    found = problem.tiles("grad_queries")
+    if sums.numel():
+        _run.start(
+            attention_grad_queries, problem.query_slots(found.queries, rows) * (problem.kv_heads // problem.pack),
+            q, problem.k, problem.v, *sides, sums, problem.q_offsets, problem.kv_offsets,
+            *problem.sizes(), per_run, call.scale, call.post_scale,
+            *problem.strides(q), *problem.k.stride()[:2], *problem.v.stride()[:2], *problem.strides(sides[0]),
+            **problem.constants(found), EXACT=problem.exact, tiles=found,
+        )  # fmt: skip
+    return sums.sum(0).to(q.dtype) if call.layout == "shared" else sums
+
+
+def _grad_keys(problem: _Problem, sides: _Sides) -> tuple[Tensor, Tensor]:
+    """dK and dV; an empty dV where values are keys."""
+    call, k, v = problem.call, problem.k, problem.v
+    grad_k = k.new_empty(k.shape)
+    grad_v = v.new_empty(v.shape if call.v is not None else (0,))
+    found = problem.tiles("grad_keys")
+    grid = slots(k.shape[0], problem.rows, problem.pack, found.keys) * (problem.kv_heads // problem.pack)
+    if k.shape[0]:
+        _run.start(
+            attention_grad_keys, grid,
+            problem.q, k, v, *sides, grad_k, grad_v, problem.q_offsets, problem.kv_offsets,
+            *problem.sizes(), call.scale, call.post_scale,
+            *problem.strides(problem.q), *k.stride()[:2], *v.stride()[:2], *problem.strides(sides[0]),
+            **problem.constants(found), EXACT=problem.exact, tiles=found,
+        )  # fmt: skip
+    return grad_k, grad_v

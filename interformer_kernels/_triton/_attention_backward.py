@@ -1,0 +1,292 @@
+"""Backward of the attention kernels: what flows back through the epilogue, then dQ, and dK with dV.
+
+With the weights P = softmax(S) or post_scale * act(S), and dP = dA V':
+
+    dS = P * (dP - delta), delta = sum of dA * A over channels      (softmax; else post_scale * act'(S) * dP)
+    dQ = scale dS K,   dK = scale dS' Q,   dV = P' dA
+
+The rounding of a log-sum-exp of float32 is an error of all weights of its query, and the products in delta do not
+cancel against those in dP bit by bit, as they must where a query has one key. Where that counts (`EXACT`, float32), the
+pass for dQ first sums up P and P * dP; their quotient is delta, for the pass for dK and dV, too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from interformer_kernels._triton._attention_tiles import (
+    at,
+    key_tiles,
+    keys_of,
+    queries_of,
+    query_tile,
+    query_tiles,
+    visible,
+    weigh,
+)
+from interformer_kernels._triton._maps import activate, dot, narrow, slope
+from interformer_kernels._triton._rows import edge, find
+
+SIZES = ["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "prefix", "run", "blocks", "rows_of_run"]
+
+
+@triton.jit(do_not_specialize=["rows", "q_tokens", "queries"])
+def epilogue_backward(
+    grad_out, attended, gate, grad_attended, delta, grad_gate, q_offsets,
+    rows, q_tokens, queries, grad_row, grad_token, grad_head, gate_row, gate_token, gate_head, gate_channel,
+    HEADS: tl.constexpr, DV: tl.constexpr, LAYOUT: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr,
+    FORM: tl.constexpr, ACTIVATION: tl.constexpr, SUM_TOKENS: tl.constexpr, SUM_CHANNELS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Gradients of A and of the gate, and delta, of a block of query tokens under one head.
+
+    `grad_gate` holds sums over the channels, or over the block's tokens, where the gate broadcasts along them.
+    """
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    block = tl.program_id(0) // HEADS
+    t = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_v = tl.arange(0, BLOCK_DV)
+    if LAYOUT == "packed":
+        row = block * 0
+        n = t
+        m_in = t < edge(q_offsets, rows, q_tokens)  # [BLOCK_T]
+    else:
+        row = (t // queries)[:, None]
+        n = t % queries
+        m_in = t < q_tokens
+    m_out = (t < q_tokens)[:, None] & (o_v < DV)[None, :]  # [BLOCK_T, BLOCK_DV]
+    m_load = m_out & m_in[:, None]
+    p_out = (t[:, None] * HEADS + head) * DV + o_v
+    p_grad = row * grad_row + n[:, None] * grad_token + head * grad_head + o_v
+    b_grad = tl.load(grad_out + p_grad, mask=m_load, other=0.0).to(tl.float32)
+    b_a = tl.load(attended + p_out, mask=m_load, other=0.0).to(tl.float32)
+    if GATE:
+        p_gate = row * gate_row + n[:, None] * gate_token + head * gate_head + o_v.to(tl.int64) * gate_channel
+        b_gate = tl.load(gate + p_gate, mask=m_load, other=0.0).to(tl.float32)
+        if FORM == "multiply":
+            b_grad_gate = b_grad * b_a * slope(b_gate, ACTIVATION)
+            b_grad = b_grad * activate(b_gate, ACTIVATION)
+        else:
+            b_inner = b_grad * slope(b_a * b_gate, ACTIVATION)
+            b_grad_gate = b_inner * b_a
+            b_grad = b_inner * b_gate
+        b_grad = narrow(b_grad, grad_attended.dtype.element_ty)
+        tl.store(grad_attended + p_out, b_grad, mask=m_out)
+        b_grad = b_grad.to(tl.float32)
+        if SUM_TOKENS and SUM_CHANNELS:
+            tl.store(grad_gate + block.to(tl.int64) * HEADS + head, tl.sum(tl.sum(b_grad_gate, 1), 0))
+        elif SUM_TOKENS:
+            p_sum = (block.to(tl.int64) * HEADS + head) * DV + o_v
+            tl.store(grad_gate + p_sum, tl.sum(b_grad_gate, 0), mask=o_v < DV)
+        elif SUM_CHANNELS:
+            tl.store(grad_gate + t * HEADS + head, tl.sum(b_grad_gate, 1), mask=t < q_tokens)
+        else:
+            tl.store(grad_gate + p_out, narrow(b_grad_gate, grad_gate.dtype.element_ty), mask=m_out)
+    if SOFTMAX:
+        tl.store(delta + t * HEADS + head, tl.sum(b_grad * b_a, 1), mask=t < q_tokens)
+
+
+@triton.jit
+def _over_keys(
+    b_q, b_grad, b_lse, b_delta, k, v, i_pack, n, o_q, n_first, n_last, count, k_first, keys,
+    left, right, prefix, scale, post_scale, k_token, k_head, v_token, v_head,
+    D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, SCORE: tl.constexpr,
+    V_IS_K: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of queries from the keys of one row, yet to be scaled; or else the sums of P and of P * dP."""
+    o_k = tl.arange(0, BLOCK_K)
+    o_d = tl.arange(0, BLOCK_D)
+    o_v = tl.arange(0, BLOCK_DV)
+    sums = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    mean = tl.zeros([BLOCK_Q], tl.float32)
+    before, start, stop = key_tiles(
+        n_first, n_last, count, keys, left, right, prefix, BLOCK_K // PACK, CAUSAL, LEFT, RIGHT, PREFIX
+    )
+    for step in range(0, before + stop - start):
+        i_k = tl.where(step < before, step, start + step - before)
+        j = (i_k * BLOCK_K + o_k) // PACK
+        o_h = o_k % PACK
+        m_k = j < keys  # [BLOCK_K]
+        k_head_of = (i_pack * PACK + o_h).to(tl.int64)
+        p_k = (k_first + j) * k_token + k_head_of * k_head
+        b_k = tl.load(k + p_k[:, None] + o_d, mask=m_k[:, None] & (o_d < D), other=0.0)
+        if V_IS_K:
+            b_v = b_k
+        else:
+            p_v = (k_first + j) * v_token + k_head_of * v_head
+            b_v = tl.load(v + p_v[:, None] + o_v, mask=m_k[:, None] & (o_v < DV), other=0.0)
+        m_seen = visible(n[:, None], j[None, :], count, keys, left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX)
+        if PACK > 1:
+            m_seen = m_seen & ((o_q % (PACK * GROUP) // GROUP)[:, None] == o_h[None, :])
+        s = dot(b_q, tl.trans(b_k), PRECISION)
+        grad = dot(b_grad, tl.trans(b_v), PRECISION)
+        weights, grads = weigh(s, grad, m_seen, b_lse[:, None], b_delta[:, None], scale, post_scale, SCORE)
+        if GRADIENT:
+            sums += dot(narrow(grads, b_k.dtype), b_k, PRECISION)
+        else:
+            total += tl.sum(weights, 1)
+            mean += tl.sum(weights * grad, 1)
+    return sums, total, mean
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_grad_queries(
+    q, k, v, grad_attended, lse, delta, totals, grad_q, q_offsets, kv_offsets,
+    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, rows_of_run, scale, post_scale,
+    q_row, q_token, q_head, k_token, k_head, v_token, v_head, grad_row, grad_token, grad_head,
+    D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, PACKS: tl.constexpr,
+    LAYOUT: tl.constexpr, SCORE: tl.constexpr, V_IS_K: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries; of shared queries the sum over a run of rows."""
+    HEADS: tl.constexpr = PACK * GROUP
+    i_pack = tl.program_id(0) % PACKS
+    slot = tl.program_id(0) // PACKS
+    row, first, count, tile = query_tile(slot, q_offsets, rows, q_tokens, queries, HEADS, BLOCK_Q, LAYOUT)
+    if tile * BLOCK_Q >= count * HEADS:
+        return
+    o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_d = tl.arange(0, BLOCK_D)
+    o_v = tl.arange(0, BLOCK_DV)
+    n = o_q // HEADS
+    head = (i_pack * HEADS + o_q % HEADS).to(tl.int64)
+    m_q = n < count  # [BLOCK_Q]
+    n_first = tile * BLOCK_Q // HEADS
+    n_last = tl.minimum((tile * BLOCK_Q + BLOCK_Q - 1) // HEADS, count - 1)
+    begin = row
+    end = row + 1
+    if LAYOUT == "shared":
+        begin = row * rows_of_run
+        end = tl.minimum(begin + rows_of_run, rows)
+    sums = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for i in range(0, end - begin):
+        b = begin + i
+        k_first, keys = keys_of(b, rows, kv_offsets, k_tokens, skip)
+        m_in = n < tl.where(b < rows, count, 0)  # [BLOCK_Q]
+        out_first = first
+        if LAYOUT == "shared":
+            out_first = b.to(tl.int64) * queries
+        p_q = at(b, first, n, q_row, q_token, LAYOUT) + head * q_head
+        p_grad = at(b, first, n, grad_row, grad_token, LAYOUT) + head * grad_head
+        b_q = tl.load(q + p_q[:, None] + o_d, mask=m_in[:, None] & (o_d < D), other=0.0)
+        b_grad = tl.load(grad_attended + p_grad[:, None] + o_v, mask=m_in[:, None] & (o_v < DV), other=0.0)
+        b_lse = tl.zeros([BLOCK_Q], tl.float32)
+        b_delta = tl.zeros([BLOCK_Q], tl.float32)
+        if SCORE == "softmax":
+            p_head = (out_first + n) * (PACKS * HEADS) + head
+            b_lse = tl.load(lse + p_head, mask=m_in, other=0.0)
+            if EXACT:
+                _, total, mean = _over_keys(
+                    b_q, b_grad, b_lse, b_delta, k, v, i_pack, n, o_q, n_first, n_last, count, k_first, keys,
+                    left, right, prefix, scale, post_scale, k_token, k_head, v_token, v_head,
+                    D, DV, PACK, GROUP, SCORE, V_IS_K, CAUSAL, LEFT, RIGHT, PREFIX,
+                    BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, PRECISION, False,
+                )  # fmt: skip
+                total = tl.where(total == 0.0, 1.0, total)
+                b_delta = mean / total
+                tl.store(totals + p_head, total, mask=m_q)
+                tl.store(delta + p_head, b_delta, mask=m_q)
+            else:
+                b_delta = tl.load(delta + p_head, mask=m_in, other=0.0)
+        row_sums, _, _ = _over_keys(
+            b_q, b_grad, b_lse, b_delta, k, v, i_pack, n, o_q, n_first, n_last, count, k_first, keys,
+            left, right, prefix, scale, post_scale, k_token, k_head, v_token, v_head,
+            D, DV, PACK, GROUP, SCORE, V_IS_K, CAUSAL, LEFT, RIGHT, PREFIX,
+            BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, PRECISION, True,
+        )  # fmt: skip
+        if EXACT:
+            row_sums = row_sums / total[:, None]
+        sums += row_sums
+    p_out = ((first + n) * (PACKS * HEADS) + head)[:, None] * D + o_d
+    tl.store(grad_q + p_out, narrow(sums * scale, grad_q.dtype.element_ty), mask=m_q[:, None] & (o_d < D))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_grad_keys(
+    q, k, v, grad_attended, lse, delta, totals, grad_k, grad_v, q_offsets, kv_offsets,
+    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, scale, post_scale,
+    q_row, q_token, q_head, k_token, k_head, v_token, v_head, grad_row, grad_token, grad_head,
+    D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, PACKS: tl.constexpr,
+    LAYOUT: tl.constexpr, SCORE: tl.constexpr, V_IS_K: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys, from all queries that see them; zero on the tail and on skipped keys."""
+    HEADS: tl.constexpr = PACK * GROUP
+    i_pack = tl.program_id(0) % PACKS
+    slot = tl.program_id(0) // PACKS
+    row, k_first, tokens, tile = find(slot, kv_offsets, rows, k_tokens, PACK, BLOCK_K)
+    if tile * BLOCK_K >= tokens * PACK:
+        return
+    o_c = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_r = tl.arange(0, BLOCK_Q)
+    o_d = tl.arange(0, BLOCK_D)
+    o_v = tl.arange(0, BLOCK_DV)
+    # `j` counts behind the skipped keys, which are below 0.
+    t = o_c // PACK
+    j = t - skip
+    keys = tokens - skip
+    m_t = t < tokens  # [BLOCK_K]
+    m_in = (t < tl.where(row < rows, tokens, 0)) & (j >= 0)
+    k_head_of = (i_pack * PACK + o_c % PACK).to(tl.int64)
+    p_k = (k_first + t) * k_token + k_head_of * k_head
+    b_k = tl.load(k + p_k[:, None] + o_d, mask=m_in[:, None] & (o_d < D), other=0.0)
+    if V_IS_K:
+        b_v = b_k
+    else:
+        p_v = (k_first + t) * v_token + k_head_of * v_head
+        b_v = tl.load(v + p_v[:, None] + o_v, mask=m_in[:, None] & (o_v < DV), other=0.0)
+    sums_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    sums_v = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
+    if row < rows:
+        first, count = queries_of(row, rows, q_tokens, q_offsets, queries, LAYOUT)
+        j_first = tile * BLOCK_K // PACK - skip
+        j_last = tl.minimum((tile * BLOCK_K + BLOCK_K - 1) // PACK - skip, keys - 1)
+        before, start, stop = query_tiles(
+            j_first, j_last, count, keys, left, right, prefix, HEADS, BLOCK_Q, CAUSAL, LEFT, RIGHT, PREFIX
+        )
+        for step in range(0, before + stop - start):
+            i_q = tl.where(step < before, step, start + step - before)
+            o_q = i_q * BLOCK_Q + o_r
+            n = o_q // HEADS
+            head = (i_pack * HEADS + o_q % HEADS).to(tl.int64)
+            m_q = n < count  # [BLOCK_Q]
+            p_q = at(row, first, n, q_row, q_token, LAYOUT) + head * q_head
+            p_grad = at(row, first, n, grad_row, grad_token, LAYOUT) + head * grad_head
+            b_q = tl.load(q + p_q[:, None] + o_d, mask=m_q[:, None] & (o_d < D), other=0.0)
+            b_grad = tl.load(grad_attended + p_grad[:, None] + o_v, mask=m_q[:, None] & (o_v < DV), other=0.0)
+            b_lse = tl.zeros([BLOCK_Q], tl.float32)
+            b_delta = tl.zeros([BLOCK_Q], tl.float32)
+            if SCORE == "softmax":
+                p_head = (first + n) * (PACKS * HEADS) + head
+                b_lse = tl.load(lse + p_head, mask=m_q, other=0.0)
+                b_delta = tl.load(delta + p_head, mask=m_q, other=0.0)
+            m_seen = visible(n[None, :], j[:, None], count, keys, left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX)
+            m_seen = m_seen & (j >= 0)[:, None]  # [BLOCK_K, BLOCK_Q]
+            if PACK > 1:
+                m_seen = m_seen & ((o_q % HEADS // GROUP)[None, :] == (o_c % PACK)[:, None])
+            s = dot(b_k, tl.trans(b_q), PRECISION)
+            grad = dot(b_v, tl.trans(b_grad), PRECISION)
+            weights, grads = weigh(s, grad, m_seen, b_lse[None, :], b_delta[None, :], scale, post_scale, SCORE)
+            if EXACT:
+                b_share = 1.0 / tl.load(totals + (first + n) * (PACKS * HEADS) + head, mask=m_q, other=1.0)
+                weights = weights * b_share[None, :]
+                grads = grads * b_share[None, :]
+            sums_v += dot(narrow(weights, b_grad.dtype), b_grad, PRECISION)
+            sums_k += dot(narrow(grads, b_q.dtype), b_q, PRECISION)
+    sums_k = sums_k * scale
+    p_token = (k_first + t) * (PACKS * PACK) + k_head_of
+    if V_IS_K:
+        sums_k = sums_k + sums_v
+    else:
+        p_v = p_token[:, None] * DV + o_v
+        tl.store(grad_v + p_v, narrow(sums_v, grad_v.dtype.element_ty), mask=m_t[:, None] & (o_v < DV))
+    p_k = p_token[:, None] * D + o_d
+    tl.store(grad_k + p_k, narrow(sums_k, grad_k.dtype.element_ty), mask=m_t[:, None] & (o_d < D))

@@ -1,0 +1,111 @@
+"""Forward of the attention kernels: an online softmax, or a plain sum, over the keys of a row or a chunk of them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from interformer_kernels._triton._attention_output import finish, keep_piece, piece
+from interformer_kernels._triton._attention_tiles import (
+    at,
+    fold,
+    key_tiles,
+    keys_of,
+    query_tile,
+    visible,
+)
+from interformer_kernels._triton._maps import dot, narrow
+from interformer_kernels._triton._rows import find
+
+
+@triton.jit(
+    do_not_specialize=["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "prefix"],
+)
+def attention_forward(
+    q, k, v, gate, residual, out, lse, attended, pieces, weights_of_pieces, q_offsets, kv_offsets,
+    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, scale, post_scale,
+    q_row, q_token, q_head, k_token, k_head, v_token, v_head,
+    gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
+    D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, PACKS: tl.constexpr,
+    LAYOUT: tl.constexpr, SCORE: tl.constexpr, V_IS_K: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
+    GATE: tl.constexpr, FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries over the keys that it sees.
+
+    With SPLIT (a multiple of the keys of a tile), rows that have more keys are cut into chunks of so many, a program
+    for each; `attention_merge` joins them. Shorter rows are not touched by it, bit by bit.
+    """
+    HEADS: tl.constexpr = PACK * GROUP
+    i_pack = tl.program_id(0) % PACKS
+    slot = tl.program_id(0) // PACKS
+    chunk = slot * 0
+    if SPLIT:
+        tiles = tl.cdiv(queries * HEADS, BLOCK_Q)
+        row, row_first, tokens, chunk = find(slot // tiles, kv_offsets, rows, k_tokens, 1, SPLIT)
+        tile = slot % tiles
+        first = row.to(tl.int64) * queries
+        count = queries + row * 0
+        # Also a row without keys has a first chunk, which writes its outputs.
+        if (row >= rows) | (chunk * SPLIT >= tl.maximum(tokens - skip, 1)):
+            return
+    else:
+        row, first, count, tile = query_tile(slot, q_offsets, rows, q_tokens, queries, HEADS, BLOCK_Q, LAYOUT)
+        if tile * BLOCK_Q >= count * HEADS:
+            return
+    k_first, keys = keys_of(row, rows, kv_offsets, k_tokens, skip)
+
+    o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_k = tl.arange(0, BLOCK_K)
+    o_d = tl.arange(0, BLOCK_D)
+    o_v = tl.arange(0, BLOCK_DV)
+    n = o_q // HEADS
+    head = (i_pack * HEADS + o_q % HEADS).to(tl.int64)
+    m_in = n < tl.where(row < rows, count, 0)  # [BLOCK_Q]
+    p_q = at(row, first, n, q_row, q_token, LAYOUT) + head * q_head
+    b_q = tl.load(q + p_q[:, None] + o_d, mask=m_in[:, None] & (o_d < D), other=0.0)
+
+    largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    sums = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+    n_first = tile * BLOCK_Q // HEADS
+    n_last = tl.minimum((tile * BLOCK_Q + BLOCK_Q - 1) // HEADS, count - 1)
+    before, start, stop = key_tiles(
+        n_first, n_last, count, keys, left, right, prefix, BLOCK_K // PACK, CAUSAL, LEFT, RIGHT, PREFIX
+    )
+    if SPLIT:
+        start = chunk * (SPLIT * PACK // BLOCK_K)
+        stop = tl.minimum(stop, start + SPLIT * PACK // BLOCK_K)
+    for step in range(0, before + stop - start):
+        i_k = tl.where(step < before, step, start + step - before)
+        j = (i_k * BLOCK_K + o_k) // PACK
+        o_h = o_k % PACK
+        m_k = j < keys  # [BLOCK_K]
+        k_head_of = (i_pack * PACK + o_h).to(tl.int64)
+        p_k = (k_first + j) * k_token + k_head_of * k_head
+        b_k = tl.load(k + p_k[:, None] + o_d, mask=m_k[:, None] & (o_d < D), other=0.0)
+        if V_IS_K:
+            b_v = b_k
+        else:
+            p_v = (k_first + j) * v_token + k_head_of * v_head
+            b_v = tl.load(v + p_v[:, None] + o_v, mask=m_k[:, None] & (o_v < DV), other=0.0)
+        m_seen = visible(n[:, None], j[None, :], count, keys, left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX)
+        if PACK > 1:
+            m_seen = m_seen & ((o_q % HEADS // GROUP)[:, None] == o_h[None, :])
+        s = dot(b_q, tl.trans(b_k), PRECISION)
+        weights, factor, largest, total = fold(s, m_seen, largest, total, scale, post_scale, SCORE)
+        sums = sums * factor[:, None] + dot(narrow(weights, b_v.dtype), b_v, PRECISION)
+
+    if SPLIT and keys > SPLIT:
+        keep_piece(
+            sums, largest, total, pieces, weights_of_pieces, piece(row_first, chunk, SPLIT), queries, n, head,
+            PACKS * HEADS, DV, BLOCK_DV,
+        )  # fmt: skip
+    else:
+        finish(
+            sums, largest, total, gate, residual, out, lse, attended, row, rows, first, count, n, head,
+            gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
+            PACKS * HEADS, DV, LAYOUT, SCORE, GATE, FORM, ACTIVATION, RESIDUAL, KEEP, BLOCK_DV,
+        )  # fmt: skip

@@ -1,0 +1,174 @@
+"""What the attention kernels share: tiles of queries and of keys, which of them meet, and their scores' maps.
+
+A program takes `PACK` key/value heads of one row at once, `GROUP` query heads each. Its queries are numbered token by
+token, the heads of a token side by side: query `r` is token `r // (PACK * GROUP)` under head `r % (PACK * GROUP)`. Keys
+likewise: `c` is token `c // PACK` under key/value head `c % PACK`. A query sees keys of its own head; so one tile of
+few queries under many heads is full, and the keys of all heads are read in one piece, as they lie in memory.
+
+Three layouts of queries: "packed" `[Tq, H, D]` with offsets, "dense" `[B, N, H, D]`, "shared" `[M, H, D]`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, slope
+from interformer_kernels._triton._rows import find, span
+
+
+@triton.jit
+def query_tile(slot, q_offsets, rows, tokens, queries, HEADS: tl.constexpr, BLOCK: tl.constexpr, LAYOUT: tl.constexpr):
+    """Row, first query token (as outputs are numbered), number of query tokens, and tile of a slot."""
+    if LAYOUT == "packed":
+        row, first, count, tile = find(slot, q_offsets, rows, tokens, HEADS, BLOCK)
+    else:
+        tiles = tl.cdiv(queries * HEADS, BLOCK)
+        row = slot // tiles
+        tile = slot % tiles
+        first = row.to(tl.int64) * queries
+        count = queries + row * 0
+    return row, first, count, tile
+
+
+@triton.jit
+def queries_of(row, rows, tokens, q_offsets, queries, LAYOUT: tl.constexpr):
+    """First query token of a row, as outputs are numbered, and how many the row has."""
+    if LAYOUT == "packed":
+        first, count = span(q_offsets, row, rows, tokens)
+    else:
+        first = row.to(tl.int64) * queries
+        count = queries + row * 0
+    return first, count
+
+
+@triton.jit
+def keys_of(row, rows, kv_offsets, tokens, skip):
+    """First key token of a row behind the `skip` first ones, and how many the row has left; the tail has none."""
+    first = skip * 0 + tl.zeros([], tl.int64)
+    count = tl.zeros([], tl.int32)
+    if row < rows:
+        first, count = span(kv_offsets, row, rows, tokens)
+        count = tl.maximum(count - skip, 0).to(tl.int32)
+    return first + skip, count
+
+
+@triton.jit
+def at(row, first, n, row_stride, token_stride, LAYOUT: tl.constexpr):
+    """Where the query tokens `n` of a row lie in a tensor of the queries' layout."""
+    if LAYOUT == "packed":
+        o = (first + n) * token_stride
+    else:
+        o = row.to(tl.int64) * row_stride + n.to(tl.int64) * token_stride
+    return o
+
+
+@triton.jit
+def key_tiles(
+    n_first, n_last, queries, keys, left, right, prefix, TOKENS: tl.constexpr, CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
+):  # fmt: skip
+    """Tiles of `TOKENS` keys that queries `n_first` to `n_last` see: `[0, before)` and `[start, stop)`."""
+    shift = keys - queries
+    begin = keys * 0
+    end = keys
+    if CAUSAL:
+        end = tl.minimum(end, n_last + shift + 1)
+    if RIGHT:
+        end = tl.minimum(end, n_last + shift + right + 1)
+    if LEFT:
+        begin = tl.maximum(begin, n_first + shift - left)
+    before = keys * 0
+    if PREFIX:
+        before = tl.cdiv(tl.minimum(prefix, keys), TOKENS)
+        begin = tl.where(n_first < prefix, 0, begin)
+        end = tl.where(n_first < prefix, keys, end)
+    start = tl.maximum(begin // TOKENS, before)
+    return before, start, tl.maximum(tl.cdiv(tl.maximum(end, 0), TOKENS), start)
+
+
+@triton.jit
+def query_tiles(
+    j_first, j_last, queries, keys, left, right, prefix, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
+):  # fmt: skip
+    """Tiles of `BLOCK` queries that see some of the keys `j_first` to `j_last`: `[0, before)` and `[start, stop)`."""
+    shift = keys - queries
+    begin = keys * 0
+    end = queries
+    if CAUSAL:
+        begin = tl.maximum(begin, j_first - shift)
+    if RIGHT:
+        begin = tl.maximum(begin, j_first - shift - right)
+    if LEFT:
+        end = tl.minimum(end, j_last - shift + left + 1)
+    before = keys * 0
+    if PREFIX:
+        before = tl.cdiv(tl.minimum(prefix, queries) * HEADS, BLOCK)
+        begin = tl.where(j_first < prefix, 0, begin)
+        end = tl.where(j_first < prefix, queries, end)
+    start = tl.maximum(begin * HEADS // BLOCK, before)
+    return before, start, tl.maximum(tl.cdiv(tl.maximum(end, 0) * HEADS, BLOCK), start)
+
+
+@triton.jit
+def visible(
+    n, j, queries, keys, left, right, prefix, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    PREFIX: tl.constexpr,
+):  # fmt: skip
+    """Whether query token `n` sees key `j`: two tiles that broadcast."""
+    inside = (n < queries) & (j < keys)
+    p = n + (keys - queries)
+    seen = inside
+    if CAUSAL:
+        seen = seen & (j <= p)
+    if RIGHT:
+        seen = seen & (j <= p + right)
+    if LEFT:
+        seen = seen & (j >= p - left)
+    if PREFIX:
+        seen = seen | (inside & ((n < prefix) | (j < prefix)))
+    return seen
+
+
+@triton.jit
+def weigh(s, grad, m_seen, lse, delta, scale, post_scale, SCORE: tl.constexpr):
+    """Weights of the values, and gradients of the products `s` but for `scale`, from the weights' gradients `grad`."""
+    if SCORE == "softmax":
+        # A query that sees no key has lse = -inf, and all its weights are masked.
+        weights = tl.where(m_seen, tl.exp2((s * scale - tl.where(lse == float("-inf"), 0.0, lse)) * LOG2_E), 0.0)
+        grads = weights * (grad - delta)
+    else:
+        x = s * scale
+        weights = tl.where(m_seen, post_scale * activate(x, SCORE), 0.0)
+        grads = tl.where(m_seen, post_scale * slope(x, SCORE) * grad, 0.0)
+    return weights, grads
+
+
+@triton.jit
+def fold(s, m_seen, largest, total, scale, post_scale, SCORE: tl.constexpr):
+    """One more tile of products: its weights, the sums' factor, and the running largest score and total."""
+    if SCORE == "softmax":
+        x = tl.where(m_seen, s * scale, float("-inf"))
+        new = tl.maximum(largest, tl.max(x, 1))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        weights = tl.exp2((x - base[:, None]) * LOG2_E)
+        factor = tl.exp2((largest - base) * LOG2_E)
+        total = total * factor + tl.sum(weights, 1)
+        largest = new
+    else:
+        weights = tl.where(m_seen, post_scale * activate(s * scale, SCORE), 0.0)
+        factor = total * 0.0 + 1.0
+    return weights, factor, largest, total
+
+
+@triton.jit
+def settle(sums, largest, total, SCORE: tl.constexpr):
+    """The attended values and the log-sum-exp, from the sums under the last scale."""
+    if SCORE == "softmax":
+        # A sum over no key is zero, and stays so.
+        sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+        lse = largest + tl.log2(tl.where(total == 0.0, 1.0, total)) * LN_2
+    else:
+        lse = largest
+    return sums, lse

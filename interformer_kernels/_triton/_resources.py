@@ -1,0 +1,256 @@
+"""What every kernel takes of a device, compiled ahead of time, without one: registers, spills, shared memory.
+
+`python -m interformer_kernels._triton._resources`, or `make resources`; `--json` for tests. What is compiled is what
+the launchers would start for these calls, argument by argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from interformer_kernels._cli.tables import print_table, status_line
+from interformer_kernels._triton import (
+    _run,
+    apply_rotary,
+    gated_cross_attention,
+    jagged_attention,
+    personalized_ffn,
+    pma_pooling,
+)
+from interformer_kernels._triton._run import Launch
+from interformer_kernels._triton._tiles import Target
+
+TARGETS = {
+    "sm_80": (Target("cuda", 80), GPUTarget("cuda", 80, 32)),
+    "sm_90": (Target("cuda", 90), GPUTarget("cuda", 90, 32)),
+    "sm_100": (Target("cuda", 100), GPUTarget("cuda", 100, 32)),
+    "gfx942": (Target("hip", 0), GPUTarget("hip", "gfx942", 64)),
+}
+# Bytes of shared memory that a program may have.
+SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+# Bytes of a thread: so few, at 64 to 128 registers of 255, are the assembler's own choice, and no shortage.
+SPILLED = 16
+WIDTHS = (16, 32, 64, 128, 256)
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What one kernel takes of one device; bytes of a program, but registers and spills (bytes) of a thread."""
+
+    call: str
+    kernel: str
+    width: int
+    dtype: str
+    target: str
+    tiles: str
+    registers: int
+    spills: int
+    shared: int
+
+    @property
+    def fits(self) -> bool:
+        """No spills to speak of, and no more shared memory than a program may have."""
+        return self.spills <= SPILLED and self.shared <= SHARED_MEMORY[self.target]
+
+
+# ---------------------------------------------------------------- the calls
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+_MAPS = (0.125, "softmax", 1.0, "multiply", "sigmoid")
+
+
+def _jagged(width: int, dtype: torch.dtype) -> None:
+    """Self attention under a causal window, gated."""
+    x, offsets = _meta(4096, 4, width, dtype=dtype), _meta(129, dtype=torch.int64)
+    masks = True, 64, -1, 0
+    score = (*masks, False, *_MAPS[1:])
+    out, lse, attended = jagged_attention.forward(
+        x, x, x, offsets, None, None, None, None, None, x, x, _MAPS[0], *score, True
+    )
+    jagged_attention.backward(
+        out, attended, lse, x, x, x, offsets, None, None, None, None, None, x, _MAPS[0], *score
+    )  # fmt: skip
+
+
+def _pooling(width: int, dtype: torch.dtype) -> None:
+    """Two seeds under four heads, keys as values."""
+    seeds, k = _meta(2, 4, width, dtype=dtype), _meta(4096, 4, width, dtype=dtype)
+    offsets = _meta(129, dtype=torch.int64)
+    options = _MAPS[0], 0, *_MAPS[1:]
+    out, lse, attended = pma_pooling.forward(seeds, k, None, offsets, None, None, *options, False)
+    pma_pooling.backward(out, attended, lse, seeds, k, None, offsets, None, *options)
+
+
+def _crossed(width: int, dtype: torch.dtype) -> None:
+    """32 dense queries, the score silu, gated."""
+    q, k = _meta(128, 32, 4, width, dtype=dtype), _meta(4096, 4, width, dtype=dtype)
+    offsets = _meta(129, dtype=torch.int64)
+    options = 0.125, "silu", 0.5, "self", "tanh"
+    out, lse, attended = gated_cross_attention.forward(q, k, k, offsets, None, q, q, *options, True)
+    gated_cross_attention.backward(out, attended, lse, q, k, k, offsets, None, q, *options)
+
+
+def _rotary(width: int, dtype: torch.dtype) -> None:
+    """All channels turned."""
+    x, table = _meta(4096, 4, width, dtype=dtype), _meta(512, width // 2, dtype=torch.float32)
+    apply_rotary.forward(x, _meta(129, dtype=torch.int64), table, table, None, False)
+
+
+def _feed_forward(width: int, dtype: torch.dtype) -> None:
+    """With a bias, a residual and gelu."""
+    x, weight = _meta(4096, width, dtype=dtype), _meta(128, width, width, dtype=dtype)
+    bias, offsets = _meta(128, width, dtype=dtype), _meta(129, dtype=torch.int64)
+    out = personalized_ffn.forward(x, weight, offsets, bias, x, "gelu")
+    personalized_ffn.backward(out, x, weight, offsets, bias, "gelu")
+
+
+CALLS: dict[str, Callable[[int, torch.dtype], None]] = {
+    "jagged_attention": _jagged,
+    "pma_pooling": _pooling,
+    "gated_cross_attention": _crossed,
+    "apply_rotary": _rotary,
+    "personalized_ffn": _feed_forward,
+}
+
+
+# ---------------------------------------------------------------- compiling
+
+
+def _source(launch: Launch) -> ASTSource:
+    """The kernel as it would be specialised for this launch."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.constants[parameter.name] if parameter.is_constexpr else launch.arguments[i]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+            continue
+        divisible = isinstance(value, Tensor) or (special and isinstance(value, int) and value % 16 == 0)
+        if isinstance(value, Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        if divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _of_nvidia(compiled: Any, target: GPUTarget) -> tuple[int, int]:
+    """Registers, and bytes of spills."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    if found is None:
+        raise RuntimeError(f"cuobjdump tells no registers: {said}")
+    # A frame in local memory may hold spills or nothing of the kind: the assembler tells them apart.
+    return int(found[1]), _spills(compiled, target) if int(found[2]) else 0
+
+
+def _spills(compiled: Any, target: GPUTarget) -> int:
+    name = f"sm_{target.arch}" + ("a" if target.arch >= 90 else "")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return max(int(found) for found in re.findall(r"(\d+) bytes spill stores", said))
+
+
+def _of_amd(compiled: Any) -> tuple[int, int]:
+    def number(field: str) -> int:
+        found = re.search(rf"\.{field}:\s*(\d+)", compiled.asm["amdgcn"])
+        if found is None:
+            raise RuntimeError(f"the assembly has no .{field}")
+        return int(found[1])
+
+    return number("vgpr_count"), number("private_segment_fixed_size")
+
+
+def usage(call: str, width: int, dtype: str, target: str) -> Iterator[Usage]:
+    """Compile the kernels of a call, each once."""
+    device, compiler = TARGETS[target]
+    with _run.written_down(device) as launches:
+        CALLS[call](width, DTYPES[dtype])
+    for launch in launches:
+        options = {"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages}
+        compiled = triton.compile(_source(launch), target=compiler, options=options)
+        registers, spills = _of_amd(compiled) if device.kind == "hip" else _of_nvidia(compiled, compiler)
+        name = launch.kernel.fn.__name__
+        tiles = "x".join(map(str, launch.tiles[:2])) + f", {launch.tiles.warps} warps, {launch.tiles.stages} stages"
+        yield Usage(call, name, width, dtype, target, tiles, registers, spills, compiled.metadata.shared)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; 1 where some kernel does not fit."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--call", action="append", choices=tuple(CALLS))
+    parser.add_argument("--width", action="append", type=int, help="channels of a head")
+    parser.add_argument("--dtype", action="append", choices=tuple(DTYPES))
+    parser.add_argument("--target", action="append", choices=tuple(TARGETS))
+    parser.add_argument(
+        "--entry", action="append", metavar="CALL/WIDTH/DTYPE/TARGET", help="just these; may be repeated"
+    )
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel")
+    chosen = parser.parse_args(arguments)
+    found: list[Usage] = []
+    axes = chosen.call or CALLS, chosen.width or WIDTHS, chosen.dtype or DTYPES, chosen.target or TARGETS
+    entries = [entry.split("/") for entry in chosen.entry] if chosen.entry else itertools.product(*axes)
+    for call, width, dtype, target in entries:
+        status_line(f"{call}, {width}, {dtype}, {target}")
+        for one in usage(call, int(width), dtype, target):
+            found.append(one)
+            if chosen.json:
+                print(json.dumps({**dataclasses.asdict(one), "fits": one.fits}), flush=True)
+    status_line("")
+    if not chosen.json:
+        _show(found)
+    return 0 if all(one.fits for one in found) else 1
+
+
+def _show(found: Sequence[Usage]) -> None:
+    columns = "call", "kernel", "width", "dtype", "tiles", "target", "registers", "spills", "shared", ""
+    lines = [
+        (one.call, one.kernel, str(one.width), one.dtype, one.tiles, one.target, str(one.registers), str(one.spills),
+         str(one.shared), "ok" if one.fits else "DOES NOT FIT")
+        for one in found
+    ]  # fmt: skip
+    print_table("What the kernels take, compiled ahead of time", columns, lines)
+    print(f"{len(found)} kernels, {sum(not one.fits for one in found)} do not fit")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Tile sizes of the kernels, by kernel, width of the heads, bytes of a number, and device.
+
+No GPU was at hand: the entries are the largest that neither run out of registers nor outgrow the shared memory of any
+device they are for, as compiled ahead of time (`make resources` prints what each one takes). What a user's own GPU
+prefers, `interformer-kernels tune` measures and keeps in the user's cache directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Tiles(NamedTuple):
+    """Queries (or tokens) and keys (or channels) of a tile, and how many warps and stages work on one."""
+
+    queries: int
+    keys: int
+    warps: int = 4
+    stages: int = 2
+
+
+class Target(NamedTuple):
+    """A device: "cuda" with its compute capability (90 is 9.0), "hip", or "cpu" for the interpreter."""
+
+    kind: str
+    capability: int
+    name: str = ""
+
+
+# kernel -> bytes of a number -> widest head (channels, padded) -> tiles
+TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
+    "forward": {
+        2: {64: Tiles(64, 64), 128: Tiles(64, 32), 256: Tiles(32, 32), 512: Tiles(16, 16)},
+        4: {32: Tiles(32, 32), 64: Tiles(32, 32, 8), 128: Tiles(16, 16), 256: Tiles(16, 16), 512: Tiles(16, 16)},
+    },
+    "grad_queries": {
+        2: {64: Tiles(64, 64), 128: Tiles(32, 32), 256: Tiles(16, 32), 512: Tiles(16, 16)},
+        4: {32: Tiles(16, 32), 64: Tiles(16, 16), 128: Tiles(16, 16), 256: Tiles(16, 16), 512: Tiles(16, 16)},
+    },
+    "grad_keys": {
+        2: {64: Tiles(32, 64), 128: Tiles(32, 32), 256: Tiles(16, 16), 512: Tiles(16, 16)},
+        4: {64: Tiles(16, 32), 128: Tiles(16, 16, 8), 256: Tiles(16, 16), 512: Tiles(16, 16)},
+    },
+    "personalized_ffn": {2: {128: Tiles(64, 64)}, 4: {128: Tiles(32, 32)}},
+    "grad_weight": {2: {128: Tiles(64, 64)}, 4: {128: Tiles(32, 32)}},
+}
+
+
+def padded(channels: int) -> int:
+    """Channels of a tile: the next power of two, and no fewer than tensor cores take."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def tiles(kernel: str, width: int, itemsize: int, target: Target) -> Tiles:
+    """The entry for heads of `width` channels; what was tuned on this very device goes first."""
+    entries = TABLE[kernel][itemsize]
+    bucket = min((w for w in entries if w >= width), default=max(entries))
+    name = key(kernel, bucket, itemsize)
+    tuned = _tuned(target.name) if target.name else {}
+    return _forced.get(name) or tuned.get(name) or entries[bucket]
+
+
+# ---------------------------------------------------------------- what was tuned
+
+
+def key(kernel: str, width: int, itemsize: int) -> str:
+    """Name of an entry in the file of tuned tiles."""
+    return f"{kernel}/{width}/{8 * itemsize}"
+
+
+def tuned_file(device: str) -> Path:
+    """Where the tuned tiles of a device are kept."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "interformer_kernels" / f"tiles-{device.replace(' ', '-').replace('/', '-')}.json"
+
+
+_forced: dict[str, Tiles] = {}
+
+
+@contextlib.contextmanager
+def forced(name: str, tiles: Tiles) -> Iterator[None]:
+    """This entry for now, whatever else is known."""
+    _forced[name] = tiles
+    try:
+        yield
+    finally:
+        del _forced[name]
+
+
+@functools.cache
+def _tuned(device: str) -> dict[str, Tiles]:
+    file = tuned_file(device)
+    if not file.exists():
+        return {}
+    return {name: Tiles(*numbers) for name, numbers in json.loads(file.read_text()).items()}
+
+
+def keep(device: str, found: dict[str, Tiles]) -> Path:
+    """Keep tuned tiles for later processes, and for this one."""
+    file = tuned_file(device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**_tuned(device), **found}, indent=1) + "\n")
+    _tuned.cache_clear()
+    return file

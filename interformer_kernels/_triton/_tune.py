@@ -1,0 +1,93 @@
+"""Tile sizes measured on the device at hand: for every entry of the table, the fastest of a few candidates."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+from torch import Tensor
+
+from interformer_kernels._triton import _run, _tiles, jagged_attention, personalized_ffn
+from interformer_kernels._triton._tiles import Tiles
+
+Call = Callable[[], object]
+_ROWS, _LONGEST, _HEADS = 512, 256, 4
+
+
+def candidates(kernel: str, width: int, itemsize: int) -> Iterator[Tiles]:
+    """The entry of the table, and others: tiles that hold 32 KiB of operands or less."""
+    yield _tiles.TABLE[kernel][itemsize][width]
+    for queries, keys in itertools.product((16, 32, 64, 128), repeat=2):
+        if (queries + keys) * width * itemsize <= 32 << 10:
+            for warps, stages in ((4, 2), (8, 2)):
+                yield Tiles(queries, keys, warps, stages)
+
+
+def calls(kernel: str, width: int, dtype: torch.dtype, device: str) -> Call:
+    """A call whose time depends on the kernel's tiles: rows of 1 to 256 tokens."""
+    lengths = torch.randint(1, _LONGEST + 1, (_ROWS,), generator=torch.Generator().manual_seed(0))
+    offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(device)
+    tokens = int(lengths.sum())
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    if kernel in ("personalized_ffn", "grad_weight"):
+        x, weight = drawn(tokens, width), drawn(_ROWS, width, width)
+        if kernel == "personalized_ffn":
+            return lambda: personalized_ffn.forward(x, weight, offsets, None, None, "identity")
+        return lambda: personalized_ffn.backward(x, x, weight, offsets, None, "identity")
+    q, k, v = (drawn(tokens, _HEADS, width) for _ in range(3))
+    options = (width**-0.5, False, -1, -1, 0, False, "softmax", 1.0, "multiply", "sigmoid")
+    nothing = (None, None, None, None, None)
+
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = jagged_attention.forward(
+            q, k, v, offsets, *nothing, None, None, *options, False
+        )
+        return found
+
+    if kernel == "forward":
+        return forward
+    out, lse, _ = forward()
+    return lambda: jagged_attention.backward(q, out, lse, q, k, v, offsets, *nothing, None, *options)
+
+
+def seconds(call: Call) -> float:
+    """Median time of a call; infinite where the device cannot run it."""
+    try:
+        return float(triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median"))
+    except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+        return float("inf")
+
+
+def tune(
+    device: str,
+    kernels: tuple[str, ...] = tuple(_tiles.TABLE),
+    most_width: int = 256,
+    measure: Callable[[Call], float] = seconds,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Tiles]:
+    """The fastest tiles of every entry, by the key under which they are kept."""
+    found: dict[str, Tiles] = {}
+    for kernel, dtype in itertools.product(kernels, (torch.bfloat16, torch.float32)):
+        for width in (width for width in _tiles.TABLE[kernel][dtype.itemsize] if width <= most_width):
+            key = _tiles.key(kernel, width, dtype.itemsize)
+            call = calls(kernel, width, dtype, device)
+            times: dict[Tiles, float] = {}
+            for one in candidates(kernel, width, dtype.itemsize):
+                tell(f"{key}: {one}")
+                with _tiles.forced(key, one):
+                    times[one] = times.get(one) or measure(call)
+            found[key] = min(times, key=lambda one: times[one])
+    return found
+
+
+def tune_and_keep(tell: Callable[[str], None]) -> tuple[dict[str, Tiles], str]:
+    """Tune for the present GPU; the entries, and the file that now holds them."""
+    with torch.no_grad():
+        found = tune("cuda", tell=tell)
+    name = _run.target_of(torch.empty(0, device="cuda")).name
+    return found, str(_tiles.keep(name, found))

@@ -1,0 +1,143 @@
+"""Every case of every op on Triton's kernels, within the budget of rounding; with TRITON_EVERY=1 in every dtype.
+
+Else each case is asked in one dtype, by turns, and a few that take every path of the kernels in all of them; and with
+two heads, not four: the interpreter takes its time for every program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from grid import ALL_CASES, case_ids
+from triton_calls import guarded_inputs, results
+
+from interformer_kernels import testing
+from interformer_kernels.testing import Case
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IN_ALL_DTYPES = {"plain", "gate and residual", "v is k", "interleaved, rope", "gelu, bias, residual"}
+
+
+EVERY = bool(os.environ.get("TRITON_EVERY"))
+
+
+def small(case: Case) -> Case:
+    return case if EVERY or case.kv_heads != case.heads else dataclasses.replace(case, heads=2, kv_heads=2)
+
+
+def dtypes_of(i: int, case: Case) -> tuple[torch.dtype, ...]:
+    return DTYPES if EVERY or case.name in IN_ALL_DTYPES else (DTYPES[i % len(DTYPES)],)
+
+
+PAIRS = [
+    pytest.param(small(case), dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
+    for i, (case, name) in enumerate(zip(ALL_CASES, case_ids(ALL_CASES), strict=True))
+    for dtype in dtypes_of(i, case)
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), PAIRS)
+def test_error_is_within_the_budget(case: Case, dtype: torch.dtype) -> None:
+    rows = testing.compare(case, "triton", dtype, make=guarded_inputs, draws=(1, 4, 12))
+    assert not [row for row in rows if not row.ok]
+
+
+ATTENTION, POOLING = "jagged_attention", "pma_pooling"
+# Head sizes that are no power of two, wider than a tile of tensor cores, and of both sides; few queries of many heads.
+SIZES = [
+    (Case(ATTENTION, "wide", lengths=(3, 70), heads=1, kv_heads=1, head_size=96, value_size=256), torch.float32),
+    (Case(ATTENTION, "widest", lengths=(20,), heads=2, kv_heads=1, head_size=256, value_size=4), torch.bfloat16),
+    (Case(POOLING, "many heads", lengths=(9, 0, 40), heads=16, kv_heads=8, queries=1, head_size=4), torch.float32),
+    (Case(POOLING, "odd group", lengths=(9, 2), heads=6, kv_heads=2, queries=2, shared_value=True), torch.float16),
+    (Case("gated_cross_attention", "odd pack", heads=12, kv_heads=12, queries=1, lengths=(5, 33)), torch.bfloat16),
+    (Case("personalized_ffn", "wide", lengths=(3, 0, 40), head_size=80, value_size=130), torch.float32),
+    (Case("apply_rotary", "wide", heads=3, head_size=200, rope=120), torch.float16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "dtype"), SIZES, ids=[f"{case.op}-{case.name}" for case, _ in SIZES])
+def test_sizes(case: Case, dtype: torch.dtype) -> None:
+    rows = testing.compare(case, "triton", dtype, make=guarded_inputs, draws=(1, 4, 12))
+    assert not [row for row in rows if not row.ok]
+
+
+@pytest.mark.parametrize("op", testing.OPS)
+def test_tail_and_dtype(op: str) -> None:
+    """Outputs and gradients keep shapes and dtypes, and are exactly zero on the tail, whose inputs are NaN."""
+    query_lengths = (2, 3, 0, 9, 1) if op in ("jagged_attention", "gated_cross_attention") else None
+    epilogue = {} if op == "apply_rotary" else {"residual": True}
+    gate = {"gate": "full"} if op in testing.OPS[:3] else {}
+    case = Case(op, "", rope=4 if op == "apply_rotary" else 0, query_lengths=query_lengths, **epilogue, **gate)
+    inputs = guarded_inputs(case, torch.bfloat16)
+    found = results(op, inputs)
+    tailed = {"out", "lse", "dx", "dk", "dv", "dq", "dgate", "dresidual"} - (
+        {"out", "lse", "dgate", "dresidual"} if op == "pma_pooling" else set()
+    )
+    for name, x in found.items():
+        assert x.dtype == (torch.float32 if name == "lse" else torch.bfloat16), name
+        if name in tailed:
+            tail = x[-case.tail :]
+            assert tail.isneginf().all() if name == "lse" else not tail.any(), name
+        assert x.isfinite().all() or name == "lse", name
+
+
+REPEATED = [
+    case for case in ALL_CASES if case.name in {"gate and residual", "v is k", "halves", "gelu, bias, residual"}
+]
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=case_ids(REPEATED))
+def test_two_runs_give_the_same_bits(case: Case) -> None:
+    inputs = guarded_inputs(case, torch.float32)
+    runs = [results(case.op, inputs) for _ in range(2)]
+    for name in runs[0]:
+        assert torch.equal(runs[0][name], runs[1][name]), name
+
+
+@pytest.mark.parametrize("op", testing.OPS)
+def test_a_row_does_not_see_the_others(op: str) -> None:
+    """The bits of a row are those that it has alone (batch invariance)."""
+    lengths = (40, 7, 0, 66)
+    extra = {"rope": 6} if op == "apply_rotary" else {}
+    inputs = guarded_inputs(Case(op, "", lengths=lengths, tail=0, heads=2, kv_heads=2, **extra), torch.float32)
+    with torch.no_grad():
+        together = testing.call(op, inputs, "triton")[0]
+    dense = together.shape[0] == len(lengths)
+    for b, length in enumerate(lengths):
+        first = sum(lengths[:b])
+        alone = dict(inputs)
+        for name, x in inputs.items():
+            if name in ("offsets", "kv_offsets"):
+                alone[name] = testing.offsets_of((length,))
+            elif name in ("weight", "bias") or (name == "q" and x.dim() == 4):
+                alone[name] = x[b : b + 1]
+            elif name in ("q", "k", "v", "x"):
+                alone[name] = x[first : first + length]
+        with torch.no_grad():
+            single = testing.call(op, alone, "triton")[0]
+        assert torch.equal(together[b : b + 1] if dense else together[first : first + length], single), b
+
+
+@pytest.mark.parametrize("op", ["pma_pooling", "gated_cross_attention"])
+@pytest.mark.parametrize("score", ["softmax", "silu"])
+def test_long_rows_in_chunks(op: str, score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of more keys than a chunk are joined from chunks; shorter ones have the bits that they have without."""
+    from interformer_kernels._triton import _attention
+
+    lengths = (5, 200, 0, 64, 65, 3, 130)
+    extra: dict[str, object] = {"skip_prefix": 2} if op == "pma_pooling" else {}
+    options = {**extra, "score": score, "post_scale": 1.0 if score == "softmax" else 0.5}
+    case = Case(op, "", lengths=lengths, heads=2, kv_heads=2, gate="full", residual=True, options=options)
+    inputs = guarded_inputs(case, torch.float32)
+    with torch.no_grad():
+        whole = testing.call(op, inputs, "triton")[0]
+        monkeypatch.setattr(_attention, "_SPLIT", 64)
+        split = testing.call(op, inputs, "triton")[0]
+    short = [b for b, length in enumerate(lengths) if length <= 64]
+    assert torch.equal(split[short], whole[short])
+    assert not torch.equal(split, whole)
+    rows = testing.compare(case, "triton", torch.float32, make=guarded_inputs, draws=(1, 4, 12))
+    assert not [row for row in rows if not row.ok]

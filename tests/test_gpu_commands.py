@@ -1,0 +1,113 @@
+"""What needs a GPU says so without one, and what of it can be tried without one is right."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interformer_bench import gpu, report, timing
+
+from interformer_kernels.cli import main
+
+ROOT = Path(__file__).parents[1]
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+
+
+def load_gpu_report() -> Any:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("gpu_report", ROOT / "tools" / "gpu_report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_no_gpu
+def test_tune_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune"]) == 1
+    assert capsys.readouterr().err == "interformer-kernels tune: needs a GPU that torch can use, found none\n"
+
+
+@needs_no_gpu
+def test_gpu_report_says_that_it_needs_a_gpu() -> None:
+    done = subprocess.run([sys.executable, "tools/gpu_report.py"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "make gpu-report: needs a GPU that torch can use, found none\n"
+
+
+@needs_no_gpu
+def test_the_bench_of_gpus_says_that_it_needs_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(["--out", str(tmp_path)])
+    assert stopped.value.code == 1
+    assert "needs a GPU that torch can use, found none" in capsys.readouterr().err
+
+
+def test_tuned_tiles_are_the_fastest_measured_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from interformer_kernels._triton import _run, _tiles, _tune
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target = _tiles.Target("cuda", 90, "Some GPU/x")
+    wanted = _tiles.Tiles(32, 16, 4, 3)
+
+    def measure(call: Any) -> float:
+        """Of what would be started: fast with the wanted tiles alone."""
+        with _run.written_down(target) as launches:
+            call()
+        return min(1.0 if launch.tiles == wanted else 2.0 for launch in launches)
+
+    found = _tune.tune("meta", ("forward", "grad_weight"), 64, measure)
+    assert {key for key, tiles in found.items() if tiles == wanted} == set(found)
+    assert set(found) >= {"forward/64/16", "forward/64/32"}
+    file = _tiles.keep(target.name, found)
+    assert file.parent == tmp_path / "interformer_kernels"
+    assert json.loads(file.read_text())["forward/64/16"] == list(wanted)
+    assert _tiles.tiles("forward", 48, 2, target) == wanted
+    assert _tiles.tiles("forward", 48, 2, target._replace(name="")) == _tiles.TABLE["forward"][2][64]
+
+
+def test_shapes_and_table_of_the_gpu_bench() -> None:
+    found = gpu.gpu_shapes(None)
+    assert {shape.op for shape in found} == {
+        "jagged_attention", "pma_pooling", "gated_cross_attention", "personalized_ffn"
+    }  # fmt: skip
+    longest = {(shape.law.name, shape.rows): max(shape.lengths()) for shape in found}
+    assert longest["uniform 1..32", 65536] == 32
+    assert longest["all 4096", 16] == 4096
+    assert longest["1000 at 0.5", 1152] <= 1000
+    one = gpu.Detail(
+        "pma_pooling", "all 104", "H4", "bfloat16", "forward", "interformer", 2e-3, 1e-3, 2**20, 10**9, 10**9
+    )
+    line = gpu.lines([one], {("bfloat16", 1): timing.Rates(1e12, 2e12)})[0]
+    assert line[6:] == ("2 ms", "1 ms", "1.0 MiB", "1.00", "1000", "50%")
+    assert "| 1.00 | 1000 | 50% |" in report.rows(gpu.COLUMNS, [line])
+
+
+def test_the_report_is_written_whatever_stages_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load_gpu_report()
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "OUT", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    cut = module.stage("bench", command, 2)
+    assert cut["status"] == "out of time"
+    failed = module.stage("build", [sys.executable, "-c", "print('why'); raise SystemExit(3)"], 60)
+    assert (failed["status"], failed["last"]) == (3, ["why"])
+    about = {"gpu": "Some GPU (x)", "torch": "2", "triton": "3", "cuda": "13", "python": "3", "commit": "c"}
+    parity = {"triton, pma_pooling, float32": {"status": 0, "seconds": 1.0, "last": [], "compared": 7, "breaches": []}}
+    files = module.write({**about, "backends": ["triton"], "build": failed, "bench": cut, "parity": parity})
+    assert [file.name for file in files] == ["some-gpu-x.json", "some-gpu-x.md"]
+    text = files[1].read_text()
+    assert "| build | 3 |" in text
+    assert "| bench | out of time |" in text
+    assert "| parity, triton, pma_pooling, float32 | 0; 7 compared, 0 breaches |" in text
+    assert json.loads(files[0].read_text())["measured"] is None

@@ -1,0 +1,64 @@
+"""The Triton kernels compile for every device without one, and fit: hardly a spill, shared memory within the device's.
+
+Here a part of the table, in a process that is not interpreting; `make resources` compiles all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+# One entry of each kernel at least, each dtype, and every device; the widest where a kernel is nearest to its limits.
+PART = (
+    "jagged_attention/64/bfloat16/sm_90",
+    "jagged_attention/64/bfloat16/gfx942",
+    "jagged_attention/128/float32/sm_80",
+    "pma_pooling/32/bfloat16/sm_100",
+    "gated_cross_attention/128/bfloat16/sm_80",
+    "personalized_ffn/64/float32/sm_90",
+    "apply_rotary/64/bfloat16/gfx942",
+)
+KERNELS = {
+    "attention_forward", "epilogue_backward", "attention_grad_queries", "attention_grad_keys", "attention_merge",
+    "rotate_rows", "row_products", "row_grad_weight",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """The lines of the table that `make resources` would print for these entries."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "interformer_kernels._triton._resources", "--json"]
+    command += [word for entry in PART for word in ("--entry", entry)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode in (0, 1), done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kernels_fit_every_device(compiled: list[dict[str, Any]]) -> None:
+    assert {one["target"] for one in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {one["kernel"] for one in compiled} == KERNELS
+    assert not [one for one in compiled if not one["fits"]]
+    assert all(0 < one["registers"] <= 512 for one in compiled)
+
+
+def test_what_does_not_fit_is_seen() -> None:
+    """A kernel that spills, and one that takes more shared memory than the device has, each fails its line."""
+    from interformer_kernels._triton._resources import SHARED_MEMORY, SPILLED, Usage
+
+    about = "jagged_attention", "attention_forward", 64, "float32", "sm_80", "64x64", 255
+    assert Usage(*about, 0, SHARED_MEMORY["sm_80"]).fits
+    assert not Usage(*about, SPILLED + 1, 0).fits
+    assert not Usage(*about, 0, SHARED_MEMORY["sm_80"] + 1).fits
