@@ -17,6 +17,10 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 BUILT_FROM := pyproject.toml setup.py $(shell find CMakeLists.txt csrc cmake -type f)
 data_option := $(if $(DATA),--data $(DATA))
 
+# Test processes at once, one for each core. Threads that wait give their core away: OpenMP's would spin for it.
+WORKERS ?= auto
+PYTEST = OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
+
 # Random calls of each kind that `make fuzz` makes.
 EXAMPLES ?= 10000
 
@@ -48,11 +52,11 @@ demo: $(READY)
 	$(BIN)/interformer-kernels demo $(data_option) $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
-# In a process of its own: Triton decides at its import whether kernels are compiled or interpreted.
+# In processes of their own: Triton decides at its import whether kernels are compiled or interpreted.
 triton-test: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted $(ARGS)
 
 resources: $(READY)
 	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m interformer_kernels._triton._resources $(ARGS)
@@ -95,7 +99,7 @@ wide-test: $(READY)
 	INTERFORMER_CUDA=0 INTERFORMER_WIDE_LEVEL=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --no-deps --target $(WIDE)/site .
 	cp -r tests pyproject.toml $(WIDE)/run
-	cd $(WIDE)/run && INTERFORMER_CPU_LEVEL=wide PYTHONPATH=$(WIDE)/site $(CURDIR)/$(BIN)/pytest -k 'not reference' \
+	cd $(WIDE)/run && INTERFORMER_CPU_LEVEL=wide PYTHONPATH=$(WIDE)/site $(PYTEST) -k 'not reference' \
 	    tests/test_parity.py tests/test_cpu_kernels.py tests/test_cpu_determinism.py
 
 bench: $(READY)

@@ -56,7 +56,7 @@ def test_tuned_tiles_are_the_fastest_measured_and_are_kept(tmp_path: Path, monke
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     target = _tiles.Target("cuda", 90, "Some GPU/x")
-    wanted = _tiles.Tiles(32, 16, 4, 3)
+    wanted = _tiles.Tiles(32, 16, 4, 2)
 
     def measure(call: Any) -> float:
         """Of what would be started: fast with the wanted tiles alone."""
