@@ -59,7 +59,7 @@ triton-test: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted $(ARGS)
 
 resources: $(READY)
-	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m interformer_kernels._triton._resources $(ARGS)
+	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m interformer_kernels._cli.resources $(ARGS)
 
 # With the Python that is there, and nothing installed: machines with GPUs come with their torch and Triton.
 gpu-report:

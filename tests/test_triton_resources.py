@@ -38,7 +38,7 @@ def compiled() -> list[dict[str, Any]]:
     """The lines of the table that `make resources` would print for these entries."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "interformer_kernels._triton._resources", "--json"]
+    command = [sys.executable, "-m", "interformer_kernels._cli.resources", "--json"]
     command += [word for entry in PART for word in ("--entry", entry)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode in (0, 1), done.stderr
@@ -56,7 +56,7 @@ def test_kernels_fit_every_device(compiled: list[dict[str, Any]]) -> None:
 
 def test_what_does_not_fit_is_seen() -> None:
     """A kernel that spills, and one that takes more shared memory than the device has, each fails its line."""
-    from interformer_kernels._triton._resources import SHARED_MEMORY, SPILLED, Usage
+    from interformer_kernels._cli.resources import SHARED_MEMORY, SPILLED, Usage
 
     about = "jagged_attention", "attention_forward", 64, "float32", "sm_80", "64x64", 255
     assert Usage(*about, 0, SHARED_MEMORY["sm_80"]).fits

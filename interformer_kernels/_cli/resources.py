@@ -1,6 +1,6 @@
 """What every kernel takes of a device, compiled ahead of time, without one: registers, spills, shared memory.
 
-`python -m interformer_kernels._triton._resources`, or `make resources`; `--json` for tests. What is compiled is what
+`python -m interformer_kernels._cli.resources`, or `make resources`; `--json` for tests. What is compiled is what
 the launchers would start for these calls, argument by argument.
 """
 
@@ -45,7 +45,7 @@ TARGETS = {
 }
 # Bytes of shared memory that a program may have.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-# Bytes of a thread: so few, at 64 to 128 registers of 255, are the assembler's own choice, and no shortage.
+# Bytes of a thread: so few, at 40 to 128 registers of 255, are the assembler's own choice, and no shortage.
 SPILLED = 16
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
