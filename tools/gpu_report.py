@@ -25,8 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "gpu-report"
 DTYPES = ("float32", "bfloat16", "float16")
-# Seconds that a stage may take.
-LIMITS = {"build": 150, "parity": 200, "determinism": 60, "sanitizer": 60, "bench": 220}
+# Seconds that a stage may take: less than ten minutes in all, with one kernel backend.
+LIMITS = {"build": 120, "parity": 180, "determinism": 45, "sanitizer": 45, "bench": 200}
 
 
 def environment() -> dict[str, str]:
