@@ -40,6 +40,7 @@ def _x_sum() -> Tensor:
 
 
 def _close(found: Tensor, expected: Tensor) -> None:
+    """Equal but for the order of sums in float64, for which `assert_close` itself would grant 1e-7."""
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
 
 

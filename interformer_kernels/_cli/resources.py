@@ -45,8 +45,6 @@ TARGETS = {
 }
 # Bytes of shared memory that a program may have.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-# Bytes of a thread: so few, at 40 to 128 registers of 255, are the assembler's own choice, and no shortage.
-SPILLED = 16
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _POINTERS = {
@@ -74,8 +72,8 @@ class Usage:
 
     @property
     def fits(self) -> bool:
-        """No spills to speak of, and no more shared memory than a program may have."""
-        return self.spills <= SPILLED and self.shared <= SHARED_MEMORY[self.target]
+        """No spills, and no more shared memory than a program may have."""
+        return self.spills == 0 and self.shared <= SHARED_MEMORY[self.target]
 
 
 # ---------------------------------------------------------------- the calls

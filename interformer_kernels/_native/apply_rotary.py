@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _C
+from interformer_kernels._launch import apply_rotary
 from interformer_kernels._launch.tensors import readable, resolved
 
 
@@ -18,21 +19,4 @@ def _rotated(
     return out
 
 
-def forward(
-    x: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
-) -> Tensor:
-    """The output `[T, H, D]`."""
-    return _rotated(x, offsets, cos, sin, positions, interleaved, backwards=False)
-
-
-def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    interleaved: bool,
-) -> Tensor:
-    """The gradient of `x`: the output's, turned back."""
-    return _rotated(grad_out, offsets, cos, sin, positions, interleaved, backwards=True)
+forward, backward = apply_rotary.launcher(_rotated)

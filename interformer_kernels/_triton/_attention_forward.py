@@ -11,6 +11,7 @@ from interformer_kernels._triton._attention_tiles import (
     fold,
     key_tiles,
     keys_of,
+    load_keys,
     query_tile,
     visible,
 )
@@ -58,9 +59,7 @@ def attention_forward(
     k_first, keys = keys_of(row, rows, kv_offsets, k_tokens, skip)
 
     o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_k = tl.arange(0, BLOCK_K)
     o_d = tl.arange(0, BLOCK_D)
-    o_v = tl.arange(0, BLOCK_DV)
     n = o_q // HEADS
     head = (i_pack * HEADS + o_q % HEADS).to(tl.int64)
     m_in = n < tl.where(row < rows, count, 0)  # [BLOCK_Q]
@@ -80,17 +79,10 @@ def attention_forward(
         stop = tl.minimum(stop, start + SPLIT * PACK // BLOCK_K)
     for step in range(0, before + stop - start):
         i_k = tl.where(step < before, step, start + step - before)
-        j = (i_k * BLOCK_K + o_k) // PACK
-        o_h = o_k % PACK
-        m_k = j < keys  # [BLOCK_K]
-        k_head_of = (i_pack * PACK + o_h).to(tl.int64)
-        p_k = (k_first + j) * k_token + k_head_of * k_head
-        b_k = tl.load(k + p_k[:, None] + o_d, mask=m_k[:, None] & (o_d < D), other=0.0)
-        if V_IS_K:
-            b_v = b_k
-        else:
-            p_v = (k_first + j) * v_token + k_head_of * v_head
-            b_v = tl.load(v + p_v[:, None] + o_v, mask=m_k[:, None] & (o_v < DV), other=0.0)
+        j, o_h, b_k, b_v = load_keys(
+            k, v, i_pack, i_k, k_first, keys, k_token, k_head, v_token, v_head,
+            D, DV, PACK, V_IS_K, BLOCK_K, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
         m_seen = visible(n[:, None], j[None, :], count, keys, left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX)
         if PACK > 1:
             m_seen = m_seen & ((o_q % HEADS // GROUP)[:, None] == o_h[None, :])

@@ -64,6 +64,30 @@ def at(row, first, n, row_stride, token_stride, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def load_keys(
+    k, v, i_pack, i_k, k_first, keys, k_token, k_head, v_token, v_head,
+    D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, V_IS_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys: their tokens in the row and heads in the pack, keys and values; zero behind the row's last."""
+    o_k = tl.arange(0, BLOCK_K)
+    o_d = tl.arange(0, BLOCK_D)
+    j = (i_k * BLOCK_K + o_k) // PACK
+    o_h = o_k % PACK
+    m_k = j < keys  # [BLOCK_K]
+    head = (i_pack * PACK + o_h).to(tl.int64)
+    p_k = (k_first + j) * k_token + head * k_head
+    b_k = tl.load(k + p_k[:, None] + o_d, mask=m_k[:, None] & (o_d < D), other=0.0)
+    if V_IS_K:
+        b_v = b_k
+    else:
+        o_v = tl.arange(0, BLOCK_DV)
+        p_v = (k_first + j) * v_token + head * v_head
+        b_v = tl.load(v + p_v[:, None] + o_v, mask=m_k[:, None] & (o_v < DV), other=0.0)
+    return j, o_h, b_k, b_v
+
+
+@triton.jit
 def key_tiles(
     n_first, n_last, queries, keys, left, right, prefix, TOKENS: tl.constexpr, CAUSAL: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from interformer_kernels._launch import apply_rotary
 from interformer_kernels._launch.tensors import readable
 from interformer_kernels._triton import _run
 from interformer_kernels._triton._maps import narrow
@@ -80,21 +81,4 @@ def rotated(
     return out
 
 
-def forward(
-    x: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
-) -> Tensor:
-    """The output `[T, H, D]`."""
-    return rotated(x, offsets, cos, sin, positions, interleaved, backwards=False)
-
-
-def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    interleaved: bool,
-) -> Tensor:
-    """The gradient of `x`: the output's, turned back."""
-    return rotated(grad_out, offsets, cos, sin, positions, interleaved, backwards=True)
+forward, backward = apply_rotary.launcher(rotated)
