@@ -2,7 +2,7 @@
 
 All randomness of a run comes from its seed: parameters, dropout, and the batches of epoch `e` from `(seed, e)`. A
 checkpoint is written after every epoch, so a run that was killed and resumed passes through the same states as one that
-was not.
+was not. Under `torchrun` (a default process group) processes share every batch; gradients are those of the whole batch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from interformer.config import InterFormerConfig
 from interformer.data.clicks import Clicks, Splits
+from interformer.distributed import World
 from interformer.files import replacing
 from interformer.metrics import Metrics, entropy, evaluate
 from interformer.models import build_model
@@ -146,6 +147,8 @@ class Run:
         self.kind, self.device = model, torch.device(device)
         torch.manual_seed(train_config.seed)
         self.model = build_model(model, config, splits.schema).to(self.device)
+        self.world = World.here()
+        self.stepped = self.world.wrap(self.model)
         self.optimizer = make_optimizer(self.model, train_config)
         self.train_rate = splits.train.rate()
         entropy(self.train_rate)  # a training part of one class has no NE: better known now than after an epoch
@@ -176,18 +179,23 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * config.lr_decay**epoch
         self.model.train()
-        total = 0.0
-        for batch in train.batches(config.batch_size, seed=config.seed * 1_000_003 + epoch):
+        total, seed = 0.0, config.seed * 1_000_003 + epoch
+        if self.world.size > 1:
+            torch.manual_seed(seed * self.world.size + self.world.rank)  # dropout of other rows is another one
+        for rows in train.batch_rows(config.batch_size, seed=seed):
+            batch = train.batch(self.world.share(rows))
             step_began = time.perf_counter()
             batch = batch.to(self.device)
-            loss = F.binary_cross_entropy_with_logits(self.model(batch), batch.label)
+            # The mean over the processes of this is the mean over the batch, however many rows each has.
+            summed = F.binary_cross_entropy_with_logits(self.stepped(batch), batch.label, reduction="sum")
+            loss = summed / len(rows) * self.world.size
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
-            now = float(loss.detach())  # waits for the device, so that the clock is right
+            now = float(self.world.mean(loss.detach()))  # waits for the device, so that the clock is right
             self.step_seconds.append(time.perf_counter() - step_began)
-            total += now * len(batch)
-            progress.step(len(batch), batch.sequences.shape[0], now)
+            total += now * len(rows)
+            progress.step(len(rows), batch.sequences.shape[0], now)
         seconds = time.perf_counter() - began
         record = EpochRecord(epoch, total / len(train), self.evaluate(self.splits.valid).to_dict(), seconds)
         self.history.append(record)
@@ -218,7 +226,7 @@ class Run:
 
     def evaluate(self, clicks: Clicks) -> Metrics:
         """Metrics of `clicks` under the present parameters."""
-        label, logit, user = predict(self.model, clicks, 4 * self.train_config.batch_size, self.device)
+        label, logit, user = predict(self.model, clicks, 4 * self.train_config.batch_size, self.device, self.world)
         return evaluate(label, logit, user, self.train_rate)
 
     # ------------------------------------------------------------ checkpoints
@@ -294,7 +302,7 @@ def train(
         resumed_at = len(run.history)
         while not run.finished():
             run.train_epoch(progress)
-            if checkpoint is not None:
+            if checkpoint is not None and run.world.rank == 0:
                 run.save(checkpoint)
         return run.report(resumed_at)
 
@@ -321,17 +329,22 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 
 def predict(
-    model: nn.Module, clicks: Clicks, batch_size: int, device: torch.device | str = "cpu"
+    model: nn.Module, clicks: Clicks, batch_size: int, device: torch.device | str = "cpu", world: World | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(label, logit, user)`, each `[N]` on the CPU, of all clicks; the order is that of history length."""
+    """`(label, logit, user)`, each `[N]` on the CPU, of all clicks, in batches from short histories to long ones.
+
+    The processes of `world` take turns in batches, and each gets the answers of all, one process' after another's.
+    """
+    world = world or World()
     was_training = model.training
     model.eval()
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.no_grad():
-        for batch in clicks.batches(batch_size):
+        for rows in world.share(clicks.batch_rows(batch_size)):
+            batch = clicks.batch(rows)
             parts.append((batch.label, model(batch.to(device)).float().cpu(), batch.user))
     model.train(was_training)
-    label, logit, user = (torch.cat(column) for column in zip(*parts, strict=True))
+    label, logit, user = (torch.cat(column) for column in zip(*world.gather(parts), strict=True))
     return label, logit, user
 
 

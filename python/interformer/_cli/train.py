@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from interformer import train as training
 from interformer.config import InterFormerConfig
 from interformer.data import Splits, SyntheticLaw, read_movielens, synthesize
+from interformer.distributed import World, joined
 from interformer.files import to_json, write_text
 from interformer.metrics import Metrics
 from interformer.models import MODELS
@@ -101,7 +102,13 @@ def run(options: argparse.Namespace) -> int:
     if options.threads < 1:
         raise ValueError(f"threads must be at least 1, found {options.threads}")
     torch.set_num_threads(options.threads)
-    console = Console(stderr=True)
+    with joined(options.device) as device:
+        return _run(options, device)
+
+
+def _run(options: argparse.Namespace, device: torch.device) -> int:
+    first = World.here().rank == 0
+    console = Console(stderr=True, quiet=not first)
     preset = SYNTHETIC if options.data is None else MOVIELENS
     config, train_config = read_options(options, preset.model), read_options(options, preset.training)
     splits = load(options, config.max_history)
@@ -117,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
             model=options.model,
             checkpoint=options.checkpoint,
             resume=options.resume,
-            device=options.device,
+            device=device,
             progress=progress,
         )
     for name, value in splits.facts.items():
@@ -127,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
     progress.say(f"{best}, {report.parameters:,} parameters, {cost}")
     progress.say(f"valid {report.valid}")
     progress.say(f"test  {report.test}")
-    if options.json is not None:
+    if options.json is not None and first:
         write_json(options.json, describe(splits, options.model, config, train_config, report))
     return 0
 
