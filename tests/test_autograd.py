@@ -112,3 +112,50 @@ def test_grad_out_in_the_tail_is_not_read() -> None:
         grad_out[4:] = torch.nan
         for grad in torch.autograd.grad(out, (q, residual, gate), grad_out):
             assert grad.isfinite().all()
+
+
+def _loss(backend: str, *qkv: Tensor) -> Tensor:
+    out = ik.jagged_attention(*qkv, offsets_of((2, 4)), backend=backend)
+    assert isinstance(out, Tensor)
+    return out.square().sum()
+
+
+@pytest.mark.parametrize("made", ["one tensor", "one from the other"])
+@pytest.mark.parametrize("backend", backends("jagged_attention"))
+def test_arguments_that_depend_on_each_other(backend: str, made: str) -> None:
+    """Each place of a tensor counts once, also in gradients that are differentiable themselves."""
+    x = torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        return _loss(backend, x, x, x) if made == "one tensor" else _loss(backend, x, 2 * x, x.tanh())
+
+    (first,) = torch.autograd.grad(run(x), x)
+    (differentiable,) = torch.autograd.grad(run(x), x, create_graph=True)
+    torch.testing.assert_close(differentiable, first)
+    assert torch.autograd.gradgradcheck(run, (x,))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", backends("jagged_attention"))
+def test_functional_transforms(backend: str) -> None:
+    """torch.func: reverse mode, nested and mapped, gives autograd's gradients; forward mode is refused."""
+    x = torch.randn(3, 6, 2, 4, dtype=torch.float64)
+
+    def run(x: Tensor) -> Tensor:
+        return _loss(backend, x, x, x)
+
+    def norm(x: Tensor) -> Tensor:
+        return torch.func.grad(run)(x).square().sum()
+
+    leaf = x[0].clone().requires_grad_()
+    (first,) = torch.autograd.grad(run(leaf), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(run)(x[0]), first.detach())
+    torch.testing.assert_close(torch.func.vjp(run, x[0])[1](torch.ones((), dtype=x.dtype))[0], first.detach())
+    torch.testing.assert_close(torch.func.jacrev(run)(x[0]), first.detach())
+    torch.testing.assert_close(torch.func.grad(norm)(x[0]), second)
+    torch.testing.assert_close(torch.func.vmap(run)(x), torch.stack([run(one) for one in x]))
+    alone = torch.stack([torch.func.grad(run)(one) for one in x])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(run))(x), alone)
+    with pytest.raises(NotImplementedError, match="jagged_attention has no forward-mode derivative"):
+        torch.func.jvp(run, (x[0],), (x[0],))

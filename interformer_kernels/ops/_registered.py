@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from interformer_kernels import _backend
 
@@ -42,6 +43,10 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 def wants_gradients(*arguments: Any) -> bool:
     """Whether autograd will ask for a backward of a call with these arguments."""
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 class RegisteredOp:
@@ -180,6 +185,8 @@ class RegisteredOp:
             args = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in args)
         elif not self.counted and "torch.utils.flop_counter" in sys.modules:
             self._register_flops()
+        if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
+            raise NotImplementedError(f"{self.name} has no forward-mode derivative (jvp); use reverse mode (vjp, grad)")
         if wants_gradients(*args):
             outputs = _Joined.apply(self.name, *args)  # type: ignore[no-untyped-call]
             return outputs if self.extras else outputs[0]
@@ -191,6 +198,8 @@ class _Joined(torch.autograd.Function):
 
     The op comes by name: torch.compile traces this class, and follows a look-up in a module's dict but not a closure.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(name: str, *args: Any) -> tuple[Tensor, ...]:
@@ -227,8 +236,13 @@ class _Joined(torch.autograd.Function):
 def _gradients(op: RegisteredOp, bound: Bound, wanted: tuple[str, ...]) -> dict[str, Tensor]:
     """Gradients of the named inputs; through the reference where they shall be differentiable themselves."""
     names = tuple(name for name in op.differentiable if name != "residual")
+    leaves = {}
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        found = op.reference_gradients(bound, tuple(n for n in names if n in wanted), create_graph=True)
+        # Views: two arguments may be one tensor, or one made from the other; each gets the gradient of its own place.
+        leaves = {n: bound[n].view_as(bound[n]) for n in names if n in wanted}
+    # Where nobody records, as when torch.func.vjp has left its level, the views do not ask for gradients either.
+    if wants_gradients(*leaves.values()):
+        found = op.reference_gradients({**bound, **leaves}, tuple(leaves), create_graph=True)
     else:
         results = op.backward_op(*(bound[name] for name in op.backward_names))
         found = dict(zip(names, results if len(names) > 1 else (results,), strict=True))
