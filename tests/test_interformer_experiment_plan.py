@@ -10,6 +10,7 @@ import torch
 from interformer import InterFormerConfig
 from interformer.experiments.plan import PlanError, find, read, trials
 from interformer.models import build_model
+from interformer.schema import Field
 from interformer.testing import random_batch, small_schema
 from interformer.train import TrainConfig
 
@@ -128,10 +129,12 @@ def test_every_variant_that_is_shipped_can_be_trained(name: str) -> None:
     plan = read(find(name))
     assert plan.name == name
     small = {"embed_dim": 8, "num_heads": 2, "num_layers": 1, "interaction_hidden": (8,), "head_hidden": (8,)}
-    batch = random_batch(small_schema(), [0, 3, 12])
     for variant in plan.variants:
-        model = build_model(variant.kind, replace(variant.model, **small), small_schema())
-        model(batch).sum().backward()
+        schema = small_schema()
+        if variant.model.event_fields:
+            schema = replace(schema, sequences=tuple(Field(name, "item") for name in variant.model.event_fields))
+        model = build_model(variant.kind, replace(variant.model, **small), schema)
+        model(random_batch(schema, [0, 3, 12])).sum().backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None), variant.name
 
 
