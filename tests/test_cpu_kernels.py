@@ -322,6 +322,16 @@ def test_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
         assert torch.equal(bits(converted(a, b)), bits((a.float() + b.float()).to(dtype)))
 
 
+@pytest.mark.parametrize("op", ["pma_pooling", "jagged_attention"])
+def test_megabytes_on_huge_pages(op: str) -> None:
+    """Outputs and gradients of more than 8 MiB, which end inside a page."""
+    case = Case(op, "large", lengths=(8, 0, 1) * 2000, heads=2, kv_heads=2, head_size=47, value_size=41, queries=4)
+    inputs = make_inputs(case, torch.float64)
+    found = results(op, inputs)
+    assert all(found[name].nbytes > 2**23 for name in ("dk", "dv"))
+    torch.testing.assert_close(found, truth(op, inputs))
+
+
 def test_gradients_are_checked_numerically() -> None:
     for case in all_ops((2, 0, 5), heads=2, kv_heads=1, head_size=6, value_size=3, queries=2, tail=0):
         inputs = make_inputs(case, torch.float64)

@@ -1,6 +1,7 @@
 #include "cpu/apply_rotary.h"
 
 #include "common/checks.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/level.h"
 #include "cpu/parallel.h"
@@ -32,6 +33,7 @@ void apply_rotary(const TensorView& x, const TensorView& offsets, const TensorVi
     p.rope = rotary_tables(cos, sin, interleaved);
     p.positions = positions_of(positions);
     p.backwards = backwards;
+    want_huge_pages(out);
     zero_gaps(rows, out);
     const Kernels& native = kernels(x.dtype);
     const Runs runs(rows.count(), kMostRuns, [&](int64_t row) { return static_cast<double>(1 + rows.counts()[row]); });

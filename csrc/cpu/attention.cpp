@@ -11,6 +11,7 @@
 
 #include "common/checks.h"
 #include "cpu/attention_checks.h"
+#include "cpu/huge_pages.h"
 #include "cpu/level.h"
 #include "cpu/parallel.h"
 #include "cpu/rotary_tables.h"
@@ -275,6 +276,8 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, in
     Call call(in);
     AttentionProblem& p = call.problem;
     p.out = call.like_output(to.out);
+    want_huge_pages(to.out);
+    if (to.attended) want_huge_pages(*to.attended);
     if (to.residual) p.residual = call.like_output(*to.residual);
     if (to.attended) p.attended = call.like_output(*to.attended);
     if (to.lse) p.lse = call.without_channels(*to.lse);
@@ -300,9 +303,11 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
     p.grad_out = call.like_output(grads.grad_out);
     if (grads.attended) p.attended = call.like_output(*grads.attended);
     p.grad_k = call.like_keys(grads.grad_k);
+    want_huge_pages(grads.grad_k);
     zero_gaps(call.keys, grads.grad_k);
     if (grads.grad_v) {
         p.grad_v = call.like_keys(*grads.grad_v);
+        want_huge_pages(*grads.grad_v);
         zero_gaps(call.keys, *grads.grad_v);
     }
     // Fewer runs where their sums would take more than a few MiB.
@@ -318,6 +323,7 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
         p.query_run = query_sums->run_size();
     } else {
         p.grad_q = call.like_output(grads.grad_q);
+        want_huge_pages(grads.grad_q);
         if (call.packed()) zero_gaps(call.queries(), grads.grad_q);
     }
     if (grads.grad_gate) gate_sums = prepare_gate(call, *grads.grad_gate, runs.count());

@@ -1,6 +1,7 @@
 #include "cpu/personalized_ffn.h"
 
 #include "common/checks.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/level.h"
 #include "cpu/parallel.h"
@@ -77,6 +78,7 @@ void personalized_ffn_forward(const FfnInputs& in, const std::optional<TensorVie
     Call call(in);
     FfnProblem& p = call.problem;
     p.out = call.tokens(out);
+    want_huge_pages(out);
     if (residual) p.residual = call.tokens(*residual);
     zero_gaps(call.rows(), out);
     const Kernels& native = kernels(in.x.dtype);
@@ -97,6 +99,8 @@ void personalized_ffn_backward(const FfnInputs& in, const FfnGradients& grads, i
     FfnProblem& p = call.problem;
     p.grad_out = call.tokens(grads.grad_out);
     p.grad_x = call.tokens(grads.grad_x);
+    want_huge_pages(grads.grad_x);
+    want_huge_pages(grads.grad_weight);
     p.grad_weight = call.matrices(grads.grad_weight);
     if (in.bias) p.grad_bias = call.vectors(*grads.grad_bias);
     zero_gaps(call.rows(), grads.grad_x);
