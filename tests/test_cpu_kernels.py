@@ -298,6 +298,13 @@ def converted(values: Tensor, residual: Tensor | None = None) -> Tensor:
     return out.view(n)
 
 
+def as_multiplied(values: Tensor) -> Tensor:
+    """Numbers as products take them: the instruction for pairs of bfloat16 takes subnormal ones for 0."""
+    if values.dtype != torch.bfloat16 or _C.build_info()["cpu_level"] != "avx512_bf16":
+        return values
+    return torch.where(values.abs() < torch.finfo(values.dtype).tiny, 0, values)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_bit_pattern_comes_through(dtype: torch.dtype) -> None:
     # All but -0, which the sum that starts at 0 turns into 0, as a matrix product does.
@@ -306,9 +313,9 @@ def test_every_bit_pattern_comes_through(dtype: torch.dtype) -> None:
     pairs = torch.stack((every * 0, every * 0, every), -1).view(-1, 1, 3)
     rope = testing.rotary_tables(every.numel(), 2)
     kept = interformer_kernels.apply_rotary(pairs, offsets_of((every.numel(),)), rope, backend="cpu")
-    for found in (converted(every), kept[:, 0, 2]):
+    for found, wanted in ((converted(every), as_multiplied(every)), (kept[:, 0, 2], every)):
         number = ~every.isnan()
-        assert torch.equal(found.view(torch.int16)[number], every.view(torch.int16)[number])
+        assert torch.equal(found.view(torch.int16)[number], wanted.view(torch.int16)[number])
         assert found[~number].isnan().all()
 
 
@@ -319,7 +326,7 @@ def test_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
     a = a[a.isfinite()]
     for shift in (0.25, 0.5, 0.75, 2.0**-10, 1.0):
         b = (a.roll(1) - a).mul(shift)
-        assert torch.equal(bits(converted(a, b)), bits((a.float() + b.float()).to(dtype)))
+        assert torch.equal(bits(converted(a, b)), bits((as_multiplied(a).float() + b.float()).to(dtype)))
 
 
 @pytest.mark.parametrize("op", ["pma_pooling", "jagged_attention"])

@@ -185,6 +185,8 @@ def level_flags(level: str) -> list[str]:
     text = (ROOT / "CMakeLists.txt").read_text()
     options = re.findall(r"target_compile_options\(interformer_\$\{level\} PRIVATE (.*?)\$\{", text)
     own = re.findall(rf"set\({level}_flags(.*?)\)", text)
+    while own and (of := re.search(r"\$\{(\w+)\}", own[0])):  # flags of the level before
+        own = [own[0].replace(of[0], value) for value in re.findall(rf"set\({of[1]}(.*?)\)", text)]
     standard = re.findall(r"set\(CMAKE_CXX_STANDARD (\d+)\)", text)
     visibility = re.findall(r"set\(CMAKE_CXX_VISIBILITY_PRESET (\w+)\)", text)
     assert [len(found) for found in (options, own, standard, visibility)] == [1, 1, 1, 1]

@@ -68,12 +68,13 @@ class Runs {
             if (open >= share || b + 1 == rows) close(b + 1, open);
         }
         total_ = total;
-        sort_by_work();
+        put_in_order(share);
     }
 
     int64_t count() const { return static_cast<int64_t>(work_.size()); }
     int64_t cut(int64_t i) const { return cuts_[i]; }
-    // Runs in the order in which to start them: most work first, so that none is left for the end.
+    // Runs in the order in which to start them: rows of more work than most runs first, so that none is left for the end,
+    // the others as they lie in memory, which is read ahead then.
     int64_t in_order(int64_t i) const { return order_[i]; }
     double work(int64_t i) const { return work_[i]; }
     double total() const { return total_; }
@@ -84,7 +85,7 @@ class Runs {
         work_.push_back(open);
         open = 0;
     }
-    void sort_by_work();
+    void put_in_order(double share);
 
     std::vector<int64_t> cuts_{0}, order_;
     std::vector<double> work_;

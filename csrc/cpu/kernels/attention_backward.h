@@ -56,6 +56,9 @@ class AttentionBackward {
         grad_a_ = from.take<S>(block * size_.value_stride);
         scores_ = from.take<A>(scores);
         slopes_ = from.take<A>(scores);
+        largest_ = from.take<A>(round_up(block, kLanes<A>));
+        sums_ = from.take<A>(round_up(block, kLanes<A>));
+        means_ = from.take<A>(round_up(block, kLanes<A>));
         grad_q_ = from.take<A>(block * size_.head_stride);
         grad_k_ = from.take<A>(p.most_keys * size_.head_stride);
         grad_v_ = p.v_is_k ? grad_k_ : from.take<A>(p.most_keys * size_.value_stride);
@@ -158,8 +161,7 @@ class AttentionBackward {
             of_row.keys.multiply(queries, count, runs[i], weights);
             of_row.values.multiply(grad_a, count, runs[i], slopes);
         }
-        for (int64_t i = 0; i < count; ++i)
-            score_gradients(row, r + i, weights.from(i).data, slopes.from(i).data, runs, parts);
+        score_gradients(row, r, count, weights, slopes, runs, parts);
         const Scalars<X> slope_columns = along_keys(slopes, count, runs, parts);
         weighted_sums<X>(slope_columns, of_row.key_rows, runs, parts, row.keys, count, size_.head_stride,
                          {grad_q_, size_.head_stride});
@@ -210,22 +212,27 @@ class AttentionBackward {
     }
 
     // Scores become the weights of v in A, gradients of the weights those of the scores before their scaling.
-    void score_gradients(const Row& row, int64_t r, A* weights, A* slopes, const Columns* runs, int parts) const {
-        const A scale = row.score_scale();
-        if (p.score.softmax) {
-            const Weighed<A> weighed = row.weigh(r, weights, runs, parts, slopes);
-            const A share = A(1) / weighed.sum, mean = weighed.mean;
-            for (int i = 0; i < parts; ++i)
-                for (int64_t j = runs[i].begin; j < runs[i].end; ++j) {
-                    weights[j] *= share;
-                    slopes[j] = weights[j] * (slopes[j] - mean) * scale;
-                }
-            return;
+    void score_gradients(const Row& row, int64_t r, int64_t count, Matrix<A> weights, Matrix<A> slopes,
+                         const Columns* runs, int parts) const {
+        const A scale = row.score_scale(), factor = static_cast<A>(p.post_scale), slope_factor = factor * scale;
+        if (p.score.softmax) row.weigh(r, count, weights, runs, parts, {largest_, sums_, means_}, slopes.data);
+        for (int64_t i = 0; i < count; ++i) {
+            A *w = weights.from(i).data, *s = slopes.from(i).data;
+            if (!p.score.softmax) row.activate_with_gradients(r + i, w, s, runs, parts);
+            for (int part = 0; part < parts; ++part) {
+                const int64_t begin = runs[part].begin, end = runs[part].end;
+                if (p.score.softmax)
+                    through_softmax(w, s, begin, end, A(1) / sums_[i], means_[i], scale);
+                else
+                    for (int64_t j = begin; j < end; ++j) w[j] *= factor, s[j] *= slope_factor;
+            }
         }
-        const A factor = static_cast<A>(p.post_scale), slope_factor = factor * scale;
-        row.activate_with_gradients(r, weights, slopes, runs, parts);
-        for (int i = 0; i < parts; ++i)
-            for (int64_t j = runs[i].begin; j < runs[i].end; ++j) weights[j] *= factor, slopes[j] *= slope_factor;
+    }
+    static void through_softmax(A* w, A* s, int64_t begin, int64_t end, A share, A mean, A scale) {
+        for (int64_t j = begin; j < end; ++j) {
+            w[j] *= share;
+            s[j] = w[j] * (s[j] - mean) * scale;
+        }
     }
 
     // A block's slopes as operands of sums over keys: where they lie, or copied.
@@ -266,7 +273,7 @@ class AttentionBackward {
     int64_t run_, bytes_;
     S *keys_, *values_, *queries_, *grad_a_;
     X *packed_keys_, *packed_values_, *key_rows_ = nullptr, *query_rows_ = nullptr, *grad_a_rows_ = nullptr;
-    A *scores_, *slopes_, *slope_columns_ = nullptr, *grad_q_, *grad_k_, *grad_v_, *extra_, *attended_, *gate_,
+    A *scores_, *slopes_, *largest_, *sums_, *means_, *slope_columns_ = nullptr, *grad_q_, *grad_k_, *grad_v_, *extra_, *attended_, *gate_,
                           *part_sums_ = nullptr;
 };
 

@@ -56,15 +56,16 @@ class AttentionForward {
         const Matrix<A> scores{scores_, row.score_stride}, attended{attended_, size_.value_stride};
         const Matrix<const S> queries = row.queries(r, count, queries_);
         for (int i = 0; i < parts; ++i) keys.multiply(queries, count, runs[i], scores);
-        for (int64_t i = 0; i < count; ++i) {
-            A* s = scores.from(i).data;
-            const Weighed<A> weighed = row.weigh(r + i, s, runs, parts);
-            largest_[i] = weighed.largest, sums_[i] = weighed.sum;
-            for (int part = 0; part < parts; ++part) pair_columns<X>(s, runs[part].begin, runs[part].end, s);
-        }
+        row.weigh(r, count, scores, runs, parts, {largest_, sums_, nullptr});
+        for (int64_t i = 0; i < count; ++i)
+            for (int part = 0; part < parts; ++part) {
+                A* s = scores.from(i).data;
+                pair_columns<X>(s, runs[part].begin, runs[part].end, s);
+            }
         if (p.lse.given) write_log_sums(row, r, count);
         weighted_sums<X>({operands_in<X>(scores.data), scores.stride, 1}, values, runs, parts, row.keys, count,
                          size_.value_stride, attended);
+        divide_post_scale(count);
         for (int64_t i = 0; i < count; ++i) finish(row, r + i, attended.from(i).data, sums_[i]);
     }
 
@@ -78,14 +79,16 @@ class AttentionForward {
         for (int64_t i = 0; i < count; ++i) *row.template at<A>(p.lse, r + i) = largest_[i];
     }
 
+    // Sums become what the queries' weighted sums are to be multiplied by.
+    void divide_post_scale(int64_t count) const {
+        const Vector<A> factor = Vector<A>{} + (p.score.softmax ? A(1) : static_cast<A>(p.post_scale));
+        for (int64_t i = 0; i < count; i += kLanes<A>) store_vector(sums_ + i, factor / load_vector(sums_ + i));
+    }
+
     // Gate, residual and output of one query.
-    void finish(const AttentionRow<T>& row, int64_t r, A* a, A sum) const {
+    void finish(const AttentionRow<T>& row, int64_t r, A* a, A factor) const {
         const int64_t channels = p.value_size;
-        const A factor = static_cast<A>(p.post_scale);
-        if (p.score.softmax)
-            for (int64_t c = 0; c < channels; ++c) a[c] /= sum;
-        else
-            for (int64_t c = 0; c < channels; ++c) a[c] *= factor;
+        map_numbers(a, channels, a, [factor](auto x) { return x * factor; });
         if (p.attended.given) narrow(a, channels, row.at(p.attended, r));
         if (p.gate.given) {
             widen(row.at(p.gate, r), p.gate.channel, channels, extra_);

@@ -65,10 +65,11 @@ struct Visible {
     int64_t prefix, first, last;
 };
 
-// What became of a query's scores: the largest, scaled; the weights' sum; the mean of their gradients.
+// What became of the scores of a block's queries, in whole vectors: the largest, scaled; the weights' sums; the means of
+// the weights' gradients.
 template <typename A>
 struct Weighed {
-    A largest, sum, mean;
+    A *largest, *sums, *means;
 };
 
 // `to [count, columns]` = sum over the keys j of the columns' runs of `weights[., j] * tokens[j]`. Long sums are made
@@ -76,7 +77,7 @@ struct Weighed {
 template <typename X>
 void weighted_sums(Scalars<X> weights, Matrix<const X> tokens, const Columns* runs, int parts, int64_t keys,
                    int64_t count, int64_t columns, Matrix<SumOf<X>> to) {
-    constexpr int64_t kPiece = 64 * kNumbers<X>;
+    constexpr int64_t kPiece = 128 * kNumbers<X>;
     bool add = false;
     for (int i = 0; i < parts; ++i)
         for (int64_t j = runs[i].begin; j < least(runs[i].end, keys); j += kPiece) {
@@ -222,6 +223,7 @@ class AttentionRow {
     int64_t key_position(int64_t j) const { return position_of(p.positions_k, p.key_begins[row_], j); }
 
     Visible visible(int64_t r) const {
+        if (!p.causal && p.window_left < 0 && p.window_right < 0) return {0, 0, keys};
         const int64_t i = token(r), at = i + keys - queries_;
         if (i < p.num_prefix) return {0, 0, keys};
         Visible seen{least(p.num_prefix, keys), 0, keys};
@@ -257,34 +259,26 @@ class AttentionRow {
         return runs;
     }
 
-    // Scores of one query over its block's columns become weights: 0 where it does not see. For softmax they are yet to
-    // be divided by their sum, and where `slopes` is given, its mean under the weights is found on the way; else they
-    // are act(score), without `post_scale`.
-    Weighed<A> weigh(int64_t r, A* s, const Columns* runs, int count, const A* slopes = nullptr) const {
-        const Visible seen = visible(r);
+    // Scores of queries [r, r + count) over their columns become weights: 0 where a query does not see. For softmax they
+    // are yet to be divided by their sum, and where `slopes` are given, their means under the weights are found on the
+    // way; else they are act(score), without `post_scale`.
+    void weigh(int64_t r, int64_t count, Matrix<A> scores, const Columns* runs, int parts, const Weighed<A>& to,
+               const A* slopes = nullptr) const {
         if (!p.score.softmax) {
-            for (int i = 0; i < count; ++i) {
-                scale(s + runs[i].begin, runs[i].end - runs[i].begin);
-                activate(p.score.activation, s + runs[i].begin, runs[i].end - runs[i].begin);
+            for (int64_t i = 0; i < count; ++i) {
+                A* s = scores.from(i).data;
+                for (int part = 0; part < parts; ++part) {
+                    scale(s + runs[part].begin, runs[part].end - runs[part].begin);
+                    activate(p.score.activation, s + runs[part].begin, runs[part].end - runs[part].begin);
+                }
+                hide(s, visible(r + i), runs, parts, A(0));
+                to.largest[i] = 0, to.sums[i] = 1;
             }
-            hide(s, seen, runs, count, A(0));
-            return {0, 1, 0};
+            return;
         }
-        constexpr A kHidden = -__builtin_inf();
-        hide(s, seen, runs, count, kHidden);
-        A largest = kHidden;
-        for (int i = 0; i < count; ++i) largest = most_of(s + runs[i].begin, runs[i].end - runs[i].begin, largest);
-        if (largest == -kHidden)  // the sum is NaN then, and does not show which scores were
-            for (int i = 0; i < count; ++i)
-                for (int64_t j = runs[i].begin; j < runs[i].end; ++j) largest = s[j] != s[j] ? s[j] : largest;
-        // Nothing seen, or only scores of -inf: against 0 every weight is 0. Of nothing the mean is 0, of the other
-        // NaN.
-        const A against = largest == kHidden ? A(0) : largest;
-        Vector<A> sum{}, dot{};
-        for (int i = 0; i < count; ++i) exponentials(s, slopes, runs[i], against, sum, dot);
-        const bool blind = seen.prefix == 0 && seen.first >= seen.last;
-        const A total = blind ? A(1) : sum_of<A>(sum);
-        return {largest * score_scale(), total, slopes ? sum_of<A>(dot) / total : A(0)};
+        for (int64_t i = 0; i < count; i += kLanes<A>)
+            exponentials(r + i, least(kLanes<A>, count - i), scores.from(i), runs, parts,
+                         {to.largest + i, to.sums + i, to.means + i}, slopes ? slopes + i * scores.stride : nullptr);
     }
 
     // Scores without softmax become weights, and gradients of the weights those of the scores.
@@ -333,28 +327,65 @@ class AttentionRow {
         }
     }
 
-    // Largest of the numbers. NaNs are passed over: the sum of the exponentials shows them. Columns come in whole
-    // vectors.
-    static A most_of(const A* x, int64_t count, A largest) {
-        Vector<A> most = Vector<A>{} + largest;
-        for (int64_t j = 0; j < count; j += kLanes<A>) {
-            const Vector<A> next = load_vector(x + j);
-            most = next > most ? next : most;
+    // `weigh` for softmax and up to a vector of queries, whose lanes are joined together at the end of each pass.
+    void exponentials(int64_t r, int64_t count, Matrix<A> scores, const Columns* runs, int parts, const Weighed<A>& to,
+                      const A* slopes) const {
+        constexpr A kHidden = -__builtin_inf();
+        Vector<A> found[kLanes<A>], dots[kLanes<A>];
+        A against[kLanes<A>], blind[kLanes<A>] = {};
+        for (int64_t i = 0; i < count; ++i) {
+            const Visible seen = visible(r + i);
+            blind[i] = seen.prefix == 0 && seen.first >= seen.last ? A(1) : A(0);
+            hide(scores.from(i).data, seen, runs, parts, kHidden);
+            found[i] = most_of(scores.from(i).data, runs, parts);
         }
-        return most_of_lanes<A>(most);
+        Vector<A> largest = each_joined<A>(found, count, Larger{});
+        if (most_of_lanes<A>(largest) == -kHidden) largest = with_nans(largest, count, scores, runs, parts);
+        // Nothing seen, or only scores of -inf: against 0 every weight is 0. Of nothing the sum is 1 and the mean 0, of
+        // the other they are 0 and NaN.
+        store_vector(against, largest == kHidden ? Vector<A>{} : largest);
+        store_vector(to.largest, largest * score_scale());
+        for (int64_t i = 0; i < count; ++i)
+            powers(scores.from(i).data, slopes ? slopes + i * scores.stride : nullptr, runs, parts, against[i], found[i],
+                   dots[i]);
+        const Vector<A> sums = each_joined<A>(found, count, Plus{}) + load_vector(blind);
+        store_vector(to.sums, sums);
+        if (slopes) store_vector(to.means, each_joined<A>(dots, count, Plus{}) / sums);
     }
 
-    // s becomes e^(scale (s - against)); adds to its sum, and to that of its products with `slopes`, where given.
-    void exponentials(A* s, const A* slopes, Columns run, A against, Vector<A>& sum, Vector<A>& dot) const {
+    // Largest numbers of the lanes. NaNs are passed over: the sum of the exponentials shows them. Columns come in whole
+    // vectors.
+    static Vector<A> most_of(const A* x, const Columns* runs, int parts) {
+        Vector<A> most = Vector<A>{} - static_cast<A>(__builtin_inf());
+        for (int i = 0; i < parts; ++i)
+            for (int64_t j = runs[i].begin; j < runs[i].end; j += kLanes<A>) most = Larger{}(load_vector(x + j), most);
+        return most;
+    }
+
+    // The sum is NaN where the largest score is infinite, and does not show which scores were.
+    static Vector<A> with_nans(Vector<A> largest, int64_t count, Matrix<A> scores, const Columns* runs, int parts) {
+        for (int64_t i = 0; i < count; ++i)
+            for (int part = 0; part < parts; ++part)
+                for (int64_t j = runs[part].begin; j < runs[part].end; ++j) {
+                    const A s = scores.from(i).data[j];
+                    if (s != s && largest[i] == static_cast<A>(__builtin_inf())) largest[i] = s;
+                }
+        return largest;
+    }
+
+    // s becomes e^(scale (s - against)); its sums by lane, and those of its products with `slopes`, where given.
+    void powers(A* s, const A* slopes, const Columns* runs, int parts, A against, Vector<A>& sum,
+                Vector<A>& dot) const {
         constexpr A kLog2OfE = 1.44269504088896340736;
         const A factor = score_scale() * kLog2OfE;
-        Vector<A> sums = sum, dots = dot;
-        for (int64_t j = run.begin; j < run.end; j += kLanes<A>) {
-            const Vector<A> power = power_of_two((load_vector(s + j) - against) * factor);
-            store_vector(s + j, power);
-            sums += power;
-            if (slopes) dots += power * load_vector(slopes + j);
-        }
+        Vector<A> sums{}, dots{};
+        for (int i = 0; i < parts; ++i)
+            for (int64_t j = runs[i].begin; j < runs[i].end; j += kLanes<A>) {
+                const Vector<A> power = power_of_two((load_vector(s + j) - against) * factor);
+                store_vector(s + j, power);
+                sums += power;
+                if (slopes) dots += power * load_vector(slopes + j);
+            }
         sum = sums, dot = dots;
     }
 

@@ -87,13 +87,22 @@ INTERFORMER_INLINE A joined(Vector<A> x, Join&& join) {
         return joined<A, Half / 2>(join(x, __builtin_shuffle(x, other)), join);
     }
 }
-template <typename A>
-INTERFORMER_INLINE A sum_of(Vector<A> x) {
-    return joined<A>(x, [](Vector<A> a, Vector<A> b) { return a + b; });
-}
+// What lanes are joined by. A NaN is never larger.
+struct Plus {
+    template <typename V>
+    INTERFORMER_INLINE V operator()(V a, V b) const {
+        return a + b;
+    }
+};
+struct Larger {
+    template <typename V>
+    INTERFORMER_INLINE V operator()(V a, V b) const {
+        return a > b ? a : b;
+    }
+};
 template <typename A>
 INTERFORMER_INLINE A most_of_lanes(Vector<A> x) {
-    return joined<A>(x, [](Vector<A> a, Vector<A> b) { return a > b ? a : b; });
+    return joined<A>(x, Larger{});
 }
 
 inline int64_t least(int64_t a, int64_t b) {

@@ -121,19 +121,32 @@ inline void transpose_square(Vector<A>* rows) {
     }
 }
 
-// Sums of the lanes of each of `kLanes` vectors, as the lanes of one.
-template <typename A, int S = kLanes<A> / 2>
-INTERFORMER_INLINE Vector<A> sums_of(Vector<A>* rows) {
+// The lanes of each of `kLanes` vectors, joined as `joined` does, as the lanes of one.
+template <typename A, int S = kLanes<A> / 2, typename Join>
+INTERFORMER_INLINE Vector<A> all_joined(Vector<A>* rows, Join join) {
     if constexpr (S == 0) {
         return rows[0];
     } else {
 #pragma GCC unroll 16
         for (int i = 0; i < S; ++i) {
             exchange<A, S>(rows[i], rows[i + S]);
-            rows[i] += rows[i + S];
+            rows[i] = join(rows[i], rows[i + S]);
         }
-        return sums_of<A, S / 2>(rows);
+        return all_joined<A, S / 2>(rows, join);
     }
+}
+
+// The same of the first `count` vectors; a few are joined one by one. Lanes beyond them are of no use.
+template <typename A, typename Join>
+INTERFORMER_INLINE Vector<A> each_joined(Vector<A>* rows, int64_t count, Join join) {
+    constexpr int64_t W = kLanes<A>, kFew = W / 4;
+    if (count <= kFew) {
+        A lanes[W] = {};
+        for (int64_t i = 0; i < count; ++i) lanes[i] = joined<A>(rows[i], join);
+        return load_vector(lanes);
+    }
+    for (int64_t i = count; i < W; ++i) rows[i] = rows[0];
+    return all_joined<A>(rows, join);
 }
 
 // C[m, n] = sum over k of a[m, k] * b[n, k] for n in [0, columns), with nothing packed: for few rows. `depth` is a
@@ -154,7 +167,7 @@ void multiply_dots(Matrix<const X> a, Matrix<const X> b, int64_t rows, int64_t c
 #pragma GCC unroll 16
                 for (int64_t i = 0; i < W; ++i) multiply_add<X>(sums[i], x, load_vector(row[i] + k));
             }
-            store_vector(c.from(m).data + n, sums_of<A>(sums));
+            store_vector(c.from(m).data + n, all_joined<A>(sums, Plus{}));
         }
 }
 
