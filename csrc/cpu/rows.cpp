@@ -65,8 +65,8 @@ void zero_gaps(const Rows& rows, const TensorView& x) {
 void Runs::put_in_order(double share) {
     order_.resize(work_.size());
     std::iota(order_.begin(), order_.end(), int64_t{0});
-    const auto light = std::stable_partition(order_.begin(), order_.end(),
-                                             [&](int64_t run) { return work_[run] > 2 * share; });
+    const auto light =
+        std::stable_partition(order_.begin(), order_.end(), [&](int64_t run) { return work_[run] > 2 * share; });
     std::stable_sort(order_.begin(), light, [&](int64_t a, int64_t b) { return work_[a] > work_[b]; });
 }
 

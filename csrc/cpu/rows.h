@@ -73,8 +73,8 @@ class Runs {
 
     int64_t count() const { return static_cast<int64_t>(work_.size()); }
     int64_t cut(int64_t i) const { return cuts_[i]; }
-    // Runs in the order in which to start them: rows of more work than most runs first, so that none is left for the end,
-    // the others as they lie in memory, which is read ahead then.
+    // Runs in the order in which to start them: rows of more work than most runs first, so that none is left for the
+    // end, the others as they lie in memory, which is read ahead then.
     int64_t in_order(int64_t i) const { return order_[i]; }
     double work(int64_t i) const { return work_[i]; }
     double total() const { return total_; }

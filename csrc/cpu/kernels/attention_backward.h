@@ -273,8 +273,8 @@ class AttentionBackward {
     int64_t run_, bytes_;
     S *keys_, *values_, *queries_, *grad_a_;
     X *packed_keys_, *packed_values_, *key_rows_ = nullptr, *query_rows_ = nullptr, *grad_a_rows_ = nullptr;
-    A *scores_, *slopes_, *largest_, *sums_, *means_, *slope_columns_ = nullptr, *grad_q_, *grad_k_, *grad_v_, *extra_, *attended_, *gate_,
-                          *part_sums_ = nullptr;
+    A *scores_, *slopes_, *largest_, *sums_, *means_, *slope_columns_ = nullptr, *grad_q_, *grad_k_, *grad_v_, *extra_,
+                                                      *attended_, *gate_, *part_sums_ = nullptr;
 };
 
 INTERFORMER_LEVEL_END

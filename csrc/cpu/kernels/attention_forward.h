@@ -88,7 +88,7 @@ class AttentionForward {
     // Gate, residual and output of one query.
     void finish(const AttentionRow<T>& row, int64_t r, A* a, A factor) const {
         const int64_t channels = p.value_size;
-        map_numbers(a, channels, a, [factor](auto x) { return x * factor; });
+        for (int64_t c = 0; c < channels; ++c) a[c] *= factor;
         if (p.attended.given) narrow(a, channels, row.at(p.attended, r));
         if (p.gate.given) {
             widen(row.at(p.gate, r), p.gate.channel, channels, extra_);

@@ -65,8 +65,8 @@ struct Visible {
     int64_t prefix, first, last;
 };
 
-// What became of the scores of a block's queries, in whole vectors: the largest, scaled; the weights' sums; the means of
-// the weights' gradients.
+// What became of a block's scores, one for each query, in whole vectors: the largest, scaled; the sum of the weights;
+// the mean of their gradients.
 template <typename A>
 struct Weighed {
     A *largest, *sums, *means;
@@ -259,9 +259,9 @@ class AttentionRow {
         return runs;
     }
 
-    // Scores of queries [r, r + count) over their columns become weights: 0 where a query does not see. For softmax they
-    // are yet to be divided by their sum, and where `slopes` are given, their means under the weights are found on the
-    // way; else they are act(score), without `post_scale`.
+    // Scores of queries [r, r + count) over their columns become weights: 0 where a query does not see. For softmax
+    // they are yet to be divided by their sum, and where `slopes` are given, their means under the weights are found on
+    // the way; else they are act(score), without `post_scale`.
     void weigh(int64_t r, int64_t count, Matrix<A> scores, const Columns* runs, int parts, const Weighed<A>& to,
                const A* slopes = nullptr) const {
         if (!p.score.softmax) {
@@ -346,8 +346,8 @@ class AttentionRow {
         store_vector(against, largest == kHidden ? Vector<A>{} : largest);
         store_vector(to.largest, largest * score_scale());
         for (int64_t i = 0; i < count; ++i)
-            powers(scores.from(i).data, slopes ? slopes + i * scores.stride : nullptr, runs, parts, against[i], found[i],
-                   dots[i]);
+            powers(scores.from(i).data, slopes ? slopes + i * scores.stride : nullptr, runs, parts, against[i],
+                   found[i], dots[i]);
         const Vector<A> sums = each_joined<A>(found, count, Plus{}) + load_vector(blind);
         store_vector(to.sums, sums);
         if (slopes) store_vector(to.means, each_joined<A>(dots, count, Plus{}) / sums);

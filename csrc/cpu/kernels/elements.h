@@ -1,8 +1,6 @@
 // Element types as the kernels compute with them: read into, and rounded from, the type of accumulation.
 #pragma once
 
-#include <type_traits>
-
 #include "cpu/element.h"
 #include "cpu/kernels/level.h"
 
@@ -68,24 +66,13 @@ inline void store(Float16& to, float x) {
     to.bits = static_cast<uint16_t>(sign | half);
 }
 
-// to[i] = map(from[i]) of numbers that lie side by side, by whole vectors and then one by one: left to the compiler,
-// what it asks before its loop costs more than a head's few vectors.
-template <typename A, typename Map>
-INTERFORMER_INLINE void map_numbers(const A* from, int64_t count, A* to, Map&& map) {
-    int64_t i = 0;
-    for (; i + kLanes<A> <= count; i += kLanes<A>) store_vector(to + i, map(load_vector(from + i)));
-    for (; i < count; ++i) to[i] = map(from[i]);
-}
-
 // `count` elements from `from` on, `stride` apart, in the type of accumulation.
 template <typename T>
 inline void widen(const T* from, int64_t stride, int64_t count, Acc<T>* to) {
-    if (stride != 1)
-        for (int64_t i = 0; i < count; ++i) to[i] = load(from[i * stride]);
-    else if constexpr (std::is_same_v<T, Acc<T>>)
-        map_numbers(from, count, to, [](auto x) { return x; });
-    else
+    if (stride == 1)
         for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
+    else
+        for (int64_t i = 0; i < count; ++i) to[i] = load(from[i * stride]);
 }
 
 // The same, as they are to be stored for products: in the type of accumulation, or, of one type, as they are.
@@ -94,18 +81,12 @@ inline void copy_stored(const T* from, int64_t stride, int64_t count, Acc<T>* to
     widen(from, stride, count, to);
 }
 inline void copy_stored(const BFloat16* from, int64_t stride, int64_t count, BFloat16* to) {
-    if (stride == 1)
-        std::memcpy(to, from, static_cast<size_t>(count) * sizeof *to);
-    else
-        for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
 }
 
 template <typename T>
 inline void narrow(const Acc<T>* from, int64_t count, T* to) {
-    if constexpr (std::is_same_v<T, Acc<T>>)
-        map_numbers(from, count, to, [](auto x) { return x; });
-    else
-        for (int64_t i = 0; i < count; ++i) store(to[i], from[i]);
+    for (int64_t i = 0; i < count; ++i) store(to[i], from[i]);
 }
 
 INTERFORMER_LEVEL_END
