@@ -97,9 +97,14 @@ def padded_layout(
             f"from_padded: side goes with lengths ({named[0]} says itself where padding is), found {side!r}"
         )
     else:
-        keep = _as_bool(named[0], given[named[0]], rows, width)
+        keep = as_bool_mask("from_padded", named[0], given[named[0]], rows, width)
         keep = ~keep if padding_mask is not None else keep
-    return PaddedLayout(offsets_from_lengths(keep.sum(1)), keep.flatten().nonzero().squeeze(1), width)
+    return layout_of_tokens(keep)
+
+
+def layout_of_tokens(keep: Tensor) -> PaddedLayout:
+    """The layout of a padded batch whose tokens stand where ``keep [B, L]`` (bool) is True."""
+    return PaddedLayout(offsets_from_lengths(keep.sum(1)), keep.flatten().nonzero().squeeze(1), keep.shape[1])
 
 
 def from_padded(
@@ -319,8 +324,8 @@ def _keep_by_lengths(lengths: Tensor, rows: int, width: int, side: str) -> Tenso
     return (place >= start) & (place < start + lengths[:, None])
 
 
-def _as_bool(name: str, mask: object, rows: int, width: int) -> Tensor:
-    op = "from_padded"
+def as_bool_mask(op: str, name: str, mask: object, rows: int, width: int) -> Tensor:
+    """A mask ``[B, L]`` of bool, or of integers 0 and 1, as bool; anything else is refused in the name of ``op``."""
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"{op}: {name} must be a bool tensor, or integers 0 and 1; found {checks.describe(mask)}")
     if mask.shape != (rows, width):

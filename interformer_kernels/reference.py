@@ -114,23 +114,32 @@ def visible_keys(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, score: str, post_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    scale: float,
+    score: str,
+    post_scale: float,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Dense attention of `q [B, N, H, D]` over `k [B, L, Hk, D]`, `v [B, L, Hk, Dv]` where `visible [B, N, L]`.
 
-    Returns `A [B, N, H, Dv]` and `lse [B, N, H]` (float32, or float64 for float64; meaningful for softmax).
+    Returns `A [B, N, H, Dv]` and `lse [B, N, H]` (float32, or float64 for float64; meaningful for softmax). Each weight
+    is left out with probability `dropout`, and the others grow by `1 / (1 - dropout)`: no op offers it, modules in
+    training use it.
     """
     group = q.shape[2] // max(k.shape[2], 1)
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     s = scale * torch.einsum("bnhd,blhd->bnhl", q, k)
     visible = visible[:, :, None, :]
     if score != "softmax":
-        a = ACTIVATIONS[score](s).where(visible, 0)
+        a = F.dropout(ACTIVATIONS[score](s).where(visible, 0), dropout)
         return post_scale * torch.einsum("bnhl,blhe->bnhe", a, v), s.new_empty(0)
     # A query that sees no key keeps its finite scores: their softmax is finite, so no NaN reaches the gradients.
     blind = ~visible.any(-1, keepdim=True)
     s = s.masked_fill(~visible & ~blind, -torch.inf)
-    p = (torch.softmax(s, -1) if s.shape[-1] else s).where(visible, 0)
+    p = F.dropout((torch.softmax(s, -1) if s.shape[-1] else s).where(visible, 0), dropout)
     exact = s.detach() if s.dtype == torch.float64 else s.detach().float()
     lse = torch.logsumexp(exact.masked_fill(blind, -torch.inf), -1)
     return torch.einsum("bnhl,blhe->bnhe", p, v), lse
@@ -148,6 +157,7 @@ def attend_rows(
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     num_prefix: int = 0,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Row-wise attention of packed `q [Tq, H, D]` over packed `k [Tk, Hk, D]`, `v [Tk, Hk, Dv]`.
 
@@ -160,7 +170,7 @@ def attend_rows(
         size = index_q.shape[1], index_k.shape[1]
         seen = visible_keys(here_q.lengths, here_k.lengths, size, causal, window, num_prefix)
         row_q, row_k, row_v = keep(q[index_q], held_q), keep(k[index_k], held_k), keep(v[index_k], held_k)
-        a, lse = attend(row_q, row_k, row_v, seen, scale, score, post_scale)
+        a, lse = attend(row_q, row_k, row_v, seen, scale, score, post_scale, dropout)
         tokens.append(index_q[held_q])
         outputs.append(a[held_q])
         if score == "softmax":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
 import torch
 
 import interformer_kernels
+from interformer_kernels.nn import _notices
 
 _LENIENT = {
     "deadline": None,
@@ -43,3 +45,11 @@ def _default_validation() -> Iterator[None]:
     previous = interformer_kernels.set_validation("default")
     yield
     interformer_kernels.set_validation(previous)
+
+
+@pytest.fixture
+def notices(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What the package's modules say while the test runs, as if nothing had been said before."""
+    _notices._warn.cache_clear()
+    caplog.set_level(logging.WARNING, logger="interformer_kernels")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "interformer_kernels"]

@@ -1,0 +1,118 @@
+"""What the modules take: packed rows with offsets, or a padded batch with a mask of either polarity; and the way back.
+
+The arguments have one meaning in every module:
+
+- `offsets [B+1]`: the input is packed, `x [T, E]`, row `b` is `x[offsets[b]:offsets[b+1]]`. Tokens from `offsets[B]` on
+  (the tail) are not read, and come out zero.
+- `key_padding_mask [B, L]`: the input is padded, and True marks **padding** (as in `torch.nn.MultiheadAttention`).
+- `key_mask [B, L]`: the input is padded, and True marks a **token** (as Hugging Face's `attention_mask`).
+- none of them: the input is padded and holds tokens alone.
+
+Masks are bool, or integers 0 and 1. Padding may stand right, left or in between; it is not read (it may hold NaN), and
+comes out zero. A padded batch is `[B, L, E]` with `batch_first=True`, `[L, B, E]` without.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from interformer_kernels import _checks as checks
+from interformer_kernels import reference
+from interformer_kernels.jagged import PaddedLayout, as_bool_mask, layout_of_tokens
+
+
+def equal_offsets(rows: int, length: int, device: torch.device) -> Tensor:
+    """Offsets of `rows` rows of one length: a dense batch seen as a packed one."""
+    return torch.arange(rows + 1, device=device) * length
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens of a batch, packed, and how its results go back into the form that it came in.
+
+    Attributes:
+        tokens: `[T, E]`.
+        offsets: `[B+1]`.
+        dense: `(B, L)` of a padded input; None where it came packed.
+        layout: where the tokens of a padded input stood; None where all of it was tokens.
+        batch_first: whether a padded input is `[B, L, E]` rather than `[L, B, E]`.
+        inside: which tokens of a packed input belong to rows, `[T]`; None where all do.
+    """
+
+    tokens: Tensor
+    offsets: Tensor
+    dense: tuple[int, int] | None = None
+    layout: PaddedLayout | None = None
+    batch_first: bool = True
+    inside: Tensor | None = None
+
+    def like(self, x: Tensor) -> Tensor:
+        """The tokens of another input of the same form (values beside keys), packed."""
+        if self.dense is None:
+            return x if self.inside is None else reference.keep(x, self.inside)
+        x = x if self.batch_first else x.transpose(0, 1)
+        return x.flatten(0, 1) if self.layout is None else self.layout.pack(x)
+
+    def restore(self, values: Tensor) -> Tensor:
+        """`values [T, F]`, one for each token, in the input's form; zero at padding and on the tail."""
+        if self.dense is None:
+            return values if self.inside is None else reference.keep(values, self.inside)
+        out = values.unflatten(0, self.dense) if self.layout is None else self.layout.pad(values)
+        return out if self.batch_first else out.transpose(0, 1)
+
+    def restore_rows(self, values: Tensor) -> Tensor:
+        """`values [B, N, F]`, some for each row: `[N, B, F]` where the padded input had the batch second."""
+        return values if self.dense is None or self.batch_first else values.transpose(0, 1)
+
+
+def rows_of(
+    op: str,
+    name: str,
+    x: object,
+    width: int,
+    *,
+    offsets: Tensor | None,
+    key_padding_mask: Tensor | None,
+    key_mask: Tensor | None,
+    batch_first: bool,
+    offsets_name: str = "offsets",
+) -> Rows:
+    """Read one input; `width` is the size that its last axis must have, `op` the module that asks."""
+    given = {offsets_name: offsets, "key_padding_mask": key_padding_mask, "key_mask": key_mask}
+    named = [argument for argument, value in given.items() if value is not None]
+    if len(named) > 1:
+        wanted = f"at most one of {', '.join(given)}"
+        raise ValueError(
+            f"{op}: {wanted} can be given (the first says that {name} is packed), found {', '.join(named)}"
+        )
+    axes = ("T", "E") if offsets is not None else ("B", "L", "E") if batch_first else ("L", "B", "E")
+    if not isinstance(x, Tensor) or x.is_nested:
+        raise TypeError(f"{op}: {name} must be a tensor [{', '.join(axes)}] (not nested), found {checks.describe(x)}")
+    sizes = checks.Axes(op, E=width)
+    sizes.bind(name, x, axes)
+    if offsets is not None:
+        return _packed(op, x, offsets, offsets_name)
+    batch = x if batch_first else x.transpose(0, 1)
+    rows, length = batch.shape[:2]
+    if not named:
+        return Rows(batch.flatten(0, 1), equal_offsets(rows, length, x.device), (rows, length), None, batch_first)
+    mask = as_bool_mask(op, named[0], given[named[0]], rows, length)
+    if mask.device != x.device:
+        raise ValueError(f"{op}: {named[0]} must be on {name}'s device {x.device}, found {mask.device}")
+    layout = layout_of_tokens(mask if key_mask is not None else ~mask)
+    return Rows(layout.pack(batch), layout.offsets, (rows, length), layout, batch_first)
+
+
+def _packed(op: str, x: Tensor, offsets: Tensor, offsets_name: str) -> Rows:
+    checks.check_offsets(op, offsets_name, offsets, x.device)
+    # Whether there is a tail is data. Where reading it costs (a GPU waits, a graph breaks) one is taken to be there.
+    readable = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable:
+        checks.check_offsets_content(op, offsets_name, offsets, x.shape[0])
+        if int(offsets[-1]) == x.shape[0]:
+            return Rows(x, offsets)
+    inside = reference.inside_rows(offsets, x.shape[0])
+    return Rows(reference.keep(x, inside), offsets, inside=inside)

@@ -1,0 +1,166 @@
+"""Gated cross attention, as a module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interformer_kernels import _checks as checks
+from interformer_kernels import reference
+from interformer_kernels.nn import _attention as shared
+from interformer_kernels.nn._rows import Rows, rows_of
+from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
+
+
+class GatedCrossAttention(shared.AttentionModule):
+    r"""Multi-head attention of each row's queries over all keys of the row, its heads gated by the query.
+
+    .. math:: y = W_O\, G(A, W_G x + b_G) + b_O, \qquad
+              A = \mathrm{concat}_h\, \mathrm{softmax}\!\left(\frac{q_h k_h^\top}{\sqrt{D}}\right) v_h
+
+    with ``q`` from the query ``x``, ``k`` from the key, ``v`` from the value, and ``G(A, g) = A * act(g)`` or
+    ``act(A * g)``. Without a gate this is ``torch.nn.MultiheadAttention``, whose parameter names, shapes and start it
+    has. A row without keys has ``A = 0``.
+
+    Args:
+        embed_dim: ``E``, the width of queries and output.
+        num_heads: ``H``, a divisor of ``E``; heads have ``D = E / H`` channels.
+        dropout: of the attention weights. The ops have none: above 0, the reference (eager PyTorch) computes the
+            attention in training, and says so once in the log.
+        bias: of all projections.
+        kdim, vdim: widths of keys and values; None is ``E``.
+        batch_first: padded batches are ``[B, L, E]``; without, ``[L, B, E]``, which is PyTorch's default.
+        device, dtype: of the parameters.
+        gate_activation: ``"sigmoid"``, ``"tanh"``, ``"silu"``, ``"identity"``; None is no gate.
+        gate_form: ``"multiply"``: ``A * act(g)``; ``"self"``: ``act(A * g)``.
+        backend: of the op; None takes the fastest that can serve.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or ``embed_dim`` is no multiple of ``num_heads``.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gate_activation: str | None = "sigmoid",
+        gate_form: str = "multiply",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, backend, device, dtype)
+        if gate_activation is not None:
+            checks.check_choice("GatedCrossAttention", "gate_activation", gate_activation, checks.GATE_ACTIVATIONS)
+        checks.check_choice("GatedCrossAttention", "gate_form", gate_form, checks.GATE_FORMS)
+        self.gate_activation, self.gate_form = gate_activation, gate_form
+        gated = gate_activation is not None
+        self.gate_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype) if gated else None
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        super().reset_parameters()
+        if self.gate_proj is not None:
+            self.gate_proj.reset_parameters()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None = None,
+        *,
+        q_offsets: Tensor | None = None,
+        kv_offsets: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the queries over the keys of their row.
+
+        Args:
+            query: dense ``[B, N, E]`` (``[N, B, E]`` without ``batch_first``), or packed ``[Tq, E]`` with
+                ``q_offsets``.
+            key: packed ``[Tk, kdim]`` with ``kv_offsets``, or padded ``[B, L, kdim]`` (``[L, B, kdim]``).
+            value: of the key's form, width ``vdim``; None is the key.
+            q_offsets, kv_offsets: ``[B+1]`` int32 or int64. Tokens from ``[B]`` on are not read and come out zero.
+            key_padding_mask: ``[B, L]`` bool, or integers 0 and 1: True marks **padding**.
+            key_mask: ``[B, L]``, likewise: True marks a **token**. Padding may stand anywhere.
+
+        Returns:
+            The shape of ``query``.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong kind, shape or value, or two of ``kv_offsets``,
+                ``key_padding_mask`` and ``key_mask`` are given.
+        """
+        name, first = type(self).__name__, self.batch_first
+        mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask}
+        keys = rows_of(
+            name, "key", key, self.kdim, offsets=kv_offsets, batch_first=first, offsets_name="kv_offsets", **mask
+        )
+        none: dict[str, Any] = {"key_padding_mask": None, "key_mask": None}
+        queries = rows_of(
+            name, "query", query, self.embed_dim, offsets=q_offsets, batch_first=first, offsets_name="q_offsets", **none
+        )
+        if (found := queries.offsets.shape[0]) != (wanted := keys.offsets.shape[0]):
+            raise ValueError(f"{name}: query must have the key's {wanted - 1} rows, found {found - 1}")
+        values = keys.tokens if value is None else self._values(value, key, keys)
+        k, v = shared.project_keys(self, keys.tokens, values)
+        return queries.restore(self.out_proj(self._attend(queries, k, v, keys.offsets).flatten(-2)))
+
+    def _values(self, value: Tensor, key: Tensor, keys: Rows) -> Tensor:
+        axes = checks.Axes(type(self).__name__, E=self.vdim)
+        names = ("T", "E") if keys.dense is None else ("B", "L", "E")
+        axes.sizes.update(zip(names[:-1], key.shape[:-1], strict=True))
+        axes.bind("value", value, names)
+        return keys.like(value)
+
+    def _attend(self, queries: Rows, k: Tensor, v: Tensor, kv_offsets: Tensor) -> Tensor:
+        """Attended and gated heads `[Tq, H, D]`, one for each query."""
+        q = shared.project_query(self, queries.tokens)
+        gate = None if self.gate_proj is None else shared.split_heads(self, self.gate_proj(queries.tokens))
+        activation = self.gate_activation or "identity"
+        if shared.drops(self, self.dropout):
+            attended = shared.attend_dropping(q, k, v, queries.offsets, kv_offsets, self.dropout)
+            return reference.epilogue(attended, gate, None, self.gate_form, activation, None)
+        options: dict[str, Any] = {"gate_form": self.gate_form, "gate_activation": activation, "backend": self.backend}
+        found = gated_cross_attention(q, k, v, kv_offsets, q_offsets=queries.offsets, gate=gate, **options)
+        return shared.alone(found)
+
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention, **options: Any) -> GatedCrossAttention:
+        """The same attention, without a gate, with the very parameters of ``module`` (shared, not copied).
+
+        Args:
+            module: a ``torch.nn.MultiheadAttention`` without ``add_bias_kv`` and ``add_zero_attn``.
+            options: further arguments of the constructor; ``gate_activation="sigmoid"`` adds a gate with parameters of
+                its own, drawn anew.
+
+        Raises:
+            TypeError: not such a module. ValueError: it has what has no counterpart here.
+        """
+        shared.check_torch(cls.__name__, module)
+        widths = {"kdim": module.kdim, "vdim": module.vdim, "gate_activation": None}
+        made = cls(**{**shared.torch_arguments(module), **widths, **options})
+        if made.gate_proj is not None:
+            weight = module.out_proj.weight
+            made.gate_proj.to_empty(device=weight.device).to(weight.dtype).reset_parameters()
+        return shared.adopt(made, module)
+
+    def to_torch(self) -> nn.MultiheadAttention:
+        """A ``torch.nn.MultiheadAttention`` with the very parameters of this module.
+
+        Raises:
+            ValueError: the module has a gate, which PyTorch's has not.
+        """
+        if self.gate_proj is not None:
+            wanted = "gate_activation must be None, for torch.nn.MultiheadAttention has no gate"
+            raise ValueError(f"{type(self).__name__}.to_torch: {wanted}; found {self.gate_activation!r}")
+        return shared.as_torch(self)

@@ -1,0 +1,107 @@
+"""Two modules with the same parameters: the second's outputs and gradients within OPS.md's budget of the first's.
+
+The first in float64 is the truth, the first in float32 is eager PyTorch, whose error the budget is made of.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import interformer_kernels
+from interformer_kernels import testing
+
+Inputs = dict[str, Any]
+Run = Callable[[Any, Mapping[str, Any]], Tensor]
+
+# Padding masks of three rows of six places, True at padding.
+PADDINGS = {
+    "right": ((0, 0, 0, 1, 1, 1), (0, 0, 0, 0, 0, 1), (0, 0, 0, 0, 0, 0)),
+    "left": ((1, 1, 1, 0, 0, 0), (1, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0)),
+    "both sides": ((1, 1, 0, 0, 1, 1), (1, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 1)),
+    "holes": ((0, 1, 0, 1, 1, 0), (1, 0, 0, 1, 0, 0), (0, 0, 0, 0, 0, 0)),
+    "a row of padding": ((1, 1, 1, 1, 1, 1), (0, 0, 0, 0, 1, 1), (0, 0, 0, 0, 0, 0)),
+}
+ROWS, WIDTH = 3, 6
+
+
+def padding(kind: str) -> Tensor:
+    """The mask of this kind, bool `[3, 6]`."""
+    return torch.tensor(PADDINGS[kind], dtype=torch.bool)
+
+
+def perturbed(module: Any) -> Any:
+    """The module with all parameters moved from where they start: biases start at zero, and would hide."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return module
+
+
+def swapped(module: Any) -> Any:
+    """A copy of the module, accelerated."""
+    found = copy.deepcopy(module)
+    interformer_kernels.accelerate(found)
+    return found
+
+
+def draw(seed: int, **shapes: tuple[int, ...]) -> Inputs:
+    """Normal numbers of these shapes, as gradient leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).requires_grad_() for name, shape in shapes.items()}
+
+
+def assert_within_budget(before: nn.Module, after: nn.Module, make: Callable[[int], Inputs], run: Run) -> None:
+    """`run(after, inputs)` and its gradients agree with those of `before`, over a few draws `make(seed)`."""
+    errors: list[testing.Errors] = []
+    rows: list[testing.Row] = []
+    for wanted in (2, 12):
+        errors += [_measure(before, after, make(seed), run) for seed in range(len(errors), wanted)]
+        rows = testing.judge(errors)
+        if all(row.ok for row in rows):
+            return
+    raise AssertionError([row for row in rows if not row.ok])
+
+
+def evaluate(module: nn.Module, inputs: Inputs, run: Run) -> dict[str, Tensor]:
+    """The output and the gradients of inputs and parameters, by name; all of them finite."""
+    out = run(module, inputs)
+    found = {"out": out.detach()}
+    generator = torch.Generator().manual_seed(7)
+    weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    named = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
+    named.update((name, x) for name, x in module.named_parameters() if x.requires_grad)
+    grads = torch.autograd.grad(out, list(named.values()), weights, allow_unused=True, materialize_grads=True)
+    found.update({f"d {name}": grad for name, grad in zip(named, grads, strict=True)})
+    for name, x in found.items():
+        assert x.isfinite().all(), name
+    return found
+
+
+def _measure(before: nn.Module, after: nn.Module, inputs: Inputs, run: Run) -> testing.Errors:
+    found, eager = evaluate(after, inputs, run), evaluate(before, inputs, run)
+    truth = evaluate(copy.deepcopy(before).double(), testing.cast_inputs(inputs, torch.float64), run)
+    assert found.keys() == truth.keys()
+    errors = {}
+    for name, x in found.items():
+        wrong, rough = testing.largest_error(x, truth[name]), testing.largest_error(eager[name], truth[name])
+        errors[name] = x.dtype, wrong, rough, float(truth[name].abs().max())
+    return errors
+
+
+def copies(module: nn.Module) -> dict[str, nn.Module]:
+    """The module, copied in every way that modules travel."""
+    saved = io.BytesIO()
+    torch.save(module, saved)
+    saved.seek(0)
+    return {
+        "deepcopy": copy.deepcopy(module),
+        "pickle": pickle.loads(pickle.dumps(module)),
+        "torch.save": torch.load(saved, weights_only=False),
+    }
