@@ -1,6 +1,8 @@
 """Fused, trainable attention kernels for CTR models with behaviour sequences; see README.md."""
 
+from interformer_kernels import nn
 from interformer_kernels._checks import set_validation
+from interformer_kernels.nn.accelerate import Report, accelerate, register_adapter
 from interformer_kernels.ops.apply_rotary import apply_rotary
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 from interformer_kernels.ops.jagged_attention import jagged_attention
@@ -8,10 +10,14 @@ from interformer_kernels.ops.personalized_ffn import personalized_ffn
 from interformer_kernels.ops.pma_pooling import pma_pooling
 
 __all__ = [
+    "Report",
+    "accelerate",
     "apply_rotary",
     "gated_cross_attention",
     "jagged_attention",
+    "nn",
     "personalized_ffn",
     "pma_pooling",
+    "register_adapter",
     "set_validation",
 ]

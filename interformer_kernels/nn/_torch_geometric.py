@@ -1,0 +1,114 @@
+"""Adapters of torch_geometric's Set Transformer: nothing is padded, and its pooling folds its projections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.nn.aggr import SetTransformerAggregation
+from torch_geometric.nn.aggr.utils import PoolingByMultiheadAttention
+
+from interformer_kernels.jagged import layout_of_tokens
+from interformer_kernels.nn import _attention as shared
+from interformer_kernels.nn._notices import say_once
+from interformer_kernels.nn._rows import equal_offsets
+from interformer_kernels.nn._torch import why_left
+from interformer_kernels.nn.accelerate import register_adapter
+from interformer_kernels.nn.pma_pooling import pool_rows
+from interformer_kernels.ops.jagged_attention import jagged_attention
+
+
+def _after_attention(block: Any, x: Tensor, attended: Tensor) -> Tensor:
+    """The rest of a `MultiheadAttentionBlock` behind its heads: projection, residual, norms, feed-forward."""
+    out = shared.project_out(block.attn, attended) + x
+    out = out if block.layer_norm1 is None else block.layer_norm1(out)
+    out = out + block.lin(out).relu()
+    return out if block.layer_norm2 is None else block.layer_norm2(out)
+
+
+def _attend_block(block: Any, x: Tensor, offsets: Tensor) -> Tensor:
+    """A `SetAttentionBlock`'s inner block on packed tokens `[T, E]`."""
+    return _after_attention(block, x, shared.alone(jagged_attention(*shared.project_self(block.attn, x), offsets)))
+
+
+def _pool(pooling: Any, x: Tensor, offsets: Tensor) -> Tensor:
+    """`PoolingByMultiheadAttention` of packed tokens `[T, E]`: `[B, M, E]`."""
+    seeds = pooling.seed[0]
+    query = shared.project_query(pooling.mab.attn, seeds)
+    return _after_attention(pooling.mab, seeds, pool_rows(pooling.mab.attn, query, F.relu(pooling.lin(x)), offsets))
+
+
+def _drops(name: str, attention: nn.MultiheadAttention) -> bool:
+    if not (attention.training and attention.dropout):
+        return False
+    say_once(f"{name} takes torch_geometric's own path for dropout = {attention.dropout} in training")
+    return True
+
+
+class FastPoolingByMultiheadAttention(PoolingByMultiheadAttention):
+    """`PoolingByMultiheadAttention` of the elements that the mask leaves, packed."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """As `PoolingByMultiheadAttention`."""
+        hidden = mask is not None and torch.compiler.is_compiling()
+        if hidden:
+            say_once("PoolingByMultiheadAttention takes torch_geometric's own path for masks under torch.compile")
+        if hidden or _drops("PoolingByMultiheadAttention", self.mab.attn):
+            return super().forward(x, mask)
+        if mask is None:
+            return _pool(self, x.flatten(0, 1), equal_offsets(x.shape[0], x.shape[1], x.device))
+        layout = layout_of_tokens(mask)
+        return _pool(self, layout.pack(x), layout.offsets)
+
+
+class FastSetTransformerAggregation(SetTransformerAggregation):
+    """`SetTransformerAggregation` on the packed elements that it is given."""
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | None = None,
+        ptr: Tensor | None = None,
+        dim_size: int | None = None,
+        dim: int = -2,
+        max_num_elements: int | None = None,
+    ) -> Tensor:
+        """As `SetTransformerAggregation`."""
+        if _drops("SetTransformerAggregation", self.pma.mab.attn):
+            return super().forward(x, index, ptr, dim_size, dim, max_num_elements=max_num_elements)
+        self.assert_index_present(index)
+        self.assert_sorted_index(index)
+        self.assert_two_dimensional_input(x, dim)
+        assert index is not None
+        assert dim_size is not None  # `Aggregation.__call__` sees to it.
+        offsets = torch.searchsorted(index, torch.arange(dim_size + 1, device=index.device, dtype=index.dtype))
+        if int(offsets[-1]) < len(index):
+            raise IndexError(f"index must lie below dim_size = {dim_size}, found {int(index[-1])}")
+        if max_num_elements is not None and dim_size and int(offsets.diff().max()) > max_num_elements:
+            say_once("SetTransformerAggregation takes torch_geometric's own path where max_num_elements cuts a set")
+            return super().forward(x, index, ptr, dim_size, dim, max_num_elements=max_num_elements)
+        for encoder in self.encoders:
+            x = _attend_block(encoder.mab, x, offsets)
+        x = _pool(self.pma, x, offsets)
+        rows, seeds = x.shape[:2]
+        flat, own = x.flatten(0, 1), equal_offsets(rows, seeds, x.device)
+        for decoder in self.decoders:
+            flat = _attend_block(decoder.mab, flat, own)
+        x = flat.unflatten(0, (rows, seeds)).nan_to_num()
+        return x.flatten(1, 2) if self.concat else x.mean(dim=1)
+
+
+def _pooling(module: Any) -> type[nn.Module] | str:
+    return why_left(module.mab.attn) or FastPoolingByMultiheadAttention
+
+
+def _aggregation(module: Any) -> type[nn.Module] | str:
+    blocks = [*module.encoders, module.pma, *module.decoders]
+    found = next((why for block in blocks if (why := why_left(block.mab.attn))), "")
+    return found or FastSetTransformerAggregation
+
+
+register_adapter(PoolingByMultiheadAttention, _pooling)
+register_adapter(SetTransformerAggregation, _aggregation)

@@ -1,0 +1,236 @@
+"""`accelerate` on PyTorch's own modules: the same numbers and gradients, the same parameters, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import module_budget as budget
+import pytest
+import torch
+from module_budget import perturbed, swapped
+from torch import Tensor, nn
+
+E, H = 16, 4
+
+
+def encoder_layer(**options: Any) -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(E, H, 2 * E, dropout=0.0, **{"batch_first": True, **options})
+
+
+def encoder(norm: bool = True, **options: Any) -> nn.TransformerEncoder:
+    nested = not options  # PyTorch warns where it cannot be had.
+    return nn.TransformerEncoder(encoder_layer(**options), 2, nn.LayerNorm(E) if norm else None, nested)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def inputs_of(attention: nn.MultiheadAttention, shared: bool) -> Callable[[int], budget.Inputs]:
+    """Draws one input for self attention, or three."""
+    lead = (budget.ROWS, budget.WIDTH) if attention.batch_first else (budget.WIDTH, budget.ROWS)
+    if shared:
+        return lambda seed: budget.draw(seed, x=(*lead, E))
+    sides = {"query": (*lead, E), "key": (*lead, attention.kdim), "value": (*lead, attention.vdim)}
+    return lambda seed: budget.draw(seed, **sides)
+
+
+def attend(module: Any, inputs: Mapping[str, Any], **masks: Any) -> Tensor:
+    sides = (inputs["x"],) * 3 if "x" in inputs else (inputs["query"], inputs["key"], inputs["value"])
+    return module(*sides, need_weights=False, **masks)[0]
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("options", [{}, {"bias": False, "batch_first": True}, {"kdim": 12, "vdim": 20}], ids=str)
+@pytest.mark.parametrize("kind", budget.PADDINGS)
+def test_attention_with_padding(
+    kind: str, options: dict[str, Any], additive: bool, notices: Callable[[], list[str]]
+) -> None:
+    """At every place, padding too; a row of padding alone gets zeros from its attention, and so the output's bias."""
+    before = perturbed(nn.MultiheadAttention(E, H, **options))
+    after = swapped(before)
+    padding = budget.padding(kind)
+
+    def run(module: Any, inputs: Mapping[str, Any]) -> Tensor:
+        dtype = inputs[next(iter(inputs))].dtype
+        mask = torch.zeros(padding.shape, dtype=dtype).masked_fill(padding, -torch.inf) if additive else padding
+        out = attend(module, inputs, key_padding_mask=mask)
+        if kind == "a row of padding" and module is after:
+            row = out[0] if module.batch_first else out[:, 0]
+            assert torch.equal(row, (row if module.out_proj.bias is None else module.out_proj.bias).expand_as(row))
+            assert module.out_proj.bias is not None or not row.any()
+        return out
+
+    budget.assert_within_budget(before, after, inputs_of(before, shared="kdim" not in options), run)
+    assert not notices()
+
+
+@pytest.mark.parametrize("kind", [None, "right", "left", "both sides", "a row of padding"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("hint", [True, False])
+def test_causal_attention(kind: str | None, shared: bool, hint: bool, notices: Callable[[], list[str]]) -> None:
+    before = perturbed(nn.MultiheadAttention(E, H, batch_first=True))
+    causal = torch.ones(budget.WIDTH, budget.WIDTH, dtype=torch.bool).triu(1)
+    masks = {"attn_mask": causal, "key_padding_mask": None if kind is None else budget.padding(kind)}
+
+    def run(module: Any, inputs: Mapping[str, Any]) -> Tensor:
+        return attend(module, inputs, is_causal=hint, **masks)
+
+    budget.assert_within_budget(before, swapped(before), inputs_of(before, shared), run)
+    assert not notices()
+
+
+def test_attention_without_masks() -> None:
+    before = perturbed(nn.MultiheadAttention(E, H))
+    for shared in (True, False):
+        budget.assert_within_budget(before, swapped(before), inputs_of(before, shared), attend)
+    after, query, key = swapped(before), torch.randn(2, 3, E), torch.randn(5, 3, E)
+    torch.testing.assert_close(
+        after(query, key, key, need_weights=False)[0], before(query, key, key, need_weights=False)[0]
+    )
+
+
+def test_inference_of_a_padded_row_is_finite() -> None:
+    """Where PyTorch's fused path answers NaN."""
+    before = perturbed(nn.MultiheadAttention(E, H, batch_first=True)).eval()
+    x, padding = torch.randn(3, 6, E), budget.padding("a row of padding")
+    with torch.no_grad():
+        theirs, ours = (attend(m, {"x": x}, key_padding_mask=padding) for m in (before, swapped(before)))
+    torch.testing.assert_close(ours[1:], theirs[1:])
+    assert theirs[0].isnan().all()
+    assert torch.equal(ours[0], before.out_proj.bias.expand(6, E))
+
+
+X, BANDED = torch.randn(3, 6, E), torch.ones(6, 6, dtype=torch.bool).triu(2)
+CAUSAL = torch.ones(6, 6, dtype=torch.bool).triu(1)
+FLOATING = torch.zeros(3, 6).masked_fill(budget.padding("right"), -2.0)
+UNSERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "need_weights=True (its default)": ({}, {"need_weights": True}),
+    "dropout = 0.5 in training": ({"dropout": 0.5}, {}),
+    "a causal mask beside padding with holes": (
+        {},
+        {"attn_mask": CAUSAL, "key_padding_mask": budget.padding("holes")},
+    ),
+    "an additive key_padding_mask with numbers other than 0 and -inf": ({}, {"key_padding_mask": FLOATING}),
+    "an attn_mask that is not the causal one": ({}, {"attn_mask": BANDED}),
+}
+
+
+@pytest.mark.parametrize("why", UNSERVED)
+def test_calls_that_take_pytorchs_path_say_so_once(why: str, notices: Callable[[], list[str]]) -> None:
+    """And give PyTorch's bits."""
+    options, arguments = UNSERVED[why]
+    before = perturbed(nn.MultiheadAttention(E, H, batch_first=True, **options))
+    after = swapped(before)
+    found = []
+    for module in (before, after, after):
+        torch.manual_seed(5)
+        found.append(module(X, X, X, **{"need_weights": False, **arguments}))
+    assert torch.equal(found[0][0], found[1][0])
+    assert (found[1][1] is None) == (not arguments.get("need_weights"))
+    (said,) = notices()
+    assert said.startswith(f"MultiheadAttention takes PyTorch's own path for {why}")
+
+
+def test_pytorch_refuses_what_it_refused() -> None:
+    """Wrong calls reach PyTorch's own checks."""
+    after = swapped(nn.MultiheadAttention(E, H, batch_first=True))
+    for arguments in ({"key_padding_mask": budget.padding("right")[:2]}, {"is_causal": True}):
+        with pytest.raises((AssertionError, RuntimeError)):
+            after(X, X, X, need_weights=False, **arguments)
+
+
+# ---------------------------------------------------------------- encoders
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("kind", budget.PADDINGS)
+def test_encoder_layer(kind: str, norm_first: bool) -> None:
+    before = perturbed(encoder_layer(norm_first=norm_first))
+
+    def run(module: Any, inputs: Mapping[str, Any]) -> Tensor:
+        return module(inputs["x"], src_key_padding_mask=budget.padding(kind))
+
+    budget.assert_within_budget(before, swapped(before), lambda seed: budget.draw(seed, x=(3, 6, E)), run)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("kind", budget.PADDINGS)
+def test_encoder_is_packed(kind: str, norm: bool, notices: Callable[[], list[str]]) -> None:
+    """At tokens; its layers never see padding, where the output is that of zeros."""
+    before, padding = perturbed(encoder(norm)), budget.padding(kind)
+    after = swapped(before)
+
+    def run(module: Any, inputs: Mapping[str, Any]) -> Tensor:
+        out = module(inputs["x"], src_key_padding_mask=padding)
+        if module is after:
+            hidden = torch.zeros(E) if module.norm is None else module.norm.bias
+            assert torch.equal(out[padding], hidden.expand(int(padding.sum()), E))
+            nothing = inputs["x"].masked_fill(padding[..., None], torch.nan)
+            assert torch.equal(out, module(nothing, src_key_padding_mask=padding))
+        return out[~padding]
+
+    budget.assert_within_budget(before, after, lambda seed: budget.draw(seed, x=(3, 6, E)), run)
+    assert not notices()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", ["right", "a row of padding"])
+def test_encoder_at_inference(kind: str) -> None:
+    """Where PyTorch's own encoder goes nested, the outputs agree at padding, too."""
+    before, x = perturbed(encoder()).eval(), torch.randn(3, 6, E)
+    padding = budget.padding(kind)
+    with torch.no_grad():
+        theirs, ours = (module(x, src_key_padding_mask=padding) for module in (before, swapped(before)))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("case", ["causal", "hooks", "batch second", "norm first", "no padding", "dropout"])
+def test_encoders_that_are_not_packed(case: str) -> None:
+    """Their layers are served instead; at all places, padding too, their output is PyTorch's."""
+    options = {"batch second": {"batch_first": False}, "norm first": {"norm_first": True}}.get(case, {})
+    before = perturbed(encoder(**options))
+    after, calls = swapped(before), []
+    masks: dict[str, Any] = {"src_key_padding_mask": None if case == "no padding" else budget.padding("right")}
+    if case == "causal":
+        masks["mask"] = CAUSAL
+    if case == "hooks":
+        after.layers[0].linear1.register_forward_hook(lambda *call: calls.append(call))
+    if case == "dropout":  # So little of it that nothing is dropped.
+        for module in (before, after):
+            module.layers[1].self_attn.dropout = 1e-9
+    shape = (6, 3, E) if case == "batch second" else (3, 6, E)
+
+    def run(module: Any, inputs: Mapping[str, Any]) -> Tensor:
+        return module(inputs["x"], **masks)
+
+    budget.assert_within_budget(before, after, lambda seed: budget.draw(seed, x=shape), run)
+    assert bool(calls) == (case == "hooks")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_take_pytorchs_path(notices: Callable[[], list[str]]) -> None:
+    before = perturbed(encoder_layer()).eval()
+    nested = torch.nested.nested_tensor([X[0, :3], X[1]])
+    with torch.no_grad():
+        theirs, ours = (module(nested).to_padded_tensor(0.0) for module in (before, swapped(before)))
+    assert torch.equal(ours, theirs)
+    assert notices() == ["TransformerEncoderLayer takes PyTorch's own path for nested tensors"]
+
+
+# ---------------------------------------------------------------- under the compiler
+
+
+def test_compiled(notices: Callable[[], list[str]]) -> None:
+    """Without padding the ops serve in one graph; with it, PyTorch's own path does, and that is said."""
+    before = perturbed(nn.MultiheadAttention(E, H, batch_first=True))
+    after = swapped(before)
+    compiled = torch.compile(after, fullgraph=True, backend="eager")
+    for masks in ({}, {"attn_mask": CAUSAL, "is_causal": True}):
+        assert torch.equal(attend(compiled, {"x": X}, **masks), attend(after, {"x": X}, **masks))
+    assert not notices()
+    padding = budget.padding("holes")
+    found = attend(compiled, {"x": X}, key_padding_mask=padding)
+    assert torch.equal(found, attend(before, {"x": X}, key_padding_mask=padding))
+    (said,) = notices()
+    assert "padding masks under torch.compile" in said

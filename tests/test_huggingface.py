@@ -1,0 +1,234 @@
+"""`attn_implementation="interformer"` in real models of transformers: logits and gradients against their own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import module_budget as budget
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers", reason="transformers (the extra `ecosystem`) is not installed")
+from interformer_kernels.nn import huggingface  # noqa: E402
+
+SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+SIZES.update(num_attention_heads=4, max_position_embeddings=32)
+GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
+    "bert": lambda: transformers.BertModel(
+        transformers.BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        add_pooling_layer=False,
+    ),
+    "bart": lambda: transformers.BartModel(
+        transformers.BartConfig(
+            vocab_size=32,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            max_position_embeddings=32,
+            dropout=0.0,
+        )
+    ),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GROUPED, sliding_window=3)),
+}
+
+
+def ids(seed: int, *shape: int) -> Tensor:
+    return torch.randint(1, 32, shape, generator=torch.Generator().manual_seed(seed))
+
+
+IDS = ids(0, 3, 6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> None:
+    huggingface.register()
+    huggingface.register()
+
+
+def pair(name: str) -> tuple[Any, Any]:
+    """The model with transformers' own sdpa attention, and a copy with ours; weights large enough to matter."""
+    before = MODELS[name]()
+    with torch.no_grad():
+        for parameter in before.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    before.set_attn_implementation("sdpa")
+    after = copy.deepcopy(before)
+    after.set_attn_implementation("interformer")
+    return before, after
+
+
+def answer(model: Any, **inputs: Any) -> Tensor:
+    out = model(**inputs)
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def compare(before: nn.Module, after: nn.Module, run: budget.Run, shape: tuple[int, ...] = (3, 6)) -> None:
+    """Over draws of the ids."""
+    budget.assert_within_budget(before, after, lambda seed: {"ids": ids(seed, *shape)}, run)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("kind", budget.PADDINGS)
+def test_padded(name: str, kind: str, notices: Callable[[], list[str]]) -> None:
+    """At tokens; a row of padding alone gives finite outputs and gradients."""
+    before, after = pair(name)
+    padding = budget.padding(kind)
+
+    def run(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        out = answer(model, input_ids=inputs["ids"], attention_mask=(~padding).long())
+        assert model is not after or out.isfinite().all()
+        return out[~padding]
+
+    compare(before, after, run)
+    assert not notices()
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_without_padding(name: str, notices: Callable[[], list[str]]) -> None:
+    before, after = pair(name)
+    for mask in (None, torch.ones_like(IDS)):
+        run = partial(
+            lambda model, inputs, mask: answer(model, input_ids=inputs["ids"], attention_mask=mask), mask=mask
+        )
+        compare(before, after, run)
+    assert not notices()
+
+
+@pytest.mark.parametrize("kind", ["left", "holes"])
+def test_encoder_and_decoder(kind: str, notices: Callable[[], list[str]]) -> None:
+    """Cross attention: the keys are padded, the queries are another sequence; of one length, and of another."""
+    before, after = pair("bart")
+    padding = budget.padding(kind)
+    for decoded in (IDS, IDS[:, :4]):
+
+        def run(model: Any, inputs: Mapping[str, Any], decoded: Tensor = decoded) -> Tensor:
+            tokens = (~padding).long()
+            return answer(model, input_ids=inputs["ids"], attention_mask=tokens, decoder_input_ids=decoded)
+
+        compare(before, after, run)
+    assert not notices()
+
+
+LENGTHS = (4, 1, 5)
+
+
+@pytest.mark.parametrize("told", ["position_ids", "cu_seq_lens"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_packed(name: str, told: str, notices: Callable[[], list[str]]) -> None:
+    """Several rows in one: each as if it were alone. (Rows longer than a sliding window go by transformers' sdpa.)"""
+    before, after = pair(name)
+    rows: dict[str, Any] = {"position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
+    if told == "cu_seq_lens":
+        offsets = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+        rows.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=5, max_length_k=5)
+
+    def run(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        if model is after:
+            return answer(model, input_ids=inputs["ids"], use_cache=False, **rows)
+        return torch.cat([answer(model, input_ids=row) for row in inputs["ids"].split(LENGTHS, 1)], 1)
+
+    compare(before, after, run, (1, sum(LENGTHS)))
+    assert [("of another form" in said) for said in notices()] == ([] if name == "llama" else [True, False])
+
+
+def test_generation_with_a_cache(notices: Callable[[], list[str]]) -> None:
+    """Prefill, then single queries over what is cached, of rows padded on the left."""
+    before, after = pair("llama")
+    arguments: dict[str, Any] = {"input_ids": IDS, "attention_mask": (~budget.padding("left")).long()}
+    arguments.update(max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    theirs, ours = (model.eval().generate(**arguments) for model in (before, after))
+    assert torch.equal(theirs.sequences, ours.sequences)
+    torch.testing.assert_close(ours.logits, theirs.logits)
+    assert not notices()
+
+
+def test_some_queries_over_a_cache() -> None:
+    """More than one query, fewer than keys: the last query stands at the last key."""
+    before, after = pair("llama")
+    found = []
+    for model in (before.eval(), after.eval()):
+        with torch.no_grad():
+            cache = model(input_ids=IDS[:, :3], use_cache=True).past_key_values
+            found.append(model(input_ids=IDS[:, 3:], cache=cache).logits)
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("case", ["a window", "a mask of pairs", "a static cache", "compiled with padding"])
+def test_calls_that_take_sdpa_say_so_once(case: str, notices: Callable[[], list[str]]) -> None:
+    before, after = pair("mistral" if case == "a window" else "llama")
+    padding = budget.padding("left" if case == "a window" else "right")
+    mask: Tensor = (~padding).long()
+    if case == "a mask of pairs":
+        mask = (torch.ones(6, 6).tril() * mask[:, None]).bool()[:, None]
+    inputs: dict[str, Any] = {"input_ids": IDS, "attention_mask": mask}
+    if case == "a static cache":
+        arguments: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
+        arguments["disable_compile"] = True
+        theirs, ours = (m.eval().generate(**inputs, **arguments) for m in (before, after))
+        assert torch.equal(theirs, ours)
+    else:
+        call = torch.compile(after, backend="eager") if case == "compiled with padding" else after
+        inputs["use_cache"] = False
+        before.set_attn_implementation("sdpa")
+        held = ~padding
+        torch.testing.assert_close(answer(call, **inputs)[held], answer(before, **inputs)[held])
+    said = [line for line in notices() if "transformers' sdpa serves" in line]
+    words = {"a window": "of another form", "a static cache": "static cache", "a mask of pairs": "masks [B, 1, Lq, Lk]"}
+    assert len([line for line in said if words.get(case, "torch.compile") in line]) == 1
+
+
+def test_compiled_without_padding() -> None:
+    _, after = pair("llama")
+    compiled = torch.compile(after, backend="eager")
+    torch.testing.assert_close(
+        answer(compiled, input_ids=IDS, use_cache=False), answer(after, input_ids=IDS, use_cache=False)
+    )
+
+
+def test_dropout_takes_the_reference_and_says_so(notices: Callable[[], list[str]]) -> None:
+    """Of one key per query its weight is one: some heads of some tokens are dropped, the others doubled."""
+    out = huggingface.attention(nn.Identity(), *torch.ones(3, 5, 4, 1, 8).unbind(0), None, dropout=0.5, is_causal=True)[
+        0
+    ]
+    assert set(out.flatten().tolist()) == {0.0, 2.0}
+    mask = torch.ones(5, 1, 1, 1, dtype=torch.bool)
+    out = huggingface.attention(nn.Identity(), *torch.ones(3, 5, 4, 1, 8).unbind(0), mask, dropout=0.5)[0]
+    assert set(out.flatten().tolist()) <= {0.0, 2.0}
+    (said,) = notices()
+    assert "dropout = 0.5 in training: the reference computes the attention" in said
+
+
+def test_a_layers_window() -> None:
+    """Where no mask was asked for, the layer's own `sliding_window` counts: so many keys, the query's own included."""
+    q, k = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+    out = huggingface.attention(nn.Identity(), q, k, k, None, sliding_window=3, is_causal=True)[0]
+    band = torch.ones(6, 6, dtype=torch.bool).tril().triu(-2)
+    torch.testing.assert_close(out.transpose(1, 2), F.scaled_dot_product_attention(q, k, k, band, enable_gqa=True))
+
+
+def test_a_mask_of_four_axes_says_all() -> None:
+    """The layer's window and causality are in it, so that a single query does not ask for them again."""
+    q, k = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 3, 8)
+    seen = torch.tensor([[True, False, True], [False, False, True]])[:, None, None]
+    out = huggingface.attention(nn.Identity(), q, k, k, seen, sliding_window=1, is_causal=True)[0]
+    torch.testing.assert_close(out.transpose(1, 2), F.scaled_dot_product_attention(q, k, k, seen))
+
+
+def test_options_that_the_ops_have_not_are_refused() -> None:
+    q = torch.ones(1, 1, 2, 4)
+    for name in ("softcap", "s_aux", "position_bias"):
+        with pytest.raises(ValueError, match=f"attn_implementation='interformer' does not support {name}"):
+            huggingface.attention(nn.Identity(), q, q, q, None, **{name: 1.0})
+    with pytest.raises(ValueError, match="does not support bidirectional sliding windows"):
+        huggingface.attention(nn.Identity(), q, q, q, None, is_causal=False, sliding_window=1)
