@@ -171,7 +171,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -
             pieces, weights, gate, residual, out, lse, attended, problem.kv_offsets,
             problem.rows, k.shape[0], problem.queries, min(call.skip_prefix, k.shape[0]), *of_epilogue,
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, SCORE=call.score, **epilogue, SPLIT=split,
-            BLOCK_Q=block, BLOCK_DV=padded(shape[-1]), tiles=Tiles(block, padded(shape[-1]), 4, 1),
+            BLOCK_Q=block, BLOCK_DV=padded(shape[-1]), tiles=Tiles(block, padded(shape[-1]), 8, 1),
         )  # fmt: skip
     return out, lse, attended
 

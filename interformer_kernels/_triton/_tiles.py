@@ -41,13 +41,13 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     },
     "grad_queries": {
         2: {64: Tiles(64, 64), 128: Tiles(32, 32), 256: Tiles(16, 32), 512: Tiles(16, 16)},
-        4: {32: Tiles(16, 32), 64: Tiles(16, 16), 128: Tiles(16, 16), 256: Tiles(16, 16), 512: Tiles(16, 16)},
+        4: {32: Tiles(16, 32), 64: Tiles(16, 16), 128: Tiles(16, 16, 8), 256: Tiles(16, 16), 512: Tiles(16, 16)},
     },
     "grad_keys": {
         2: {64: Tiles(32, 64), 128: Tiles(32, 32), 256: Tiles(16, 16), 512: Tiles(16, 16)},
-        4: {64: Tiles(16, 32), 128: Tiles(16, 16, 8), 256: Tiles(16, 16), 512: Tiles(16, 16)},
+        4: {32: Tiles(16, 32, 8), 64: Tiles(16, 32), 128: Tiles(16, 32, 8), 256: Tiles(16, 16), 512: Tiles(16, 16)},
     },
-    "personalized_ffn": {2: {128: Tiles(64, 64)}, 4: {128: Tiles(32, 32)}},
+    "personalized_ffn": {2: {128: Tiles(64, 64, 8)}, 4: {128: Tiles(32, 32, 8)}},
     "grad_weight": {2: {128: Tiles(64, 64)}, 4: {128: Tiles(32, 32)}},
 }
 
