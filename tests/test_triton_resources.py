@@ -29,7 +29,7 @@ PART = (
 )
 KERNELS = {
     "attention_forward", "epilogue_backward", "attention_grad_queries", "attention_grad_keys", "attention_merge",
-    "rotate_rows", "row_products", "row_grad_weight",
+    "add_pieces", "rotate_rows", "row_products", "row_grad_weight",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from interformer_kernels._triton._attention_backward import (
     epilogue_backward,
 )
 from interformer_kernels._triton._attention_forward import attention_forward
-from interformer_kernels._triton._attention_output import attention_merge
+from interformer_kernels._triton._attention_output import add_pieces, attention_merge
 from interformer_kernels._triton._rows import slots
 from interformer_kernels._triton._tiles import Tiles, padded, tiles
 from interformer_kernels._triton.apply_rotary import rotated
@@ -26,8 +26,8 @@ _FEW = 32  # queries of a row under one key/value head, at most, for that: more 
 _FEWEST = 16  # rows of a tile that tensor cores take
 _NUMBERS = 4096  # of a tile of the epilogue's backward
 _MOST_RUNS = 512  # of rows, over which gradients of shared queries are summed
-# Of the queries: gradient of A, log-sum-exp, delta, and the sums of the weights (`_attention_backward.py`).
-_Sides = tuple[Tensor, Tensor, Tensor, Tensor | None]
+# Of the queries: gradient of A, log-sum-exp, and delta or what it is the quotient of (`_attention_backward.py`).
+_Sides = tuple[Tensor, Tensor, Tensor]
 
 
 class _Problem:
@@ -182,7 +182,7 @@ def backward(
     """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
     problem = _Problem(call)
     grad_attended, delta, grad_gate = _through_epilogue(problem, readable(grad_out), attended)
-    sides = grad_attended, lse, delta, torch.empty_like(lse) if problem.exact else None
+    sides = grad_attended, lse, delta
     grad_q = _grad_queries(problem, sides)
     grad_k, grad_v = _grad_keys(problem, sides)
     if call.cos is not None and call.sin is not None:
@@ -195,7 +195,8 @@ def backward(
 def _through_epilogue(problem: _Problem, grad_out: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of A, delta, and gradient of the gate."""
     call, shape, softmax = problem.call, problem.out_shape, problem.call.score == "softmax"
-    delta = grad_out.new_empty(shape[:-1] if softmax else (0,), dtype=torch.float32)
+    pair = (2,) if problem.exact else ()
+    delta = grad_out.new_empty((*shape[:-1], *pair) if softmax else (0,), dtype=torch.float32)
     if call.gate is None and (problem.exact or not softmax):
         return grad_out, delta, grad_out.new_empty(0)
     gate = expanded(call.gate, shape)
@@ -244,24 +245,54 @@ def _gate_gradient(gate: Tensor | None, sums: Tensor, grad_out: Tensor) -> Tenso
     return summed.view(gate.shape).to(gate.dtype)
 
 
-def _grad_queries(problem: _Problem, sides: _Sides) -> Tensor:
-    """dQ; of shared queries summed over runs of rows, and then over the runs."""
-    call, q, rows, per_run = problem.call, problem.q, problem.rows, 1
-    sums = q.new_empty(call.q.shape)
-    if call.layout == "shared":
-        per_run = max(1, -(-rows // _MOST_RUNS))
-        rows = -(-rows // per_run)
-        sums = q.new_empty((rows, *q.shape), dtype=torch.float32)
-    found = problem.tiles("grad_queries")
-    if sums.numel():
+def _over_queries(problem: _Problem, sides: _Sides, out: Tensor, runs: tuple[int, int, int] | None) -> None:
+    """Start the pass for dQ: into `out`, or sums of P and P * dP where `out` is delta itself.
+
+    `runs`: of shared queries, whose gradient is a sum over rows: number of runs, rows of a run, parts of a row's keys.
+    """
+    gradient, found = out is not sides[2], problem.tiles("grad_queries")
+    split = _SPLIT if problem.splits and runs is None else 0
+    pieces = out.new_empty((problem.pieces(split), *out.shape[1:]) if split else 0, dtype=torch.float32)
+    count, rows_of_run, parts = runs or (problem.rows, 1, 1)
+    tiles_of_queries = problem.query_slots(found.queries, 1)
+    chunks = slots(problem.k.shape[0], problem.rows, 1, split) * tiles_of_queries if split else 0
+    grid = chunks or problem.query_slots(found.queries, count * parts)
+    q, k, v = problem.q, problem.k, problem.v
+    _run.start(
+        attention_grad_queries, grid * (problem.kv_heads // problem.pack),
+        q, k, v, *sides, out, pieces, problem.q_offsets, problem.kv_offsets,
+        *problem.sizes(), rows_of_run, parts, problem.call.scale, problem.call.post_scale,
+        *problem.strides(q), *k.stride()[:2], *v.stride()[:2], *problem.strides(sides[0]),
+        **problem.constants(found), EXACT=problem.exact, GRADIENT=gradient, SPLIT=split, tiles=found,
+    )  # fmt: skip
+    if split:
+        wide = padded(out.shape[-1])
+        block = max(1, min(_NUMBERS // wide, padded(problem.queries * problem.heads)))
         _run.start(
-            attention_grad_queries, problem.query_slots(found.queries, rows) * (problem.kv_heads // problem.pack),
-            q, problem.k, problem.v, *sides, sums, problem.q_offsets, problem.kv_offsets,
-            *problem.sizes(), per_run, call.scale, call.post_scale,
-            *problem.strides(q), *problem.k.stride()[:2], *problem.v.stride()[:2], *problem.strides(sides[0]),
-            **problem.constants(found), EXACT=problem.exact, tiles=found,
+            add_pieces, (k.shape[0] // split + 1) * -(-problem.queries * problem.heads // block),
+            pieces, out, problem.kv_offsets,
+            problem.rows, k.shape[0], problem.queries, min(problem.call.skip_prefix, k.shape[0]),
+            HEADS=problem.heads, C=out.shape[-1], SPLIT=split, BLOCK_Q=block, BLOCK_C=wide,
+            tiles=Tiles(block, wide, 8, 1),
         )  # fmt: skip
-    return sums.sum(0).to(q.dtype) if call.layout == "shared" else sums
+
+
+def _grad_queries(problem: _Problem, sides: _Sides) -> Tensor:
+    """dQ; of shared queries summed over runs of rows and parts of their keys, and then over all of them."""
+    q, grad_q = problem.q, problem.q.new_empty(problem.call.q.shape)
+    if problem.exact and sides[2].numel():
+        _over_queries(problem, sides, sides[2], None)
+    if problem.call.layout != "shared":
+        if grad_q.numel():
+            _over_queries(problem, sides, grad_q, None)
+        return grad_q
+    per_run = max(1, -(-problem.rows // _MOST_RUNS))
+    runs = -(-problem.rows // per_run)
+    parts = max(1, min(_MOST_RUNS // max(1, runs), problem.k.shape[0] // _SPLIT))
+    sums = q.new_empty((runs * parts, *q.shape), dtype=torch.float32)
+    if sums.numel():
+        _over_queries(problem, sides, sums, (runs, per_run, parts))
+    return sums.sum(0).to(q.dtype)
 
 
 def _grad_keys(problem: _Problem, sides: _Sides) -> tuple[Tensor, Tensor]:

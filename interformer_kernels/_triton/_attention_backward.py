@@ -6,8 +6,8 @@ With the weights P = softmax(S) or post_scale * act(S), and dP = dA V':
     dQ = scale dS K,   dK = scale dS' Q,   dV = P' dA
 
 The rounding of a log-sum-exp of float32 is an error of all weights of its query, and the products in delta do not
-cancel against those in dP bit by bit, as they must where a query has one key. Where that counts (`EXACT`, float32), the
-pass for dQ first sums up P and P * dP; their quotient is delta, for the pass for dK and dV, too.
+cancel against those in dP bit by bit, as they must where a query has one key. Where that counts (`EXACT`, float32), a
+pass before the others sums up P and P * dP, whose quotient is delta.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from interformer_kernels._triton._attention_output import piece
 from interformer_kernels._triton._attention_tiles import (
     at,
+    chunk_tile,
     key_tiles,
     keys_of,
     load_keys,
@@ -29,7 +31,7 @@ from interformer_kernels._triton._attention_tiles import (
 from interformer_kernels._triton._maps import activate, dot, narrow, slope
 from interformer_kernels._triton._rows import edge, find
 
-SIZES = ["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "prefix", "run", "blocks", "rows_of_run"]
+SIZES = ["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "prefix", "rows_of_run", "parts"]
 
 
 @triton.jit(do_not_specialize=["rows", "q_tokens", "queries"])
@@ -90,20 +92,25 @@ def epilogue_backward(
 
 @triton.jit
 def _over_keys(
-    b_q, b_grad, b_lse, b_delta, k, v, i_pack, n, o_q, n_first, n_last, count, k_first, keys,
+    b_q, b_grad, b_lse, b_delta, k, v, i_pack, n, o_q, n_first, n_last, count, k_first, keys, part, tiles_of_part,
     left, right, prefix, scale, post_scale, k_token, k_head, v_token, v_head,
-    D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, SCORE: tl.constexpr,
-    V_IS_K: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, LAYOUT: tl.constexpr,
+    SCORE: tl.constexpr, V_IS_K: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries from the keys of one row, yet to be scaled; or else the sums of P and of P * dP."""
+    """Gradient of a tile of queries from (a part of) the keys of one row, yet to be scaled; or else the sums of P and
+    of P * dP."""
     sums = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     mean = tl.zeros([BLOCK_Q], tl.float32)
     before, start, stop = key_tiles(
         n_first, n_last, count, keys, left, right, prefix, BLOCK_K // PACK, CAUSAL, LEFT, RIGHT, PREFIX
     )
+    if LAYOUT != "packed":
+        start = part * tiles_of_part
+        stop = tl.maximum(tl.minimum(stop, start + tiles_of_part), start)
     for step in range(0, before + stop - start):
         i_k = tl.where(step < before, step, start + step - before)
         j, o_h, b_k, b_v = load_keys(
@@ -124,24 +131,67 @@ def _over_keys(
     return sums, total, mean
 
 
+@triton.jit
+def _softmax_of(lse, delta, p_head, m_q, SCORE: tl.constexpr, EXACT: tl.constexpr, DELTA: tl.constexpr):
+    """Of queries: log-sum-exp, delta (where it is known), and the factor that makes their weights sum to 1."""
+    b_lse = (p_head * 0).to(tl.float32)
+    b_delta = b_lse
+    b_share = b_lse + 1.0
+    if SCORE == "softmax":
+        b_lse = tl.load(lse + p_head, mask=m_q, other=0.0)
+        if DELTA and EXACT:
+            total = tl.load(delta + 2 * p_head, mask=m_q, other=1.0)
+            total = tl.where(total == 0.0, 1.0, total)
+            b_delta = tl.load(delta + 2 * p_head + 1, mask=m_q, other=0.0) / total
+            b_share = 1.0 / total
+        elif DELTA:
+            b_delta = tl.load(delta + p_head, mask=m_q, other=0.0)
+    return b_lse, b_delta, b_share
+
+
+@triton.jit
+def _keep(to, p_head, m_q, sums, total, mean, D: tl.constexpr, BLOCK_D: tl.constexpr, GRADIENT: tl.constexpr):
+    """Write the gradients of a tile of queries, or their sums of P and of P * dP."""
+    if GRADIENT:
+        o_d = tl.arange(0, BLOCK_D)
+        p = p_head[:, None] * D + o_d
+        tl.store(to + p, narrow(sums, to.dtype.element_ty), mask=m_q[:, None] & (o_d < D))
+    else:
+        tl.store(to + 2 * p_head, total, mask=m_q)
+        tl.store(to + 2 * p_head + 1, mean, mask=m_q)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def attention_grad_queries(
-    q, k, v, grad_attended, lse, delta, totals, grad_q, q_offsets, kv_offsets,
-    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, rows_of_run, scale, post_scale,
+    q, k, v, grad_attended, lse, delta, out, pieces, q_offsets, kv_offsets,
+    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, rows_of_run, parts, scale, post_scale,
     q_row, q_token, q_head, k_token, k_head, v_token, v_head, grad_row, grad_token, grad_head,
     D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, PACKS: tl.constexpr,
     LAYOUT: tl.constexpr, SCORE: tl.constexpr, V_IS_K: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, GRADIENT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries; of shared queries the sum over a run of rows."""
+    """dQ of one tile of queries; or else, not GRADIENT, the sums of P and of P * dP, side by side.
+
+    With SPLIT, a program takes a chunk of the keys, and `add_pieces` adds what rows of several chunks get. Gradients of
+    shared queries are sums over a run of rows, of each of which one of `parts` programs takes its part of the keys.
+    """
     HEADS: tl.constexpr = PACK * GROUP
     i_pack = tl.program_id(0) % PACKS
     slot = tl.program_id(0) // PACKS
-    row, first, count, tile = query_tile(slot, q_offsets, rows, q_tokens, queries, HEADS, BLOCK_Q, LAYOUT)
-    if tile * BLOCK_Q >= count * HEADS:
-        return
+    part = slot * 0
+    if SPLIT:
+        row, tile, k_first, keys, part, idle = chunk_tile(
+            slot, kv_offsets, rows, k_tokens, queries, skip, HEADS, BLOCK_Q, SPLIT
+        )
+        if idle:
+            return
+        first, count = queries_of(row, q_tokens, q_offsets, queries, LAYOUT)
+    else:
+        row, first, count, tile = query_tile(slot, q_offsets, rows, q_tokens, queries, HEADS, BLOCK_Q, LAYOUT)
+        if tile * BLOCK_Q >= count * HEADS:
+            return
     o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_DV)
@@ -152,55 +202,49 @@ def attention_grad_queries(
     n_last = tl.minimum((tile * BLOCK_Q + BLOCK_Q - 1) // HEADS, count - 1)
     begin = row
     end = row + 1
-    if LAYOUT == "shared":
-        begin = row * rows_of_run
+    if LAYOUT == "shared" and GRADIENT:
+        part = row % parts
+        begin = row // parts * rows_of_run
         end = tl.minimum(begin + rows_of_run, rows)
     sums = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    mean = tl.zeros([BLOCK_Q], tl.float32)
     for i in range(0, end - begin):
         b = begin + i
-        k_first, keys = keys_of(b, rows, kv_offsets, k_tokens, skip)
-        m_in = n < tl.where(b < rows, count, 0)  # [BLOCK_Q]
         out_first = first
-        if LAYOUT == "shared":
+        if LAYOUT == "shared" and GRADIENT:
             out_first = b.to(tl.int64) * queries
+        if not SPLIT:
+            k_first, keys = keys_of(b, rows, kv_offsets, k_tokens, skip)
+        m_in = n < tl.where(b < rows, count, 0)  # [BLOCK_Q]
         p_q = at(b, first, n, q_row, q_token, LAYOUT) + head * q_head
         p_grad = at(b, first, n, grad_row, grad_token, LAYOUT) + head * grad_head
         b_q = tl.load(q + p_q[:, None] + o_d, mask=m_in[:, None] & (o_d < D), other=0.0)
         b_grad = tl.load(grad_attended + p_grad[:, None] + o_v, mask=m_in[:, None] & (o_v < DV), other=0.0)
-        b_lse = tl.zeros([BLOCK_Q], tl.float32)
-        b_delta = tl.zeros([BLOCK_Q], tl.float32)
-        if SCORE == "softmax":
-            p_head = (out_first + n) * (PACKS * HEADS) + head
-            b_lse = tl.load(lse + p_head, mask=m_in, other=0.0)
-            if EXACT:
-                _, total, mean = _over_keys(
-                    b_q, b_grad, b_lse, b_delta, k, v, i_pack, n, o_q, n_first, n_last, count, k_first, keys,
-                    left, right, prefix, scale, post_scale, k_token, k_head, v_token, v_head,
-                    D, DV, PACK, GROUP, SCORE, V_IS_K, CAUSAL, LEFT, RIGHT, PREFIX,
-                    BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, PRECISION, False,
-                )  # fmt: skip
-                total = tl.where(total == 0.0, 1.0, total)
-                b_delta = mean / total
-                tl.store(totals + p_head, total, mask=m_q)
-                tl.store(delta + p_head, b_delta, mask=m_q)
-            else:
-                b_delta = tl.load(delta + p_head, mask=m_in, other=0.0)
-        row_sums, _, _ = _over_keys(
+        b_lse, b_delta, b_share = _softmax_of(
+            lse, delta, (out_first + n) * (PACKS * HEADS) + head, m_in, SCORE, EXACT, GRADIENT
+        )
+        tiles_of_part = SPLIT * PACK // BLOCK_K if SPLIT else tl.cdiv(tl.cdiv(keys * PACK, BLOCK_K), parts)
+        row_sums, total, mean = _over_keys(
             b_q, b_grad, b_lse, b_delta, k, v, i_pack, n, o_q, n_first, n_last, count, k_first, keys,
-            left, right, prefix, scale, post_scale, k_token, k_head, v_token, v_head,
-            D, DV, PACK, GROUP, SCORE, V_IS_K, CAUSAL, LEFT, RIGHT, PREFIX,
-            BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, PRECISION, True,
+            part, tiles_of_part, left, right, prefix, scale, post_scale, k_token, k_head, v_token, v_head,
+            D, DV, PACK, GROUP, LAYOUT, SCORE, V_IS_K, CAUSAL, LEFT, RIGHT, PREFIX,
+            BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, PRECISION, GRADIENT,
         )  # fmt: skip
         if EXACT:
-            row_sums = row_sums / total[:, None]
+            row_sums = row_sums * b_share[:, None]
         sums += row_sums
-    p_out = ((first + n) * (PACKS * HEADS) + head)[:, None] * D + o_d
-    tl.store(grad_q + p_out, narrow(sums * scale, grad_q.dtype.element_ty), mask=m_q[:, None] & (o_d < D))
+    sums = sums * scale
+    if SPLIT and keys > SPLIT:
+        p_piece = (piece(k_first, part, SPLIT) * queries + n) * (PACKS * HEADS) + head
+        _keep(pieces, p_piece, m_q, sums, total, mean, D, BLOCK_D, GRADIENT)
+    else:
+        _keep(out, (first + n) * (PACKS * HEADS) + head, m_q, sums, total, mean, D, BLOCK_D, GRADIENT)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_grad_keys(
-    q, k, v, grad_attended, lse, delta, totals, grad_k, grad_v, q_offsets, kv_offsets,
+    q, k, v, grad_attended, lse, delta, grad_k, grad_v, q_offsets, kv_offsets,
     rows, q_tokens, k_tokens, queries, skip, left, right, prefix, scale, post_scale,
     q_row, q_token, q_head, k_token, k_head, v_token, v_head, grad_row, grad_token, grad_head,
     D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, PACKS: tl.constexpr,
@@ -237,7 +281,7 @@ def attention_grad_keys(
     sums_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     sums_v = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     if row < rows:
-        first, count = queries_of(row, rows, q_tokens, q_offsets, queries, LAYOUT)
+        first, count = queries_of(row, q_tokens, q_offsets, queries, LAYOUT)
         j_first = tile * BLOCK_K // PACK - skip
         j_last = tl.minimum((tile * BLOCK_K + BLOCK_K - 1) // PACK - skip, keys - 1)
         before, start, stop = query_tiles(
@@ -253,12 +297,9 @@ def attention_grad_keys(
             p_grad = at(row, first, n, grad_row, grad_token, LAYOUT) + head * grad_head
             b_q = tl.load(q + p_q[:, None] + o_d, mask=m_q[:, None] & (o_d < D), other=0.0)
             b_grad = tl.load(grad_attended + p_grad[:, None] + o_v, mask=m_q[:, None] & (o_v < DV), other=0.0)
-            b_lse = tl.zeros([BLOCK_Q], tl.float32)
-            b_delta = tl.zeros([BLOCK_Q], tl.float32)
-            if SCORE == "softmax":
-                p_head = (first + n) * (PACKS * HEADS) + head
-                b_lse = tl.load(lse + p_head, mask=m_q, other=0.0)
-                b_delta = tl.load(delta + p_head, mask=m_q, other=0.0)
+            b_lse, b_delta, b_share = _softmax_of(
+                lse, delta, (first + n) * (PACKS * HEADS) + head, m_q, SCORE, EXACT, True
+            )
             m_seen = visible(n[None, :], j[:, None], count, keys, left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX)
             m_seen = m_seen & (j >= 0)[:, None]  # [BLOCK_K, BLOCK_Q]
             if PACK > 1:
@@ -267,7 +308,6 @@ def attention_grad_keys(
             grad = dot(b_v, tl.trans(b_grad), PRECISION)
             weights, grads = weigh(s, grad, m_seen, b_lse[None, :], b_delta[None, :], scale, post_scale, SCORE)
             if EXACT:
-                b_share = 1.0 / tl.load(totals + (first + n) * (PACKS * HEADS) + head, mask=m_q, other=1.0)
                 weights = weights * b_share[None, :]
                 grads = grads * b_share[None, :]
             sums_v += dot(narrow(weights, b_grad.dtype), b_grad, PRECISION)

@@ -8,15 +8,16 @@ import triton.language as tl
 from interformer_kernels._triton._attention_output import finish, keep_piece, piece
 from interformer_kernels._triton._attention_tiles import (
     at,
+    chunk_tile,
     fold,
     key_tiles,
     keys_of,
     load_keys,
+    queries_of,
     query_tile,
     visible,
 )
 from interformer_kernels._triton._maps import dot, narrow
-from interformer_kernels._triton._rows import find
 
 
 @triton.jit(
@@ -42,21 +43,18 @@ def attention_forward(
     HEADS: tl.constexpr = PACK * GROUP
     i_pack = tl.program_id(0) % PACKS
     slot = tl.program_id(0) // PACKS
-    chunk = slot * 0
     if SPLIT:
-        tiles = tl.cdiv(queries * HEADS, BLOCK_Q)
-        row, row_first, tokens, chunk = find(slot // tiles, kv_offsets, rows, k_tokens, 1, SPLIT)
-        tile = slot % tiles
-        first = row.to(tl.int64) * queries
-        count = queries + row * 0
-        # Also a row without keys has a first chunk, which writes its outputs.
-        if (row >= rows) | (chunk * SPLIT >= tl.maximum(tokens - skip, 1)):
+        row, tile, k_first, keys, chunk, idle = chunk_tile(
+            slot, kv_offsets, rows, k_tokens, queries, skip, HEADS, BLOCK_Q, SPLIT
+        )
+        if idle:
             return
+        first, count = queries_of(row, q_tokens, q_offsets, queries, LAYOUT)
     else:
         row, first, count, tile = query_tile(slot, q_offsets, rows, q_tokens, queries, HEADS, BLOCK_Q, LAYOUT)
         if tile * BLOCK_Q >= count * HEADS:
             return
-    k_first, keys = keys_of(row, rows, kv_offsets, k_tokens, skip)
+        k_first, keys = keys_of(row, rows, kv_offsets, k_tokens, skip)
 
     o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
@@ -92,7 +90,7 @@ def attention_forward(
 
     if SPLIT and keys > SPLIT:
         keep_piece(
-            sums, largest, total, pieces, weights_of_pieces, piece(row_first, chunk, SPLIT), queries, n, head,
+            sums, largest, total, pieces, weights_of_pieces, piece(k_first, chunk, SPLIT), queries, n, head,
             PACKS * HEADS, DV, BLOCK_DV,
         )  # fmt: skip
     else:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from interformer_kernels._triton._attention_tiles import at, settle
 from interformer_kernels._triton._maps import LOG2_E, activate, narrow
-from interformer_kernels._triton._rows import edge, holder
+from interformer_kernels._triton._rows import holder
 
 
 @triton.jit
@@ -58,9 +58,9 @@ def finish(
 
 
 @triton.jit
-def piece(first, chunk, SPLIT: tl.constexpr):
-    """Where the sums of a chunk of a split row lie: rows of more than SPLIT tokens have room side by side."""
-    return 2 * first // SPLIT + chunk
+def piece(k_first, chunk, SPLIT: tl.constexpr):
+    """Where the sums of a chunk of a split row lie: rows of more than SPLIT keys have room side by side."""
+    return 2 * k_first // SPLIT + chunk
 
 
 @triton.jit
@@ -75,6 +75,22 @@ def keep_piece(sums, largest, total, pieces, weights, at_piece, queries, n, head
     tl.store(weights + 2 * p + 1, total, mask=m_q)
 
 
+@triton.jit
+def split_row(
+    slot, kv_offsets, rows, tokens, queries, skip, HEADS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_Q: tl.constexpr
+):  # fmt: skip
+    """Row, tile of its queries, first key, and number of chunks to be joined by a slot, if any.
+
+    A row of more than SPLIT keys holds a multiple of SPLIT among its tokens; its slots are those of the first of them.
+    """
+    tiles = tl.cdiv(queries * HEADS, BLOCK_Q)
+    mark = (slot // tiles).to(tl.int64) * SPLIT
+    row, first, count = holder(mark, kv_offsets, rows, tokens)
+    keys = count - skip
+    idle = (row >= rows) | (keys <= SPLIT) | (mark - SPLIT >= first)
+    return row, slot % tiles, first + skip, tl.where(idle, 0, tl.cdiv(keys, SPLIT))
+
+
 @triton.jit(do_not_specialize=["rows", "k_tokens", "queries", "skip"])
 def attention_merge(
     pieces, weights, gate, residual, out, lse, attended, kv_offsets, rows, k_tokens, queries, skip,
@@ -83,16 +99,13 @@ def attention_merge(
     FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Join the chunks of a split row, in order; every row of more than SPLIT tokens holds a multiple of SPLIT."""
-    tiles = tl.cdiv(queries * HEADS, BLOCK_Q)
-    mark = (tl.program_id(0) // tiles).to(tl.int64) * SPLIT
-    row, k_first = holder(mark, kv_offsets, rows, k_tokens)
-    if row >= rows:
+    """Join the chunks of a split row, in order, and finish its outputs."""
+    row, tile, k_first, chunks = split_row(
+        tl.program_id(0), kv_offsets, rows, k_tokens, queries, skip, HEADS, SPLIT, BLOCK_Q
+    )
+    if chunks == 0:
         return
-    keys = edge(kv_offsets, row + 1, k_tokens) - k_first - skip
-    if (keys <= SPLIT) | (mark - SPLIT >= k_first):
-        return
-    o_q = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     n = o_q // HEADS
     head = (o_q % HEADS).to(tl.int64)
     o_v = tl.arange(0, BLOCK_DV)
@@ -100,7 +113,7 @@ def attention_merge(
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     sums = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-    for chunk in range(0, tl.cdiv(keys, SPLIT).to(tl.int32)):
+    for chunk in range(0, chunks):
         p = (piece(k_first, chunk, SPLIT) * queries + n) * HEADS + head
         b_sums = tl.load(pieces + p[:, None] * DV + o_v, mask=m_q[:, None] & (o_v < DV)[None, :], other=0.0)
         if SCORE == "softmax":
@@ -119,3 +132,25 @@ def attention_merge(
         gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
         HEADS, DV, LAYOUT, SCORE, GATE, FORM, ACTIVATION, RESIDUAL, KEEP, BLOCK_DV,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "k_tokens", "queries", "skip"])
+def add_pieces(
+    pieces, out, kv_offsets, rows, k_tokens, queries, skip,
+    HEADS: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sum over the chunks of a split row, in order, of `pieces [P, N, H, C]` for `out [B, N, H, C]`."""
+    row, tile, k_first, chunks = split_row(
+        tl.program_id(0), kv_offsets, rows, k_tokens, queries, skip, HEADS, SPLIT, BLOCK_Q
+    )
+    if chunks == 0:
+        return
+    o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_c = tl.arange(0, BLOCK_C)
+    m = (o_q < queries * HEADS)[:, None] & (o_c < C)[None, :]  # [BLOCK_Q, BLOCK_C]
+    sums = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
+    for chunk in range(0, chunks):
+        p = piece(k_first, chunk, SPLIT) * queries * HEADS + o_q
+        sums += tl.load(pieces + p[:, None] * C + o_c, mask=m, other=0.0)
+    p_out = (row.to(tl.int64) * queries * HEADS + o_q)[:, None] * C + o_c
+    tl.store(out + p_out, narrow(sums, out.dtype.element_ty), mask=m)

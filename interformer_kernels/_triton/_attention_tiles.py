@@ -32,10 +32,24 @@ def query_tile(slot, q_offsets, rows, tokens, queries, HEADS: tl.constexpr, BLOC
 
 
 @triton.jit
-def queries_of(row, rows, tokens, q_offsets, queries, LAYOUT: tl.constexpr):
+def chunk_tile(
+    slot, kv_offsets, rows, tokens, queries, skip, HEADS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """Row, tile of its queries, first key behind the `skip` first ones, number of keys, chunk of SPLIT of them; whether
+    there is nothing to do: a row without keys has one chunk still, so that its outputs are written.
+    """
+    tiles = tl.cdiv(queries * HEADS, BLOCK)
+    row, first, count, chunk = find(slot // tiles, kv_offsets, rows, tokens, 1, SPLIT)
+    keys = tl.maximum(count - skip, 0)
+    idle = (row >= rows) | (chunk * SPLIT >= tl.maximum(keys, 1))
+    return row, slot % tiles, first + skip, keys, chunk, idle
+
+
+@triton.jit
+def queries_of(row, tokens, q_offsets, queries, LAYOUT: tl.constexpr):
     """First query token of a row, as outputs are numbered, and how many the row has."""
     if LAYOUT == "packed":
-        first, count = span(q_offsets, row, rows, tokens)
+        first, count = span(q_offsets, row, tokens)
     else:
         first = row.to(tl.int64) * queries
         count = queries + row * 0
@@ -48,7 +62,7 @@ def keys_of(row, rows, kv_offsets, tokens, skip):
     first = skip * 0 + tl.zeros([], tl.int64)
     count = tl.zeros([], tl.int32)
     if row < rows:
-        first, count = span(kv_offsets, row, rows, tokens)
+        first, count = span(kv_offsets, row, tokens)
         count = tl.maximum(count - skip, 0).to(tl.int32)
     return first + skip, count
 

@@ -24,39 +24,46 @@ def edge(offsets, i, tokens):
 
 
 @triton.jit
-def span(offsets, row, rows, tokens):
-    """First token of a row, and its number of tokens (int32); the tail reaches to the end."""
+def span(offsets, row, tokens):
+    """First token of a row (not the tail), and its number of tokens (int32)."""
     first = edge(offsets, row, tokens)
-    last = tokens + first * 0
-    if row < rows:
-        last = edge(offsets, row + 1, tokens)
-    return first, tl.maximum(last - first, 0).to(tl.int32)
+    return first, tl.maximum(edge(offsets, row + 1, tokens) - first, 0).to(tl.int32)
+
+
+@triton.jit
+def _search(goal, offsets, rows, tokens, UNITS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr):
+    """Row of a slot or token, its first token, and the one behind its last.
+
+    An entry counts for no less than the last one that led up, for no more than the last one that led down. So rows are
+    a partition of all tokens whatever the offsets hold, the same one for every goal: no token is left out.
+    """
+    low = rows * 0
+    high = rows + low
+    first = tl.zeros([], tl.int64)
+    last = first + tokens
+    while low < high:
+        middle = (low + high + 1) // 2
+        here = tl.minimum(tl.maximum(tl.load(offsets + middle).to(tl.int64), first), last)
+        place = here * UNITS // BLOCK
+        if SLOTS:
+            place += middle
+        up = place <= goal
+        first = tl.where(up, here, first)
+        last = tl.where(up, last, here)
+        low = tl.where(up, middle, low)
+        high = tl.where(up, high, middle - 1)
+    return low, first, last
 
 
 @triton.jit
 def find(slot, offsets, rows, tokens, UNITS: tl.constexpr, BLOCK: tl.constexpr):
     """Row, first token, number of tokens, and tile (one that begins at a token of the row, or beyond) of a slot."""
-    low = slot * 0
-    high = slot * 0 + rows
-    while low < high:
-        middle = (low + high + 1) // 2
-        here = edge(offsets, middle, tokens) * UNITS // BLOCK + middle <= slot
-        low = tl.where(here, middle, low)
-        high = tl.where(here, high, middle - 1)
-    first, count = span(offsets, low, rows, tokens)
-    tile = slot - (first * UNITS // BLOCK + low).to(tl.int32)
-    # Before the first slot of a first row that starts late, against the contract, there is no row.
-    return low, first, tl.where(tile < 0, 0, count), tl.maximum(tile, 0)
+    row, first, last = _search(slot, offsets, rows, tokens, UNITS, BLOCK, True)
+    return row, first, (last - first).to(tl.int32), slot - (first * UNITS // BLOCK + row).to(tl.int32)
 
 
 @triton.jit
 def holder(token, offsets, rows, tokens):
-    """The row that holds a token (the tail is row `rows`), and its first token."""
-    low = rows * 0
-    high = rows + low
-    while low < high:
-        middle = (low + high + 1) // 2
-        here = edge(offsets, middle, tokens) <= token
-        low = tl.where(here, middle, low)
-        high = tl.where(here, high, middle - 1)
-    return low, edge(offsets, low, tokens)
+    """The row that holds a token (the tail is row `rows`), its first token, and its number of tokens."""
+    row, first, last = _search(token, offsets, rows, tokens, 1, 1, False)
+    return row, first, (last - first).to(tl.int32)

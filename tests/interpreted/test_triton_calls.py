@@ -40,7 +40,10 @@ def test_offsets_are_checked() -> None:
 @pytest.mark.parametrize("op", testing.OPS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_offsets_of_any_content(op: str, dtype: torch.dtype) -> None:
-    """Entries beyond the tokens are cut, and a disorder stays inside the tensors (whose surroundings are NaN)."""
+    """Entries beyond the tokens are cut; a disorder reads nothing outside the tensors, and leaves nothing unwritten.
+
+    NaN stands around the tensors, and in memory that is not written yet.
+    """
     ik.set_validation("off")
     extra: dict[str, Any] = {"rope": 6} if op == "apply_rotary" else {"residual": True}
     inputs = guarded_inputs(Case(op, "", lengths=(5, 3, 4), tail=0, heads=2, kv_heads=2, **extra), torch.float32)
@@ -50,9 +53,34 @@ def test_offsets_of_any_content(op: str, dtype: torch.dtype) -> None:
     cut = results(op, {**inputs, name: torch.tensor([0, 5, 12, 12], dtype=dtype)})
     for quantity, x in results(op, {**inputs, name: beyond}).items():
         assert torch.equal(x, cut[quantity]), quantity
-    disordered = guarded(torch.tensor([7, 2, limits.max, limits.min], dtype=dtype))
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    results(op, {**inputs, name: disordered})
+    disorders = [7, 2, limits.max, limits.min], [limits.max, 9, 0, 11], [0, limits.min, 12, 3]
+    for disordered in disorders:
+        for quantity, x in results(op, {**inputs, name: guarded(torch.tensor(disordered, dtype=dtype))}).items():
+            assert not x.isnan().any(), (quantity, disordered)
+
+
+@pytest.mark.parametrize("op", ["pma_pooling", "gated_cross_attention"])
+def test_disordered_offsets_of_rows_in_chunks(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where long rows are cut: pieces are written before they are joined."""
+    from interformer_kernels._triton import _attention
+
+    ik.set_validation("off")
+    monkeypatch.setattr(_attention, "_SPLIT", 32)
+    inputs = guarded_inputs(Case(op, "", lengths=(90, 3, 40), tail=0, heads=2, kv_heads=2), torch.float32)
+    name = "kv_offsets" if op == "gated_cross_attention" else "offsets"
+    for disordered in ([70, 2, 1000, -5], [0, 100, 5, 120], [3, 130, 90, 133]):
+        for quantity, x in results(op, {**inputs, name: guarded(torch.tensor(disordered))}).items():
+            assert not x.isnan().any(), (quantity, disordered)
+
+
+def test_every_token_has_a_row_whatever_the_offsets() -> None:
+    """The rows that a kernel finds are a partition of all tokens."""
+    ik.set_validation("off")
+    x, rope = torch.randn(40, 1, 4), testing.rotary_tables(40, 4)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        offsets = torch.randint(-10, 50, (9,), generator=generator)
+        assert not ik.apply_rotary(x, offsets, rope, backend="triton").isnan().any(), offsets
 
 
 # ---------------------------------------------------------------- the compiler

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -97,33 +98,45 @@ def test_two_runs_give_the_same_bits(case: Case) -> None:
         assert torch.equal(runs[0][name], runs[1][name]), name
 
 
+def _of_row(inputs: dict[str, Any], lengths: tuple[int, ...], b: int) -> dict[str, Any]:
+    """The call of one row of a batch, alone."""
+    first, alone = sum(lengths[:b]), dict(inputs)
+    for name, x in inputs.items():
+        if name in ("offsets", "kv_offsets"):
+            alone[name] = testing.offsets_of((lengths[b],))
+        elif name in ("q", "k", "v", "x", "weight", "bias", "grad_out"):
+            cut = x[b : b + 1] if x.shape[0] == len(lengths) else x[first : first + lengths[b]]
+            alone[name] = cut.detach().requires_grad_(x.requires_grad)
+    return alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", testing.OPS)
-def test_a_row_does_not_see_the_others(op: str) -> None:
-    """The bits of a row are those that it has alone (batch invariance)."""
-    lengths = (40, 7, 0, 66)
+def test_a_row_does_not_see_the_others(op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of a row, gradients included, are those that it has alone (batch invariance), in chunks or not.
+
+    The gradient of the seeds, a sum over rows, is not asked.
+    """
+    from interformer_kernels._triton import _attention
+
+    monkeypatch.setattr(_attention, "_SPLIT", 64)
+    lengths = (40, 7, 0, 12, 70, 1)
     extra = {"rope": 6} if op == "apply_rotary" else {}
-    inputs = guarded_inputs(Case(op, "", lengths=lengths, tail=0, heads=2, kv_heads=2, **extra), torch.float32)
-    with torch.no_grad():
-        together = testing.call(op, inputs, "triton")[0]
-    dense = together.shape[0] == len(lengths)
+    inputs = guarded_inputs(Case(op, "", lengths=lengths, tail=0, heads=2, kv_heads=2, **extra), dtype)
+    together = results(op, inputs)
     for b, length in enumerate(lengths):
         first = sum(lengths[:b])
-        alone = dict(inputs)
-        for name, x in inputs.items():
-            if name in ("offsets", "kv_offsets"):
-                alone[name] = testing.offsets_of((length,))
-            elif name in ("weight", "bias") or (name == "q" and x.dim() == 4):
-                alone[name] = x[b : b + 1]
-            elif name in ("q", "k", "v", "x"):
-                alone[name] = x[first : first + length]
-        with torch.no_grad():
-            single = testing.call(op, alone, "triton")[0]
-        assert torch.equal(together[b : b + 1] if dense else together[first : first + length], single), b
+        for quantity, single in results(op, _of_row(inputs, lengths, b)).items():
+            x = together[quantity]
+            cut = x[b : b + 1] if x.shape[0] == len(lengths) else x[first : first + length]
+            assert quantity == "dseeds" or torch.equal(cut, single), (quantity, b)
 
 
 @pytest.mark.parametrize("op", ["pma_pooling", "gated_cross_attention"])
-@pytest.mark.parametrize("score", ["softmax", "silu"])
-def test_long_rows_in_chunks(op: str, score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("score", "dtype"), [("softmax", torch.float32), ("softmax", torch.bfloat16), ("silu", torch.float32)], ids=str
+)
+def test_long_rows_in_chunks(op: str, score: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of more keys than a chunk are joined from chunks; shorter ones have the bits that they have without."""
     from interformer_kernels._triton import _attention
 
@@ -131,13 +144,14 @@ def test_long_rows_in_chunks(op: str, score: str, monkeypatch: pytest.MonkeyPatc
     extra: dict[str, object] = {"skip_prefix": 2} if op == "pma_pooling" else {}
     options = {**extra, "score": score, "post_scale": 1.0 if score == "softmax" else 0.5}
     case = Case(op, "", lengths=lengths, heads=2, kv_heads=2, gate="full", residual=True, options=options)
-    inputs = guarded_inputs(case, torch.float32)
-    with torch.no_grad():
-        whole = testing.call(op, inputs, "triton")[0]
-        monkeypatch.setattr(_attention, "_SPLIT", 64)
-        split = testing.call(op, inputs, "triton")[0]
+    inputs = guarded_inputs(case, dtype)
+    whole = results(op, inputs)
+    monkeypatch.setattr(_attention, "_SPLIT", 64)
+    split = results(op, inputs)
     short = [b for b, length in enumerate(lengths) if length <= 64]
-    assert torch.equal(split[short], whole[short])
-    assert not torch.equal(split, whole)
-    rows = testing.compare(case, "triton", torch.float32, make=guarded_inputs, draws=(1, 4, 12))
+    for quantity in ("out", "dq"):
+        if quantity in whole:
+            assert torch.equal(split[quantity][short], whole[quantity][short])
+            assert not torch.equal(split[quantity], whole[quantity])
+    rows = testing.compare(case, "triton", dtype, make=guarded_inputs, draws=(1, 4, 12))
     assert not [row for row in rows if not row.ok]
