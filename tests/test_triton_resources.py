@@ -29,7 +29,8 @@ PART = (
 )
 KERNELS = {
     "attention_forward", "epilogue_backward", "attention_grad_queries", "attention_grad_keys", "attention_merge",
-    "add_pieces", "rotate_rows", "row_products", "row_grad_weight",
+    "add_pieces", "attention_forward_short", "attention_backward_short", "rotate_rows", "row_products",
+    "row_grad_weight",
 }  # fmt: skip
 
 

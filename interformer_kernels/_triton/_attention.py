@@ -17,8 +17,9 @@ from interformer_kernels._triton._attention_backward import (
 )
 from interformer_kernels._triton._attention_forward import attention_forward
 from interformer_kernels._triton._attention_output import add_pieces, attention_merge
+from interformer_kernels._triton._attention_short import attention_backward_short, attention_forward_short
 from interformer_kernels._triton._rows import slots
-from interformer_kernels._triton._tiles import Tiles, padded, tiles
+from interformer_kernels._triton._tiles import TABLE, Tiles, padded, tiles
 from interformer_kernels._triton.apply_rotary import rotated
 
 _SPLIT = 1024  # keys of a chunk of a long row that few queries meet
@@ -74,6 +75,19 @@ class _Problem:
             return found
         return found._replace(queries=min(found.queries, padded(max(1, self.queries * self.units))))
 
+    def short(self) -> Tiles | None:
+        """Tiles of short rows, of `keys` tokens at most; None where there are none."""
+        width, itemsize = max(padded(self.k.shape[2]), padded(self.v.shape[2])), self.k.element_size()
+        if self.call.layout != "packed" or width > max(TABLE["short"][itemsize]):
+            return None
+        return tiles("short", width, itemsize, _run.target_of(self.k))
+
+    @property
+    def cell(self) -> int:
+        """Tokens of a row that is left to the kernels of short rows."""
+        short = self.short()
+        return 0 if short is None else short.keys
+
     @property
     def splits(self) -> bool:
         """Whether long rows are cut into chunks: few queries make few programs. Rows that fit a chunk do not notice."""
@@ -108,27 +122,34 @@ class _Problem:
             return 0, 0, 0
         return (0, x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0), x.stride(1), x.stride(2))
 
-    def constants(self, found: Tiles) -> dict[str, Any]:
-        """What the kernels are compiled for."""
+    def common(self) -> dict[str, Any]:
+        """What all kernels of keys are compiled for."""
         call = self.call
         return {
             "D": self.k.shape[2],
             "DV": self.v.shape[2],
-            "PACK": self.pack,
             "GROUP": self.group,
-            "PACKS": self.kv_heads // self.pack,
-            "LAYOUT": call.layout,
             "SCORE": call.score,
-            "V_IS_K": call.v is None,
             "CAUSAL": call.causal,
             "LEFT": call.window_left >= 0,
             "RIGHT": call.window_right >= 0,
             "PREFIX": call.num_prefix > 0,
-            "BLOCK_Q": found.queries,
-            "BLOCK_K": found.keys,
+            "CELL": self.cell,
             "BLOCK_D": padded(self.k.shape[2]),
             "BLOCK_DV": padded(self.v.shape[2]),
             "PRECISION": _run.precision(self.k.dtype),
+        }
+
+    def constants(self, found: Tiles) -> dict[str, Any]:
+        """What the kernels of tiles of one row are compiled for."""
+        return {
+            **self.common(),
+            "PACK": self.pack,
+            "PACKS": self.kv_heads // self.pack,
+            "LAYOUT": self.call.layout,
+            "V_IS_K": self.call.v is None,
+            "BLOCK_Q": found.queries,
+            "BLOCK_K": found.keys,
         }
 
 
@@ -164,6 +185,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -
         *problem.strides(problem.q), *problem.k.stride()[:2], *problem.v.stride()[:2], *of_epilogue,
         **problem.constants(found), **epilogue, SPLIT=split, tiles=found,
     )  # fmt: skip
+    _start_short(problem, attention_forward_short, (gate, residual, out, lse, attended), of_epilogue, **epilogue)
     if split:
         block = max(1, min(_NUMBERS // padded(shape[-1]), padded(problem.queries * problem.heads)))
         _run.start(
@@ -176,6 +198,24 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -
     return out, lse, attended
 
 
+def _start_short(
+    problem: _Problem, kernel: Any, tensors: tuple[Tensor | None, ...], strides: tuple[int, ...], **constants: Any
+) -> None:
+    """Start a kernel of short rows, several to a program, where the layout has them."""
+    found = problem.short()
+    if found is None:
+        return
+    q, k, v = problem.q, problem.k, problem.v
+    rows, q_tokens, k_tokens, _, _, left, right, prefix = problem.sizes()
+    _run.start(
+        kernel, -(-rows // (found.queries // found.keys)) * problem.kv_heads,
+        q, k, v, *tensors, problem.q_offsets, problem.kv_offsets,
+        rows, q_tokens, k_tokens, left, right, prefix, problem.call.scale, problem.call.post_scale,
+        *problem.strides(q)[1:], *k.stride()[:2], *v.stride()[:2], *strides,
+        **problem.common(), **constants, KV_HEADS=problem.kv_heads, BLOCK=found.queries, tiles=found,
+    )  # fmt: skip
+
+
 def backward(
     call: AttentionCall, grad_out: Tensor, attended: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -185,6 +225,8 @@ def backward(
     sides = grad_attended, lse, delta
     grad_q = _grad_queries(problem, sides)
     grad_k, grad_v = _grad_keys(problem, sides)
+    of_grad = problem.strides(grad_attended)[1:]
+    _start_short(problem, attention_backward_short, (grad_attended, grad_q, grad_k, grad_v), of_grad)
     if call.cos is not None and call.sin is not None:
         tables = call.cos, call.sin
         grad_q = rotated(grad_q, problem.q_offsets, *tables, call.positions_q, call.rope_interleaved, backwards=True)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._attention_output import piece
+from interformer_kernels._triton._attention_short import is_short
 from interformer_kernels._triton._attention_tiles import (
     at,
     chunk_tile,
@@ -170,7 +171,7 @@ def attention_grad_queries(
     LAYOUT: tl.constexpr, SCORE: tl.constexpr, V_IS_K: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, GRADIENT: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, CELL: tl.constexpr, GRADIENT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries; or else, not GRADIENT, the sums of P and of P * dP, side by side.
 
@@ -187,11 +188,15 @@ def attention_grad_queries(
         )
         if idle:
             return
-        first, count = queries_of(row, q_tokens, q_offsets, queries, LAYOUT)
+        first, count = queries_of(row, rows, q_tokens, q_offsets, queries, LAYOUT)
     else:
         row, first, count, tile = query_tile(slot, q_offsets, rows, q_tokens, queries, HEADS, BLOCK_Q, LAYOUT)
         if tile * BLOCK_Q >= count * HEADS:
             return
+        if CELL:
+            _, others = keys_of(row, rows, kv_offsets, k_tokens, skip)
+            if is_short(q_offsets, row, rows, q_tokens, first, count, others, CELL):
+                return
     o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_DV)
@@ -251,7 +256,7 @@ def attention_grad_keys(
     LAYOUT: tl.constexpr, SCORE: tl.constexpr, V_IS_K: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, CELL: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys, from all queries that see them; zero on the tail and on skipped keys."""
     HEADS: tl.constexpr = PACK * GROUP
@@ -259,6 +264,9 @@ def attention_grad_keys(
     slot = tl.program_id(0) // PACKS
     row, k_first, tokens, tile = find(slot, kv_offsets, rows, k_tokens, PACK, BLOCK_K)
     if tile * BLOCK_K >= tokens * PACK:
+        return
+    first, count = queries_of(row, rows, q_tokens, q_offsets, queries, LAYOUT)
+    if CELL and is_short(kv_offsets, row, rows, k_tokens, k_first, tokens, count, CELL):
         return
     o_c = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     o_r = tl.arange(0, BLOCK_Q)
@@ -281,7 +289,6 @@ def attention_grad_keys(
     sums_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     sums_v = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     if row < rows:
-        first, count = queries_of(row, q_tokens, q_offsets, queries, LAYOUT)
         j_first = tile * BLOCK_K // PACK - skip
         j_last = tl.minimum((tile * BLOCK_K + BLOCK_K - 1) // PACK - skip, keys - 1)
         before, start, stop = query_tiles(

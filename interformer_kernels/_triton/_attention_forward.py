@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._attention_output import finish, keep_piece, piece
+from interformer_kernels._triton._attention_short import is_short
 from interformer_kernels._triton._attention_tiles import (
     at,
     chunk_tile,
@@ -32,13 +33,15 @@ def attention_forward(
     LAYOUT: tl.constexpr, SCORE: tl.constexpr, V_IS_K: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
     GATE: tl.constexpr, FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SPLIT: tl.constexpr, CELL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries over the keys that it sees.
 
     With SPLIT (a multiple of the keys of a tile), rows that have more keys are cut into chunks of so many, a program
-    for each; `attention_merge` joins them. Shorter rows are not touched by it, bit by bit.
+    for each; `attention_merge` joins them. Shorter rows are not touched by it, bit by bit. Rows that fit a CELL are not
+    done here, but in `_attention_short.py`.
     """
     HEADS: tl.constexpr = PACK * GROUP
     i_pack = tl.program_id(0) % PACKS
@@ -49,12 +52,14 @@ def attention_forward(
         )
         if idle:
             return
-        first, count = queries_of(row, q_tokens, q_offsets, queries, LAYOUT)
+        first, count = queries_of(row, rows, q_tokens, q_offsets, queries, LAYOUT)
     else:
         row, first, count, tile = query_tile(slot, q_offsets, rows, q_tokens, queries, HEADS, BLOCK_Q, LAYOUT)
         if tile * BLOCK_Q >= count * HEADS:
             return
         k_first, keys = keys_of(row, rows, kv_offsets, k_tokens, skip)
+        if CELL and is_short(q_offsets, row, rows, q_tokens, first, count, keys, CELL):
+            return
 
     o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)

@@ -46,10 +46,10 @@ def chunk_tile(
 
 
 @triton.jit
-def queries_of(row, tokens, q_offsets, queries, LAYOUT: tl.constexpr):
+def queries_of(row, rows, tokens, q_offsets, queries, LAYOUT: tl.constexpr):
     """First query token of a row, as outputs are numbered, and how many the row has."""
     if LAYOUT == "packed":
-        first, count = span(q_offsets, row, tokens)
+        first, count = span(q_offsets, row, rows, tokens)
     else:
         first = row.to(tl.int64) * queries
         count = queries + row * 0
@@ -59,12 +59,8 @@ def queries_of(row, tokens, q_offsets, queries, LAYOUT: tl.constexpr):
 @triton.jit
 def keys_of(row, rows, kv_offsets, tokens, skip):
     """First key token of a row behind the `skip` first ones, and how many the row has left; the tail has none."""
-    first = skip * 0 + tl.zeros([], tl.int64)
-    count = tl.zeros([], tl.int32)
-    if row < rows:
-        first, count = span(kv_offsets, row, tokens)
-        count = tl.maximum(count - skip, 0).to(tl.int32)
-    return first + skip, count
+    first, count = span(kv_offsets, row, rows, tokens)
+    return first + skip, tl.maximum(count - skip, 0)
 
 
 @triton.jit

@@ -24,10 +24,11 @@ def edge(offsets, i, tokens):
 
 
 @triton.jit
-def span(offsets, row, tokens):
-    """First token of a row (not the tail), and its number of tokens (int32)."""
-    first = edge(offsets, row, tokens)
-    return first, tl.maximum(edge(offsets, row + 1, tokens) - first, 0).to(tl.int32)
+def span(offsets, row, rows, tokens):
+    """First token of a row (or of each of a tile of rows), and its number of tokens (int32); none behind the last."""
+    first = edge(offsets, tl.minimum(row, rows), tokens)
+    last = edge(offsets, tl.minimum(row + 1, rows), tokens)
+    return first, tl.maximum(last - first, 0).to(tl.int32)
 
 
 @triton.jit

@@ -47,6 +47,8 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
         2: {64: Tiles(32, 64), 128: Tiles(32, 32), 256: Tiles(16, 16), 512: Tiles(16, 16)},
         4: {32: Tiles(16, 32, 8), 64: Tiles(16, 32), 128: Tiles(16, 32, 8), 256: Tiles(16, 16), 512: Tiles(16, 16)},
     },
+    # Several rows of at most `keys` tokens in a tile of `queries`; wider heads leave no room for that.
+    "short": {2: {128: Tiles(64, 32, 4, 1)}, 4: {32: Tiles(32, 16, 4, 1), 64: Tiles(32, 16, 8, 1)}},
     "personalized_ffn": {2: {128: Tiles(64, 64, 8)}, 4: {128: Tiles(32, 32, 8)}},
     "grad_weight": {2: {128: Tiles(64, 64)}, 4: {128: Tiles(32, 32)}},
 }

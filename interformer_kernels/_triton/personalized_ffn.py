@@ -77,7 +77,7 @@ def row_grad_weight(
     i_f = tl.program_id(0) % blocks_f
     i_e = tl.program_id(0) // blocks_f % blocks_e
     row = tl.program_id(0) // (blocks_f * blocks_e)
-    first, count = span(offsets, row, tokens)
+    first, count = span(offsets, row, rows, tokens)
     o_e = i_e * BLOCK_E + tl.arange(0, BLOCK_E)
     o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
     sums = tl.zeros([BLOCK_E, BLOCK_F], tl.float32)

@@ -16,6 +16,7 @@ from grid import ALL_CASES, case_ids
 from triton_calls import guarded_inputs, results
 
 from interformer_kernels import testing
+from interformer_kernels._triton import _attention, _run
 from interformer_kernels.testing import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,6 +48,11 @@ def test_error_is_within_the_budget(case: Case, dtype: torch.dtype) -> None:
 
 
 ATTENTION, POOLING = "jagged_attention", "pma_pooling"
+# Kernels that write outputs and gradients of tokens.
+ATTENDING = {
+    "attention_forward", "attention_grad_queries", "attention_grad_keys",
+    "attention_forward_short", "attention_backward_short",
+}  # fmt: skip
 # Head sizes that are no power of two, wider than a tile of tensor cores, and of both sides; few queries of many heads.
 SIZES = [
     (Case(ATTENTION, "wide", lengths=(3, 70), heads=1, kv_heads=1, head_size=96, value_size=256), torch.float32),
@@ -54,6 +60,14 @@ SIZES = [
     (Case(POOLING, "many heads", lengths=(9, 0, 40), heads=16, kv_heads=8, queries=1, head_size=4), torch.float32),
     (Case(POOLING, "odd group", lengths=(9, 2), heads=6, kv_heads=2, queries=2, shared_value=True), torch.float16),
     (Case("gated_cross_attention", "odd pack", heads=12, kv_heads=12, queries=1, lengths=(5, 33)), torch.bfloat16),
+    (Case(ATTENTION, "tiny rows", lengths=(16, 17, 1, 0, 15, 2), heads=4, kv_heads=2, head_size=7, value_size=10,
+          gate="full", residual=True, options={"window": (5, 2), "num_prefix": 2}), torch.float32),
+    (Case(ATTENTION, "tiny rows, causal", lengths=(31, 32, 33, 0, 1), heads=2, kv_heads=2, rope=6,
+          options={"causal": True}), torch.bfloat16),
+    (Case(ATTENTION, "short here, long there", lengths=(40, 3, 17, 16, 9, 0, 2), query_lengths=(3, 40, 16, 17, 0, 9, 5),
+          heads=2, kv_heads=1, options={"causal": True, "num_prefix": 1}), torch.float32),
+    (Case("gated_cross_attention", "tiny rows", lengths=(33, 3, 32, 16), query_lengths=(2, 33, 32, 0), heads=2,
+          kv_heads=2, gate="head", options={"score": "silu", "post_scale": 0.25}), torch.float16),
     (Case("personalized_ffn", "wide", lengths=(3, 0, 40), head_size=80, value_size=130), torch.float32),
     (Case("apply_rotary", "wide", heads=3, head_size=200, rope=120), torch.float16),
 ]  # fmt: skip
@@ -63,6 +77,28 @@ SIZES = [
 def test_sizes(case: Case, dtype: torch.dtype) -> None:
     rows = testing.compare(case, "triton", dtype, make=guarded_inputs, draws=(1, 4, 12))
     assert not [row for row in rows if not row.ok]
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_short_rows_share_programs(short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of at most 16 tokens, in float32, are written by the kernels of short rows, two to a program; others not."""
+    start, grids = _run.start, []
+
+    def in_part(kernel: Any, grid: int, *arguments: Any, **named: Any) -> None:
+        name = kernel.fn.__name__
+        if name.endswith("_short"):
+            grids.append(grid)
+        if name.endswith("_short") == short or name not in ATTENDING:
+            start(kernel, grid, *arguments, **named)
+
+    monkeypatch.setattr(_run, "start", in_part)
+    lengths = (16, 17, 0, 3, 40, 1, 9)
+    case = Case(ATTENTION, "", lengths=lengths, tail=0, heads=2, kv_heads=2)
+    for quantity, x in results(ATTENTION, guarded_inputs(case, torch.float32)).items():
+        for row, length in zip(x.split(lengths), lengths, strict=True):
+            written = not row.isnan().any()
+            assert not length or written == ((length <= 16) == short), (quantity, length)
+    assert grids == [4 * 2, 4 * 2]
 
 
 @pytest.mark.parametrize("op", testing.OPS)
@@ -117,8 +153,6 @@ def test_a_row_does_not_see_the_others(op: str, dtype: torch.dtype, monkeypatch:
 
     The gradient of the seeds, a sum over rows, is not asked.
     """
-    from interformer_kernels._triton import _attention
-
     monkeypatch.setattr(_attention, "_SPLIT", 64)
     lengths = (40, 7, 0, 12, 70, 1)
     extra = {"rope": 6} if op == "apply_rotary" else {}
@@ -138,8 +172,6 @@ def test_a_row_does_not_see_the_others(op: str, dtype: torch.dtype, monkeypatch:
 )
 def test_long_rows_in_chunks(op: str, score: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of more keys than a chunk are joined from chunks; shorter ones have the bits that they have without."""
-    from interformer_kernels._triton import _attention
-
     lengths = (5, 200, 0, 64, 65, 3, 130)
     extra: dict[str, object] = {"skip_prefix": 2} if op == "pma_pooling" else {}
     options = {**extra, "score": score, "post_scale": 1.0 if score == "softmax" else 0.5}

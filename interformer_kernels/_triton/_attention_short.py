@@ -1,0 +1,139 @@
+"""Short rows of the packed layout, several to a program: each is whole in a cell of the tile, and sees its own cell.
+
+Of thousands of rows of few tokens, a program of one row would be mostly empty, and would look for it, too: here row
+`r` is cell `r % (BLOCK / CELL)` of program `r // (BLOCK / CELL)`. As all keys of a row are at hand, the softmax is the
+plain one, and one pass is the whole backward. Whether a row is short depends on itself alone; the kernels of long rows
+leave out what `is_short` says. Zeros of other cells change no sum, and cells begin at multiples of powers of two: so
+the bits of a row do not depend on its cell.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from interformer_kernels._triton._attention_output import finish
+from interformer_kernels._triton._attention_tiles import fold, visible, weigh
+from interformer_kernels._triton._maps import dot, narrow
+from interformer_kernels._triton._rows import span
+
+SIZES = ["rows", "q_tokens", "k_tokens", "left", "right", "prefix"]
+
+
+@triton.jit
+def is_short(offsets, row, rows, tokens, first, count, others, CELL: tl.constexpr):
+    """Whether a row that the kernels of long rows found is done here.
+
+    `first`, `count`: its tokens on one side; `others`: how many it has on the other. Where offsets are in disorder, the
+    search may have found other tokens than stand there; then it is not, so that none is left out.
+    """
+    here, number = span(offsets, row, rows, tokens)
+    same = (here == first) & (number == count) & (row < rows)
+    return same & (count <= CELL) & (others <= CELL)
+
+
+@triton.jit
+def _lanes(i, q_offsets, kv_offsets, rows, q_tokens, k_tokens, CELL: tl.constexpr, BLOCK: tl.constexpr):
+    """Of each lane: cell, index in its row, first query and number of queries, first key and number of keys of the row;
+    no queries and no keys where the row is not short.
+    """
+    o = tl.arange(0, BLOCK)
+    row = i * (BLOCK // CELL) + o // CELL
+    q_first, queries = span(q_offsets, row, rows, q_tokens)
+    k_first, keys = span(kv_offsets, row, rows, k_tokens)
+    fits = (queries <= CELL) & (keys <= CELL)
+    return o // CELL, o % CELL, q_first, tl.where(fits, queries, 0), k_first, tl.where(fits, keys, 0)
+
+
+@triton.jit
+def _load(x, p, m, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The channels `[BLOCK, BLOCK_C]` of some tokens; zero where there is none."""
+    o_c = tl.arange(0, BLOCK_C)
+    return tl.load(x + p[:, None] + o_c, mask=m[:, None] & (o_c < C)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(x, p, m, values, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    o_c = tl.arange(0, BLOCK_C)
+    tl.store(x + p[:, None] * C + o_c, narrow(values, x.dtype.element_ty), mask=m[:, None] & (o_c < C)[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_forward_short(
+    q, k, v, gate, residual, out, lse, attended, q_offsets, kv_offsets,
+    rows, q_tokens, k_tokens, left, right, prefix, scale, post_scale,
+    q_token, q_head, k_token, k_head, v_token, v_head,
+    gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
+    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, SCORE: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
+    GATE: tl.constexpr, FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr,
+    CELL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs of some short rows, of all query heads that share a key/value head."""
+    i_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
+    i = tl.program_id(0) // KV_HEADS
+    cell, n, q_first, queries, k_first, keys = _lanes(i, q_offsets, kv_offsets, rows, q_tokens, k_tokens, CELL, BLOCK)
+    b_k = _load(k, (k_first + n) * k_token + i_head * k_head, n < keys, D, BLOCK_D)
+    b_v = _load(v, (k_first + n) * v_token + i_head * v_head, n < keys, DV, BLOCK_DV)
+    m_seen = visible(
+        n[:, None], n[None, :], queries[:, None], keys[:, None], left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX
+    )
+    m_seen = m_seen & (cell[:, None] == cell[None, :])
+    for g in range(0, GROUP):
+        head = i_head * GROUP + g
+        b_q = _load(q, (q_first + n) * q_token + head * q_head, n < queries, D, BLOCK_D)
+        s = dot(b_q, tl.trans(b_k), PRECISION)
+        largest = tl.full([BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        weights, _, largest, total = fold(s, m_seen, largest, total, scale, post_scale, SCORE)
+        sums = dot(narrow(weights, b_v.dtype), b_v, PRECISION)
+        finish(
+            sums, largest, total, gate, residual, out, lse, attended, i * 0, rows, q_first, queries, n, head,
+            gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
+            KV_HEADS * GROUP, DV, "packed", SCORE, GATE, FORM, ACTIVATION, RESIDUAL, KEEP, BLOCK_DV,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_backward_short(
+    q, k, v, grad_attended, grad_q, grad_k, grad_v, q_offsets, kv_offsets,
+    rows, q_tokens, k_tokens, left, right, prefix, scale, post_scale,
+    q_token, q_head, k_token, k_head, v_token, v_head, grad_token, grad_head,
+    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, SCORE: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
+    CELL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ, dK and dV of some short rows, of all query heads that share a key/value head."""
+    i_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
+    i = tl.program_id(0) // KV_HEADS
+    cell, n, q_first, queries, k_first, keys = _lanes(i, q_offsets, kv_offsets, rows, q_tokens, k_tokens, CELL, BLOCK)
+    b_k = _load(k, (k_first + n) * k_token + i_head * k_head, n < keys, D, BLOCK_D)
+    b_v = _load(v, (k_first + n) * v_token + i_head * v_head, n < keys, DV, BLOCK_DV)
+    m_seen = visible(
+        n[:, None], n[None, :], queries[:, None], keys[:, None], left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX
+    )
+    m_seen = m_seen & (cell[:, None] == cell[None, :])
+    sums_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    sums_v = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
+    for g in range(0, GROUP):
+        head = i_head * GROUP + g
+        b_q = _load(q, (q_first + n) * q_token + head * q_head, n < queries, D, BLOCK_D)
+        p_grad = (q_first + n) * grad_token + head * grad_head
+        b_grad = _load(grad_attended, p_grad, n < queries, DV, BLOCK_DV)
+        s = dot(b_q, tl.trans(b_k), PRECISION)
+        grad = dot(b_grad, tl.trans(b_v), PRECISION)
+        nothing = tl.zeros([BLOCK], tl.float32)
+        if SCORE == "softmax":
+            weights, _, _, total = fold(s, m_seen, nothing + float("-inf"), nothing, scale, post_scale, SCORE)
+            weights = weights / tl.where(total == 0.0, 1.0, total)[:, None]
+            grads = weights * (grad - tl.sum(weights * grad, 1)[:, None])
+        else:
+            weights, grads = weigh(s, grad, m_seen, nothing, nothing, scale, post_scale, SCORE)
+        grads = narrow(grads, b_q.dtype)
+        p_q = (q_first + n) * (KV_HEADS * GROUP) + head
+        _store(grad_q, p_q, n < queries, dot(grads, b_k, PRECISION) * scale, D, BLOCK_D)
+        sums_k += dot(tl.trans(grads), b_q, PRECISION)
+        sums_v += dot(tl.trans(narrow(weights, b_grad.dtype)), b_grad, PRECISION)
+    p_k = (k_first + n) * KV_HEADS + i_head
+    _store(grad_k, p_k, n < keys, sums_k * scale, D, BLOCK_D)
+    _store(grad_v, p_k, n < keys, sums_v, DV, BLOCK_DV)
