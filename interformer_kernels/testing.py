@@ -314,6 +314,23 @@ def _ffn_inputs(draw: _Draw, case: Case, offsets: Tensor) -> _Made:
     return inputs, shape, rows
 
 
+def row_of(x: Tensor, lengths: Sequence[int], b: int) -> Tensor:
+    """What a tensor of rows, or of their tokens, holds of row `b`."""
+    first = sum(lengths[:b])
+    return x[b : b + 1] if x.shape[0] == len(lengths) else x[first : first + lengths[b]]
+
+
+def alone(inputs: Mapping[str, Any], lengths: Sequence[int], b: int) -> dict[str, Any]:
+    """The call of row `b` of a batch by itself: tensors of rows and tokens are cut, all else is shared."""
+    found = dict(inputs)
+    for name, x in inputs.items():
+        if name in ("offsets", "kv_offsets"):
+            found[name] = offsets_of((lengths[b],), x.dtype, str(x.device))
+        elif name in ("q", "k", "v", "x", "weight", "bias", "residual", "grad_out") and x is not None:
+            found[name] = row_of(x.detach(), lengths, b).requires_grad_(x.requires_grad)
+    return found
+
+
 # ---------------------------------------------------------------- the comparison
 
 

@@ -74,6 +74,22 @@ def test_tuned_tiles_are_the_fastest_measured_and_are_kept(tmp_path: Path, monke
     assert _tiles.tiles("forward", 48, 2, target._replace(name="")) == _tiles.TABLE["forward"][2][64]
 
 
+def test_tiles_follow_the_capability() -> None:
+    """Without tensor cores 16-bit tiles are float32's; later devices change entries of the table, other kinds none."""
+    pytest.importorskip("triton")
+    from interformer_kernels._triton import _tiles
+    from interformer_kernels._triton._tiles import Target, entries
+
+    for kernel, of_kernel in _tiles.TABLE.items():
+        assert entries(kernel, 2, Target("cuda", 75)) == of_kernel[4]
+        assert entries(kernel, 4, Target("cuda", 120)) == of_kernel[4]
+        assert entries(kernel, 2, Target("hip", 0)) == entries(kernel, 2, Target("cpu", 0)) == of_kernel[2]
+    changed = _tiles.SINCE[90]["grad_keys"][2][128]
+    assert _tiles.tiles("grad_keys", 100, 2, Target("cuda", 100)) == changed
+    assert _tiles.tiles("grad_keys", 100, 2, Target("cuda", 86)) == _tiles.TABLE["grad_keys"][2][128] != changed
+    assert _tiles.tiles("grad_queries", 256, 2, Target("cuda", 90)) == _tiles.SINCE[80]["grad_queries"][2][256]
+
+
 def test_shapes_and_table_of_the_gpu_bench() -> None:
     found = gpu.gpu_shapes(None)
     assert {shape.op for shape in found} == {

@@ -22,7 +22,7 @@ PART = (
     "jagged_attention/64/bfloat16/sm_90",
     "jagged_attention/64/bfloat16/gfx942",
     "jagged_attention/128/float32/sm_80",
-    "pma_pooling/32/bfloat16/sm_100",
+    "pma_pooling/32/float16/sm_100",
     "gated_cross_attention/128/bfloat16/sm_80",
     "personalized_ffn/64/float32/sm_90",
     "apply_rotary/64/bfloat16/gfx942",

@@ -97,13 +97,15 @@ def parity(backends: Sequence[str]) -> dict[str, Any]:
 
 
 def determinism(backend: str, device: str = "cuda") -> int:
-    """In a process of its own: two runs of some cases of every op in every dtype; 1 where their bits differ."""
+    """In a process of its own: two runs of some cases of every op in every dtype, and of every row of a few by itself;
+    1 where their bits differ."""
     import torch
 
     from interformer_kernels import testing
 
     wrong = 0
     chosen = "plain", "gate and residual", "v is k", "jagged queries", "halves", "gelu, bias, residual"
+    by_rows = "plain", "halves", "gelu, bias, residual"
     for op in testing.OPS:
         for case in (case for case in testing.cases(op) if case.name in chosen):
             for dtype in DTYPES:
@@ -113,6 +115,15 @@ def determinism(backend: str, device: str = "cuda") -> int:
                     for _ in range(2)
                 ]
                 differing = [name for name, x in runs[0].items() if not torch.equal(x, runs[1][name])]
+                for b in range(len(case.lengths) if case.name in by_rows else 0):
+                    one = testing.alone(inputs, case.lengths, b)
+                    single = testing.evaluate(lambda: testing.call(op, one, backend), op, one)  # noqa: B023
+                    single.pop("dseeds", None)  # a sum over rows
+                    same = {
+                        name: torch.equal(x, testing.row_of(runs[0][name], case.lengths, b))
+                        for name, x in single.items()
+                    }
+                    differing += [f"{name} of row {b}" for name, equal in same.items() if not equal]
                 wrong += bool(differing)
                 print(f"{op}, {case.name}, {dtype}: {'same bits' if not differing else f'DIFFERENT {differing}'}")
     return 1 if wrong else 0

@@ -46,7 +46,7 @@ TARGETS = {
 # Bytes of shared memory that a program may have.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 WIDTHS = (16, 32, 64, 128, 256)
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",

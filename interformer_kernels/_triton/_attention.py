@@ -19,7 +19,7 @@ from interformer_kernels._triton._attention_forward import attention_forward
 from interformer_kernels._triton._attention_output import add_pieces, attention_merge
 from interformer_kernels._triton._attention_short import attention_backward_short, attention_forward_short
 from interformer_kernels._triton._rows import slots
-from interformer_kernels._triton._tiles import TABLE, Tiles, padded, tiles
+from interformer_kernels._triton._tiles import Tiles, entries, padded, tiles
 from interformer_kernels._triton.apply_rotary import rotated
 
 _SPLIT = 1024  # keys of a chunk of a long row that few queries meet
@@ -51,6 +51,7 @@ class _Problem:
         self.tokens = self.out_shape[0] if call.layout == "packed" else self.out_shape[0] * self.out_shape[1]
         self.queries = 0 if call.layout == "packed" else self.out_shape[1]
         self.group = self.heads // self.kv_heads
+        self.width = max(padded(self.k.shape[2]), padded(self.v.shape[2]))
         self.pack = self._pack()
         self.exact = call.score == "softmax" and k.dtype == torch.float32
 
@@ -69,18 +70,17 @@ class _Problem:
 
     def tiles(self, kernel: str) -> Tiles:
         """Tiles of a kernel; no more queries than rows have, where that is known."""
-        width = max(padded(self.k.shape[2]), padded(self.v.shape[2]))
-        found = tiles(kernel, width, self.k.element_size(), _run.target_of(self.k))
+        found = tiles(kernel, self.width, self.k.element_size(), _run.target_of(self.k))
         if self.call.layout == "packed":
             return found
         return found._replace(queries=min(found.queries, padded(max(1, self.queries * self.units))))
 
     def short(self) -> Tiles | None:
         """Tiles of short rows, of `keys` tokens at most; None where there are none."""
-        width, itemsize = max(padded(self.k.shape[2]), padded(self.v.shape[2])), self.k.element_size()
-        if self.call.layout != "packed" or width > max(TABLE["short"][itemsize]):
+        on = self.k.element_size(), _run.target_of(self.k)
+        if self.call.layout != "packed" or self.width > max(entries("short", *on)):
             return None
-        return tiles("short", width, itemsize, _run.target_of(self.k))
+        return tiles("short", self.width, *on)
 
     @property
     def cell(self) -> int:

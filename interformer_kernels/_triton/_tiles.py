@@ -1,4 +1,4 @@
-"""Tile sizes of the kernels, by kernel, width of the heads, bytes of a number, and device.
+"""Tile sizes of the kernels, by kernel, width of the heads, bytes of a number, and device's capability.
 
 No GPU was at hand: the entries are the largest that neither run out of registers nor outgrow the shared memory of any
 device they are for, as compiled ahead of time (`make resources` prints what each one takes). What a user's own GPU
@@ -52,6 +52,13 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     "personalized_ffn": {2: {128: Tiles(64, 64, 8)}, 4: {128: Tiles(32, 32, 8)}},
     "grad_weight": {2: {128: Tiles(64, 64)}, 4: {128: Tiles(32, 32)}},
 }
+# What differs on NVIDIA devices of this compute capability or a later one. 8.0: eight warps, where four spill (on AMD,
+# eight do). 9.0: products of its tensor cores, and of 10.0's, take 64 rows at least, which are queries in one pass and
+# keys in the other.
+SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
+    80: {"grad_queries": {2: {256: Tiles(16, 32, 8)}}},
+    90: {"grad_queries": {2: {128: Tiles(64, 32)}}, "grad_keys": {2: {128: Tiles(32, 64)}}},
+}
 
 
 def padded(channels: int) -> int:
@@ -59,13 +66,26 @@ def padded(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
+def entries(kernel: str, itemsize: int, target: Target) -> dict[int, Tiles]:
+    """Widest head -> tiles, on a device."""
+    if target.kind != "cuda":
+        return TABLE[kernel][itemsize]
+    if target.capability < 80:
+        # Triton has no tensor cores before 8.0, and without them 16-bit tiles take the registers of float32's.
+        return TABLE[kernel][4]
+    found = dict(TABLE[kernel][itemsize])
+    for capability in (since for since in sorted(SINCE) if since <= target.capability):
+        found |= SINCE[capability].get(kernel, {}).get(itemsize, {})
+    return found
+
+
 def tiles(kernel: str, width: int, itemsize: int, target: Target) -> Tiles:
     """The entry for heads of `width` channels; what was tuned on this very device goes first."""
-    entries = TABLE[kernel][itemsize]
-    bucket = min((w for w in entries if w >= width), default=max(entries))
+    found = entries(kernel, itemsize, target)
+    bucket = min((w for w in found if w >= width), default=max(found))
     name = key(kernel, bucket, itemsize)
     tuned = _tuned(target.name) if target.name else {}
-    return _forced.get(name) or tuned.get(name) or entries[bucket]
+    return _forced.get(name) or tuned.get(name) or found[bucket]
 
 
 # ---------------------------------------------------------------- what was tuned

@@ -16,18 +16,19 @@ Call = Callable[[], object]
 _ROWS, _LONGEST, _HEADS = 512, 256, 4
 
 
-def candidates(kernel: str, width: int, itemsize: int) -> Iterator[Tiles]:
+def candidates(kernel: str, width: int, itemsize: int, entry: Tiles) -> Iterator[Tiles]:
     """The entry of the table, and others: tiles that hold 32 KiB of operands or less."""
-    yield _tiles.TABLE[kernel][itemsize][width]
+    yield entry
     for queries, keys in itertools.product((16, 32, 64, 128), repeat=2):
-        if (queries + keys) * width * itemsize <= 32 << 10:
+        if (queries + keys) * width * itemsize <= 32 << 10 and (kernel != "short" or keys < queries):
             for warps, stages in ((4, 2), (8, 2)):
                 yield Tiles(queries, keys, warps, stages)
 
 
 def calls(kernel: str, width: int, dtype: torch.dtype, device: str) -> Call:
-    """A call whose time depends on the kernel's tiles: rows of 1 to 256 tokens."""
-    lengths = torch.randint(1, _LONGEST + 1, (_ROWS,), generator=torch.Generator().manual_seed(0))
+    """A call whose time depends on the kernel's tiles: rows of 1 to 256 tokens, short ones of 1 to 32."""
+    rows, longest = (8 * _ROWS, _LONGEST // 8) if kernel == "short" else (_ROWS, _LONGEST)
+    lengths = torch.randint(1, longest + 1, (rows,), generator=torch.Generator().manual_seed(0))
     offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(device)
     tokens = int(lengths.sum())
 
@@ -35,7 +36,7 @@ def calls(kernel: str, width: int, dtype: torch.dtype, device: str) -> Call:
         return torch.randn(shape, device=device).to(dtype)
 
     if kernel in ("personalized_ffn", "grad_weight"):
-        x, weight = drawn(tokens, width), drawn(_ROWS, width, width)
+        x, weight = drawn(tokens, width), drawn(rows, width, width)
         if kernel == "personalized_ffn":
             return lambda: personalized_ffn.forward(x, weight, offsets, None, None, "identity")
         return lambda: personalized_ffn.backward(x, x, weight, offsets, None, "identity")
@@ -52,7 +53,11 @@ def calls(kernel: str, width: int, dtype: torch.dtype, device: str) -> Call:
     if kernel == "forward":
         return forward
     out, lse, _ = forward()
-    return lambda: jagged_attention.backward(q, out, lse, q, k, v, offsets, *nothing, None, *options)
+
+    def backward() -> object:
+        return jagged_attention.backward(q, out, lse, q, k, v, offsets, *nothing, None, *options)
+
+    return (lambda: (forward(), backward())) if kernel == "short" else backward
 
 
 def seconds(call: Call) -> float:
@@ -73,11 +78,12 @@ def tune(
     """The fastest tiles of every entry, by the key under which they are kept."""
     found: dict[str, Tiles] = {}
     for kernel, dtype in itertools.product(kernels, (torch.bfloat16, torch.float32)):
-        for width in (width for width in _tiles.TABLE[kernel][dtype.itemsize] if width <= most_width):
+        entries = _tiles.entries(kernel, dtype.itemsize, _run.target_of(torch.empty(0, device=device)))
+        for width, entry in ((width, entry) for width, entry in entries.items() if width <= most_width):
             key = _tiles.key(kernel, width, dtype.itemsize)
             call = calls(kernel, width, dtype, device)
             times: dict[Tiles, float] = {}
-            for one in candidates(kernel, width, dtype.itemsize):
+            for one in candidates(kernel, width, dtype.itemsize, entry):
                 tell(f"{key}: {one}")
                 with _tiles.forced(key, one):
                     times[one] = times.get(one) or measure(call)

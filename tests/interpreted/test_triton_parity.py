@@ -134,18 +134,6 @@ def test_two_runs_give_the_same_bits(case: Case) -> None:
         assert torch.equal(runs[0][name], runs[1][name]), name
 
 
-def _of_row(inputs: dict[str, Any], lengths: tuple[int, ...], b: int) -> dict[str, Any]:
-    """The call of one row of a batch, alone."""
-    first, alone = sum(lengths[:b]), dict(inputs)
-    for name, x in inputs.items():
-        if name in ("offsets", "kv_offsets"):
-            alone[name] = testing.offsets_of((lengths[b],))
-        elif name in ("q", "k", "v", "x", "weight", "bias", "grad_out"):
-            cut = x[b : b + 1] if x.shape[0] == len(lengths) else x[first : first + lengths[b]]
-            alone[name] = cut.detach().requires_grad_(x.requires_grad)
-    return alone
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", testing.OPS)
 def test_a_row_does_not_see_the_others(op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,12 +146,10 @@ def test_a_row_does_not_see_the_others(op: str, dtype: torch.dtype, monkeypatch:
     extra = {"rope": 6} if op == "apply_rotary" else {}
     inputs = guarded_inputs(Case(op, "", lengths=lengths, tail=0, heads=2, kv_heads=2, **extra), dtype)
     together = results(op, inputs)
-    for b, length in enumerate(lengths):
-        first = sum(lengths[:b])
-        for quantity, single in results(op, _of_row(inputs, lengths, b)).items():
-            x = together[quantity]
-            cut = x[b : b + 1] if x.shape[0] == len(lengths) else x[first : first + length]
-            assert quantity == "dseeds" or torch.equal(cut, single), (quantity, b)
+    for b in range(len(lengths)):
+        for quantity, single in results(op, testing.alone(inputs, lengths, b)).items():
+            among_others = testing.row_of(together[quantity], lengths, b)
+            assert quantity == "dseeds" or torch.equal(among_others, single), (quantity, b)
 
 
 @pytest.mark.parametrize("op", ["pma_pooling", "gated_cross_attention"])
