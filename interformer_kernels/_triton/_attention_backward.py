@@ -16,16 +16,15 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._attention_output import piece
-from interformer_kernels._triton._attention_short import is_short
 from interformer_kernels._triton._attention_tiles import (
     at,
-    chunk_tile,
+    is_short,
     key_tiles,
     keys_of,
     load_keys,
     queries_of,
-    query_tile,
     query_tiles,
+    task,
     visible,
     weigh,
 )
@@ -181,22 +180,11 @@ def attention_grad_queries(
     HEADS: tl.constexpr = PACK * GROUP
     i_pack = tl.program_id(0) % PACKS
     slot = tl.program_id(0) // PACKS
-    part = slot * 0
-    if SPLIT:
-        row, tile, k_first, keys, part, idle = chunk_tile(
-            slot, kv_offsets, rows, k_tokens, queries, skip, HEADS, BLOCK_Q, SPLIT
-        )
-        if idle:
-            return
-        first, count = queries_of(row, rows, q_tokens, q_offsets, queries, LAYOUT)
-    else:
-        row, first, count, tile = query_tile(slot, q_offsets, rows, q_tokens, queries, HEADS, BLOCK_Q, LAYOUT)
-        if tile * BLOCK_Q >= count * HEADS:
-            return
-        if CELL:
-            _, others = keys_of(row, rows, kv_offsets, k_tokens, skip)
-            if is_short(q_offsets, row, rows, q_tokens, first, count, others, CELL):
-                return
+    row, first, count, tile, k_first, keys, part, idle = task(
+        slot, q_offsets, kv_offsets, rows, q_tokens, k_tokens, queries, skip, HEADS, BLOCK_Q, LAYOUT, SPLIT, CELL
+    )
+    if idle:
+        return
     o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.arange(0, BLOCK_DV)
@@ -219,7 +207,6 @@ def attention_grad_queries(
         out_first = first
         if LAYOUT == "shared" and GRADIENT:
             out_first = b.to(tl.int64) * queries
-        if not SPLIT:
             k_first, keys = keys_of(b, rows, kv_offsets, k_tokens, skip)
         m_in = n < tl.where(b < rows, count, 0)  # [BLOCK_Q]
         p_q = at(b, first, n, q_row, q_token, LAYOUT) + head * q_head

@@ -6,16 +6,12 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._attention_output import finish, keep_piece, piece
-from interformer_kernels._triton._attention_short import is_short
 from interformer_kernels._triton._attention_tiles import (
     at,
-    chunk_tile,
     fold,
     key_tiles,
-    keys_of,
     load_keys,
-    queries_of,
-    query_tile,
+    task,
     visible,
 )
 from interformer_kernels._triton._maps import dot, narrow
@@ -46,20 +42,11 @@ def attention_forward(
     HEADS: tl.constexpr = PACK * GROUP
     i_pack = tl.program_id(0) % PACKS
     slot = tl.program_id(0) // PACKS
-    if SPLIT:
-        row, tile, k_first, keys, chunk, idle = chunk_tile(
-            slot, kv_offsets, rows, k_tokens, queries, skip, HEADS, BLOCK_Q, SPLIT
-        )
-        if idle:
-            return
-        first, count = queries_of(row, rows, q_tokens, q_offsets, queries, LAYOUT)
-    else:
-        row, first, count, tile = query_tile(slot, q_offsets, rows, q_tokens, queries, HEADS, BLOCK_Q, LAYOUT)
-        if tile * BLOCK_Q >= count * HEADS:
-            return
-        k_first, keys = keys_of(row, rows, kv_offsets, k_tokens, skip)
-        if CELL and is_short(q_offsets, row, rows, q_tokens, first, count, keys, CELL):
-            return
+    row, first, count, tile, k_first, keys, chunk, idle = task(
+        slot, q_offsets, kv_offsets, rows, q_tokens, k_tokens, queries, skip, HEADS, BLOCK_Q, LAYOUT, SPLIT, CELL
+    )
+    if idle:
+        return
 
     o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)

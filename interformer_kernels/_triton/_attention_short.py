@@ -3,8 +3,8 @@
 Of thousands of rows of few tokens, a program of one row would be mostly empty, and would look for it, too: here row
 `r` is cell `r % (BLOCK / CELL)` of program `r // (BLOCK / CELL)`. As all keys of a row are at hand, the softmax is the
 plain one, and one pass is the whole backward. Whether a row is short depends on itself alone; the kernels of long rows
-leave out what `is_short` says. Zeros of other cells change no sum, and cells begin at multiples of powers of two: so
-the bits of a row do not depend on its cell.
+leave out what `_attention_tiles.is_short` says. Zeros of other cells change no sum, and cells begin at multiples of
+powers of two: so the bits of a row do not depend on its cell.
 """
 
 from __future__ import annotations
@@ -18,18 +18,6 @@ from interformer_kernels._triton._maps import dot, narrow
 from interformer_kernels._triton._rows import span
 
 SIZES = ["rows", "q_tokens", "k_tokens", "left", "right", "prefix"]
-
-
-@triton.jit
-def is_short(offsets, row, rows, tokens, first, count, others, CELL: tl.constexpr):
-    """Whether a row that the kernels of long rows found is done here.
-
-    `first`, `count`: its tokens on one side; `others`: how many it has on the other. Where offsets are in disorder, the
-    search may have found other tokens than stand there; then it is not, so that none is left out.
-    """
-    here, number = span(offsets, row, rows, tokens)
-    same = (here == first) & (number == count) & (row < rows)
-    return same & (count <= CELL) & (others <= CELL)
 
 
 @triton.jit

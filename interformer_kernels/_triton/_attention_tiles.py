@@ -32,20 +32,6 @@ def query_tile(slot, q_offsets, rows, tokens, queries, HEADS: tl.constexpr, BLOC
 
 
 @triton.jit
-def chunk_tile(
-    slot, kv_offsets, rows, tokens, queries, skip, HEADS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr
-):  # fmt: skip
-    """Row, tile of its queries, first key behind the `skip` first ones, number of keys, chunk of SPLIT of them; whether
-    there is nothing to do: a row without keys has one chunk still, so that its outputs are written.
-    """
-    tiles = tl.cdiv(queries * HEADS, BLOCK)
-    row, first, count, chunk = find(slot // tiles, kv_offsets, rows, tokens, 1, SPLIT)
-    keys = tl.maximum(count - skip, 0)
-    idle = (row >= rows) | (chunk * SPLIT >= tl.maximum(keys, 1))
-    return row, slot % tiles, first + skip, keys, chunk, idle
-
-
-@triton.jit
 def queries_of(row, rows, tokens, q_offsets, queries, LAYOUT: tl.constexpr):
     """First query token of a row, as outputs are numbered, and how many the row has."""
     if LAYOUT == "packed":
@@ -61,6 +47,45 @@ def keys_of(row, rows, kv_offsets, tokens, skip):
     """First key token of a row behind the `skip` first ones, and how many the row has left; the tail has none."""
     first, count = span(kv_offsets, row, rows, tokens)
     return first + skip, tl.maximum(count - skip, 0)
+
+
+@triton.jit
+def is_short(offsets, row, rows, tokens, first, count, others, CELL: tl.constexpr):
+    """Whether a row that was found is left to the kernels of short rows: it fits a CELL on both sides.
+
+    `first`, `count`: its tokens on one side; `others`: how many it has on the other. Where offsets are in disorder, the
+    search may have found other tokens than stand there; then it is not, so that none is left out.
+    """
+    here, number = span(offsets, row, rows, tokens)
+    same = (here == first) & (number == count) & (row < rows)
+    return same & (count <= CELL) & (others <= CELL)
+
+
+@triton.jit
+def task(
+    slot, q_offsets, kv_offsets, rows, q_tokens, k_tokens, queries, skip,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, LAYOUT: tl.constexpr, SPLIT: tl.constexpr, CELL: tl.constexpr,
+):  # fmt: skip
+    """What a program of queries does: row, first query token, number of query tokens, tile of them; first key, number
+    of keys, chunk of SPLIT keys; whether it is nothing.
+    """
+    chunk = slot * 0
+    if SPLIT:
+        tiles = tl.cdiv(queries * HEADS, BLOCK)
+        tile = slot % tiles
+        row, k_first, keys, chunk = find(slot // tiles, kv_offsets, rows, k_tokens, 1, SPLIT)
+        k_first += skip
+        keys = tl.maximum(keys - skip, 0)
+        first, count = queries_of(row, rows, q_tokens, q_offsets, queries, LAYOUT)
+        # Also a row without keys has a first chunk, which writes its outputs.
+        idle = (row >= rows) | (chunk * SPLIT >= tl.maximum(keys, 1))
+    else:
+        row, first, count, tile = query_tile(slot, q_offsets, rows, q_tokens, queries, HEADS, BLOCK, LAYOUT)
+        k_first, keys = keys_of(row, rows, kv_offsets, k_tokens, skip)
+        idle = tile * BLOCK >= count * HEADS
+        if CELL:
+            idle = idle | is_short(q_offsets, row, rows, q_tokens, first, count, keys, CELL)
+    return row, first, count, tile, k_first, keys, chunk, idle
 
 
 @triton.jit
