@@ -37,7 +37,14 @@ class Target(NamedTuple):
 TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     "forward": {
         2: {64: Tiles(64, 64), 128: Tiles(64, 32), 256: Tiles(32, 32), 512: Tiles(16, 16)},
-        4: {32: Tiles(32, 32), 64: Tiles(32, 32, 8), 128: Tiles(16, 16), 256: Tiles(16, 16), 512: Tiles(16, 16)},
+        4: {
+            16: Tiles(32, 32, 8),
+            32: Tiles(32, 32),
+            64: Tiles(32, 32, 8),
+            128: Tiles(16, 16),
+            256: Tiles(16, 16),
+            512: Tiles(16, 16),
+        },
     },
     "grad_queries": {
         2: {64: Tiles(64, 64), 128: Tiles(32, 32), 256: Tiles(16, 32), 512: Tiles(16, 16)},
@@ -45,7 +52,7 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     },
     "grad_keys": {
         2: {64: Tiles(32, 64), 128: Tiles(32, 32), 256: Tiles(16, 16), 512: Tiles(16, 16)},
-        4: {32: Tiles(16, 32, 8), 64: Tiles(16, 32), 128: Tiles(16, 32, 8), 256: Tiles(16, 16), 512: Tiles(16, 16)},
+        4: {64: Tiles(16, 32, 8), 128: Tiles(16, 32, 8), 256: Tiles(16, 16), 512: Tiles(16, 16)},
     },
     # Several rows of at most `keys` tokens in a tile of `queries`; wider heads leave no room for that.
     "short": {2: {128: Tiles(64, 32, 4, 1)}, 4: {32: Tiles(32, 16, 4, 1), 64: Tiles(32, 16, 8, 1)}},
@@ -56,7 +63,7 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
 # eight do). 9.0: products of its tensor cores, and of 10.0's, take 64 rows at least, which are queries in one pass and
 # keys in the other.
 SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
-    80: {"grad_queries": {2: {256: Tiles(16, 32, 8)}}},
+    80: {"grad_queries": {2: {256: Tiles(16, 32, 8)}, 4: {256: Tiles(16, 16, 8)}}},
     90: {"grad_queries": {2: {128: Tiles(64, 32)}}, "grad_keys": {2: {128: Tiles(32, 64)}}},
 }
 
