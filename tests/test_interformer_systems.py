@@ -1,4 +1,4 @@
-"""The model in the hands of PyTorch: one graph for all lengths, copies, saved files, autocast, checkpoints, functions."""
+"""The model in PyTorch's hands: one graph for all lengths, copies, saved files, autocast, checkpoints, functions."""
 
 from __future__ import annotations
 
