@@ -13,7 +13,7 @@ READY := .venv/ready
 WHEEL := build/wheel
 WIDE := $(CURDIR)/build/wide
 WHEEL_BIN := $(CURDIR)/$(WHEEL)/venv/bin
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
+NATIVE := $(shell find csrc tests/emulated -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 BUILT_FROM := pyproject.toml setup.py $(shell find CMakeLists.txt csrc cmake -type f)
 data_option := $(if $(DATA),--data $(DATA))
 
@@ -24,13 +24,14 @@ PYTEST = OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -n $(WORKERS)
 # Random calls of each kind that `make fuzz` makes.
 EXAMPLES ?= 10000
 
-.PHONY: help demo test triton-test resources gpu-report fuzz sanitize lint wheel-test wide-test bench torch-matrix clean
+.PHONY: help demo test triton-test cuda-test resources gpu-report fuzz sanitize lint wheel-test wide-test bench torch-matrix clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
 	@echo "make test               all tests"
 	@echo "make triton-test        the Triton kernels on the CPU, in Triton's interpreter; TRITON_EVERY=1: in every dtype"
-	@echo "make resources          registers, spills and shared memory of every Triton kernel on four devices, without one"
+	@echo "make cuda-test          the CUDA kernels on the CPU, in an emulation, and under AddressSanitizer"
+	@echo "make resources          registers, spills and shared memory of every GPU kernel on every device, without one"
 	@echo "make gpu-report         on a machine with a GPU: parity, determinism, bench; bench/results/<gpu>.md"
 	@echo "make fuzz               10 000 random calls of the CPU kernels, and as many with broken offsets"
 	@echo "make sanitize           the CPU kernels' tests and a short fuzz under AddressSanitizer and UBSan"
@@ -58,7 +59,12 @@ test: $(READY)
 triton-test: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted $(ARGS)
 
+# In a process of its own, too: the emulation takes the place of the CUDA part.
+cuda-test: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" INTERFORMER_EMULATE=1 $(PYTEST) tests/emulated $(ARGS)
+
 resources: $(READY)
+	$(BIN)/python -m interformer_kernels._cli.cuda_resources
 	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m interformer_kernels._cli.resources $(ARGS)
 
 # With the Python that is there, and nothing installed: machines with GPUs come with their torch and Triton.

@@ -21,6 +21,8 @@ from interformer_bench.run import Measurement
 from interformer_bench.shapes import Law
 from interformer_bench.workloads import Sizes
 
+from interformer_kernels import _backend
+
 COLUMNS = ("op", "lengths", "sizes", "dtype", "pass", "runner", "eager", "graph", "peak", "TFLOP/s", "GB/s", "of copy")
 _REPLAYS = 20
 
@@ -87,6 +89,11 @@ def gpu_shapes(data: Path | None) -> list[Shape]:
         width = heads * head_size if op == "personalized_ffn" else 0
         found.append(Shape(op, laws[law], rows, Sizes(heads, head_size, queries, width, gated)))
     return found
+
+
+def serves(backend: str | None, op: str) -> bool:
+    """Whether there is something to measure: a backend that is named may have some of the ops only."""
+    return backend is None or _backend.why_not(op, backend, "cuda", torch.bfloat16) is None
 
 
 # ---------------------------------------------------------------- one runner
@@ -170,7 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
     measured: list[Measurement] = []
     found: list[Detail] = []
     left_out: list[str] = []
-    jobs = [(shape, dtype) for shape in gpu_shapes(chosen.data) for dtype in ("bfloat16", "float32")]
+    shapes_here = [shape for shape in gpu_shapes(chosen.data) if serves(chosen.backend, shape.op)]
+    jobs = [(shape, dtype) for shape in shapes_here for dtype in ("bfloat16", "float32")]
     for shape, dtype in jobs:
         if time.perf_counter() > end:
             left_out.append(f"{shape.op}, {shape.law.name}, {shape.sizes}, {dtype}")

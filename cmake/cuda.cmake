@@ -56,6 +56,8 @@ set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+# Every warning is an error, and a register that spills is a warning. Compressed, the code is a quarter of its size.
+set(cuda_flags "-Xfatbin=-compress-all;-Werror=all-warnings;-Xcompiler=-Wall,-Wextra;-Xptxas=-warn-spills,-Werror")
 set(cuda_enabled ON)
 set(cuda_note "built by nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
 message(STATUS "CUDA part: ${cuda_note} for ${CMAKE_CUDA_ARCHITECTURES}")

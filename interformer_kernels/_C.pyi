@@ -91,3 +91,94 @@ def apply_rotary(
     /,
 ) -> None:
     """Writes `out [T, H, D]`: x rotated, or, backwards, turned back."""
+
+# The CUDA part, where it is built: the same calls for tensors on one GPU, on the caller's current stream.
+
+def cuda_attention_forward(
+    call: AttentionCall,
+    residual: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    attended: Tensor | None,
+    split: int,
+    pieces: Tensor | None,
+    weights: Tensor | None,
+    tf32: bool,
+    /,
+) -> None:
+    """Writes `out`, and `lse` and `attended` where given; without rotary tables.
+
+    Rows of more than `split` keys (0: none; else queries are not packed) are cut into chunks: memory for their sums is
+    `pieces [2 Tk / split + 1, N, H, Dv]` and `weights [..., 2]`, float32.
+    """
+
+def cuda_attention_backward(
+    call: AttentionCall,
+    grad_out: Tensor,
+    attended: Tensor | None,
+    lse: Tensor | None,
+    delta: Tensor | None,
+    share: Tensor | None,
+    grad_attended: Tensor | None,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor | None,
+    grad_gate: Tensor | None,
+    gate_block: int,
+    split: int,
+    pieces: Tensor | None,
+    weights: Tensor | None,
+    parts: int,
+    tf32: bool,
+    /,
+) -> None:
+    """Writes the gradients; without rotary tables.
+
+    On the way it writes `delta`, and of float32 `share`, of the shape of `lse` (softmax only), and `grad_attended` of
+    the output's shape (with a gate only). `grad_q` of shared queries holds sums over runs of rows, and parts of a
+    row's keys, float32 `[runs * parts, M, H, D]`. `grad_gate` is as `_launch.gate_gradient.gate_sums` makes it; blocks
+    of tokens, where they are summed, have `gate_block` of them (else 1). Rows of more than `split` keys are cut as in
+    the forward: `pieces` has `D` channels, for dense queries alone; `weights` is there just where `share` is.
+    """
+
+def cuda_personalized_ffn_forward(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    out: Tensor,
+    tf32: bool,
+    /,
+) -> None:
+    """Writes `out [T, F]`; `tf32`: float32 may be multiplied by tensor cores."""
+
+def cuda_personalized_ffn_backward(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    grad_out: Tensor,
+    before: Tensor | None,
+    grad_x: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    tf32: bool,
+    /,
+) -> None:
+    """Writes the gradients, and on the way, unless the activation is identity, `before [T, F]`."""
+
+def cuda_apply_rotary(
+    x: Tensor,
+    offsets: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    backwards: bool,
+    out: Tensor,
+    /,
+) -> None:
+    """Writes `out [T, H, D]`: x rotated, or, backwards, turned back."""

@@ -18,7 +18,7 @@ _OPS = ("apply_rotary", "gated_cross_attention", "jagged_attention", "personaliz
 _LAUNCHERS: dict[str, dict[str, str]] = {
     "cpu": {op: f"interformer_kernels._native.{op}" for op in _OPS},
     "triton": {op: f"interformer_kernels._triton.{op}" for op in _OPS},
-    "cuda": {},
+    "cuda": {op: f"interformer_kernels._cuda.{op}" for op in _OPS},
 }
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
@@ -56,8 +56,21 @@ def _missing(backend: str) -> str | None:
         return _load_native()[1]
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if backend == "cuda" and native() is None:
+    return _cuda_missing() if backend == "cuda" else None
+
+
+def _cuda_missing() -> str | None:
+    module = native()
+    if module is None:
         return _load_native()[1]
+    built = module.build_info()
+    if not built["cuda_built"]:
+        return f"the native module has no CUDA part: {built['cuda']}"
+    if torch.version.hip:
+        return "it serves GPUs of NVIDIA, and this torch is for those of AMD"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"it serves GPUs of compute capability 8.0 and above, found {major}.{minor}"
     return None
 
 

@@ -41,6 +41,35 @@ def test_a_missing_native_module_is_the_reason(monkeypatch: pytest.MonkeyPatch) 
         _backend.launcher.cache_clear()
 
 
+class _Built:
+    """A native module, as far as the choice of backends looks at it."""
+
+    def __init__(self, cuda_built: bool) -> None:
+        self.info = {"cuda_built": cuda_built, "cuda": "left out by INTERFORMER_CUDA=0"}
+
+    def build_info(self) -> dict[str, object]:
+        return self.info
+
+
+@pytest.mark.parametrize(
+    ("cuda_built", "hip", "capability", "reason"),
+    [
+        (False, None, (9, 0), "the native module has no CUDA part: left out by INTERFORMER_CUDA=0"),
+        (True, "6.2", (9, 0), "it serves GPUs of NVIDIA, and this torch is for those of AMD"),
+        (True, None, (7, 5), "it serves GPUs of compute capability 8.0 and above, found 7.5"),
+        (True, None, (8, 0), None),
+    ],
+)
+def test_why_the_cuda_kernels_cannot_serve(
+    cuda_built: bool, hip: str | None, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_backend, "_load_native", lambda: (_Built(cuda_built), ""))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert _backend.why_not("apply_rotary", "cuda", "cuda", torch.bfloat16) == reason
+
+
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     _backend.choose.cache_clear()
     _backend.launcher.cache_clear()

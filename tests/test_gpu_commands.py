@@ -107,6 +107,25 @@ def test_shapes_and_table_of_the_gpu_bench() -> None:
     assert "| 1.00 | 1000 | 50% |" in report.rows(gpu.COLUMNS, [line])
 
 
+def test_every_backend_gets_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load_gpu_report()
+    commands: dict[str, list[str]] = {}
+    limits: dict[str, float] = {}
+
+    def stage(name: str, command: list[str], limit: float) -> dict[str, Any]:
+        commands[name], limits[name] = command, limit
+        return {"status": 0}
+
+    monkeypatch.setattr(module, "stage", stage)
+    monkeypatch.setattr(module.shutil, "which", lambda name: name)
+    for backend in module.TOOLS:
+        assert set(module.stages_of(backend, None, 0.5)) >= {f"first calls, {backend}", f"bench, {backend}"}
+    assert sum(limits.values()) <= sum(module.LIMITS.values()) - module.LIMITS["build"] - module.LIMITS["parity"]
+    assert sum(module.LIMITS.values()) <= 600
+    assert commands["racecheck-cuda"][:3] == ["compute-sanitizer", "--tool", "racecheck"]
+    assert commands["bench-cuda"].count("cuda") == 2
+
+
 def test_the_report_is_written_whatever_stages_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = load_gpu_report()
     (tmp_path / "bench" / "results").mkdir(parents=True)
@@ -120,10 +139,13 @@ def test_the_report_is_written_whatever_stages_left(tmp_path: Path, monkeypatch:
     assert (failed["status"], failed["last"]) == (3, ["why"])
     about = {"gpu": "Some GPU (x)", "torch": "2", "triton": "3", "cuda": "13", "python": "3", "commit": "c"}
     parity = {"triton, pma_pooling, float32": {"status": 0, "seconds": 1.0, "last": [], "compared": 7, "breaches": []}}
-    files = module.write({**about, "backends": ["triton"], "build": failed, "bench": cut, "parity": parity})
+    first = {"status": 0, "seconds": 1.0, "last": ["pma_pooling: 7.0 ms"]}
+    stages = {"build": failed, "bench, triton": cut, "first calls, triton": first}
+    files = module.write({**about, "backends": ["triton"], **stages, "parity": parity})
     assert [file.name for file in files] == ["some-gpu-x.json", "some-gpu-x.md"]
     text = files[1].read_text()
     assert "| build | 3 |" in text
-    assert "| bench | out of time |" in text
+    assert "| bench, triton | out of time |" in text
+    assert "- pma_pooling: 7.0 ms" in text
     assert "| parity, triton, pma_pooling, float32 | 0; 7 compared, 0 breaches |" in text
-    assert json.loads(files[0].read_text())["measured"] is None
+    assert json.loads(files[0].read_text())["measured"] == {"triton": None}

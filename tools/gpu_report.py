@@ -1,8 +1,9 @@
 """`make gpu-report`: everything that only a GPU can show, in one command of less than ten minutes, without installing.
 
 Stages, each in a process of its own with a limit of time; what one leaves stands, whatever becomes of the others:
-the native module built in place, parity of every op in every dtype against float64, two runs bit by bit, the sanitizer
-on small calls where it is installed, and the bench. Written: bench/results/<gpu>.json and .md.
+the native module built in place, and for each backend of kernels: parity of every op in every dtype against float64,
+first calls, two runs bit by bit, the sanitizer on small calls where it is installed, and the bench. Written:
+bench/results/<gpu>.json and .md.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "gpu-report"
 DTYPES = ("float32", "bfloat16", "float16")
-# Seconds that a stage may take: less than ten minutes in all, with one kernel backend.
-LIMITS = {"build": 120, "parity": 180, "determinism": 45, "sanitizer": 45, "bench": 200}
+# Seconds that a stage may take, all backends together: less than ten minutes in all.
+LIMITS = {"build": 150, "parity": 160, "first": 20, "determinism": 40, "sanitizer": 60, "bench": 160}
+# Tools of compute-sanitizer; Triton orders its shared memory itself.
+TOOLS = {"triton": ("memcheck",), "cuda": ("memcheck", "racecheck")}
 
 
 def environment() -> dict[str, str]:
@@ -64,20 +67,17 @@ def build() -> dict[str, Any]:
     return stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], LIMITS["build"])
 
 
-def served() -> list[str]:
-    """The kernel backends that serve this GPU."""
+def served(backend: str, device: str = "cuda") -> list[str]:
+    """The ops that a backend serves on this GPU."""
     import torch
 
-    from interformer_kernels import _backend
+    from interformer_kernels import _backend, testing
 
-    kernels = [name for name in _backend.BACKENDS if name not in ("reference", "cpu")]
-    return [name for name in kernels if _backend.why_not("jagged_attention", name, "cuda", torch.float32) is None]
+    return [op for op in testing.OPS if _backend.why_not(op, backend, device, torch.float32) is None]
 
 
 def parity(backends: Sequence[str]) -> dict[str, Any]:
     """Every case of every op, one process for each op and dtype: most of the time goes into compiling."""
-    from interformer_kernels import testing
-
     end = time.perf_counter() + LIMITS["parity"]
 
     def one(op: str, dtype: str, backend: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def parity(backends: Sequence[str]) -> dict[str, Any]:
         breaches = [r for r in results if r["problem"] is not None or not r["error"] <= r["budget"]]
         return {**done, "compared": len(results), "breaches": breaches[:20]}
 
-    jobs = [(op, dtype, backend) for backend in backends for op in testing.OPS for dtype in DTYPES]
+    jobs = [(op, dtype, backend) for backend in backends for op in served(backend) for dtype in DTYPES]
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         found = pool.map(lambda job: one(*job), jobs)
         return {f"{backend}, {op}, {dtype}": done for (op, dtype, backend), done in zip(jobs, found, strict=True)}
@@ -106,7 +106,7 @@ def determinism(backend: str, device: str = "cuda") -> int:
     wrong = 0
     chosen = "plain", "gate and residual", "v is k", "jagged queries", "halves", "gelu, bias, residual"
     by_rows = "plain", "halves", "gelu, bias, residual"
-    for op in testing.OPS:
+    for op in served(backend, device):
         for case in (case for case in testing.cases(op) if case.name in chosen):
             for dtype in DTYPES:
                 inputs = testing.make_inputs(case, getattr(torch, dtype), device)
@@ -130,18 +130,20 @@ def determinism(backend: str, device: str = "cuda") -> int:
 
 
 def small_call(backend: str, device: str = "cuda") -> int:
-    """In a process of its own, for the sanitizer: one gated call of every op, forward and backward."""
+    """In a process of its own, for first calls and the sanitizer: one gated call of every op, forward and backward."""
     import torch
 
     from interformer_kernels import testing
 
-    for op in testing.OPS:
+    for op in served(backend, device):
         gate = {"gate": "full", "residual": True} if op in testing.OPS[:3] else {}
         case = testing.Case(op, "small", rope=4 if op == "apply_rotary" else 0, **gate)
         inputs = testing.make_inputs(case, torch.bfloat16, device)
+        start = time.perf_counter()
         testing.evaluate(lambda: testing.call(op, inputs, backend), op, inputs)  # noqa: B023
-    if device == "cuda":
-        torch.cuda.synchronize()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print(f"{op}: {1e3 * (time.perf_counter() - start):.1f} ms, forward and backward, the first time")
     return 0
 
 
@@ -181,25 +183,32 @@ def collect(data: Path | None) -> dict[str, Any]:
         "commit": said or "unknown",
         "build": build(),
     }
-    backends = served()
+    backends = [name for name in TOOLS if served(name)]
     found["backends"] = backends
     found["parity"] = parity(backends)
-    again = [sys.executable, str(Path(__file__)), "--stage"]
-    sanitizer = shutil.which("compute-sanitizer")
     for name in backends:
-        found[f"determinism, {name}"] = stage(
-            f"determinism-{name}", [*again, "determinism", "--backend", name], LIMITS["determinism"]
-        )
-        found[f"sanitizer, {name}"] = (
-            stage(f"sanitizer-{name}", [sanitizer, "--error-exitcode", "1", *again, "small", "--backend", name],
-                  LIMITS["sanitizer"])
-            if sanitizer
-            else {"status": "compute-sanitizer is not installed", "seconds": 0, "last": []}
-        )  # fmt: skip
+        found |= stages_of(name, data, 1 / len(backends))
+    return found
+
+
+def stages_of(backend: str, data: Path | None, share: float) -> dict[str, Any]:
+    """What follows parity, of one backend, in its share of the time."""
+    again = [sys.executable, str(Path(__file__)), "--backend", backend, "--stage"]
+    found = {f"first calls, {backend}": stage(f"first-{backend}", [*again, "small"], LIMITS["first"] * share)}
+    found[f"determinism, {backend}"] = stage(
+        f"determinism-{backend}", [*again, "determinism"], LIMITS["determinism"] * share
+    )
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in TOOLS[backend]:
+        limit = LIMITS["sanitizer"] * share / len(TOOLS[backend])
+        command = [str(sanitizer), "--tool", tool, "--error-exitcode", "1", *again, "small"]
+        missing = {"status": "compute-sanitizer is not installed", "seconds": 0, "last": []}
+        found[f"{tool}, {backend}"] = stage(f"{tool}-{backend}", command, limit) if sanitizer else missing
     of_data = ["--data", str(data)] if data else []
-    minutes = f"{(LIMITS['bench'] - 40) / 60:.2f}"
-    command = [*again, "bench", "--", "--out", str(OUT), "--minutes", minutes, *of_data]
-    found["bench"] = stage("bench", command, LIMITS["bench"])
+    limit = LIMITS["bench"] * share
+    command = [*again, "bench", "--", "--out", str(OUT / backend), "--backend", backend]
+    command += ["--minutes", f"{(limit - 30) / 60:.2f}", *of_data]
+    found[f"bench, {backend}"] = stage(f"bench-{backend}", command, limit)
     return found
 
 
@@ -207,8 +216,9 @@ def write(found: dict[str, Any]) -> list[Path]:
     """The stages, and the bench's own tables, as JSON and Markdown."""
     name = re.sub(r"[^a-z0-9]+", "-", found["gpu"].lower()).strip("-")
     folder = ROOT / "bench" / "results"
-    measured = OUT / "bench.json"
-    whole = {**found, "measured": json.loads(measured.read_text()) if measured.exists() else None}
+    measured = {backend: OUT / backend / "bench.json" for backend in found["backends"]}
+    tables = {backend: json.loads(file.read_text()) if file.exists() else None for backend, file in measured.items()}
+    whole = {**found, "measured": tables}
     (folder / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
     lines = [f"# {found['gpu']}", "", f"torch {found['torch']}, Triton {found['triton']}, CUDA or HIP {found['cuda']}, "
              f"Python {found['python']}, commit {found['commit']}. Backends: {', '.join(found['backends']) or 'none'}.",
@@ -218,8 +228,12 @@ def write(found: dict[str, Any]) -> list[Path]:
     for key, one in stages.items():
         compared = f"; {one['compared']} compared, {len(one['breaches'])} breaches" if "compared" in one else ""
         lines.append(f"| {key} | {one['status']}{compared} | {one['seconds']} |")
-    tables = OUT / "bench.md"
-    lines += ["", tables.read_text() if tables.exists() else "The bench left no tables."]
+    for backend in found["backends"]:
+        said = found.get(f"first calls, {backend}", {}).get("last", [])
+        lines += ["", f"First calls of {backend}, compiling included:", "", *(f"- {line}" for line in said)]
+        table = OUT / backend / "bench.md"
+        lines += ["", f"## Bench of {backend}", ""]
+        lines.append(table.read_text() if table.exists() else "The bench left no tables.")
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
     return [folder / f"{name}.json", folder / f"{name}.md"]
 

@@ -45,10 +45,14 @@ std::string shape_of(const TensorView& view) {
     return text + "]";
 }
 
-std::string device_of(const TensorView& view) {
-    if (view.on_cpu()) return "the CPU";
-    const std::string kind = view.device.type == dlpack::kCUDA ? "CUDA device " : "another device ";
-    return kind + std::to_string(view.device.id);
+bool same(dlpack::Device a, dlpack::Device b) {
+    return on_cpu(a) ? on_cpu(b) : a.type == b.type && a.id == b.id;
+}
+
+std::string named(dlpack::Device device) {
+    if (on_cpu(device)) return "the CPU";
+    const std::string kind = device.type == dlpack::kCUDA ? "CUDA device " : "another device ";
+    return kind + std::to_string(device.id);
 }
 
 bool fits(const TensorView& view, std::initializer_list<Axis> axes) {
@@ -74,7 +78,7 @@ std::string named(std::initializer_list<Axis> axes) {
 }  // namespace
 
 std::string describe(const TensorView& view) {
-    return dtype_of(view) + " " + shape_of(view) + " on " + device_of(view);
+    return dtype_of(view) + " " + shape_of(view) + " on " + named(view.device);
 }
 
 std::string Checks::message(const char* argument, const std::string& wanted, const std::string& found) const {
@@ -85,12 +89,12 @@ void Checks::refuse(const char* argument, const std::string& wanted, const std::
     throw std::invalid_argument(message(argument, wanted, found));
 }
 
-void Checks::on_cpu(const char* argument, const TensorView& view) const {
-    if (!view.on_cpu()) refuse(argument, "on the CPU", describe(view));
+void Checks::on_device(const char* argument, const TensorView& view) const {
+    if (!same(device_, view.device)) refuse(argument, "on " + named(device_), describe(view));
 }
 
 void Checks::floating(const char* argument, const TensorView& view) const {
-    on_cpu(argument, view);
+    on_device(argument, view);
     switch (view.dtype) {
         case DType::float32:
         case DType::float64:
@@ -103,20 +107,25 @@ void Checks::floating(const char* argument, const TensorView& view) const {
 }
 
 void Checks::index(const char* argument, const TensorView& view) const {
-    on_cpu(argument, view);
+    on_device(argument, view);
     if (view.dtype != DType::int32 && view.dtype != DType::int64)
         throw TypeError(message(argument, "int32 or int64", describe(view)));
     if (view.axes != 1) refuse(argument, "a vector", describe(view));
 }
 
+void Checks::offsets(const char* argument, const TensorView& view) const {
+    index(argument, view);
+    if (view.shape[0] < 1) refuse(argument, "[B+1] with at least one entry", describe(view));
+}
+
 void Checks::tensor(const char* argument, const TensorView& view, DType dtype, std::initializer_list<Axis> axes) const {
-    on_cpu(argument, view);
+    on_device(argument, view);
     if (view.dtype != dtype) throw TypeError(message(argument, name_of(dtype), describe(view)));
     if (!fits(view, axes)) refuse(argument, std::string(name_of(dtype)) + " " + named(axes), describe(view));
 }
 
 void Checks::like(const char* argument, const TensorView& view, const char* other, const TensorView& model) const {
-    on_cpu(argument, view);
+    on_device(argument, view);
     if (view.dtype != model.dtype) throw TypeError(message(argument, name_of(model.dtype), describe(view)));
     const int known = std::min(view.axes, TensorView::kMaxAxes);
     if (view.axes != model.axes || !std::equal(view.shape, view.shape + known, model.shape))

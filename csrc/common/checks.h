@@ -24,17 +24,21 @@ struct Axis {
 const char* name_of(DType dtype);
 std::string describe(const TensorView& view);
 
+// Every tensor that is checked must lie on one device.
 class Checks {
   public:
-    explicit Checks(const char* function) : function_(function) {}
+    explicit Checks(const char* function, dlpack::Device device = {dlpack::kCPU, 0})
+        : function_(function), device_(device) {}
 
-    // One of the floating dtypes that kernels on the CPU know.
+    // One of the floating dtypes that kernels know.
     void floating(const char* argument, const TensorView& view) const;
     // An int32 or int64 vector.
     void index(const char* argument, const TensorView& view) const;
-    // On the CPU, of this dtype, with these axes.
+    // An index of at least one entry.
+    void offsets(const char* argument, const TensorView& view) const;
+    // Of this dtype, with these axes.
     void tensor(const char* argument, const TensorView& view, DType dtype, std::initializer_list<Axis> axes) const;
-    // On the CPU, of the dtype and the shape of another argument.
+    // Of the dtype and the shape of another argument.
     void like(const char* argument, const TensorView& view, const char* other, const TensorView& model) const;
     // `like`, and without gaps: a tensor that a kernel fills.
     void gradient(const char* argument, const TensorView& view, const char* other, const TensorView& model) const;
@@ -46,10 +50,11 @@ class Checks {
     [[noreturn]] void refuse(const char* argument, const std::string& wanted, const std::string& found) const;
 
   private:
-    void on_cpu(const char* argument, const TensorView& view) const;
+    void on_device(const char* argument, const TensorView& view) const;
     std::string message(const char* argument, const std::string& wanted, const std::string& found) const;
 
     const char* function_;
+    dlpack::Device device_;
 };
 
 }  // namespace interformer

@@ -1,5 +1,5 @@
 // Reads a Python tuple entry by entry. One tuple of many arguments costs a third of as many arguments of a bound
-// function. Included by module.cpp alone.
+// function. Included by the bindings alone.
 #pragma once
 
 #include <pybind11/pybind11.h>

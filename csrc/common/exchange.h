@@ -1,5 +1,5 @@
 // From a Python tensor to a TensorView, through the DLPack C exchange table that PyTorch puts on its tensor types.
-// Included by module.cpp alone.
+// Included by the bindings alone.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -84,8 +84,7 @@ class Viewer {
     }
 
     void fill(TensorView& view, const char* argument, py::handle object) const {
-        static ExchangeTables tables;
-        const dlpack::ExchangeTable* table = tables.of(Py_TYPE(object.ptr()));
+        const dlpack::ExchangeTable* table = tables().of(Py_TYPE(object.ptr()));
         if (table == nullptr) refuse(argument, "a torch.Tensor", type_name(object));
         dlpack::Tensor tensor;
         if (table->tensor_from_object(object.ptr(), &tensor) != 0)
@@ -96,11 +95,25 @@ class Viewer {
             refuse(argument, "a dense tensor in memory", type_name(object) + " without memory");
     }
 
+    // PyTorch's current stream on the device of a tensor (a cudaStream_t; null on the CPU), to be used at once.
+    void* current_stream(py::handle tensor, const TensorView& view) const {
+        void* stream = nullptr;
+        const dlpack::ExchangeTable* table = tables().of(Py_TYPE(tensor.ptr()));
+        if (table->current_work_stream(view.device.type, view.device.id, &stream) != 0)
+            throw std::runtime_error(std::string(function_) + ": no current stream: " + pending_error());
+        return stream;
+    }
+
     [[noreturn]] void refuse(const char* argument, const std::string& wanted, const std::string& found) const {
         throw TypeError(std::string(function_) + ": " + argument + " must be " + wanted + ", found " + found);
     }
 
   private:
+    static ExchangeTables& tables() {
+        static ExchangeTables tables;
+        return tables;
+    }
+
     static void copy(const dlpack::Tensor& tensor, TensorView& view) {
         view.data = tensor.data ? static_cast<char*>(tensor.data) + tensor.byte_offset : nullptr;
         view.dtype = dtype_of(tensor.dtype);
@@ -123,5 +136,16 @@ class Viewer {
 
     const char* function_;
 };
+
+// `TypeError` of the checks becomes Python's.
+inline void translate_type_errors() {
+    py::register_exception_translator([](std::exception_ptr pending) {
+        try {
+            std::rethrow_exception(pending);
+        } catch (const TypeError& error) {
+            PyErr_SetString(PyExc_TypeError, error.what());
+        }
+    });
+}
 
 }  // namespace interformer

@@ -64,6 +64,11 @@ static_assert(sizeof(void*) != 8 || offsetof(ExchangeTable, tensor_from_object) 
 
 }  // namespace dlpack
 
+// Pinned memory is the CPU's, too.
+inline bool on_cpu(dlpack::Device device) {
+    return device.type == dlpack::kCPU || device.type == dlpack::kCUDAHost;
+}
+
 enum class DType { float32, float64, bfloat16, float16, int32, int64, other };
 
 struct TensorView {
@@ -76,8 +81,6 @@ struct TensorView {
     int axes = 0;
     int64_t shape[kMaxAxes] = {};
     int64_t strides[kMaxAxes] = {};  // in elements
-
-    bool on_cpu() const { return device.type == dlpack::kCPU || device.type == dlpack::kCUDAHost; }
 
     int64_t size() const {
         int64_t product = 1;

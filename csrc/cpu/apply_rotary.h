@@ -2,14 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 
-#include "common/tensor_view.h"
+#include "common/rotary_call.h"
 
 namespace interformer {
 
-void apply_rotary(const TensorView& x, const TensorView& offsets, const TensorView& cos, const TensorView& sin,
-                  const std::optional<TensorView>& positions, bool interleaved, bool backwards, const TensorView& out,
-                  int64_t threads);
+void apply_rotary(const RotaryCall& call, int64_t threads);
 
 }  // namespace interformer

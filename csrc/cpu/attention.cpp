@@ -5,12 +5,9 @@
 #include <limits>
 #include <memory>
 #include <optional>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "common/checks.h"
-#include "cpu/attention_checks.h"
 #include "cpu/huge_pages.h"
 #include "cpu/level.h"
 #include "cpu/parallel.h"
@@ -18,13 +15,6 @@
 #include "cpu/rows.h"
 
 namespace interformer {
-
-QueryLayout parse_query_layout(const std::string& name) {
-    if (name == "packed") return QueryLayout::packed;
-    if (name == "dense") return QueryLayout::dense;
-    if (name == "shared") return QueryLayout::shared;
-    throw std::invalid_argument("layout must be packed, dense or shared, found " + name);
-}
 
 namespace {
 

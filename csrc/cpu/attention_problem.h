@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
+#include "common/scalar_maps.h"
 #include "cpu/row_tensor.h"
-#include "cpu/scalar_maps.h"
 
 namespace interformer {
 

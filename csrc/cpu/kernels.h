@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
+#include "common/scalar_maps.h"
 #include "cpu/attention_problem.h"
 #include "cpu/row_tensor.h"
-#include "cpu/scalar_maps.h"
 
 namespace interformer {
 

@@ -1,6 +1,5 @@
 #include "cpu/personalized_ffn.h"
 
-#include "common/checks.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/level.h"
@@ -10,16 +9,6 @@
 namespace interformer {
 
 namespace {
-
-void check_inputs(const Checks& check, const FfnInputs& in) {
-    check.floating("x", in.x);
-    check.tensor("x", in.x, in.x.dtype, {{"T"}, {"E"}});
-    check.index("offsets", in.offsets);
-    if (in.offsets.shape[0] < 1) check.refuse("offsets", "[B+1] with at least one entry", describe(in.offsets));
-    const int64_t rows = in.offsets.shape[0] - 1;
-    check.tensor("weight", in.weight, in.x.dtype, {{"B", rows}, {"E", in.x.shape[1]}, {"F"}});
-    if (in.bias) check.tensor("bias", *in.bias, in.x.dtype, {{"B", rows}, {"F", in.weight.shape[2]}});
-}
 
 class Call {
   public:
@@ -67,34 +56,21 @@ class Call {
 
 }  // namespace
 
-void personalized_ffn_forward(const FfnInputs& in, const std::optional<TensorView>& residual, const TensorView& out,
-                              int64_t threads) {
-    const Checks check("personalized_ffn_forward");
-    check_inputs(check, in);
-    const int64_t tokens = in.x.shape[0], outputs = in.weight.shape[2];
-    check.tensor("out", out, in.x.dtype, {{"T", tokens}, {"F", outputs}});
-    check.contiguous("out", out);
-    if (residual) check.tensor("residual", *residual, in.x.dtype, {{"T", tokens}, {"F", outputs}});
+void personalized_ffn_forward(const FfnInputs& in, const FfnOutputs& to, int64_t threads) {
+    check_forward(Checks("personalized_ffn_forward"), in, to);
     Call call(in);
     FfnProblem& p = call.problem;
-    p.out = call.tokens(out);
-    want_huge_pages(out);
-    if (residual) p.residual = call.tokens(*residual);
-    zero_gaps(call.rows(), out);
+    p.out = call.tokens(to.out);
+    want_huge_pages(to.out);
+    if (to.residual) p.residual = call.tokens(*to.residual);
+    zero_gaps(call.rows(), to.out);
     const Kernels& native = kernels(in.x.dtype);
     call.run(native.ffn_memory(p), threads,
              [&](int64_t first, int64_t last, void* memory) { native.ffn_forward(p, first, last, memory); });
 }
 
 void personalized_ffn_backward(const FfnInputs& in, const FfnGradients& grads, int64_t threads) {
-    const Checks check("personalized_ffn_backward");
-    check_inputs(check, in);
-    check.tensor("grad_out", grads.grad_out, in.x.dtype, {{"T", in.x.shape[0]}, {"F", in.weight.shape[2]}});
-    check.gradient("grad_x", grads.grad_x, "x", in.x);
-    check.gradient("grad_weight", grads.grad_weight, "weight", in.weight);
-    if (in.bias.has_value() != grads.grad_bias.has_value())
-        check.refuse("grad_bias", in.bias ? "given" : "None", grads.grad_bias ? describe(*grads.grad_bias) : "None");
-    if (in.bias) check.gradient("grad_bias", *grads.grad_bias, "bias", *in.bias);
+    check_backward(Checks("personalized_ffn_backward"), in, grads);
     Call call(in);
     FfnProblem& p = call.problem;
     p.grad_out = call.tokens(grads.grad_out);

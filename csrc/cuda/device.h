@@ -1,5 +1,7 @@
-// What is known of the GPUs of this machine. Compiled where the CUDA part is.
+// What is known of the GPUs of this machine, and where tensors must lie. Compiled where the CUDA part is.
 #pragma once
+
+#include "common/tensor_view.h"
 
 namespace interformer {
 
@@ -10,5 +12,12 @@ struct CudaRuntime {
 };
 
 CudaRuntime cuda_runtime();
+
+namespace cuda {
+
+// The memory that kernels reach.
+constexpr dlpack::DeviceType kMemory = dlpack::kCUDA;
+
+}  // namespace cuda
 
 }  // namespace interformer

@@ -28,6 +28,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def allows_tf32(dtype: torch.dtype) -> bool:
+    """Whether float32 may be multiplied by tensor cores: as PyTorch's own matrix products on a GPU are."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
 def expanded(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     """`x` broadcast to `shape` by strides of 0."""
     x = resolved(x)

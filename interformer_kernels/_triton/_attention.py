@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from interformer_kernels._launch.attention_call import AttentionCall
+from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
 from interformer_kernels._launch.tensors import expanded, readable
 from interformer_kernels._triton import _run
 from interformer_kernels._triton._attention_backward import (
@@ -243,8 +244,10 @@ def _through_epilogue(problem: _Problem, grad_out: Tensor, attended: Tensor) -> 
         return grad_out, delta, grad_out.new_empty(0)
     gate = expanded(call.gate, shape)
     grad_attended = grad_out if gate is None else torch.empty_like(grad_out, memory_format=torch.contiguous_format)
-    sums, over_tokens, over_channels = _gate_sums(problem, gate)
     block, wide = problem.epilogue_tokens, padded(shape[-1])
+    sums, over_tokens, over_channels = grad_out.new_empty(0), False, False
+    if call.gate is not None:
+        sums, over_tokens, over_channels = gate_sums(call.gate, shape, block)
     if grad_out.numel():
         _run.start(
             epilogue_backward, -(-problem.tokens // block) * problem.heads,
@@ -256,35 +259,8 @@ def _through_epilogue(problem: _Problem, grad_out: Tensor, attended: Tensor) -> 
             SUM_TOKENS=over_tokens, SUM_CHANNELS=over_channels, BLOCK_T=block, BLOCK_DV=wide,
             tiles=Tiles(block, wide, 4, 1),
         )  # fmt: skip
-    return grad_attended, delta, _gate_gradient(call.gate, sums, grad_out)
-
-
-def _gate_sums(problem: _Problem, gate: Tensor | None) -> tuple[Tensor, bool, bool]:
-    """Memory for the gate's gradient, with the output's axes, and whether the kernel sums tokens and channels."""
-    if gate is None:
-        return problem.k.new_empty(0), False, False
-    given, shape = problem.call.gate, problem.out_shape
-    assert given is not None
-    if given.shape == shape:
-        return given.new_empty(shape), False, False
-    own = (1,) * (len(shape) - given.dim()) + tuple(given.shape)
-    over_tokens = all(size == 1 for size in own[:-2])
-    over_channels = own[-1] == 1
-    tokens = (-(-problem.tokens // problem.epilogue_tokens), *(1,) * (len(shape) - 3)) if over_tokens else shape[:-2]
-    sums = given.new_empty((*tokens, shape[-2], 1 if over_channels else shape[-1]), dtype=torch.float32)
-    return sums, over_tokens, over_channels
-
-
-def _gate_gradient(gate: Tensor | None, sums: Tensor, grad_out: Tensor) -> Tensor:
-    """The gate's gradient in its own shape, from the kernel's sums."""
-    if gate is None:
-        return grad_out.new_empty(0)
-    if gate.shape == grad_out.shape:
-        return sums
-    own = (1,) * (grad_out.dim() - gate.dim()) + tuple(gate.shape)
-    axes = [axis for axis, size in enumerate(own) if size == 1 and sums.shape[axis] != 1]
-    summed = sums.sum(axes, keepdim=True) if axes else sums
-    return summed.view(gate.shape).to(gate.dtype)
+    grad_gate = sums if call.gate is None else gate_gradient(call.gate, sums, shape)
+    return grad_attended, delta, grad_gate
 
 
 def _over_queries(problem: _Problem, sides: _Sides, out: Tensor, runs: tuple[int, int, int] | None) -> None:

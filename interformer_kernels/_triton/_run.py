@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from interformer_kernels._launch.tensors import allows_tf32
 from interformer_kernels._triton._maps import INTERPRETED
 from interformer_kernels._triton._tiles import Target, Tiles
 
@@ -59,8 +60,7 @@ def target_of(x: Tensor) -> Target:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 tiles are multiplied: as PyTorch's own matrix products are; on AMD in full."""
-    fast = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not torch.version.hip
-    return "tf32" if fast else "ieee"
+    return "tf32" if allows_tf32(dtype) and not torch.version.hip else "ieee"
 
 
 def start(kernel: Any, grid: int, *arguments: Any, tiles: Tiles, **constants: Any) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from guards import guarded, guarded_inputs
 from test_gpu_commands import load_gpu_report
 from test_registration import _jagged, recorded_calls
-from triton_calls import guarded, guarded_inputs, results
+from triton_calls import results
 
 import interformer_kernels as ik
 from interformer_kernels import _backend, testing
@@ -234,6 +235,7 @@ def test_the_stages_of_the_gpu_report_run_here(
     module = load_gpu_report()
     monkeypatch.setattr(testing, "OPS", ("pma_pooling", "apply_rotary"))
     assert module.small_call("triton", "cpu") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
     monkeypatch.setattr(module, "DTYPES", ("float32",))
     monkeypatch.setattr(testing, "OPS", ("apply_rotary",))
     assert module.determinism("triton", "cpu") == 0

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from grid import ALL_CASES, case_ids
-from triton_calls import guarded_inputs, results
+from guards import guarded_inputs
+from triton_calls import results
 
 from interformer_kernels import testing
 from interformer_kernels._triton import _attention, _run

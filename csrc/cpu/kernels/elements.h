@@ -1,7 +1,7 @@
 // Element types as the kernels compute with them: read into, and rounded from, the type of accumulation.
 #pragma once
 
-#include "cpu/element.h"
+#include "common/element.h"
 #include "cpu/kernels/level.h"
 
 INTERFORMER_LEVEL_BEGIN

@@ -1,8 +1,8 @@
 // Exponentials, activations and gates with their slopes, as loops that the compiler turns into vector code.
 #pragma once
 
+#include "common/scalar_maps.h"
 #include "cpu/kernels/level.h"
-#include "cpu/scalar_maps.h"
 
 INTERFORMER_LEVEL_BEGIN
 

@@ -1,4 +1,5 @@
-// Element types and the type each is computed in; the way between them is in kernels/elements.h.
+// Element types and the type each is computed in; cpu/kernels/elements.h and cuda/instructions.cuh have the way
+// between.
 #pragma once
 
 #include <cstdint>

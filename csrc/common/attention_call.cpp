@@ -1,24 +1,29 @@
-#include "cpu/attention_checks.h"
+#include "common/attention_call.h"
 
+#include <stdexcept>
 #include <string>
 
-#include "cpu/rotary_tables.h"
+#include "common/rotary_call.h"
 
 namespace interformer {
 
-namespace {
+QueryLayout parse_query_layout(const std::string& name) {
+    if (name == "packed") return QueryLayout::packed;
+    if (name == "dense") return QueryLayout::dense;
+    if (name == "shared") return QueryLayout::shared;
+    throw std::invalid_argument("layout must be packed, dense or shared, found " + name);
+}
 
-// The output's axes but the last one, as checks name them; `fixed` is its last axis.
 void check_like_output(const Checks& check, const AttentionInputs& in, const char* argument, const TensorView& x,
-                       DType dtype, Axis last, bool with_last = true) {
+                       DType dtype, std::optional<Axis> last) {
     const int64_t* q = in.q.shape;
     const int64_t rows = in.kv_offsets.shape[0] - 1;
     if (in.layout == QueryLayout::packed) {
-        if (with_last) return check.tensor(argument, x, dtype, {{"Tq", q[0]}, {"H", q[1]}, last});
+        if (last) return check.tensor(argument, x, dtype, {{"Tq", q[0]}, {"H", q[1]}, *last});
         return check.tensor(argument, x, dtype, {{"Tq", q[0]}, {"H", q[1]}});
     }
     const int64_t n = q[in.q.axes - 3], heads = q[in.q.axes - 2];
-    if (with_last) return check.tensor(argument, x, dtype, {{"B", rows}, {"N", n}, {"H", heads}, last});
+    if (last) return check.tensor(argument, x, dtype, {{"B", rows}, {"N", n}, {"H", heads}, *last});
     check.tensor(argument, x, dtype, {{"B", rows}, {"N", n}, {"H", heads}});
 }
 
@@ -26,10 +31,17 @@ Axis value_axis(const AttentionInputs& in) {
     return {"Dv", (in.v ? *in.v : in.k).shape[2]};
 }
 
+void check_pair(const Checks& check, const char* argument, bool wanted, const std::optional<TensorView>& given) {
+    if (wanted == given.has_value()) return;
+    check.refuse(argument, wanted ? "given" : "None", given ? describe(*given) : "None");
+}
+
+namespace {
+
 void check_rope(const Checks& check, const AttentionInputs& in) {
     if (!in.cos) return;
     if (!in.sin) check.refuse("sin", "given with cos", "None");
-    check_rotary(check, *in.cos, *in.sin, in.k.shape[2]);
+    check_tables(check, *in.cos, *in.sin, in.k.shape[2]);
     if (in.layout != QueryLayout::packed) check.refuse("cos", "None unless queries are packed", describe(*in.cos));
     check_positions(check, "positions_q", in.positions_q, in.q.shape[0]);
     check_positions(check, "positions_k", in.positions_k, in.k.shape[0]);
@@ -53,12 +65,6 @@ void check_layout(const Checks& check, const AttentionInputs& in) {
         case QueryLayout::shared:
             return check.tensor("q", in.q, dtype, {{"M"}, {"H"}, {"D", D}});
     }
-}
-
-// `given` is there just where `wanted` is.
-void check_pair(const Checks& check, const char* argument, bool wanted, const std::optional<TensorView>& given) {
-    if (wanted == given.has_value()) return;
-    check.refuse(argument, wanted ? "given" : "None", given ? describe(*given) : "None");
 }
 
 DType accumulation_of(DType dtype) {
@@ -85,9 +91,7 @@ void check_inputs(const Checks& check, const AttentionInputs& in) {
     const DType dtype = in.k.dtype;
     check.tensor("k", in.k, dtype, {{"Tk"}, {"Hk"}, {"D"}});
     check.contiguous_last_axis("k", in.k);
-    check.index("kv_offsets", in.kv_offsets);
-    if (in.kv_offsets.shape[0] < 1)
-        check.refuse("kv_offsets", "[B+1] with at least one entry", describe(in.kv_offsets));
+    check.offsets("kv_offsets", in.kv_offsets);
     if (in.v) {
         check.tensor("v", *in.v, dtype, {{"Tk", in.k.shape[0]}, {"Hk", in.k.shape[1]}, {"Dv"}});
         check.contiguous_last_axis("v", *in.v);
@@ -112,9 +116,15 @@ void check_outputs(const Checks& check, const AttentionInputs& in, const Attenti
         check.contiguous("attended", *to.attended);
     }
     if (!to.lse) return;
-    check_like_output(check, in, "lse", *to.lse, accumulation_of(dtype), {""}, false);
+    check_like_output(check, in, "lse", *to.lse, accumulation_of(dtype), std::nullopt);
     check.contiguous("lse", *to.lse);
     if (!in.score.softmax) check.refuse("lse", "None without softmax", describe(*to.lse));
+}
+
+void check_key_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads) {
+    check.gradient("grad_k", grads.grad_k, "k", in.k);
+    check_pair(check, "grad_v", in.v.has_value(), grads.grad_v);
+    if (in.v) check.gradient("grad_v", *grads.grad_v, "v", *in.v);
 }
 
 void check_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads) {
@@ -127,9 +137,7 @@ void check_gradients(const Checks& check, const AttentionInputs& in, const Atten
     } else {
         check.gradient("grad_q", grads.grad_q, "q", in.q);
     }
-    check.gradient("grad_k", grads.grad_k, "k", in.k);
-    check_pair(check, "grad_v", in.v.has_value(), grads.grad_v);
-    if (in.v) check.gradient("grad_v", *grads.grad_v, "v", *in.v);
+    check_key_gradients(check, in, grads);
     check_pair(check, "attended", in.gate.has_value(), grads.attended);
     check_pair(check, "grad_gate", in.gate.has_value(), grads.grad_gate);
     if (!in.gate) return;

@@ -1,0 +1,86 @@
+// Calls of the ops from their Python arguments. Included by the bindings alone.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "common/attention_call.h"
+#include "common/entries.h"
+#include "common/exchange.h"
+#include "common/ffn_call.h"
+#include "common/rotary_call.h"
+
+namespace interformer {
+
+// What both directions of the attention family read, from the tuple that `AttentionCall` names the entries of.
+inline AttentionInputs attention_inputs(const Viewer& view, py::handle call) {
+    Entries next(view, "call", call);
+    AttentionInputs in;
+    in.layout = parse_query_layout(next.text("layout"));
+    next.tensor("q", in.q);
+    next.tensor("k", in.k);
+    next.optional("v", in.v);
+    next.optional("q_offsets", in.q_offsets);
+    next.tensor("kv_offsets", in.kv_offsets);
+    next.optional("gate", in.gate);
+    in.scale = next.number("scale");
+    in.score = parse_score(next.text("score"));
+    in.post_scale = next.number("post_scale");
+    const std::string gate_form = next.text("gate_form");
+    in.gating = parse_gate(gate_form, next.text("gate_activation"));
+    in.skip_prefix = next.integer("skip_prefix");
+    next.optional("cos", in.cos);
+    next.optional("sin", in.sin);
+    next.optional("positions_q", in.positions_q);
+    next.optional("positions_k", in.positions_k);
+    in.rope_interleaved = next.boolean("rope_interleaved");
+    in.causal = next.boolean("causal");
+    in.window_left = next.integer("window_left");
+    in.window_right = next.integer("window_right");
+    in.num_prefix = next.integer("num_prefix");
+    next.end();
+    return in;
+}
+
+inline AttentionOutputs attention_outputs(const Viewer& view, py::handle residual, py::handle out, py::handle lse,
+                                          py::handle attended) {
+    return {view.optional("residual", residual), view("out", out), view.optional("lse", lse),
+            view.optional("attended", attended)};
+}
+
+inline AttentionGradients attention_gradients(const Viewer& view, py::handle grad_out, py::handle attended,
+                                              py::handle grad_q, py::handle grad_k, py::handle grad_v,
+                                              py::handle grad_gate) {
+    return {view("grad_out", grad_out), view.optional("attended", attended), view("grad_q", grad_q),
+            view("grad_k", grad_k),     view.optional("grad_v", grad_v),     view.optional("grad_gate", grad_gate)};
+}
+
+inline FfnInputs ffn_inputs(const Viewer& view, py::handle x, py::handle weight, py::handle offsets, py::handle bias,
+                            const std::string& activation) {
+    return {view("x", x), view("weight", weight), view("offsets", offsets), view.optional("bias", bias),
+            parse_activation(activation)};
+}
+
+inline FfnOutputs ffn_outputs(const Viewer& view, py::handle residual, py::handle out) {
+    return {view.optional("residual", residual), view("out", out)};
+}
+
+inline FfnGradients ffn_gradients(const Viewer& view, py::handle grad_out, py::handle grad_x, py::handle grad_weight,
+                                  py::handle grad_bias) {
+    return {view("grad_out", grad_out), view("grad_x", grad_x), view("grad_weight", grad_weight),
+            view.optional("grad_bias", grad_bias)};
+}
+
+inline RotaryCall rotary_call(const Viewer& view, py::handle x, py::handle offsets, py::handle cos, py::handle sin,
+                              py::handle positions, bool interleaved, bool backwards, py::handle out) {
+    return {view("x", x),
+            view("offsets", offsets),
+            view("cos", cos),
+            view("sin", sin),
+            view.optional("positions", positions),
+            interleaved,
+            backwards,
+            view("out", out)};
+}
+
+}  // namespace interformer

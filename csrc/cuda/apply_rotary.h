@@ -1,0 +1,13 @@
+// OPS.md's `apply_rotary` on a GPU; backwards, its inverse, which is its gradient.
+#pragma once
+
+#include "common/rotary_call.h"
+#include "cuda/stream.h"
+
+namespace interformer {
+namespace cuda {
+
+void apply_rotary(const RotaryCall& call, const Stream& stream);
+
+}  // namespace cuda
+}  // namespace interformer

@@ -1,0 +1,69 @@
+// The ops of the attention family on a GPU: OPS.md's `jagged_attention`, `gated_cross_attention` and `pma_pooling` are
+// one computation in three layouts. Rotary embedding is a pass before and after, of `apply_rotary`: not part of these.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "common/attention_call.h"
+#include "cuda/stream.h"
+
+namespace interformer {
+namespace cuda {
+
+constexpr int kMostChannels = 256;  // of a head
+
+// Memory for sums over chunks of `split` keys (a multiple of 32), into which rows of more keys are cut; for queries
+// that are not packed. All float32.
+struct AttentionPieces {
+    int64_t split = 0;  // 0: no row is cut
+    // [2 Tk / split + 1, N, H, Dv], of the backward's dense queries [2 Tk / split + 1, N, H, D]; shared ones have none.
+    std::optional<TensorView> sums;
+    // [2 Tk / split + 1, N, H, 2]; of the backward just where it fills `share`.
+    std::optional<TensorView> weights;
+};
+
+// What the backward has of each query: all but `grad_attended` are float32, of the output's shape without its last
+// axis, and there just under softmax.
+struct AttentionSides {
+    std::optional<TensorView> lse;            // of the forward
+    std::optional<TensorView> delta;          // filled
+    std::optional<TensorView> share;          // float32 alone: filled
+    std::optional<TensorView> grad_attended;  // of the output's shape and dtype, filled; just where there is a gate
+};
+
+// `tf32`: float32 may be multiplied by tensor cores.
+void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, const AttentionPieces& pieces, bool tf32,
+                       const Stream& stream);
+
+// `grad_q` of shared queries is float32 [runs * parts, M, H, D]: sums over runs of equally many rows (the last may have
+// fewer), of a row's keys over as many parts; `parts` is 1 else.
+// `grad_gate` is of the gate's dtype and the output's shape; or float32 of that shape, but for a last axis of 1 where
+// it is summed over channels, and leading axes [blocks, 1 ...] where it is summed over blocks of `gate_block` tokens
+// (1: not summed). `attended` is wanted with a gate, and under softmax for 16-bit elements.
+void attention_backward(const AttentionInputs& in, const AttentionGradients& grads, const AttentionSides& sides,
+                        int64_t gate_block, const AttentionPieces& pieces, int64_t parts, bool tf32,
+                        const Stream& stream);
+
+// ---------------------------------------------------------------- parts of the two
+
+void check_forward(const Checks& check, const AttentionInputs& in, const AttentionOutputs& to,
+                   const AttentionPieces& pieces);
+void check_backward(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads,
+                    const AttentionSides& sides, int64_t gate_block, const AttentionPieces& pieces, int64_t parts);
+
+// What flows back through the epilogue: `grad_attended` and `grad_gate` where there is a gate, `delta` (the sum over
+// channels of the gradient of A times A) where it is wanted and `share` is not.
+void epilogue_backward(const AttentionInputs& in, const AttentionGradients& grads, const AttentionSides& sides,
+                       int64_t gate_block, const Stream& stream);
+// dQ from `grad_attended`, the gradient of A. With `share` also, first, delta and share: the softmax's sum made anew,
+// since the rounding of a log-sum-exp of float32 is an error of all weights of its query.
+void queries_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionGradients& grads,
+                      const AttentionSides& sides, const AttentionPieces& pieces, int64_t parts, bool tf32,
+                      const Stream& stream);
+// dK and dV, given delta and share.
+void keys_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionGradients& grads,
+                   const AttentionSides& sides, bool tf32, const Stream& stream);
+
+}  // namespace cuda
+}  // namespace interformer

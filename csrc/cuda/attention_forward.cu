@@ -1,0 +1,201 @@
+// Forward of the attention kernels: an online softmax, or a plain sum, over the keys of a row or a chunk of them.
+#include <cstdint>
+
+#include "cuda/attention.h"
+#include "cuda/attention_output.cuh"
+#include "cuda/attention_plan.cuh"
+#include "cuda/attention_split.cuh"
+
+namespace interformer {
+namespace cuda {
+
+namespace {
+
+template <typename T>
+struct Forward {
+    AttentionProblem<T> problem;
+    Epilogue<T> epilogue;
+    Pieces pieces;
+    Plan plan;
+};
+
+template <typename T>
+__host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
+    return {false, !p.score.softmax, false};
+}
+
+// Of the two rows of a lane: the largest score so far, and the total of this lane's weights relative to it.
+struct Running {
+    float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
+};
+
+// Products of a tile of keys, the first one being key `first`, become weights; the sums under the scale so far are to
+// be multiplied by `factor`.
+template <typename T, int N>
+__device__ void fold(const AttentionProblem<T>& p, Sums (&s)[N], const Sight (&sight)[2], int first, float2* scratch,
+                     Running& running, float (&factor)[2]) {
+    const float hidden = p.score.softmax ? -INFINITY : 0.0f;
+    for_each(s, [&](int half, int column, float& x) { x = sight[half].sees(first + column) ? x * p.scale : hidden; });
+    if (!p.score.softmax) {
+        Sums none[N];
+        map_one_by_one(s, none, scratch, [&](float& x, float&) { x = p.post_scale * activate(x, p.score.activation); });
+        factor[0] = factor[1] = 1.0f;
+        return;
+    }
+    float top[2] = {-INFINITY, -INFINITY}, base[2];
+    for_each(s, [&](int half, int, float& x) { top[half] = fmaxf(top[half], x); });
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float before = running.largest[i], now = fmaxf(before, row_max(top[i]));
+        base[i] = now == -INFINITY ? 0.0f : now;  // nothing is seen yet: all weights are 0
+        factor[i] = exp2f((before - base[i]) * kLog2E);
+        running.largest[i] = now;
+        running.total[i] *= factor[i];
+    }
+    for_each(s, [&](int half, int, float& x) {
+        x = exp2f((x - base[half]) * kLog2E);
+        running.total[half] += x;
+    });
+}
+
+// Writes what the warp summed up, query by query: outputs, or a piece of them.
+template <typename T, int WIDTH>
+__device__ void finish(const Forward<T>& f, const Task& task, const Units& units,
+                       const AttentionMemory<T, WIDTH>& memory, const Running& running) {
+    const AttentionProblem<T>& p = f.problem;
+    float total[2] = {row_sum(running.total[0]), row_sum(running.total[1])};
+#pragma unroll 1
+    for (int r = 0; r < kOwn; ++r) {
+        const Units::Unit unit = units[r];
+        const int lane = r % 8 * 4;
+        const float largest = __shfl_sync(kAllLanes, r < 8 ? running.largest[0] : running.largest[1], lane);
+        const float sum = __shfl_sync(kAllLanes, r < 8 ? total[0] : total[1], lane);
+        if (unit.token >= task.queries.count) break;
+        const float* staged = memory.staged + r * AttentionTiles<T, WIDTH>::kStaged;
+        if (task.piece < 0) {
+            const OutputPlace at(task.queries, unit.token, unit.head, p.heads, task.queries.row < p.kv_offsets.rows);
+            finish_query(f.epilogue, at, p.value_channels, largest, sum, [&](int c) { return staged[c]; });
+            continue;
+        }
+        const int64_t at = (task.piece * p.queries + unit.token) * p.heads + unit.head;
+        for (int c = lane_index(); c < p.value_channels; c += kWarp)
+            f.pieces.sums[at * p.value_channels + c] = staged[c];
+        if (lane_index() == 0) {
+            f.pieces.weights[2 * at] = largest;
+            f.pieces.weights[2 * at + 1] = sum;
+        }
+    }
+}
+
+// 16 queries by each warp, over the keys of their row or a chunk of them.
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(kMostWarps* kWarp, blocks_for(WIDTH)) attend(const __grid_constant__ Forward<T> f) {
+    using Tiles = AttentionTiles<T, WIDTH>;
+    const AttentionProblem<T>& p = f.problem;
+    const Crew crew(f.plan);
+    if (crew.item >= f.plan.items) return;
+    const int kv_head = static_cast<int>(crew.item % p.kv_heads);
+    const Task task = task_of(p, f.pieces, crew.item / p.kv_heads, crew.rows());
+    if (task.idle) return;
+    const Keys keys = task.keys;
+    const int count = task.queries.count;
+
+    const auto tiles_of = [&](const Units& of, int rows) {
+        const TileRange found = p.masks.key_tiles(of.token, of[rows - 1].token, count, keys.count, Tiles::kOthers);
+        const int chunk = f.pieces.split / Tiles::kOthers;
+        return chunk == 0 ? found : found.within(task.chunk * chunk, (task.chunk + 1) * chunk);
+    };
+    const Units all(task.begin, kv_head, p.group), own(task.begin + crew.warp * kOwn, kv_head, p.group);
+    const TileRange tiles = tiles_of(all, crew.rows()), mine = tiles_of(own, kOwn);
+
+    const MemoryParts parts = MemoryParts::of<T, WIDTH>(crew.warps, f.plan.stages, contents_of(p));
+    const AttentionMemory<T, WIDTH> memory(crew, parts);
+    start_own(memory.own[0], p.q, p.channels, task.queries, own);
+    close_copies();
+    Sight sight[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) sight[i] = p.masks.sight(own[lane_index() / 4 + i * 8].token, count, keys.count);
+
+    Sums sums[WIDTH / 16];
+    Running running;
+    each_tile(
+        crew, tiles, f.plan.stages,
+        [&](int tile, int stage) { start_keys(p, memory, crew.team, keys, kv_head, tile, stage); },
+        [&](int tile, int stage) {
+            if (!mine.holds(tile)) return;
+            typename Tiles::Scores s;
+            float factor[2];
+            multiply_rows(s, memory.own[0], memory.others[2 * stage], p.channels);
+            fold(p, s, sight, tile * Tiles::kOthers, memory.scratch, running, factor);
+            for_each(sums, [&](int half, int, float& x) { x *= factor[half]; });
+            add_weighed(sums, s, memory.others[2 * stage + (p.v_is_k ? 0 : 1)], 0);
+        });
+    wait_copies<0>();
+    crew.meet();
+    stage(memory, sums, 1.0f);
+    __syncwarp();
+    finish(f, task, own, memory, running);
+}
+
+// ---------------------------------------------------------------- split rows
+
+// Joins the chunks of split rows, a query under a head by a warp.
+template <typename T>
+__global__ void __launch_bounds__(kMostWarps* kWarp) merge_pieces(const __grid_constant__ Forward<T> f) {
+    const AttentionProblem<T>& p = f.problem;
+    const Joint joint = joint_of(p, f.pieces, int64_t{blockIdx.x} * kMostWarps + threadIdx.x / kWarp);
+    if (joint.chunks == 0) return;
+    const float* weights = f.pieces.weights;
+    float largest = -INFINITY, total = 0.0f;
+    if (p.score.softmax)
+        for (int i = 0; i < joint.chunks; ++i) largest = fmaxf(largest, weights[2 * joint.at(i)]);
+    const float base = largest == -INFINITY ? 0.0f : largest;
+    const auto share = [&](int chunk) {
+        return p.score.softmax ? exp2f((weights[2 * joint.at(chunk)] - base) * kLog2E) : 1.0f;
+    };
+    if (p.score.softmax)
+        for (int i = 0; i < joint.chunks; ++i) total += weights[2 * joint.at(i) + 1] * share(i);
+    const OutputPlace place(p.queries_of(joint.row), joint.unit / p.heads, joint.unit % p.heads, p.heads, true);
+    finish_query(f.epilogue, place, p.value_channels, largest, total, [&](int c) {
+        float sum = 0.0f;
+        for (int i = 0; i < joint.chunks; ++i) sum += f.pieces.sums[joint.at(i) * p.value_channels + c] * share(i);
+        return sum;
+    });
+}
+
+// ---------------------------------------------------------------- launches
+
+template <typename T, int WIDTH>
+void start_attend(Forward<T>& f, const Stream& stream) {
+    const AttentionProblem<T>& p = f.problem;
+    f.plan = plan_of<T, WIDTH>({p.mean_units(), p.mean_keys(), contents_of(p)});
+    f.plan.items = slots_of(p, f.pieces, p.rows(), f.plan.rows()) * p.kv_heads;
+    stream.launch(attend<T, WIDTH>, f.plan.blocks(), f.plan.threads(), f.plan.shared(), f);
+}
+
+}  // namespace
+
+void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, const AttentionPieces& pieces, bool tf32,
+                       const Stream& stream) {
+    const Checks check = stream.checks();
+    check_forward(check, in, to, pieces);
+    if (to.out.size() == 0) return;
+    with_element(in.k.dtype, tf32, [&](auto element) {
+        using T = decltype(element);
+        Epilogue<T> epilogue{};
+        epilogue.gating = in.gating;
+        if (in.gate) epilogue.gate = Heads<const T>(*in.gate);
+        if (to.residual) epilogue.residual = Heads<const T>(*to.residual);
+        epilogue.out = static_cast<T*>(to.out.data);
+        if (to.attended) epilogue.attended = static_cast<T*>(to.attended->data);
+        if (to.lse) epilogue.lse = static_cast<float*>(to.lse->data);
+        Forward<T> f{AttentionProblem<T>(in), epilogue, Pieces(pieces), {}};
+        with_width(in, [&](auto width) { start_attend<T, width.value>(f, stream); });
+        if (f.pieces.split == 0) return;
+        const int64_t blocks = (joints_of(f.problem, f.pieces) + kMostWarps - 1) / kMostWarps;
+        stream.launch(merge_pieces<T>, blocks, kMostWarps * kWarp, 0, f);
+    });
+}
+
+}  // namespace cuda
+}  // namespace interformer

@@ -1,0 +1,237 @@
+// dQ of the attention kernels, and, before it, the sums that delta and share come from.
+#include <cstdint>
+
+#include "cuda/attention_gradient.cuh"
+#include "cuda/attention_plan.cuh"
+#include "cuda/attention_split.cuh"
+
+namespace interformer {
+namespace cuda {
+
+namespace {
+
+template <typename T>
+struct QueryGradient : Gradient<T> {
+    using Gradient<T>::Gradient;
+
+    T* grad_q = nullptr;      // or, of shared queries,
+    float* sums = nullptr;    // sums over runs of rows and parts of their keys
+    int64_t rows_of_run = 1;  // 1 also where queries are not shared
+    int parts = 1;
+    bool makes_shares = false;  // instead of a gradient
+    Pieces pieces;              // of rows that are split; `weights` are sums of P and of P * dP
+};
+
+template <typename T>
+__host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
+    return {true, !p.score.softmax, false};
+}
+
+// Channels whose sums a warp can hold beside its operands; wider heads are done in chunks.
+template <typename T, int WIDTH>
+constexpr int kChunk = sizeof(T) == 2 || WIDTH < 128 ? WIDTH : 128;
+
+template <typename T, int WIDTH>
+__host__ __device__ int chunks_of(const QueryGradient<T>& g) {
+    return g.makes_shares ? 1 : WIDTH / kChunk<T, WIDTH>;
+}
+
+// As `blocks_for`: two operands of a warp's own and two tiles of scores take more registers.
+template <typename T>
+constexpr int query_blocks_for(int width) {
+    return sizeof(T) == 2 && width <= 64 ? 3 : 2;
+}
+
+// Sums of P and of P * dP of the two rows of a lane, over the columns of this lane.
+struct ShareSums {
+    float total[2] = {}, mean[2] = {};
+};
+
+template <typename T>
+__device__ void write_share(const QueryGradient<T>& g, int64_t place, float total, float mean) {
+    const float divisor = total == 0.0f ? 1.0f : total;
+    g.delta[place] = mean / divisor;
+    g.share[place] = 1.0f / divisor;
+}
+
+template <typename T>
+__device__ void write_shares(const QueryGradient<T>& g, const Task& task, const Units& own, const ShareSums& sums) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float total = row_sum(sums.total[half]), mean = row_sum(sums.mean[half]);
+        const Units::Unit unit = own[lane_index() / 4 + half * 8];
+        if (lane_index() % 4 != 0 || unit.token >= task.queries.count) continue;
+        if (task.piece < 0) {
+            write_share(g, g.place(task.queries, unit), total, mean);
+            continue;
+        }
+        const int64_t at = (task.piece * g.problem.queries + unit.token) * g.problem.heads + unit.head;
+        g.pieces.weights[2 * at] = total;
+        g.pieces.weights[2 * at + 1] = mean;
+    }
+}
+
+// Finished sums of the channels from `first` on, query by query.
+template <typename T, int WIDTH>
+__device__ void write_queries(const QueryGradient<T>& g, const Task& task, const Units& own,
+                              const AttentionMemory<T, WIDTH>& memory, int first) {
+    const AttentionProblem<T>& p = g.problem;
+    float* sums = task.piece < 0 ? g.sums : g.pieces.sums;
+#pragma unroll 1
+    for (int r = 0; r < kOwn; ++r) {
+        const Units::Unit unit = own[r];
+        if (unit.token >= task.queries.count) break;
+        const int64_t query =
+            task.piece < 0 ? g.place(task.queries, unit) : (task.piece * p.queries + unit.token) * p.heads + unit.head;
+        const int64_t to = query * p.channels + first;
+        for (int c = lane_index(); c < min(p.channels - first, kChunk<T, WIDTH>); c += kWarp) {
+            const float x = memory.staged[r * AttentionTiles<T, WIDTH>::kStaged + c];
+            if (sums != nullptr)
+                sums[to + c] = x;
+            else
+                g.grad_q[to + c] = narrow<T>(x);
+        }
+    }
+}
+
+// 16 queries by each warp, over the keys of their row or a chunk of them; of shared queries over a part of the keys of
+// each row of a run.
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(kMostWarps* kWarp, query_blocks_for<T>(WIDTH))
+    grad_queries(const __grid_constant__ QueryGradient<T> g) {
+    using Tiles = AttentionTiles<T, WIDTH>;
+    const AttentionProblem<T>& p = g.problem;
+    const Crew crew(g.plan);
+    if (crew.item >= g.plan.items) return;
+    const int chunks = chunks_of<T, WIDTH>(g), first = static_cast<int>(crew.item % chunks) * kChunk<T, WIDTH>;
+    const int kv_head = static_cast<int>(crew.item / chunks % p.kv_heads);
+    const Task task = task_of(p, g.pieces, crew.item / chunks / p.kv_heads, crew.rows());
+    if (task.idle) return;
+    const Units all(task.begin, kv_head, p.group), own(task.begin + crew.warp * kOwn, kv_head, p.group);
+    const MemoryParts parts = MemoryParts::of<T, WIDTH>(crew.warps, g.plan.stages, contents_of(p));
+    const AttentionMemory<T, WIDTH> memory(crew, parts);
+
+    Sums sums[kChunk<T, WIDTH> / 16];
+    // Of shared queries a slot's row is a part of a run.
+    const int part = static_cast<int>(task.queries.row % g.parts);
+    const int64_t begin = task.queries.row / g.parts * g.rows_of_run;
+    const int64_t end = min(begin + g.rows_of_run, p.kv_offsets.rows);
+#pragma unroll 1
+    for (int64_t b = begin; b < end; ++b) {
+        const Queries row = g.sums != nullptr ? p.queries_of(b) : task.queries;
+        const Keys keys = g.sums != nullptr ? p.keys_of(b) : task.keys;
+        const auto tiles_of = [&](const Units& of, int rows) {
+            const TileRange found =
+                p.masks.key_tiles(of.token, of[rows - 1].token, row.count, keys.count, Tiles::kOthers);
+            const int chunk = g.pieces.split / Tiles::kOthers;
+            if (chunk > 0) return found.within(task.chunk * chunk, (task.chunk + 1) * chunk);
+            return found.within(found.stop * int64_t{part} / g.parts, found.stop * int64_t{part + 1} / g.parts);
+        };
+        const TileRange tiles = tiles_of(all, crew.rows()), mine = tiles_of(own, kOwn);
+        if (tiles.count() == 0 && !g.makes_shares) continue;
+        crew.meet();  // nobody reads what the row before left
+        start_own(memory.own[0], p.q, p.channels, row, own);
+        start_own(memory.own[1], g.grad, p.value_channels, row, own);
+        close_copies();
+        Side sides[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            sides[half] = g.side(row, own[lane_index() / 4 + half * 8], keys.count, !g.makes_shares);
+
+        ShareSums shares;
+        each_tile(
+            crew, tiles, g.plan.stages,
+            [&](int tile, int stage) { start_keys(p, memory, crew.team, keys, kv_head, tile, stage); },
+            [&](int tile, int stage) {
+                if (!mine.holds(tile)) return;
+                typename Tiles::Scores s, grad;
+                multiply_rows(s, memory.own[0], memory.others[2 * stage], p.channels);
+                multiply_rows(grad, memory.own[1], memory.others[2 * stage + (p.v_is_k ? 0 : 1)], p.value_channels);
+                weigh(
+                    p, s, grad, memory.scratch, [&](int half, int) -> const Side& { return sides[half]; },
+                    [&](int half, int column) { return sides[half].sight.sees(tile * Tiles::kOthers + column); });
+                if (sizeof(T) == 4 && g.makes_shares)
+                    for_each_pair(s, grad, [&](int half, int, float& weight, float& of_mean) {
+                        shares.total[half] += weight;
+                        shares.mean[half] += of_mean;
+                    });
+                else
+                    add_weighed(sums, grad, memory.others[2 * stage], first);
+            });
+        if (sizeof(T) == 4 && g.makes_shares) write_shares(g, task, own, shares);
+    }
+    wait_copies<0>();
+    if (g.makes_shares) return;
+    crew.meet();
+    stage(memory, sums, p.scale);
+    __syncwarp();
+    write_queries(g, task, own, memory, first);
+}
+
+// Joins the chunks of split rows, a query under a head by a warp.
+template <typename T>
+__global__ void __launch_bounds__(kMostWarps* kWarp) add_pieces(const __grid_constant__ QueryGradient<T> g) {
+    const AttentionProblem<T>& p = g.problem;
+    const Joint joint = joint_of(p, g.pieces, int64_t{blockIdx.x} * kMostWarps + threadIdx.x / kWarp);
+    if (joint.chunks == 0) return;
+    const int64_t place = joint.row * joint.units + joint.unit;
+    if (g.makes_shares) {
+        float total = 0.0f, mean = 0.0f;
+        for (int i = 0; i < joint.chunks; ++i) {
+            total += g.pieces.weights[2 * joint.at(i)];
+            mean += g.pieces.weights[2 * joint.at(i) + 1];
+        }
+        if (lane_index() == 0) write_share(g, place, total, mean);
+        return;
+    }
+    for (int c = lane_index(); c < p.channels; c += kWarp) {
+        float sum = 0.0f;
+        for (int i = 0; i < joint.chunks; ++i) sum += g.pieces.sums[joint.at(i) * p.channels + c];
+        g.grad_q[place * p.channels + c] = narrow<T>(sum);
+    }
+}
+
+template <typename T, int WIDTH>
+void start_grad_queries(QueryGradient<T>& g, int64_t rows, const Stream& stream) {
+    const AttentionProblem<T>& p = g.problem;
+    g.plan = plan_of<T, WIDTH>({p.mean_units(), p.mean_keys(), contents_of(p)});
+    g.plan.items = slots_of(p, g.pieces, rows, g.plan.rows()) * p.kv_heads * chunks_of<T, WIDTH>(g);
+    stream.launch(grad_queries<T, WIDTH>, g.plan.blocks(), g.plan.threads(), g.plan.shared(), g);
+    if (g.pieces.split == 0) return;
+    const int64_t blocks = (joints_of(p, g.pieces) + kMostWarps - 1) / kMostWarps;
+    stream.launch(add_pieces<T>, blocks, kMostWarps * kWarp, 0, g);
+}
+
+}  // namespace
+
+void queries_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionGradients& grads,
+                      const AttentionSides& sides, const AttentionPieces& pieces, int64_t parts, bool tf32,
+                      const Stream& stream) {
+    if (in.q.size() == 0) return;
+    with_element(in.k.dtype, tf32, [&](auto element) {
+        using T = decltype(element);
+        QueryGradient<T> g(in, grad_attended, sides);
+        const int64_t rows = g.problem.rows();
+        g.pieces = Pieces(pieces);
+        with_width(in, [&](auto width) {
+            if (sides.share) {
+                QueryGradient<T> first = g;
+                first.makes_shares = true;
+                start_grad_queries<T, width.value>(first, rows, stream);
+            }
+            if (in.layout != QueryLayout::shared) {
+                g.grad_q = static_cast<T*>(grads.grad_q.data);
+                return start_grad_queries<T, width.value>(g, rows, stream);
+            }
+            const int64_t runs = grads.grad_q.shape[0] / parts;
+            g.sums = static_cast<float*>(grads.grad_q.data);
+            g.parts = static_cast<int>(parts);
+            g.rows_of_run = runs > 0 ? (rows + runs - 1) / runs : 1;
+            g.pieces = {};
+            start_grad_queries<T, width.value>(g, runs * parts, stream);
+        });
+    });
+}
+
+}  // namespace cuda
+}  // namespace interformer

@@ -1,0 +1,216 @@
+// A call of the attention family as its kernels see it: where queries and keys of a row lie, and which of them meet.
+//
+// Query heads that read the same key/value head go together. Their queries are numbered token by token, the heads of a
+// token side by side: unit `u` of a row is token `u / group` under head `u % group` of those. Units are what warps take
+// 16 of; with few tokens and many heads to a key/value head, such a tile is still full.
+#pragma once
+
+#include <cstdint>
+
+#include "common/attention_call.h"
+#include "cuda/elements.h"
+#include "cuda/rows.cuh"
+
+namespace interformer {
+namespace cuda {
+
+// A tensor of heads: of packed tokens (`row` is 0 then), or of tokens of each row.
+template <typename T>
+struct Heads {
+    T* data = nullptr;
+    int64_t row = 0, token = 0, head = 0, channel = 1;
+    int alignment = 16;
+
+    Heads() = default;
+    explicit Heads(const TensorView& x)
+        : data(static_cast<T*>(x.data)),
+          row(x.axes > 3 ? x.strides[0] : 0),
+          token(x.strides[x.axes - 3]),
+          head(x.strides[x.axes - 2]),
+          channel(x.strides[x.axes - 1]),
+          alignment(alignment_of(x)) {}
+
+    __device__ T* at(int64_t r, int64_t t, int64_t h) const { return data + r * row + t * token + h * head; }
+};
+
+// Query tokens of a row. In tensors of their layout the first one is token `origin` of row `row`; outputs are numbered
+// over all rows, and `first` is its number there.
+struct Queries {
+    int64_t row, origin, first;
+    int count;
+};
+
+// Key tokens of a row behind the skipped ones.
+struct Keys {
+    int64_t first;
+    int count;
+};
+
+// 16 units and those behind them, of one row under one key/value head.
+struct Units {
+    int token, head;    // of the first one; the head among all heads
+    int passed, group;  // heads of its token before it
+
+    struct Unit {
+        int token, head;
+    };
+    __device__ Units(int64_t begin, int kv_head, int group)
+        : token(static_cast<int>(begin / group)),
+          head(kv_head * group),
+          passed(static_cast<int>(begin % group)),
+          group(group) {}
+    __device__ Unit operator[](int r) const {
+        const int u = passed + r, tokens = group == 1 ? u : u / group;
+        return {token + tokens, head + u - tokens * group};
+    }
+};
+
+// ---------------------------------------------------------------- which queries see which keys
+
+// Keys that a query sees: [from, to), and those before `prefix`.
+struct Sight {
+    int from, to, prefix;
+
+    __device__ bool sees(int key) const { return (key >= from && key < to) || key < prefix; }
+};
+
+// Tiles [0, before) and [start, stop).
+struct TileRange {
+    int before, start, stop;
+
+    __device__ int count() const { return before + stop - start; }
+    __device__ int operator[](int step) const { return step < before ? step : start + step - before; }
+    __device__ bool holds(int tile) const { return tile < before || (tile >= start && tile < stop); }
+    // Of [start, stop) only what lies in [from, to).
+    __device__ TileRange within(int from, int to) const {
+        const int first = max(start, from);
+        return {before, first, max(min(stop, to), first)};
+    }
+};
+
+// -1: open.
+struct Masks {
+    int left, right, prefix;
+    bool causal;
+
+    // Of query token `n` of a row. A token that the row does not have sees nothing.
+    __device__ Sight sight(int n, int queries, int keys) const {
+        if (n >= queries) return {0, 0, 0};
+        Sight found{0, keys, min(prefix, keys)};
+        if (n < prefix) return found;
+        const int here = n + (keys - queries);
+        if (causal) found.to = min(found.to, here + 1);
+        if (right >= 0 && here + 1 <= keys - right) found.to = min(found.to, here + 1 + right);
+        if (left >= 0 && here > left) found.from = here - left;
+        return found;
+    }
+
+    // Tiles of `tile` keys that some of the query tokens [first, last] see.
+    __device__ TileRange key_tiles(int first, int last, int queries, int keys, int tile) const {
+        const Sight begin = sight(first, queries, keys), end = sight(min(last, queries - 1), queries, keys);
+        const int before = (begin.prefix + tile - 1) / tile, start = max(begin.from / tile, before);
+        return {before, start, max((max(max(begin.to, end.to), 0) + tile - 1) / tile, start)};
+    }
+
+    // Tiles of `tile` units of queries that see some of the keys [first, last].
+    __device__ TileRange query_tiles(int first, int last, int queries, int keys, int group, int tile) const {
+        const int64_t shift = int64_t{keys} - queries, units = int64_t{queries} * group;
+        int64_t begin = 0, end = queries, before = 0;
+        if (causal) begin = max(begin, first - shift);
+        if (right >= 0) begin = max(begin, first - shift - right);
+        if (left >= 0) end = min(end, last - shift + left + 1);
+        if (prefix > 0) {
+            before = (min(int64_t{prefix} * group, units) + tile - 1) / tile;
+            if (first < prefix) begin = 0, end = queries;
+        }
+        const int64_t start = max(begin * group / tile, before);
+        const int64_t stop = max((max(end, int64_t{0}) * group + tile - 1) / tile, start);
+        return {static_cast<int>(before), static_cast<int>(start), static_cast<int>(stop)};
+    }
+};
+
+// ---------------------------------------------------------------- the call
+
+template <typename T>
+struct AttentionProblem {
+    Offsets q_offsets, kv_offsets;  // those of queries only where they are packed
+    QueryLayout layout;
+    int heads, kv_heads, group;
+    int queries;  // of each row, where they are not packed
+    int channels, value_channels;
+    int skip;  // keys at the start of each row
+    Masks masks;
+    Heads<const T> q, k, v;
+    bool v_is_k;
+    float scale, post_scale;
+    Score score;
+
+    explicit AttentionProblem(const AttentionInputs& in);
+
+    int64_t rows() const { return kv_offsets.rows; }
+    int64_t query_tokens() const { return layout == QueryLayout::packed ? q_offsets.tokens : rows() * queries; }
+    // Of a row, on average.
+    int64_t mean_units() const {
+        if (layout != QueryLayout::packed) return int64_t{queries} * group;
+        return q_offsets.tokens * group / (rows() > 0 ? rows() : 1);
+    }
+    int64_t mean_keys() const { return kv_offsets.tokens / (rows() > 0 ? rows() : 1); }
+    // Tiles of `block` units, those of idle slots with them, of so many rows (the batch's, or runs of it).
+    int64_t query_slots(int64_t of_rows, int block) const {
+        if (layout == QueryLayout::packed) return slots(q_offsets.tokens, of_rows, group, block);
+        return of_rows * tiles_of_row(block);
+    }
+    __host__ __device__ int64_t tiles_of_row(int block) const { return (int64_t{queries} * group + block - 1) / block; }
+
+    // Of a row of the batch.
+    __device__ Queries queries_of(int64_t row) const {
+        if (layout != QueryLayout::packed) return {row, 0, row * queries, queries};
+        const Span span = q_offsets.span(row);
+        return {row, span.first, span.first, span.count};
+    }
+    // Of a row; the tail has none.
+    __device__ Keys keys_of(int64_t row) const {
+        if (row >= kv_offsets.rows) return {0, 0};
+        const Span span = kv_offsets.span(row);
+        return {span.first + skip, max(span.count - skip, 0)};
+    }
+    // The queries of a slot's tile of `block` units, and its first unit; for shared queries, `slot` may be one of runs.
+    __device__ Queries queries_at(int64_t slot, int block, int64_t& begin) const {
+        if (layout == QueryLayout::packed) {
+            const Slot found = q_offsets.find(slot, group, block);
+            begin = found.begin;
+            return {found.span.row, found.span.first, found.span.first, found.span.count};
+        }
+        const int64_t tiles = tiles_of_row(block), row = slot / tiles;
+        begin = slot % tiles * block;
+        return {row, 0, row * queries, queries};
+    }
+};
+
+inline int clamped(int64_t limit) {
+    return static_cast<int>(limit < INT32_MAX ? limit : INT32_MAX);
+}
+
+template <typename T>
+AttentionProblem<T>::AttentionProblem(const AttentionInputs& in)
+    : q_offsets(in.layout == QueryLayout::packed && in.q_offsets ? *in.q_offsets : in.kv_offsets, in.q.shape[0]),
+      kv_offsets(in.kv_offsets, in.k.shape[0]),
+      layout(in.layout),
+      heads(static_cast<int>(in.q.shape[in.q.axes - 2])),
+      kv_heads(static_cast<int>(in.k.shape[1])),
+      group(heads / kv_heads),
+      queries(in.layout == QueryLayout::packed ? 0 : static_cast<int>(in.q.shape[in.q.axes - 3])),
+      channels(static_cast<int>(in.k.shape[2])),
+      value_channels(static_cast<int>((in.v ? *in.v : in.k).shape[2])),
+      skip(clamped(in.skip_prefix)),
+      masks{clamped(in.window_left), clamped(in.window_right), clamped(in.num_prefix), in.causal},
+      q(in.q),
+      k(in.k),
+      v(in.v ? *in.v : in.k),
+      v_is_k(!in.v),
+      scale(static_cast<float>(in.scale)),
+      post_scale(static_cast<float>(in.post_scale)),
+      score(in.score) {}
+
+}  // namespace cuda
+}  // namespace interformer

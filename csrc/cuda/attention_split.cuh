@@ -1,0 +1,104 @@
+// Rows of many keys under few queries are cut into chunks, one after another in memory what each of them sums up; a
+// kernel after that joins them in order. Rows that fit one chunk are not touched by it, bit by bit.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attention.h"
+#include "cuda/attention_problem.cuh"
+
+namespace interformer {
+namespace cuda {
+
+// Memory for the chunks' sums, by piece, query and head.
+struct Pieces {
+    float* sums = nullptr;     // of channels
+    float* weights = nullptr;  // two numbers
+    int split = 0;             // keys of a chunk; 0: no row is split
+
+    Pieces() = default;
+    explicit Pieces(const AttentionPieces& given) : split(static_cast<int>(given.split)) {
+        if (given.sums) sums = static_cast<float*>(given.sums->data);
+        if (given.weights) weights = static_cast<float*>(given.weights->data);
+    }
+    // The piece of a chunk of a row: rows of more than `split` tokens have room side by side.
+    __device__ int64_t of(int64_t first, int64_t chunk) const { return 2 * first / split + chunk; }
+};
+
+// What a block or a warp does: some queries of a row, over all keys or a chunk of them.
+struct Task {
+    Queries queries;
+    Keys keys;
+    int64_t begin;  // unit of the row
+    int chunk;
+    int64_t piece;  // of a row that is split; else -1
+    bool idle;
+};
+
+// Of a slot; `block` units are done together.
+template <typename T>
+__device__ inline Task task_of(const AttentionProblem<T>& p, const Pieces& pieces, int64_t slot, int block) {
+    Task task;
+    task.chunk = 0;
+    task.piece = -1;
+    if (pieces.split == 0) {
+        task.queries = p.queries_at(slot, block, task.begin);
+        task.keys = p.keys_of(task.queries.row);
+        task.idle = task.begin >= int64_t{task.queries.count} * p.group;
+        return task;
+    }
+    const int64_t tiles = p.tiles_of_row(block);
+    const Slot found = p.kv_offsets.find(slot / tiles, 1, pieces.split);
+    task.begin = slot % tiles * block;
+    task.queries = p.queries_of(found.span.row);
+    task.keys = p.keys_of(found.span.row);
+    task.chunk = static_cast<int>(found.begin / pieces.split);
+    // Also a row without keys has a first chunk, which writes its outputs.
+    task.idle = found.span.row >= p.kv_offsets.rows || found.begin >= max(task.keys.count, 1);
+    if (task.keys.count > pieces.split) task.piece = pieces.of(found.span.first, task.chunk);
+    return task;
+}
+
+// Slots of tiles of `block` units over `rows` rows (or runs of them).
+template <typename T>
+int64_t slots_of(const AttentionProblem<T>& p, const Pieces& pieces, int64_t rows, int block) {
+    if (pieces.split == 0) return p.query_slots(rows, block);
+    return slots(p.kv_offsets.tokens, rows, 1, pieces.split) * p.tiles_of_row(block);
+}
+
+// A query under a head of a split row, as an item of a kernel that joins chunks.
+struct Joint {
+    int64_t row, first;  // row, and piece of its first chunk
+    int unit, units;     // of the row: query token times heads plus head
+    int chunks;          // 0: there is no split row here
+
+    // Where the numbers of a chunk are.
+    __device__ int64_t at(int chunk) const { return (first + chunk) * units + unit; }
+};
+
+// Marks stand `split` tokens apart; a split row is joined at the first mark that it holds, and every one holds a mark.
+template <typename T>
+__device__ inline Joint joint_of(const AttentionProblem<T>& p, const Pieces& pieces, int64_t item) {
+    Joint found{};
+    found.units = p.queries * p.heads;
+    found.unit = static_cast<int>(item % found.units);
+    const int64_t mark = item / found.units * pieces.split;
+    if (mark >= p.kv_offsets.tokens) return found;
+    found.row = p.kv_offsets.holder(mark, 0, p.kv_offsets.rows);
+    if (found.row >= p.kv_offsets.rows) return found;
+    const int64_t first = p.kv_offsets.edge(found.row);
+    const Keys keys = p.keys_of(found.row);
+    if (keys.count <= pieces.split || mark - pieces.split >= first) return found;
+    found.first = pieces.of(first, 0);
+    found.chunks = (keys.count + pieces.split - 1) / pieces.split;
+    return found;
+}
+
+// Items of such a kernel.
+template <typename T>
+int64_t joints_of(const AttentionProblem<T>& p, const Pieces& pieces) {
+    return (p.kv_offsets.tokens / pieces.split + 1) * p.queries * p.heads;
+}
+
+}  // namespace cuda
+}  // namespace interformer

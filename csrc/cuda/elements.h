@@ -1,0 +1,50 @@
+// Element types of the CUDA kernels, and how far a tensor's memory is aligned.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "common/checks.h"
+#include "common/element.h"
+
+namespace interformer {
+namespace cuda {
+
+// A float32 number that tensor cores may multiply by the first 10 bits of its fraction.
+struct Tf32 {
+    float value;
+};
+
+// Calls `function` with a value of the element type of this dtype, for the sake of its type.
+template <typename Function>
+void with_element(DType dtype, Function&& function) {
+    switch (dtype) {
+        case DType::float32:
+            return function(float{});
+        case DType::bfloat16:
+            return function(BFloat16{});
+        case DType::float16:
+            return function(Float16{});
+        default:
+            throw TypeError(std::string("CUDA kernels serve float32, bfloat16 and float16, found ") + name_of(dtype));
+    }
+}
+
+// The same with Tf32 for float32 where it is allowed.
+template <typename Function>
+void with_element(DType dtype, bool tf32, Function&& function) {
+    if (tf32 && dtype == DType::float32) return function(Tf32{});
+    with_element(dtype, function);
+}
+
+// The most bytes (16, 8, 4 or 2) that address and size of every vector along the last axis are multiples of.
+inline int alignment_of(const TensorView& x) {
+    const int64_t size = x.dtype == DType::float32 ? 4 : 2;
+    uint64_t bits = reinterpret_cast<uintptr_t>(x.data) | 16;
+    for (int axis = 0; axis + 1 < x.axes; ++axis)
+        if (x.shape[axis] > 1) bits |= static_cast<uint64_t>(x.strides[axis] * size);
+    return static_cast<int>(bits & -bits);
+}
+
+}  // namespace cuda
+}  // namespace interformer

@@ -1,0 +1,319 @@
+#include "cuda/personalized_ffn.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "cuda/elements.h"
+#include "cuda/maps.cuh"
+#include "cuda/rows.cuh"
+#include "cuda/tiles.cuh"
+
+namespace interformer {
+namespace cuda {
+
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kBlocks = 4;   // at least, of a multiprocessor: without it the compiler keeps to 64 registers, and spills
+constexpr int kTokens = 32;  // of a block, and of a step along a sum over tokens
+constexpr int kColumns = 64;  // of a block
+constexpr int kStep = 32;     // along a sum over channels
+
+// A matrix of each row, or the tokens of all rows; `row` numbers lie between two rows, `line` between two lines.
+template <typename T>
+struct Matrix {
+    T* data = nullptr;
+    int64_t row = 0, line = 0;
+    int alignment = 16;
+
+    __device__ T* at(int64_t r, int64_t i) const { return data + r * row + i * line; }
+};
+
+template <typename T>
+Matrix<T> tokens_of(const TensorView& x) {
+    return {static_cast<T*>(x.data), 0, x.strides[0], alignment_of(x)};
+}
+template <typename T>
+Matrix<T> matrices_of(const TensorView& x) {
+    return {static_cast<T*>(x.data), x.strides[0], x.strides[1], alignment_of(x)};
+}
+template <typename T>
+Matrix<T> vectors_of(const TensorView& x) {
+    return {static_cast<T*>(x.data), x.strides[0], 0, alignment_of(x)};
+}
+
+int64_t parts_of(int64_t size, int64_t block) {
+    return (size + block - 1) / block;
+}
+
+// ---------------------------------------------------------------- tokens times their row's matrix
+
+template <typename T>
+struct Product {
+    Matrix<const T> x, weight;
+    Matrix<const T> bias, residual, grad_out;  // null: none
+    T* out;
+    int inner, columns;  // of the product
+    Activation activation;
+};
+
+// Lines of a matrix: places of the sum, or, of a transposed one, columns.
+template <typename T, bool TURNED>
+using Lines = std::conditional_t<TURNED, Tile<T, kColumns, kStep>, Tile<T, kStep, kColumns>>;
+
+constexpr int kStaged = kColumns + 4;  // numbers from line to line of the finished tile: other banks
+
+template <typename T, bool TURNED>
+constexpr int kProductMemory =
+    std::max(2 * (Tile<T, kTokens, kStep>::kBytes + Lines<T, TURNED>::kBytes), kTokens * kStaged * 4);
+static_assert(kProductMemory<float, false> <= kMostSharedMemory && kProductMemory<float, true> <= kMostSharedMemory);
+
+// What becomes of a sum: act(sum + bias) + residual, or, given its gradient, that of the sum.
+template <typename T>
+__device__ float finished(const Product<T>& p, float sum, int64_t row, int64_t token, int column) {
+    if (p.bias.data != nullptr) sum += widen(p.bias.at(row, 0)[column]);
+    if (p.grad_out.data != nullptr) return widen(p.grad_out.at(0, token)[column]) * slope(sum, p.activation);
+    const float y = activate(sum, p.activation);
+    return p.residual.data == nullptr ? y : y + widen(p.residual.at(0, token)[column]);
+}
+
+// Calls `each(token, column, sum)` for the block's sums, line by line through shared memory: neighbours in a line go to
+// neighbours in a warp, and what is done with a number is there once, not once for each that a lane has.
+template <typename Each>
+__device__ void finish_tile(Sums (&sums)[2], int line, int side, Each&& each) {
+    float* staged = reinterpret_cast<float*>(shared_memory());
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+        sums[n].for_each([&](int i, int j, float sum) { staged[(line + i) * kStaged + side + n * 16 + j] = sum; });
+    __syncthreads();
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < kTokens * kColumns; i += kThreads)
+        each(i / kColumns, i % kColumns, staged[i / kColumns * kStaged + i % kColumns]);
+}
+
+// 32 tokens of one row by 64 columns; TURNED multiplies by the transposed matrix. Zero on the tail.
+template <typename T, bool TURNED>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    row_products(const __grid_constant__ Product<T> p, const __grid_constant__ Offsets offsets) {
+    const int blocks = (p.columns + kColumns - 1) / kColumns;
+    const int first = static_cast<int>(blockIdx.x % blocks) * kColumns;
+    const Slot slot = offsets.find(blockIdx.x / blocks, 1, kTokens);
+    const int64_t row = slot.span.row, token = slot.span.first + slot.begin;
+    const int count = static_cast<int>(min(int64_t{slot.span.count} - slot.begin, int64_t{kTokens}));
+    if (count <= 0) return;
+
+    SharedMemory shared;
+    const auto x = shared.stages<Tile<T, kTokens, kStep>, 2>();
+    const auto weight = shared.stages<Lines<T, TURNED>, 2>();
+    const auto start = [&](int k, int i) {
+        const int wide = min(p.inner - k, kStep);
+        start_tile(x[i], wide, p.x.alignment, block_team(),
+                   [&](int t) { return t < count ? p.x.at(0, token + t) + k : nullptr; });
+        if constexpr (TURNED)
+            start_tile(weight[i], wide, p.weight.alignment, block_team(),
+                       [&](int f) { return first + f < p.columns ? p.weight.at(row, first + f) + k : nullptr; });
+        else
+            start_tile(weight[i], p.columns - first, p.weight.alignment, block_team(),
+                       [&](int e) { return e < wide ? p.weight.at(row, k + e) + first : nullptr; });
+        close_copies();
+    };
+
+    // Two warps side by side: each has 16 tokens and 32 columns.
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, line = warp / 2 * 16, side = warp % 2 * 32;
+    Sums sums[2];
+    const bool held = row < offsets.rows;
+    const int steps = held ? (p.inner + kStep - 1) / kStep : 0;
+    if (steps > 0) start(0, 0);
+    for (int i = 0; i < steps; ++i) {
+        if (i + 1 < steps) {
+            start((i + 1) * kStep, (i + 1) % 2);
+            wait_copies<1>();
+        } else {
+            wait_copies<0>();
+        }
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < kStep; k += 16) {
+            LeftOperand<T> left;
+            load_left(left, x[i % 2], line, k);
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                RightOperand<T> right;
+                if constexpr (TURNED)
+                    load_right_turned(right, weight[i % 2], k, side + n * 16);
+                else
+                    load_right(right, weight[i % 2], k, side + n * 16);
+                multiply_add(sums[n], left, right);
+            }
+        }
+        __syncthreads();
+    }
+    finish_tile(sums, line, side, [&](int t, int column, float sum) {
+        if (t >= count || first + column >= p.columns) return;
+        const float y = held ? finished(p, sum, row, token + t, first + column) : 0.0f;
+        p.out[(token + t) * p.columns + first + column] = narrow<T>(y);
+    });
+}
+
+template <typename T, bool TURNED>
+void start_products(const Product<T>& p, const Offsets& offsets, const Stream& stream) {
+    const int64_t blocks = slots(offsets.tokens, offsets.rows, 1, kTokens) * parts_of(p.columns, kColumns);
+    if (offsets.tokens > 0)
+        stream.launch(row_products<T, TURNED>, blocks, kThreads, kProductMemory<T, TURNED>, p, offsets);
+}
+
+// ---------------------------------------------------------------- gradients of the matrices
+
+template <typename T>
+struct WeightGradient {
+    Matrix<const T> x, grad;
+    T *grad_weight, *grad_bias;  // contiguous; no bias: null
+    int inner, columns;
+};
+
+template <typename T>
+constexpr int kGradientMemory = 4 * Tile<T, kTokens, kColumns>::kBytes;
+static_assert(kGradientMemory<float> <= kMostSharedMemory);
+
+// 64 x 64 numbers of x' grad of one row, summed over its tokens in order, and 64 sums of grad.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    row_weight_gradients(const __grid_constant__ WeightGradient<T> p, const __grid_constant__ Offsets offsets) {
+    using Tokens = Tile<T, kTokens, kColumns>;
+    const int across = (p.columns + kColumns - 1) / kColumns, down = max((p.inner + kColumns - 1) / kColumns, 1);
+    const int64_t row = blockIdx.x / (across * down);
+    const int part = static_cast<int>(blockIdx.x % (across * down));
+    const int e = part / across * kColumns, f = part % across * kColumns;
+    const Span span = offsets.span(row);
+
+    SharedMemory shared;
+    const auto x = shared.stages<Tokens, 2>(), grad = shared.stages<Tokens, 2>();
+    const auto start = [&](int t, int i) {
+        const int count = span.count - t;
+        start_tile(x[i], p.inner - e, p.x.alignment, block_team(),
+                   [&](int j) { return j < count ? p.x.at(0, span.first + t + j) + e : nullptr; });
+        start_tile(grad[i], p.columns - f, p.grad.alignment, block_team(),
+                   [&](int j) { return j < count ? p.grad.at(0, span.first + t + j) + f : nullptr; });
+        close_copies();
+    };
+
+    // Four warps one below the other: each has 16 lines of the matrix, and 64 columns.
+    const int line = static_cast<int>(threadIdx.x) / kWarp * 16;
+    Sums sums[4];
+    float of_bias = 0.0f;  // of the column that the thread is for
+    const int steps = (span.count + kTokens - 1) / kTokens;
+    if (steps > 0) start(0, 0);
+    for (int i = 0; i < steps; ++i) {
+        if (i + 1 < steps) {
+            start((i + 1) * kTokens, (i + 1) % 2);
+            wait_copies<1>();
+        } else {
+            wait_copies<0>();
+        }
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < kTokens; k += 16) {
+            LeftOperand<T> left;
+            load_left_turned(left, x[i % 2], line, k);
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                RightOperand<T> right;
+                load_right(right, grad[i % 2], k, n * 16);
+                multiply_add(sums[n], left, right);
+            }
+        }
+        if (threadIdx.x < kColumns)
+            for (int t = 0; t < kTokens; ++t) of_bias += widen(*grad[i % 2].at(t, static_cast<int>(threadIdx.x)));
+        __syncthreads();
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+        sums[n].for_each([&](int i, int j, float sum) {
+            const int inside = e + line + i, column = f + n * 16 + j;
+            if (inside < p.inner && column < p.columns)
+                p.grad_weight[(row * p.inner + inside) * p.columns + column] = narrow<T>(sum);
+        });
+    const int column = f + static_cast<int>(threadIdx.x);
+    if (p.grad_bias != nullptr && e == 0 && threadIdx.x < kColumns && column < p.columns)
+        p.grad_bias[row * p.columns + column] = narrow<T>(of_bias);
+}
+
+// ---------------------------------------------------------------- calls
+
+void check_lines(const Checks& check, const FfnInputs& in) {
+    check.contiguous_last_axis("x", in.x);
+    check.contiguous_last_axis("weight", in.weight);
+    if (in.bias) check.contiguous_last_axis("bias", *in.bias);
+}
+
+// The product of x and the weights, without an epilogue.
+template <typename T>
+Product<T> product_of(const FfnInputs& in, const TensorView& out) {
+    Product<T> p{};
+    p.x = tokens_of<const T>(in.x);
+    p.weight = matrices_of<const T>(in.weight);
+    if (in.bias) p.bias = vectors_of<const T>(*in.bias);
+    p.out = static_cast<T*>(out.data);
+    p.inner = static_cast<int>(in.weight.shape[1]);
+    p.columns = static_cast<int>(in.weight.shape[2]);
+    p.activation = in.activation;
+    return p;
+}
+
+}  // namespace
+
+void personalized_ffn_forward(const FfnInputs& in, const FfnOutputs& to, bool tf32, const Stream& stream) {
+    const Checks check = stream.checks();
+    check_forward(check, in, to);
+    check_lines(check, in);
+    if (to.residual) check.contiguous_last_axis("residual", *to.residual);
+    with_element(in.x.dtype, tf32, [&](auto element) {
+        using T = decltype(element);
+        Product<T> p = product_of<T>(in, to.out);
+        if (to.residual) p.residual = tokens_of<const T>(*to.residual);
+        start_products<T, false>(p, Offsets(in.offsets, in.x.shape[0]), stream);
+    });
+}
+
+void personalized_ffn_backward(const FfnInputs& in, const FfnGradients& grads, const std::optional<TensorView>& before,
+                               bool tf32, const Stream& stream) {
+    const Checks check = stream.checks();
+    check_backward(check, in, grads);
+    check_lines(check, in);
+    check.contiguous_last_axis("grad_out", grads.grad_out);
+    if (before.has_value() != (in.activation != Activation::identity))
+        check.refuse("before", before ? "None" : "given", before ? describe(*before) : "None");
+    if (before) check.gradient("before", *before, "grad_out", grads.grad_out);
+    with_element(in.x.dtype, tf32, [&](auto element) {
+        using T = decltype(element);
+        const Offsets offsets(in.offsets, in.x.shape[0]);
+        Matrix<const T> grad = tokens_of<const T>(grads.grad_out);
+        if (before) {
+            Product<T> p = product_of<T>(in, *before);
+            p.grad_out = grad;
+            start_products<T, false>(p, offsets, stream);
+            grad = tokens_of<const T>(*before);
+        }
+        Product<T> p = product_of<T>(in, grads.grad_x);
+        p.x = grad;
+        p.bias = {};
+        p.activation = Activation::identity;
+        std::swap(p.inner, p.columns);
+        start_products<T, true>(p, offsets, stream);
+
+        WeightGradient<T> w{tokens_of<const T>(in.x),
+                            grad,
+                            static_cast<T*>(grads.grad_weight.data),
+                            nullptr,
+                            static_cast<int>(in.weight.shape[1]),
+                            static_cast<int>(in.weight.shape[2])};
+        if (grads.grad_bias) w.grad_bias = static_cast<T*>(grads.grad_bias->data);
+        const int64_t tiles = std::max<int64_t>(parts_of(w.inner, kColumns), 1) * parts_of(w.columns, kColumns);
+        stream.launch(row_weight_gradients<T>, offsets.rows * tiles, kThreads, kGradientMemory<T>, w, offsets);
+    });
+}
+
+}  // namespace cuda
+}  // namespace interformer

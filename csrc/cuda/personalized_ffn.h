@@ -1,0 +1,19 @@
+// OPS.md's `personalized_ffn` on a GPU: y_t = act(x_t W_b + bias_b) (+ residual_t) for every token t of row b.
+#pragma once
+
+#include <optional>
+
+#include "common/ffn_call.h"
+#include "cuda/stream.h"
+
+namespace interformer {
+namespace cuda {
+
+// `tf32`: float32 may be multiplied by tensor cores.
+void personalized_ffn_forward(const FfnInputs& in, const FfnOutputs& to, bool tf32, const Stream& stream);
+// `before`, [T, F], takes the gradient before the activation; just where there is an activation.
+void personalized_ffn_backward(const FfnInputs& in, const FfnGradients& grads, const std::optional<TensorView>& before,
+                               bool tf32, const Stream& stream);
+
+}  // namespace cuda
+}  // namespace interformer

@@ -1,0 +1,81 @@
+// Kernels on the caller's stream: each launch is checked, and none waits, allocates, or runs on another device.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "common/checks.h"
+#include "cuda/device.h"
+
+namespace interformer {
+namespace cuda {
+
+// The device that the caller had is current again when this is gone.
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(int device) {
+        if (cudaGetDevice(&before_) == cudaSuccess && before_ != device)
+            changed_ = cudaSetDevice(device) == cudaSuccess;
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(before_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+
+  private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
+// The stream of one call. `lead` is the tensor whose device and shape stand for the call.
+class Stream {
+  public:
+    Stream(const char* op, const TensorView& lead, void* handle)
+        : op_(op), lead_(lead), handle_(static_cast<cudaStream_t>(handle)) {}
+
+    // Checks that want every tensor where the lead is: on a GPU.
+    Checks checks() const {
+        if (lead_.device.type != kMemory) Checks(op_).refuse("every tensor", "on a CUDA device", describe(lead_));
+        return Checks(op_, lead_.device);
+    }
+
+    // Starts `blocks` blocks of `threads` threads with `shared` bytes of shared memory; none where there is no work.
+    template <typename... Parameters>
+    void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
+                const Parameters&... parameters) const {
+        if (blocks == 0) return;
+        if (blocks > kMostBlocks) fail("a grid of " + std::to_string(blocks) + " blocks is beyond the device");
+        const DeviceGuard guard(lead_.device.id);
+        if (shared > kSharedByDefault)
+            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(static_cast<unsigned>(blocks));
+        config.blockDim = dim3(static_cast<unsigned>(threads));
+        config.dynamicSmemBytes = static_cast<size_t>(shared);
+        config.stream = handle_;
+        check(cudaLaunchKernelEx(&config, kernel, parameters...));
+    }
+
+  private:
+    static constexpr int64_t kMostBlocks = 2147483647;
+    static constexpr int kSharedByDefault = 48 * 1024;
+
+    void check(cudaError_t status) const {
+        if (status == cudaSuccess) return;
+        cudaGetLastError();  // so that the next call of somebody else does not find it
+        fail(cudaGetErrorString(status));
+    }
+    [[noreturn]] void fail(const std::string& reason) const {
+        throw std::runtime_error(std::string(op_) + " of " + describe(lead_) + ": " + reason);
+    }
+
+    const char* op_;
+    const TensorView& lead_;
+    cudaStream_t handle_;
+};
+
+}  // namespace cuda
+}  // namespace interformer

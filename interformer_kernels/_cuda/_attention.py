@@ -1,0 +1,118 @@
+"""The ops of the attention family on the CUDA part: see `csrc/cuda/attention.h` for the kernels behind them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from interformer_kernels import _C
+from interformer_kernels._cuda.apply_rotary import rotated
+from interformer_kernels._launch.attention_call import AttentionCall
+from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
+from interformer_kernels._launch.tensors import allows_tf32, readable
+
+_SPLIT = 1024  # keys of a chunk of a long row that few queries meet
+_FEW = 32  # queries of a row under one key/value head, at most, for that: more make blocks enough
+_MOST_RUNS = 512  # of rows, over which gradients of shared queries are summed
+_GATE_BLOCK = 32  # tokens over which gradients of a gate that all tokens share are summed at once
+
+
+def _made_ready(call: AttentionCall) -> AttentionCall:
+    """The call without rotary tables: its queries and keys are turned; all tensors as the kernels read them."""
+    if call.cos is not None and call.sin is not None:
+        q = _turned(call.q, call, backwards=False, queries=True)
+        k = _turned(call.k, call, backwards=False, queries=False)
+        call = call._replace(q=q, k=k, cos=None, sin=None, positions_q=None, positions_k=None)
+    return call._replace(q=readable(call.q)).fitted(call.out_shape())
+
+
+def _turned(x: Tensor, call: AttentionCall, backwards: bool, queries: bool) -> Tensor:
+    """Packed queries or keys, or their gradients, turned by the call's tables; as they are where it has none."""
+    if call.cos is None or call.sin is None:
+        return x
+    own = call.q_offsets if queries else None
+    positions = call.positions_q if queries else call.positions_k
+    offsets = call.kv_offsets if own is None else own
+    return rotated(x, offsets, call.cos, call.sin, positions, call.rope_interleaved, backwards)
+
+
+def _split(call: AttentionCall) -> int:
+    """Keys of the chunks that long rows are cut into, 0 for none: few queries make few blocks."""
+    tokens, (heads, kv_heads) = call.k.shape[0], (call.q.shape[-2], call.k.shape[1])
+    few = call.layout != "packed" and call.q.shape[-3] * (heads // kv_heads) <= _FEW
+    return _SPLIT if few and tokens > _SPLIT else 0
+
+
+def _pieces(call: AttentionCall, split: int, numbers: int) -> Tensor | None:
+    """Room for so many numbers of each chunk, query and head; None where there are no chunks, or no numbers."""
+    if not split or not numbers:
+        return None
+    return call.k.new_empty((2 * call.k.shape[0] // split + 1, *call.q.shape[-3:-1], numbers), dtype=torch.float32)
+
+
+def _runs(call: AttentionCall) -> tuple[int, int]:
+    """Runs of equally many rows, but for the last one, and parts of a row's keys, that shared queries' gradients are
+    summed over."""
+    rows = call.kv_offsets.shape[0] - 1
+    runs = -(-rows // max(1, -(-rows // _MOST_RUNS)))
+    return runs, max(1, min(_MOST_RUNS // max(1, runs), call.k.shape[0] // _SPLIT))
+
+
+def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`(out, lse, attended)`; `lse` is empty without softmax, `attended` unless it is to be kept."""
+    shape, softmax, k = call.out_shape(), call.score == "softmax", call.k
+    out = k.new_empty(shape)
+    lse = k.new_empty(shape[:-1] if softmax else (0,), dtype=torch.float32)
+    attended = k.new_empty(shape if keep_attended else (0,))
+    if not out.numel():
+        return out, lse, attended
+    split = _split(call)
+    _C.cuda_attention_forward(
+        _made_ready(call),
+        readable(residual),
+        out,
+        lse if softmax else None,
+        attended if keep_attended else None,
+        split,
+        _pieces(call, split, shape[-1]),
+        _pieces(call, split, 2),
+        allows_tf32(k.dtype),
+    )
+    return out, lse, attended
+
+
+def backward(
+    call: AttentionCall, grad_out: Tensor, attended: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
+    q, k, v, gate, shape = call.q, call.k, call.v, call.gate, call.out_shape()
+    softmax = call.score == "softmax"
+    exact = softmax and k.dtype == torch.float32
+    shared = call.layout == "shared"
+    runs, parts = _runs(call) if shared else (1, 1)
+    split = _split(call) if exact or not shared else 0
+    grad_q = k.new_empty((runs * parts, *q.shape) if shared else q.shape, dtype=torch.float32 if shared else k.dtype)
+    grad_k, grad_v = k.new_empty(k.shape), k.new_empty((0,) if v is None else v.shape)
+    sums, over_tokens, _ = (k.new_empty(0), False, False) if gate is None else gate_sums(gate, shape, _GATE_BLOCK)
+    _C.cuda_attention_backward(
+        _made_ready(call),
+        readable(grad_out),
+        attended if gate is not None or (softmax and not exact) else None,
+        lse if softmax else None,
+        torch.empty_like(lse) if softmax else None,
+        torch.empty_like(lse) if exact else None,
+        None if gate is None else k.new_empty(shape),
+        grad_q,
+        grad_k,
+        None if v is None else grad_v,
+        None if gate is None else sums,
+        _GATE_BLOCK if over_tokens else 1,
+        split,
+        _pieces(call, split, 0 if shared else k.shape[2]),
+        _pieces(call, split, 2 if exact else 0),
+        parts,
+        allows_tf32(k.dtype),
+    )
+    grad_q = grad_q.sum(0).to(k.dtype) if shared else _turned(grad_q, call, backwards=True, queries=True)
+    grad_k = _turned(grad_k, call, backwards=True, queries=False)
+    return grad_q, grad_k, grad_v, sums if gate is None else gate_gradient(gate, sums, shape)

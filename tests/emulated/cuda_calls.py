@@ -1,0 +1,16 @@
+"""How the tests of the CUDA kernels call them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from interformer_kernels import _backend, testing
+
+SERVED = [op for op in testing.OPS if op in _backend._LAUNCHERS["cuda"]]
+
+
+def results(op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Output, log-sum-exp and gradients, by name."""
+    return testing.evaluate(lambda: testing.call(op, inputs, "cuda"), op, inputs)

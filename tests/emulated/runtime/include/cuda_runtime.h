@@ -1,0 +1,153 @@
+// What the kernels use of CUDA's own header, for the host compiler: see ../scheduler.h for how it runs.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "scheduler.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks run one after another
+
+// ---------------------------------------------------------------- types and indices
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+    dim3() = default;
+    explicit dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) {
+    return {x, y};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+    return {x, y, z, w};
+}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+    return {x, y, z, w};
+}
+
+static const emulation::Index& threadIdx = emulation::thread_index;
+static const emulation::Index& blockIdx = emulation::block_index;
+static const emulation::Index& blockDim = emulation::block_size;
+static const emulation::Index& gridDim = emulation::grid_size;
+
+// ---------------------------------------------------------------- functions of one thread
+
+using std::max;
+using std::min;
+
+inline float __uint_as_float(unsigned bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+inline float __frcp_rn(float x) {
+    return 1.0f / x;
+}
+template <typename T>
+T __ldg(const T* pointer) {
+    return *pointer;
+}
+
+// ---------------------------------------------------------------- functions of a block or a warp
+
+inline void __syncthreads() {
+    emulation::block_barrier();
+}
+inline void __syncwarp(unsigned lanes = emulation::kEveryLane) {
+    emulation::warp_barrier(lanes);
+}
+
+template <typename T>
+T __shfl_sync(unsigned lanes, T x, int from) {
+    return emulation::shuffle("__shfl_sync", lanes, x, from & 31);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned lanes, T x, int mask) {
+    return emulation::shuffle("__shfl_xor_sync", lanes, x, emulation::lane() ^ (mask & 31));
+}
+template <typename T>
+T __shfl_down_sync(unsigned lanes, T x, unsigned step) {
+    const int from = emulation::lane() + static_cast<int>(step);
+    return emulation::shuffle("__shfl_down_sync", lanes, x, from < 32 ? from : emulation::lane());
+}
+template <typename T>
+T __shfl_up_sync(unsigned lanes, T x, unsigned step) {
+    const int from = emulation::lane() - static_cast<int>(step);
+    return emulation::shuffle("__shfl_up_sync", lanes, x, from >= 0 ? from : emulation::lane());
+}
+inline unsigned __ballot_sync(unsigned lanes, int vote) {
+    return emulation::ballot("__ballot_sync", lanes, vote != 0);
+}
+inline int __any_sync(unsigned lanes, int vote) {
+    return emulation::ballot("__any_sync", lanes, vote != 0) != 0;
+}
+inline int __all_sync(unsigned lanes, int vote) {
+    return emulation::ballot("__all_sync", lanes, vote != 0) == emulation::kEveryLane;
+}
+
+// ---------------------------------------------------------------- the runtime
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+using cudaStream_t = void*;
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes = 0;
+    cudaStream_t stream = nullptr;
+};
+
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) {
+    return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() {
+    return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) {
+    return "invalid argument";
+}
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+    return emulation::allow_shared(reinterpret_cast<const void*>(kernel), bytes) ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+    const emulation::Grid grid{config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes};
+    if (!emulation::fits(reinterpret_cast<const void*>(kernel), grid)) return cudaErrorInvalidValue;
+    emulation::run(grid, [&] { kernel(Parameters(arguments)...); });
+    return cudaSuccess;
+}

@@ -1,0 +1,73 @@
+#include "planted.h"
+
+#include <cstdint>
+#include <iterator>
+#include <stdexcept>
+
+#include "cuda/instructions.cuh"
+
+namespace interformer {
+namespace cuda {
+
+namespace {
+
+constexpr int kThreads = 128;
+
+enum Fault {
+    kNone,
+    kMisalignedCopy,
+    kNoWait,
+    kNoBarrierAfterCopy,
+    kReturnedBeforeBarrier,
+    kBeyondSharedMemory,
+    kNoBarrierAfterWrite,
+    kBeyondTensor,
+    kHalfAWarp,
+    kTooMuchSharedMemory,
+};
+constexpr const char* kNames[] = {"",
+                                  "misaligned copy",
+                                  "no wait",
+                                  "no barrier after the copy",
+                                  "returned before a barrier",
+                                  "beyond shared memory",
+                                  "no barrier after the write",
+                                  "beyond the tensor",
+                                  "half a warp",
+                                  "too much shared memory"};
+
+__global__ void __launch_bounds__(kThreads) exchanged(const float* x, float* out, Fault fault) {
+    float* copied = reinterpret_cast<float*>(shared_memory());
+    float* turned = copied + kThreads;
+    const int i = static_cast<int>(threadIdx.x);
+    if (fault == kMisalignedCopy && i == 1)
+        start_copy<8>(copied + i, x + i, 4);
+    else
+        start_copy<4>(copied + i, x + i, 4);
+    close_copies();
+    if (fault != kNoWait) wait_copies<0>();
+    if (fault == kReturnedBeforeBarrier && i == 5) return;
+    if (fault != kNoBarrierAfterCopy) __syncthreads();
+    turned[i + (fault == kBeyondSharedMemory && i == 127 ? 1 : 0)] = copied[kThreads - 1 - i];
+    if (fault != kNoBarrierAfterWrite) __syncthreads();
+    const float y = turned[i == 0 ? 0 : i - 1] + (fault == kBeyondTensor && i == 3 ? x[kThreads] : 0.0f);
+    if (fault == kHalfAWarp && i % 32 < 16) return;
+    out[i] = y + __shfl_xor_sync(0xffffffffu, y, 1);
+}
+
+}  // namespace
+
+void exchange(const std::string& fault, const TensorView& x, const TensorView& out, const Stream& stream) {
+    const auto found = std::find(std::begin(kNames), std::end(kNames), fault);
+    if (found == std::end(kNames)) throw std::invalid_argument("no such fault: " + fault);
+    const Checks check = stream.checks();
+    check.tensor("x", x, DType::float32, {{"N", kThreads}});
+    check.gradient("out", out, "x", x);
+    const Fault chosen = static_cast<Fault>(found - std::begin(kNames));
+    const int shared = chosen == kTooMuchSharedMemory ? 1 << 20 : 2 * kThreads * static_cast<int>(sizeof(float));
+    stream.launch(exchanged, 1, kThreads, shared, static_cast<const float*>(x.data), static_cast<float*>(out.data),
+                  chosen);
+}
+
+}  // namespace cuda
+}  // namespace interformer

@@ -1,0 +1,337 @@
+#include "scheduler.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#ifndef __x86_64__
+#error "the emulation's fibers are switched by x86-64 instructions"
+#endif
+
+// Saves what a called function must keep, leaves the stack pointer at `*from`, and goes on where `to` was left.
+extern "C" void emulation_switch(void** from, void* to);
+asm(R"(
+.text
+.globl emulation_switch
+.type emulation_switch, @function
+emulation_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size emulation_switch, .-emulation_switch
+)");
+
+namespace emulation {
+
+Options options;
+Index thread_index{0, 0, 0}, block_index{0, 0, 0}, block_size{1, 1, 1}, grid_size{1, 1, 1};
+
+namespace {
+
+constexpr size_t kStack = 256 * 1024;
+constexpr unsigned kMostThreads = 1024;
+constexpr size_t kShared = 101376;        // of a block on every device from compute capability 8.0 on
+constexpr size_t kSharedUnasked = 49152;  // without cudaFuncSetAttribute
+
+struct Copy {
+    void* to;
+    const void* from;
+    int size, bytes;
+};
+
+// Threads that wait for one another; they go on when `round` changes.
+struct Meeting {
+    const char* name = nullptr;
+    unsigned waiting = 0;
+    uint64_t round = 0;
+    const void* sent[32] = {};
+    void* received[32] = {};
+};
+
+struct Fiber {
+    void* stack_pointer = nullptr;
+    char* stack = nullptr;
+    bool finished = true;
+    const Meeting* waits_at = nullptr;
+    uint64_t waits_since = 0;
+    std::vector<std::vector<Copy>> groups;  // closed ones, oldest first
+    std::vector<Copy> open;
+    void* sanitizer_state = nullptr;
+
+    bool can_go_on() const { return !finished && (waits_at == nullptr || waits_at->round != waits_since); }
+};
+
+alignas(128) char shared[kShared + 1024];
+
+// Everything about the grid that runs; one at a time.
+struct Running {
+    Grid grid{};
+    const std::function<void()>* body = nullptr;
+    void* stack_pointer = nullptr;  // of the scheduler
+    std::string failure;
+    Meeting block_meeting;
+    Meeting warp_meetings[kMostThreads / 32];
+    std::unique_ptr<Fiber[]> fibers = std::make_unique<Fiber[]>(kMostThreads);
+    std::mt19937_64 random;
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_stack_size = 0;
+    void* sanitizer_state = nullptr;
+} running;
+
+std::mutex one_grid_at_a_time;
+std::map<const void*, size_t> allowed;
+
+// ---------------------------------------------------------------- fibers
+
+Fiber& current() {
+    return running.fibers[thread_index.x];
+}
+
+// AddressSanitizer must be told of every change of stacks.
+void before_switch([[maybe_unused]] void** state, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t size) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(state, stack, size);
+#endif
+}
+void after_switch([[maybe_unused]] void* state, [[maybe_unused]] const void** stack, [[maybe_unused]] size_t* size) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(state, stack, size);
+#endif
+}
+
+void to_scheduler() {
+    Fiber& fiber = current();
+    before_switch(fiber.finished ? nullptr : &fiber.sanitizer_state, running.scheduler_stack,
+                  running.scheduler_stack_size);
+    emulation_switch(&fiber.stack_pointer, running.stack_pointer);
+    after_switch(fiber.sanitizer_state, &running.scheduler_stack, &running.scheduler_stack_size);
+}
+
+void fiber_main() {
+    after_switch(nullptr, &running.scheduler_stack, &running.scheduler_stack_size);
+    (*running.body)();
+    current().finished = true;
+    to_scheduler();
+    __builtin_unreachable();
+}
+
+void to_fiber(unsigned thread) {
+    Fiber& fiber = running.fibers[thread];
+    thread_index.x = thread;
+    fiber.waits_at = nullptr;
+    before_switch(&running.sanitizer_state, fiber.stack, kStack);
+    emulation_switch(&running.stack_pointer, fiber.stack_pointer);
+    after_switch(running.sanitizer_state, nullptr, nullptr);
+}
+
+void prepare(Fiber& fiber) {
+    if (fiber.stack == nullptr) {
+        const size_t guard = 4096;
+        void* memory = mmap(nullptr, kStack + guard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED || mprotect(memory, guard, PROT_NONE) != 0) throw std::bad_alloc();
+        fiber.stack = static_cast<char*>(memory) + guard;
+    }
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(fiber.stack, kStack);  // of the frames of the thread before
+#endif
+    // Six registers, the entry, and a return address that nobody uses: the entry finds its stack aligned.
+    void** top = reinterpret_cast<void**>(fiber.stack + kStack - 64);
+    std::fill_n(top, 8, nullptr);
+    top[6] = reinterpret_cast<void*>(&fiber_main);
+    fiber.stack_pointer = top;
+    fiber.finished = false;
+    fiber.waits_at = nullptr;
+    fiber.groups.clear();
+    fiber.open.clear();
+    fiber.sanitizer_state = nullptr;
+}
+
+[[noreturn]] void fail(const std::string& reason) {
+    running.failure =
+        reason + " (block " + std::to_string(block_index.x) + ", thread " + std::to_string(thread_index.x) + ")";
+    to_scheduler();
+    __builtin_unreachable();
+}
+
+// ---------------------------------------------------------------- meetings
+
+void wait_at(const Meeting& meeting) {
+    Fiber& fiber = current();
+    fiber.waits_at = &meeting;
+    fiber.waits_since = meeting.round;
+    to_scheduler();
+}
+
+// Arrives; when `wanted` have, `last` is run. The last one, too, gives way, so that all go on in the scheduler's order.
+template <typename Last>
+void meet(Meeting& meeting, const char* name, unsigned wanted, Last&& last) {
+    if (meeting.waiting > 0 && std::strcmp(meeting.name, name) != 0)
+        fail(std::string(name) + " reached where other threads reached " + meeting.name);
+    meeting.name = name;
+    if (++meeting.waiting < wanted) return wait_at(meeting);
+    last();
+    meeting.waiting = 0;
+    ++meeting.round;
+    to_scheduler();
+}
+
+std::string who_waits() {
+    std::string text;
+    const auto add = [&](const Meeting& meeting, const std::string& where) {
+        if (meeting.waiting > 0) text += ", " + std::to_string(meeting.waiting) + " threads at " + meeting.name + where;
+    };
+    add(running.block_meeting, "");
+    for (unsigned warp = 0; warp < running.grid.threads / 32; ++warp)
+        add(running.warp_meetings[warp], " of warp " + std::to_string(warp));
+    return text;
+}
+
+// NaN, since what is read must have been written; out of bounds behind what the launch asked for.
+void fresh_shared_memory() {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(shared, sizeof shared);
+#endif
+    std::memset(shared, 0xff, running.grid.shared);
+#ifdef __SANITIZE_ADDRESS__
+    __asan_poison_memory_region(shared + running.grid.shared, sizeof shared - running.grid.shared);
+#endif
+}
+
+void run_block() {
+    const unsigned threads = running.grid.threads;
+    fresh_shared_memory();
+    running.block_meeting = {};
+    std::fill_n(running.warp_meetings, threads / 32, Meeting{});
+    for (unsigned i = 0; i < threads; ++i) prepare(running.fibers[i]);
+    std::vector<unsigned> order(threads);
+    std::iota(order.begin(), order.end(), 0u);
+    for (unsigned left = threads; left > 0;) {
+        if (options.seed != 0) std::shuffle(order.begin(), order.end(), running.random);
+        bool moved = false;
+        for (const unsigned thread : order) {
+            if (!running.fibers[thread].can_go_on()) continue;
+            moved = true;
+            to_fiber(thread);
+            if (!running.failure.empty()) throw std::runtime_error("emulation: " + running.failure);
+            left -= running.fibers[thread].finished;
+        }
+        if (!moved)
+            throw std::runtime_error("emulation: block " + std::to_string(block_index.x) + " waits in vain: " +
+                                     std::to_string(threads - left) + " threads have returned" + who_waits());
+    }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- grids
+
+bool allow_shared(const void* kernel, int bytes) {
+    if (bytes < 0 || static_cast<size_t>(bytes) > kShared) return false;
+    allowed[kernel] = static_cast<size_t>(bytes);
+    return true;
+}
+
+bool fits(const void* kernel, const Grid& grid) {
+    const auto found = allowed.find(kernel);
+    const size_t most = found == allowed.end() ? kSharedUnasked : std::max(kSharedUnasked, found->second);
+    return grid.blocks > 0 && grid.threads > 0 && grid.threads <= kMostThreads && grid.threads % 32 == 0 &&
+           grid.shared <= most;
+}
+
+void run(const Grid& grid, const std::function<void()>& thread) {
+    const std::lock_guard<std::mutex> lock(one_grid_at_a_time);
+    running.grid = grid;
+    block_size.x = grid.threads;
+    grid_size.x = grid.blocks;
+    running.body = &thread;
+    running.failure.clear();
+    running.random.seed(options.seed);
+    const unsigned skipped =
+        options.last_blocks > 0 && options.last_blocks < grid.blocks ? grid.blocks - options.last_blocks : 0;
+    for (block_index.x = skipped; block_index.x < grid.blocks; ++block_index.x) run_block();
+}
+
+// ---------------------------------------------------------------- called by the threads
+
+char* shared_memory() {
+    return shared;
+}
+
+void block_barrier() {
+    meet(running.block_meeting, "__syncthreads", running.grid.threads, [] {});
+}
+
+void collective(const char* name, unsigned lanes, const void* sent, void* received, Execute execute) {
+    if (lanes != kEveryLane) fail(std::string(name) + " for a part of the warp, which is not emulated");
+    Meeting& meeting = running.warp_meetings[thread_index.x / 32];
+    meeting.sent[lane()] = sent;
+    meeting.received[lane()] = received;
+    meet(meeting, name, 32, [&] { execute(meeting.sent, meeting.received); });
+}
+
+void warp_barrier(unsigned lanes) {
+    collective("__syncwarp", lanes, nullptr, nullptr, [](const void* const*, void* const*) {});
+}
+
+namespace {
+
+void land(const std::vector<Copy>& copies) {
+    for (const Copy& copy : copies) {
+        std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+        std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, static_cast<size_t>(copy.size - copy.bytes));
+    }
+}
+
+bool aligned(const void* pointer, int size) {
+    return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(size) == 0;
+}
+
+}  // namespace
+
+void start_copy(void* to, const void* from, int size, int bytes) {
+    if (!aligned(to, size) || !aligned(from, size)) fail("a copy of " + std::to_string(size) + " bytes is not aligned");
+    if (bytes < 0 || bytes > size) fail("a copy of " + std::to_string(bytes) + " bytes of " + std::to_string(size));
+    current().open.push_back({to, from, size, bytes});
+    if (!options.lazy_copies) land({current().open.back()});
+}
+
+void close_copies() {
+    Fiber& fiber = current();
+    fiber.groups.push_back(std::move(fiber.open));
+    fiber.open.clear();
+}
+
+void wait_copies(int open) {
+    Fiber& fiber = current();
+    while (fiber.groups.size() > static_cast<size_t>(open)) {
+        if (options.lazy_copies) land(fiber.groups.front());
+        fiber.groups.erase(fiber.groups.begin());
+    }
+}
+
+}  // namespace emulation

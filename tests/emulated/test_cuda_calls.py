@@ -1,0 +1,182 @@
+"""The CUDA kernels as part of the package: offsets of any content, memory of any layout, huge sizes, registration."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from cpu_calls import MEMORY_LAYOUTS, relaid_inputs
+from cuda_calls import SERVED, results
+from guards import guarded, guarded_inputs
+from test_gpu_commands import load_gpu_report
+from test_registration import recorded_calls
+
+import interformer_kernels as ik
+from interformer_kernels import _C, _backend, testing
+from interformer_kernels.testing import Case, offsets_of
+
+
+def small(op: str, **sizes: Any) -> Case:
+    """A call with what its op has of epilogues."""
+    extra: dict[str, Any] = {"rope": 4} if op == "apply_rotary" else {"residual": True}
+    return Case(op, "", **{"lengths": (5, 3, 4), "heads": 2, "kv_heads": 2, **extra, **sizes})
+
+
+def test_a_dtype_that_is_not_served() -> None:
+    x = torch.randn(3, 1, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve: it serves .*found torch.float64"):
+        ik.apply_rotary(x, offsets_of((3,)), testing.rotary_tables(3, 4), backend="cuda")
+
+
+@pytest.mark.parametrize("op", SERVED)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_offsets_of_any_content(op: str, dtype: torch.dtype) -> None:
+    """Entries beyond the tokens are cut, and a disorder stays inside the tensors (whose surroundings are NaN)."""
+    ik.set_validation("off")
+    inputs = guarded_inputs(small(op, tail=0), torch.float32)
+    name = "kv_offsets" if op == "gated_cross_attention" else "offsets"
+    limits = torch.iinfo(dtype)
+    beyond = guarded(torch.tensor([limits.min, 5, 40, limits.max], dtype=dtype))
+    cut = results(op, {**inputs, name: torch.tensor([0, 5, 12, 12], dtype=dtype)})
+    for quantity, x in results(op, {**inputs, name: beyond}).items():
+        assert torch.equal(x, cut[quantity]), quantity
+    disordered = guarded(torch.tensor([7, 2, limits.max, limits.min], dtype=dtype))
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    results(op, {**inputs, name: disordered})
+
+
+@pytest.mark.parametrize("op", SERVED)
+@pytest.mark.parametrize("how", MEMORY_LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_of_any_layout(op: str, how: str, dtype: torch.dtype) -> None:
+    """The bits do not depend on the strides, nor on how copies of that alignment are made."""
+    inputs = testing.make_inputs(small(op, head_size=8, value_size=8), dtype)
+    found = results(op, relaid_inputs(inputs, how))
+    for name, x in results(op, inputs).items():
+        assert torch.equal(found[name], x), name
+
+
+@pytest.mark.parametrize("op", SERVED)
+def test_positions_and_offsets_that_are_not_contiguous(op: str) -> None:
+    inputs = testing.make_inputs(small(op, positions=op == "apply_rotary"), torch.float32)
+    names = [name for name in ("offsets", "kv_offsets", "positions") if name in inputs]
+    spread = {name: torch.stack((inputs[name], inputs[name] * 0 + 77), 1)[:, 0] for name in names}
+    found = results(op, {**inputs, **spread})
+    for name, x in results(op, inputs).items():
+        assert torch.equal(found[name], x), name
+
+
+@pytest.mark.parametrize("op", SERVED)
+def test_more_than_65535_rows(op: str, emulated: ModuleType) -> None:
+    """The last of 65540 rows, which the last blocks of a grid compute, has the bits that it has alone."""
+    sizes = {"heads": 1, "kv_heads": 1, "head_size": 4, "value_size": 4, "queries": 1, "tail": 0}
+    inputs = testing.make_inputs(small(op, lengths=(2,) * 65540, **sizes), torch.float32)
+    of_rows = ("q", "k", "v", "x", "weight", "bias", "residual")
+    alone = {name: inputs[name][-(len(inputs[name]) // 65540) :] for name in of_rows if name in inputs}
+    alone |= {name: offsets_of((2,)) for name in ("offsets", "kv_offsets") if name in inputs}
+    with torch.no_grad():
+        single = testing.call(op, {**inputs, **alone}, "cuda")[0]
+        emulated.configure(0, True, last_blocks=4)
+        found = testing.call(op, inputs, "cuda")[0]
+    assert torch.equal(found[-len(single) :], single)
+
+
+@pytest.mark.parametrize(("op", "far"), [(op, far) for op, far in (
+    ("jagged_attention", "k"), ("gated_cross_attention", "q"), ("personalized_ffn", "weight"), ("apply_rotary", "x"),
+) if op in SERVED])  # fmt: skip
+def test_beyond_two_to_the_31(op: str, far: str) -> None:
+    """Element offsets need 64 bits; of the memory only a few pages are ever touched."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    step = 2**31 + 100
+    lengths = (1, 1) if far in ("weight", "q") else (2,)
+    sizes = {"heads": 1, "kv_heads": 1, "head_size": 4, "value_size": 4, "queries": 2, "tail": 0}
+    inputs = testing.make_inputs(small(op, lengths=lengths, **sizes), torch.bfloat16)
+    x = inputs[far].detach()
+    wide = torch.empty(step + x[0].numel(), dtype=x.dtype).as_strided(x.shape, (step, *x.stride()[1:]))
+    with torch.no_grad():
+        near = testing.call(op, inputs, "cuda")[0]
+        assert torch.equal(testing.call(op, {**inputs, far: wide.copy_(x)}, "cuda")[0], near)
+
+
+def test_lazily_negated_views_are_read_as_they_are() -> None:
+    """What PyTorch negates only when it is read: raw memory does not show it."""
+    weight = torch.randn(2, 8, 8, dtype=torch.complex64).conj().imag
+    assert weight.is_neg()
+    x, offsets = torch.randn(7, 8), offsets_of((3, 4))
+    found, wanted = (ik.personalized_ffn(x, w, offsets, backend="cuda") for w in (weight, weight.clone()))
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("op", SERVED)
+def test_opcheck(op: str) -> None:
+    for func, args in recorded_calls(small(op), "cuda"):
+        clean = tuple(x.nan_to_num(0.5) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args)
+        torch.library.opcheck(func, clean)
+
+
+# ---------------------------------------------------------------- the functions behind
+
+
+def rotated(**changed: Any) -> torch.Tensor:
+    """A call of the native function, with arguments changed."""
+    cos, sin = testing.rotary_tables(5, 4)
+    x = torch.randn(5, 2, 8)
+    given = {"x": x, "offsets": offsets_of((2, 3)), "cos": cos, "sin": sin, "positions": None, "interleaved": False,
+             "backwards": False, "out": torch.empty_like(x), **changed}  # fmt: skip
+    _C.cuda_apply_rotary(*given.values())
+    return given["out"]
+
+
+INTEGERS = torch.zeros(5, 2, 8, dtype=torch.int32)
+TURNED = torch.zeros(5, 8, 2).transpose(1, 2)
+NO_OFFSETS = torch.zeros(0, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"x": None}, TypeError, "apply_rotary: x must be a torch.Tensor, found NoneType"),
+        ({"x": INTEGERS}, TypeError, "x must be float32, float64, bfloat16 or float16, found int32"),
+        ({"x": TURNED}, ValueError, "x must be contiguous along its last axis, found a stride of 2"),
+        ({"out": torch.zeros(5, 2, 4)}, ValueError, r"out must be of the shape of x, \[5, 2, 8\], found float32"),
+        ({"offsets": NO_OFFSETS}, ValueError, r"offsets must be \[B\+1\] with at least one entry"),
+        ({"cos": torch.zeros(5, 5)}, ValueError, r"sin must be float32 \[P = 5, R/2 = 5\]"),
+    ],
+)
+def test_arguments_are_checked(changed: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        rotated(**changed)
+
+
+def test_float64_is_refused_by_the_function_itself() -> None:
+    x = torch.zeros(5, 2, 8, dtype=torch.float64)
+    with pytest.raises(TypeError, match="CUDA kernels serve float32, bfloat16 and float16, found float64"):
+        rotated(x=x, out=torch.empty_like(x))
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def test_the_stages_of_the_gpu_report_run_here(
+    emulated: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that they do for this backend but for the device."""
+    module = load_gpu_report()
+    assert module.served("cuda", "cpu") == SERVED
+    assert module.small_call("cuda", "cpu") == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(SERVED)
+    monkeypatch.setattr(module, "DTYPES", ("float32",))
+    monkeypatch.setattr(testing, "OPS", ("apply_rotary",))
+    assert module.determinism("cuda", "cpu") == 0
+    assert capsys.readouterr().out.splitlines() == ["apply_rotary, halves, float32: same bits"]
+
+
+@pytest.mark.parametrize("op", testing.OPS)
+def test_what_is_not_there_is_refused(op: str) -> None:
+    """A named backend never falls back."""
+    if op not in SERVED:
+        with pytest.raises(RuntimeError, match=f"{op}: backend 'cuda' cannot serve: there is no cuda kernel for {op}"):
+            testing.call(op, testing.make_inputs(small(op), torch.float32), "cuda")
+    assert _backend.choose(op, "cpu", torch.float32) != "cuda"

@@ -1,0 +1,56 @@
+"""The CUDA kernels as built for every device: no arrays in local memory, tensor cores just where they are claimed.
+
+Registers that spill and all warnings are errors of the build itself. Skipped where the CUDA part is not built.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from interformer_kernels import _backend
+from interformer_kernels._cli import cuda_resources
+from interformer_kernels._cli.cuda_resources import Usage
+
+module = _backend.native()
+built = pytest.mark.skipif(
+    module is None or not module.build_info()["cuda_built"], reason="the native module has no CUDA part"
+)
+
+
+@built
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_kernels_fit_every_device() -> None:
+    assert module is not None
+    try:
+        cuda_resources.tool("cuobjdump")
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    found = cuda_resources.usages(str(module.__file__))
+    targets = {
+        name.removesuffix("-real") for name in module.build_info()["cuda_architectures"] if "virtual" not in name
+    }
+    assert {one.target.removeprefix("sm_") for one in found} == targets
+    assert {one.kernel.split("<")[0] for one in found} >= {"rotate_rows", "row_products", "row_weight_gradients"}
+    assert not [one for one in found if not one.fits]
+
+
+def test_what_does_not_fit_is_seen() -> None:
+    """A stack, products without tensor cores, and tensor cores where float32 shall be exact."""
+    assert Usage("row_products<BFloat16, true>", "sm_80", 255, 0, 8).fits
+    assert Usage("row_products<float, true>", "sm_80", 64, 0, 0).fits
+    assert Usage("rotate_rows<Float16, 8, true>", "sm_80", 64, 0, 0).fits
+    assert not Usage("row_products<BFloat16, true>", "sm_80", 64, 8, 8).fits
+    assert not Usage("row_products<Float16, true>", "sm_80", 64, 0, 0).fits
+    assert not Usage("row_products<float, true>", "sm_80", 64, 0, 8).fits
+
+
+def test_names_are_readable() -> None:
+    mangled = "_ZN11interformer4cuda12row_productsINS_7Float16ELb1EEEvNS0_7ProductIT_EENS0_7OffsetsE"
+    assert cuda_resources.readable([mangled]) == {mangled: "row_products<Float16, true>"}
+
+
+def test_without_a_cuda_part_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "native", lambda: None)
+    assert cuda_resources.main([]) == 0
+    assert capsys.readouterr().err.startswith("no CUDA part to look at: ")
