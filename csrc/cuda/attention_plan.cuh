@@ -3,8 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "cuda/attention.h"
@@ -32,7 +30,7 @@ struct Shape {
 };
 
 template <typename T, int WIDTH>
-int memory_of(const Shape& shape, int warps, int stages) {
+constexpr int memory_of(const Shape& shape, int warps, int stages) {
     const int finished = warps * kOwn * AttentionTiles<T, WIDTH>::kStaged * static_cast<int>(sizeof(float));
     return std::max(MemoryParts::of<T, WIDTH>(warps, stages, shape.holds).sum(), finished);
 }
@@ -42,6 +40,7 @@ int memory_of(const Shape& shape, int warps, int stages) {
 template <typename T, int WIDTH>
 Plan plan_of(const Shape& shape) {
     using Tiles = AttentionTiles<T, WIDTH>;
+    static_assert(memory_of<T, WIDTH>({0, 0, {true, true, true}}, 1, 1) <= kMostSharedMemory);
     Plan plan{};
     plan.alone = shape.mean_own <= 2 * kOwn;
     plan.warps = plan.alone || shape.mean_own > 3 * kOwn ? kMostWarps : 2;

@@ -99,13 +99,13 @@ struct MemoryParts {
     int others, own, scratch, sides;
 
     template <typename T, int WIDTH>
-    __host__ __device__ static MemoryParts of(int warps, int stages, const Contents& holds) {
+    __host__ __device__ static constexpr MemoryParts of(int warps, int stages, const Contents& holds) {
         using Tiles = AttentionTiles<T, WIDTH>;
         return {2 * stages * Tiles::Other::kBytes, warps * (holds.pairs ? 2 : 1) * Tiles::Own::kBytes,
                 holds.mapped ? warps * Tiles::kBlocks * 8 * kWarp * static_cast<int>(sizeof(float2)) : 0,
                 holds.sides ? stages * Tiles::kOthers * static_cast<int>(sizeof(Side)) : 0};
     }
-    int sum() const { return others + own + scratch + sides; }
+    constexpr int sum() const { return others + own + scratch + sides; }
 };
 
 // Tiles and numbers of one warp in its crew's shared memory.

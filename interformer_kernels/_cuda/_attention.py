@@ -7,13 +7,11 @@ from torch import Tensor
 
 from interformer_kernels import _C
 from interformer_kernels._cuda.apply_rotary import rotated
+from interformer_kernels._launch import long_rows
 from interformer_kernels._launch.attention_call import AttentionCall
 from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
 from interformer_kernels._launch.tensors import allows_tf32, readable
 
-_SPLIT = 1024  # keys of a chunk of a long row that few queries meet
-_FEW = 32  # queries of a row under one key/value head, at most, for that: more make blocks enough
-_MOST_RUNS = 512  # of rows, over which gradients of shared queries are summed
 _GATE_BLOCK = 32  # tokens over which gradients of a gate that all tokens share are summed at once
 
 
@@ -36,26 +34,12 @@ def _turned(x: Tensor, call: AttentionCall, backwards: bool, queries: bool) -> T
     return rotated(x, offsets, call.cos, call.sin, positions, call.rope_interleaved, backwards)
 
 
-def _split(call: AttentionCall) -> int:
-    """Keys of the chunks that long rows are cut into, 0 for none: few queries make few blocks."""
-    tokens, (heads, kv_heads) = call.k.shape[0], (call.q.shape[-2], call.k.shape[1])
-    few = call.layout != "packed" and call.q.shape[-3] * (heads // kv_heads) <= _FEW
-    return _SPLIT if few and tokens > _SPLIT else 0
-
-
 def _pieces(call: AttentionCall, split: int, numbers: int) -> Tensor | None:
     """Room for so many numbers of each chunk, query and head; None where there are no chunks, or no numbers."""
     if not split or not numbers:
         return None
-    return call.k.new_empty((2 * call.k.shape[0] // split + 1, *call.q.shape[-3:-1], numbers), dtype=torch.float32)
-
-
-def _runs(call: AttentionCall) -> tuple[int, int]:
-    """Runs of equally many rows, but for the last one, and parts of a row's keys, that shared queries' gradients are
-    summed over."""
-    rows = call.kv_offsets.shape[0] - 1
-    runs = -(-rows // max(1, -(-rows // _MOST_RUNS)))
-    return runs, max(1, min(_MOST_RUNS // max(1, runs), call.k.shape[0] // _SPLIT))
+    room = long_rows.pieces(call.k.shape[0], split)
+    return call.k.new_empty((room, *call.q.shape[-3:-1], numbers), dtype=torch.float32)
 
 
 def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +50,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -
     attended = k.new_empty(shape if keep_attended else (0,))
     if not out.numel():
         return out, lse, attended
-    split = _split(call)
+    split = long_rows.split(call)
     _C.cuda_attention_forward(
         _made_ready(call),
         readable(residual),
@@ -89,8 +73,8 @@ def backward(
     softmax = call.score == "softmax"
     exact = softmax and k.dtype == torch.float32
     shared = call.layout == "shared"
-    runs, parts = _runs(call) if shared else (1, 1)
-    split = _split(call) if exact or not shared else 0
+    runs, parts = long_rows.runs(call) if shared else (1, 1)
+    split = long_rows.split(call) if exact or not shared else 0
     grad_q = k.new_empty((runs * parts, *q.shape) if shared else q.shape, dtype=torch.float32 if shared else k.dtype)
     grad_k, grad_v = k.new_empty(k.shape), k.new_empty((0,) if v is None else v.shape)
     sums, over_tokens, _ = (k.new_empty(0), False, False) if gate is None else gate_sums(gate, shape, _GATE_BLOCK)

@@ -43,6 +43,9 @@ SIZES += [
     Case("jagged_attention", "34 and 18", **GROUPED, head_size=34, value_size=18, lengths=(40, 41)),
     Case("jagged_attention", "long, window", **ONE, lengths=(200, 2), options={"window": (40, 3), "num_prefix": 2}),
     Case("pma_pooling", "72", **ONE, head_size=72, lengths=(9, 0, 40), shared_value=True, queries=2),
+    Case(
+        "pma_pooling", "200, gelu", **ONE, head_size=200, lengths=(40, 9), shared_value=True, options={"score": "gelu"}
+    ),
     Case("pma_pooling", "odd group", heads=6, kv_heads=2, queries=2, lengths=(9, 2), shared_value=True),
     Case("pma_pooling", "many heads", heads=16, kv_heads=8, queries=1, head_size=4, lengths=(3, 0, 40)),
     Case("gated_cross_attention", "256", **ONE, head_size=256, value_size=256, queries=5, lengths=(18, 3), gate="full"),
@@ -54,6 +57,8 @@ SIZES += [
     Case("pma_pooling", "cut, gated", **CUT, gate="full", residual=True, options={"skip_prefix": 1}),
     Case("pma_pooling", "cut, v is k", **CUT, shared_value=True),
     Case("gated_cross_attention", "cut, silu", **CUT, options={"score": "silu", "post_scale": 0.125}),
+    Case("gated_cross_attention", "cut", **CUT, gate="channel"),
+    Case("pma_pooling", "runs of rows", **{**CUT, "lengths": (2, 0, 3) * 400}),
 ]
 SIZES = [case for case in SIZES if case.op in SERVED]
 
@@ -119,6 +124,18 @@ def test_tf32_is_used_just_where_it_is_allowed(request: pytest.FixtureRequest) -
     request.getfixturevalue("tf32")
     for name, x in results("personalized_ffn", inputs).items():
         assert torch.equal(x, exact[name]) == (name in ("dbias", "dresidual")), name
+
+
+# Attention rounds its weights between two products, to as many bits as float16 has.
+ROUNDED_IN_TF32 = [case for case in CASES + SIZES if case.op in testing.OPS[:3] and not case.rope]
+
+
+@pytest.mark.parametrize("case", ROUNDED_IN_TF32, ids=case_ids(ROUNDED_IN_TF32))
+def test_tf32_attention_of_short_numbers_is_within_the_budget_of_float16(case: Case, tf32: None) -> None:
+    rows = testing.compare(case, "cuda", torch.float32, make=short_inputs, draws=(4,))
+    budgets = testing.compare(case, "cuda", torch.float16, make=short_inputs, draws=(4,))
+    for row, other in zip(rows, budgets, strict=True):
+        assert row.error <= other.budget, row.quantity
 
 
 REPEATED = [case for case in CASES if case.name in {"gate and residual", "v is k", "halves", "gelu, bias, residual"}]
