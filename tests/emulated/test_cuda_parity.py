@@ -173,3 +173,20 @@ def test_a_row_does_not_see_the_others(op: str) -> None:
                     alone[name] = x[first : first + length]
             single = testing.call(op, alone, "cuda")[0]
             assert torch.equal(together[b : b + 1] if dense else together[first : first + length], single), b
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_a_row_do_not_see_the_others(dtype: torch.dtype) -> None:
+    """Alone, a long row has several warps to a block, which share tiles; among short ones each warp is by itself."""
+    lengths = (40, 7, 0, 66)
+    case = Case("jagged_attention", "", lengths=lengths, tail=0, gate="full", options={"causal": True, "num_prefix": 1})
+    inputs = guarded_inputs(case, dtype)
+    together = results(case.op, inputs)
+    for b, length in enumerate(lengths):
+        first = sum(lengths[:b])
+        alone = {**inputs, "offsets": testing.offsets_of((length,))}
+        for name in ("q", "k", "v", "gate", "grad_out"):
+            of_row = inputs[name].detach()[first : first + length]
+            alone[name] = of_row.requires_grad_(inputs[name].requires_grad)
+        for name, x in results(case.op, alone).items():
+            assert torch.equal(together[name][first : first + length], x), (b, name)
