@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from interformer_kernels._launch.attention_call import AttentionCall
 
-_SPLIT = 1024  # keys of a chunk
+SPLIT = 1024  # keys of a chunk
 _FEW = 32  # queries of a row under one key/value head, at most, for that: more make work enough
 _MOST_RUNS = 512  # of rows, over which gradients of shared queries are summed, times parts of their keys
 
@@ -13,7 +13,7 @@ def split(call: AttentionCall) -> int:
     """Keys of the chunks that longer rows are cut into; 0 where none is. Rows that fit one chunk do not notice."""
     tokens, (heads, kv_heads) = call.k.shape[0], (call.q.shape[-2], call.k.shape[1])
     few = call.layout != "packed" and call.q.shape[-3] * (heads // kv_heads) <= _FEW
-    return _SPLIT if few and tokens > _SPLIT else 0
+    return SPLIT if few and tokens > SPLIT else 0
 
 
 def pieces(tokens: int, split: int) -> int:
@@ -28,4 +28,4 @@ def runs(call: AttentionCall) -> tuple[int, int]:
     """
     rows = call.kv_offsets.shape[0] - 1
     count = -(-rows // max(1, -(-rows // _MOST_RUNS)))
-    return count, max(1, min(_MOST_RUNS // max(1, count), call.k.shape[0] // _SPLIT))
+    return count, max(1, min(_MOST_RUNS // max(1, count), call.k.shape[0] // SPLIT))

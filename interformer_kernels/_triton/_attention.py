@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interformer_kernels._launch import long_rows
 from interformer_kernels._launch.attention_call import AttentionCall
 from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
 from interformer_kernels._launch.tensors import expanded, readable
@@ -23,11 +24,8 @@ from interformer_kernels._triton._rows import slots
 from interformer_kernels._triton._tiles import Tiles, entries, padded, tiles
 from interformer_kernels._triton.apply_rotary import rotated
 
-_SPLIT = 1024  # keys of a chunk of a long row that few queries meet
-_FEW = 32  # queries of a row under one key/value head, at most, for that: more make programs enough
 _FEWEST = 16  # rows of a tile that tensor cores take
 _NUMBERS = 4096  # of a tile of the epilogue's backward
-_MOST_RUNS = 512  # of rows, over which gradients of shared queries are summed
 # Of the queries: gradient of A, log-sum-exp, and delta or what it is the quotient of (`_attention_backward.py`).
 _Sides = tuple[Tensor, Tensor, Tensor]
 
@@ -89,15 +87,9 @@ class _Problem:
         short = self.short()
         return 0 if short is None else short.keys
 
-    @property
-    def splits(self) -> bool:
-        """Whether long rows are cut into chunks: few queries make few programs. Rows that fit a chunk do not notice."""
-        few = self.call.layout != "packed" and self.queries * self.group <= _FEW
-        return few and self.k.shape[0] > _SPLIT
-
     def pieces(self, split: int) -> int:
         """Room for the chunks of all rows of more than `split` keys (`_attention_output.piece`)."""
-        return 2 * self.k.shape[0] // split + 1
+        return long_rows.pieces(self.k.shape[0], split)
 
     @property
     def epilogue_tokens(self) -> int:
@@ -165,7 +157,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -
         return out, lse, attended
     gate = expanded(call.gate, shape)
     residual = readable(residual)
-    found, split = problem.tiles("forward"), _SPLIT if problem.splits else 0
+    found, split = problem.tiles("forward"), long_rows.split(call)
     pieces = k.new_empty((problem.pieces(split), *shape[1:]) if split else 0, dtype=torch.float32)
     weights = k.new_empty((problem.pieces(split), *shape[1:-1], 2) if split else 0, dtype=torch.float32)
     packs = problem.kv_heads // problem.pack
@@ -269,7 +261,7 @@ def _over_queries(problem: _Problem, sides: _Sides, out: Tensor, runs: tuple[int
     `runs`: of shared queries, whose gradient is a sum over rows: number of runs, rows of a run, parts of a row's keys.
     """
     gradient, found = out is not sides[2], problem.tiles("grad_queries")
-    split = _SPLIT if problem.splits and runs is None else 0
+    split = long_rows.split(problem.call) if runs is None else 0
     pieces = out.new_empty((problem.pieces(split), *out.shape[1:]) if split else 0, dtype=torch.float32)
     count, rows_of_run, parts = runs or (problem.rows, 1, 1)
     tiles_of_queries = problem.query_slots(found.queries, 1)
@@ -304,12 +296,10 @@ def _grad_queries(problem: _Problem, sides: _Sides) -> Tensor:
         if grad_q.numel():
             _over_queries(problem, sides, grad_q, None)
         return grad_q
-    per_run = max(1, -(-problem.rows // _MOST_RUNS))
-    runs = -(-problem.rows // per_run)
-    parts = max(1, min(_MOST_RUNS // max(1, runs), problem.k.shape[0] // _SPLIT))
+    runs, parts = long_rows.runs(problem.call)
     sums = q.new_empty((runs * parts, *q.shape), dtype=torch.float32)
     if sums.numel():
-        _over_queries(problem, sides, sums, (runs, per_run, parts))
+        _over_queries(problem, sides, sums, (runs, -(-problem.rows // runs), parts))
     return sums.sum(0).to(q.dtype)
 
 
