@@ -191,9 +191,7 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, co
         if (to.lse) epilogue.lse = static_cast<float*>(to.lse->data);
         Forward<T> f{AttentionProblem<T>(in), epilogue, Pieces(pieces), {}};
         with_width(in, [&](auto width) { start_attend<T, width.value>(f, stream); });
-        if (f.pieces.split == 0) return;
-        const int64_t blocks = (joints_of(f.problem, f.pieces) + kMostWarps - 1) / kMostWarps;
-        stream.launch(merge_pieces<T>, blocks, kMostWarps * kWarp, 0, f);
+        join_chunks(merge_pieces<T>, f, stream);
     });
 }
 

@@ -197,9 +197,7 @@ void start_grad_queries(QueryGradient<T>& g, int64_t rows, const Stream& stream)
     g.plan = plan_of<T, WIDTH>({p.mean_units(), p.mean_keys(), contents_of(p)});
     g.plan.items = slots_of(p, g.pieces, rows, g.plan.rows()) * p.kv_heads * chunks_of<T, WIDTH>(g);
     stream.launch(grad_queries<T, WIDTH>, g.plan.blocks(), g.plan.threads(), g.plan.shared(), g);
-    if (g.pieces.split == 0) return;
-    const int64_t blocks = (joints_of(p, g.pieces) + kMostWarps - 1) / kMostWarps;
-    stream.launch(add_pieces<T>, blocks, kMostWarps * kWarp, 0, g);
+    join_chunks(add_pieces<T>, g, stream);
 }
 
 }  // namespace

@@ -6,6 +6,8 @@
 
 #include "cuda/attention.h"
 #include "cuda/attention_problem.cuh"
+#include "cuda/attention_tiles.cuh"
+#include "cuda/stream.h"
 
 namespace interformer {
 namespace cuda {
@@ -94,10 +96,13 @@ __device__ inline Joint joint_of(const AttentionProblem<T>& p, const Pieces& pie
     return found;
 }
 
-// Items of such a kernel.
-template <typename T>
-int64_t joints_of(const AttentionProblem<T>& p, const Pieces& pieces) {
-    return (p.kv_offsets.tokens / pieces.split + 1) * p.queries * p.heads;
+// Starts such a kernel, which takes a joint by each warp, where rows are split.
+template <typename Arguments>
+void join_chunks(void (*kernel)(Arguments), const Arguments& of, const Stream& stream) {
+    if (of.pieces.split == 0) return;
+    const auto& p = of.problem;
+    const int64_t joints = (p.kv_offsets.tokens / of.pieces.split + 1) * p.queries * p.heads;
+    stream.launch(kernel, (joints + kMostWarps - 1) / kMostWarps, kMostWarps * kWarp, 0, of);
 }
 
 }  // namespace cuda

@@ -6,42 +6,36 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _C
+from interformer_kernels._launch import personalized_ffn
 from interformer_kernels._launch.tensors import resolved
 
 
-def forward(
-    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
-) -> Tensor:
-    """The output `[T, F]`."""
-    out = x.new_empty(x.shape[0], weight.shape[2])
-    _C.personalized_ffn_forward(
-        resolved(x),
-        resolved(weight),
-        offsets,
-        resolved(bias),
-        activation,
-        resolved(residual),
-        out,
-        torch.get_num_threads(),
-    )
-    return out
+def _write(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    out: Tensor,
+) -> None:
+    inputs = resolved(x), resolved(weight), offsets, resolved(bias), activation
+    _C.personalized_ffn_forward(*inputs, resolved(residual), out, torch.get_num_threads())
 
 
-def backward(
-    grad_out: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `x, weight, bias`; an empty one for a bias that was not given."""
-    grad_x, grad_weight, grad_bias = (x.new_empty(0 if t is None else t.shape) for t in (x, weight, bias))
-    _C.personalized_ffn_backward(
-        resolved(x),
-        resolved(weight),
-        offsets,
-        resolved(bias),
-        activation,
-        resolved(grad_out),
-        grad_x,
-        grad_weight,
-        None if bias is None else grad_bias,
-        torch.get_num_threads(),
-    )
-    return grad_x, grad_weight, grad_bias
+def _write_gradients(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    grad_out: Tensor,
+    grad_x: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+) -> None:
+    inputs = resolved(x), resolved(weight), offsets, resolved(bias), activation
+    _C.personalized_ffn_backward(*inputs, resolved(grad_out), grad_x, grad_weight, grad_bias, torch.get_num_threads())
+
+
+forward, backward = personalized_ffn.launcher(_write, _write_gradients)

@@ -46,6 +46,24 @@ def _store(x, p, m, values, C: tl.constexpr, BLOCK_C: tl.constexpr):
     tl.store(x + p[:, None] * C + o_c, narrow(values, x.dtype.element_ty), mask=m[:, None] & (o_c < C)[None, :])
 
 
+@triton.jit
+def _tile(
+    i, i_head, k, v, q_offsets, kv_offsets, rows, q_tokens, k_tokens, left, right, prefix,
+    k_token, k_head, v_token, v_head,
+    D: tl.constexpr, DV: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    PREFIX: tl.constexpr, CELL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Of a program's lanes: the token of its row that each is, the rows, their keys and values, and who sees whom."""
+    cell, n, q_first, queries, k_first, keys = _lanes(i, q_offsets, kv_offsets, rows, q_tokens, k_tokens, CELL, BLOCK)
+    b_k = _load(k, (k_first + n) * k_token + i_head * k_head, n < keys, D, BLOCK_D)
+    b_v = _load(v, (k_first + n) * v_token + i_head * v_head, n < keys, DV, BLOCK_DV)
+    m_seen = visible(
+        n[:, None], n[None, :], queries[:, None], keys[:, None], left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX
+    )
+    m_seen = m_seen & (cell[:, None] == cell[None, :])
+    return n, q_first, queries, k_first, keys, b_k, b_v, m_seen
+
+
 @triton.jit(do_not_specialize=SIZES)
 def attention_forward_short(
     q, k, v, gate, residual, out, lse, attended, q_offsets, kv_offsets,
@@ -60,13 +78,11 @@ def attention_forward_short(
     """Outputs of some short rows, of all query heads that share a key/value head."""
     i_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     i = tl.program_id(0) // KV_HEADS
-    cell, n, q_first, queries, k_first, keys = _lanes(i, q_offsets, kv_offsets, rows, q_tokens, k_tokens, CELL, BLOCK)
-    b_k = _load(k, (k_first + n) * k_token + i_head * k_head, n < keys, D, BLOCK_D)
-    b_v = _load(v, (k_first + n) * v_token + i_head * v_head, n < keys, DV, BLOCK_DV)
-    m_seen = visible(
-        n[:, None], n[None, :], queries[:, None], keys[:, None], left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX
-    )
-    m_seen = m_seen & (cell[:, None] == cell[None, :])
+    n, q_first, queries, _, _, b_k, b_v, m_seen = _tile(
+        i, i_head, k, v, q_offsets, kv_offsets, rows, q_tokens, k_tokens, left, right, prefix,
+        k_token, k_head, v_token, v_head,
+        D, DV, CAUSAL, LEFT, RIGHT, PREFIX, CELL, BLOCK, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
     for g in range(0, GROUP):
         head = i_head * GROUP + g
         b_q = _load(q, (q_first + n) * q_token + head * q_head, n < queries, D, BLOCK_D)
@@ -94,13 +110,11 @@ def attention_backward_short(
     """dQ, dK and dV of some short rows, of all query heads that share a key/value head."""
     i_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     i = tl.program_id(0) // KV_HEADS
-    cell, n, q_first, queries, k_first, keys = _lanes(i, q_offsets, kv_offsets, rows, q_tokens, k_tokens, CELL, BLOCK)
-    b_k = _load(k, (k_first + n) * k_token + i_head * k_head, n < keys, D, BLOCK_D)
-    b_v = _load(v, (k_first + n) * v_token + i_head * v_head, n < keys, DV, BLOCK_DV)
-    m_seen = visible(
-        n[:, None], n[None, :], queries[:, None], keys[:, None], left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX
-    )
-    m_seen = m_seen & (cell[:, None] == cell[None, :])
+    n, q_first, queries, k_first, keys, b_k, b_v, m_seen = _tile(
+        i, i_head, k, v, q_offsets, kv_offsets, rows, q_tokens, k_tokens, left, right, prefix,
+        k_token, k_head, v_token, v_head,
+        D, DV, CAUSAL, LEFT, RIGHT, PREFIX, CELL, BLOCK, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
     sums_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     sums_v = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
     for g in range(0, GROUP):
