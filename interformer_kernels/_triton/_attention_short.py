@@ -78,7 +78,7 @@ def attention_forward_short(
     """Outputs of some short rows, of all query heads that share a key/value head."""
     i_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     i = tl.program_id(0) // KV_HEADS
-    n, q_first, queries, _, _, b_k, b_v, m_seen = _tile(
+    n, q_first, queries, _k_first, _keys, b_k, b_v, m_seen = _tile(
         i, i_head, k, v, q_offsets, kv_offsets, rows, q_tokens, k_tokens, left, right, prefix,
         k_token, k_head, v_token, v_head,
         D, DV, CAUSAL, LEFT, RIGHT, PREFIX, CELL, BLOCK, BLOCK_D, BLOCK_DV,
