@@ -63,8 +63,15 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
 # eight do). 9.0: products of its tensor cores, and of 10.0's, take 64 rows at least, which are queries in one pass and
 # keys in the other.
 SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
-    80: {"grad_queries": {2: {256: Tiles(16, 32, 8)}, 4: {256: Tiles(16, 32, 8)}}},
-    90: {"grad_queries": {2: {128: Tiles(64, 32)}}, "grad_keys": {2: {128: Tiles(32, 64)}}},
+    80: {
+        "forward": {2: {128: Tiles(64, 32, 8)}},
+        "grad_queries": {2: {256: Tiles(16, 32, 8)}, 4: {256: Tiles(16, 32, 8)}},
+    },
+    90: {
+        "forward": {2: {128: Tiles(64, 32)}},
+        "grad_queries": {2: {128: Tiles(64, 32)}},
+        "grad_keys": {2: {128: Tiles(32, 64)}},
+    },
 }
 
 
