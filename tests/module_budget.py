@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from interformer_kernels import testing
 
 Inputs = dict[str, Any]
 Run = Callable[[Any, Mapping[str, Any]], Tensor]
+# How far a tensor is from the truth: `(found, truth) -> float`.
+Distance = Callable[[Tensor, Tensor], float]
 
 # Padding masks of three rows of six places, True at padding.
 PADDINGS = {
@@ -36,11 +38,11 @@ def padding(kind: str) -> Tensor:
     return torch.tensor(PADDINGS[kind], dtype=torch.bool)
 
 
-def perturbed(module: Any) -> Any:
+def perturbed(module: Any, by: float = 0.2) -> Any:
     """The module with all parameters moved from where they start: biases start at zero, and would hide."""
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
+            parameter += by * torch.randn_like(parameter)
     return module
 
 
@@ -57,12 +59,28 @@ def draw(seed: int, **shapes: tuple[int, ...]) -> Inputs:
     return {name: torch.randn(shape, generator=generator).requires_grad_() for name, shape in shapes.items()}
 
 
-def assert_within_budget(before: nn.Module, after: nn.Module, make: Callable[[int], Inputs], run: Run) -> None:
-    """`run(after, inputs)` and its gradients agree with those of `before`, over a few draws `make(seed)`."""
+def root_mean_square(found: Tensor, truth: Tensor) -> float:
+    """Of the differences: for a whole model, whose largest error alone is a matter of luck."""
+    return float((found.double() - truth.double()).square().mean().sqrt())
+
+
+def assert_within_budget(
+    before: nn.Module,
+    after: nn.Module,
+    make: Callable[[int], Inputs],
+    run: Run,
+    *,
+    draws: Sequence[int] = (2, 12),
+    distance: Distance = testing.largest_error,
+) -> None:
+    """`run(after, inputs)` and its gradients agree with those of `before`, over a few draws `make(seed)`.
+
+    `draws` are their numbers, from the first look to the last word, as in `testing.compare`.
+    """
     errors: list[testing.Errors] = []
     rows: list[testing.Row] = []
-    for wanted in (2, 12):
-        errors += [_measure(before, after, make(seed), run) for seed in range(len(errors), wanted)]
+    for wanted in draws:
+        errors += [_measure(before, after, make(seed), run, distance) for seed in range(len(errors), wanted)]
         rows = testing.judge(errors)
         if all(row.ok for row in rows):
             return
@@ -84,14 +102,14 @@ def evaluate(module: nn.Module, inputs: Inputs, run: Run) -> dict[str, Tensor]:
     return found
 
 
-def _measure(before: nn.Module, after: nn.Module, inputs: Inputs, run: Run) -> testing.Errors:
+def _measure(before: nn.Module, after: nn.Module, inputs: Inputs, run: Run, distance: Distance) -> testing.Errors:
     found, eager = evaluate(after, inputs, run), evaluate(before, inputs, run)
     truth = evaluate(copy.deepcopy(before).double(), testing.cast_inputs(inputs, torch.float64), run)
     assert found.keys() == truth.keys()
     errors = {}
     for name, x in found.items():
-        wrong, rough = testing.largest_error(x, truth[name]), testing.largest_error(eager[name], truth[name])
-        errors[name] = x.dtype, wrong, rough, float(truth[name].abs().max())
+        wrong, rough = distance(x, truth[name]), distance(eager[name], truth[name])
+        errors[name] = x.dtype, wrong, rough, distance(truth[name], torch.zeros_like(truth[name]))
     return errors
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from interformer import InterFormer, InterFormerConfig, Schema
+import torch.nn.functional as F
+from interformer import InterFormer, InterFormerConfig, Schema, cross
 from interformer.batch import Layout
 from interformer.cross import SelectiveSummary
 from interformer.layers import Gating, MaskNet, RotaryTables
 from interformer.testing import random_batch, rows_of, small_schema
+from module_budget import assert_within_budget, perturbed, root_mean_square
+from torch import Tensor
+
+from interformer_kernels.nn.pma_pooling import pool_folded
 
 SMALL = InterFormerConfig(
     embed_dim=8,
@@ -54,6 +60,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "no-mask": {"mask_output": "none"},
     "two-fields": {"event_fields": ("opinion", "item")},
     "mab": {"pma": "mab"},
+    "folded": {"num_seeds": 1},
+    "folded-mab": {"num_seeds": 1, "pma": "mab"},
     "hierarchical": {"pool_seeds": 5, "pool_products": 3},
     "window": {"window": (2, 1)},
     "mean": {"summary": "mean"},
@@ -113,6 +121,7 @@ def test_tail_events_of_no_row_change_nothing() -> None:
 def test_no_rows_give_no_logits() -> None:
     model = _model(SMALL)
     assert model(random_batch(model.schema, ())).shape == (0,)
+    assert model(random_batch(model.schema, (), tail=3)).shape == (0,)
 
 
 def test_a_schema_without_dense_scalars_has_one_token_less() -> None:
@@ -129,13 +138,35 @@ def test_order_of_the_history_matters() -> None:
     assert not torch.allclose(model(batch), model(turned), rtol=1e-4)
 
 
-def test_backends_have_one_state_and_one_answer() -> None:
-    reference = _model(replace(SMALL, backend="reference"))
-    fastest = _model(replace(SMALL, backend=None), seed=1)
+def _logits_and_loss(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    batch = random_batch(model.schema, 4 * LENGTHS, seed=inputs["seed"])
+    logits = model(batch)
+    loss = F.binary_cross_entropy_with_logits(logits, batch.label.to(logits.dtype))
+    return torch.cat((logits, loss[None]))
+
+
+@pytest.mark.parametrize("form", sorted(FORMS.keys() - {"dropout"}))
+def test_the_kernels_give_the_references_numbers(form: str) -> None:
+    """Logits, loss and every parameter's gradient, within the budget of the ops; one state for both.
+
+    A hundred gradients at the end of long chains: judged by their root mean square, over more draws than an op's.
+    """
+    reference = perturbed(_model(replace(SMALL, backend="reference", **FORMS[form])), by=0.1)
+    fastest = _model(replace(SMALL, **FORMS[form]), seed=1)
     assert list(reference.state_dict()) == list(fastest.state_dict())
     fastest.load_state_dict(reference.state_dict())
-    batch = random_batch(reference.schema, LENGTHS)
-    torch.testing.assert_close(fastest(batch), reference(batch), rtol=1e-4, atol=1e-5)
+    draws = {"draws": (2, 12, 60), "distance": root_mean_square}
+    assert_within_budget(reference, fastest, lambda seed: {"seed": seed}, _logits_and_loss, **draws)
+
+
+def test_pma_folds_its_projections_where_that_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
+    folded = []
+    monkeypatch.setattr(cross, "pool_folded", lambda *args, **kwargs: folded.append(1) or pool_folded(*args, **kwargs))
+    batch = random_batch(small_schema(), LENGTHS)
+    for backend, num_seeds, wanted in ((None, 1, True), (None, 2, False), ("reference", 1, False)):
+        folded.clear()
+        _model(replace(SMALL, num_seeds=num_seeds, backend=backend))(batch)
+        assert bool(folded) is wanted
 
 
 def test_literal_form_ends_with_the_last_layers_cross_arch() -> None:
@@ -182,7 +213,7 @@ def test_layout_puts_cls_in_front_and_finds_the_last_events() -> None:
     assert tokens.flatten().tolist() == [-1, -2, 1, 2, 3, -3, -4, -5, -6, 4, 5, 6]
     assert layout.offsets.tolist() == [0, 5, 7, 10]
     assert layout.take_cls(tokens).flatten().tolist() == [-1, -2, -3, -4, -5, -6]
-    assert layout.take_recent(tokens).squeeze(-1).tolist() == [[2, 3], [0, 0], [0, 4]]
+    assert layout.take_summary(tokens).squeeze(-1).tolist() == [[-1, -2, 2, 3], [-3, -4, 0, 0], [-5, -6, 0, 4]]
 
 
 @pytest.mark.parametrize("gate", ["self_tanh", "self_sigmoid", "multiply_sigmoid"])

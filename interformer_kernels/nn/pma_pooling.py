@@ -45,22 +45,29 @@ def pool_rows(
     if fold is None:
         fold = folding_wins(query.shape[0] * query.shape[1], attention.embed_dim)
     if fold:
-        return _pool_folded(attention, query, x, offsets, scale, backend)
+        (key, _), value = (shared.weight_and_bias(attention, which) for which in (1, 2))
+        return pool_folded(query, key, *value, x, offsets, scale=scale, backend=backend)
     k, v = shared.project_keys(attention, x, x)
     return shared.alone(pma_pooling(query, k, v, offsets, scale=scale, backend=backend))
 
 
-def _pool_folded(
-    attention: shared.Attention, query: Tensor, x: Tensor, offsets: Tensor, scale: float, backend: str | None
+def pool_folded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    offsets: Tensor,
+    *,
+    scale: float,
+    backend: str | None = None,
 ) -> Tensor:
-    """The keys' projection is folded into the queries, raw tokens are pooled, and the values' is applied to the result.
+    """`pool_rows` with the keys' projection folded into the queries, and the values' applied to the pooled raw tokens.
 
-    A key's bias adds the same to all scores of a query and cancels in the softmax; the value's bias is added once, to
-    rows that are not empty.
+    `key`, `value` `[E, width]` and `bias [E]` are those of the projections. A key's bias adds the same to all scores of
+    a query and cancels in the softmax; the value's bias is added once, to rows that are not empty.
     """
-    heads = attention.num_heads, attention.head_dim
-    key, _ = shared.weight_and_bias(attention, 1)
-    value, bias = shared.weight_and_bias(attention, 2)
+    heads = query.shape[1:]
     folded = torch.einsum("mhd,hdw->mhw", query, key.unflatten(0, heads))
     pooled = shared.alone(pma_pooling(folded, x[:, None], None, offsets, scale=scale, backend=backend))
     projected = torch.einsum("bmhw,hdw->bmhd", pooled, value.unflatten(0, heads))

@@ -48,54 +48,51 @@ class Layout:
 
     Args:
         offsets: `[B+1]`: rows of the tokens with their `S` CLS tokens in front.
-        source: `[T + B*S]`: where each token comes from in `[all CLS (B*S) | all behaviours (T)]`.
         cls: `[B, S]`: places of the CLS tokens.
-        recent: `[B, K]`: places of the last `K` behaviours, oldest first; 0 where the row has fewer.
-        has_recent: `[B, K]` bool: whether that place holds a behaviour.
+        events: `[T]`: places of the behaviours.
+        summary: `[B, S+K]`: places of the CLS tokens and of the last `K` behaviours, oldest first; 0 for missing ones.
+        held: `[B, S+K]` bool: whether that place is the row's.
     """
 
     offsets: Tensor
-    source: Tensor
     cls: Tensor
-    recent: Tensor
-    has_recent: Tensor
+    events: Tensor
+    summary: Tensor
+    held: Tensor
 
     @classmethod
     def of(cls, offsets: Tensor, tokens: int, num_cls: int, num_recent: int) -> Layout:
         """The layout of rows `offsets [B+1]` over `tokens = T` behaviours. Tail tokens stay a tail."""
         rows, device = offsets.shape[0] - 1, offsets.device
         offsets = offsets.long()
-        token = torch.arange(tokens, device=device)
-        row = row_of_tokens(offsets, tokens)
         with_cls = offsets + num_cls * torch.arange(rows + 1, device=device)
-        cls_places = with_cls[:-1, None] + torch.arange(num_cls, device=device)
-        source = torch.empty(tokens + rows * num_cls, dtype=torch.int64, device=device)
-        source[cls_places.flatten()] = torch.arange(rows * num_cls, device=device)
-        source[token + num_cls * (row + 1)] = token + rows * num_cls
-        recent = with_cls[1:, None] - num_recent + torch.arange(num_recent, device=device)
-        has_recent = recent >= with_cls[:-1, None] + num_cls
-        return cls(with_cls, source, cls_places, recent.where(has_recent, 0), has_recent)
+        first, end = with_cls[:-1, None], with_cls[1:, None]
+        cls_places = first + torch.arange(num_cls, device=device)
+        events = torch.arange(tokens, device=device) + num_cls * (row_of_tokens(offsets, tokens) + 1).clamp(max=rows)
+        recent = end - num_recent + torch.arange(num_recent, device=device)
+        summary = torch.cat((cls_places, recent), 1)
+        held = torch.cat((torch.ones_like(cls_places, dtype=torch.bool), recent >= first + num_cls), 1)
+        return cls(with_cls, cls_places, events, summary.where(held, 0), held)
 
     def prepend(self, cls_tokens: Tensor, behaviours: Tensor) -> Tensor:
-        """`cls_tokens [B, S, E]` in front of every row of `behaviours [T, E]`: `[T + B*S, E]`."""
-        return torch.cat((cls_tokens.flatten(0, 1), behaviours)).index_select(0, self.source)
+        """`cls_tokens [B, S, E]` in front of every row of `behaviours [T, E]`: `[T + B*S, E]`, each written once."""
+        tokens = behaviours.new_empty(self.cls.numel() + behaviours.shape[0], behaviours.shape[1])
+        cls_tokens = cls_tokens.to(tokens.dtype).flatten(0, 1)
+        return tokens.index_copy_(0, self.events, behaviours).index_copy_(0, self.cls.flatten(), cls_tokens)
 
     def take_cls(self, tokens: Tensor) -> Tensor:
         """The CLS tokens of `tokens [T + B*S, E]`: `[B, S, E]`."""
-        return _take(tokens, self.cls)
+        return tokens.index_select(0, self.cls.flatten()).unflatten(0, self.cls.shape)
 
-    def take_recent(self, tokens: Tensor) -> Tensor:
-        """The last `K` behaviours of every row, zero where there are fewer: `[B, K, E]`."""
+    def take_summary(self, tokens: Tensor) -> Tensor:
+        """CLS tokens and the last `K` behaviours of every row, zero where there are fewer: `[B, S+K, E]`."""
         if not tokens.shape[0]:  # no rows, nothing to index
-            return tokens.new_zeros(*self.recent.shape, tokens.shape[1])
-        return _take(tokens, self.recent).where(self.has_recent[..., None], 0)
+            return tokens.new_zeros(*self.summary.shape, tokens.shape[1])
+        taken = tokens.index_select(0, self.summary.flatten()).unflatten(0, self.summary.shape)
+        return taken.where(self.held[..., None], 0)
 
 
 def row_of_tokens(offsets: Tensor, tokens: int) -> Tensor:
     """The row of each of `tokens` tokens, `[T]`; those of a tail count to the last row."""
     token = torch.arange(tokens, device=offsets.device)
     return torch.searchsorted(offsets[1:].contiguous(), token, right=True).clamp(max=max(offsets.shape[0] - 2, 0))
-
-
-def _take(tokens: Tensor, places: Tensor) -> Tensor:
-    return tokens.index_select(0, places.flatten()).unflatten(0, places.shape)

@@ -14,6 +14,7 @@ from interformer.config import InterFormerConfig
 from interformer.layers import MLP, Gating, TokenLCE
 from interformer.sequence import SelfAttention
 from interformer_kernels import pma_pooling
+from interformer_kernels.nn.pma_pooling import folding_wins, pool_folded
 
 
 def pool_mean(tokens: Tensor, offsets: Tensor, backend: str | None) -> Tensor:
@@ -32,6 +33,9 @@ class PMA(nn.Module):
     Form `bare`: softmax, scale `1/sqrt(D)`, with `W_Q` (applied to the queries), `W_K`, `W_V`, `W_O`, without biases,
     residual and norm. Form `mab`, Set Transformer's (Lee et al., 2019, as its authors' code has it): scale
     `1/sqrt(E)`, the projected queries as residual, `H = norm(q + A)`, `out = norm(H + relu(W_O H))`, with biases.
+
+    The kernels pool raw tokens where that is cheaper, `W_K` folded into the queries and `W_V` applied to what was
+    pooled; the reference always projects, as the formula says.
     """
 
     def __init__(self, config: InterFormerConfig, num_seeds: int) -> None:
@@ -48,15 +52,22 @@ class PMA(nn.Module):
 
     def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         query = self.query(self.seeds)  # [M, E]
-        seeds = query.unflatten(-1, (self.num_heads, -1))  # [M, H, D]
-        k, v = self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(1)  # [T, H, D] each
-        pooled = pma_pooling(seeds, k, v, offsets, scale=self.scale, backend=self.backend)
-        assert isinstance(pooled, Tensor)
-        attended = pooled.flatten(-2)
+        attended = self._attend(query.unflatten(-1, (self.num_heads, -1)), tokens, offsets).flatten(-2)
         if not self.mab:
             return self.out(attended)
         hidden = self.attention_norm(query + attended)
         return self.out_norm(hidden + torch.relu(self.out(hidden)))
+
+    def _attend(self, seeds: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
+        """`seeds [M, H, D]` over the rows of `tokens [T, E]`: `[B, M, H, D]`."""
+        if self.backend != "reference" and folding_wins(seeds.shape[0] * self.num_heads, tokens.shape[1]):
+            key, value = self.key_value.weight.chunk(2)
+            bias = self.key_value.bias.chunk(2)[1] if self.mab else None
+            return pool_folded(seeds, key, value, bias, tokens, offsets, scale=self.scale, backend=self.backend)
+        k, v = self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(1)  # [T, H, D] each
+        pooled = pma_pooling(seeds, k, v, offsets, scale=self.scale, backend=self.backend)
+        assert isinstance(pooled, Tensor)
+        return pooled
 
 
 class SeedProducts(nn.Module):
@@ -86,22 +97,20 @@ class SelectiveSummary(nn.Module):
 
     def __init__(self, config: InterFormerConfig) -> None:
         super().__init__()
-        self.cls, self.num_recent = config.cls, config.num_recent
+        self.num_recent = config.num_recent
         self.pma = PMA(config, config.pool_seeds or config.num_seeds) if config.num_seeds else None
         self.products = SeedProducts(config) if config.num_seeds and config.pool_seeds else None
         self.gate = Gating(config)
 
     def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
-        parts = [layout.take_cls(tokens)] if self.cls else []
+        taken, held = layout.take_summary(tokens), layout.held
         if self.pma is not None:
             pooled = self.pma(tokens, layout.offsets)
-            parts.append(pooled if self.products is None else self.products(pooled))
-        parts.append(layout.take_recent(tokens))
-        gated = self.gate(torch.cat(parts, 1))
-        if not self.num_recent:
-            return gated
-        rest, recent = gated.split((gated.shape[1] - self.num_recent, self.num_recent), 1)
-        return torch.cat((rest, recent.where(layout.has_recent[..., None], 0)), 1)
+            pooled = pooled if self.products is None else self.products(pooled)
+            at = taken.shape[1] - self.num_recent
+            taken = torch.cat((taken[:, :at], pooled, taken[:, at:]), 1)
+            held = torch.cat((held[:, :at], held.new_ones(pooled.shape[:2]), held[:, at:]), 1)
+        return self.gate(taken).where(held[..., None], 0)
 
 
 class MeanSummary(nn.Module):

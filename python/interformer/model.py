@@ -57,10 +57,13 @@ class InterFormer(nn.Module):
             x = interaction(x, None)
         return self.cross[-1](x)
 
+    def _layout(self, batch: Batch) -> Layout:
+        return Layout.of(batch.offsets, batch.sequences.shape[0], self.config.cls_tokens, self.config.num_recent)
+
     def _both_sides(self, x: Tensor, batch: Batch) -> Tensor:
         """`[X_sum | S_sum]` of the last Cross Arch, `[B, S + (S+M+K), E]`."""
         config, rope = self.config, self.rope()
-        layout = Layout.of(batch.offsets, batch.sequences.shape[0], config.cls_tokens, config.num_recent)
+        layout = self._layout(batch)
         first, *rest = self.cross
         x_sum = first(x)  # [B, S, E]
         tokens = self.mask_net(self.embedding.events(batch))  # [T, E]
