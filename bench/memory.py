@@ -26,7 +26,7 @@ from interformer_bench.workloads import Sizes
 from torch import Tensor
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 # Which peer's memory ours is held against, and who else is measured.
 YARDSTICK = {
     "jagged_attention": "padded SDPA",
@@ -94,7 +94,7 @@ def _in_child(shape: Shape, name: str, data: Path | None, threads: int) -> list[
         "threads": threads,
     }
     command = [sys.executable, "-m", "interformer_bench.memory", json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **_ENVIRONMENT})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         return [Peak(*about, direction, name, None, reason[:200]) for direction in PASSES]

@@ -66,7 +66,7 @@ def _fitted(knots: Sequence[int]) -> Quantile:
     return quantile
 
 
-def _log_normal(mean: float, longest: int, sigma: float = 1.0) -> Quantile:
+def log_normal(mean: float, longest: int, sigma: float = 1.0) -> Quantile:
     """Log-normal, clipped to [1, longest]; its median is set so that the clipped mean is `mean`."""
 
     def at(median: float, level: Tensor) -> Tensor:
@@ -88,8 +88,8 @@ def _filled(fill: float, longest: int = 512) -> Quantile:
 def _synthetic() -> dict[str, Quantile]:
     return {
         "uniform 1..50": lambda level: (level * 50 + 1).clamp(max=50),
-        "log-normal, mean 100": _log_normal(100, 1000),
-        "log-normal, mean 500": _log_normal(500, 2048),
+        "log-normal, mean 100": log_normal(100, 1000),
+        "log-normal, mean 500": log_normal(500, 2048),
         "all 1024": lambda level: torch.full_like(level, 1024),
         "all 104": lambda level: torch.full_like(level, 104),  # the InterFormer paper's sequences
         "fill 0.1": _filled(0.1),

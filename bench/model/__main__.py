@@ -1,0 +1,79 @@
+"""`python -m interformer_bench.model`: InterFormer on these kernels against the same model on padded rows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from interformer_bench import shapes
+from interformer_bench.model import measure, profiles, report
+from interformer_bench.model.cases import Case, cases
+from interformer_bench.model.contenders import contenders
+
+from interformer_kernels._cli.tables import print_table, status_line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m interformer_bench.model", description=__doc__)
+    add = parser.add_argument
+    add(
+        "--case", action="append", metavar="TEXT", help="those whose names hold it; may be repeated; all where left out"
+    )
+    add("--data", type=Path, help="directory with the length files")
+    add("--threads", type=int, default=2)
+    add("--seconds", type=float, default=20.0, help="about how long each case is timed")
+    add("--no-compile", action="store_true", help="without the models that torch.compile makes")
+    add("--profile", action="store_true", help="where the time goes, instead of how long it takes")
+    add("--list", action="store_true", help="the names of the cases")
+    add("--out", type=Path, metavar="DIR", help="model.md and model.json")
+    return parser
+
+
+def _tell(text: str) -> None:
+    if sys.stderr.isatty():
+        status_line(text)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _profile(chosen: Sequence[Case], compile_too: bool) -> None:
+    for case in chosen:
+        for name in contenders(compile_too):
+            print_table(f"{case.name}: {name}", profiles.COLUMNS, profiles.table(case, name))
+            print()
+
+
+def _chosen(wanted: Sequence[str] | None, found: Sequence[Case]) -> list[Case]:
+    return [case for case in found if not wanted or any(text in case.name for text in wanted)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write; 1 where our own model is wrong somewhere, 2 where no case has such a name."""
+    options = _parser().parse_args(arguments)
+    found = cases(shapes.laws(options.data))
+    chosen = _chosen(options.case, found)
+    if not chosen:
+        print(f"--case must be part of one of: {'; '.join(case.name for case in found)}", file=sys.stderr)
+        return 2
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    torch.set_num_threads(options.threads)
+    if options.profile:
+        _profile(chosen, not options.no_compile)
+        return 0
+    tell: Callable[[str], None] = _tell
+    measured = list(measure.measure(chosen, options.data, not options.no_compile, options.seconds, tell))
+    print_table("whole models", report.COLUMNS, report.table(measured))
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "model.md").write_text(report.markdown(measured))
+        report.write_json(options.out / "model.json", measured)
+    return 1 if any(one.problem and one.contender == contenders(False)[0] for one in measured) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,75 @@
+"""The batches on which whole models are measured, and the size of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from interformer import InterFormerConfig, Schema
+from interformer.batch import Batch
+from interformer.schema import Field
+from interformer.testing import random_batch
+from interformer_bench.shapes import Law, log_normal
+
+TRAINING, INFERENCE = "training step", "inference"
+# The default form at the paper's sizes (E 64, H 4, three layers), for histories as long as any law's.
+CONFIG = InterFormerConfig(max_history=4096)
+_ITEM, _CATEGORY = Field("item", "item"), Field("category", "category")
+# Two scalars, three categorical fields, three fields of an event; tables of a public data set's size.
+SCHEMA = Schema(
+    tables={"user": 100_000, "item": 50_000, "category": 1_000, "opinion": 2},
+    dense=("age", "price"),
+    categorical=(Field("user", "user"), _ITEM, _CATEGORY),
+    sequences=(_ITEM, _CATEGORY, Field("opinion", "opinion")),
+    candidate=("item", "category"),
+)
+
+
+# Long histories: 95 % of them below 1384 events.
+_LONG = Law("log-normal, mean 513", "synthetic", log_normal(513, 4096, sigma=0.796))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch and what is done with it.
+
+    Attributes:
+        ratio: how many times as fast as the best padded model it shall be; None where nothing is asked.
+        memory: the largest share of the padded model's peak memory that it may take; None likewise.
+    """
+
+    law: Law
+    rows: int
+    direction: str
+    ratio: float | None = None
+    memory: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As `--case` takes it."""
+        return f"{self.law.name} x {self.rows}, {self.direction}"
+
+    def lengths(self) -> tuple[int, ...]:
+        """Events of each row; a single row has the law's median."""
+        if self.rows == 1:
+            return (int(self.law.quantile(torch.tensor([0.5], dtype=torch.float64))),)
+        return self.law.lengths(self.rows)
+
+    def batch(self) -> Batch:
+        """The rows, with random ids and labels."""
+        return random_batch(SCHEMA, self.lengths())
+
+
+def cases(laws: Mapping[str, Law]) -> list[Case]:
+    """All of them, training first."""
+    real, short, paper = (laws[name] for name in ("movielens", "beauty", "all 104"))
+    return [
+        Case(real, 256, TRAINING, 2.5, 0.5),
+        Case(short, 1024, TRAINING, 2.5, 0.5),
+        Case(paper, 2048, TRAINING, 1.3),
+        Case(_LONG, 64, TRAINING),
+        *(Case(real, rows, INFERENCE, 2.5) for rows in (1, 32, 2048)),
+        *(Case(paper, rows, INFERENCE) for rows in (1, 32, 2048)),
+        *(Case(_LONG, rows, INFERENCE) for rows in (1, 32)),
+    ]

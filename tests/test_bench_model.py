@@ -1,0 +1,152 @@
+"""The bench of whole models: the padded model is InterFormer, and the report says what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interformer import InterFormer, InterFormerConfig
+from interformer.testing import random_batch, small_schema
+from interformer_bench import shapes, timing
+from interformer_bench.model import __main__ as command
+from interformer_bench.model import cases, contenders, measure, profiles, report
+from interformer_bench.model.padded import PaddedInterFormer, padded
+from module_budget import assert_within_budget, perturbed, root_mean_square
+from torch import Tensor
+
+SMALL = InterFormerConfig(
+    embed_dim=8,
+    num_heads=2,
+    num_layers=2,
+    interaction_hidden=(12,),
+    pffn_hidden=(6,),
+    head_hidden=(16,),
+    max_history=40,
+)
+LAWS = shapes.laws(Path("nowhere"))
+TINY = cases.Case(LAWS["diginetica"], 3, cases.TRAINING, ratio=2.0, memory=0.5)
+ANSWER = cases.Case(LAWS["diginetica"], 2, cases.INFERENCE)
+
+
+@pytest.mark.parametrize("lengths", [(3, 0, 17, 1, 9, 40), (5, 5, 5)], ids=["mixed", "full"])
+def test_the_padded_model_is_interformer(lengths: tuple[int, ...]) -> None:
+    reference = perturbed(InterFormer(replace(SMALL, backend="reference"), small_schema()), by=0.1)
+    peer = PaddedInterFormer(SMALL, small_schema(), full=len(set(lengths)) == 1)
+    peer.load_state_dict(reference.state_dict())
+
+    def run(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        batch = random_batch(model.schema, lengths, seed=inputs["seed"])
+        return model(padded(batch) if isinstance(model, PaddedInterFormer) else batch)
+
+    draws = {"draws": (2, 12, 60), "distance": root_mean_square}
+    assert_within_budget(reference, peer, lambda seed: {"seed": seed}, run, **draws)
+
+
+def test_a_form_that_is_not_written_on_padded_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="pffn must be 'mlp' on padded rows, found 'rank'"):
+        PaddedInterFormer(replace(SMALL, pffn="rank"), small_schema(), full=False)
+
+
+def test_padding_keeps_every_event_and_drops_the_tail() -> None:
+    batch = random_batch(small_schema(), (2, 0, 3), tail=4)
+    rows = padded(batch).sequences.unflatten(0, (3, 3))
+    assert torch.equal(rows[0, :2], batch.sequences[:2])
+    assert torch.equal(rows[2], batch.sequences[2:5])
+    assert not rows[1].any()
+
+
+def test_long_histories_are_those_that_the_paper_speaks_of() -> None:
+    long = next(case.law for case in cases.cases(LAWS) if "513" in case.law.name)
+    lengths = torch.tensor(long.lengths(100_000)).double()
+    assert lengths.mean() == pytest.approx(513, rel=0.02)
+    assert lengths.quantile(0.95) == pytest.approx(1384, rel=0.02)
+
+
+def test_a_single_row_has_the_median_length() -> None:
+    assert cases.Case(LAWS["movielens"], 1, cases.INFERENCE).lengths() == (70,)
+
+
+def test_every_contender_computes_the_same() -> None:
+    for name in contenders.contenders(compile_too=False):
+        assert measure.wrong(name, TINY.lengths()) is None
+
+
+def test_a_wrong_contender_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = contenders.make
+
+    def spoiled(name: str, batch: Any) -> contenders.Contender:
+        made = make(name, batch)
+        return made if name == contenders.REFERENCE else made._replace(call=lambda batch: made.call(batch) + 1)
+
+    monkeypatch.setattr(measure, "make", spoiled)
+    found = list(measure.measure([TINY], None, False, 0.01, lambda text: None))
+    assert "wrong logits" in (found[0].problem or "")
+    assert found[0].time is None
+    assert any("wrong logits" in cell for line in report.table(found) for cell in line)
+
+
+def test_what_memory_does_not_hold_is_not_tried() -> None:
+    huge = cases.Case(LAWS["movielens"], 100_000, cases.INFERENCE)
+    assert "would pad to" in (contenders.why_not(contenders.PADDED, huge) or "")
+    assert contenders.why_not(contenders.OURS, huge) is None
+
+
+def _measured(ours: float, theirs: float, peaks: tuple[int, int]) -> list[measure.Measured]:
+    times = [timing.Timing(median, median, median, 5) for median in (ours, theirs)]
+    names = contenders.OURS, contenders.PADDED
+    return [measure.Measured(TINY, *both) for both in zip(names, times, peaks, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "peaks", "verdicts"),
+    [(0.5, (40, 100), ["pass", "pass"]), (0.1, (60, 100), ["MISS", "MISS"])],
+    ids=["reached", "missed"],
+)
+def test_targets_are_judged(theirs: float, peaks: tuple[int, int], verdicts: list[str]) -> None:
+    (group,) = report.groups(_measured(0.1, theirs, peaks))
+    assert [text.split()[-1] for text in report.verdicts(group)] == verdicts
+    assert f"{theirs / 0.1:.2f}x" in report.markdown(list(group.values()))
+
+
+def test_the_shares_of_a_profile_are_those_of_the_whole_call() -> None:
+    found = profiles.shares(TINY, contenders.OURS, calls=1)
+    assert {"kernels", "products over tokens", "products over rows", "optimiser", profiles.BETWEEN} <= found.keys()
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert sum(int(line[-1].rstrip("%")) for line in profiles.table(ANSWER, contenders.OURS)) == pytest.approx(
+        100, abs=5
+    )
+
+
+def test_the_command_measures_prints_and_writes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, "cases", lambda laws: [TINY, ANSWER])
+    arguments = ["--no-compile", "--seconds", "0.01", "--case", "training", "--out", str(tmp_path), "--threads", "1"]
+    before = torch.get_num_threads()
+    try:
+        assert command.main(arguments) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert "padded SDPA" in capsys.readouterr().out
+    written = json.loads((tmp_path / "model.json").read_text())
+    assert {one["contender"] for one in written} == set(contenders.contenders(compile_too=False))
+    assert {one["case"] for one in written} == {TINY.name}
+    assert (tmp_path / "model.md").read_text().count("diginetica") == len(written)
+
+
+def test_an_unknown_case_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--case", "nonsense"]) == 2
+    assert "--case must be part of one of: movielens x 256, training step" in capsys.readouterr().err
+
+
+def test_peaks_are_measured_in_a_process_of_their_own() -> None:
+    case = next(case for case in cases.cases(shapes.laws()) if case.name == "movielens x 1, inference")
+    peak = measure._peak(case, contenders.OURS, None)
+    assert isinstance(peak, int)
+    assert peak < 64 * 2**20
+    assert "failed: StopIteration" in str(measure._peak(TINY, contenders.OURS, None))
