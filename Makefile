@@ -85,10 +85,11 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 
-# The installed wheel has torch beside it and nothing else, and the checkout is out of sight.
+# The installed wheel has torch beside it and nothing else, and the checkout is out of sight. Of the CUDA part it has one
+# device's: the environment's own build is for all of them.
 wheel-test: $(READY)
 	rm -rf $(WHEEL)
-	$(BIN)/python -m build --wheel --outdir $(WHEEL) . > /dev/null
+	TORCH_CUDA_ARCH_LIST=9.0a $(BIN)/python -m build --wheel --outdir $(WHEEL) . > /dev/null
 	$(PYTHON) -m venv $(WHEEL)/venv
 	$(WHEEL_BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(WHEEL)/*.whl
 	cd "$$(mktemp -d)" \

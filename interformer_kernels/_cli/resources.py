@@ -10,11 +10,14 @@ import argparse
 import dataclasses
 import itertools
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +201,9 @@ def _of_amd(compiled: Any) -> tuple[int, int]:
     return number("vgpr_count"), number("private_segment_fixed_size")
 
 
-def usage(call: str, width: int, dtype: str, target: str) -> Iterator[Usage]:
+def usage(call: str, width: int, dtype: str, target: str) -> list[Usage]:
     """Compile the kernels of a call, each once."""
+    found = []
     device, compiler = TARGETS[target]
     with _run.written_down(device) as launches:
         CALLS[call](width, DTYPES[dtype])
@@ -209,7 +213,18 @@ def usage(call: str, width: int, dtype: str, target: str) -> Iterator[Usage]:
         registers, spills = _of_amd(compiled) if device.kind == "hip" else _of_nvidia(compiled, compiler)
         name = launch.kernel.fn.__name__
         tiles = "x".join(map(str, launch.tiles[:2])) + f", {launch.tiles.warps} warps, {launch.tiles.stages} stages"
-        yield Usage(call, name, width, dtype, target, tiles, registers, spills, compiled.metadata.shared)
+        found.append(Usage(call, name, width, dtype, target, tiles, registers, spills, compiled.metadata.shared))
+    return found
+
+
+def usages(entries: Sequence[tuple[str, int, str, str]], jobs: int) -> Iterator[list[Usage]]:
+    """`usage` of each entry, in order, `jobs` at once: compiling takes no more than one core."""
+    # Forked processes would share the threads that torch and LLVM have started.
+    with ProcessPoolExecutor(min(jobs, len(entries)), multiprocessing.get_context("spawn")) as pool:
+        for entry, done in zip(entries, pool.map(usage, *zip(*entries, strict=True)), strict=True):
+            status_line(", ".join(map(str, entry)))
+            yield done
+    status_line("")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -222,18 +237,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--entry", action="append", metavar="CALL/WIDTH/DTYPE/TARGET", help="just these; may be repeated"
     )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile at once")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel")
     chosen = parser.parse_args(arguments)
-    found: list[Usage] = []
     axes = chosen.call or CALLS, chosen.width or WIDTHS, chosen.dtype or DTYPES, chosen.target or TARGETS
-    entries = [entry.split("/") for entry in chosen.entry] if chosen.entry else itertools.product(*axes)
-    for call, width, dtype, target in entries:
-        status_line(f"{call}, {width}, {dtype}, {target}")
-        for one in usage(call, int(width), dtype, target):
-            found.append(one)
-            if chosen.json:
+    asked = [entry.split("/") for entry in chosen.entry] if chosen.entry else itertools.product(*axes)
+    entries = [(call, int(width), dtype, target) for call, width, dtype, target in asked]
+    found: list[Usage] = []
+    for done in usages(entries, chosen.jobs):
+        found += done
+        if chosen.json:
+            for one in done:
                 print(json.dumps({**dataclasses.asdict(one), "fits": one.fits}), flush=True)
-    status_line("")
     if not chosen.json:
         _show(found)
     return 0 if all(one.fits for one in found) else 1
