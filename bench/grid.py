@@ -112,6 +112,21 @@ _CROSS: tuple[_Line, ...] = (
     ("fill 0.5", 128, 4, 32, 8, "pooled", ""),
     ("fill 1.0", 64, 4, 32, 1, "full", ""),
 )
+# No target but the floor: a copy that turns numbers on its way. The queries and keys of attention inside rows.
+_ROTARY: tuple[_Line, ...] = (
+    ("movielens", 256, 4, 16, 1, "none", "bq"),
+    ("beauty", 1024, 4, 32, 1, "none", ""),
+    ("grocery", 1024, 2, 32, 1, "none", ""),
+    ("diginetica", 2048, 4, 64, 1, "none", ""),
+    ("uniform 1..50", 1024, 2, 32, 1, "none", "q"),
+    ("log-normal, mean 100", 256, 4, 32, 1, "none", "b"),
+    ("log-normal, mean 500", 64, 4, 64, 1, "none", ""),
+    ("all 1024", 16, 8, 64, 1, "none", ""),
+    ("all 104", 2048, 4, 16, 1, "none", ""),
+    ("fill 0.1", 128, 4, 32, 1, "none", "m"),
+    ("fill 0.5", 64, 4, 32, 1, "none", ""),
+    ("fill 1.0", 32, 4, 32, 1, "none", ""),
+)
 # One head: its size is the width E of the tokens, and F is as wide.
 _FFN: tuple[_Line, ...] = (
     ("movielens", 256, 1, 64, 1, "row weights", "bq"),
@@ -132,6 +147,7 @@ _GRID: Mapping[str, tuple[_Line, ...]] = {
     "pma_pooling": _POOLING,
     "pma_folded": _FOLDED,
     "gated_cross_attention": _CROSS,
+    "apply_rotary": _ROTARY,
     "personalized_ffn": _FFN,
 }
 

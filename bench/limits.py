@@ -7,10 +7,12 @@ FLOPs are useful ones: no padding, no masks, a multiply-add is two. `L` is a row
 | jagged_attention | `4 H D sum(L^2)` (scores, weighted sum) | `10 H D sum(L^2)` (scores again, 2 products for each) |
 | pma_pooling, gated_cross_attention | `4 M H D T` | `10 M H D T` |
 | pma_folded | `4 M H E T` + `2 M H D E (1 + B)` (fold, apply `W_v`) | `10 M H E T` + `4 M H D E (1 + B)` |
+| apply_rotary | `3 H D T` (a pair of channels: 4 products, 2 sums) | `3 H D T` |
 | personalized_ffn | `2 E F T` | `4 E F T` |
 
 Bytes: forward reads every input and writes the output, once; backward reads every input and `grad_out` and writes every
-gradient, once. Offsets count as inputs. What stays in the cache between the two is not given away.
+gradient, once (`apply_rotary` turns `grad_out` back, and does not read x again). Offsets and rotary tables count as
+inputs. What stays in the cache between the two is not given away.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ def work(op: str, arguments: Inputs, lengths: Sequence[int], sizes: Sizes, direc
     read, written = _bytes(op, arguments)
     if direction == "forward":
         return Work(there, read + written)
+    if op == "apply_rotary":  # the gradient that is written is as large as x, which is not read
+        return Work(there + back, 2 * (read + written))
     gradients = sum(
         _size(arguments[name]) for name in DIFFERENTIABLE[op] if arguments.get(name) is not None and name != "residual"
     )
@@ -48,6 +52,9 @@ def flops(op: str, lengths: Sequence[int], sizes: Sizes) -> tuple[int, int]:
     if op == "jagged_attention":
         product = 2 * sizes.heads * sizes.head_size * sum(length * length for length in lengths)
         return 2 * product, 5 * product
+    if op == "apply_rotary":
+        turned = 3 * sizes.heads * sizes.head_size * tokens
+        return turned, turned
     if op == "personalized_ffn":
         product = 2 * sizes.head_size * sizes.width * tokens
         return product, 2 * product
@@ -61,8 +68,9 @@ def flops(op: str, lengths: Sequence[int], sizes: Sizes) -> tuple[int, int]:
 
 def _bytes(op: str, arguments: Inputs) -> tuple[int, int]:
     """Of the inputs, and of the output (which is as large as `grad_out`)."""
-    read = sum(_size(x) for name, x in arguments.items() if name != "grad_out" and isinstance(x, Tensor))
-    return read, _size(arguments["grad_out"])
+    given = [x for name, x in arguments.items() if name != "grad_out"]
+    tensors = [*given, *arguments.get("rope", ())]
+    return sum(_size(x) for x in tensors if isinstance(x, Tensor)), _size(arguments["grad_out"])
 
 
 def _size(x: Tensor) -> int:

@@ -33,6 +33,7 @@ YARDSTICK = {
     "pma_pooling": "padded SDPA",
     "pma_folded": "projected, padded SDPA",
     "gated_cross_attention": "padded SDPA",
+    "apply_rotary": "padded",
     "personalized_ffn": "padded bmm",
 }
 _OTHERS = {
@@ -40,6 +41,7 @@ _OTHERS = {
     "pma_pooling": ("per-row SDPA", "index-add"),
     "pma_folded": ("folded, padded SDPA", "folded, row by row"),
     "gated_cross_attention": ("per-row SDPA",),
+    "apply_rotary": ("two halves",),
     "personalized_ffn": ("row by row",),
 }
 

@@ -19,7 +19,7 @@ from interformer_kernels import testing
 Inputs = Mapping[str, Any]
 Call = Callable[..., Tensor]
 
-OPS = ("jagged_attention", "pma_pooling", "pma_folded", "gated_cross_attention", "personalized_ffn")
+OPS = ("jagged_attention", "pma_pooling", "pma_folded", "gated_cross_attention", "apply_rotary", "personalized_ffn")
 DIFFERENTIABLE = {**testing.DIFFERENTIABLE, "pma_folded": ("seeds", "x", "key_weight", "value_weight")}
 
 
@@ -29,7 +29,7 @@ class Sizes:
 
     Attributes:
         heads: query heads, and as many key/value heads.
-        head_size: of queries, keys and values; the width `E` of `personalized_ffn`.
+        head_size: of queries, keys and values; the width `E` of `personalized_ffn`. `apply_rotary` turns all of it.
         queries: seeds, or dense queries of a row.
         width: of the tokens before they are projected (`pma_folded`); the width `F` of `personalized_ffn`.
         gated: with a gate and a residual of the output's shape (`gated_cross_attention`).
@@ -65,6 +65,7 @@ def inputs(op: str, lengths: Sequence[int], sizes: Sizes, dtype: torch.dtype, de
         value_size=value_size,
         gate="full" if sizes.gated else "",
         residual=sizes.gated,
+        rope=sizes.head_size if op == "apply_rotary" else 0,
     )
     return testing.make_inputs(case, dtype, device)
 

@@ -24,6 +24,7 @@ def test_flops_by_hand() -> None:
     for op in ("pma_pooling", "gated_cross_attention"):  # 5 tokens, 7 queries
         assert limits.flops(op, lengths, Sizes(2, 5, 7)) == (4 * 7 * 2 * 5 * 5, 10 * 7 * 2 * 5 * 5)
     assert limits.flops("personalized_ffn", lengths, Sizes(1, 6, width=9)) == (2 * 6 * 9 * 5, 4 * 6 * 9 * 5)
+    assert limits.flops("apply_rotary", lengths, Sizes(2, 6)) == (5 * 2 * 3 * 6,) * 2  # tokens, heads, pairs, 6 a pair
     # Folded: 7 seeds of 2 heads against 5 raw tokens of 10; seeds by W_k, and 3 pooled rows by W_v.
     there, back = limits.flops("pma_folded", lengths, Sizes(2, 5, 7, width=10))
     assert there == 4 * 7 * 2 * 10 * 5 + 2 * 7 * 2 * 5 * 10 + 2 * 3 * 7 * 2 * 5 * 10
@@ -59,6 +60,9 @@ def test_bytes_by_hand(dtype: torch.dtype, size: int) -> None:
     gated = replace(sizes, gated=True)
     forward = out + 2 * tokens + offsets + 2 * out + out  # q; k, v; offsets; gate, residual; out
     assert found("gated_cross_attention", "forward+backward", gated) == 2 * forward + out + 2 * tokens + out
+    x, tables = 5 * 2 * 4 * size, 2 * 3 * 2 * 4  # cos and sin of 3 places and 2 pairs, float32 always
+    assert found("apply_rotary", "forward") == 2 * x + tables + offsets
+    assert found("apply_rotary", "forward+backward") == 2 * (2 * x + tables + offsets)
     wide = Sizes(head_size=6, width=9)
     forward = size * (5 * 6 + 3 * 6 * 9 + 3 * 9 + 5 * 9) + offsets
     assert found("personalized_ffn", "forward", wide) == forward

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from interformer_bench import workloads
-from interformer_bench.peers import compiled, nested, padded, rows, scatter, varlen
+from interformer_bench.peers import compiled, nested, padded, rotary, rows, scatter, varlen
 from interformer_bench.workloads import Call, Inputs, offsets_of
 from torch import Tensor, cuda
 
@@ -197,6 +197,20 @@ def _folded_peers() -> dict[str, Peer]:
     return {**found, "folded, row by row": Peer(_folding(rows.folded), group=FOLDS)}
 
 
+def _rotary_peers() -> dict[str, Peer]:
+    def compiled_halves(x: Tensor, offsets: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        out: Tensor = compiled.compiled(rotary.halves)(x, offsets, rope)
+        return out
+
+    return {
+        "two halves": Peer(rotary.halves),
+        "rotate_half": Peer(rotary.rotate_half),
+        "padded": Peer(rotary.padded, tokens=3),
+        "row by row": Peer(rotary.by_rows),
+        "torch.compile": Peer(compiled_halves, compiled=True),
+    }
+
+
 def _ffn_peers() -> dict[str, Peer]:
     def padded_bmm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
         return padded.ffn(x, weight, offsets, bias, padded.longest(offsets))
@@ -220,6 +234,7 @@ def peers_of(op: str) -> dict[str, Peer]:
         "pma_pooling": _pooling_peers,
         "pma_folded": _folded_peers,
         "gated_cross_attention": _gated_peers,
+        "apply_rotary": _rotary_peers,
         "personalized_ffn": _ffn_peers,
     }
     return tables[op]()
