@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from interformer_bench import calls, grid, memory, plots, report, run, shapes, timing, workloads
+from interformer_bench import calls, grid, memory, plots, progress, report, run, shapes, timing, workloads
 from interformer_bench.peers import OURS
+from interformer_bench.progress import Progress
 
 from interformer_kernels import _backend
-from interformer_kernels._cli.tables import print_table, status_line
+from interformer_kernels._cli.tables import print_table
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -37,20 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _progress() -> Callable[[str], None]:
-    """Says what is going on: a line that is overwritten on a terminal, plain lines elsewhere."""
-    start = time.perf_counter()
-
-    def tell(text: str) -> None:
-        if sys.stderr.isatty():
-            status_line(text)
-        elif text:
-            print(f"[{time.perf_counter() - start:4.0f} s] {text}", file=sys.stderr, flush=True)
-
-    return tell
-
-
-def _measure(chosen: argparse.Namespace, found: Sequence[grid.Shape], tell: Callable[[str], None]) -> report.Report:
+def _measure(chosen: argparse.Namespace, found: Sequence[grid.Shape], shown: Progress) -> report.Report:
     settings = run.Settings(
         dtypes=tuple(chosen.dtype or ["float32"]) if chosen.dtype or chosen.quick else None,
         device=chosen.device,
@@ -58,7 +44,7 @@ def _measure(chosen: argparse.Namespace, found: Sequence[grid.Shape], tell: Call
         seconds=chosen.seconds,
         compiled=not (chosen.quick or chosen.no_compile),
         backend=chosen.backend,
-        tell=tell,
+        progress=shown,
     )
     machine = timing.Machine(chosen.device)
     measured: list[run.Measurement] = []
@@ -68,13 +54,13 @@ def _measure(chosen: argparse.Namespace, found: Sequence[grid.Shape], tell: Call
             measured.append(one)
     except KeyboardInterrupt:
         stopped = True
-        tell("stopped: the report holds what was measured")
+        shown.say("stopped: the report holds what was measured")
     if stopped or chosen.quick or chosen.device != "cpu":
         return report.Report(measured, machine.rates())
     why = memory.why_not()
     if why is not None:
-        tell(why)
-    peaks = [] if why is not None else list(memory.peaks(found, chosen.data, max(settings.threads), tell))
+        shown.say(why)
+    peaks = [] if why is not None else list(memory.peaks(found, chosen.data, max(settings.threads), shown))
     return report.Report(measured, machine.rates(), peaks, calls.lines())
 
 
@@ -108,7 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; 1 where this package itself is wrong somewhere."""
     chosen = _parser().parse_args(arguments)
     found = grid.shapes(shapes.laws(chosen.data), chosen.op or workloads.OPS, chosen.law, chosen.rows, chosen.quick)
-    made = _measure(chosen, found, _progress())
+    with progress.shown() as shown:
+        made = _measure(chosen, found, shown)
     if chosen.markdown != Path("-"):
         _show(made)
     _write(chosen, made)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from interformer_bench import report, run, shapes, timing
+from interformer_bench import progress, report, run, shapes, timing
 from interformer_bench.grid import Shape
 from interformer_bench.peers import OURS, candidates
 from interformer_bench.run import Measurement
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.exit(1, "interformer_bench.gpu: needs a GPU that torch can use, found none\n")
     end = time.perf_counter() + 60 * chosen.minutes
-    machine = timing.Machine("cuda")
+    machine, shown = timing.Machine("cuda"), progress.Lines()
     measured: list[Measurement] = []
     found: list[Detail] = []
     left_out: list[str] = []
@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
         if time.perf_counter() > end:
             left_out.append(f"{shape.op}, {shape.law.name}, {shape.sizes}, {dtype}")
             continue
-        settings = run.Settings((dtype,), "cuda", (1,), 0.4, backend=chosen.backend, tell=print)
+        settings = run.Settings((dtype,), "cuda", (1,), 0.4, backend=chosen.backend, progress=shown)
         here = list(run.measure([shape], settings, machine))
         measured += here
         found += details(shape, here, chosen.backend)

@@ -21,6 +21,7 @@ import torch
 from interformer_bench import shapes, workloads
 from interformer_bench.grid import Shape
 from interformer_bench.peers import OURS, candidates
+from interformer_bench.progress import Progress
 from interformer_bench.run import PASSES, runner
 from interformer_bench.workloads import Sizes
 from torch import Tensor
@@ -77,12 +78,14 @@ def _kilobytes(field: str) -> int:
     return int(line.split()[1])
 
 
-def peaks(chosen: Sequence[Shape], data: Path | None, threads: int, tell: Callable[[str], None]) -> Iterator[Peak]:
+def peaks(chosen: Sequence[Shape], data: Path | None, threads: int, progress: Progress) -> Iterator[Peak]:
     """Of the shapes that are marked for it, both passes, on so many threads."""
-    for shape in (shape for shape in chosen if shape.memory):
-        for name in (OURS, YARDSTICK[shape.op], *_OTHERS[shape.op]):
-            tell(f"memory: {shape.op}, {shape.law.name}: {name}")
-            yield from _in_child(shape, name, data, threads)
+    marked = [shape for shape in chosen if shape.memory]
+    jobs = [(shape, name) for shape in marked for name in (OURS, YARDSTICK[shape.op], *_OTHERS[shape.op])]
+    progress.begin("memory", len(jobs))
+    for shape, name in jobs:
+        progress.step(f"{shape.op}, {shape.law.name}: {name}")
+        yield from _in_child(shape, name, data, threads)
 
 
 def _in_child(shape: Shape, name: str, data: Path | None, threads: int) -> list[Peak]:

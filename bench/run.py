@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ from interformer_bench import checks, limits, timing, workloads
 from interformer_bench.grid import Shape
 from interformer_bench.peers import OURS, Peer, candidates
 from interformer_bench.peers.registry import MOST_BYTES
+from interformer_bench.progress import Progress
 
 from interformer_kernels import _backend
 
@@ -58,7 +59,8 @@ class Settings:
         seconds: about how long each (shape, pass, number of threads) is timed.
         compiled: with the peers that `torch.compile` makes.
         backend: of this package; None takes the fastest.
-        tell: hears what is going on.
+        stage: what the run is called.
+        progress: hears what is going on.
     """
 
     dtypes: tuple[str, ...] | None = None
@@ -67,7 +69,8 @@ class Settings:
     seconds: float = 3.0
     compiled: bool = True
     backend: str | None = None
-    tell: Callable[[str], None] = field(default=lambda line: None)
+    stage: str = "speed"
+    progress: Progress = field(default_factory=Progress)
 
 
 def measure(
@@ -76,14 +79,14 @@ def measure(
     """Check, then time, every runner on every shape, in each dtype, on each number of threads, in both passes."""
     before = torch.get_num_threads()
     jobs = [(dtype, shape) for shape in shapes for dtype in settings.dtypes or shape.dtypes]
+    settings.progress.begin(settings.stage, len(jobs))
     try:
-        for at, (dtype, shape) in enumerate(sorted(jobs, key=lambda job: job[0] != jobs[0][0]), 1):
-            name = f"{shape.op}, {dtype}: {shape.rows} rows, {shape.law.name} ({shape.law.source}), {shape.sizes}"
-            settings.tell(f"{at}/{len(jobs)} {name}")
+        for dtype, shape in sorted(jobs, key=lambda job: job[0] != jobs[0][0]):
+            law = f"{shape.law.name} ({shape.law.source})"
+            settings.progress.step(f"{shape.op}, {dtype}: {shape.rows} rows, {law}, {shape.sizes}")
             yield from _Session(shape, dtype, settings, machine).measurements()
     finally:
         torch.set_num_threads(before)
-        settings.tell("")
 
 
 class _Session:
@@ -102,7 +105,10 @@ class _Session:
         threads = sorted(self.settings.threads, reverse=True)
         torch.set_num_threads(threads[0])
         checker = checks.Checker(self.shape.op, self.small, self.shape.sizes, self.torch_dtype, self.settings.device)
-        verdicts = {name: checker.check(name, peer) for name, peer in self.runners.items()}
+        verdicts = {}
+        for name, peer in self.runners.items():
+            self.settings.progress.doing(f"checking {name}")
+            verdicts[name] = checker.check(name, peer)
         self.arguments = self.shape.inputs(self.torch_dtype, self.settings.device)
         found: list[Measurement] = []
         behind: dict[tuple[str, str], str] = {}
@@ -112,7 +118,9 @@ class _Session:
             for direction in PASSES:
                 problems = self._problems(direction, verdicts)
                 problems |= {name: why for (name, of), why in behind.items() if of == direction}
-                taken = self._time(direction, [name for name, problem in problems.items() if problem is None])
+                names = [name for name, problem in problems.items() if problem is None]
+                self.settings.progress.doing(f"timing {direction}, {number} threads: {', '.join(names)}")
+                taken = self._time(direction, names)
                 behind |= _far_behind(taken, direction, number)
                 found += [
                     self._measurement(name, number, direction, taken.get(name), problems[name]) for name in self.runners

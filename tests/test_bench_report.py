@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from interformer_bench import calls, grid, limits, memory, peers, plots, report, run, shapes, targets, timing, workloads
+from interformer_bench.progress import Progress
 from interformer_bench.workloads import Sizes
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -115,9 +116,11 @@ def test_the_table_compares_with_the_best_peer_only(tmp_path: Path) -> None:
     shape = "| beauty (fitted) | 2 x 5 (9) | H4 D16 M2 | float32 | 2 |"
     missed = ">= 0.95x: 0.50 MISS; >= 3x: 0.50 MISS"
     # 1 MFLOP at 2 GFLOP/s takes 0.5 ms, 3 MB at 3 GB/s 1 ms: copies are the nearer limit, half of it is reached.
-    assert f"{shape} forward | 2 ms (cpu) | 1 ms (fast) | 0.50x | 0.50 copy | - | 100% of 3 | {missed} |" in text
+    assert (
+        f"{shape} forward | 2 ms (cpu) | 1 ms (fast) | wrong | 0.50x | 0.50 copy | - | 100% of 3 | {missed} |" in text
+    )
     passed = ">= 0.95x: 4.00 pass; >= 3x: 4.00 pass; back / forth <= 2.8: 3.00 MISS"
-    assert f"{shape} forward+backward | 8 ms (cpu) | 32 ms (fast) | 4.00x | 0.12 copy | 3.00 |" in text
+    assert f"{shape} forward+backward | 8 ms (cpu) | 32 ms (fast) | - | 4.00x | 0.12 copy | 3.00 |" in text
     assert passed in text
     assert "float32, 2 threads: GEMM 2 GFLOP/s (2048^3), copy 3.0 GB/s" in text
     assert "- pma_pooling: wrong wrong out: error .., budget .. (beauty, H4 D16 M2, float32, forward: 1 0)" in text
@@ -208,7 +211,7 @@ def test_peaks_come_from_children_and_padding_shows(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(memory._OTHERS, "pma_pooling", ())
     shape = grid.Shape("pma_pooling", shapes.laws()["fill 0.1"], 64, Sizes(4, 32, 4), memory=True)
     unmarked = replace(shape, memory=False)
-    peaks = list(memory.peaks([shape, unmarked], None, threads=1, tell=lambda line: None))
+    peaks = list(memory.peaks([shape, unmarked], None, threads=1, progress=Progress()))
     assert [peak.problem for peak in peaks] == [None] * 4
     found = {(peak.runner, peak.direction): peak.extra or 0 for peak in peaks}
     # Keys and values: 64 rows of up to 512 places, 128 numbers of 4 bytes; a tenth of the places is taken.
@@ -225,7 +228,7 @@ def test_a_child_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     died = subprocess.CompletedProcess([], returncode=1, stdout="", stderr="Traceback\nMemoryError: too much\n")
     monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: died)
     shape = grid.Shape("personalized_ffn", shapes.laws()["diginetica"], 2, memory=True)
-    peaks = list(memory.peaks([shape], None, threads=1, tell=lambda line: None))
+    peaks = list(memory.peaks([shape], None, threads=1, progress=Progress()))
     assert [(peak.extra, peak.problem) for peak in peaks] == [(None, "MemoryError: too much")] * 6
 
 

@@ -57,14 +57,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _speed(arguments: argparse.Namespace, results: list[parity.Result]) -> int:
     # The bench is a package of its own, above this one: only the demo reaches up to it, and only when run.
-    from interformer_bench import grid, peers, plots, report, shapes, timing
+    from interformer_bench import grid, peers, plots, progress, report, shapes, timing
     from interformer_bench import run as bench
 
     cases = grid.shapes(shapes.laws(arguments.data), names=_LAWS)
     threads = torch.get_num_threads()
-    settings = bench.Settings(("float32",), "cpu", (threads,), _SECONDS_PER_SHAPE, compiled=False, tell=status_line)
     machine = timing.Machine()
-    made = report.Report(list(bench.measure(cases, settings, machine)), machine.rates())
+    with progress.shown() as shown:
+        settings = bench.Settings(("float32",), "cpu", (threads,), _SECONDS_PER_SHAPE, compiled=False, progress=shown)
+        measured = list(bench.measure(cases, settings, machine))
+    made = report.Report(measured, machine.rates())
     for op, lines in report.by_op(made).items():
         print_table(f"{op}; ratio above 1: faster than the best peer", report.COLUMNS, lines)
     print("\n".join([report.rates(made.machine), *report.problems(made.measurements)]))
