@@ -97,7 +97,7 @@ wheel-test: $(READY)
 	&& $(WHEEL_BIN)/interformer-kernels info \
 	&& $(WHEEL_BIN)/interformer-kernels parity --json parity.json \
 	&& $(WHEEL_BIN)/interformer-kernels parity --backend cpu --dtype float32 > /dev/null \
-	&& $(WHEEL_BIN)/python -m interformer_bench --op pma_pooling --law diginetica --seconds 0.2 --no-compile
+	&& $(WHEEL_BIN)/interformer-kernels bench --op pma_pooling --law diginetica --seconds 0.2 --no-compile
 
 # The kernels for AVX-512 BF16 on machines without: the same source, its vectors and pairs made of AVX2 instructions.
 wide-test: $(READY)

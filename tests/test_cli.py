@@ -68,7 +68,7 @@ def test_it_is_a_module_too() -> None:
     command = [sys.executable, "-m", "interformer_kernels", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
-    for name in ("info", "parity", "demo"):
+    for name in ("info", "parity", "bench", "demo", "tune"):
         assert name in done.stdout
 
 
@@ -159,6 +159,58 @@ def test_wrong_arguments_end_with_2(arguments: list[str], capsys: pytest.Capture
 )
 def test_verdict(error: float, budget: float, ok: bool) -> None:
     assert parity.Result("op", "cpu", "float32", "cpu", "case", "out", error, budget).ok is ok
+
+
+# ---------------------------------------------------------------- bench
+
+# Small enough for a test: one op on one law, four rows, timed for next to nothing.
+TINY = ["bench", "--op", "personalized_ffn", "--law", "movielens", "--rows", "4", "--seconds", "0", "--threads", "1"]
+
+
+def test_bench_needs_torch_alone_to_measure_and_print(tmp_path: Path) -> None:
+    target = tmp_path / "bench.json"
+    done = run(*TINY, "--quick", "--json", str(target), blocked="rich matplotlib numpy pytest triton")
+    assert done.returncode == 0, done.stderr
+    assert "movielens" in done.stdout
+    assert {one["rows"] for one in json.loads(target.read_text())["measurements"]} == {4}
+
+
+def test_bench_says_before_measuring_that_pictures_need_an_extra(tmp_path: Path) -> None:
+    done = run(*TINY, "--out", str(tmp_path / "out"), blocked="matplotlib")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "bench: --out draws pictures, which needs matplotlib: pip install 'interformer-kernels[bench]'\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_bench_has_the_options_of_the_module() -> None:
+    helps = []
+    for command in (["interformer_bench"], ["interformer_kernels", "bench"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *command, "--help"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        helps.append(done.stdout.partition("options:")[2])
+    assert "--law" in helps[0]
+    assert helps[0] == helps[1]
+
+
+def test_bench_says_that_it_is_not_installed_and_others_do_without_it() -> None:
+    done = run(*TINY, blocked="interformer_bench")
+    assert done.returncode == 1
+    assert done.stderr.endswith("interformer_bench is not there; pip install . brings both\n")
+    assert run("info", blocked="interformer_bench").returncode == 0
+
+
+def test_bench_ends_where_no_shape_is_meant() -> None:
+    done = run("bench", "--quick", "--law", "all 1024")
+    assert done.returncode == 1
+    assert done.stderr.startswith("bench: no named shape is of these ops and laws")
 
 
 # ---------------------------------------------------------------- demo
