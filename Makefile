@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # A directory of data to train on (and length files beside it); synthetic clicks where empty.
 DATA ?=
+# The git ref that `make bench-compare` holds this tree against.
+REF ?=
 # Further arguments of pytest, demo or bench: `make test ARGS='-k jagged'`.
 ARGS ?=
 
@@ -24,7 +26,8 @@ PYTEST = OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -n $(WORKERS)
 # Random calls of each kind that `make fuzz` makes.
 EXAMPLES ?= 10000
 
-.PHONY: help demo test triton-test cuda-test resources gpu-report fuzz sanitize lint wheel-test wide-test bench torch-matrix clean
+.PHONY: help demo test triton-test cuda-test resources gpu-report fuzz sanitize lint wheel-test wide-test bench \
+        bench-compare torch-matrix clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
@@ -39,6 +42,7 @@ help:
 	@echo "make wheel-test         builds the wheel and tries it in a bare environment, from another directory"
 	@echo "make wide-test          tests the kernels for AVX-512 BF16 on a machine with AVX2"
 	@echo "make bench [DATA=path]  every op against its peers on all named shapes: bench/out/report.md"
+	@echo "make bench-compare REF=<git ref>  is this tree slower than another, by interleaved runs: bench/out/compare.md"
 	@echo "make torch-matrix       one wheel under several versions of torch (downloads them)"
 	@echo "make clean              removes the environment and all that was built"
 
@@ -111,6 +115,9 @@ wide-test: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m interformer_bench $(data_option) --out bench/out $(ARGS)
+
+bench-compare: $(READY)
+	$(BIN)/python -m interformer_bench.compare $(REF) $(data_option) --out bench/out $(ARGS)
 
 torch-matrix: $(READY)
 	bash tools/torch_matrix.sh

@@ -1,0 +1,97 @@
+"""The process that times one `interformer_kernels`: it answers messages, a line of JSON each, until there are no more.
+
+`prepare` checks and warms up a call, `sample` times it once. This tree's bench runs in it, beside whichever
+`interformer_kernels` comes first on the path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from interformer_bench import checks, report, run, shapes, timing, workloads
+from interformer_bench.grid import Shape
+from interformer_bench.peers import OURS, Peer
+from interformer_bench.workloads import Sizes
+
+import interformer_kernels
+
+Answer = dict[str, Any]
+# A sample repeats calls until it takes this long. The other process had the caches since the last one: a call that is
+# not timed goes first, where it costs little.
+_SAMPLE_SECONDS, _CHEAP_SECONDS = 5e-3, 0.1
+
+
+class Timer:
+    """The call that was prepared last."""
+
+    def __init__(self) -> None:
+        self.about: Answer = {}
+        self.call: timing.Run = lambda: None
+        self.typical, self.repeats = 0.0, 1
+
+    def prepare(self, job: Answer) -> Answer:
+        """Make the job's inputs, check a few rows, warm up; says how long a call takes, or what is wrong."""
+        kernel = workloads.kernel_of(job["op"])
+        if not hasattr(interformer_kernels, kernel):
+            return {"problem": f"has no {kernel}"}
+        try:
+            torch.set_num_threads(job["threads"])
+            problem = self._inputs(job)
+            if problem is not None:
+                return {"problem": problem}
+            self.call = run.runner(job["op"], self.peer, self.arguments, job["direction"])
+            self.typical = timing.quickest(self.call)
+        except Exception as error:
+            return {"problem": f"failed: {type(error).__name__}: {str(error).strip()[:200]}"}
+        self.repeats = max(1, math.ceil(_SAMPLE_SECONDS / self.typical))
+        return {"seconds": self.typical}
+
+    def _inputs(self, job: Answer) -> str | None:
+        """New ones where the shape is another one; says whether this package is wrong there."""
+        about = {name: job[name] for name in ("op", "law", "rows", "sizes", "dtype", "data")}
+        if about != self.about:
+            self.about = {}
+            dtype = getattr(torch, job["dtype"])
+            shape = Shape(job["op"], shapes.laws(job["data"])[job["law"]], job["rows"], Sizes(**job["sizes"]))
+            self.peer = Peer(workloads.ours(shape.op))
+            small = checks.small_lengths(shape.lengths(), shape.sizes.heads)
+            self.problem = checks.Checker(shape.op, small, shape.sizes, dtype).check(OURS, self.peer).problem
+            self.arguments = shape.inputs(dtype)
+            self.about = about
+        return self.problem
+
+    def sample(self, job: Answer) -> Answer:
+        """Seconds of one call, and of all that was done for it."""
+        if self.typical < _CHEAP_SECONDS:
+            self.call()
+        seconds = timing.once(self.call, repeats=self.repeats)
+        return {"seconds": seconds, "spent": seconds * self.repeats}
+
+
+def main() -> None:
+    """Answer until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks decides when it is over
+    # Standard output is for answers alone: what anybody else prints goes to standard error.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(content: Answer) -> None:
+        print(json.dumps(content), file=answers, flush=True)
+
+    timer = Timer()
+    serves: dict[str, Callable[[Answer], Answer]] = {"prepare": timer.prepare, "sample": timer.sample}
+    answer({"package": interformer_kernels.__file__, "kernels": report.level()})
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answer(serves[asked["do"]](asked))
+
+
+if __name__ == "__main__":
+    main()

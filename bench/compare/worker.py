@@ -1,0 +1,88 @@
+"""The handle of a process that times one tree (`child.py`)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from interformer_bench.compare.tree import RefusedError, Tree
+
+
+class DiedError(Exception):
+    """The process ended before it answered."""
+
+
+class Worker:
+    """A process that lives until it is closed; it does something only while it is asked."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the process)
+        # The tree comes first, as the current directory of `-m`; the bench and torch from where they are found here.
+        paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "interformer_bench.compare.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            text=True,
+            cwd=tree.path,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+        try:
+            self.kernels = self._greeted()
+        except BaseException:
+            self.close()
+            raise
+
+    def _greeted(self) -> str:
+        """The instruction set that its kernels take; it must have imported what it shall measure."""
+        try:
+            greeting = self._answer()
+        except DiedError as error:
+            raise RefusedError(f"{self.tree.name} cannot be measured by this tree's bench: {error}") from error
+        found = Path(greeting["package"]).resolve().parents[1]
+        if found != self.tree.path.resolve():
+            raise RefusedError(f"{self.tree.name} lies in {self.tree.path}, but the package of {found} was imported")
+        return str(greeting["kernels"])
+
+    def ask(self, do: str, **job: Any) -> dict[str, Any]:
+        """Its answer; this process waits."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died, and reading its answer says how
+            print(json.dumps({"do": do, **job}), file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            status = self.process.wait()
+            self.said.seek(0)
+            last = (self.said.read().strip().splitlines() or [""])[-1]
+            raise DiedError(f"its process ended with status {status}: {last}".rstrip(": "))
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        self.process.terminate()
+        self.process.wait()
+        self.said.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
