@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from interformer_bench import calls, grid, memory, plots, progress, report, shapes, timing, workloads
+from interformer_bench import calls, curves, grid, memory, plots, progress, report, shapes, sweeps, timing, workloads
 from interformer_bench import run as bench
 from interformer_bench.peers import OURS
 from interformer_bench.progress import Progress
@@ -21,6 +22,7 @@ from interformer_kernels import _backend
 from interformer_kernels._cli.tables import print_table
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+_T = TypeVar("_T")
 _EXTRA = "pip install 'interformer-kernels[bench]'"
 
 
@@ -34,7 +36,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     add("--dtype", action="append", choices=_DTYPES, help="may be repeated; each shape's own where left out")
     add("--threads", action="append", type=int, help="of the CPU; may be repeated; 1 and 2 where left out")
     add("--seconds", type=float, default=1.2, help="about how long each (shape, pass, threads) is timed")
-    add("--quick", action="store_true", help="few shapes, float32, 2 threads, no compiled peers, no memory")
+    add("--quick", action="store_true", help="few shapes, float32, 2 threads, no compiled peers, nothing else")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--backend", choices=_backend.BACKENDS, help="of this package; the fastest where left out")
+    add("--sweeps", action="store_true", help="the sweeps over length, batch and fill alone")
     add("--no-compile", action="store_true", help="without the peers that torch.compile makes")
     add("--json", type=Path, metavar="FILE")
     add("--markdown", type=Path, metavar="FILE", help='"-" prints it')
@@ -79,20 +82,33 @@ def _measure(chosen: argparse.Namespace, found: Sequence[grid.Shape], shown: Pro
     )
     machine = timing.Machine(chosen.device)
     measured: list[bench.Measurement] = []
-    stopped = False
+    swept: dict[str, list[bench.Measurement]] = {}
+    peaks: list[memory.Peak] = []
+    costs: list[calls.Line] = []
+    whole = not chosen.quick and chosen.device == "cpu"
     try:
-        for one in bench.measure(found, settings, machine):
-            measured.append(one)
+        if not chosen.sweeps:
+            _extend(measured, bench.measure(found, settings, machine))
+        if chosen.sweeps or (whole and chosen.law is None and chosen.rows is None):
+            for sweep in sweeps.SWEEPS.values():
+                if chosen.op is None or sweep.op in chosen.op:
+                    _extend(swept.setdefault(sweep.axis, []), sweeps.measure(sweep, settings))
+        if whole and not chosen.sweeps:
+            why = memory.why_not()
+            if why is None:
+                _extend(peaks, memory.peaks(found, chosen.data, max(settings.threads), shown))
+            else:
+                shown.say(why)
+            costs = calls.lines()
     except KeyboardInterrupt:
-        stopped = True
         shown.say("stopped: the report holds what was measured")
-    if stopped or chosen.quick or chosen.device != "cpu":
-        return report.Report(measured, machine.rates())
-    why = memory.why_not()
-    if why is not None:
-        shown.say(why)
-    peaks = [] if why is not None else list(memory.peaks(found, chosen.data, max(settings.threads), shown))
-    return report.Report(measured, machine.rates(), peaks, calls.lines())
+    return report.Report(measured, machine.rates(), peaks, costs, swept)
+
+
+def _extend(found: list[_T], more: Iterable[_T]) -> None:
+    """One by one, so that what is stopped leaves what it had."""
+    for one in more:
+        found.append(one)
 
 
 def _write(chosen: argparse.Namespace, made: report.Report) -> None:
@@ -104,10 +120,23 @@ def _write(chosen: argparse.Namespace, made: report.Report) -> None:
     if chosen.json:
         report.write_json(chosen.json, made)
     if chosen.out:
-        plots.ratios(chosen.out / "ratios.png", made.measurements)
-        plots.limits(chosen.out / "limits.png", made.measurements, made.machine)
-        (chosen.out / "report.md").write_text(report.markdown(made, ("ratios.png", "limits.png")))
+        pictures = _draw(chosen.out, made)
+        (chosen.out / "report.md").write_text(report.markdown(made, pictures))
         report.write_json(chosen.out / "report.json", made)
+
+
+def _draw(folder: Path, made: report.Report) -> list[str]:
+    """The pictures, by name."""
+    found = []
+    for axis, measured in made.sweeps.items():
+        found.append(f"{axis}.png")
+        curves.sweep(folder / found[-1], sweeps.SWEEPS[axis], measured)
+    if made.measurements:
+        found += ["roofline.png", "ratios.png", "limits.png"]
+        curves.roofline(folder / "roofline.png", made.measurements, made.machine)
+        plots.ratios(folder / "ratios.png", made.measurements)
+        plots.limits(folder / "limits.png", made.measurements, made.machine)
+    return found
 
 
 def _show(made: report.Report) -> None:
@@ -118,7 +147,11 @@ def _show(made: report.Report) -> None:
         print_table("peak memory beyond inputs and outputs", report.MEMORY_COLUMNS, report.memory_table(made.peaks))
     if made.calls:
         print_table("the cost of a call", report.CALL_COLUMNS, made.calls)
-    print("\n".join([report.rates(made.machine), *report.missed(made), *report.problems(made.measurements)]))
+    for axis, measured in made.sweeps.items():
+        print_table(sweeps.SWEEPS[axis].title(), *report.sweep_table(sweeps.SWEEPS[axis], measured))
+        print()
+    machine = [report.rates(made.machine)] if made.machine else []
+    print("\n".join([*machine, *report.missed(made), *report.problems(made.everything())]))
 
 
 def _missing(chosen: argparse.Namespace) -> str | None:
@@ -141,4 +174,4 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.markdown != Path("-"):
         _show(made)
     _write(chosen, made)
-    return 1 if any(one.problem and one.runner == OURS for one in made.measurements) else 0
+    return 1 if any(one.problem and one.runner == OURS for one in made.everything()) else 0

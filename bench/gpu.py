@@ -75,14 +75,9 @@ class Detail:
 def gpu_shapes(data: Path | None) -> list[Shape]:
     """The shapes, the most telling first."""
 
-    def equal(length: int) -> Law:
-        return Law(f"all {length}", "synthetic", lambda level: torch.full_like(level, length))
-
-    def filled(share: float) -> Law:
-        return Law(f"1000 at {share}", "synthetic", lambda level: (1000 * level ** (1 / share - 1)).ceil())
-
     tiny = Law("uniform 1..32", "synthetic", lambda level: (level * 32 + 1).clamp(max=32))
-    made = (equal(54), equal(256), equal(4096), filled(0.5), filled(1.0), tiny)
+    full = [dataclasses.replace(shapes.filled(share, 1000), name=f"1000 at {share}") for share in (0.5, 1.0)]
+    made = (*(shapes.equal(length) for length in (54, 256, 4096)), *full, tiny)
     laws = {**shapes.laws(data), **{law.name: law for law in made}}
     found = []
     for op, law, rows, heads, head_size, queries, gated in _SHAPES:

@@ -12,16 +12,18 @@ from interformer_bench.report import Group, Machine
 from interformer_bench.run import PASSES, Measurement
 
 
-def _figure(panels: int, height: float) -> tuple[Any, Any]:
+def panels(count: int, height: float) -> tuple[Any, Any]:
+    """A figure of so many panels side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(1, panels, figsize=(6.5 * panels, height), layout="constrained", squeeze=False)
+    return plt.subplots(1, count, figsize=(6.5 * count, height), layout="constrained", squeeze=False)
 
 
-def _save(path: Path, figure: Any) -> None:
+def save(path: Path, figure: Any) -> None:
+    """Write it, and let it go."""
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +57,7 @@ def _bars(axis: Any, labels: Sequence[str], ends: Sequence[float], colours: Sequ
 def ratios(path: Path, measurements: Sequence[Measurement]) -> None:
     """Ratio to the best peer per shape: red below the floor, and a line at 1."""
     widest = max((len(_lines(measurements, direction)) for direction in PASSES), default=0)
-    figure, axes = _figure(len(PASSES), 2 + 0.16 * widest)
+    figure, axes = panels(len(PASSES), 2 + 0.16 * widest)
     for axis, direction in zip(axes[0], PASSES, strict=True):
         found = [(group[OURS], report.ratio(group)) for group in _lines(measurements, direction)]
         drawn = [(one, times) for one, times in found if times is not None]
@@ -67,13 +69,13 @@ def ratios(path: Path, measurements: Sequence[Measurement]) -> None:
         axis.tick_params(axis="x", which="both", labelsize=7)
         axis.set_title(direction)
         axis.set_xlabel("times as fast as the best peer (log scale)")
-    _save(path, figure)
+    save(path, figure)
 
 
 def limits(path: Path, measurements: Sequence[Measurement], machine: Machine) -> None:
     """Share of the nearer limit per shape: blue where it is the matrix products, orange where it is the copies."""
     widest = max((len(_lines(measurements, direction)) for direction in PASSES), default=0)
-    figure, axes = _figure(len(PASSES), 2 + 0.16 * widest)
+    figure, axes = panels(len(PASSES), 2 + 0.16 * widest)
     for axis, direction in zip(axes[0], PASSES, strict=True):
         found = [(group[OURS], report.of_limit(group[OURS], machine)) for group in _lines(measurements, direction)]
         drawn = [(one, limit) for one, limit in found if limit is not None]
@@ -81,7 +83,7 @@ def limits(path: Path, measurements: Sequence[Measurement], machine: Machine) ->
         _bars(axis, [_label(one) for one, _ in drawn], [limit[1] for _, limit in drawn], colours, start=0)
         axis.set_title(direction)
         axis.set_xlabel("share of the nearer limit (blue: products, orange: copies)")
-    _save(path, figure)
+    save(path, figure)
 
 
 # ---------------------------------------------------------------- times, and parity
@@ -95,13 +97,13 @@ def times(path: Path, measurements: Sequence[Measurement], parity: Sequence[Any]
         measurements: drawn as bars, quartiles as whiskers.
         parity: objects with `op`, `backend`, `dtype`, `quantity` and `share` (error / budget; above 1 is a breach).
     """
-    figure, axes = _figure(3 if parity else 2, 7)
+    figure, axes = panels(3 if parity else 2, 7)
     for axis, direction in zip(axes[0], PASSES, strict=False):
         _draw_times(axis, _lines(measurements, direction))
         axis.set_title(direction)
     if parity:
         _draw_parity(axes[0][2], parity)
-    _save(path, figure)
+    save(path, figure)
 
 
 def _draw_times(axis: Any, shapes: list[Group]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from interformer_bench import targets
 from interformer_bench.memory import YARDSTICK, Peak
 from interformer_bench.peers import OURS
 from interformer_bench.run import PASSES, Measurement
+from interformer_bench.sweeps import SWEEPS, Sweep
 from interformer_bench.timing import Rates
 
 from interformer_kernels import _backend
@@ -44,12 +45,17 @@ MEMORY_COLUMNS = ("op", "lengths", "sizes", "pass", "runner", "peak", "of padded
 
 @dataclass(frozen=True)
 class Report:
-    """What a run of the bench has found."""
+    """What a run of the bench has found; `sweeps` by their axis."""
 
     measurements: Sequence[Measurement]
     machine: Machine
     peaks: Sequence[Peak] = ()
     calls: Sequence[tuple[str, str, str]] = ()
+    sweeps: Mapping[str, Sequence[Measurement]] = field(default_factory=dict)
+
+    def everything(self) -> list[Measurement]:
+        """All that was timed, or was not."""
+        return [*self.measurements, *(one for swept in self.sweeps.values() for one in swept)]
 
 
 def groups(measurements: Iterable[Measurement]) -> list[Group]:
@@ -180,8 +186,8 @@ def table(measurements: Sequence[Measurement], machine: Machine) -> list[tuple[s
                 ours.dtype,
                 str(ours.threads),
                 ours.direction,
-                f"{_time(ours)} ({ours.backend})",
-                f"{_time(peer)} ({peer.runner})" if peer else "none timed",
+                f"{time_of(ours)} ({ours.backend})",
+                f"{time_of(peer)} ({peer.runner})" if peer else "none timed",
                 ", ".join(name for name, one in group.items() if one.median is None) or "-",
                 f"{times:.2f}x" if times else "-",
                 f"{limit[1]:.2f} {limit[0]}" if limit else "-",
@@ -197,6 +203,18 @@ def by_op(made: Report) -> dict[str, list[tuple[str, ...]]]:
     """The table of each op."""
     ops = dict.fromkeys(one.op for one in made.measurements)
     return {op: table([one for one in made.measurements if one.op == op], made.machine) for op in ops}
+
+
+def sweep_table(about: Sweep, measured: Sequence[Measurement]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns, and a line for each pass and place: everybody's median, and the best peer's over ours."""
+    names = tuple(dict.fromkeys(one.runner for one in measured))
+    found = []
+    for direction in PASSES:
+        for group in groups(one for one in measured if one.direction == direction):
+            times = ratio(group)
+            cells = (time_of(group[name]) if name in group else "-" for name in names)
+            found.append((direction, f"{about.at(group[OURS]):.4g}", *cells, f"{times:.2f}x" if times else "-"))
+    return ("pass", about.label, *names, "ratio"), found
 
 
 def problems(measurements: Iterable[Measurement]) -> list[str]:
@@ -226,7 +244,8 @@ def missed(made: Report) -> list[str]:
     return found
 
 
-def _time(one: Measurement) -> str:
+def time_of(one: Measurement) -> str:
+    """Its median with a unit."""
     if one.median is None:
         return "-"
     return f"{one.median:.3g} s" if one.median >= 1 else f"{one.median * 1e3:.3g} ms"
@@ -286,14 +305,17 @@ def markdown(made: Report, pictures: Sequence[str] = ()) -> str:
     parts = []
     for op, lines in by_op(made).items():
         parts += [f"## {op}", rows(COLUMNS, lines)]
-    parts += ["## The machine", rates(made.machine)]
+    for axis, measured in made.sweeps.items():
+        parts += [f"## Time against {axis}", SWEEPS[axis].title(), rows(*sweep_table(SWEEPS[axis], measured))]
+    if made.machine:
+        parts += ["## The machine", rates(made.machine)]
     if made.peaks:
         parts += ["## Peak memory beyond inputs and outputs", rows(MEMORY_COLUMNS, memory_table(made.peaks))]
     if made.calls:
         parts += ["## The cost of a call", rows(CALL_COLUMNS, made.calls)]
     if pictures:
         parts += ["## Pictures", *(f"![{name}]({name})" for name in pictures)]
-    for title, found in (("Targets missed", missed(made)), ("Not timed", problems(made.measurements))):
+    for title, found in (("Targets missed", missed(made)), ("Not timed", problems(made.everything()))):
         if found:
             parts += [f"## {title}", "\n".join(f"- {line}" for line in found)]
     return "\n\n".join(parts) + "\n"
@@ -313,5 +335,6 @@ def write_json(path: Path, made: Report) -> None:
         "measurements": [asdict(one) for one in made.measurements],
         "memory": [asdict(one) for one in made.peaks],
         "calls": made.calls,
+        "sweeps": {axis: [asdict(one) for one in swept] for axis, swept in made.sweeps.items()},
     }
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -59,6 +59,7 @@ class Settings:
         seconds: about how long each (shape, pass, number of threads) is timed.
         compiled: with the peers that `torch.compile` makes.
         backend: of this package; None takes the fastest.
+        peers: names of those to be timed; None takes all.
         stage: what the run is called.
         progress: hears what is going on.
     """
@@ -69,6 +70,7 @@ class Settings:
     seconds: float = 3.0
     compiled: bool = True
     backend: str | None = None
+    peers: tuple[str, ...] | None = None
     stage: str = "speed"
     progress: Progress = field(default_factory=Progress)
 
@@ -97,7 +99,9 @@ class _Session:
         self.torch_dtype: torch.dtype = getattr(torch, dtype)
         self.lengths = shape.lengths()
         self.small = checks.small_lengths(self.lengths, shape.sizes.heads)
-        self.runners = candidates(shape.op, settings.backend, settings.compiled)
+        known = candidates(shape.op, settings.backend, settings.compiled)
+        wanted = known if settings.peers is None else (OURS, *settings.peers)
+        self.runners = {name: peer for name, peer in known.items() if name in wanted}
 
     def measurements(self) -> Iterator[Measurement]:
         """Of all runners, passes and numbers of threads."""

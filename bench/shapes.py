@@ -80,22 +80,25 @@ def log_normal(mean: float, longest: int, sigma: float = 1.0) -> Quantile:
     return lambda level: at(low, level)
 
 
-def _filled(fill: float, longest: int = 512) -> Quantile:
+def equal(length: int) -> Law:
+    """Rows of one length."""
+    return Law(f"all {length}", "synthetic", lambda level: torch.full_like(level, length))
+
+
+def filled(fill: float, longest: int = 512) -> Law:
     """Lengths `longest * u^(1/fill - 1)`: padded to the longest, a share `fill` of the batch is tokens."""
-    return lambda level: (longest * level ** (1 / fill - 1)).ceil()
+    return Law(f"fill {fill}", "synthetic", lambda level: (longest * level ** (1 / fill - 1)).ceil())
 
 
-def _synthetic() -> dict[str, Quantile]:
-    return {
+def _synthetic() -> list[Law]:
+    drawn: dict[str, Quantile] = {
         "uniform 1..50": lambda level: (level * 50 + 1).clamp(max=50),
         "log-normal, mean 100": log_normal(100, 1000),
         "log-normal, mean 500": log_normal(500, 2048),
-        "all 1024": lambda level: torch.full_like(level, 1024),
-        "all 104": lambda level: torch.full_like(level, 104),  # the InterFormer paper's sequences
-        "fill 0.1": _filled(0.1),
-        "fill 0.5": _filled(0.5),
-        "fill 1.0": _filled(1.0),
     }
+    # 104: the InterFormer paper's sequences.
+    shaped = *(equal(length) for length in (1024, 104)), *(filled(share) for share in (0.1, 0.5, 1.0))
+    return [*(Law(name, "synthetic", quantile) for name, quantile in drawn.items()), *shaped]
 
 
 def laws(data: str | Path | None = None) -> dict[str, Law]:
@@ -105,7 +108,7 @@ def laws(data: str | Path | None = None) -> dict[str, Law]:
         path = _find(file, DEFAULT_DATA if data is None else Path(data))
         quantile = _fitted(knots) if path is None else _observed(json.loads(path.read_text()))
         found[name] = Law(name, "fitted" if path is None else "real", quantile)
-    return found | {name: Law(name, "synthetic", quantile) for name, quantile in _synthetic().items()}
+    return found | {law.name: law for law in _synthetic()}
 
 
 def _find(file: str, data: Path) -> Path | None:
