@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from interformer_bench import plots
+from interformer_bench import plots, report
 from interformer_bench.peers import OURS
 from interformer_bench.report import Machine
 from interformer_bench.run import PASSES, Measurement
@@ -95,6 +95,7 @@ def roofline(path: Path, measurements: Sequence[Measurement], machine: Machine) 
         axis.set_title(f"{direction}, {most} threads")
         axis.set_xlabel("FLOP / byte, of what must be computed and moved")
         axis.set_ylabel("GFLOP/s")
+    figure.suptitle("Reached by this package, below what the machine did in the same run")
     _legend_below(figure, axes[0])
     plots.save(path, figure)
 
@@ -102,7 +103,7 @@ def roofline(path: Path, measurements: Sequence[Measurement], machine: Machine) 
 def _ceiling(axis: Any, here: Sequence[Measurement], dtype: str, style: str, machine: Machine) -> None:
     """Copies up to the ridge, products from there on, as wide as the points and the ridge are."""
     own = [one for one in here if one.dtype == dtype]
-    rates = machine.get((dtype, own[0].threads)) if own else None
+    rates = report.ceilings(machine, dtype, own[0].threads) if own else None
     if rates is None:
         return
     ridge = rates.gemm / rates.copy

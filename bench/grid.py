@@ -167,8 +167,11 @@ def shapes(
     rows: int | None = None,
     quick: bool = False,
 ) -> list[Shape]:
-    """The grid of these ops and laws; on batches of `rows` rows where given, few shapes where it shall be quick."""
+    """The grid of these ops and laws; on batches of `rows` rows where given.
+
+    Where it shall be quick and no law is named, a few shapes of each op.
+    """
     wanted = set(laws if names is None else names)
     found = [_shape(op, line, laws[line[0]]) for op in ops for line in _GRID[op] if line[0] in wanted]
-    chosen = [shape for shape in found if shape.quick] if quick else found
+    chosen = [shape for shape in found if shape.quick] if quick and names is None else found
     return [shape if rows is None else replace(shape, rows=rows) for shape in chosen]

@@ -66,7 +66,7 @@ def ratios(path: Path, measurements: Sequence[Measurement]) -> None:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("{x:g}")
-        axis.tick_params(axis="x", which="both", labelsize=7)
+        axis.tick_params(axis="x", which="both", labelsize=7, pad=4)
         axis.set_title(direction)
         axis.set_xlabel("times as fast as the best peer (log scale)")
     save(path, figure)
@@ -82,7 +82,7 @@ def limits(path: Path, measurements: Sequence[Measurement], machine: Machine) ->
         colours = ["tab:blue" if limit[0] == "GEMM" else "tab:orange" for _, limit in drawn]
         _bars(axis, [_label(one) for one, _ in drawn], [limit[1] for _, limit in drawn], colours, start=0)
         axis.set_title(direction)
-        axis.set_xlabel("share of the nearer limit (blue: products, orange: copies)")
+        axis.set_xlabel("share of the nearer limit (blue: products, orange: copies)", fontsize=9)
     save(path, figure)
 
 

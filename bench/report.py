@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from interformer_bench import targets
@@ -81,13 +81,17 @@ def ratio(group: Group, of: str = "") -> float | None:
 
 def of_limit(one: Measurement, machine: Machine) -> tuple[str, float] | None:
     """The nearer limit of the machine (products or copies), and the share of it that was reached."""
-    rates = machine.get((one.dtype, one.threads))
+    rates = ceilings(machine, one.dtype, one.threads)
     if rates is None or not one.median:
         return None
-    # 16-bit numbers may be widened: a slow product of theirs is no limit.
-    gemm = max([rates.gemm, *(x.gemm for key, x in machine.items() if key == ("float32", one.threads))])
-    shares = {"GEMM": one.flops / gemm / one.median, "copy": one.bytes / rates.copy / one.median}
+    shares = {"GEMM": one.flops / rates.gemm / one.median, "copy": one.bytes / rates.copy / one.median}
     return max(shares.items(), key=lambda item: item[1])
+
+
+def ceilings(machine: Machine, dtype: str, threads: int) -> Rates | None:
+    """The rates that limit a dtype: 16-bit numbers may be widened, so a slow product of theirs is no limit."""
+    rates, wide = machine.get((dtype, threads)), machine.get(("float32", threads))
+    return rates if rates is None or wide is None else replace(rates, gemm=max(rates.gemm, wide.gemm))
 
 
 def of_gemm(one: Measurement, machine: Machine) -> float | None:

@@ -133,6 +133,8 @@ def test_shapes_are_chosen_by_op_law_and_size() -> None:
     found = grid.shapes(laws, ["pma_pooling"], ["beauty"], rows=3)
     assert [(s.op, s.law.name, s.rows) for s in found] == [("pma_pooling", "beauty", 3)]
     assert 0 < len(grid.shapes(laws, quick=True)) < len(grid.shapes(laws)) / 3
+    named = grid.shapes(laws, ["pma_pooling"], ["diginetica"], quick=True)
+    assert [s.law.name for s in named] == ["diginetica"]  # a law that is asked for is measured
 
 
 # ---------------------------------------------------------------- peers
