@@ -16,6 +16,7 @@ from interformer_bench import shapes, timing
 from interformer_bench.model import __main__ as command
 from interformer_bench.model import cases, contenders, measure, profiles, report
 from interformer_bench.model.padded import PaddedInterFormer, padded
+from interformer_bench.progress import Progress
 from module_budget import assert_within_budget, perturbed, root_mean_square
 from torch import Tensor
 
@@ -84,7 +85,7 @@ def test_a_wrong_contender_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         return made if name == contenders.REFERENCE else made._replace(call=lambda batch: made.call(batch) + 1)
 
     monkeypatch.setattr(measure, "make", spoiled)
-    found = list(measure.measure([TINY], None, False, 0.01, lambda text: None))
+    found = list(measure.measure([TINY], None, False, 0.01, Progress()))
     assert "wrong logits" in (found[0].problem or "")
     assert found[0].time is None
     assert any("wrong logits" in cell for line in report.table(found) for cell in line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,19 +34,15 @@ def jobs(
     chosen: Sequence[Shape], dtypes: tuple[str, ...] | None, threads: tuple[int, ...], data: Path | None
 ) -> list[Job]:
     """Every shape in each dtype, on each number of threads, in both passes."""
+    places = [(shape, dtype) for shape in chosen for dtype in dtypes or shape.dtypes]
     found = []
-    for shape in chosen:
-        lengths = shape.lengths()
-        for dtype in dtypes or shape.dtypes:
-            for number in threads:
-                for direction in PASSES:
-                    about = shape.law.name, shape.law.source, shape.rows, sum(lengths), str(shape.sizes)
-                    line = Line(shape.op, *about, dtype, number, direction)
-                    asked = {
-                        "op": shape.op, "law": shape.law.name, "rows": shape.rows, "sizes": asdict(shape.sizes),
-                        "dtype": dtype, "threads": number, "direction": direction, "data": str(data) if data else None,
-                    }  # fmt: skip
-                    found.append(Job(line, asked))
+    for (shape, dtype), number, direction in itertools.product(places, threads, PASSES):
+        about = shape.law.name, shape.law.source, shape.rows, sum(shape.lengths()), str(shape.sizes)
+        asked = {
+            "op": shape.op, "law": shape.law.name, "rows": shape.rows, "sizes": asdict(shape.sizes), "dtype": dtype,
+            "threads": number, "direction": direction, "data": str(data) if data else None,
+        }  # fmt: skip
+        found.append(Job(Line(shape.op, *about, dtype, number, direction), asked))
     return found
 
 

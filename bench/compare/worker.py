@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from interformer_bench.compare.tree import RefusedError, Tree
@@ -80,9 +79,3 @@ class Worker:
         self.process.terminate()
         self.process.wait()
         self.said.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from interformer_bench import shapes
+from interformer_bench import progress, shapes
 from interformer_bench.model import measure, profiles, report
 from interformer_bench.model.cases import Case, cases
 from interformer_bench.model.contenders import contenders
 
-from interformer_kernels._cli.tables import print_table, status_line
+from interformer_kernels._cli.tables import print_table
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,13 +30,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="the names of the cases")
     add("--out", type=Path, metavar="DIR", help="model.md and model.json")
     return parser
-
-
-def _tell(text: str) -> None:
-    if sys.stderr.isatty():
-        status_line(text)
-    elif text:
-        print(text, file=sys.stderr, flush=True)
 
 
 def _profile(chosen: Sequence[Case], compile_too: bool) -> None:
@@ -65,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.profile:
         _profile(chosen, not options.no_compile)
         return 0
-    tell: Callable[[str], None] = _tell
-    measured = list(measure.measure(chosen, options.data, not options.no_compile, options.seconds, tell))
+    with progress.shown() as shown:
+        measured = list(measure.measure(chosen, options.data, not options.no_compile, options.seconds, shown))
     print_table("whole models", report.COLUMNS, report.table(measured))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from interformer.testing import random_batch
 from interformer_bench import memory, shapes, timing
 from interformer_bench.model.cases import SCHEMA, Case, cases
 from interformer_bench.model.contenders import OURS, contenders, make, runner, why_not
+from interformer_bench.progress import Progress
 
 from interformer_kernels import testing
 
@@ -53,24 +54,25 @@ def wrong(name: str, lengths: Sequence[int]) -> str | None:
 
 
 def measure(
-    chosen: Sequence[Case], data: Path | None, compile_too: bool, seconds: float, tell: Callable[[str], None]
+    chosen: Sequence[Case], data: Path | None, compile_too: bool, seconds: float, progress: Progress
 ) -> Iterator[Measured]:
     """Every contender on every case: interleaved times in this process, peaks in one of its own for each."""
-    for at, case in enumerate(chosen, 1):
+    progress.begin("models", len(chosen))
+    for case in chosen:
+        progress.step(case.name)
         problems: dict[str, str | None] = {}
         runs: dict[str, timing.Run] = {}
         for name in contenders(compile_too):
-            tell(f"{at}/{len(chosen)} {case.name}: {name}")
+            progress.doing(f"preparing {name}")
             problems[name] = _prepared(name, case, runs)
-        tell(f"{at}/{len(chosen)} {case.name}: timing")
+        progress.doing(f"timing {', '.join(runs)}")
         times = timing.interleaved(runs, seconds=seconds)
         runs.clear()
         torch.compiler.reset()
         for name, problem in problems.items():
-            tell(f"{at}/{len(chosen)} {case.name}: memory of {name}")
+            progress.doing(f"memory of {name}")
             peak = "-" if problem else memory.why_not() or _peak(case, name, data)
             yield Measured(case, name, times.get(name), peak, problem)
-    tell("")
 
 
 def _prepared(name: str, case: Case, runs: dict[str, timing.Run]) -> str | None:
