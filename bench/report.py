@@ -178,13 +178,12 @@ def table(measurements: Sequence[Measurement], machine: Machine) -> list[tuple[s
     lines: list[tuple[str, ...]] = []
     for group in groups(measurements):
         ours, peer, times = group[OURS], best_peer(group), ratio(group)
-        law = ours.law if ours.source == "synthetic" else f"{ours.law} ({ours.source})"
         limit = of_limit(ours, machine)
         back = back_over_forth(group, first)
         judged = judge(group, machine, back)
         lines.append(
             (
-                law,
+                law_of(ours.law, ours.source),
                 f"{ours.rows} x {ours.tokens / max(ours.rows, 1):.0f} ({ours.longest})",
                 ours.sizes,
                 ours.dtype,
@@ -201,6 +200,11 @@ def table(measurements: Sequence[Measurement], machine: Machine) -> list[tuple[s
             )
         )
     return lines
+
+
+def law_of(name: str, source: str) -> str:
+    """A law of lengths, and where it is from if it is of real histories."""
+    return name if source == "synthetic" else f"{name} ({source})"
 
 
 def by_op(made: Report) -> dict[str, list[tuple[str, ...]]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from interformer_bench.report import rows
+from interformer_bench.report import law_of, rows
 from interformer_bench.timing import Timing
 
 from interformer_kernels._cli.tables import print_table
@@ -116,11 +116,10 @@ def table(duels: Iterable[Duel]) -> list[tuple[str, ...]]:
     found = []
     for duel in duels:
         line = duel.line
-        law = line.law if line.source == "synthetic" else f"{line.law} ({line.source})"
         ratios = [duel.ratio, Duel(line, *duel.again).ratio if duel.again else None]
         found.append((
-            line.op, law, f"{line.rows} x {line.tokens / max(line.rows, 1):.0f}", line.sizes, line.dtype,
-            str(line.threads), line.direction, _time(duel.old), _time(duel.new),
+            line.op, law_of(line.law, line.source), f"{line.rows} x {line.tokens / max(line.rows, 1):.0f}",
+            line.sizes, line.dtype, str(line.threads), line.direction, _time(duel.old), _time(duel.new),
             ", ".join(f"{ratio:.2f}" for ratio in ratios if ratio) or "-", verdict(duel),
         ))  # fmt: skip
     return found
