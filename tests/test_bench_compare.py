@@ -110,13 +110,15 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> type[Planted]:
 
 def some_jobs() -> list[turns.Job]:
     shape = grid.Shape("pma_pooling", shapes.laws("nowhere")["diginetica"], rows=8)
-    return turns.jobs([shape], None, (2, 1), None)
+    return turns.jobs([shape], None, (2, 1))
 
 
 def test_every_pass_on_every_number_of_threads_is_a_job() -> None:
     found = [(job.line.threads, job.line.direction) for job in some_jobs()]
     assert found == [(2, "forward"), (2, "forward+backward"), (1, "forward"), (1, "forward+backward")]
-    assert json.loads(json.dumps(some_jobs()[0].asked))["sizes"]["head_size"] == 16
+    asked = json.loads(json.dumps(some_jobs()[0].asked))
+    assert asked["sizes"]["head_size"] == 16
+    assert sum(asked["lengths"]) == some_jobs()[0].line.tokens
 
 
 def test_trees_take_turns_and_neither_always_follows_the_other(planted: type[Planted]) -> None:
@@ -155,6 +157,16 @@ def test_a_process_that_dies_is_shown_and_the_others_go_on(planted: type[Planted
     assert [line["verdict"] for line in lines] == ["BROKEN: new its process ended with status -11"] * 2
     assert all(line["old"]["time"] for line in lines)
     assert planted.made == ["old", "new", "new", "new"]
+
+
+def test_where_neither_tree_can_be_timed_it_ends_with_2(
+    planted: type[Planted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted.dies.update(("old", "new"))
+    assert main(["some-ref", *CHOSEN, "--seconds", "9", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert "2 lines: 2 neither." in said.out
+    assert said.err.endswith("bench-compare: neither tree could be timed on any line\n")
 
 
 # ---------------------------------------------------------------- processes

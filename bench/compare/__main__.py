@@ -27,9 +27,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def measured(chosen: argparse.Namespace, trees: tuple[tree.Tree, tree.Tree], shown: Progress) -> tuple[str, list[Duel]]:
     """A heading, and every line; what the first run saw differ is seen once more, by new processes."""
-    jobs = turns.jobs(
-        command.shapes_of(chosen), command.dtypes_of(chosen), command.threads_of(chosen), _absolute(chosen.data)
-    )
+    jobs = turns.jobs(command.shapes_of(chosen), command.dtypes_of(chosen), command.threads_of(chosen))
     pair = turns.Pair(*trees)
     kernels = [worker.kernels for worker in pair.workers]
     heading = f"{trees[1].name} against {trees[0].name}; kernels: {' | '.join(dict.fromkeys(kernels))}"
@@ -53,10 +51,6 @@ def measured(chosen: argparse.Namespace, trees: tuple[tree.Tree, tree.Tree], sho
     return heading, found
 
 
-def _absolute(data: Path | None) -> Path | None:
-    return None if data is None else data.resolve()
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Build, measure, print, write; 1 where there is a regression, 2 where nothing can be compared."""
     chosen = _parser().parse_args(arguments)
@@ -70,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     verdicts.show(heading, duels)
     verdicts.write(chosen.out, heading, duels)
+    if all(duel.old.problem and duel.new.problem for duel in duels):
+        print("bench-compare: neither tree could be timed on any line", file=sys.stderr)
+        return 2
     return 1 if verdicts.failed(duels) else 0
 
 

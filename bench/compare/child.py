@@ -15,8 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from interformer_bench import checks, report, run, shapes, timing, workloads
-from interformer_bench.grid import Shape
+from interformer_bench import checks, report, run, timing, workloads
 from interformer_bench.peers import OURS, Peer
 from interformer_bench.workloads import Sizes
 
@@ -55,15 +54,14 @@ class Timer:
 
     def _inputs(self, job: Answer) -> str | None:
         """New ones where the shape is another one; says whether this package is wrong there."""
-        about = {name: job[name] for name in ("op", "law", "rows", "sizes", "dtype", "data")}
+        about = {name: job[name] for name in ("op", "lengths", "sizes", "dtype")}
         if about != self.about:
             self.about = {}
-            dtype = getattr(torch, job["dtype"])
-            shape = Shape(job["op"], shapes.laws(job["data"])[job["law"]], job["rows"], Sizes(**job["sizes"]))
-            self.peer = Peer(workloads.ours(shape.op))
-            small = checks.small_lengths(shape.lengths(), shape.sizes.heads)
-            self.problem = checks.Checker(shape.op, small, shape.sizes, dtype).check(OURS, self.peer).problem
-            self.arguments = shape.inputs(dtype)
+            op, lengths, sizes, dtype = job["op"], job["lengths"], Sizes(**job["sizes"]), getattr(torch, job["dtype"])
+            self.peer = Peer(workloads.ours(op))
+            small = checks.small_lengths(lengths, sizes.heads)
+            self.problem = checks.Checker(op, small, sizes, dtype).check(OURS, self.peer).problem
+            self.arguments = workloads.inputs(op, lengths, sizes, dtype)
             self.about = about
         return self.problem
 

@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from interformer_bench.compare.tree import Tree
@@ -30,18 +29,15 @@ class Job:
     asked: dict[str, Any]
 
 
-def jobs(
-    chosen: Sequence[Shape], dtypes: tuple[str, ...] | None, threads: tuple[int, ...], data: Path | None
-) -> list[Job]:
-    """Every shape in each dtype, on each number of threads, in both passes."""
+def jobs(chosen: Sequence[Shape], dtypes: tuple[str, ...] | None, threads: tuple[int, ...]) -> list[Job]:
+    """Every shape in each dtype, on each number of threads, in both passes; both trees get the same lengths."""
     places = [(shape, dtype) for shape in chosen for dtype in dtypes or shape.dtypes]
     found = []
     for (shape, dtype), number, direction in itertools.product(places, threads, PASSES):
-        about = shape.law.name, shape.law.source, shape.rows, sum(shape.lengths()), str(shape.sizes)
-        asked = {
-            "op": shape.op, "law": shape.law.name, "rows": shape.rows, "sizes": asdict(shape.sizes), "dtype": dtype,
-            "threads": number, "direction": direction, "data": str(data) if data else None,
-        }  # fmt: skip
+        lengths = shape.lengths()
+        about = shape.law.name, shape.law.source, shape.rows, sum(lengths), str(shape.sizes)
+        call = {"op": shape.op, "lengths": lengths, "sizes": asdict(shape.sizes), "dtype": dtype}
+        asked = {**call, "threads": number, "direction": direction}
         found.append(Job(Line(shape.op, *about, dtype, number, direction), asked))
     return found
 
