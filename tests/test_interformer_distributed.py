@@ -20,8 +20,8 @@ from interformer.train import Progress, Run, TrainConfig, train
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import binary_cross_entropy_with_logits
+from two_processes import WORLD, run_together
 
-WORLD = 2
 LAW = SyntheticLaw(num_users=40, impressions_per_user=6, mean_length=8, max_history=12)
 MODEL = InterFormerConfig(
     embed_dim=8,
@@ -39,22 +39,10 @@ TRAINING = TrainConfig(epochs=2, batch_size=49, lr=5e-3, weight_decay=0.1, embed
 LENGTHS = (3, 0, 12, 1, 7, 5, 2)
 
 
-def _process(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    try:
-        torch.save({work.__name__: work() for work in WORKS}, folder / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of `WORKS` returns in each of the processes: all at once, since starting one takes seconds."""
-    folder = tmp_path_factory.mktemp("together")
-    torch.multiprocessing.spawn(_process, (folder,), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    """What each of `WORKS` returns in each of the processes."""
+    return run_together(WORKS, tmp_path_factory.mktemp("together"))
 
 
 def _curve() -> list[list[float]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from interformer_kernels import _checks as checks
 from interformer_kernels import reference
 from interformer_kernels.ops._registered import Bound, RegisteredOp, autocast
+from interformer_kernels.ops._sharding import over_shards
 
 OP = "apply_rotary"
 
@@ -59,6 +60,7 @@ _op = RegisteredOp(
 )
 
 
+@over_shards("T H D", x="T H D")
 def apply_rotary(
     x: Tensor,
     offsets: Tensor,

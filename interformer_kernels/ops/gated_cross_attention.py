@@ -10,6 +10,7 @@ from interformer_kernels import _checks as checks
 from interformer_kernels import reference
 from interformer_kernels.ops import _attention as attention
 from interformer_kernels.ops._registered import Bound, RegisteredOp, autocast, wants_gradients
+from interformer_kernels.ops._sharding import over_shards
 
 OP = "gated_cross_attention"
 
@@ -86,6 +87,7 @@ _op = RegisteredOp(
 )
 
 
+@over_shards("B N H Dv | Tq H Dv", q="B N H D | Tq H D", k="Tk Hk D", v="Tk Hk Dv")
 def gated_cross_attention(
     q: Tensor,
     k: Tensor,

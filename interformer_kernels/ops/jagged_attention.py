@@ -10,6 +10,7 @@ from interformer_kernels import _checks as checks
 from interformer_kernels import reference
 from interformer_kernels.ops import _attention as attention
 from interformer_kernels.ops._registered import Bound, RegisteredOp, autocast, wants_gradients
+from interformer_kernels.ops._sharding import over_shards
 
 OP = "jagged_attention"
 
@@ -109,6 +110,7 @@ _op = RegisteredOp(
 )
 
 
+@over_shards("Tq H Dv", q="Tq H D", k="Tk Hk D", v="Tk Hk Dv")
 def jagged_attention(
     q: Tensor,
     k: Tensor,

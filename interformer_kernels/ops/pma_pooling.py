@@ -10,6 +10,7 @@ from interformer_kernels import _checks as checks
 from interformer_kernels import reference
 from interformer_kernels.ops import _attention as attention
 from interformer_kernels.ops._registered import Bound, RegisteredOp, autocast, wants_gradients
+from interformer_kernels.ops._sharding import over_shards
 
 OP = "pma_pooling"
 
@@ -79,6 +80,7 @@ _op = RegisteredOp(
 )
 
 
+@over_shards("B M H Dv", seeds="M H D", k="T Hk D", v="T Hk Dv")
 def pma_pooling(
     seeds: Tensor,
     k: Tensor,

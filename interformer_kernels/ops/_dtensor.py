@@ -1,0 +1,262 @@
+"""An op called with DTensors: every process computes its own part, and nothing is sent.
+
+Each dimension of the mesh shares out one kind of axis, or nothing:
+
+| shared out | sharded | whole (`Replicate`), its gradient a sum over the processes (`Partial`) |
+|---|---|---|
+| rows: the offsets are `Shard(0)` | what has rows or tokens, on axis 0 | seeds, gates that broadcast over rows |
+| heads | what has heads, on that axis; `k` and `v` or not | gates that broadcast over heads; `k`, `v` where not |
+| features `F` of `personalized_ffn` | weight, bias, residual, output | `x` |
+| channels `E` of `personalized_ffn` (linear: no activation, bias, residual) | `x`, weight; output `Partial` | nothing |
+| nothing | nothing | everything, the gradients, too |
+
+**Heads.** Offsets, rotary tables and positions are plain tensors or whole ones, the same in all processes. Heads must
+divide evenly. Whole `k` and `v` serve where there are fewer key/value heads than processes: each reads its own of them.
+
+**Rows.** Offsets that are `Shard(0)` say that every process holds rows of its own, with its own offsets, which begin at
+0: `[B_r + 1]` for its `B_r` rows, so that the DTensor's global size is `B` plus the number of processes. Token counts
+may differ from process to process; then `DTensor.from_local` needs the global `shape` and `stride`, and what moves such
+tensors later (`full_tensor`, `redistribute`) is not for them, since PyTorch takes shards to be those of `torch.chunk`.
+
+Any other placement is refused: the caller decides what is gathered. Only public parts of DTensor are used (`to_local`,
+`from_local`), so that gradients, second ones too, and `torch.compile` follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+# What a mesh dimension can share out, and the axes that this cuts.
+_CUT = {
+    "rows": ("B", "T", "Tq", "Tk"),
+    "heads": ("H", "Hk"),
+    "features": ("F",),
+    "channels": ("E",),
+}
+_KEYS = ("k", "v")  # which may stay whole where heads are shared out
+_OFFSETS = ("offsets", "kv_offsets", "q_offsets")
+_TABLES = (*_OFFSETS, "rope_positions", "positions", "rope")  # what carries no gradient
+
+
+def call_on_parts(
+    op: Callable[..., Any], arguments: dict[str, Any], layouts: dict[str, str], out: str
+) -> DTensor | tuple[DTensor, ...]:
+    """`op(**arguments)` of this process' parts, the results DTensors again; see the module's docstring.
+
+    Raises:
+        TypeError: a floating argument is a plain tensor.
+        ValueError: the arguments lie on different meshes, or a placement would need something to be sent.
+    """
+    call = _Call(op.__name__, arguments, layouts, out)
+    found = op(**{name: call.own_part(name, x) for name, x in arguments.items()})
+    return tuple(map(call.as_global, found)) if isinstance(found, tuple) else call.as_global(found)
+
+
+class _Call:
+    """One call: what each dimension of the mesh shares out, and so how every tensor lies."""
+
+    def __init__(self, op: str, arguments: dict[str, Any], layouts: dict[str, str], out: str) -> None:
+        self.op, self.arguments = op, arguments
+        self.lead = next(iter(layouts))
+        lead = arguments.get(self.lead)
+        if not isinstance(lead, DTensor):
+            raise TypeError(f"{op}: {self.lead} must be a DTensor where another argument is one, found {_kind(lead)}")
+        self.mesh: DeviceMesh = lead.device_mesh
+        forms = {name: layout for name, layout in (*layouts.items(), ("residual", out)) if _given(arguments, name)}
+        self.out = _form(out, lead.dim() if "|" in out else None)
+        self.layouts: dict[str, tuple[str, ...]] = {}
+        for name, x in arguments.items():
+            self._check_kind(name, x, name in forms or (name == "gate" and x is not None))
+            if name in forms:
+                self.layouts[name] = self._axes(name, x, forms[name])
+        if _given(arguments, "gate"):
+            self.layouts["gate"] = _broadcast_axes(arguments["gate"], self.out)
+        self.shared = tuple(self._shared_out(dim) for dim in range(self.mesh.ndim))
+        if "channels" in self.shared:
+            self._check_linear()
+
+    # ------------------------------------------------------------ what is shared out
+
+    def _axes(self, name: str, x: Tensor, layout: str) -> tuple[str, ...]:
+        axes = _form(layout, x.dim())
+        if len(axes) != x.dim():
+            raise ValueError(f"{self.op}: {name} must be [{', '.join(axes)}], found shape {list(x.shape)}")
+        return axes
+
+    def _check_kind(self, name: str, x: Any, floating: bool) -> None:
+        if floating and not isinstance(x, DTensor):
+            raise TypeError(f"{self.op}: {name} must be a DTensor, as {self.lead} is, found {_kind(x)}")
+        if isinstance(x, DTensor) and x.device_mesh != self.mesh:
+            raise ValueError(f"{self.op}: {name} must lie on {self.lead}'s mesh {self.mesh}, found {x.device_mesh}")
+
+    def _shared_out(self, dim: int) -> str | None:
+        """What this dimension of the mesh shares out: the first sharded argument says so, offsets before all others."""
+        offsets = [x for name in _OFFSETS if isinstance(x := self.arguments.get(name), DTensor)]
+        if any(x.placements[dim] == Shard(0) for x in offsets):
+            return "rows"
+        for name, axes in self.layouts.items():
+            placement = self.arguments[name].placements[dim]
+            if placement == Replicate():
+                continue
+            for what, cut in _CUT.items():
+                if what != "rows" and any(placement == Shard(axes.index(axis)) for axis in cut if axis in axes):
+                    return what
+            if placement == Shard(0) and axes[0] in _CUT["rows"]:
+                raise ValueError(
+                    f"{self.op}: offsets must be a DTensor with Shard(0) on mesh dimension {dim}, each process' own "
+                    f"beginning at 0, where rows are shared out; found {name} with {placement} there"
+                )
+            self._refuse(name, self.arguments[name], dim, "Replicate(), or Shard of rows, heads or features")
+        return None
+
+    def _refuse(self, name: str, x: DTensor, dim: int, wanted: str) -> NoReturn:
+        raise ValueError(f"{self.op}: {name} must be {wanted} on mesh dimension {dim}, found {x.placements[dim]}")
+
+    def _check_linear(self) -> None:
+        """Parts of a sum over channels add up only where nothing is done to each of them."""
+        if self.arguments.get("activation", "identity") != "identity":
+            wanted = 'activation must be "identity" where channels are sharded'
+            raise ValueError(f"{self.op}: {wanted}, found {self.arguments['activation']!r}")
+        for name in ("bias", "residual"):
+            if _given(self.arguments, name):
+                wanted = "None where channels are sharded (add it to the reduced output)"
+                raise ValueError(f"{self.op}: {name} must be {wanted}, found {_kind(self.arguments[name])}")
+
+    # ------------------------------------------------------------ own parts
+
+    def own_part(self, name: str, x: Any) -> Any:
+        """What this process reads of an argument."""
+        if name in self.layouts:
+            return self._own_floats(name, x)
+        if name in _TABLES:
+            parts = x if isinstance(x, (tuple, list)) else (x,)
+            own = tuple(self._own_index(name, part) for part in parts)
+            return own if isinstance(x, (tuple, list)) else own[0]
+        return x
+
+    def _own_index(self, name: str, x: Any) -> Any:
+        """A process' own offsets or positions where rows are shared out; else, as rotary tables, the same in all."""
+        by_rows = name != "rope"
+        if isinstance(x, DTensor):
+            for dim, what in enumerate(self.shared):
+                wanted = Shard(0) if by_rows and what == "rows" else Replicate()
+                if x.placements[dim] != wanted:
+                    self._refuse(name, x, dim, str(wanted))
+            return x.to_local()
+        if isinstance(x, Tensor) and by_rows and "rows" in self.shared:
+            because = "as the offsets, where rows are shared out"
+            raise TypeError(f"{self.op}: {name} must be a DTensor with Shard(0), {because}; found {_kind(x)}")
+        return x
+
+    def _own_floats(self, name: str, x: DTensor) -> Tensor:
+        placements, gradients = self._placements(self.layouts[name]), []
+        whole = name in _KEYS and all(
+            x.placements[dim] == Replicate() for dim, what in enumerate(self.shared) if what == "heads"
+        )
+        for dim, what in enumerate(self.shared):
+            wanted = Replicate() if what == "heads" and whole else placements[dim]
+            if x.placements[dim] != wanted:
+                because = f" where {what} are shared out" if what else ""
+                self._refuse(name, x, dim, f"{wanted}{because}")
+            gradients.append(Partial() if what and wanted == Replicate() else wanted)
+        self._check_even(name, x, tuple(self.layouts[name]))
+        own = x.to_local(grad_placements=gradients)
+        return self._own_heads(name, own) if whole and "heads" in self.shared else own
+
+    def _placements(self, axes: tuple[str, ...]) -> list[Placement]:
+        """How a tensor with these axes lies."""
+        found: list[Placement] = []
+        for what in self.shared:
+            cut = [i for i, axis in enumerate(axes) if what and axis in _CUT[what]]
+            found.append(Shard(cut[0]) if cut else Replicate())
+        return found
+
+    def _check_even(self, name: str, x: DTensor, axes: tuple[str, ...]) -> None:
+        for i, axis in enumerate(axes):
+            what = next((what for what in self.shared if what not in (None, "rows") and axis in _CUT[what]), None)
+            if what and Shard(i) in x.placements and x.shape[i] % (parts := self._part(what).count):
+                wanted = f"a multiple of the {parts} parts that {what} are shared out in"
+                raise ValueError(f"{self.op}: axis {axis} of {name} must be {wanted}, found {x.shape[i]}")
+
+    def _part(self, what: str) -> _Part:
+        """Which part of `what` is this process', of how many; dimensions of the mesh divide it one after another."""
+        index, count = 0, 1
+        for dim, shared in enumerate(self.shared):
+            if shared == what:
+                index, count = index * self.mesh.size(dim) + self.mesh.get_local_rank(dim), count * self.mesh.size(dim)
+        return _Part(index, count)
+
+    def _own_heads(self, name: str, x: Tensor) -> Tensor:
+        """Of whole keys or values, the heads that this process' queries read."""
+        heads, key_heads = self.arguments[self.lead].shape[-2], x.shape[1]
+        part, group = self._part("heads"), max(heads // max(key_heads, 1), 1)
+        own = heads // part.count
+        if own % group and group % max(own, 1):
+            wanted = f"such that the {own} query heads of a process read whole groups of {group}, or lie in one"
+            raise ValueError(f"{self.op}: the heads of {name} must be {wanted}; found {key_heads} for {heads}")
+        return x.narrow(1, part.index * own // group, max(own // group, 1))
+
+    # ------------------------------------------------------------ results
+
+    def as_global(self, own: Tensor) -> DTensor:
+        """A result (or its log-sum-exp, which lacks the last axis) as the DTensor of which `own` is a part."""
+        axes = self.out[: own.dim()]
+        sizes = self._sizes()
+        shape = [sizes.get(axis, size) for axis, size in zip(axes, own.shape, strict=True)]
+        stride = [1]
+        for size in reversed(shape[1:]):
+            stride.insert(0, stride[0] * max(size, 1))
+        placements = [
+            Partial() if what == "channels" else placement
+            for what, placement in zip(self.shared, self._placements(axes), strict=True)
+        ]
+        return DTensor.from_local(
+            own, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+        )
+
+    def _sizes(self) -> dict[str, int]:
+        """Sizes of all axes in all processes together."""
+        sizes = {
+            axis: size
+            for name in self.layouts
+            for axis, size in zip(self.layouts[name], self.arguments[name].shape, strict=True)
+        }
+        if "rows" in self.shared:
+            offsets = next(x for name in _OFFSETS if isinstance(x := self.arguments.get(name), DTensor))
+            sizes["B"] = offsets.shape[0] - self._part("rows").count
+        return sizes
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Part `index` of `count`."""
+
+    index: int
+    count: int
+
+
+def _given(arguments: dict[str, Any], name: str) -> bool:
+    return arguments.get(name) is not None
+
+
+def _form(layout: str, axes: int | None) -> tuple[str, ...]:
+    """A layout's axes; of several forms, the one that has so many, or the first."""
+    forms = [tuple(form.split()) for form in layout.split("|")]
+    return next((form for form in forms if len(form) == axes), forms[0])
+
+
+def _broadcast_axes(x: Tensor, out: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes of what broadcasts to the output; one of size 1 is nobody's."""
+    axes = (*["1"] * (x.dim() - len(out)), *out)[-x.dim() :] if x.dim() else ()
+    return tuple("1" if size == 1 else axis for axis, size in zip(axes, x.shape, strict=True))
+
+
+def _kind(x: object) -> str:
+    return "a plain tensor" if isinstance(x, Tensor) and not isinstance(x, DTensor) else type(x).__name__
