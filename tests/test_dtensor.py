@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,19 +34,26 @@ from interformer_kernels.testing import Case, offsets_of
 
 ATTENTION = ("jagged_attention", "pma_pooling", "gated_cross_attention")
 ONE_KEY_HEAD = [Case(op, "one key head", kv_heads=1, gate="head", residual=True) for op in ATTENTION]
-HALF_GROUP = [Case(op, "three key heads", heads=12, kv_heads=3, gate="channel") for op in ATTENTION]
-LINEAR = Case("personalized_ffn", "linear", bias=False)
 
 HEADS = [case for case in (*ALL_CASES, *ONE_KEY_HEAD) if case.op != "personalized_ffn"]
 ROWS = [replace(case, tail=4) for case in ALL_CASES]  # never as many tokens as rows: the test tells them by number
 FEATURES = [case for case in ALL_CASES if case.op == "personalized_ffn"]
-CHANNELS = [LINEAR]
-CASES = {"heads": HEADS, "rows": ROWS, "features": FEATURES, "channels": CHANNELS}
-KEYS = [(what, case) for what, cases in CASES.items() for case in cases]
+CHANNELS = [Case("personalized_ffn", "linear", bias=False)]
+
+What = tuple[str, ...]  # what each dimension of a mesh shares out, each over two processes
+LINE: list[tuple[What, Case]] = [
+    ((what,), case)
+    for what, cases in (("heads", HEADS), ("rows", ROWS), ("features", FEATURES), ("channels", CHANNELS))
+    for case in cases
+]
+SQUARE: list[tuple[What, Case]] = [
+    (what, replace(case, tail=4)) for what in (("rows", "heads"), ("heads", "heads")) for case in HEADS[::9]
+]
+SQUARE += [(("features", "rows"), FEATURES[0]), (("rows", "channels"), CHANNELS[0])]
 
 
-def placement_of(what: str, case: Case, name: str, x: Tensor) -> Placement:
-    """How an argument (or the output's gradient) lies where the two processes share out `what`."""
+def placement_of(what: str, parts: int, case: Case, name: str, x: Tensor) -> Placement:
+    """How an argument (or the output's gradient) lies where `parts` processes share out `what`."""
     if what == "rows":
         shared = name == "seeds" or (name == "gate" and case.gate in ("channel", "scalar"))
         return Replicate() if shared else Shard(0)
@@ -50,12 +61,12 @@ def placement_of(what: str, case: Case, name: str, x: Tensor) -> Placement:
         return {"weight": Shard(2), "bias": Shard(1), "residual": Shard(1), "grad_out": Shard(1)}.get(name, Replicate())
     if what == "channels":
         return Shard(1) if name in ("x", "weight") else Replicate()
-    whole = (name in ("k", "v") and case.kv_heads % WORLD) or (name == "gate" and case.gate == "scalar")
+    whole = (name in ("k", "v") and case.kv_heads % parts) or (name == "gate" and case.gate == "scalar")
     return Replicate() if whole else Shard(x.dim() - 2)
 
 
-def parts_of(case: Case, what: str, x: Tensor, axis: int) -> list[int]:
-    """Sizes of the two processes' parts of an axis; the first has the first half of the rows, the second any tail."""
+def halves_of(case: Case, what: str, x: Tensor, axis: int) -> list[int]:
+    """Sizes of the two parts of an axis; the first has the first half of the rows, the second the rest and any tail."""
     if what != "rows":
         return [x.shape[axis] // WORLD] * WORLD
     first = len(case.lengths) // 2
@@ -70,15 +81,20 @@ def parts_of(case: Case, what: str, x: Tensor, axis: int) -> list[int]:
 class Shared:
     """A case's inputs as this process has them."""
 
-    def __init__(self, what: str, case: Case) -> None:
+    def __init__(self, what: What, case: Case) -> None:
         self.what, self.case = what, case
-        self.mesh = init_device_mesh("cpu", (WORLD,))
-        self.rank = self.mesh.get_local_rank()
+        self.mesh = init_device_mesh("cpu", (WORLD,) * len(what))
 
-    def own(self, x: Tensor, placement: Placement) -> Tensor:
-        if not isinstance(placement, Shard):
-            return x
-        return x.split(parts_of(self.case, self.what, x, placement.dim), placement.dim)[self.rank]
+    def placements(self, name: str, x: Tensor) -> list[Placement]:
+        parts = {what: WORLD ** self.what.count(what) for what in self.what}
+        return [placement_of(what, parts[what], self.case, name, x) for what in self.what]
+
+    def own(self, x: Tensor, placements: Sequence[Placement]) -> Tensor:
+        for dim, (what, placement) in enumerate(zip(self.what, placements, strict=True)):
+            if isinstance(placement, Shard):
+                halves = halves_of(self.case, what, x, placement.dim)
+                x = x.split(halves, placement.dim)[self.mesh.get_local_rank(dim)]
+        return x
 
     def shard(self, name: str, x: Any) -> Any:
         if isinstance(x, tuple):
@@ -87,33 +103,34 @@ class Shared:
             return x
         if not x.is_floating_point():
             return self._shard_index(name, x)
-        placement = placement_of(self.what, self.case, name, x)
-        return self._made(self.own(x.detach(), placement), placement, x.shape).requires_grad_(x.requires_grad)
+        placements = self.placements(name, x)
+        return self._made(self.own(x.detach(), placements), placements, x.shape).requires_grad_(x.requires_grad)
 
     def _shard_index(self, name: str, x: Tensor) -> Tensor:
-        if self.what != "rows":
+        if "rows" not in self.what:
             return x
+        placements = [Shard(0) if what == "rows" else Replicate() for what in self.what]
         if not name.endswith("offsets"):
-            return self._made(self.own(x, Shard(0)), Shard(0), x.shape)
+            return self._made(self.own(x, placements), placements, x.shape)
         first = len(self.case.lengths) // 2
-        rows = slice(0, first + 1) if self.rank == 0 else slice(first, None)
-        return self._made(x[rows] - x[rows][0], Shard(0), (len(x) + 1,))
+        own = x[: first + 1] if self.mesh.get_local_rank(self.what.index("rows")) == 0 else x[first:]
+        return self._made(own - own[0], placements, (len(x) + 1,))
 
-    def _made(self, own: Tensor, placement: Placement, shape: Any) -> DTensor:
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(own, self.mesh, [placement], shape=torch.Size(shape), stride=stride)
+    def _made(self, own: Tensor, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
+        stride = torch.empty(tuple(shape), device="meta").stride()
+        return DTensor.from_local(own, self.mesh, placements, shape=torch.Size(shape), stride=stride)
 
-    def check(self, name: str, found: DTensor, wanted: Tensor, placement: Placement) -> None:
-        own = found.to_local()
-        if placement == Partial():
-            own = own.clone()
-            dist.all_reduce(own)
-        assert found.placements == (placement,), f"{name}: {found.placements}"
+    def check(self, name: str, found: DTensor, wanted: Tensor, placements: Sequence[Placement]) -> None:
+        own = found.to_local().clone()
+        for dim, placement in enumerate(placements):
+            if placement == Partial():
+                dist.all_reduce(own, group=self.mesh.get_group(dim))
+        assert found.placements == tuple(placements), f"{name}: {found.placements}"
         assert found.shape == wanted.shape, name
-        torch.testing.assert_close(own, self.own(wanted, placement), msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(own, self.own(wanted, placements), msg=lambda text: f"{name}: {text}")
 
 
-def same_as_one_process(what: str, case: Case) -> str:
+def same_as_one_process(what: What, case: Case) -> str:
     """What differs from one process, or why it does not run; empty where all is well."""
     inputs = testing.make_inputs(case, torch.float32)
     wanted = testing.evaluate(lambda: testing.call(case.op, inputs, None), case.op, inputs)
@@ -125,22 +142,23 @@ def same_as_one_process(what: str, case: Case) -> str:
             found.update(testing.evaluate(lambda: testing.call(case.op, sharded, None), case.op, sharded))
         assert sent.get_total_counts() == 0, sent.get_comm_counts()
 
-    failures = [failure_of(run)] * WORLD
+    failures = [failure_of(run)] * dist.get_world_size()
     dist.all_gather_object(failures, failures[0])
-    if any(failures):  # before either process waits for the other
+    if any(failures):  # before one process waits for another
         return "".join(failures)
-    output = placement_of(what, case, "grad_out", inputs["grad_out"])
     for name, x in found.items():
-        placement = Partial() if what == "channels" else output
+        placements = shared.placements("grad_out", inputs["grad_out"])
         if name.startswith("d"):
-            placement = placement_of(what, case, name[1:], inputs[name[1:]])
-            placement = Partial() if placement == Replicate() else placement
-        failures.append(failure_of(partial(shared.check, name, x, wanted[name], placement)))
+            placements = shared.placements(name[1:], inputs[name[1:]])
+            placements = [Partial() if placement == Replicate() else placement for placement in placements]
+        elif "channels" in what:
+            placements[what.index("channels")] = Partial()
+        failures.append(failure_of(partial(shared.check, name, x, wanted[name], placements)))
     return "".join(failures)
 
 
-def name_of(what: str, case: Case) -> str:
-    return f"{what}-{case.op}-{case.name}"
+def name_of(what: What, case: Case) -> str:
+    return f"{' x '.join(what)}-{case.op}-{case.name}"
 
 
 def failure_of(check: Callable[[], None]) -> str:
@@ -152,8 +170,12 @@ def failure_of(check: Callable[[], None]) -> str:
     return ""
 
 
-def every_case() -> dict[str, str]:
-    return {name_of(what, case): same_as_one_process(what, case) for what, case in KEYS}
+def on_a_line() -> dict[str, str]:
+    return {name_of(what, case): same_as_one_process(what, case) for what, case in LINE}
+
+
+def on_a_square() -> dict[str, str]:
+    return {name_of(what, case): same_as_one_process(what, case) for what, case in SQUARE}
 
 
 # ---------------------------------------------------------------- a layer under tensor parallelism
@@ -198,8 +220,9 @@ class Layer(nn.Module):
 
 def made_layer(personalized: Callable[..., nn.Module]) -> tuple[Layer, tuple[Tensor, Tensor, Tensor]]:
     torch.manual_seed(0)
-    tokens = torch.randn(sum(LENGTHS), WIDTH, requires_grad=True)
-    return Layer(personalized), (tokens, torch.randn(len(LENGTHS), CONTEXT), offsets_of(LENGTHS))
+    tokens = torch.randn(sum(LENGTHS), WIDTH, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(len(LENGTHS), CONTEXT, dtype=torch.float64)
+    return Layer(personalized).double(), (tokens, context, offsets_of(LENGTHS))
 
 
 def results(layer: Layer, run: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
@@ -238,7 +261,75 @@ def compiled_in_parallel() -> dict[str, Tensor]:
     return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
 
 
-WORKS = (every_case, layer_in_parallel, compiled_in_parallel)
+# ---------------------------------------------------------------- what is refused
+
+
+def made_on_line(placement: Placement, *shape: int) -> DTensor:
+    """A DTensor whose part in each process has this shape."""
+    return DTensor.from_local(torch.randn(shape), init_device_mesh("cpu", (WORLD,)), [placement])
+
+
+def refused_calls() -> dict[str, tuple[Callable[[], Any], str]]:
+    """Calls that would need something to be sent, or that mix what cannot be mixed, and what is said of them."""
+    whole, offsets, heads = Replicate(), offsets_of((2, 4)), made_on_line(Shard(1), 6, 2, 4)
+    shared_offsets = DTensor.from_local(offsets_of((1, 2)), heads.device_mesh, [Shard(0)])
+    tokens = made_on_line(Shard(0), 3, 2, 4)
+    x, weight = made_on_line(Shard(1), 6, 4), made_on_line(Shard(1), 2, 4, 3)
+    other = DTensor.from_local(torch.randn(6, 2, 4), init_device_mesh("cpu", (1, WORLD)), [whole, Shard(1)])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor = offsets, **options: Any) -> Callable[[], Any]:
+        return lambda: ik.jagged_attention(q, k, v, offsets, **options)
+
+    def feed(**options: Any) -> Callable[[], Any]:
+        return lambda: ik.personalized_ffn(x, weight, offsets, **options)
+
+    uneven = DTensor.from_local(
+        torch.randn(6, 1, 4), heads.device_mesh, [Shard(1)], shape=torch.Size((6, 3, 4)), stride=(12, 4, 1)
+    )
+    ragged = made_on_line(Shard(1), 6, 6, 4), made_on_line(whole, 6, 3, 4)
+    at_rows = "on mesh dimension 0, each process' own beginning at 0, where rows are shared out; found q with"
+    return {
+        "plain keys": (attend(heads, torch.randn(6, 4, 4), heads), "k must be a DTensor, as q is, found a plain"),
+        "plain queries": (attend(torch.randn(6, 4, 4), heads, heads), "q must be a DTensor where another argument"),
+        "plain gate": (attend(heads, heads, heads, gate=torch.randn(4, 4)), "gate must be a DTensor, as q is"),
+        "another mesh": (attend(heads, other, heads), "k must lie on q's mesh"),
+        "tokens under whole offsets": (attend(tokens, tokens, tokens), f"offsets must be .* {at_rows}"),
+        "heads under shared offsets": (attend(heads, heads, heads, shared_offsets), "q must be S.*0.* where rows are"),
+        "plain positions of shared rows": (
+            attend(tokens, tokens, tokens, shared_offsets, rope=testing.rotary_tables(4, 4), rope_positions=offsets),
+            "rope_positions must be a DTensor with Shard.0., as the offsets",
+        ),
+        "channels of heads": (attend(*[made_on_line(Shard(2), 6, 2, 4)] * 3), "q must be Replicate.., or Shard of"),
+        "partial sums": (attend(*[made_on_line(Partial(), 6, 2, 4)] * 3), "q must be Replicate.., or Shard of"),
+        "whole queries": (
+            attend(made_on_line(whole, 6, 4, 4), heads, heads),
+            "q must be .* where heads are shared out",
+        ),
+        "partial keys": (attend(heads, made_on_line(Partial(), 6, 4, 4), heads), "k must be .* found P"),
+        "uneven heads": (attend(uneven, uneven, uneven), "axis H of q must be a multiple of the 2 parts .* found 3"),
+        "groups cut": (attend(ragged[0], ragged[1], ragged[1]), "6 query heads .* whole groups of 4, or lie in one"),
+        "axes": (attend(made_on_line(Shard(1), 6, 4), heads, heads), r"q must be \[Tq, H, D\], found shape \[6, 8\]"),
+        "activation of a part of a sum": (feed(activation="silu"), 'activation must be "identity" where channels'),
+        "bias of a part of a sum": (feed(bias=made_on_line(whole, 2, 3)), "bias must be None where channels"),
+    }
+
+
+def refusals() -> dict[str, str]:
+    """What is said of each refused call."""
+    said = {}
+    for name, (run, _) in refused_calls().items():
+        try:
+            run()
+        except (TypeError, ValueError) as error:
+            said[name] = str(error)
+    return said
+
+
+def wanted_refusals() -> dict[str, str]:
+    return {name: message for name, (_, message) in refused_calls().items()}
+
+
+WORKS = (on_a_line, layer_in_parallel, compiled_in_parallel, refusals, wanted_refusals)
 
 
 @pytest.fixture(scope="module")
@@ -247,11 +338,19 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_together(WORKS, tmp_path_factory.mktemp("together"))
 
 
-@pytest.mark.parametrize(("what", "case"), KEYS, ids=lambda x: str(getattr(x, "op", "")) + "-" + str(x))
-def test_parts_are_those_of_one_process(together: list[dict[str, Any]], what: str, case: Case) -> None:
+def test_parts_are_those_of_one_process(together: list[dict[str, Any]]) -> None:
+    """One test of many cases: the processes are started once."""
     for rank, found in enumerate(together):
-        failure = found["every_case"][name_of(what, case)]
-        assert not failure, f"process {rank}: {failure}"
+        assert len(found["on_a_line"]) == len(LINE)
+        failures = {name: failure for name, failure in found["on_a_line"].items() if failure}
+        assert not failures, f"process {rank}: {failures}"
+
+
+def test_a_mesh_of_two_dimensions(tmp_path: Path) -> None:
+    """Four processes share out rows and heads, or heads twice."""
+    for rank, found in enumerate(run_together((on_a_square,), tmp_path, world=4)):
+        failures = {name: failure for name, failure in found["on_a_square"].items() if failure}
+        assert not failures, f"process {rank}: {failures}"
 
 
 def test_a_layer_in_parallel_sends_sums_alone(together: list[dict[str, Any]]) -> None:
@@ -267,3 +366,18 @@ def test_a_compiled_layer_in_parallel(together: list[dict[str, Any]]) -> None:
     expected = results(layer, layer, inputs)
     for found in together:
         torch.testing.assert_close(found["compiled_in_parallel"], expected)
+
+
+def test_what_would_need_sending_is_refused(together: list[dict[str, Any]]) -> None:
+    for found in together:
+        wanted = found["wanted_refusals"]
+        assert found["refusals"].keys() == wanted.keys()
+        for name, said in found["refusals"].items():
+            assert re.search(wanted[name], said), f"{name}: {said}"
+
+
+def test_the_package_does_not_import_dtensor() -> None:
+    """It takes longer than all of ours; who has a DTensor has imported it."""
+    code = "import sys, interformer_kernels; print('torch.distributed.tensor' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -19,14 +19,13 @@ may differ from process to process; then `DTensor.from_local` needs the global `
 tensors later (`full_tensor`, `redistribute`) is not for them, since PyTorch takes shards to be those of `torch.chunk`.
 
 Any other placement is refused: the caller decides what is gathered. Only public parts of DTensor are used (`to_local`,
-`from_local`), so that gradients, second ones too, and `torch.compile` follow.
+`from_local`), and autograd and `torch.compile` see through them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -181,7 +180,7 @@ class _Call:
     def _check_even(self, name: str, x: DTensor, axes: tuple[str, ...]) -> None:
         for i, axis in enumerate(axes):
             what = next((what for what in self.shared if what not in (None, "rows") and axis in _CUT[what]), None)
-            if what and Shard(i) in x.placements and x.shape[i] % (parts := self._part(what).count):
+            if what and Shard(i) in x.placements and x.shape[i] % (parts := self._part(what).parts):
                 wanted = f"a multiple of the {parts} parts that {what} are shared out in"
                 raise ValueError(f"{self.op}: axis {axis} of {name} must be {wanted}, found {x.shape[i]}")
 
@@ -190,18 +189,19 @@ class _Call:
         index, count = 0, 1
         for dim, shared in enumerate(self.shared):
             if shared == what:
-                index, count = index * self.mesh.size(dim) + self.mesh.get_local_rank(dim), count * self.mesh.size(dim)
+                size = self.mesh.size(dim)
+                index, count = index * size + self.mesh.get_local_rank(dim), count * size
         return _Part(index, count)
 
     def _own_heads(self, name: str, x: Tensor) -> Tensor:
         """Of whole keys or values, the heads that this process' queries read."""
         heads, key_heads = self.arguments[self.lead].shape[-2], x.shape[1]
         part, group = self._part("heads"), max(heads // max(key_heads, 1), 1)
-        own = heads // part.count
+        own = heads // part.parts
         if own % group and group % max(own, 1):
             wanted = f"such that the {own} query heads of a process read whole groups of {group}, or lie in one"
             raise ValueError(f"{self.op}: the heads of {name} must be {wanted}; found {key_heads} for {heads}")
-        return x.narrow(1, part.index * own // group, max(own // group, 1))
+        return x.narrow(1, part.number * own // group, max(own // group, 1))
 
     # ------------------------------------------------------------ results
 
@@ -230,16 +230,15 @@ class _Call:
         }
         if "rows" in self.shared:
             offsets = next(x for name in _OFFSETS if isinstance(x := self.arguments.get(name), DTensor))
-            sizes["B"] = offsets.shape[0] - self._part("rows").count
+            sizes["B"] = offsets.shape[0] - self._part("rows").parts
         return sizes
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Part `index` of `count`."""
+class _Part(NamedTuple):
+    """Part `number`, from 0, of `parts`."""
 
-    index: int
-    count: int
+    number: int
+    parts: int
 
 
 def _given(arguments: dict[str, Any], name: str) -> bool:

@@ -95,6 +95,8 @@ def apply_rotary(
     Returns:
         ``[T, H, D]`` in x's dtype; ``T == 0`` and empty rows are ordinary inputs.
 
+    DTensors sharded over heads or rows are computed part by part, and nothing is sent: see ``ops/_dtensor.py``.
+
     Raises:
         TypeError: an argument is of the wrong kind or dtype.
         ValueError: a shape, value, device or (on CPU; elsewhere with ``set_validation("full")``) an offset or position

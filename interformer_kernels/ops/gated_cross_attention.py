@@ -148,6 +148,8 @@ def gated_cross_attention(
     share one dtype and device, or are cast to the autocast dtype under ``torch.autocast``. ``B == 0``, ``T == 0``,
     ``N == 0`` and empty rows are ordinary inputs. Any strides with a contiguous last axis are read in place.
 
+    DTensors sharded over heads or rows are computed part by part, and nothing is sent: see ``ops/_dtensor.py``.
+
     Raises:
         TypeError: an argument is of the wrong kind or dtype.
         ValueError: a shape, value, device or (on CPU; elsewhere with ``set_validation("full")``) an offset is wrong.

@@ -99,6 +99,9 @@ def personalized_ffn(
     share one dtype and device, or are cast to the autocast dtype under ``torch.autocast``. ``B == 0``, ``T == 0`` and
     empty rows are ordinary inputs.
 
+    DTensors sharded over rows, features or channels are computed part by part, and nothing is sent: see
+    ``ops/_dtensor.py``.
+
     Raises:
         TypeError: an argument is of the wrong kind or dtype.
         ValueError: a shape, value, device or (on CPU; elsewhere with ``set_validation("full")``) an offset is wrong.
