@@ -86,7 +86,9 @@ class Layout:
 
     def take_summary(self, tokens: Tensor) -> Tensor:
         """CLS tokens and the last `K` behaviours of every row, zero where there are fewer: `[B, S+K, E]`."""
-        if not tokens.shape[0]:  # no rows, nothing to index
+        if torch.compiler.is_exporting():  # one program for all sizes: there shall be something to index
+            tokens = tokens if self.cls.shape[1] else torch.nn.functional.pad(tokens, (0, 0, 0, 1))
+        elif not tokens.shape[0]:  # no rows, nothing to index
             return tokens.new_zeros(*self.summary.shape, tokens.shape[1])
         taken = tokens.index_select(0, self.summary.flatten()).unflatten(0, self.summary.shape)
         return taken.where(self.held[..., None], 0)

@@ -109,7 +109,9 @@ class GDPAFeedForward(nn.Module):
     def forward(self, tokens: Tensor, x_sum: Tensor, offsets: Tensor) -> Tensor:
         heads = (self.num_heads, tokens.shape[1] // self.num_heads)
         queries = tokens.unflatten(1, heads)  # [T, H, D]
-        keys, values = (piece.reshape(-1, *heads) for piece in self.generate(x_sum))  # [B*F, H, D] each
+        # Copies whatever B is: whether a piece is contiguous would make an exported program one of many rows only.
+        pieces = (piece.clone(memory_format=torch.contiguous_format) for piece in self.generate(x_sum))
+        keys, values = (piece.view(-1, *heads) for piece in pieces)  # [B*F, H, D] each
         attended = gated_cross_attention(
             queries,
             keys,
