@@ -159,3 +159,35 @@ def test_functional_transforms(backend: str) -> None:
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(run))(x), alone)
     with pytest.raises(NotImplementedError, match="jagged_attention has no forward-mode derivative"):
         torch.func.jvp(run, (x[0],), (x[0],))
+
+
+MAPPED = [
+    Case(op, "mapped", gate="" if op in ("apply_rotary", "personalized_ffn") else "full", rope=4, residual=True)
+    for op in testing.OPS
+]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@over_cases(MAPPED)
+def test_vmap(backend: str, case: Case) -> None:
+    """Mapped calls are the calls one by one, and so are gradients taken inside and outside."""
+    run, leaves = call_of(case, backend)
+    stacked = [torch.stack((x, x.flip(0))).detach().requires_grad_() for x in leaves]
+    expected = torch.stack([run(*(x[i] for x in stacked)) for i in range(2)])
+    mapped = torch.func.vmap(run)(*stacked)
+    torch.testing.assert_close(mapped, expected)
+    wanted = torch.autograd.grad(expected.square().sum(), stacked)
+    torch.testing.assert_close(torch.autograd.grad(mapped.square().sum(), stacked), wanted)
+    inside = torch.func.grad(lambda *x: run(*x).square().sum(), argnums=tuple(range(len(leaves))))
+    torch.testing.assert_close(torch.func.vmap(inside)(*(x.detach() for x in stacked)), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", backends("jagged_attention"))
+def test_vmap_over_offsets(backend: str) -> None:
+    x, offsets = torch.randn(2, 6, 2, 4, requires_grad=True), torch.stack((offsets_of((2, 4)), offsets_of((5, 1))))
+    mapped = torch.func.vmap(lambda x, offsets: ik.jagged_attention(x, x, x, offsets, backend=backend))(x, offsets)
+    expected = torch.stack([ik.jagged_attention(x[i], x[i], x[i], offsets[i], backend=backend) for i in range(2)])
+    torch.testing.assert_close(mapped, expected)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(mapped.square().sum(), x)[0], wanted)

@@ -42,7 +42,14 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 def wants_gradients(*arguments: Any) -> bool:
     """Whether autograd will ask for a backward of a call with these arguments."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and _requires_grad(x) for x in arguments)
+
+
+def _requires_grad(x: Tensor) -> bool:
+    """Inside `vmap` a tensor does not say so of the one that it stands for, whose gradient may be asked for later."""
+    if x.requires_grad or torch.compiler.is_compiling() or not torch._C._functorch.is_batchedtensor(x):
+        return x.requires_grad
+    return _requires_grad(torch._C._functorch.get_unwrapped(x))
 
 
 def _has_tangent(x: Any) -> bool:
