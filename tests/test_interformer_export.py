@@ -23,7 +23,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "without CLS": {"cls": False},
     "gdpa": {"pffn": "gdpa"},
     "two layers": {"pffn": "two_layer", "num_layers": 2},
-    "literal": {"literal": True, "num_layers": 2},
+    "literal, learned tokens": {"literal": True, "num_layers": 2, "flow": "s2n"},
+    "products of seeds": {"pool_seeds": 6},
 }
 
 

@@ -86,7 +86,8 @@ class SeedProducts(nn.Module):
         nn.init.normal_(self.right, std=(products * width) ** -0.5)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return (self.left @ pooled[:, None] @ self.right).sum(1)
+        left = (self.left.flatten(0, 1) @ pooled).unflatten(1, self.left.shape[:2])  # [B, products, M, E]
+        return left.transpose(1, 2).flatten(2) @ self.right.flatten(0, 1)  # products side by side: one sum over both
 
 
 class SelectiveSummary(nn.Module):
@@ -173,7 +174,7 @@ class CrossArch(nn.Module):
     def forward(self, x: Tensor) -> Tensor | None:
         if self.lce is not None:
             return self.gate(self.lce(x))
-        return None if self.tokens is None else self.tokens.expand(x.shape[0], -1, -1)
+        return None if self.tokens is None else self.tokens.repeat(x.shape[0], 1, 1)
 
     def summarize(self, tokens: Tensor, layout: Layout) -> Tensor | None:
         return None if self.sequence_summary is None else self.sequence_summary(tokens, layout)
