@@ -16,7 +16,8 @@ WHEEL := build/wheel
 WIDE := $(CURDIR)/build/wide
 WHEEL_BIN := $(CURDIR)/$(WHEEL)/venv/bin
 NATIVE := $(shell find csrc tests/emulated -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
-BUILT_FROM := pyproject.toml setup.py $(shell find CMakeLists.txt csrc cmake -type f)
+TORCHREC := tests/requirements-torchrec.txt
+BUILT_FROM := pyproject.toml setup.py $(TORCHREC) $(shell find CMakeLists.txt csrc cmake -type f)
 data_option := $(if $(DATA),--data $(DATA))
 
 # Test processes at once, one for each core. Threads that wait give their core away: OpenMP's would spin for it.
@@ -46,11 +47,12 @@ help:
 	@echo "make torch-matrix       one wheel under several versions of torch (downloads them)"
 	@echo "make clean              removes the environment and all that was built"
 
-# The environment, made again when what the native module is built from has changed.
+# The environment, made again when what the native module is built from has changed. TorchRec may be missing: its tests skip.
 $(READY): $(BUILT_FROM)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $(TORCHREC)
 	touch $@
 
 demo: $(READY)

@@ -14,12 +14,12 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
 
 
 @pytest.mark.parametrize(
     ("index", "result", "shape"),
-    [(0, "pooled", (3, 2, 4, 16)), (1, "padded", (3, 10, 4, 16)), (2, "out", (3, 10, 64))],
+    [(0, "pooled", (3, 2, 4, 16)), (1, "padded", (3, 10, 4, 16)), (2, "out", (3, 10, 64)), (3, "logits", (1,))],
 )
 def test_snippet(index: int, result: str, shape: tuple[int, ...]) -> None:
     names: dict[str, Any] = {}
