@@ -70,7 +70,11 @@ def pool_folded(
     heads = query.shape[1:]
     folded = torch.einsum("mhd,hdw->mhw", query, key.unflatten(0, heads))
     pooled = shared.alone(pma_pooling(folded, x[:, None], None, offsets, scale=scale, backend=backend))
-    projected = torch.einsum("bmhw,hdw->bmhd", pooled, value.unflatten(0, heads))
+    # As einsum("bmhw,hdw->bmhd"), but not asking whether B is 1: an exported program would serve many rows only. The
+    # copy is the one that joining the heads would make.
+    by_head = torch.bmm(pooled.flatten(0, 1).transpose(0, 1), value.unflatten(0, heads).transpose(1, 2))  # [H, B*M, D]
+    by_row = by_head.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    projected = by_row.view(*pooled.shape[:3], by_row.shape[2])
     if bias is None:
         return projected
     filled = (offsets.diff() > 0)[:, None, None, None]
