@@ -13,19 +13,28 @@ inline int64_t position_of(const Positions& given, int64_t row_begin, int64_t in
     return index;
 }
 
+// Pairs `x[c * STEP], other[c * STEP]`, turned. Nothing has two names, and the step is known: else the compiler turns
+// pair by pair.
+template <int STEP, typename A>
+inline void turn_pairs(const float* __restrict cos, const float* __restrict sin, int64_t half, A sign, A* __restrict x,
+                       A* __restrict other) {
+    for (int64_t c = 0; c < half; ++c) {
+        const A a = x[c * STEP], b = other[c * STEP], s = sign * A(sin[c]);
+        x[c * STEP] = a * A(cos[c]) - b * s;
+        other[c * STEP] = a * s + b * A(cos[c]);
+    }
+}
+
 // Rotates the pairs of channels of one token by its position, clamped to the tables; `sign` -1 turns them back.
 template <typename A>
 inline void turn(const RotaryTables& rope, int64_t position, A sign, A* x) {
     const int64_t place = least(most(position, 0), rope.positions - 1);
     const float* cos = rope.cos + place * rope.cos_stride;
     const float* sin = rope.sin + place * rope.sin_stride;
-    const int64_t step = rope.interleaved ? 2 : 1;
-    A* other = x + (rope.interleaved ? 1 : rope.half);
-    for (int64_t c = 0; c < rope.half; ++c) {
-        const A a = x[c * step], b = other[c * step], s = sign * A(sin[c]);
-        x[c * step] = a * A(cos[c]) - b * s;
-        other[c * step] = a * s + b * A(cos[c]);
-    }
+    if (rope.interleaved)
+        turn_pairs<2>(cos, sin, rope.half, sign, x, x + 1);
+    else
+        turn_pairs<1>(cos, sin, rope.half, sign, x, x + rope.half);
 }
 
 template <typename T>
