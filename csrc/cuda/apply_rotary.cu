@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kThreads)
     using V = Vector<T, WIDTH>;
     const int64_t begin = int64_t{blockIdx.x} * p.units, end = min(begin + p.units, offsets.tokens * p.heads);
     // Rows are short: those of the block's first and last token are near, and all others between them.
-    const int64_t low = offsets.holder(begin / p.heads, 0, offsets.rows);
-    const int64_t high = offsets.holder((end - 1) / p.heads, low, offsets.rows);
+    const int64_t low = offsets.holder_of(begin / p.heads, 0, offsets.rows);
+    const int64_t high = offsets.holder_of((end - 1) / p.heads, low, offsets.rows);
     // A unit is `half / WIDTH` turns, and as many vectors that pass as they are, bit by bit, as are left.
     const int turns = p.half / WIDTH, tasks = p.channels / WIDTH - turns;
     const int count = static_cast<int>(end - begin) * tasks;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t unit = begin + i / tasks;
         const int task = i % tasks;
         const int64_t token = unit / p.heads, head = unit % p.heads;
-        const int64_t row = offsets.holder(token, low, high), n = token - offsets.edge(row);
+        const int64_t row = offsets.holder_of(token, low, high), n = token - offsets.edge(row);
         const T* from = p.x + token * p.x_token + head * p.x_head;
         T* to = p.out + unit * p.channels;
         if (row == offsets.rows || n < 0) {

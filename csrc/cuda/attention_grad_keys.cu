@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, key_blocks_for(WIDTH))
     const bool held = slot.span.row < p.kv_offsets.rows;
     const int begin = static_cast<int>(slot.begin), skip = p.skip;
     const OwnKeys all{slot.span, begin, skip, held}, own{slot.span, begin + crew.warp * kOwn, skip, held};
-    const Queries queries = held ? p.queries_of(slot.span.row) : Queries{};
+    const Queries queries = held ? p.queries_beside(slot.span) : Queries{};
     const TileRange tiles = all.query_tiles(p, queries, crew.rows(), kOthers);
     const TileRange mine = own.query_tiles(p, queries, kOwn, kOthers);
 

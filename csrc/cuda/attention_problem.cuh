@@ -135,6 +135,7 @@ template <typename T>
 struct AttentionProblem {
     Offsets q_offsets, kv_offsets;  // those of queries only where they are packed
     QueryLayout layout;
+    bool one_offsets;  // of queries and keys alike
     int heads, kv_heads, group;
     int queries;  // of each row, where they are not packed
     int channels, value_channels;
@@ -162,28 +163,24 @@ struct AttentionProblem {
     }
     __host__ __device__ int64_t tiles_of_row(int block) const { return (int64_t{queries} * group + block - 1) / block; }
 
-    // Of a row of the batch.
+    // Of a row of the batch; `row` as a search has found it saves a look at the offsets where queries and keys share
+    // them, and is the same row also where they are disordered.
     __device__ Queries queries_of(int64_t row) const {
-        if (layout != QueryLayout::packed) return {row, 0, row * queries, queries};
-        const Span span = q_offsets.span(row);
-        return {row, span.first, span.first, span.count};
+        return layout == QueryLayout::packed ? packed_queries(q_offsets.span(row)) : Queries{row, 0, row * queries, queries};
     }
+    __device__ Queries queries_beside(const Span& keys) const {
+        return one_offsets ? packed_queries(keys) : queries_of(keys.row);
+    }
+    __device__ Queries packed_queries(const Span& row) const { return {row.row, row.first, row.first, row.count}; }
+
     // Of a row; the tail has none.
-    __device__ Keys keys_of(int64_t row) const {
-        if (row >= kv_offsets.rows) return {0, 0};
-        const Span span = kv_offsets.span(row);
-        return {span.first + skip, max(span.count - skip, 0)};
+    __device__ Keys keys_of(const Span& row) const {
+        if (row.row >= kv_offsets.rows) return {0, 0};
+        return {row.first + skip, max(row.count - skip, 0)};
     }
-    // The queries of a slot's tile of `block` units, and its first unit; for shared queries, `slot` may be one of runs.
-    __device__ Queries queries_at(int64_t slot, int block, int64_t& begin) const {
-        if (layout == QueryLayout::packed) {
-            const Slot found = q_offsets.find(slot, group, block);
-            begin = found.begin;
-            return {found.span.row, found.span.first, found.span.first, found.span.count};
-        }
-        const int64_t tiles = tiles_of_row(block), row = slot / tiles;
-        begin = slot % tiles * block;
-        return {row, 0, row * queries, queries};
+    __device__ Keys keys_of(int64_t row) const { return keys_of(kv_offsets.span(row)); }
+    __device__ Keys keys_beside(const Span& queries) const {
+        return one_offsets ? keys_of(queries) : keys_of(queries.row);
     }
 };
 
@@ -196,6 +193,7 @@ AttentionProblem<T>::AttentionProblem(const AttentionInputs& in)
     : q_offsets(in.layout == QueryLayout::packed && in.q_offsets ? *in.q_offsets : in.kv_offsets, in.q.shape[0]),
       kv_offsets(in.kv_offsets, in.k.shape[0]),
       layout(in.layout),
+      one_offsets(in.layout == QueryLayout::packed && !in.q_offsets),
       heads(static_cast<int>(in.q.shape[in.q.axes - 2])),
       kv_heads(static_cast<int>(in.k.shape[1])),
       group(heads / kv_heads),

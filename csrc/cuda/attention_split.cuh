@@ -44,8 +44,17 @@ __device__ inline Task task_of(const AttentionProblem<T>& p, const Pieces& piece
     task.chunk = 0;
     task.piece = -1;
     if (pieces.split == 0) {
-        task.queries = p.queries_at(slot, block, task.begin);
-        task.keys = p.keys_of(task.queries.row);
+        if (p.layout == QueryLayout::packed) {
+            const Slot found = p.q_offsets.find(slot, p.group, block);
+            task.queries = p.packed_queries(found.span);
+            task.keys = p.keys_beside(found.span);
+            task.begin = found.begin;
+        } else {  // of shared queries, `row` may be one of runs
+            const int64_t tiles = p.tiles_of_row(block), row = slot / tiles;
+            task.queries = p.queries_of(row);
+            task.keys = p.keys_of(min(row, p.kv_offsets.rows));
+            task.begin = slot % tiles * block;
+        }
         task.idle = task.begin >= int64_t{task.queries.count} * p.group;
         return task;
     }
@@ -53,7 +62,7 @@ __device__ inline Task task_of(const AttentionProblem<T>& p, const Pieces& piece
     const Slot found = p.kv_offsets.find(slot / tiles, 1, pieces.split);
     task.begin = slot % tiles * block;
     task.queries = p.queries_of(found.span.row);
-    task.keys = p.keys_of(found.span.row);
+    task.keys = p.keys_of(found.span);
     task.chunk = static_cast<int>(found.begin / pieces.split);
     // Also a row without keys has a first chunk, which writes its outputs.
     task.idle = found.span.row >= p.kv_offsets.rows || found.begin >= max(task.keys.count, 1);
@@ -86,12 +95,11 @@ __device__ inline Joint joint_of(const AttentionProblem<T>& p, const Pieces& pie
     found.unit = static_cast<int>(item % found.units);
     const int64_t mark = item / found.units * pieces.split;
     if (mark >= p.kv_offsets.tokens) return found;
-    found.row = p.kv_offsets.holder(mark, 0, p.kv_offsets.rows);
-    if (found.row >= p.kv_offsets.rows) return found;
-    const int64_t first = p.kv_offsets.edge(found.row);
-    const Keys keys = p.keys_of(found.row);
-    if (keys.count <= pieces.split || mark - pieces.split >= first) return found;
-    found.first = pieces.of(first, 0);
+    const Span row = p.kv_offsets.holder(mark);
+    const Keys keys = p.keys_of(row);
+    if (keys.count <= pieces.split || mark - pieces.split >= row.first) return found;
+    found.row = row.row;
+    found.first = pieces.of(row.first, 0);
     found.chunks = (keys.count + pieces.split - 1) / pieces.split;
     return found;
 }

@@ -4,6 +4,10 @@
 // `start_b * units / block + b` on: at least as many as it has tiles, and at most one more, which stays idle. So the
 // number of slots follows from sizes alone, and a slot's row is found by a binary search over the offsets themselves.
 // The tokens behind the last row, the tail, are row `rows`.
+//
+// The search never leaves the span that it has narrowed down so far: an entry counts for no less than the last one that
+// led up, and for no more than the last one that led down. Which those are does not depend on what is looked for; so
+// rows are a partition of all tokens, the same one for every search, whatever the offsets hold.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -55,12 +59,9 @@ struct Offsets {
     Offsets(const TensorView& view, int64_t tokens) : entries(view), rows(view.shape[0] - 1), tokens(tokens) {}
 
     // An entry, within the tensor whatever it holds.
-    __device__ int64_t edge(int64_t i) const {
-        const int64_t entry = entries[i];
-        return entry < 0 ? 0 : entry > tokens ? tokens : entry;
-    }
+    __device__ int64_t edge(int64_t i) const { return clamped(entries[i], 0, tokens); }
 
-    // Of a row; the tail reaches to the end.
+    // A row as its two entries have it; the tail reaches to the end. Of disordered offsets, not one of the partition.
     __device__ Span span(int64_t row) const {
         const int64_t first = edge(row), last = row < rows ? edge(row + 1) : tokens;
         return {row, first, static_cast<int>(last > first ? last - first : 0)};
@@ -69,31 +70,47 @@ struct Offsets {
     // Of a slot of tiles of `block` units, each token being `units` of them.
     __device__ Slot find(int64_t slot, int64_t units, int64_t block) const {
         // edge * units / block + row <= slot, without a division of 64 bits in every step
-        const int64_t row = last_row(0, rows, [&](int64_t i) { return edge(i) * units < (slot - i + 1) * block; });
-        Span found = span(row);
-        const int64_t tile = slot - (found.first * units / block + row);
-        // Before the first slot of a first row that starts late, against the contract, there is no row.
-        if (tile < 0) found.count = 0;
-        return {found, tile < 0 ? 0 : tile * block};
+        const Span found = last_row([&](int64_t edge, int64_t row) { return edge * units < (slot - row + 1) * block; });
+        return {found, (slot - (found.first * units / block + found.row)) * block};
     }
 
-    // The row of [low, high] that holds a token; `low` if none does.
-    __device__ int64_t holder(int64_t token, int64_t low, int64_t high) const {
-        return last_row(low, high, [&](int64_t i) { return edge(i) <= token; });
+    // The row that holds a token.
+    __device__ Span holder(int64_t token) const {
+        return last_row([&](int64_t edge, int64_t) { return edge <= token; });
     }
 
-  private:
-    // The last of the rows [low, high] of which `begun` holds; `low` if none.
-    template <typename Begun>
-    __device__ int64_t last_row(int64_t low, int64_t high, Begun&& begun) const {
+    // The same among the rows [low, high] alone, `low` if none of them does; of disordered offsets, any of them.
+    __device__ int64_t holder_of(int64_t token, int64_t low, int64_t high) const {
         while (low < high) {
             const int64_t middle = (low + high + 1) / 2;
-            if (begun(middle))
+            if (edge(middle) <= token)
                 low = middle;
             else
                 high = middle - 1;
         }
         return low;
+    }
+
+  private:
+    __device__ static int64_t clamped(int64_t entry, int64_t low, int64_t high) {
+        return entry < low ? low : entry > high ? high : entry;
+    }
+
+    // The last row of which `begun(first token, row)` holds; it does of row 0.
+    template <typename Begun>
+    __device__ Span last_row(Begun&& begun) const {
+        int64_t low = 0, high = rows, first = 0, last = tokens;
+        while (low < high) {
+            const int64_t middle = (low + high + 1) / 2, edge = clamped(entries[middle], first, last);
+            if (begun(edge, middle)) {
+                low = middle;
+                first = edge;
+            } else {
+                high = middle - 1;
+                last = edge;
+            }
+        }
+        return {low, first, static_cast<int>(last - first)};
     }
 };
 

@@ -15,6 +15,7 @@ from test_registration import recorded_calls
 
 import interformer_kernels as ik
 from interformer_kernels import _C, _backend, testing
+from interformer_kernels._launch import long_rows
 from interformer_kernels.testing import Case, offsets_of
 
 
@@ -33,7 +34,7 @@ def test_a_dtype_that_is_not_served() -> None:
 @pytest.mark.parametrize("op", SERVED)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_offsets_of_any_content(op: str, dtype: torch.dtype) -> None:
-    """Entries beyond the tokens are cut, and a disorder stays inside the tensors (whose surroundings are NaN)."""
+    """Entries beyond the tokens are cut: NaN stands around the tensors, and around the offsets what is wrong anywhere."""
     ik.set_validation("off")
     inputs = guarded_inputs(small(op, tail=0), torch.float32)
     name = "kv_offsets" if op == "gated_cross_attention" else "offsets"
@@ -42,9 +43,61 @@ def test_offsets_of_any_content(op: str, dtype: torch.dtype) -> None:
     cut = results(op, {**inputs, name: torch.tensor([0, 5, 12, 12], dtype=dtype)})
     for quantity, x in results(op, {**inputs, name: beyond}).items():
         assert torch.equal(x, cut[quantity]), quantity
-    disordered = guarded(torch.tensor([7, 2, limits.max, limits.min], dtype=dtype))
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    results(op, {**inputs, name: disordered})
+
+
+def disordered(rows: int, tokens: int, draw: int) -> torch.Tensor:
+    """Offsets of so many rows that break their contract, another way at every draw."""
+    generator = torch.Generator().manual_seed(draw)
+    entries = torch.randint(-tokens // 4, tokens + tokens // 4, (rows + 1,), generator=generator)
+    if draw % 3 == 1:  # in order, but for two that have changed places, and neither the start nor the end is kept
+        entries = entries.sort().values
+        entries[[1, rows - 1]] = entries[[rows - 1, 1]]
+    if draw % 3 == 2:
+        entries[draw % rows] = torch.iinfo(torch.int64).min if draw % 2 else torch.iinfo(torch.int64).max
+    return guarded(entries)
+
+
+BROKEN = {"lengths": (60, 3, 0, 40, 1, 30), "tail": 0}
+# Where queries and keys have offsets of their own, a key may meet queries that have not seen it; their weights of a
+# softmax may be infinite. Other scores are finite everywhere.
+OF_ANY = {"options": {"score": "silu"}}
+OTHERS = {"query_lengths": (2, 30, 9, 0, 50, 1)}
+BROKEN_CASES = [
+    small("apply_rotary", **BROKEN),
+    small("personalized_ffn", **BROKEN),
+    small("jagged_attention", **BROKEN, gate="full", options={"causal": True, "num_prefix": 2}),
+    small("jagged_attention", **BROKEN, **OTHERS, **OF_ANY),
+    small("gated_cross_attention", **BROKEN, **OTHERS, **OF_ANY, gate="channel"),
+    small("gated_cross_attention", **BROKEN, queries=40, **OF_ANY),
+    small("gated_cross_attention", **BROKEN, **OF_ANY, gate="full"),
+    small("pma_pooling", **BROKEN, shared_value=True, gate="full", options={"score": "gelu", "skip_prefix": 2}),
+]
+BROKEN_CASES = [case for case in BROKEN_CASES if case.op in SERVED]
+
+
+@pytest.mark.parametrize("case", BROKEN_CASES, ids=lambda case: f"{case.op}-{case.gate or case.queries}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("split", [1024, 32], ids=["whole", "cut"])
+def test_disordered_offsets_leave_nothing_unwritten(
+    case: Case, dtype: torch.dtype, split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are a partition of the tokens whatever the offsets hold: unwritten memory is NaN, and so is all around."""
+    monkeypatch.setattr(long_rows, "SPLIT", split)
+    ik.set_validation("off")
+    inputs = guarded_inputs(case, dtype)
+    tokens = {"offsets": "x" if "x" in inputs else "k", "kv_offsets": "k", "q_offsets": "q"}
+    if case.op == "jagged_attention":
+        tokens["offsets"] = "q"
+    names = [name for name in tokens if inputs.get(name) is not None]
+    for draw in range(6):
+        broken = {name: disordered(len(case.lengths), len(inputs[tokens[name]]), draw) for name in names}
+        if draw > 3:
+            del broken[names[-1]]  # where there are two, one is as it should be
+        given = {**inputs, **broken}
+        for quantity, x in results(case.op, given).items():
+            assert not x.isnan().any(), (quantity, draw, broken)
+        if given.pop("score", "softmax") != "softmax":
+            assert not testing.call(case.op, given, "cuda")[0].isnan().any(), (draw, broken)
 
 
 @pytest.mark.parametrize("op", SERVED)
