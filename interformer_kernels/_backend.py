@@ -25,6 +25,8 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+# Channels of a head, at most, in the ops of the attention family; no entry: any number.
+_MOST_CHANNELS = {"cuda": 256}
 _DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # What `backend=None` tries on a device, fastest first; the reference serves what none of them can.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
@@ -74,8 +76,8 @@ def _cuda_missing() -> str | None:
     return None
 
 
-def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot serve this op on this device and dtype; None where it can."""
+def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> str | None:
+    """Why `backend` cannot serve this op on this device and dtype, or heads of so many channels; None where it can."""
     if backend == "reference":
         return None
     if op not in _LAUNCHERS[backend]:
@@ -85,15 +87,21 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
         return f"it serves {_DEVICES[backend]} tensors{also}, found {device_type}"
     if dtype not in _DTYPES[backend]:
         return f"it serves {', '.join(str(d) for d in _DTYPES[backend])}, found {dtype}"
+    most = _MOST_CHANNELS.get(backend, channels)
+    if channels > most:
+        return f"it serves heads of at most {most} channels, found {channels}"
     return _missing(backend)
 
 
 @functools.cache
-def choose(op: str, device_type: str, dtype: torch.dtype) -> str:
-    """The fastest backend that can serve; says once per op, device and dtype what it is and why."""
+def choose(op: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> str:
+    """The fastest backend that can serve; says once per op, device, dtype and head size what it is and why.
+
+    `channels` are those of the widest head, of ops that attend; 0 else.
+    """
     module, passed_over = native(), []
     for backend in _PREFERENCE.get(device_type, ()):
-        reason = why_not(op, backend, device_type, dtype)
+        reason = why_not(op, backend, device_type, dtype, channels)
         if backend == "triton" and interprets_triton():
             reason = "its interpreter serves only where it is named"
         if reason is None:
@@ -107,13 +115,13 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def launcher(op: str, backend: str, device_type: str, dtype: torch.dtype) -> ModuleType | None:
+def launcher(op: str, backend: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> ModuleType | None:
     """The module whose `forward` and `backward` serve the call; None stands for the reference.
 
     `backend` is a name, which never falls back, or `""` for the fastest that can serve.
     """
-    chosen = backend or choose(op, device_type, dtype)
-    reason = why_not(op, chosen, device_type, dtype)
+    chosen = backend or choose(op, device_type, dtype, channels)
+    reason = why_not(op, chosen, device_type, dtype, channels)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {chosen!r} cannot serve: {reason}")
     return None if chosen == "reference" else importlib.import_module(_LAUNCHERS[chosen][op])

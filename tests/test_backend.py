@@ -70,6 +70,27 @@ def test_why_the_cuda_kernels_cannot_serve(
     assert _backend.why_not("apply_rotary", "cuda", "cuda", torch.bfloat16) == reason
 
 
+@pytest.mark.parametrize("op", ["jagged_attention", "gated_cross_attention", "pma_pooling"])
+def test_heads_beyond_a_backend(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unnamed, it is passed over for one that serves them; named, it says why it cannot. The CPU stands for its GPU."""
+    monkeypatch.setitem(_backend._DEVICES, "cuda", "cpu")
+    monkeypatch.setitem(_backend._PREFERENCE, "cpu", ("cuda", "reference"))
+    monkeypatch.setattr(_backend, "_cuda_missing", lambda: None)
+    _backend.choose.cache_clear()
+    _backend.launcher.cache_clear()
+    try:
+        assert _backend.choose(op, "cpu", torch.float32, 256) == "cuda"
+        for sizes in ({"head_size": 257}, {"value_size": 300}):
+            inputs = testing.make_inputs(Case(op, "", lengths=(3, 2), tail=0, **sizes), torch.float32)
+            assert testing.call(op, inputs, None)[0].isfinite().all()
+            wanted = f"heads of at most 256 channels, found {max(sizes.values())}"
+            with pytest.raises(RuntimeError, match=f"{op}: backend 'cuda' cannot serve: it serves {wanted}"):
+                testing.call(op, inputs, "cuda")
+    finally:
+        _backend.choose.cache_clear()
+        _backend.launcher.cache_clear()
+
+
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     _backend.choose.cache_clear()
     _backend.launcher.cache_clear()

@@ -181,7 +181,8 @@ class RegisteredOp:
 
     def _launcher(self, bound: Bound) -> Any:
         lead = self._lead(bound)
-        return _backend.launcher(self.name, bound["backend"], lead.device.type, lead.dtype)
+        heads = [x.shape[-1] for name in ("k", "v") if (x := bound.get(name)) is not None]
+        return _backend.launcher(self.name, bound["backend"], lead.device.type, lead.dtype, max(heads, default=0))
 
     # -------------------------------------------------------- the differentiable call
 
