@@ -6,4 +6,5 @@ set(cuda_sources
     csrc/cuda/attention_forward.cu
     csrc/cuda/attention_grad_keys.cu
     csrc/cuda/attention_grad_queries.cu
-    csrc/cuda/personalized_ffn.cu)
+    csrc/cuda/personalized_ffn.cu
+    csrc/cuda/queue.cu)

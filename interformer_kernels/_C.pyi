@@ -103,13 +103,15 @@ def cuda_attention_forward(
     split: int,
     pieces: Tensor | None,
     weights: Tensor | None,
+    queue: Tensor,
     tf32: bool,
     /,
 ) -> None:
     """Writes `out`, and `lse` and `attended` where given; without rotary tables.
 
     Rows of more than `split` keys (0: none; else queries are not packed) are cut into chunks: memory for their sums is
-    `pieces [2 Tk / split + 1, N, H, Dv]` and `weights [..., 2]`, float32.
+    `pieces [2 Tk / split + 1, N, H, Dv]` and `weights [..., 2]`, float32. `queue [258]`, int64, is memory for counting
+    what is done.
     """
 
 def cuda_attention_backward(
@@ -129,6 +131,7 @@ def cuda_attention_backward(
     pieces: Tensor | None,
     weights: Tensor | None,
     parts: int,
+    queue: Tensor,
     tf32: bool,
     /,
 ) -> None:
@@ -139,6 +142,7 @@ def cuda_attention_backward(
     row's keys, float32 `[runs * parts, M, H, D]`. `grad_gate` is as `_launch.gate_gradient.gate_sums` makes it; blocks
     of tokens, where they are summed, have `gate_block` of them (else 1). Rows of more than `split` keys are cut as in
     the forward: `pieces` has `D` channels, for dense queries alone; `weights` is there just where `share` is.
+    `queue` is as in the forward.
     """
 
 def cuda_personalized_ffn_forward(
@@ -165,10 +169,16 @@ def cuda_personalized_ffn_backward(
     grad_x: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor | None,
+    split: int,
+    pieces: Tensor | None,
     tf32: bool,
     /,
 ) -> None:
-    """Writes the gradients, and on the way, unless the activation is identity, `before [T, F]`."""
+    """Writes the gradients, and on the way, unless the activation is identity, `before [T, F]`.
+
+    Rows of more than `split` tokens are cut into chunks; where there are so many tokens, `pieces`, float32
+    `[2 T / split + 1, E F]`, or `[..., E F + F]` with a bias, is memory for their sums.
+    """
 
 def cuda_apply_rotary(
     x: Tensor,

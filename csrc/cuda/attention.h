@@ -32,9 +32,10 @@ struct AttentionSides {
     std::optional<TensorView> grad_attended;  // of the output's shape and dtype, filled; just where there is a gate
 };
 
+// `queue` is memory of `kQueueSize` int64 numbers (queue.cuh); what it holds does not matter.
 // `tf32`: float32 may be multiplied by tensor cores.
-void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, const AttentionPieces& pieces, bool tf32,
-                       const Stream& stream);
+void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, const AttentionPieces& pieces,
+                       const TensorView& queue, bool tf32, const Stream& stream);
 
 // `grad_q` of shared queries is float32 [runs * parts, M, H, D]: sums over runs of equally many rows (the last may have
 // fewer), of a row's keys over as many parts; `parts` is 1 else.
@@ -42,15 +43,16 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, co
 // it is summed over channels, and leading axes [blocks, 1 ...] where it is summed over blocks of `gate_block` tokens
 // (1: not summed). `attended` is wanted with a gate, and under softmax for 16-bit elements.
 void attention_backward(const AttentionInputs& in, const AttentionGradients& grads, const AttentionSides& sides,
-                        int64_t gate_block, const AttentionPieces& pieces, int64_t parts, bool tf32,
-                        const Stream& stream);
+                        int64_t gate_block, const AttentionPieces& pieces, int64_t parts, const TensorView& queue,
+                        bool tf32, const Stream& stream);
 
 // ---------------------------------------------------------------- parts of the two
 
 void check_forward(const Checks& check, const AttentionInputs& in, const AttentionOutputs& to,
-                   const AttentionPieces& pieces);
+                   const AttentionPieces& pieces, const TensorView& queue);
 void check_backward(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads,
-                    const AttentionSides& sides, int64_t gate_block, const AttentionPieces& pieces, int64_t parts);
+                    const AttentionSides& sides, int64_t gate_block, const AttentionPieces& pieces, int64_t parts,
+                    const TensorView& queue);
 
 // What flows back through the epilogue: `grad_attended` and `grad_gate` where there is a gate, `delta` (the sum over
 // channels of the gradient of A times A) where it is wanted and `share` is not.
@@ -59,11 +61,11 @@ void epilogue_backward(const AttentionInputs& in, const AttentionGradients& grad
 // dQ from `grad_attended`, the gradient of A. With `share` also, first, delta and share: the softmax's sum made anew,
 // since the rounding of a log-sum-exp of float32 is an error of all weights of its query.
 void queries_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionGradients& grads,
-                      const AttentionSides& sides, const AttentionPieces& pieces, int64_t parts, bool tf32,
-                      const Stream& stream);
+                      const AttentionSides& sides, const AttentionPieces& pieces, int64_t parts,
+                      const TensorView& queue, bool tf32, const Stream& stream);
 // dK and dV, given delta and share.
 void keys_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionGradients& grads,
-                   const AttentionSides& sides, bool tf32, const Stream& stream);
+                   const AttentionSides& sides, const TensorView& queue, bool tf32, const Stream& stream);
 
 }  // namespace cuda
 }  // namespace interformer

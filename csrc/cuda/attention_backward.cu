@@ -140,13 +140,13 @@ void epilogue_backward(const AttentionInputs& in, const AttentionGradients& grad
 }
 
 void attention_backward(const AttentionInputs& in, const AttentionGradients& grads, const AttentionSides& sides,
-                        int64_t gate_block, const AttentionPieces& pieces, int64_t parts, bool tf32,
-                        const Stream& stream) {
-    check_backward(stream.checks(), in, grads, sides, gate_block, pieces, parts);
+                        int64_t gate_block, const AttentionPieces& pieces, int64_t parts, const TensorView& queue,
+                        bool tf32, const Stream& stream) {
+    check_backward(stream.checks(), in, grads, sides, gate_block, pieces, parts, queue);
     epilogue_backward(in, grads, sides, gate_block, stream);
     const TensorView& grad_attended = sides.grad_attended ? *sides.grad_attended : grads.grad_out;
-    queries_backward(in, grad_attended, grads, sides, pieces, parts, tf32, stream);
-    keys_backward(in, grad_attended, grads, sides, tf32, stream);
+    queries_backward(in, grad_attended, grads, sides, pieces, parts, queue, tf32, stream);
+    keys_backward(in, grad_attended, grads, sides, queue, tf32, stream);
 }
 
 }  // namespace cuda

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cuda/attention.h"
+#include "cuda/queue.cuh"
 
 namespace interformer {
 namespace cuda {
@@ -53,6 +54,11 @@ void check_pieces(const Checks& check, const AttentionInputs& in, const Attentio
     }
 }
 
+void check_queue(const Checks& check, const TensorView& queue) {
+    check.tensor("queue", queue, DType::int64, {{"Q", kQueueSize}});
+    check.contiguous("queue", queue);
+}
+
 void check_gate_gradient(const Checks& check, const AttentionInputs& in, const TensorView& grad, int64_t block) {
     check.contiguous("grad_gate", grad);
     const Axis last{"Dv or 1", grad.axes > 0 && grad.shape[grad.axes - 1] == 1 ? 1 : value_axis(in).size};
@@ -72,16 +78,19 @@ void check_gate_gradient(const Checks& check, const AttentionInputs& in, const T
 }  // namespace
 
 void check_forward(const Checks& check, const AttentionInputs& in, const AttentionOutputs& to,
-                   const AttentionPieces& pieces) {
+                   const AttentionPieces& pieces, const TensorView& queue) {
     check_call(check, in);
+    check_queue(check, queue);
     check_outputs(check, in, to);
     if (to.residual) check.contiguous_last_axis("residual", *to.residual);
     check_pieces(check, in, pieces, value_axis(in), true, true);
 }
 
 void check_backward(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads,
-                    const AttentionSides& sides, int64_t gate_block, const AttentionPieces& pieces, int64_t parts) {
+                    const AttentionSides& sides, int64_t gate_block, const AttentionPieces& pieces, int64_t parts,
+                    const TensorView& queue) {
     check_call(check, in);
+    check_queue(check, queue);
     const DType dtype = in.k.dtype;
     const bool is_shared = in.layout == QueryLayout::shared;
     const bool softmax = in.score.softmax, exact = softmax && dtype == DType::float32, gated = in.gate.has_value();

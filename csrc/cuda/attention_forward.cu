@@ -89,13 +89,11 @@ __device__ void finish(const Forward<T>& f, const Task& task, const Units& units
 
 // 16 queries by each warp, over the keys of their row or a chunk of them.
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kMostWarps* kWarp, blocks_for(WIDTH)) attend(const __grid_constant__ Forward<T> f) {
+__device__ void attend_units(const Forward<T>& f, const Crew& crew) {
     using Tiles = AttentionTiles<T, WIDTH>;
     const AttentionProblem<T>& p = f.problem;
-    const Crew crew(f.plan);
-    if (crew.item >= f.plan.items) return;
-    const int kv_head = static_cast<int>(crew.item % p.kv_heads);
-    const Task task = task_of(p, f.pieces, crew.item / p.kv_heads, crew.rows());
+    const int kv_head = crew.part();
+    const Task task = task_of(p, f.pieces, crew);
     if (task.idle) return;
     const Keys keys = task.keys;
     const int count = task.queries.count;
@@ -137,6 +135,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, blocks_for(WIDTH)) attend(c
     finish(f, task, own, memory, running);
 }
 
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(kMostWarps* kWarp, blocks_for(WIDTH)) attend(const __grid_constant__ Forward<T> f) {
+    each_item<kStays<T, WIDTH>>(f.plan, [&](const Crew& crew) { attend_units<T, WIDTH>(f, crew); });
+}
+
 // ---------------------------------------------------------------- split rows
 
 // Joins the chunks of split rows, a query under a head by a warp.
@@ -166,19 +169,20 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) merge_pieces(const __grid_c
 // ---------------------------------------------------------------- launches
 
 template <typename T, int WIDTH>
-void start_attend(Forward<T>& f, const Stream& stream) {
+void start_attend(Forward<T>& f, const TensorView& queue, const Stream& stream) {
     const AttentionProblem<T>& p = f.problem;
     f.plan = plan_of<T, WIDTH>({p.mean_units(), p.mean_keys(), contents_of(p)});
-    f.plan.items = slots_of(p, f.pieces, p.rows(), f.plan.rows()) * p.kv_heads;
-    stream.launch(attend<T, WIDTH>, f.plan.blocks(), f.plan.threads(), f.plan.shared(), f);
+    f.plan.slots = slots_of(p, f.pieces, p.rows(), f.plan.rows());
+    f.plan.parts = p.kv_heads;
+    start_query_crews<kStays<T, WIDTH>>(attend<T, WIDTH>, f, queue, stream);
 }
 
 }  // namespace
 
-void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, const AttentionPieces& pieces, bool tf32,
-                       const Stream& stream) {
+void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, const AttentionPieces& pieces,
+                       const TensorView& queue, bool tf32, const Stream& stream) {
     const Checks check = stream.checks();
-    check_forward(check, in, to, pieces);
+    check_forward(check, in, to, pieces, queue);
     if (to.out.size() == 0) return;
     with_element(in.k.dtype, tf32, [&](auto element) {
         using T = decltype(element);
@@ -190,7 +194,7 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, co
         if (to.attended) epilogue.attended = static_cast<T*>(to.attended->data);
         if (to.lse) epilogue.lse = static_cast<float*>(to.lse->data);
         Forward<T> f{AttentionProblem<T>(in), epilogue, Pieces(pieces), {}};
-        with_width(in, [&](auto width) { start_attend<T, width.value>(f, stream); });
+        with_width(in, [&](auto width) { start_attend<T, width.value>(f, queue, stream); });
         join_chunks(merge_pieces<T>, f, stream);
     });
 }

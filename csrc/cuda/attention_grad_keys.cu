@@ -88,16 +88,12 @@ __device__ void write_keys(T* to, const AttentionMemory<T, WIDTH>& memory, Sums 
 
 // 16 tokens by each warp, from all queries that see them; zero on the tail and on skipped tokens.
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kMostWarps* kWarp, key_blocks_for(WIDTH))
-    grad_keys(const __grid_constant__ KeyGradient<T> g) {
+__device__ void grad_tokens(const KeyGradient<T>& g, const Crew& crew) {
     using Tiles = AttentionTiles<T, WIDTH>;
     constexpr int kOthers = Tiles::kOthers, kSums = kChunk<WIDTH> / 16, kChunks = WIDTH / kChunk<WIDTH>;
     const AttentionProblem<T>& p = g.problem;
-    const Crew crew(g.plan);
-    if (crew.item >= g.plan.items) return;
-    const int first = static_cast<int>(crew.item % kChunks) * kChunk<WIDTH>;
-    const int kv_head = static_cast<int>(crew.item / kChunks % p.kv_heads);
-    const Slot slot = p.kv_offsets.find(crew.item / kChunks / p.kv_heads, 1, crew.rows());
+    const int first = crew.part() % kChunks * kChunk<WIDTH>, kv_head = crew.part() / kChunks;
+    const Slot slot = g.plan.queue.find(p.kv_offsets, crew.slot(), 1, crew.rows());
     if (slot.begin >= slot.span.count) return;
     const bool held = slot.span.row < p.kv_offsets.rows;
     const int begin = static_cast<int>(slot.begin), skip = p.skip;
@@ -147,24 +143,33 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, key_blocks_for(WIDTH))
 }
 
 template <typename T, int WIDTH>
-void start_grad_keys(KeyGradient<T>& g, const Stream& stream) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, key_blocks_for(WIDTH))
+    grad_keys(const __grid_constant__ KeyGradient<T> g) {
+    each_item<kStays<T, WIDTH>>(g.plan, [&](const Crew& crew) { grad_tokens<T, WIDTH>(g, crew); });
+}
+
+template <typename T, int WIDTH>
+void start_grad_keys(KeyGradient<T>& g, const TensorView& queue, const Stream& stream) {
     const AttentionProblem<T>& p = g.problem;
     g.plan = plan_of<T, WIDTH>({p.mean_keys(), p.mean_units(), contents_of(p)});
-    g.plan.items = slots(p.kv_offsets.tokens, p.rows(), 1, g.plan.rows()) * p.kv_heads * (WIDTH / kChunk<WIDTH>);
-    stream.launch(grad_keys<T, WIDTH>, g.plan.blocks(), g.plan.threads(), g.plan.shared(), g);
+    g.plan.slots = slots(p.kv_offsets.tokens, p.rows(), 1, g.plan.rows());
+    g.plan.parts = p.kv_heads * (WIDTH / kChunk<WIDTH>);
+    // Other queries than packed ones are equally many in every row.
+    start_crews<kStays<T, WIDTH>>(grad_keys<T, WIDTH>, g, p.kv_offsets, 1, p.layout == QueryLayout::packed, queue,
+                                  stream);
 }
 
 }  // namespace
 
 void keys_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionGradients& grads,
-                   const AttentionSides& sides, bool tf32, const Stream& stream) {
+                   const AttentionSides& sides, const TensorView& queue, bool tf32, const Stream& stream) {
     if (in.k.shape[0] == 0) return;
     with_element(in.k.dtype, tf32, [&](auto element) {
         using T = decltype(element);
         KeyGradient<T> g(in, grad_attended, sides);
         g.grad_k = static_cast<T*>(grads.grad_k.data);
         if (grads.grad_v) g.grad_v = static_cast<T*>(grads.grad_v->data);
-        with_width(in, [&](auto width) { start_grad_keys<T, width.value>(g, stream); });
+        with_width(in, [&](auto width) { start_grad_keys<T, width.value>(g, queue, stream); });
     });
 }
 

@@ -97,15 +97,12 @@ __device__ void write_queries(const QueryGradient<T>& g, const Task& task, const
 // 16 queries by each warp, over the keys of their row or a chunk of them; of shared queries over a part of the keys of
 // each row of a run.
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kMostWarps* kWarp, query_blocks_for<T>(WIDTH))
-    grad_queries(const __grid_constant__ QueryGradient<T> g) {
+__device__ void grad_units(const QueryGradient<T>& g, const Crew& crew) {
     using Tiles = AttentionTiles<T, WIDTH>;
     const AttentionProblem<T>& p = g.problem;
-    const Crew crew(g.plan);
-    if (crew.item >= g.plan.items) return;
-    const int chunks = chunks_of<T, WIDTH>(g), first = static_cast<int>(crew.item % chunks) * kChunk<T, WIDTH>;
-    const int kv_head = static_cast<int>(crew.item / chunks % p.kv_heads);
-    const Task task = task_of(p, g.pieces, crew.item / chunks / p.kv_heads, crew.rows());
+    const int chunks = chunks_of<T, WIDTH>(g), first = crew.part() % chunks * kChunk<T, WIDTH>;
+    const int kv_head = crew.part() / chunks;
+    const Task task = task_of(p, g.pieces, crew);
     if (task.idle) return;
     const Units all(task.begin, kv_head, p.group), own(task.begin + crew.warp * kOwn, kv_head, p.group);
     const MemoryParts parts = MemoryParts::of<T, WIDTH>(crew.warps, g.plan.stages, contents_of(p));
@@ -168,6 +165,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, query_blocks_for<T>(WIDTH))
     write_queries(g, task, own, memory, first);
 }
 
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(kMostWarps* kWarp, query_blocks_for<T>(WIDTH))
+    grad_queries(const __grid_constant__ QueryGradient<T> g) {
+    each_item<kStays<T, WIDTH>>(g.plan, [&](const Crew& crew) { grad_units<T, WIDTH>(g, crew); });
+}
+
 // Joins the chunks of split rows, a query under a head by a warp.
 template <typename T>
 __global__ void __launch_bounds__(kMostWarps* kWarp) add_pieces(const __grid_constant__ QueryGradient<T> g) {
@@ -192,19 +195,20 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) add_pieces(const __grid_con
 }
 
 template <typename T, int WIDTH>
-void start_grad_queries(QueryGradient<T>& g, int64_t rows, const Stream& stream) {
+void start_grad_queries(QueryGradient<T>& g, int64_t rows, const TensorView& queue, const Stream& stream) {
     const AttentionProblem<T>& p = g.problem;
     g.plan = plan_of<T, WIDTH>({p.mean_units(), p.mean_keys(), contents_of(p)});
-    g.plan.items = slots_of(p, g.pieces, rows, g.plan.rows()) * p.kv_heads * chunks_of<T, WIDTH>(g);
-    stream.launch(grad_queries<T, WIDTH>, g.plan.blocks(), g.plan.threads(), g.plan.shared(), g);
+    g.plan.slots = slots_of(p, g.pieces, rows, g.plan.rows());
+    g.plan.parts = p.kv_heads * chunks_of<T, WIDTH>(g);
+    start_query_crews<kStays<T, WIDTH>>(grad_queries<T, WIDTH>, g, queue, stream);
     join_chunks(add_pieces<T>, g, stream);
 }
 
 }  // namespace
 
 void queries_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionGradients& grads,
-                      const AttentionSides& sides, const AttentionPieces& pieces, int64_t parts, bool tf32,
-                      const Stream& stream) {
+                      const AttentionSides& sides, const AttentionPieces& pieces, int64_t parts,
+                      const TensorView& queue, bool tf32, const Stream& stream) {
     if (in.q.size() == 0) return;
     with_element(in.k.dtype, tf32, [&](auto element) {
         using T = decltype(element);
@@ -215,18 +219,18 @@ void queries_backward(const AttentionInputs& in, const TensorView& grad_attended
             if (sides.share) {
                 QueryGradient<T> first = g;
                 first.makes_shares = true;
-                start_grad_queries<T, width.value>(first, rows, stream);
+                start_grad_queries<T, width.value>(first, rows, queue, stream);
             }
             if (in.layout != QueryLayout::shared) {
                 g.grad_q = static_cast<T*>(grads.grad_q.data);
-                return start_grad_queries<T, width.value>(g, rows, stream);
+                return start_grad_queries<T, width.value>(g, rows, queue, stream);
             }
             const int64_t runs = grads.grad_q.shape[0] / parts;
             g.sums = static_cast<float*>(grads.grad_q.data);
             g.parts = static_cast<int>(parts);
             g.rows_of_run = runs > 0 ? (rows + runs - 1) / runs : 1;
             g.pieces = {};
-            start_grad_queries<T, width.value>(g, runs * parts, stream);
+            start_grad_queries<T, width.value>(g, runs * parts, queue, stream);
         });
     });
 }

@@ -32,11 +32,11 @@ struct Shape {
 template <typename T, int WIDTH>
 constexpr int memory_of(const Shape& shape, int warps, int stages) {
     const int finished = warps * kOwn * AttentionTiles<T, WIDTH>::kStaged * static_cast<int>(sizeof(float));
-    return std::max(MemoryParts::of<T, WIDTH>(warps, stages, shape.holds).sum(), finished);
+    return kToldNext + std::max(MemoryParts::of<T, WIDTH>(warps, stages, shape.holds).sum(), finished);
 }
 
 // Warps work together where rows are long enough for two of them or more: then others are read once for all. All but
-// `items` is set, and no choice here changes a bit of the results.
+// slots and parts is set, and no choice here changes a bit of the results.
 template <typename T, int WIDTH>
 Plan plan_of(const Shape& shape) {
     using Tiles = AttentionTiles<T, WIDTH>;

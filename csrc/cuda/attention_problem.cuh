@@ -163,11 +163,12 @@ struct AttentionProblem {
     }
     __host__ __device__ int64_t tiles_of_row(int block) const { return (int64_t{queries} * group + block - 1) / block; }
 
-    // Of a row of the batch; `row` as a search has found it saves a look at the offsets where queries and keys share
-    // them, and is the same row also where they are disordered.
+    // Of a row of the batch, as its offsets have it.
     __device__ Queries queries_of(int64_t row) const {
-        return layout == QueryLayout::packed ? packed_queries(q_offsets.span(row)) : Queries{row, 0, row * queries, queries};
+        return layout == QueryLayout::packed ? packed_queries(q_offsets.span(row))
+                                             : Queries{row, 0, row * queries, queries};
     }
+    // Beside keys of a row that was searched for: the same span, where both sides have the same offsets.
     __device__ Queries queries_beside(const Span& keys) const {
         return one_offsets ? packed_queries(keys) : queries_of(keys.row);
     }
@@ -179,6 +180,7 @@ struct AttentionProblem {
         return {row.first + skip, max(row.count - skip, 0)};
     }
     __device__ Keys keys_of(int64_t row) const { return keys_of(kv_offsets.span(row)); }
+    // The same, beside queries.
     __device__ Keys keys_beside(const Span& queries) const {
         return one_offsets ? keys_of(queries) : keys_of(queries.row);
     }

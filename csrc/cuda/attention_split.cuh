@@ -23,8 +23,6 @@ struct Pieces {
         if (given.sums) sums = static_cast<float*>(given.sums->data);
         if (given.weights) weights = static_cast<float*>(given.weights->data);
     }
-    // The piece of a chunk of a row: rows of more than `split` tokens have room side by side.
-    __device__ int64_t of(int64_t first, int64_t chunk) const { return 2 * first / split + chunk; }
 };
 
 // What a block or a warp does: some queries of a row, over all keys or a chunk of them.
@@ -37,15 +35,17 @@ struct Task {
     bool idle;
 };
 
-// Of a slot; `block` units are done together.
+// Of the slot of a crew.
 template <typename T>
-__device__ inline Task task_of(const AttentionProblem<T>& p, const Pieces& pieces, int64_t slot, int block) {
+__device__ inline Task task_of(const AttentionProblem<T>& p, const Pieces& pieces, const Crew& crew) {
+    const int64_t slot = crew.slot();
+    const int block = crew.rows();
     Task task;
     task.chunk = 0;
     task.piece = -1;
     if (pieces.split == 0) {
         if (p.layout == QueryLayout::packed) {
-            const Slot found = p.q_offsets.find(slot, p.group, block);
+            const Slot found = crew.plan.queue.find(p.q_offsets, slot, p.group, block);
             task.queries = p.packed_queries(found.span);
             task.keys = p.keys_beside(found.span);
             task.begin = found.begin;
@@ -66,7 +66,7 @@ __device__ inline Task task_of(const AttentionProblem<T>& p, const Pieces& piece
     task.chunk = static_cast<int>(found.begin / pieces.split);
     // Also a row without keys has a first chunk, which writes its outputs.
     task.idle = found.span.row >= p.kv_offsets.rows || found.begin >= max(task.keys.count, 1);
-    if (task.keys.count > pieces.split) task.piece = pieces.of(found.span.first, task.chunk);
+    if (task.keys.count > pieces.split) task.piece = piece_of(found.span.first, task.chunk, pieces.split);
     return task;
 }
 
@@ -75,6 +75,13 @@ template <typename T>
 int64_t slots_of(const AttentionProblem<T>& p, const Pieces& pieces, int64_t rows, int block) {
     if (pieces.split == 0) return p.query_slots(rows, block);
     return slots(p.kv_offsets.tokens, rows, 1, pieces.split) * p.tiles_of_row(block);
+}
+
+// Starts a kernel whose crews take such slots. Only packed queries have rows of more work: other rows are cut.
+template <bool STAYS, typename Arguments>
+void start_query_crews(void (*kernel)(Arguments), Arguments& of, const TensorView& queue, const Stream& stream) {
+    const auto& p = of.problem;
+    start_crews<STAYS>(kernel, of, p.q_offsets, p.group, p.layout == QueryLayout::packed, queue, stream);
 }
 
 // A query under a head of a split row, as an item of a kernel that joins chunks.
@@ -87,20 +94,16 @@ struct Joint {
     __device__ int64_t at(int chunk) const { return (first + chunk) * units + unit; }
 };
 
-// Marks stand `split` tokens apart; a split row is joined at the first mark that it holds, and every one holds a mark.
 template <typename T>
 __device__ inline Joint joint_of(const AttentionProblem<T>& p, const Pieces& pieces, int64_t item) {
     Joint found{};
     found.units = p.queries * p.heads;
     found.unit = static_cast<int>(item % found.units);
-    const int64_t mark = item / found.units * pieces.split;
-    if (mark >= p.kv_offsets.tokens) return found;
-    const Span row = p.kv_offsets.holder(mark);
-    const Keys keys = p.keys_of(row);
-    if (keys.count <= pieces.split || mark - pieces.split >= row.first) return found;
+    const Span row = joined_at(p.kv_offsets, item / found.units * pieces.split, pieces.split, p.skip);
+    if (row.count == 0) return found;
     found.row = row.row;
-    found.first = pieces.of(row.first, 0);
-    found.chunks = (keys.count + pieces.split - 1) / pieces.split;
+    found.first = piece_of(row.first, 0, pieces.split);
+    found.chunks = (p.keys_of(row).count + pieces.split - 1) / pieces.split;
     return found;
 }
 

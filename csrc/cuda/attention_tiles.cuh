@@ -1,4 +1,4 @@
-// What the attention kernels have in common: the warps that work together, their shared memory, and the passes over it.
+// What the attention kernels have in common: the shared memory of warps that work together, and the passes over it.
 //
 // Each warp has 16 rows of its own: queries (forward, dQ) or keys (dK, dV). Step by step the rows that these meet, the
 // others, come to shared memory, for one warp by itself or for all of a block. A warp passes over tiles that none of
@@ -8,14 +8,13 @@
 #include <cstdint>
 
 #include "cuda/attention_problem.cuh"
+#include "cuda/crew.cuh"
 #include "cuda/maps.cuh"
 #include "cuda/tiles.cuh"
 
 namespace interformer {
 namespace cuda {
 
-constexpr int kOwn = 16;       // rows of a warp
-constexpr int kMostWarps = 4;  // of a block
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // Tiles for heads of WIDTH channels at most.
@@ -34,48 +33,6 @@ struct AttentionTiles {
 constexpr int blocks_for(int width) {
     return width <= 32 ? 4 : width <= 64 ? 3 : 2;
 }
-
-// ---------------------------------------------------------------- who works together
-
-// How a launch shares its items out, an item being what some warps do together.
-struct Plan {
-    int64_t items;
-    int warps;   // of a block
-    bool alone;  // each warp does items by itself; else a block's warps work together
-    int stages;  // tiles of others in shared memory
-    int memory;  // bytes of shared memory of those that work together
-
-    int64_t blocks() const { return alone ? (items + warps - 1) / warps : items; }
-    int threads() const { return warps * kWarp; }
-    int shared() const { return alone ? warps * memory : memory; }
-    int rows() const { return alone ? kOwn : warps * kOwn; }  // own rows of an item
-};
-
-// The warps that work on this thread's item.
-struct Crew {
-    Team team;
-    int warp, warps;  // this one, and how many
-    int64_t item;
-    char* memory;
-
-    __device__ explicit Crew(const Plan& plan) {
-        const int of_block = static_cast<int>(threadIdx.x) / kWarp;
-        team = plan.alone ? warp_team() : block_team();
-        warp = plan.alone ? 0 : of_block;
-        warps = plan.alone ? 1 : plan.warps;
-        item = plan.alone ? int64_t{blockIdx.x} * plan.warps + of_block : int64_t{blockIdx.x};
-        memory = shared_memory() + (plan.alone ? of_block * plan.memory : 0);
-    }
-    __device__ int rows() const { return warps * kOwn; }
-
-    // A barrier.
-    __device__ void meet() const {
-        if (team.size == kWarp)
-            __syncwarp();
-        else
-            __syncthreads();
-    }
-};
 
 // ---------------------------------------------------------------- shared memory
 

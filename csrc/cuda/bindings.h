@@ -26,29 +26,32 @@ inline void bind_apply_rotary(py::handle x, py::handle offsets, py::handle cos, 
 
 inline void bind_attention_forward(py::handle call, py::handle residual, py::handle out, py::handle lse,
                                    py::handle attended, int64_t split, py::handle pieces, py::handle weights,
-                                   bool tf32) {
+                                   py::handle queue, bool tf32) {
     const Viewer view("attention_forward");
     const AttentionInputs in = attention_inputs(view, call);
     const AttentionOutputs to = attention_outputs(view, residual, out, lse, attended);
     const AttentionPieces chunks{split, view.optional("pieces", pieces), view.optional("weights", weights)};
+    const TensorView counter = view("queue", queue);
     const Stream stream("attention_forward", in.k, view.current_stream(out, in.k));
     const py::gil_scoped_release released;
-    attention_forward(in, to, chunks, tf32, stream);
+    attention_forward(in, to, chunks, counter, tf32, stream);
 }
 
 inline void bind_attention_backward(py::handle call, py::handle grad_out, py::handle attended, py::handle lse,
                                     py::handle delta, py::handle share, py::handle grad_attended, py::handle grad_q,
                                     py::handle grad_k, py::handle grad_v, py::handle grad_gate, int64_t gate_block,
-                                    int64_t split, py::handle pieces, py::handle weights, int64_t parts, bool tf32) {
+                                    int64_t split, py::handle pieces, py::handle weights, int64_t parts,
+                                    py::handle queue, bool tf32) {
     const Viewer view("attention_backward");
     const AttentionInputs in = attention_inputs(view, call);
     const AttentionGradients grads = attention_gradients(view, grad_out, attended, grad_q, grad_k, grad_v, grad_gate);
     const AttentionSides sides{view.optional("lse", lse), view.optional("delta", delta), view.optional("share", share),
                                view.optional("grad_attended", grad_attended)};
     const AttentionPieces chunks{split, view.optional("pieces", pieces), view.optional("weights", weights)};
+    const TensorView counter = view("queue", queue);
     const Stream stream("attention_backward", in.k, view.current_stream(grad_out, in.k));
     const py::gil_scoped_release released;
-    attention_backward(in, grads, sides, gate_block, chunks, parts, tf32, stream);
+    attention_backward(in, grads, sides, gate_block, chunks, parts, counter, tf32, stream);
 }
 
 inline void bind_personalized_ffn_forward(py::handle x, py::handle weight, py::handle offsets, py::handle bias,
@@ -64,14 +67,16 @@ inline void bind_personalized_ffn_forward(py::handle x, py::handle weight, py::h
 
 inline void bind_personalized_ffn_backward(py::handle x, py::handle weight, py::handle offsets, py::handle bias,
                                            const std::string& activation, py::handle grad_out, py::handle before,
-                                           py::handle grad_x, py::handle grad_weight, py::handle grad_bias, bool tf32) {
+                                           py::handle grad_x, py::handle grad_weight, py::handle grad_bias,
+                                           int64_t split, py::handle pieces, bool tf32) {
     const Viewer view("personalized_ffn_backward");
     const FfnInputs in = ffn_inputs(view, x, weight, offsets, bias, activation);
     const FfnGradients grads = ffn_gradients(view, grad_out, grad_x, grad_weight, grad_bias);
     const std::optional<TensorView> workspace = view.optional("before", before);
+    const FfnChunks chunks{split, view.optional("pieces", pieces)};
     const Stream stream("personalized_ffn_backward", in.x, view.current_stream(x, in.x));
     const py::gil_scoped_release released;
-    personalized_ffn_backward(in, grads, workspace, tf32, stream);
+    personalized_ffn_backward(in, grads, workspace, chunks, tf32, stream);
 }
 
 inline void bind(py::module_& m) {

@@ -11,6 +11,13 @@
 namespace interformer {
 namespace cuda {
 
+// `threadIdx.x`, read where it is asked for: the compiler does not know that it is the same each time.
+__device__ inline int thread_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
 // ---------------------------------------------------------------- numbers
 
 __device__ inline float widen(float x) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -171,31 +172,42 @@ struct WeightGradient {
     Matrix<const T> x, grad;
     T *grad_weight, *grad_bias;  // contiguous; no bias: null
     int inner, columns;
+    int split;      // rows of more tokens are cut into chunks of so many
+    float* pieces;  // of their sums: those of a chunk's matrix, and of its bias
+
+    __device__ int64_t numbers() const { return int64_t{inner} * columns; }
+    __host__ __device__ int64_t piece_size() const {
+        return int64_t{inner} * columns + (grad_bias == nullptr ? 0 : columns);
+    }
 };
 
 template <typename T>
 constexpr int kGradientMemory = 4 * Tile<T, kTokens, kColumns>::kBytes;
 static_assert(kGradientMemory<float> <= kMostSharedMemory);
 
-// 64 x 64 numbers of x' grad of one row, summed over its tokens in order, and 64 sums of grad.
+// 64 x 64 numbers of x' grad of one row, summed over its tokens, or a chunk of them, in order, and 64 sums of grad.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     row_weight_gradients(const __grid_constant__ WeightGradient<T> p, const __grid_constant__ Offsets offsets) {
     using Tokens = Tile<T, kTokens, kColumns>;
     const int across = (p.columns + kColumns - 1) / kColumns, down = max((p.inner + kColumns - 1) / kColumns, 1);
-    const int64_t row = blockIdx.x / (across * down);
+    const Slot slot = offsets.find(blockIdx.x / (across * down), 1, p.split);
+    const Span row = slot.span;
+    // Also a row without tokens has a first chunk, which writes its zeros.
+    if (row.row >= offsets.rows || slot.begin >= max(row.count, 1)) return;
+    const int64_t first = row.first + slot.begin;
+    const int tokens = min(row.count - static_cast<int>(slot.begin), p.split);
     const int part = static_cast<int>(blockIdx.x % (across * down));
     const int e = part / across * kColumns, f = part % across * kColumns;
-    const Span span = offsets.span(row);
 
     SharedMemory shared;
     const auto x = shared.stages<Tokens, 2>(), grad = shared.stages<Tokens, 2>();
     const auto start = [&](int t, int i) {
-        const int count = span.count - t;
+        const int count = tokens - t;
         start_tile(x[i], p.inner - e, p.x.alignment, block_team(),
-                   [&](int j) { return j < count ? p.x.at(0, span.first + t + j) + e : nullptr; });
+                   [&](int j) { return j < count ? p.x.at(0, first + t + j) + e : nullptr; });
         start_tile(grad[i], p.columns - f, p.grad.alignment, block_team(),
-                   [&](int j) { return j < count ? p.grad.at(0, span.first + t + j) + f : nullptr; });
+                   [&](int j) { return j < count ? p.grad.at(0, first + t + j) + f : nullptr; });
         close_copies();
     };
 
@@ -203,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const int line = static_cast<int>(threadIdx.x) / kWarp * 16;
     Sums sums[4];
     float of_bias = 0.0f;  // of the column that the thread is for
-    const int steps = (span.count + kTokens - 1) / kTokens;
+    const int steps = (tokens + kTokens - 1) / kTokens;
     if (steps > 0) start(0, 0);
     for (int i = 0; i < steps; ++i) {
         if (i + 1 < steps) {
@@ -224,20 +236,58 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                 multiply_add(sums[n], left, right);
             }
         }
-        if (threadIdx.x < kColumns)
-            for (int t = 0; t < kTokens; ++t) of_bias += widen(*grad[i % 2].at(t, static_cast<int>(threadIdx.x)));
+        if (threadIdx.x < kColumns) {
+            float of_step = 0.0f;  // sums of sums: fewer roundings of a large one
+            for (int t = 0; t < kTokens; ++t) of_step += widen(*grad[i % 2].at(t, static_cast<int>(threadIdx.x)));
+            of_bias += of_step;
+        }
         __syncthreads();
     }
+    float* piece = nullptr;
+    if (row.count > p.split) piece = p.pieces + piece_of(row.first, slot.begin / p.split, p.split) * p.piece_size();
+    const auto write = [&](T* to, int64_t at, int64_t in_piece, float sum) {
+        if (piece != nullptr)
+            piece[in_piece] = sum;
+        else
+            to[at] = narrow<T>(sum);
+    };
 #pragma unroll
     for (int n = 0; n < 4; ++n)
         sums[n].for_each([&](int i, int j, float sum) {
             const int inside = e + line + i, column = f + n * 16 + j;
-            if (inside < p.inner && column < p.columns)
-                p.grad_weight[(row * p.inner + inside) * p.columns + column] = narrow<T>(sum);
+            const int64_t at = int64_t{inside} * p.columns + column;
+            if (inside < p.inner && column < p.columns) write(p.grad_weight, row.row * p.numbers() + at, at, sum);
         });
     const int column = f + static_cast<int>(threadIdx.x);
     if (p.grad_bias != nullptr && e == 0 && threadIdx.x < kColumns && column < p.columns)
-        p.grad_bias[row * p.columns + column] = narrow<T>(of_bias);
+        write(p.grad_bias, row.row * p.columns + column, p.numbers() + column, of_bias);
+}
+
+// Joins the chunks of rows that are cut, a number by each thread.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    join_weight_gradients(const __grid_constant__ WeightGradient<T> p, const __grid_constant__ Offsets offsets) {
+    const int64_t blocks = (p.piece_size() + kThreads - 1) / kThreads;
+    const int64_t i = blockIdx.x % blocks * kThreads + threadIdx.x;
+    const Span row = joined_at(offsets, blockIdx.x / blocks * p.split, p.split, 0);
+    if (row.count == 0 || i >= p.piece_size()) return;
+    const float* first = p.pieces + piece_of(row.first, 0, p.split) * p.piece_size();
+    float sum = 0.0f;
+    for (int chunk = 0; chunk * int64_t{p.split} < row.count; ++chunk) sum += first[chunk * p.piece_size() + i];
+    if (i < p.numbers())
+        p.grad_weight[row.row * p.numbers() + i] = narrow<T>(sum);
+    else
+        p.grad_bias[row.row * p.columns + i - p.numbers()] = narrow<T>(sum);
+}
+
+template <typename T>
+void start_weight_gradients(const WeightGradient<T>& p, const Offsets& offsets, const Stream& stream) {
+    const int64_t tiles = std::max<int64_t>(parts_of(p.inner, kColumns), 1) * parts_of(p.columns, kColumns);
+    stream.launch(row_weight_gradients<T>, slots(offsets.tokens, offsets.rows, 1, p.split) * tiles, kThreads,
+                  kGradientMemory<T>, p, offsets);
+    if (p.pieces == nullptr) return;
+    const int64_t marks = offsets.tokens / p.split + 1;
+    stream.launch(join_weight_gradients<T>, marks * parts_of(p.piece_size(), kThreads), kThreads, 0, p, offsets);
 }
 
 // ---------------------------------------------------------------- calls
@@ -246,6 +296,20 @@ void check_lines(const Checks& check, const FfnInputs& in) {
     check.contiguous_last_axis("x", in.x);
     check.contiguous_last_axis("weight", in.weight);
     if (in.bias) check.contiguous_last_axis("bias", *in.bias);
+}
+
+void check_chunks(const Checks& check, const FfnInputs& in, const FfnChunks& chunks) {
+    const int64_t tokens = in.x.shape[0], *size = in.weight.shape;
+    if (chunks.split < kTokens || chunks.split % kTokens != 0)
+        check.refuse("split", "a multiple of " + std::to_string(kTokens), std::to_string(chunks.split));
+    const bool wanted = tokens > chunks.split;
+    if (chunks.pieces.has_value() != wanted)
+        check.refuse("pieces", wanted ? "given" : "None", chunks.pieces ? describe(*chunks.pieces) : "None");
+    if (!wanted) return;
+    const Axis room{"P", 2 * tokens / chunks.split + 1},
+        numbers{"E F + F", size[1] * size[2] + (in.bias ? size[2] : 0)};
+    check.tensor("pieces", *chunks.pieces, DType::float32, {room, numbers});
+    check.contiguous("pieces", *chunks.pieces);
 }
 
 // The product of x and the weights, without an epilogue.
@@ -278,7 +342,7 @@ void personalized_ffn_forward(const FfnInputs& in, const FfnOutputs& to, bool tf
 }
 
 void personalized_ffn_backward(const FfnInputs& in, const FfnGradients& grads, const std::optional<TensorView>& before,
-                               bool tf32, const Stream& stream) {
+                               const FfnChunks& chunks, bool tf32, const Stream& stream) {
     const Checks check = stream.checks();
     check_backward(check, in, grads);
     check_lines(check, in);
@@ -286,6 +350,7 @@ void personalized_ffn_backward(const FfnInputs& in, const FfnGradients& grads, c
     if (before.has_value() != (in.activation != Activation::identity))
         check.refuse("before", before ? "None" : "given", before ? describe(*before) : "None");
     if (before) check.gradient("before", *before, "grad_out", grads.grad_out);
+    check_chunks(check, in, chunks);
     with_element(in.x.dtype, tf32, [&](auto element) {
         using T = decltype(element);
         const Offsets offsets(in.offsets, in.x.shape[0]);
@@ -308,10 +373,12 @@ void personalized_ffn_backward(const FfnInputs& in, const FfnGradients& grads, c
                             static_cast<T*>(grads.grad_weight.data),
                             nullptr,
                             static_cast<int>(in.weight.shape[1]),
-                            static_cast<int>(in.weight.shape[2])};
+                            static_cast<int>(in.weight.shape[2]),
+                            static_cast<int>(chunks.split),
+                            nullptr};
         if (grads.grad_bias) w.grad_bias = static_cast<T*>(grads.grad_bias->data);
-        const int64_t tiles = std::max<int64_t>(parts_of(w.inner, kColumns), 1) * parts_of(w.columns, kColumns);
-        stream.launch(row_weight_gradients<T>, offsets.rows * tiles, kThreads, kGradientMemory<T>, w, offsets);
+        if (chunks.pieces) w.pieces = static_cast<float*>(chunks.pieces->data);
+        start_weight_gradients<T>(w, offsets, stream);
     });
 }
 

@@ -114,5 +114,23 @@ struct Offsets {
     }
 };
 
+// ---------------------------------------------------------------- rows in chunks
+
+// Long rows are cut into chunks of `split` tokens, the slots of tiles of that many; what each sums up lies one after
+// another in memory, and a kernel after that joins them in order. This is the place of a chunk of a row in that memory:
+// rows of more than `split` tokens have room side by side.
+__device__ inline int64_t piece_of(int64_t first, int64_t chunk, int split) {
+    return 2 * first / split + chunk;
+}
+
+// The row that is joined at a token, a multiple of `split`: the one that holds it, if it has more than `split` tokens
+// behind the skipped ones and holds no such token before; every row that is cut holds one. Else a row of no tokens.
+__device__ inline Span joined_at(const Offsets& offsets, int64_t token, int split, int skip) {
+    if (token >= offsets.tokens) return {offsets.rows, offsets.tokens, 0};
+    Span row = offsets.holder(token);
+    if (row.row >= offsets.rows || row.count - skip <= split || token - split >= row.first) row.count = 0;
+    return row;
+}
+
 }  // namespace cuda
 }  // namespace interformer

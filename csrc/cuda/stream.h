@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -49,8 +50,7 @@ class Stream {
         if (blocks == 0) return;
         if (blocks > kMostBlocks) fail("a grid of " + std::to_string(blocks) + " blocks is beyond the device");
         const DeviceGuard guard(lead_.device.id);
-        if (shared > kSharedByDefault)
-            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+        allow(kernel, shared);
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(static_cast<unsigned>(blocks));
         config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -59,10 +59,26 @@ class Stream {
         check(cudaLaunchKernelEx(&config, kernel, parameters...));
     }
 
+    // How many such blocks the device holds at once.
+    template <typename... Parameters>
+    int64_t resident(void (*kernel)(Parameters...), int threads, int shared) const {
+        const DeviceGuard guard(lead_.device.id);
+        allow(kernel, shared);
+        int processors = 0, blocks = 0;
+        check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, lead_.device.id));
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared)));
+        return std::max<int64_t>(int64_t{processors} * blocks, 1);
+    }
+
   private:
     static constexpr int64_t kMostBlocks = 2147483647;
     static constexpr int kSharedByDefault = 48 * 1024;
 
+    template <typename... Parameters>
+    void allow(void (*kernel)(Parameters...), int shared) const {
+        if (shared > kSharedByDefault)
+            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    }
     void check(cudaError_t status) const {
         if (status == cudaSuccess) return;
         cudaGetLastError();  // so that the next call of somebody else does not find it

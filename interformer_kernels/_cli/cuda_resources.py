@@ -21,7 +21,9 @@ from interformer_kernels import _backend
 from interformer_kernels._cli.tables import print_table
 
 # Kernels that multiply no tiles; all others do, and do it on tensor cores but for float32 that shall be exact.
-WITHOUT_PRODUCTS = frozenset({"rotate_rows", "merge_pieces", "add_pieces", "epilogue_gradients"})
+WITHOUT_PRODUCTS = frozenset(
+    {"rotate_rows", "merge_pieces", "add_pieces", "join_weight_gradients", "epilogue_gradients", "list_long_rows"}
+)
 MOST_REGISTERS = 255
 
 

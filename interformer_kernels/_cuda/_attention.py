@@ -12,6 +12,7 @@ from interformer_kernels._launch.attention_call import AttentionCall
 from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
 from interformer_kernels._launch.tensors import allows_tf32, readable
 
+_QUEUE = 258  # int64 numbers that share work out: `kQueueSize` of csrc/cuda/queue.cuh
 _GATE_BLOCK = 32  # tokens over which gradients of a gate that all tokens share are summed at once
 
 
@@ -60,6 +61,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -
         split,
         _pieces(call, split, shape[-1]),
         _pieces(call, split, 2),
+        k.new_empty(_QUEUE, dtype=torch.int64),
         allows_tf32(k.dtype),
     )
     return out, lse, attended
@@ -95,6 +97,7 @@ def backward(
         _pieces(call, split, 0 if shared else k.shape[2]),
         _pieces(call, split, 2 if exact else 0),
         parts,
+        k.new_empty(_QUEUE, dtype=torch.int64),
         allows_tf32(k.dtype),
     )
     grad_q = grad_q.sum(0).to(k.dtype) if shared else _turned(grad_q, call, backwards=True, queries=True)

@@ -1,10 +1,14 @@
-"""How rows of many keys under few queries are cut up, so that there is work for a whole device. Knows no backend."""
+"""How rows of many keys under few queries, or of many tokens under one matrix, are cut up. Knows no backend.
+
+So there is work for a whole device, and no long row holds it up.
+"""
 
 from __future__ import annotations
 
 from interformer_kernels._launch.attention_call import AttentionCall
 
 SPLIT = 1024  # keys of a chunk
+TOKENS = 512  # of a chunk where gradients of a row's matrix are summed: more would be beyond the budget of rounding
 _FEW = 32  # queries of a row under one key/value head, at most, for that: more make work enough
 _MOST_RUNS = 512  # of rows, over which gradients of shared queries are summed, times parts of their keys
 

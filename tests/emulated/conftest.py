@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+import torch
 
 EMULATES = os.environ.get("INTERFORMER_EMULATE", "") == "1"
 collect_ignore_glob = [] if EMULATES else ["test_*"]
@@ -27,3 +28,11 @@ def emulated() -> Iterator[ModuleType]:
     MODULE.configure(0, True)
     yield MODULE
     MODULE.configure(0, True)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """PyTorch allows its own matrix products to shorten float32."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False

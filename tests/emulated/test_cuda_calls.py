@@ -83,6 +83,7 @@ def test_disordered_offsets_leave_nothing_unwritten(
 ) -> None:
     """Rows are a partition of the tokens whatever the offsets hold: unwritten memory is NaN, and so is all around."""
     monkeypatch.setattr(long_rows, "SPLIT", split)
+    monkeypatch.setattr(long_rows, "TOKENS", split)
     ik.set_validation("off")
     inputs = guarded_inputs(case, dtype)
     tokens = {"offsets": "x" if "x" in inputs else "k", "kv_offsets": "k", "q_offsets": "q"}
@@ -98,6 +99,18 @@ def test_disordered_offsets_leave_nothing_unwritten(
             assert not x.isnan().any(), (quantity, draw, broken)
         if given.pop("score", "softmax") != "softmax":
             assert not testing.call(case.op, given, "cuda")[0].isnan().any(), (draw, broken)
+
+
+def test_rows_that_fit_a_chunk_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight gradients beside a row that is cut are those without any cut; that row's are summed in chunks."""
+    inputs = guarded_inputs(small("personalized_ffn", lengths=(64, 200, 0, 65, 9)), torch.float32)
+    whole = results("personalized_ffn", inputs)
+    monkeypatch.setattr(long_rows, "TOKENS", 64)
+    cut = results("personalized_ffn", inputs)
+    for name in ("dweight", "dbias"):
+        assert torch.equal(cut[name][[0, 2, 4]], whole[name][[0, 2, 4]]), name
+        assert not torch.equal(cut[name][1], whole[name][1]), name
+        torch.testing.assert_close(cut[name], whole[name])
 
 
 @pytest.mark.parametrize("op", SERVED)

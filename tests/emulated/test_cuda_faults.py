@@ -47,6 +47,30 @@ def test_a_fault_shows_in_the_numbers(
     assert all(exchanged(emulated, fault, how) for how in misses)
 
 
+def turned(module: ModuleType, fault: str, how: tuple[int, bool], resident: int) -> bool:
+    """Whether the kernel whose blocks stay, so many at once, gives what it should with this fault."""
+    module.configure(*how, resident=resident)
+    x, out = torch.randn(20, 128), torch.empty(20, 128)
+    try:
+        module.turn_pieces(fault, x, torch.zeros(1, dtype=torch.int64), out)
+    except RuntimeError:  # threads of a block went to different items, and wait for one another
+        return False
+    return torch.equal(out, x.flip(1))
+
+
+@pytest.mark.parametrize("resident", [1, 3])
+@pytest.mark.parametrize(
+    ("fault", "misses"),
+    [("", (IN_ORDER, SHUFFLED, EARLY)), ("next before it is told", (IN_ORDER, EARLY)), ("memory taken too early", ())],
+)
+def test_a_fault_between_items_of_a_block_that_stays(
+    emulated: ModuleType, fault: str, misses: tuple[tuple[int, bool], ...], resident: int
+) -> None:
+    """Items that share memory one after another; the order of the threads hides one of the faults."""
+    for how in (IN_ORDER, SHUFFLED, EARLY):
+        assert turned(emulated, fault, how, resident) == (how in misses), how
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [

@@ -6,7 +6,6 @@ copies that land at once. A barrier, or a wait, that is missing shows in one of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +26,8 @@ SIZES = [
     Case("personalized_ffn", "wide", lengths=(3, 0, 140), head_size=136, value_size=72, residual=True),
     Case("personalized_ffn", "of four bytes", lengths=(33, 31), head_size=34, value_size=6),
     Case("personalized_ffn", "of eight bytes", lengths=(33, 31), head_size=68, value_size=12),
+    Case("personalized_ffn", "cut", lengths=(5, 2100, 0, 1025, 1024), head_size=20, value_size=70),
+    Case("personalized_ffn", "cut, no bias", lengths=(1500, 3), head_size=8, value_size=8, bias=False),
     Case("personalized_ffn", "one number", lengths=(2, 0, 1), head_size=1, value_size=1),
     Case("apply_rotary", "wide", heads=3, head_size=200, rope=120, lengths=(90, 0, 2)),
     Case("apply_rotary", "wide, interleaved", heads=1, head_size=64, rope=32, options={"interleaved": True}),
@@ -88,14 +89,6 @@ def test_tail_and_dtype(op: str, way: str, emulated: ModuleType) -> None:
         if name in ("dx", "dk", "dv") or (name == "out" and not of_rows):
             assert not x[-case.tail :].any(), name
         assert x.isfinite().all() or name == "lse", name
-
-
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    """PyTorch allows its own matrix products to shorten float32."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def short_inputs(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:

@@ -17,6 +17,12 @@ void exchange(const std::string& fault, py::handle x, py::handle out) {
     cuda::exchange(fault, from, view("out", out), cuda::Stream("exchange", from, nullptr));
 }
 
+void turn_pieces(const std::string& fault, py::handle x, py::handle taken, py::handle out) {
+    const Viewer view("turn_pieces");
+    const TensorView from = view("x", x);
+    cuda::turn_pieces(fault, from, view("taken", taken), view("out", out), cuda::Stream("turn_pieces", from, nullptr));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(interformer_emulated, m) {
@@ -24,11 +30,12 @@ PYBIND11_MODULE(interformer_emulated, m) {
     cuda::bind(m);
     m.def(
         "configure",
-        [](uint64_t seed, bool lazy_copies, unsigned last_blocks) {
-            emulation::options = {seed, lazy_copies, last_blocks};
+        [](uint64_t seed, bool lazy_copies, unsigned last_blocks, unsigned resident) {
+            emulation::options = {seed, lazy_copies, last_blocks, resident};
         },
-        py::arg("seed"), py::arg("lazy_copies"), py::arg("last_blocks") = 0);
+        py::arg("seed"), py::arg("lazy_copies"), py::arg("last_blocks") = 0, py::arg("resident") = 2);
     m.def("exchange", &exchange);
+    m.def("turn_pieces", &turn_pieces);
 }
 
 }  // namespace interformer

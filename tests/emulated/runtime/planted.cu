@@ -1,5 +1,6 @@
 #include "planted.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <iterator>
 #include <stdexcept>
@@ -24,6 +25,8 @@ enum Fault {
     kBeyondTensor,
     kHalfAWarp,
     kTooMuchSharedMemory,
+    kNextBeforeItIsTold,
+    kMemoryTakenTooEarly,
 };
 constexpr const char* kNames[] = {"",
                                   "misaligned copy",
@@ -34,7 +37,15 @@ constexpr const char* kNames[] = {"",
                                   "no barrier after the write",
                                   "beyond the tensor",
                                   "half a warp",
-                                  "too much shared memory"};
+                                  "too much shared memory",
+                                  "next before it is told",
+                                  "memory taken too early"};
+
+Fault fault_of(const std::string& name) {
+    const auto found = std::find(std::begin(kNames), std::end(kNames), name);
+    if (found == std::end(kNames)) throw std::invalid_argument("no such fault: " + name);
+    return static_cast<Fault>(found - std::begin(kNames));
+}
 
 __global__ void __launch_bounds__(kThreads) exchanged(const float* x, float* out, Fault fault) {
     float* copied = reinterpret_cast<float*>(shared_memory());
@@ -55,15 +66,47 @@ __global__ void __launch_bounds__(kThreads) exchanged(const float* x, float* out
     out[i] = y + __shfl_xor_sync(0xffffffffu, y, 1);
 }
 
+// Pieces of kThreads numbers, each turned round, by blocks that stay and take one after another.
+__global__ void __launch_bounds__(kThreads)
+    turned_pieces(const float* x, float* out, int64_t pieces, unsigned long long* taken, Fault fault) {
+    float* copied = reinterpret_cast<float*>(shared_memory());
+    int64_t* told = reinterpret_cast<int64_t*>(copied + kThreads);
+    const int i = static_cast<int>(threadIdx.x);
+    for (int64_t piece = blockIdx.x; piece >= 0 && piece < pieces;) {
+        copied[i] = x[piece * kThreads + i];
+        __syncthreads();
+        out[piece * kThreads + i] = copied[kThreads - 1 - i];
+        if (fault == kMemoryTakenTooEarly) {
+            piece += gridDim.x;
+            continue;
+        }
+        __syncthreads();
+        if (i == 0) *told = gridDim.x + static_cast<int64_t>(atomicAdd(taken, 1ull));
+        if (fault != kNextBeforeItIsTold) __syncthreads();
+        piece = *told;
+    }
+}
+
 }  // namespace
 
+void turn_pieces(const std::string& fault, const TensorView& x, const TensorView& taken, const TensorView& out,
+                 const Stream& stream) {
+    const int64_t pieces = x.shape[0];
+    const Checks check = stream.checks();
+    check.tensor("x", x, DType::float32, {{"P", pieces}, {"N", kThreads}});
+    check.tensor("taken", taken, DType::int64, {{"1", 1}});
+    check.gradient("out", out, "x", x);
+    const int shared = kThreads * static_cast<int>(sizeof(float)) + static_cast<int>(sizeof(int64_t));
+    const int64_t blocks = std::min(stream.resident(turned_pieces, kThreads, shared), pieces);
+    stream.launch(turned_pieces, blocks, kThreads, shared, static_cast<const float*>(x.data),
+                  static_cast<float*>(out.data), pieces, static_cast<unsigned long long*>(taken.data), fault_of(fault));
+}
+
 void exchange(const std::string& fault, const TensorView& x, const TensorView& out, const Stream& stream) {
-    const auto found = std::find(std::begin(kNames), std::end(kNames), fault);
-    if (found == std::end(kNames)) throw std::invalid_argument("no such fault: " + fault);
     const Checks check = stream.checks();
     check.tensor("x", x, DType::float32, {{"N", kThreads}});
     check.gradient("out", out, "x", x);
-    const Fault chosen = static_cast<Fault>(found - std::begin(kNames));
+    const Fault chosen = fault_of(fault);
     const int shared = chosen == kTooMuchSharedMemory ? 1 << 20 : 2 * kThreads * static_cast<int>(sizeof(float));
     stream.launch(exchanged, 1, kThreads, shared, static_cast<const float*>(x.data), static_cast<float*>(out.data),
                   chosen);

@@ -55,6 +55,7 @@ namespace {
 
 constexpr size_t kStack = 256 * 1024;
 constexpr unsigned kMostThreads = 1024;
+constexpr unsigned kMostHeld = 8;         // blocks at once: their stacks are many
 constexpr size_t kShared = 101376;        // of a block on every device from compute capability 8.0 on
 constexpr size_t kSharedUnasked = 49152;  // without cudaFuncSetAttribute
 
@@ -86,7 +87,15 @@ struct Fiber {
     bool can_go_on() const { return !finished && (waits_at == nullptr || waits_at->round != waits_since); }
 };
 
-alignas(128) char shared[kShared + 1024];
+// What the device holds of a block; one of the grid's blocks after another is there.
+struct Block {
+    unsigned index = 0, left = 0;  // threads that have not returned
+    Meeting meeting;
+    Meeting warp_meetings[kMostThreads / 32];
+    std::vector<Fiber> fibers = std::vector<Fiber>(kMostThreads);
+    std::vector<unsigned> order;
+    alignas(128) char shared[kShared + 1024];
+};
 
 // Everything about the grid that runs; one at a time.
 struct Running {
@@ -94,9 +103,8 @@ struct Running {
     const std::function<void()>* body = nullptr;
     void* stack_pointer = nullptr;  // of the scheduler
     std::string failure;
-    Meeting block_meeting;
-    Meeting warp_meetings[kMostThreads / 32];
-    std::unique_ptr<Fiber[]> fibers = std::make_unique<Fiber[]>(kMostThreads);
+    std::vector<std::unique_ptr<Block>> blocks;  // as many as have ever been held at once
+    Block* block = nullptr;                      // whose turn it is
     std::mt19937_64 random;
     const void* scheduler_stack = nullptr;
     size_t scheduler_stack_size = 0;
@@ -109,7 +117,7 @@ std::map<const void*, size_t> allowed;
 // ---------------------------------------------------------------- fibers
 
 Fiber& current() {
-    return running.fibers[thread_index.x];
+    return running.block->fibers[thread_index.x];
 }
 
 // AddressSanitizer must be told of every change of stacks.
@@ -141,7 +149,7 @@ void fiber_main() {
 }
 
 void to_fiber(unsigned thread) {
-    Fiber& fiber = running.fibers[thread];
+    Fiber& fiber = running.block->fibers[thread];
     thread_index.x = thread;
     fiber.waits_at = nullptr;
     before_switch(&running.sanitizer_state, fiber.stack, kStack);
@@ -205,45 +213,52 @@ std::string who_waits() {
     const auto add = [&](const Meeting& meeting, const std::string& where) {
         if (meeting.waiting > 0) text += ", " + std::to_string(meeting.waiting) + " threads at " + meeting.name + where;
     };
-    add(running.block_meeting, "");
+    add(running.block->meeting, "");
     for (unsigned warp = 0; warp < running.grid.threads / 32; ++warp)
-        add(running.warp_meetings[warp], " of warp " + std::to_string(warp));
+        add(running.block->warp_meetings[warp], " of warp " + std::to_string(warp));
     return text;
 }
 
 // NaN, since what is read must have been written; out of bounds behind what the launch asked for.
-void fresh_shared_memory() {
+void fresh_shared_memory(Block& block) {
 #ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(shared, sizeof shared);
+    __asan_unpoison_memory_region(block.shared, sizeof block.shared);
 #endif
-    std::memset(shared, 0xff, running.grid.shared);
+    std::memset(block.shared, 0xff, running.grid.shared);
 #ifdef __SANITIZE_ADDRESS__
-    __asan_poison_memory_region(shared + running.grid.shared, sizeof shared - running.grid.shared);
+    __asan_poison_memory_region(block.shared + running.grid.shared, sizeof block.shared - running.grid.shared);
 #endif
 }
 
-void run_block() {
+void begin_block(Block& block, unsigned index) {
     const unsigned threads = running.grid.threads;
-    fresh_shared_memory();
-    running.block_meeting = {};
-    std::fill_n(running.warp_meetings, threads / 32, Meeting{});
-    for (unsigned i = 0; i < threads; ++i) prepare(running.fibers[i]);
-    std::vector<unsigned> order(threads);
-    std::iota(order.begin(), order.end(), 0u);
-    for (unsigned left = threads; left > 0;) {
-        if (options.seed != 0) std::shuffle(order.begin(), order.end(), running.random);
-        bool moved = false;
-        for (const unsigned thread : order) {
-            if (!running.fibers[thread].can_go_on()) continue;
-            moved = true;
-            to_fiber(thread);
-            if (!running.failure.empty()) throw std::runtime_error("emulation: " + running.failure);
-            left -= running.fibers[thread].finished;
-        }
-        if (!moved)
-            throw std::runtime_error("emulation: block " + std::to_string(block_index.x) + " waits in vain: " +
-                                     std::to_string(threads - left) + " threads have returned" + who_waits());
+    block.index = index;
+    block.left = threads;
+    fresh_shared_memory(block);
+    block.meeting = {};
+    std::fill_n(block.warp_meetings, threads / 32, Meeting{});
+    for (unsigned i = 0; i < threads; ++i) prepare(block.fibers[i]);
+    block.order.resize(threads);
+    std::iota(block.order.begin(), block.order.end(), 0u);
+}
+
+// Lets every thread that can go on do so, up to where it waits. Blocks do not wait for one another.
+void turn_of_block(Block& block) {
+    running.block = &block;
+    block_index.x = block.index;
+    if (options.seed != 0) std::shuffle(block.order.begin(), block.order.end(), running.random);
+    bool moved = false;
+    for (const unsigned thread : block.order) {
+        if (!block.fibers[thread].can_go_on()) continue;
+        moved = true;
+        to_fiber(thread);
+        if (!running.failure.empty()) throw std::runtime_error("emulation: " + running.failure);
+        block.left -= block.fibers[thread].finished;
     }
+    if (!moved)
+        throw std::runtime_error("emulation: block " + std::to_string(block.index) +
+                                 " waits in vain: " + std::to_string(running.grid.threads - block.left) +
+                                 " threads have returned" + who_waits());
 }
 
 }  // namespace
@@ -271,24 +286,41 @@ void run(const Grid& grid, const std::function<void()>& thread) {
     running.body = &thread;
     running.failure.clear();
     running.random.seed(options.seed);
-    const unsigned skipped =
+    unsigned next =
         options.last_blocks > 0 && options.last_blocks < grid.blocks ? grid.blocks - options.last_blocks : 0;
-    for (block_index.x = skipped; block_index.x < grid.blocks; ++block_index.x) run_block();
+    const size_t most = std::min(options.resident, kMostHeld);
+    while (running.blocks.size() < most) running.blocks.push_back(std::make_unique<Block>());
+    std::vector<Block*> held;
+    for (; held.size() < most && next < grid.blocks; ++next) {
+        held.push_back(running.blocks[held.size()].get());
+        begin_block(*held.back(), next);
+    }
+    while (!held.empty()) {
+        for (size_t i = 0; i < held.size();) {
+            turn_of_block(*held[i]);
+            if (held[i]->left > 0)
+                ++i;
+            else if (next < grid.blocks)
+                begin_block(*held[i], next++);
+            else
+                held.erase(held.begin() + static_cast<std::ptrdiff_t>(i));
+        }
+    }
 }
 
 // ---------------------------------------------------------------- called by the threads
 
 char* shared_memory() {
-    return shared;
+    return running.block->shared;
 }
 
 void block_barrier() {
-    meet(running.block_meeting, "__syncthreads", running.grid.threads, [] {});
+    meet(running.block->meeting, "__syncthreads", running.grid.threads, [] {});
 }
 
 void collective(const char* name, unsigned lanes, const void* sent, void* received, Execute execute) {
     if (lanes != kEveryLane) fail(std::string(name) + " for a part of the warp, which is not emulated");
-    Meeting& meeting = running.warp_meetings[thread_index.x / 32];
+    Meeting& meeting = running.block->warp_meetings[thread_index.x / 32];
     meeting.sent[lane()] = sent;
     meeting.received[lane()] = received;
     meet(meeting, name, 32, [&] { execute(meeting.sent, meeting.received); });

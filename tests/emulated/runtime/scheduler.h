@@ -1,6 +1,6 @@
-// Runs a grid on the CPU: blocks one after another, the threads of a block as fibers that pass control on where they
-// wait for one another, and nowhere else. A kernel that does not order what its threads share shows it by wrong results
-// under some order of the fibers.
+// Runs a grid on the CPU: a few blocks at once, in turns, the others when one of them is done; the threads of a block
+// as fibers that pass control on where they wait for one another, and nowhere else. A kernel that does not order what
+// its threads share shows it by wrong results under some order of the fibers.
 #pragma once
 
 #include <cstddef>
@@ -21,6 +21,7 @@ struct Options {
     uint64_t seed = 0;         // 0: fibers run in the order of their threads, else in an order drawn anew at every turn
     bool lazy_copies = true;   // copies land when they are waited for, else when they are started
     unsigned last_blocks = 0;  // of a grid only so many run, its last ones; 0: all
+    unsigned resident = 2;     // blocks that the device says it holds at once; more than 8 run in turns of 8
 };
 extern Options options;
 

@@ -16,7 +16,6 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one after another
 
 // ---------------------------------------------------------------- types and indices
 
@@ -76,6 +75,13 @@ T __ldg(const T* pointer) {
     return *pointer;
 }
 
+// Threads give way only where they wait for one another, so nothing comes between the two.
+inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long x) {
+    const unsigned long long before = *address;
+    *address = before + x;
+    return before;
+}
+
 // ---------------------------------------------------------------- functions of a block or a warp
 
 inline void __syncthreads() {
@@ -117,6 +123,7 @@ inline int __all_sync(unsigned lanes, int vote) {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 using cudaStream_t = void*;
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
@@ -129,6 +136,15 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) {
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+    *value = 1;
+    return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+    *blocks = static_cast<int>(emulation::options.resident);
     return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() {

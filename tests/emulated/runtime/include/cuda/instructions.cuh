@@ -12,6 +12,10 @@
 namespace interformer {
 namespace cuda {
 
+inline int thread_index() {
+    return static_cast<int>(threadIdx.x);
+}
+
 // ---------------------------------------------------------------- numbers
 
 inline float widen(float x) {
