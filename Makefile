@@ -28,7 +28,7 @@ PYTEST = OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -n $(WORKERS)
 EXAMPLES ?= 10000
 
 .PHONY: help demo test triton-test cuda-test resources gpu-report fuzz sanitize lint wheel-test wide-test bench \
-        bench-compare torch-matrix clean
+        bench-model bench-compare torch-matrix clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
@@ -43,6 +43,7 @@ help:
 	@echo "make wheel-test         builds the wheel and tries it in a bare environment, from another directory"
 	@echo "make wide-test          tests the kernels for AVX-512 BF16 on a machine with AVX2"
 	@echo "make bench [DATA=path]  every op against its peers on all named shapes: bench/out/report.md"
+	@echo "make bench-model        InterFormer against the same model on padded rows, training and inference: bench/out/model.md"
 	@echo "make bench-compare REF=<git ref>  is this tree slower than another, by interleaved runs: bench/out/compare.md"
 	@echo "make torch-matrix       one wheel under several versions of torch (downloads them)"
 	@echo "make clean              removes the environment and all that was built"
@@ -117,6 +118,9 @@ wide-test: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m interformer_bench $(data_option) --out bench/out $(ARGS)
+
+bench-model: $(READY)
+	$(BIN)/python -m interformer_bench.model $(data_option) --out bench/out $(ARGS)
 
 bench-compare: $(READY)
 	$(BIN)/python -m interformer_bench.compare $(REF) $(data_option) --out bench/out $(ARGS)
