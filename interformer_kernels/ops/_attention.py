@@ -1,24 +1,40 @@
-"""What the ops of the attention family share: output allocation, counting of visible pairs, offsets' contents."""
+"""What the ops of the attention family share: output allocation, what the backward keeps, counting of visible pairs."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from interformer_kernels import _backend
 from interformer_kernels.ops._registered import exact_dtype
 
 
 def empty_outputs(
     like: Tensor, shape: tuple[int, ...], score: str, keep_attended: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised `(out, lse, attended)`; what is not asked for is an empty tensor."""
+    """Uninitialised `(out, lse, attended)`; what is not asked for is an empty tensor.
+
+    `attended` is A before gate and residual, in the dtype of accumulation: rounded to 16 bits it could overflow where
+    the output does not, and sums over many tokens would show the rounding.
+    """
+    exact = exact_dtype(like.dtype)
     lse_shape = shape[:-1] if score == "softmax" else (0,)
     out = like.new_empty(shape)
-    return (
-        out,
-        like.new_empty(lse_shape, dtype=exact_dtype(like.dtype)),
-        like.new_empty(shape if keep_attended else (0,)),
-    )
+    return out, like.new_empty(lse_shape, dtype=exact), like.new_empty(shape if keep_attended else (0,), dtype=exact)
+
+
+def backward_reads_attended(op: str, backend: str, k: Tensor, v: Tensor | None, gate: Tensor | None, score: str) -> bool:
+    """Whether a call's backward needs A itself: for a gate's gradient, or for the softmax's `delta = <dA, A>`.
+
+    Kernels that have all weights of a query at hand find delta from those, as do the float32 kernels of GPUs.
+    """
+    if gate is not None:
+        return True
+    if score != "softmax" or k.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    channels = max(k.shape[-1], 0 if v is None else v.shape[-1])
+    return (backend or _backend.choose(op, k.device.type, k.dtype, channels)) in ("triton", "cuda")
 
 
 def empty_gradients(

@@ -131,9 +131,9 @@ class RegisteredOp:
         if isinstance(outputs, Tensor):
             return outputs.to(self._lead(bound).dtype)
         out, lse, attended = outputs
-        keep = bound["keep_attended"] and attended is not out
-        dtype = self._lead(bound).dtype
-        return out.to(dtype), lse, attended.to(dtype) if keep else out.new_empty(0, dtype=dtype)
+        # No output of an op may be another one.
+        kept = attended.clone() if attended is out else attended
+        return out.to(self._lead(bound).dtype), lse, kept if bound["keep_attended"] else attended.new_empty(0)
 
     def _run_backward(self, *args: Any) -> Any:
         bound = dict(zip(self.backward_names, args, strict=True))
@@ -220,8 +220,6 @@ class _Joined(torch.autograd.Function):
         op = _OPS[inputs[0]]
         bound = dict(zip(op.forward_names, inputs[1:], strict=True))
         bound.update(zip(op.extras, output[1:], strict=True))
-        if "attended" in bound and bound["gate"] is None and bound["residual"] is None:
-            bound["attended"] = output[0]
         kept = [name for name in op.backward_names if name != "grad_out"]
         ctx.op_name = op.name
         ctx.names = [n for n in kept if isinstance(bound[n], Tensor)]

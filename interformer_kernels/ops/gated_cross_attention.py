@@ -171,7 +171,7 @@ def gated_cross_attention(
     factor = checks.check_score(OP, score, post_scale, return_lse)
     scale = checks.default_scale(OP, scale, axes["D"])
     name = checks.backend_name(OP, backend)
-    keep = (gate is not None or residual is not None) and wants_gradients(q, k, v, gate, residual)
+    keep = wants_gradients(q, k, v, gate, residual) and attention.backward_reads_attended(OP, name, k, v, gate, score)
     options = scale, score, factor, gate_form, gate_activation, keep, name
     out, lse, _ = _op(q, k, v, kv_offsets, q_offsets, gate, residual, *options)
     return (out, lse) if return_lse else out
