@@ -87,12 +87,9 @@ class Checker:
     ) -> str | None:
         allowance = 1.0 if name == OURS else _ALLOWANCE
         for quantity, x in found.items():
-            true = truth[quantity]
-            largest = float(true.abs().max()) if true.numel() else 0.0
-            errors = testing.largest_error(x, true), testing.largest_error(eager[quantity], true)
-            row = testing.judge([{quantity: (self.dtype, *errors, largest)}])[0]
-            if not row.error <= allowance * row.budget:
-                return f"wrong {quantity}: error {row.error:.2e}, budget {allowance * row.budget:.2e}"
+            row = testing.Sums.of(x, eager[quantity], truth[quantity]).judged(quantity)
+            if not row.share <= allowance:
+                return f"wrong {quantity}: {row.share:.2f} of its budget, {allowance:g} allowed"
         return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,6 @@ from interformer_kernels import testing
 
 Inputs = dict[str, Any]
 Run = Callable[[Any, Mapping[str, Any]], Tensor]
-# How far a tensor is from the truth: `(found, truth) -> float`.
-Distance = Callable[[Tensor, Tensor], float]
 
 # Padding masks of three rows of six places, True at padding.
 PADDINGS = {
@@ -59,32 +57,20 @@ def draw(seed: int, **shapes: tuple[int, ...]) -> Inputs:
     return {name: torch.randn(shape, generator=generator).requires_grad_() for name, shape in shapes.items()}
 
 
-def root_mean_square(found: Tensor, truth: Tensor) -> float:
-    """Of the differences: for a whole model, whose largest error alone is a matter of luck."""
-    return float((found.double() - truth.double()).square().mean().sqrt())
-
-
 def assert_within_budget(
     before: nn.Module,
     after: nn.Module,
     make: Callable[[int], Inputs],
     run: Run,
-    *,
-    draws: Sequence[int] = (2, 12),
-    distance: Distance = testing.largest_error,
+    most_draws: int | None = None,
 ) -> None:
-    """`run(after, inputs)` and its gradients agree with those of `before`, over a few draws `make(seed)`.
+    """`run(after, inputs)` and its gradients agree with those of `before`, over draws `make(seed)`.
 
-    `draws` are their numbers, from the first look to the last word, as in `testing.compare`.
+    As many as the rule of `testing.compare` asks for; quantities that `most_draws` leave short of it are not judged.
     """
-    errors: list[testing.Errors] = []
-    rows: list[testing.Row] = []
-    for wanted in draws:
-        errors += [_measure(before, after, make(seed), run, distance) for seed in range(len(errors), wanted)]
-        rows = testing.judge(errors)
-        if all(row.ok for row in rows):
-            return
-    raise AssertionError([row for row in rows if not row.ok])
+    rows = testing.judge(testing.pooled(lambda seed: _measure(before, after, make(seed), run), 0, most_draws))
+    assert rows
+    assert not [row for row in rows if not row.ok]
 
 
 def evaluate(module: nn.Module, inputs: Inputs, run: Run) -> dict[str, Tensor]:
@@ -102,15 +88,11 @@ def evaluate(module: nn.Module, inputs: Inputs, run: Run) -> dict[str, Tensor]:
     return found
 
 
-def _measure(before: nn.Module, after: nn.Module, inputs: Inputs, run: Run, distance: Distance) -> testing.Errors:
+def _measure(before: nn.Module, after: nn.Module, inputs: Inputs, run: Run) -> testing.Errors:
     found, eager = evaluate(after, inputs, run), evaluate(before, inputs, run)
     truth = evaluate(copy.deepcopy(before).double(), testing.cast_inputs(inputs, torch.float64), run)
     assert found.keys() == truth.keys()
-    errors = {}
-    for name, x in found.items():
-        wrong, rough = distance(x, truth[name]), distance(eager[name], truth[name])
-        errors[name] = x.dtype, wrong, rough, distance(truth[name], torch.zeros_like(truth[name]))
-    return errors
+    return {name: testing.Sums.of(x, eager[name], truth[name]) for name, x in found.items()}
 
 
 def copies(module: nn.Module) -> dict[str, nn.Module]:

@@ -25,9 +25,8 @@ lengths = st.lists(row_lengths, max_size=6).map(tuple)
 small = st.integers(1, 20)
 channels = st.one_of(small, small, small, st.sampled_from((16, 32, 64, 128)), st.integers(1, 512))
 
-# A search through thousands of calls finds those of a few numbers, where PyTorch's error happens to be small. The
-# budget itself is held by the grids of the other tests; a bug errs by far more than this many times the budget.
-ALLOWANCE = 3.0
+# Draws of a call: what these leave short of 1024 numbers is judged by the grids of the other tests.
+MOST_DRAWS = 32
 
 
 @st.composite
@@ -109,8 +108,8 @@ def test_any_legal_call_is_within_the_budget(
         inputs = testing.make_inputs(case, dtype, device, seed)
         return relaid_inputs(inputs, memory) if memory else inputs
 
-    rows = testing.compare(case, backend, dtype, seed=seed, make=make, draws=(1, 12, 60))
-    assert not [row for row in rows if not row.error <= ALLOWANCE * row.budget]
+    rows = testing.compare(case, backend, dtype, seed=seed, make=make, most_draws=MOST_DRAWS)
+    assert not [row for row in rows if not row.ok]
     inputs = make(case, dtype, "cpu", seed)
     with torch.no_grad():
         served = testing.call(case.op, inputs, backend)[0]

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     heading("What is here")
     info.show(info.collect())
     heading("Is it right")
-    results = list(parity.compare(tell=status_line))
+    results = list(parity.compare(parity.Asked(), most_draws=8, tell=status_line))
     status = parity.show(results)
     parity.write_json(arguments.out / "parity.json", results)
     heading("How fast is it")

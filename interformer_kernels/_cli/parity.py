@@ -1,5 +1,8 @@
 """`interformer-kernels parity`: every backend of this machine against the float64 truth; exit status 1 on any breach.
 
+With `--hard` also values that are extreme or not finite in one place of every input in turn: what must not notice keeps
+its bits; and calls whose numbers cancel or overflow.
+
 For other people's CI: name what you rely on (`--backend cpu --op pma_pooling --dtype float32`), and the command also
 fails where a named backend cannot serve. What is not named is tried wherever it can serve.
 """
@@ -7,11 +10,13 @@ fails where a named backend cannot serve. What is not named is tried wherever it
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -35,16 +40,15 @@ class Result:
     quantity: str
     error: float = math.nan
     budget: float = math.nan
+    largest: float = 0.0
+    limit: float = 0.0
     problem: str | None = None
 
     @property
     def share(self) -> float:
-        """Error over budget: above 1 is a breach, and so are NaN errors and problems (infinite)."""
-        if self.problem is not None or not math.isfinite(self.error):
-            return math.inf
-        if self.error == 0:
-            return 0.0
-        return self.error / self.budget if self.budget else math.inf
+        """The larger of both errors over what they may be (`testing.Row`); infinite for problems."""
+        row = testing.Row(self.quantity, self.error, self.budget, self.largest, self.limit)
+        return row.share if self.problem is None else math.inf
 
     @property
     def ok(self) -> bool:
@@ -58,61 +62,108 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", action="append", choices=tuple(_DTYPES), help="may be repeated")
     parser.add_argument("--op", action="append", choices=testing.OPS, help="may be repeated")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where left out: every one there is")
+    parser.add_argument(
+        "--most-draws",
+        type=_at_least_one,
+        metavar="N",
+        help="no more draws of a case; quantities that they leave short of 1024 numbers are not judged",
+    )
+    parser.add_argument("--hard", action="store_true", help="also values that are extreme, or not finite in one place")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every compared quantity as JSON")
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {number}")
+    return number
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, print the worst case of every quantity, and return the exit status."""
-    results = list(compare(arguments.op, arguments.backend, arguments.dtype, arguments.device, tell=status_line))
+    asked = Asked(arguments.op, arguments.backend, arguments.dtype, arguments.device)
+    results = list(compare(asked, arguments.most_draws, arguments.hard, tell=status_line))
     if arguments.json:
         write_json(arguments.json, results)
     return show(results)
 
 
+class Asked(NamedTuple):
+    """What is named; what is not (None) is everything that can serve."""
+
+    ops: list[str] | None = None
+    backends: list[str] | None = None
+    dtypes: list[str] | None = None
+    device: str | None = None
+
+
 def compare(
-    ops: list[str] | None = None,
-    backends: list[str] | None = None,
-    dtypes: list[str] | None = None,
-    device: str | None = None,
-    tell: Callable[[str], None] = lambda line: None,
+    asked: Asked, most_draws: int | None = None, hard: bool = False, tell: Callable[[str], None] = lambda line: None
 ) -> Iterator[Result]:
-    """Results of all cases of what is named; what is not named (None) is everything that can serve.
+    """Results of all cases of what is asked.
 
     A named backend that cannot serve any one of the ops, dtypes or devices is a breach; `tell` hears what is going on.
     """
+    ops, backends, dtypes, device = asked
     for op in ops or testing.OPS:
         for backend in backends or _backend.BACKENDS:
             kinds = dtypes or [name for name, dtype in _DTYPES.items() if _serves_somewhere(op, backend, dtype, device)]
             for kind in kinds or [next(iter(_DTYPES))]:
-                yield from _compare_kind(op, backend, kind, device, named=backends is not None, tell=tell)
+                places = [device] if device else devices()
+                served, problem = _served(op, backend, kind, places)
+                if problem and backends is not None:
+                    yield Result(op, backend, kind, "/".join(places), "-", "-", problem=problem)
+                for place in served:
+                    tell(f"{op} {backend} {kind} {place}")
+                    for case, judge in _cases(op, most_draws, hard):
+                        yield from _judged((op, backend, kind, place, case.name), case, judge)
     tell("")
 
 
-def _compare_kind(
-    op: str, backend: str, kind: str, device: str | None, *, named: bool, tell: Callable[[str], None]
-) -> Iterator[Result]:
-    places = [device] if device else devices()
+def _served(op: str, backend: str, kind: str, places: Sequence[str]) -> tuple[list[str], str | None]:
+    """The devices on which the backend can serve; and why there is none."""
     reasons = {place: _backend.why_not(op, backend, place, _DTYPES[kind]) for place in places}
     served = [place for place, reason in reasons.items() if reason is None]
-    if named and not served:
-        why = "; ".join(f"on {place}: {reason}" for place, reason in reasons.items())
-        yield Result(op, backend, kind, "/".join(places), "-", "-", problem=f"cannot serve {why}")
-    for place in served:
-        tell(f"{op} {backend} {kind} {place}")
-        for case in testing.cases(op):
-            yield from _compare_case(case, backend, kind, place)
+    why = "; ".join(f"on {place}: {reason}" for place, reason in reasons.items())
+    return served, None if served else f"cannot serve {why}"
 
 
-def _compare_case(case: testing.Case, backend: str, kind: str, device: str) -> Iterator[Result]:
-    where = case.op, backend, kind, device, case.name
+# From a case, backend, dtype and device to what was found.
+_Judge = Callable[[testing.Case, str, torch.dtype, str], list[testing.Row]]
+
+
+def _cases(op: str, most_draws: int | None, hard: bool) -> Iterator[tuple[testing.Case, _Judge]]:
+    """The cases of an op, each with the function that judges it."""
+    for case in testing.cases(op):
+        yield case, functools.partial(testing.compare, most_draws=most_draws)
+    if hard:
+        for case in testing.hard_value_cases(op):
+            yield case, testing.compare_hard
+        for case in testing.hard_cases(op):
+            yield case, _compare_planted
+
+
+def _compare_planted(case: testing.Case, backend: str, dtype: torch.dtype, device: str) -> list[testing.Row]:
+    """One row for each value that is planted; raises where something noticed it, or hid it, that must not."""
+    inputs = testing.make_inputs(case, dtype, device)
+    rows = []
+    for plant in testing.plants(inputs):
+        if problems := testing.check_planted(case, backend, inputs, plant):
+            raise AssertionError("; ".join(problems))
+        rows.append(testing.Row(str(plant), 0.0, 0.0))
+    return rows
+
+
+def _judged(where: tuple[str, str, str, str, str], case: testing.Case, judge: _Judge) -> Iterator[Result]:
+    _, backend, kind, device, _ = where
     try:
-        rows = testing.compare(case, backend, _DTYPES[kind], device)
+        rows = judge(case, backend, _DTYPES[kind], device)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         # A kernel that raises is a breach to report beside the others, not the end of the comparison.
         yield Result(*where, "-", problem=f"{type(error).__name__}: {error}")
         return
     for row in rows:
-        yield Result(*where, row.quantity, row.error, row.budget)
+        yield Result(*where, *row)
 
 
 def _serves_somewhere(op: str, backend: str, dtype: torch.dtype, device: str | None) -> bool:
@@ -137,10 +188,11 @@ def show(results: list[Result]) -> int:
         numbers = ("-", "-") if one.problem else (f"{one.error:.1e}", f"{one.budget:.1e}")
         verdict = "ok" if one.ok else "BREACH"
         lines.append((one.op, one.backend, one.dtype, one.device, one.quantity, *numbers, one.case, verdict))
-    print_table("Largest error against float64, and its budget", columns, lines)
+    print_table("Error against float64 (root mean square, relative), and its budget", columns, lines)
     breaches = [one for one in results if not one.ok]
     for one in breaches:
-        what = one.problem or f"error {one.error:.3e}, budget {one.budget:.3e}"
+        errors = f"error {one.error:.3e}, budget {one.budget:.3e}; largest {one.largest:.3e}, limit {one.limit:.3e}"
+        what = one.problem or errors
         print(f"BREACH: {one.op} {one.backend} {one.dtype} {one.device}, case {one.case!r}, {one.quantity}: {what}")
     compared = sum(one.problem is None for one in results)
     print(f"{compared} quantities compared, {len(breaches)} breaches")

@@ -24,7 +24,9 @@ def empty_outputs(
     return out, like.new_empty(lse_shape, dtype=exact), like.new_empty(shape if keep_attended else (0,), dtype=exact)
 
 
-def backward_reads_attended(op: str, backend: str, k: Tensor, v: Tensor | None, gate: Tensor | None, score: str) -> bool:
+def backward_reads_attended(
+    op: str, backend: str, k: Tensor, v: Tensor | None, gate: Tensor | None, score: str
+) -> bool:
     """Whether a call's backward needs A itself: for a gate's gradient, or for the softmax's `delta = <dA, A>`.
 
     Kernels that have all weights of a query at hand find delta from those, as do the float32 kernels of GPUs.

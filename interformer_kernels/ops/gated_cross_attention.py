@@ -171,7 +171,8 @@ def gated_cross_attention(
     factor = checks.check_score(OP, score, post_scale, return_lse)
     scale = checks.default_scale(OP, scale, axes["D"])
     name = checks.backend_name(OP, backend)
-    keep = wants_gradients(q, k, v, gate, residual) and attention.backward_reads_attended(OP, name, k, v, gate, score)
+    keep = attention.backward_reads_attended(OP, name, k, v, gate, score)
+    keep = keep and wants_gradients(q, k, v, gate, residual)
     options = scale, score, factor, gate_form, gate_activation, keep, name
     out, lse, _ = _op(q, k, v, kv_offsets, q_offsets, gate, residual, *options)
     return (out, lse) if return_lse else out

@@ -165,7 +165,8 @@ def pma_pooling(
     factor = checks.check_score(OP, score, post_scale, return_lse)
     scale = checks.default_scale(OP, scale, axes["D"])
     name = checks.backend_name(OP, backend)
-    keep = wants_gradients(seeds, k, v, gate, residual) and attention.backward_reads_attended(OP, name, k, v, gate, score)
+    keep = attention.backward_reads_attended(OP, name, k, v, gate, score)
+    keep = keep and wants_gradients(seeds, k, v, gate, residual)
     options = scale, skip_prefix, score, factor, gate_form, gate_activation, keep, name
     out, lse, _ = _op(seeds, k, v, offsets, gate, residual, *options)
     return (out, lse) if return_lse else out

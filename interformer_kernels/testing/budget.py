@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,16 +28,34 @@ DIFFERENTIABLE = {
 
 
 class Row(NamedTuple):
-    """One compared quantity: its largest absolute error against the float64 truth, and what it may be."""
+    """One compared quantity against its budget: its error over all numbers, and the largest error of a single one.
+
+    `error` is the root mean square of the differences to the float64 truth, relative to the truth's own; `budget` is
+    what it may be. `largest` is the largest absolute difference of one number; `limit` is what that may be.
+    """
 
     quantity: str
     error: float
     budget: float
+    largest: float = 0.0
+    limit: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The larger of both errors over what they may be: above 1 is a breach; infinite for NaN."""
+        shares = (_over(self.error, self.budget), _over(self.largest, self.limit))
+        return math.inf if any(map(math.isnan, shares)) else max(shares)
 
     @property
     def ok(self) -> bool:
-        """Within the budget (a NaN error is not)."""
-        return self.error <= self.budget
+        """Within the budget, and no number beyond its limit (a NaN is)."""
+        return self.share <= 1
+
+
+def _over(error: float, budget: float) -> float:
+    if error == 0:
+        return 0.0
+    return error / budget if budget else math.inf if error == error else math.nan
 
 
 def call(op: str, inputs: Mapping[str, Any], backend: str | None) -> tuple[Tensor, Tensor | None]:
@@ -93,18 +113,71 @@ def cast_inputs(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
     return found
 
 
-def largest_error(found: Tensor, truth: Tensor) -> float:
-    """Largest absolute difference; equal infinities differ by nothing, and NaN stays NaN."""
-    if found.shape != truth.shape:
-        raise AssertionError(f"found shape {list(found.shape)}, wanted {list(truth.shape)}")
-    difference = (found.double() - truth.double()).abs()
-    difference = difference.masked_fill(found.double() == truth.double(), 0)
-    return float(difference.max()) if difference.numel() else 0.0
-
+NUMBERS = 1024  # of a quantity, at least, that are judged together
 
 Run = Callable[[Mapping[str, Any]], tuple[Tensor, Tensor | None]]
-# Of one draw, by quantity: the dtype found, the error found, eager PyTorch's error, and the largest true value.
-Errors = dict[str, tuple[torch.dtype, float, float, float]]
+
+
+_Three = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of one quantity over one draw or several: what its errors are made of.
+
+    `numbers` are the true values that are not 0. The pairs below belong to the backend's differences to the truth, to
+    eager PyTorch's, and to the truth itself where it is finite: sums of squares, and largest absolute values.
+    """
+
+    dtype: torch.dtype
+    numbers: int
+    squares: _Three
+    largest: _Three
+
+    @classmethod
+    def of(cls, found: Tensor, eager: Tensor, truth: Tensor) -> Sums:
+        """Of one draw."""
+        finite = truth.double().masked_fill(~truth.isfinite(), 0)
+        parts = (differences(found, truth), differences(eager, truth), finite.abs())
+        of_found, of_eager, of_truth = ((float(x.square().sum()), float(x.max()) if x.numel() else 0.0) for x in parts)
+        squares, largest = zip(of_found, of_eager, of_truth, strict=True)
+        return cls(found.dtype, int(finite.count_nonzero()), squares, largest)
+
+    def __add__(self, other: Sums) -> Sums:
+        """Of both draws together."""
+        squares, largest = _each(operator.add, self.squares, other.squares), _each(_larger, self.largest, other.largest)
+        return Sums(self.dtype, self.numbers + other.numbers, squares, largest)
+
+    def judged(self, quantity: str) -> Row:
+        """The errors against their budget."""
+        # There is no finer truth than float64: eager's error in float32, scaled by the ratio of the two rounding units,
+        # stands in for eager's, and is allowed once more, since the truth itself errs by as much.
+        ratio, share = (2.0**-29, 3) if self.dtype == torch.float64 else (1.0, 2)
+        unit = torch.finfo(self.dtype).eps
+        found, eager, truth = map(math.sqrt, self.squares)
+        scale = truth or 1.0
+        budget = share * ratio * eager / scale + (unit if truth else 0.0)
+        most_found, most_eager, most_truth = self.largest
+        return Row(quantity, found / scale, budget, most_found, 6 * ratio * most_eager + 2 * unit * most_truth)
+
+
+def _each(function: Callable[[float, float], float], a: _Three, b: _Three) -> _Three:
+    return function(a[0], b[0]), function(a[1], b[1]), function(a[2], b[2])
+
+
+def _larger(a: float, b: float) -> float:
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+Errors = dict[str, Sums]
+
+
+def differences(found: Tensor, truth: Tensor) -> Tensor:
+    """Absolute differences in float64; equal infinities differ by nothing, and NaN stays NaN."""
+    if found.shape != truth.shape:
+        raise AssertionError(f"found shape {list(found.shape)}, wanted {list(truth.shape)}")
+    found, truth = found.double(), truth.double()
+    return (found - truth).abs().masked_fill(found == truth, 0)
 
 
 def compare(
@@ -114,24 +187,32 @@ def compare(
     device: str = "cpu",
     seed: int = 0,
     make: Callable[[Case, torch.dtype, str, int], dict[str, Any]] = make_inputs,
-    draws: Sequence[int] = (2, 12),
+    most_draws: int | None = None,
 ) -> list[Row]:
     """Hold one case on one backend against the float64 truth; a row for the output and for each gradient.
 
-    Errors are the largest over a few draws of the inputs, the backend's and eager PyTorch's alike. Of a handful of
-    numbers a single draw's error is a matter of luck, so a suspicion is settled by more draws, again for both: `draws`
-    are their numbers, from the first look to the last word.
+    As many inputs are drawn as give every quantity 1024 numbers. Where `most_draws` does not allow for them, a quantity
+    that so many draws leave short is not judged, and has no row: fewer numbers would be a matter of luck.
     """
-    errors: list[Errors] = []
-    rows: list[Row] = []
-    for wanted in draws:
-        for i in range(len(errors), wanted):
-            inputs = make(case, dtype, device, seed + i)
-            errors.append(measure(lambda made: call(case.op, made, backend), case.op, inputs))
-        rows = judge(errors)
-        if all(row.ok for row in rows):
-            break
-    return rows
+
+    def draw(seed: int) -> Errors:
+        inputs = make(case, dtype, device, seed)
+        return measure(lambda made: call(case.op, made, backend), case.op, inputs)
+
+    return judge(pooled(draw, seed, most_draws))
+
+
+def pooled(draw: Callable[[int], Errors], seed: int = 0, most_draws: int | None = None) -> Errors:
+    """Errors over `draw(seed)`, `draw(seed + 1)`, ..., until every quantity has 1024 numbers; see `compare`.
+
+    What a draw leaves out is left out of the whole.
+    """
+    total = draw(seed)
+    draws = 1
+    while any(0 < sums.numbers < NUMBERS for sums in total.values()) and draws != most_draws:
+        total = {name: sums + total[name] for name, sums in draw(seed + draws).items() if name in total}
+        draws += 1
+    return {name: sums for name, sums in total.items() if not 0 < sums.numbers < NUMBERS}
 
 
 def measure(run: Run, op: str, inputs: Mapping[str, Any]) -> Errors:
@@ -142,21 +223,9 @@ def measure(run: Run, op: str, inputs: Mapping[str, Any]) -> Errors:
     double = inputs["grad_out"].dtype == torch.float64
     rough = cast_inputs(inputs, torch.float32) if double else inputs
     eager = evaluate(lambda: call_eager(op, rough), op, rough)
-    errors = {}
-    for quantity, x in found.items():
-        true = truth[quantity]
-        finite = true[true.isfinite()].abs()
-        largest = float(finite.max()) if finite.numel() else 0.0
-        errors[quantity] = x.dtype, largest_error(x, true), largest_error(eager[quantity], true), largest
-    return errors
+    return {name: Sums.of(x, eager[name], truth[name]) for name, x in found.items()}
 
 
-def judge(draws: Sequence[Errors]) -> list[Row]:
-    """The largest errors over the draws against their budget."""
-    rows = []
-    for quantity, (dtype, *_) in draws[0].items():
-        _, found, eager, largest = zip(*(draw[quantity] for draw in draws), strict=True)
-        ratio, share = (2.0**-29, 3) if dtype == torch.float64 else (1.0, 2)
-        error = math.nan if any(map(math.isnan, found)) else max(found)
-        rows.append(Row(quantity, error, share * ratio * max(eager) + torch.finfo(dtype).eps * max(largest)))
-    return rows
+def judge(errors: Errors) -> list[Row]:
+    """Every quantity against its budget."""
+    return [sums.judged(quantity) for quantity, sums in errors.items()]

@@ -27,7 +27,8 @@ class Case:
         query_lengths: queries of each row; for `gated_cross_attention`, None means dense queries.
         queries: seeds `M`, or dense queries `N` of a row.
         tail: tokens behind the last row; their inputs hold NaN.
-        gate: `""` (none), or its shape: `"full"`, `"head"` `[..., H, 1]`, `"channel"` `[H, Dv]`, `"scalar"`.
+        gate: `""` (none), or its shape: `"full"`, `"head"` `[..., H, 1]`, `"token"` `[..., 1, 1]`, `"channel"`
+            `[H, Dv]`, `"heads"` `[H, 1]`, `"scalar"`.
         rope: channels that rotate; 0 is no rotary embedding.
         positions: explicit rotary positions instead of the index in the row.
         shared_value: `v=None`, the keys are the values (pma_pooling).
@@ -64,6 +65,7 @@ _SCORES: tuple[dict[str, Any], ...] = tuple(
     {"score": score, "post_scale": 0.125, "scale": 0.3} for score in SCORES if score != "softmax"
 )
 _GATES = tuple((form, act) for form in GATE_FORMS for act in GATE_ACTIVATIONS)
+_GATE_SHAPES = ("full", "head", "channel", "scalar", "full", "token", "heads", "channel")
 
 
 def _attention_cases(op: str, case: Callable[..., Case]) -> list[Case]:
@@ -82,11 +84,13 @@ def _attention_cases(op: str, case: Callable[..., Case]) -> list[Case]:
         case(op, "residual", residual=True),
     ]
     cases += [case(op, f"score {o['score']}", options=o) for o in _SCORES]
-    for (form, activation), shape in zip(_GATES, ("full", "head", "channel", "scalar") * 2, strict=True):
+    for (form, activation), shape in zip(_GATES, _GATE_SHAPES, strict=True):
+        gate = {"gate": shape, "residual": form == "self"}
+        # A gradient of one number is drawn a thousand times, and one of 16 still 64 times.
+        small = {"lengths": (5, 0, 3), "head_size": 4, "value_size": 4}
+        sizes: dict[str, Any] = {"scalar": small, "heads": {"heads": 16, **small}}.get(shape, {})
         options = {"gate_form": form, "gate_activation": activation}
-        cases.append(
-            case(op, f"gate {form} {activation} {shape}", gate=shape, residual=form == "self", options=options)
-        )
+        cases.append(case(op, f"gate {form} {activation} {shape}", **gate, **sizes, options=options))
     return cases
 
 

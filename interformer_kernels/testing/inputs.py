@@ -43,10 +43,12 @@ class _Draw:
 
     def epilogue(self, shape: tuple[int, ...], rows: int | None) -> dict[str, Tensor]:
         """Gate and residual for an output of this shape."""
-        gates = {"full": shape, "head": (*shape[:-1], 1), "channel": shape[-2:], "scalar": ()}
+        token = shape[:-2]
+        gates = {"full": shape, "head": (*shape[:-1], 1), "token": (*token, 1, 1), "channel": shape[-2:], "scalar": ()}
+        gates["heads"] = (shape[-2], 1)
         found = {}
         if self.case.gate:
-            per_token = self.case.gate in ("full", "head")
+            per_token = self.case.gate in ("full", "head", "token")
             found["gate"] = self.leaf(*gates[self.case.gate], rows=rows if per_token else None)
         if self.case.residual:
             found["residual"] = self.leaf(*shape, rows=rows)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_calls import SERVED, results
+from every import most_draws
 from grid import ALL_CASES, case_ids
 from guards import guarded_inputs
 
@@ -72,7 +73,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 @pytest.mark.parametrize("case", CASES + SIZES, ids=case_ids(CASES + SIZES))
 def test_error_is_within_the_budget(case: Case, dtype: torch.dtype, way: str, emulated: ModuleType) -> None:
     emulated.configure(*WAYS[way])
-    rows = testing.compare(case, "cuda", dtype, make=guarded_inputs, draws=(1, 4, 12))
+    rows = testing.compare(case, "cuda", dtype, make=guarded_inputs, most_draws=most_draws(4))
     assert not [row for row in rows if not row.ok]
 
 
@@ -107,7 +108,7 @@ EXACT_IN_TF32 = [
 
 @pytest.mark.parametrize("case", EXACT_IN_TF32, ids=case_ids(EXACT_IN_TF32))
 def test_tf32_of_short_numbers_is_within_the_budget_of_float32(case: Case, tf32: None) -> None:
-    rows = testing.compare(case, "cuda", torch.float32, make=short_inputs, draws=(1, 4, 12))
+    rows = testing.compare(case, "cuda", torch.float32, make=short_inputs, most_draws=most_draws(4))
     assert not [row for row in rows if not row.ok]
 
 
@@ -125,8 +126,8 @@ ROUNDED_IN_TF32 = [case for case in CASES + SIZES if case.op in testing.OPS[:3] 
 
 @pytest.mark.parametrize("case", ROUNDED_IN_TF32, ids=case_ids(ROUNDED_IN_TF32))
 def test_tf32_attention_of_short_numbers_is_within_the_budget_of_float16(case: Case, tf32: None) -> None:
-    rows = testing.compare(case, "cuda", torch.float32, make=short_inputs, draws=(4,))
-    budgets = testing.compare(case, "cuda", torch.float16, make=short_inputs, draws=(4,))
+    rows = testing.compare(case, "cuda", torch.float32, make=short_inputs)
+    budgets = testing.compare(case, "cuda", torch.float16, make=short_inputs)
     for row, other in zip(rows, budgets, strict=True):
         assert row.error <= other.budget, row.quantity
 

@@ -1,17 +1,17 @@
-"""Every case of every op on Triton's kernels, within the budget of rounding; with TRITON_EVERY=1 in every dtype.
+"""Every case of every op on Triton's kernels, within the budget of rounding; with EVERY=1 in every dtype, all draws.
 
 Else each case is asked in one dtype, by turns, and a few that take every path of the kernels in all of them; and with
-two heads, not four: the interpreter takes its time for every program.
+two heads, not four: the interpreter takes its time for every program. A few cases are asked with all their draws.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import pytest
 import torch
+from every import EVERY, most_draws
 from grid import ALL_CASES, case_ids
 from guards import guarded_inputs
 from triton_calls import results
@@ -23,9 +23,6 @@ from interformer_kernels.testing import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IN_ALL_DTYPES = {"plain", "gate and residual", "v is k", "interleaved, rope", "gelu, bias, residual"}
-
-
-EVERY = bool(os.environ.get("TRITON_EVERY"))
 
 
 def small(case: Case) -> Case:
@@ -43,9 +40,26 @@ PAIRS = [
 ]
 
 
+# Whose every quantity is judged in CI, too: none has fewer than 64 numbers in a draw.
+WHOLE = [
+    (Case("jagged_attention", "whole", gate="heads", heads=2, kv_heads=1, head_size=64, value_size=64,
+          lengths=(64, 3, 0, 33), options={"causal": True}), torch.bfloat16),
+    (Case("pma_pooling", "whole", gate="channel", heads=4, kv_heads=2, lengths=(40, 0, 5)), torch.float16),
+    (Case("gated_cross_attention", "whole", gate="head", residual=True, lengths=(40, 0, 5)), torch.float32),
+    (Case("personalized_ffn", "whole", head_size=24, value_size=48, residual=True), torch.bfloat16),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(("case", "dtype"), PAIRS)
 def test_error_is_within_the_budget(case: Case, dtype: torch.dtype) -> None:
-    rows = testing.compare(case, "triton", dtype, make=guarded_inputs, draws=(1, 4, 12))
+    rows = testing.compare(case, "triton", dtype, make=guarded_inputs, most_draws=most_draws(2))
+    assert not [row for row in rows if not row.ok]
+
+
+@pytest.mark.parametrize(("case", "dtype"), WHOLE, ids=[case.op for case, _ in WHOLE])
+def test_every_quantity_is_within_the_budget(case: Case, dtype: torch.dtype) -> None:
+    rows = testing.compare(case, "triton", dtype, make=guarded_inputs)
+    assert {row.quantity for row in rows} == results(case.op, guarded_inputs(case, dtype)).keys()
     assert not [row for row in rows if not row.ok]
 
 
@@ -77,7 +91,7 @@ SIZES = [
 
 @pytest.mark.parametrize(("case", "dtype"), SIZES, ids=[f"{case.op}-{case.name}" for case, _ in SIZES])
 def test_sizes(case: Case, dtype: torch.dtype) -> None:
-    rows = testing.compare(case, "triton", dtype, make=guarded_inputs, draws=(1, 4, 12))
+    rows = testing.compare(case, "triton", dtype, make=guarded_inputs, most_draws=most_draws(2))
     assert not [row for row in rows if not row.ok]
 
 
@@ -173,5 +187,5 @@ def test_long_rows_in_chunks(op: str, score: str, dtype: torch.dtype, monkeypatc
         if quantity in whole:
             assert torch.equal(split[quantity][short], whole[quantity][short])
             assert not torch.equal(split[quantity], whole[quantity])
-    rows = testing.compare(case, "triton", dtype, make=guarded_inputs, draws=(1, 4, 12))
+    rows = testing.compare(case, "triton", dtype, make=guarded_inputs, most_draws=most_draws(2))
     assert not [row for row in rows if not row.ok]
