@@ -138,7 +138,7 @@ def _cases(op: str, most_draws: int | None, hard: bool) -> Iterator[tuple[testin
         yield case, functools.partial(testing.compare, most_draws=most_draws)
     if hard:
         for case in testing.hard_value_cases(op):
-            yield case, testing.compare_hard
+            yield case, functools.partial(testing.compare_hard, most_draws=most_draws)
         for case in testing.hard_cases(op):
             yield case, _compare_planted
 

@@ -208,7 +208,14 @@ def hard_value_cases(op: str) -> list[Case]:
     ]
 
 
-def compare_hard(case: Case, backend: str | None, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Row]:
+def compare_hard(
+    case: Case,
+    backend: str | None,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
+    most_draws: int | None = None,
+) -> list[Row]:
     """`compare` of a case of `hard_value_cases`; quantities that overflow in eager PyTorch are not judged."""
     make = HARD_VALUES[case.name][0]
 
@@ -225,4 +232,4 @@ def compare_hard(case: Case, backend: str | None, dtype: torch.dtype, device: st
             if not truth[name].isnan().any() and eager[name][truth[name].isfinite()].isfinite().all()
         }
 
-    return judge(pooled(draw, seed))
+    return judge(pooled(draw, seed, most_draws))
