@@ -6,12 +6,15 @@ import argparse
 
 from interformer_bench import command
 
+from interformer_kernels._cli.errors import guarded
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The command by its module's name; `interformer-kernels bench` is the same."""
     parser = argparse.ArgumentParser(prog="python -m interformer_bench", description=command.__doc__)
     command.add_arguments(parser)
-    return command.run(parser.parse_args(arguments))
+    chosen = parser.parse_args(arguments)
+    return guarded(lambda: command.run(chosen))
 
 
 if __name__ == "__main__":

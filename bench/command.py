@@ -19,7 +19,9 @@ from interformer_bench.peers import OURS
 from interformer_bench.progress import Progress
 
 from interformer_kernels import _backend
+from interformer_kernels._cli.arguments import count, duration
 from interformer_kernels._cli.tables import print_table
+from interformer_kernels._files import want_writable, write_text
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _T = TypeVar("_T")
@@ -32,10 +34,10 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     add("--op", action="append", choices=workloads.OPS, help="may be repeated; all where left out")
     add("--law", action="append", choices=list(shapes.laws()), help="may be repeated; all where left out")
     add("--data", type=Path, help="directory with the length files")
-    add("--rows", type=int, help="rows of a batch, instead of each shape's own")
+    add("--rows", type=count, help="rows of a batch, instead of each shape's own")
     add("--dtype", action="append", choices=_DTYPES, help="may be repeated; each shape's own where left out")
-    add("--threads", action="append", type=int, help="of the CPU; may be repeated; 1 and 2 where left out")
-    add("--seconds", type=float, default=1.2, help="about how long each (shape, pass, threads) is timed")
+    add("--threads", action="append", type=count, help="of the CPU; may be repeated; 1 and 2 where left out")
+    add("--seconds", type=duration, default=1.2, help="about how long each (shape, pass, threads) is timed")
     add(
         "--quick",
         action="store_true",
@@ -116,13 +118,12 @@ def _write(chosen: argparse.Namespace, made: report.Report) -> None:
     if chosen.markdown == Path("-"):
         print(report.markdown(made))
     elif chosen.markdown:
-        chosen.markdown.parent.mkdir(parents=True, exist_ok=True)
-        chosen.markdown.write_text(report.markdown(made))
+        write_text(chosen.markdown, report.markdown(made))
     if chosen.json:
         report.write_json(chosen.json, made)
     if chosen.out:
         pictures = _draw(chosen.out, made)
-        (chosen.out / "report.md").write_text(report.markdown(made, pictures))
+        write_text(chosen.out / "report.md", report.markdown(made, pictures))
         report.write_json(chosen.out / "report.json", made)
 
 
@@ -168,6 +169,9 @@ def run(chosen: argparse.Namespace) -> int:
     if reason is not None:
         print(reason, file=sys.stderr)
         return 1
+    for target in (chosen.json, chosen.markdown, chosen.out / "report.md" if chosen.out else None):
+        if target not in (None, Path("-")):
+            want_writable(target)
     with progress.shown() as shown:
         if sys.stderr.isatty() and importlib.util.find_spec("rich") is None:
             shown.say(f"tables and progress are plain without rich: {_EXTRA}")

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,6 +21,9 @@ from interformer_bench.shapes import Law
 from interformer_bench.workloads import Sizes
 
 from interformer_kernels import _backend
+from interformer_kernels._cli.arguments import duration
+from interformer_kernels._cli.errors import guarded
+from interformer_kernels._files import to_json, write_text
 
 COLUMNS = ("op", "lengths", "sizes", "dtype", "pass", "runner", "eager", "graph", "peak", "TFLOP/s", "GB/s", "of copy")
 _REPLAYS = 20
@@ -162,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m interformer_bench.gpu", description=__doc__)
     parser.add_argument("--backend", help="of this package; the fastest where left out")
     parser.add_argument("--data", type=Path, help="directory with the length files")
-    parser.add_argument("--minutes", type=float, default=5.0, help="no shape is begun after that")
+    parser.add_argument("--minutes", type=duration, default=5.0, help="no shape is begun after that")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets bench.json and bench.md")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -189,15 +191,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _write(folder: Path, made: report.Report, found: list[Detail], left_out: list[str]) -> None:
-    report.write_json(folder / "bench.json", made)
-    content: Mapping[str, object] = json.loads((folder / "bench.json").read_text())
-    told = {**content, "details": [dataclasses.asdict(one) for one in found], "left_out": left_out}
-    (folder / "bench.json").write_text(json.dumps(told, indent=1) + "\n")
+    told = {**report.plain(made), "details": [dataclasses.asdict(one) for one in found], "left_out": left_out}
+    write_text(folder / "bench.json", to_json(told))
     parts = [report.markdown(made), "## Graphs, memory, rates", report.rows(COLUMNS, lines(found, made.machine))]
     if left_out:
         parts += ["## Left out, since the time was up", "\n".join(f"- {one}" for one in left_out)]
-    (folder / "bench.md").write_text("\n\n".join(parts) + "\n")
+    write_text(folder / "bench.md", "\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(guarded(main))

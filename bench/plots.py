@@ -11,6 +11,8 @@ from interformer_bench.peers import OURS
 from interformer_bench.report import Group, Machine
 from interformer_bench.run import PASSES, Measurement
 
+from interformer_kernels._files import replacing
+
 
 def panels(count: int, height: float) -> tuple[Any, Any]:
     """A figure of so many panels side by side."""
@@ -26,8 +28,8 @@ def save(path: Path, figure: Any) -> None:
     """Write it, and let it go."""
     import matplotlib.pyplot as plt
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=130, format="png")
     plt.close(figure)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from interformer_bench import targets
 from interformer_bench.memory import YARDSTICK, Peak
@@ -16,6 +16,7 @@ from interformer_bench.sweeps import SWEEPS, Sweep
 from interformer_bench.timing import Rates
 
 from interformer_kernels import _backend
+from interformer_kernels._files import to_json, write_text
 
 # Two threads multiply large matrices faster than one, by this at least, where they have a core each.
 _SCALES = 1.4
@@ -336,8 +337,12 @@ def rows(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def write_json(path: Path, made: Report) -> None:
     """All of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
+    write_text(path, to_json(plain(made)))
+
+
+def plain(made: Report) -> dict[str, Any]:
+    """All of it, as JSON has it."""
+    return {
         "level": level(),
         "machine": [{"dtype": name, "threads": n, **asdict(one)} for (name, n), one in made.machine.items()],
         "measurements": [asdict(one) for one in made.measurements],
@@ -345,4 +350,3 @@ def write_json(path: Path, made: Report) -> None:
         "calls": made.calls,
         "sweeps": {axis: [asdict(one) for one in swept] for axis, swept in made.sweeps.items()},
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")

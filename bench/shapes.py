@@ -106,9 +106,19 @@ def laws(data: str | Path | None = None) -> dict[str, Law]:
     found = {}
     for name, (file, knots) in _REAL.items():
         path = _find(file, DEFAULT_DATA if data is None else Path(data))
-        quantile = _fitted(knots) if path is None else _observed(json.loads(path.read_text()))
+        quantile = _fitted(knots) if path is None else _observed(_counts(path))
         found[name] = Law(name, "fitted" if path is None else "real", quantile)
     return found | {law.name: law for law in _synthetic()}
+
+
+def _counts(path: Path) -> list[int]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: wanted lengths as JSON, found {error}") from error
+    if not isinstance(found, list) or not found or not all(type(one) is int and 0 <= one < 2**31 for one in found):
+        raise ValueError(f"{path}: wanted a list of lengths, found something else")
+    return found
 
 
 def _find(file: str, data: Path) -> Path | None:

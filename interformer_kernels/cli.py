@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from interformer_kernels._cli import bench, demo, info, parity, tune
+from interformer_kernels._cli.errors import guarded
 
 _COMMANDS = {
     "info": (info, "versions, what is built and why not, and which backend each op takes here"),
@@ -29,10 +29,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[:1] == [name]:  # those of the bench come from a package that others do without
             module.add_arguments(command)
     chosen = parser.parse_args(given)
-    try:
-        status: int = chosen.run(chosen)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `... | head`: whoever reads has seen enough, and closing stdout must not complain again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return status
+    return guarded(lambda: chosen.run(chosen))

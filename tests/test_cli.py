@@ -161,6 +161,41 @@ def test_verdict(error: float, budget: float, ok: bool) -> None:
     assert parity.Result("op", "cpu", "float32", "cpu", "case", "out", error, budget).ok is ok
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("/dev/full", "OSError: [Errno 28] No space left on device: '/dev/full'"),
+        ("/", "IsADirectoryError: [Errno 21] wanted a file, found a directory: '/'"),
+        ("/proc/none/x", "FileNotFoundError: [Errno 2] No such file or directory: '/proc/none'"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_one_line_and_status_2(
+    target: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["parity", *SMALL, "--backend", "reference"]
+    assert main([*small, "--json", target]) == 2
+    assert capsys.readouterr().err.splitlines() == [message]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--rows", "0"], ["--threads", "-1"], ["--seconds", "nan"], ["--rows", "9" * 5000]]
+)
+def test_the_bench_takes_no_numbers_that_cannot_be(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *arguments])
+    assert ended.value.code == 2
+    assert f"argument {arguments[0]}: wanted a " in capsys.readouterr().err
+
+
+def test_the_bench_names_a_length_file_that_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "5core_beauty.json"
+    for content in ("[1, 2", "[]", "[1, -2]", '{"a": 1}', "[" * 5000):
+        file.write_text(content)
+        assert main(["bench", "--quick", "--data", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"ValueError: {file}: wanted ")
+
+
 # ---------------------------------------------------------------- bench
 
 # Small enough for a test: one op on one law, four rows, timed for next to nothing.

@@ -74,6 +74,29 @@ def test_tuned_tiles_are_the_fastest_measured_and_are_kept(tmp_path: Path, monke
     assert _tiles.tiles("forward", 48, 2, target._replace(name="")) == _tiles.TABLE["forward"][2][64]
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"forward/64/16": [32, 16, 4, 2]}', "changed", "zero"])
+def test_damaged_tuned_tiles_are_said_and_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    pytest.importorskip("triton")
+    from interformer_kernels._triton import _tiles
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target = _tiles.Target("cuda", 90, f"GPU {content}")
+    file = _tiles.keep(target.name, {"forward/64/16": _tiles.Tiles(32, 0 if content == "zero" else 16, 4, 2)})
+    if content != "zero":
+        file.write_text(file.read_text().replace("16,", "61,") if content == "changed" else content)
+    _tiles._tuned.cache_clear()
+    for _ in range(2):
+        assert _tiles.tiles("forward", 64, 2, target) == _tiles.TABLE["forward"][2][64]
+    (record,) = [record for record in caplog.records if record.name == "interformer_kernels"]
+    assert record.getMessage().startswith(f"{file}: damaged: ")
+    assert "\n" not in record.getMessage()
+    assert list(file.parent.iterdir()) == [file]
+    _tiles.keep(target.name, {"forward/64/16": _tiles.Tiles(32, 16, 4, 2)})  # tuning again mends it
+    assert _tiles.tiles("forward", 64, 2, target) == _tiles.Tiles(32, 16, 4, 2)
+
+
 def test_tiles_follow_the_capability() -> None:
     """Without tensor cores 16-bit tiles are float32's; later devices change entries of the table, other kinds none."""
     pytest.importorskip("triton")

@@ -33,7 +33,7 @@ def _write(directory: Path, ratings: list[Rating], users: int = 6, items: int = 
 
 
 def _random_ratings(seed: int, users: int = 6, items: int = 9) -> list[Rating]:
-    """Every user rates most items, several in the same second."""
+    """Every user rates most items, several in the same second; split in fifths, no part is empty."""
     rng = random.Random(seed)
     pairs = [(u, i) for u in range(users) for i in range(items) if rng.random() < 0.9]
     rng.shuffle(pairs)
@@ -53,7 +53,7 @@ def _parts(splits: Splits) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_history_is_what_the_user_rated_strictly_before(tmp_path: Path, seed: int) -> None:
     ratings = _random_ratings(seed)
-    splits = read_movielens(_write(tmp_path, ratings))
+    splits = read_movielens(_write(tmp_path, ratings), valid=0.2, test=0.2)
     known = {(u, i): (rating, time) for u, i, rating, time in ratings}
     events = [field.name for field in splits.schema.sequences]
     seen = 0
@@ -98,7 +98,10 @@ def test_an_impression_is_blind_to_its_own_and_to_later_labels(tmp_path: Path, s
     changed = [(u, i, 6 - rating if time >= now else rating, time) for u, i, rating, time in ratings]
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    before, after = (read_movielens(_write(tmp_path / name, table)) for name, table in (("a", ratings), ("b", changed)))
+    before, after = (
+        read_movielens(_write(tmp_path / name, table), valid=0.2, test=0.2)
+        for name, table in (("a", ratings), ("b", changed))
+    )
     times = {(int(u[1:]), int(i[1:])): time for u, i, _, time in ratings}
     flipped = 0
     prior = before.schema.dense.index("item_liked")
@@ -134,7 +137,9 @@ def test_popularity_counts_earlier_training_ratings_alone(tmp_path: Path) -> Non
 
 
 def test_features_of_people_and_films(tmp_path: Path) -> None:
-    splits = read_movielens(_write(tmp_path, [(f"u{u}", "i2", 5, 10 * u) for u in range(6)]))
+    others = [("u0", "i3", 5, 100), ("u0", "i4", 5, 200)]  # so that there are other parts
+    ratings = [(f"u{u}", "i2", 5, 10 * u) for u in range(6)] + others
+    splits = read_movielens(_write(tmp_path, ratings), valid=0.4, test=0.4)
     part = splits.train
     columns = {field.name: i for i, field in enumerate(splits.schema.categorical)}
     assert part.categorical[:, columns["age"]].tolist() == [0, 1, 2, 3, 5, 6]  # 15, 24, 33, 42, 51, 60
@@ -156,7 +161,7 @@ def test_features_of_people_and_films(tmp_path: Path) -> None:
 
 def test_histories_keep_their_latest_events(tmp_path: Path) -> None:
     directory = _write(tmp_path, [("u0", f"i{i}", 3, i) for i in range(9)])
-    whole, short = (read_movielens(directory, max_history=most, test=0.12).test for most in (200, 3))
+    whole, short = (read_movielens(directory, max_history=most, valid=0.2, test=0.12).test for most in (200, 3))
     assert whole.lengths.tolist() == [8]
     assert short.batch(torch.tensor([0])).sequences.equal(whole.batch(torch.tensor([0])).sequences[-3:])
 
@@ -237,7 +242,7 @@ def test_bad_reader_options_are_named(tmp_path: Path, options: dict[str, float])
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Splits:
-    return read_movielens(_write(tmp_path, _random_ratings(0)))
+    return read_movielens(_write(tmp_path, _random_ratings(0)), valid=0.2, test=0.2)
 
 
 def test_batches_hold_every_impression_once_and_depend_on_the_seed_alone(tiny: Splits) -> None:

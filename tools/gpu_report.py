@@ -214,12 +214,14 @@ def stages_of(backend: str, data: Path | None, share: float) -> dict[str, Any]:
 
 def write(found: dict[str, Any]) -> list[Path]:
     """The stages, and the bench's own tables, as JSON and Markdown."""
+    from interformer_kernels._files import to_json, write_text
+
     name = re.sub(r"[^a-z0-9]+", "-", found["gpu"].lower()).strip("-")
     folder = ROOT / "bench" / "results"
     measured = {backend: OUT / backend / "bench.json" for backend in found["backends"]}
     tables = {backend: json.loads(file.read_text()) if file.exists() else None for backend, file in measured.items()}
     whole = {**found, "measured": tables}
-    (folder / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    write_text(folder / f"{name}.json", to_json(whole))
     lines = [f"# {found['gpu']}", "", f"torch {found['torch']}, Triton {found['triton']}, CUDA or HIP {found['cuda']}, "
              f"Python {found['python']}, commit {found['commit']}. Backends: {', '.join(found['backends']) or 'none'}.",
              "", "| stage | status | seconds |", "| --- | --- | --- |"]  # fmt: skip
@@ -234,7 +236,7 @@ def write(found: dict[str, Any]) -> list[Path]:
         table = OUT / backend / "bench.md"
         lines += ["", f"## Bench of {backend}", ""]
         lines.append(table.read_text() if table.exists() else "The bench left no tables.")
-    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+    write_text(folder / f"{name}.md", "\n".join(lines) + "\n")
     return [folder / f"{name}.json", folder / f"{name}.md"]
 
 

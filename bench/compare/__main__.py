@@ -16,6 +16,8 @@ from interformer_bench.compare import tree, turns, verdicts
 from interformer_bench.compare.verdicts import Duel
 from interformer_bench.progress import Progress
 
+from interformer_kernels._cli.errors import guarded
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m interformer_bench.compare", description=__doc__)
@@ -71,4 +73,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(guarded(main))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from interformer_bench.report import law_of, rows
 from interformer_bench.timing import Timing
 
 from interformer_kernels._cli.tables import print_table
+from interformer_kernels._files import to_json, write_text
 
 # Medians of the same code differ by a few percent from process to process, by where its memory happens to lie.
 APART, LEAST_SAMPLES = 1.05, 5
@@ -148,12 +148,11 @@ def show(heading: str, duels: Sequence[Duel]) -> None:
 
 def write(folder: Path, heading: str, duels: Sequence[Duel]) -> None:
     """`compare.md` and `compare.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
     text = [f"# {heading}", summary(duels), rows(COLUMNS, table(duels)), RULE]
-    (folder / "compare.md").write_text("\n\n".join(text) + "\n")
+    write_text(folder / "compare.md", "\n\n".join(text) + "\n")
     content = {
         "heading": heading,
         "rule": RULE,
         "lines": [{**asdict(duel), "verdict": verdict(duel)} for duel in duels],
     }
-    (folder / "compare.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_text(folder / "compare.json", to_json(content))

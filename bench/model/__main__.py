@@ -13,7 +13,10 @@ from interformer_bench.model import measure, profiles, report
 from interformer_bench.model.cases import Case, cases
 from interformer_bench.model.contenders import OURS, contenders
 
+from interformer_kernels._cli.arguments import count, duration
+from interformer_kernels._cli.errors import guarded
 from interformer_kernels._cli.tables import print_table
+from interformer_kernels._files import write_text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -23,8 +26,8 @@ def _parser() -> argparse.ArgumentParser:
         "--case", action="append", metavar="TEXT", help="those whose names hold it; may be repeated; all where left out"
     )
     add("--data", type=Path, help="directory with the length files")
-    add("--threads", type=int, default=2)
-    add("--seconds", type=float, default=20.0, help="about how long each case is timed")
+    add("--threads", type=count, default=2)
+    add("--seconds", type=duration, default=20.0, help="about how long each case is timed")
     add("--no-compile", action="store_true", help="without the models that torch.compile makes")
     add("--profile", action="store_true", help="where the time goes, instead of how long it takes")
     add("--list", action="store_true", help="the names of the cases")
@@ -62,11 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measured = list(measure.measure(chosen, options.data, not options.no_compile, options.seconds, shown))
     print_table("whole models", report.COLUMNS, report.table(measured))
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "model.md").write_text(report.markdown(measured))
+        write_text(options.out / "model.md", report.markdown(measured))
         report.write_json(options.out / "model.json", measured)
     return 1 if any(one.problem and one.contender == OURS for one in measured) else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(guarded(main))

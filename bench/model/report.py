@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from interformer_bench.model.contenders import COMPILED, OURS, PADDED, PADDED_COMPILED
 from interformer_bench.model.measure import Measured
+
+from interformer_kernels._files import to_json, write_text
 
 COLUMNS = ("lengths", "rows x mean (longest)", "pass", "model", "time", "spread", "peak memory", "of ours", "targets")
 Group = dict[str, Measured]
@@ -82,5 +83,4 @@ def write_json(path: Path, measured: Sequence[Measured]) -> None:
         }
         for one in measured
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plain, indent=1) + "\n")
+    write_text(path, to_json(plain))

@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 
 from interformer_kernels._cli import info, parity
+from interformer_kernels._cli.arguments import count
 from interformer_kernels._cli.tables import heading, print_table, status_line
+from interformer_kernels._files import want_writable
 
-_NEEDED = ("interformer_bench", "interformer", "matplotlib", "numpy", "rich", "sklearn")
+_NEEDED = ("interformer_bench", "interformer", "filelock", "matplotlib", "numpy", "rich", "sklearn")
 # Real histories from long to short; a demo is not a bench.
 _LAWS = ("movielens", "beauty", "diginetica")
 _SECONDS_PER_SHAPE = 0.8
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, help="directory of MovieLens-100k to train on (synthetic clicks where left out)"
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where the picture and the JSON files go")
-    parser.add_argument("--epochs", type=int, default=None, help="of the training; its own default where left out")
+    parser.add_argument("--epochs", type=count, default=None, help="of the training; its own default where left out")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"demo needs {', '.join(missing)}: pip install 'interformer-kernels[bench,train]'", file=sys.stderr)
         return 1
     start = time.perf_counter()
+    want_writable(arguments.out / "parity.json")
     heading("What is here")
     info.show(info.collect())
     heading("Is it right")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +21,10 @@ import torch
 
 from interformer_kernels import _backend, testing
 from interformer_kernels._checks import FLOAT_DTYPES
+from interformer_kernels._cli.arguments import count
 from interformer_kernels._cli.info import devices
 from interformer_kernels._cli.tables import print_table, status_line
+from interformer_kernels._files import to_json, want_writable, write_text
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where left out: every one there is")
     parser.add_argument(
         "--most-draws",
-        type=_at_least_one,
+        type=count,
         metavar="N",
         help="no more draws of a case; quantities that they leave short of 1024 numbers are not judged",
     )
@@ -72,20 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every compared quantity as JSON")
 
 
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {number}")
-    return number
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Compare, print the worst case of every quantity, and return the exit status."""
+    if arguments.json:
+        want_writable(arguments.json)
     asked = Asked(arguments.op, arguments.backend, arguments.dtype, arguments.device)
     results = list(compare(asked, arguments.most_draws, arguments.hard, tell=status_line))
+    status = show(results)
     if arguments.json:
         write_json(arguments.json, results)
-    return show(results)
+    return status
 
 
 class Asked(NamedTuple):
@@ -146,10 +143,12 @@ def _cases(op: str, most_draws: int | None, hard: bool) -> Iterator[tuple[testin
 def _compare_planted(case: testing.Case, backend: str, dtype: torch.dtype, device: str) -> list[testing.Row]:
     """One row for each value that is planted; raises where something noticed it, or hid it, that must not."""
     inputs = testing.make_inputs(case, dtype, device)
-    plants = list(testing.plants(inputs))
-    if problems := testing.check_planted(case, backend, inputs, plants):
-        raise AssertionError(f"{problems[0]} ({len(problems)} such places)")
-    return [testing.Row(f"{plant.value} in {plant.name}", 0.0, 0.0) for plant in plants]
+    rows = []
+    for plant in testing.plants(inputs):
+        if problems := testing.check_planted(case, backend, inputs, plant):
+            raise AssertionError("; ".join(problems))
+        rows.append(testing.Row(str(plant), 0.0, 0.0))
+    return rows
 
 
 def _judged(where: tuple[str, str, str, str, str], case: testing.Case, judge: _Judge) -> Iterator[Result]:
@@ -199,10 +198,4 @@ def show(results: list[Result]) -> int:
 
 def write_json(path: Path, results: list[Result]) -> None:
     """Every result; numbers that are not finite become null, as JSON has none."""
-    rows = []
-    for one in results:
-        row = {**asdict(one), "share": one.share}
-        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
-        rows.append({**finite, "ok": one.ok})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
+    write_text(path, to_json([{**asdict(one), "share": one.share, "ok": one.ok} for one in results]))

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from interformer_kernels._files import DamagedFileError, read_sealed, write_sealed
+
+_log = logging.getLogger("interformer_kernels")
 
 
 class Tiles(NamedTuple):
@@ -132,15 +136,30 @@ def forced(name: str, tiles: Tiles) -> Iterator[None]:
 @functools.cache
 def _tuned(device: str) -> dict[str, Tiles]:
     file = tuned_file(device)
-    if not file.exists():
+    try:
+        kept = read_sealed(file)
+        if not all(map(_are_tiles, kept.values())):
+            raise DamagedFileError(f"{file}: damaged: wanted tile sizes and found something else")
+    except FileNotFoundError:
         return {}
-    return {name: Tiles(*numbers) for name, numbers in json.loads(file.read_text()).items()}
+    except (DamagedFileError, OSError) as error:
+        _log.warning("%s; the package's own tiles are taken; remove the file, or run interformer-kernels tune", error)
+        return {}
+    return {name: Tiles(*numbers) for name, numbers in kept.items()}
+
+
+def _are_tiles(numbers: object) -> bool:
+    return (
+        isinstance(numbers, list)
+        and len(numbers) == len(Tiles._fields)
+        and all(type(number) is int and number > 0 for number in numbers)
+    )
 
 
 def keep(device: str, found: dict[str, Tiles]) -> Path:
-    """Keep tuned tiles for later processes, and for this one."""
+    """Keep tuned tiles for later processes, and for this one; of two that tune at once, the later one's stay."""
     file = tuned_file(device)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**_tuned(device), **found}, indent=1) + "\n")
+    _tuned.cache_clear()  # another process may have tuned since
+    write_sealed(file, {name: list(tiles) for name, tiles in {**_tuned(device), **found}.items()})
     _tuned.cache_clear()
     return file

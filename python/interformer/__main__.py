@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from interformer._cli import experiment, train
+from interformer_kernels._cli.errors import guarded
 
 _COMMANDS = {
     "train": (train, "train one model"),
@@ -27,15 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; mistakes in arguments or data end in one line on standard error and exit status 2."""
     options = build_parser().parse_args(arguments)
-    try:
-        status: int = options.run(options)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return status
+    return guarded(lambda: options.run(options))
 
 
 if __name__ == "__main__":

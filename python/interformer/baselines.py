@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from interformer.batch import Batch, Layout, row_of_tokens
 from interformer.config import InterFormerConfig
 from interformer.cross import pool_mean
-from interformer.embedding import Embedding
+from interformer.embedding import Embedding, module_key
 from interformer.layers import MLP, RotaryTables
 from interformer.schema import Schema
 from interformer.sequence import SelfAttention
@@ -29,16 +29,18 @@ class LogisticRegression(nn.Module):
         super().__init__()
         self.schema = schema
         self.weights = nn.ModuleDict()
+        self.key_of = {field.table: module_key(field.table) for field in schema.categorical}
         for field in schema.categorical:
-            if field.table not in self.weights:
-                self.weights[field.table] = table = nn.Embedding(schema.tables[field.table], 1)
+            key = self.key_of[field.table]
+            if key not in self.weights:
+                self.weights[key] = table = nn.Embedding(schema.tables[field.table], 1)
                 nn.init.zeros_(table.weight)
         self.dense = nn.Linear(len(schema.dense), 1)
 
     def forward(self, batch: Batch) -> Tensor:
         logits = self.dense(batch.dense)
         for i, field in enumerate(self.schema.categorical):
-            logits = logits + self.weights[field.table](batch.categorical[:, i])
+            logits = logits + self.weights[self.key_of[field.table]](batch.categorical[:, i])
         return logits.squeeze(1)
 
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from interformer import checks
+from interformer.checks import shown
+
 BACKBONES = ("dot", "dcnv2", "dhen")
 PFFN_MODES = ("mlp", "rank", "two_layer", "gdpa", "none")
 GATE_MODES = ("self_identity", "self_tanh", "self_sigmoid", "multiply_sigmoid", "none")
@@ -101,13 +104,13 @@ class InterFormerConfig:
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_heads", "num_layers", "num_cls", "cross_rank", "max_history", "pffn_inner"):
-            self._whole(name, getattr(self, name), 1)
-        self._whole("pool_products", self.pool_products, 1)
+            checks.whole(name, getattr(self, name), 1)
+        checks.whole("pool_products", self.pool_products, 1)
         for name in ("num_seeds", "num_recent", "pool_seeds"):
-            self._whole(name, getattr(self, name), 0)
+            checks.whole(name, getattr(self, name), 0)
         for name, low in (("interaction_hidden", 1), ("pffn_hidden", 1), ("head_hidden", 1), ("window", 0)):
             self._wholes(name, low)
-        self._whole("backbone_layers", self.backbone_layers, 1, 3)
+        checks.whole("backbone_layers", self.backbone_layers, 1, 3)
         self._choice("backbone", BACKBONES)
         self._choice("pffn", PFFN_MODES)
         self._choice("gate", GATE_MODES)
@@ -124,9 +127,9 @@ class InterFormerConfig:
         self._number("pffn_tau", 1e-6, float("inf"))
         for name in ("literal", "cls", "attention"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, found {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be a bool, found {shown(getattr(self, name))}")
         if not isinstance(self.event_fields, tuple) or not all(isinstance(name, str) for name in self.event_fields):
-            raise TypeError(f"event_fields must be a tuple of names, found {self.event_fields!r}")
+            raise TypeError(f"event_fields must be a tuple of names, found {shown(self.event_fields)}")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -187,29 +190,17 @@ class InterFormerConfig:
             raise ValueError(f"settings must be among {', '.join(sorted(known))}; found {', '.join(unknown)}")
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})
 
-    @staticmethod
-    def _whole(name: str, value: object, low: int, high: int | None = None) -> None:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, found {value!r}")
-        if value < low or (high is not None and value > high):
-            wanted = f"at least {low}" if high is None else f"{low} to {high}"
-            raise ValueError(f"{name} must be {wanted}, found {value}")
-
     def _wholes(self, name: str, low: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, tuple):
-            raise TypeError(f"{name} must be a tuple of ints, found {value!r}")
+            raise TypeError(f"{name} must be a tuple of ints, found {shown(value)}")
         for i, entry in enumerate(value):
-            self._whole(f"{name}[{i}]", entry, low)
+            checks.whole(f"{name}[{i}]", entry, low)
 
     def _choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}; found {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; found {shown(value)}")
 
     def _number(self, name: str, low: float, high: float) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a number, found {value!r}")
-        if not low <= value < high:
-            raise ValueError(f"{name} must lie in [{low}, {high}), found {value}")
+        checks.number(name, getattr(self, name), low, high)

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from interformer.checks import shown
+
 Items = TypeVar("Items", Tensor, Sequence[Any])
 
 
@@ -51,13 +53,35 @@ class World(NamedTuple):
         return [item for part in found for item in part]
 
 
+def usable(name: str) -> torch.device:
+    """The device called `name`.
+
+    Raises:
+        ValueError: there is none, or no model can be trained on it.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one that PyTorch knows, as cpu or cuda:0; found {shown(name)}") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"device must be one that PyTorch can use here; found {shown(name)}, and {count} GPUs")
+        return device
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # every kind of device has its own
+        raise ValueError(f"device must be one that PyTorch can use here; found {shown(name)}") from error
+    return device
+
+
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[torch.device]:
     """Among the processes that `torchrun` started, if it did; gives this one's device: of `cuda` its own GPU."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield torch.device(device)
+        yield usable(device)
         return
-    own = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    own = usable(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo")

@@ -31,9 +31,10 @@ class Embedding(nn.Module):
         events = [schema.sequences[column] for column in self.columns]
         read = {field.table for field in (*schema.categorical, *events)}
         self.tables = nn.ModuleDict()
+        self.key_of = {name: module_key(name) for name in read}
         for name, size in schema.tables.items():
             if name in read:
-                self.tables[name] = table = nn.Embedding(size, config.embed_dim)
+                self.tables[self.key_of[name]] = table = nn.Embedding(size, config.embed_dim)
                 nn.init.normal_(table.weight, std=config.embedding_std)
         self.dense = nn.Linear(len(schema.dense), config.embed_dim, bias=False) if schema.dense else None
         self.dropout = nn.Dropout(config.embedding_dropout)
@@ -44,7 +45,7 @@ class Embedding(nn.Module):
             wanted = f"batch.{side} must have one column for each of {', '.join(field.name for field in fields)}"
             raise ValueError(f"InterFormer: {wanted}; found shape {list(ids.shape)}")
         columns = range(len(fields)) if side == "categorical" else self.columns
-        return [self.tables[fields[i].table](ids[:, i]) for i in columns]
+        return [self.tables[self.key_of[fields[i].table]](ids[:, i]) for i in columns]
 
     def tokens(self, batch: Batch) -> Tensor:
         found = self._look_up("categorical", batch.categorical)
@@ -60,6 +61,16 @@ class Embedding(nn.Module):
         names = [field.name for field in self.schema.categorical]
         first = self.dense is not None
         return tokens[:, [first + names.index(name) for name in self.schema.candidate]].flatten(1)
+
+
+def module_key(name: str) -> str:
+    """The name of a table as a key of `nn.ModuleDict`, which takes no dots, no empty names and none of its attributes.
+
+    Other names stay as they are; of these, dots and percent signs are written as in URLs, and a percent sign ends what
+    would be an attribute, so that no two names come to one key.
+    """
+    key = name.replace("%", "%25").replace(".", "%2E")
+    return f"{key}%" if not key or hasattr(nn.ModuleDict(), key) else key
 
 
 def _columns(schema: Schema, wanted: tuple[str, ...]) -> tuple[int, ...]:

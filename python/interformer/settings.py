@@ -64,7 +64,7 @@ def _parser_of(kind: Any) -> tuple[Callable[[str], Any], str]:
 
 def _yes_or_no(text: str) -> bool:
     if text not in ("yes", "no"):
-        raise argparse.ArgumentTypeError(f"wanted yes or no, found {text!r}")
+        raise argparse.ArgumentTypeError(f"wanted yes or no, found {text[:40]!r}")
     return text == "yes"
 
 
@@ -76,4 +76,4 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"wanted whole numbers with commas between, found {text!r}") from error
+        raise argparse.ArgumentTypeError(f"wanted whole numbers with commas between, found {text[:40]!r}") from error

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from interformer import checks
+from interformer.checkpoint import read_checkpoint, write_atomically
 from interformer.config import InterFormerConfig
 from interformer.data.clicks import Clicks, Splits
-from interformer.distributed import World
-from interformer.files import replacing
+from interformer.distributed import World, usable
 from interformer.metrics import Metrics, entropy, evaluate
 from interformer.models import build_model
 
@@ -53,15 +54,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "patience", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be above 0, found {self.lr}")
-        if not 0 < self.lr_decay <= 1:
-            raise ValueError(f"lr_decay must lie in (0, 1], found {self.lr_decay}")
-        for name in ("weight_decay", "embedding_weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, found {getattr(self, name)}")
+            checks.whole(name, getattr(self, name), 1)
+        checks.number("lr_decay", self.lr_decay, 0, 1, above=True, below=False)
+        for name, above in (("lr", True), ("weight_decay", False), ("embedding_weight_decay", False)):
+            value = getattr(self, name)
+            checks.kind(name, value, int, float)
+            if not (value > 0 if above else value >= 0):
+                raise ValueError(f"{name} must be {'above' if above else 'at least'} 0, found {value}")
+            if not checks.finite_in_float32(value):
+                raise ValueError(f"{name} must be finite in float32, found {checks.shown(value)}")
+        checks.seed("seed", self.seed)
 
 
 @dataclass(frozen=True)
@@ -227,13 +229,19 @@ class Run:
     def evaluate(self, clicks: Clicks) -> Metrics:
         """Metrics of `clicks` under the present parameters."""
         label, logit, user = predict(self.model, clicks, 4 * self.train_config.batch_size, self.device, self.world)
+        if not logit.isfinite().all():
+            raise ValueError("Input contains NaN or infinity: the model's logits are not finite; a smaller lr may help")
         return evaluate(label, logit, user, self.train_rate)
 
     # ------------------------------------------------------------ checkpoints
 
     def save(self, path: Path) -> None:
         """Write the run to `path`: whole, or not at all."""
-        state = {
+        write_atomically(path, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint holds."""
+        return {
             "identity": self.identity(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -245,20 +253,16 @@ class Run:
             "step_seconds": self.step_seconds,
             "seconds": self.seconds,
         }
-        write_atomically(path, state)
 
     def load(self, path: Path) -> None:
-        """Go on where the run in `path` stood.
+        """Go on where the run in `path` stood; where anything is wrong with it, this run stays as it is.
 
         Raises:
-            ValueError: that run had other settings or other data, or the file is no checkpoint.
+            OSError: the file cannot be read.
+            ValueError: that run had other settings or other data, or the file is damaged or no checkpoint.
         """
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if not isinstance(state, dict) or "identity" not in state:
-            raise ValueError(f"{path}: wanted a checkpoint of this program, found something else")
-        changed = list(differences(state["identity"], self.identity()))
-        if changed:
-            raise ValueError(f"{path}: this run is not the one of the checkpoint: {'; '.join(changed)}")
+        shapes = [parameter.shape for group in self.optimizer.param_groups for parameter in group["params"]]
+        state = read_checkpoint(path, self.state(), shapes, self.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = [EpochRecord(**record) for record in state["history"]]
@@ -290,7 +294,7 @@ def train(
     if resume and checkpoint is None:
         raise ValueError("train: resume wants a checkpoint to go on from, found None")
     progress = progress or Progress()
-    device = torch.device(device)
+    device = usable(device) if isinstance(device, str) else device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         run = Run(splits, config, train_config, device, model=model, measure_test=measure_test)
         if resume and checkpoint is not None:
@@ -346,20 +350,3 @@ def predict(
     model.train(was_training)
     label, logit, user = (torch.cat(column) for column in zip(*world.gather(parts), strict=True))
     return label, logit, user
-
-
-def write_atomically(path: Path, state: dict[str, Any]) -> None:
-    """`torch.save` to a neighbour of `path`, flushed to the disk, then renamed over it."""
-    with replacing(path) as file:
-        torch.save(state, file)
-
-
-def differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
-    """Where two nested dictionaries differ, in words."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        found = []
-        for key in sorted({*theirs, *ours}):
-            inner = f"{name}.{key}" if name else str(key)
-            found += differences(theirs.get(key), ours.get(key), inner)
-        return found
-    return [] if theirs == ours else [f"{name} was {theirs!r} and is {ours!r}"]

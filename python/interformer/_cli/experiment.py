@@ -15,11 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from interformer.distributed import usable
 from interformer.experiments import plan as plans
 from interformer.experiments import results, search
 from interformer.experiments.grid import Grid, Watch, sizes_of
 from interformer.experiments.plan import Plan, Variant
 from interformer.experiments.runs import Job, Machine, jobs_of
+from interformer_kernels._cli.arguments import count
 
 
 class Bars(Watch):
@@ -73,8 +75,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--seeds", type=_seeds, default=(), metavar="INT,INT,...", help="of each variant's seeds these alone"
     )
-    command.add_argument("--jobs", type=_count, default=1, metavar="INT", help="runs at once (default: 1)")
-    command.add_argument("--threads", type=_count, default=1, metavar="INT", help="threads of each run (default: 1)")
+    command.add_argument("--jobs", type=count, default=1, metavar="INT", help="runs at once (default: 1)")
+    command.add_argument("--threads", type=count, default=1, metavar="INT", help="threads of each run (default: 1)")
     command.add_argument("--device", default="cpu", help="(default: cpu)")
     command.add_argument("--overwrite", action="store_true", help="runs of another identity are run anew")
     task = command.add_mutually_exclusive_group()
@@ -88,13 +90,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"wanted whole numbers with commas between, found {text!r}") from error
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wanted a whole number of at least 1, found {text!r}")
-    return int(text)
+        raise argparse.ArgumentTypeError(f"wanted whole numbers with commas between, found {text[:40]!r}") from error
 
 
 def run(options: argparse.Namespace) -> int:
@@ -104,6 +100,7 @@ def run(options: argparse.Namespace) -> int:
     for name in options.only:
         if name not in known:
             raise ValueError(f"--only must name variants among {', '.join(sorted(known))}; found {name!r}")
+    usable(options.device)
     console = Console(stderr=True)
     failed = 0
     for plan in found:
@@ -142,8 +139,8 @@ def execute(jobs: Sequence[Job], options: argparse.Namespace, console: Console) 
     """Runs those jobs that are not finished; those that failed come back with their errors."""
     conflicts = {job.name: conflict for job in jobs if (conflict := job.conflict())}
     if conflicts and not options.overwrite:
-        told = "\n".join(conflicts.values())
-        raise ValueError(f"runs of another identity are in the way; --overwrite runs them anew:\n{told}")
+        told = " | ".join(conflicts.values())
+        raise ValueError(f"runs of another identity are in the way; --overwrite runs them anew: {told}")
     for job in jobs:
         if job.name in conflicts:
             job.forget()

@@ -15,16 +15,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from interformer import checks
 from interformer import train as training
 from interformer.config import InterFormerConfig
 from interformer.data import Splits, SyntheticLaw, read_movielens, synthesize
 from interformer.distributed import World, joined
-from interformer.files import to_json, write_text
+from interformer.files import to_json, want_writable, write_text
 from interformer.metrics import Metrics
 from interformer.models import MODELS
 from interformer.presets import MOVIELENS, SYNTHETIC
 from interformer.settings import add_options, read_options
 
+MOST_THREADS = 1024  # of PyTorch
 # Settings of the law that are options of the model and the training: runs of different seeds see the same data.
 NOT_OF_THE_DATA = ("seed", "max_history")
 
@@ -99,8 +101,11 @@ def load(options: argparse.Namespace, max_history: int) -> Splits:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.threads < 1:
-        raise ValueError(f"threads must be at least 1, found {options.threads}")
+    checks.whole("threads", options.threads, 1)
+    checks.whole("threads", options.threads, 1, MOST_THREADS)
+    for target in (options.checkpoint, options.json):
+        if target is not None and target != "-":
+            want_writable(Path(target))
     torch.set_num_threads(options.threads)
     with joined(options.device) as device:
         return _run(options, device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from interformer.checks import finite_in_float32, shown
 from interformer.data.errors import MalformedFileError
 
 
@@ -33,7 +33,7 @@ class Table:
 
 def _finite(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):
+    if not finite_in_float32(value):
         raise ValueError(text)
     return value
 
@@ -55,7 +55,7 @@ def read_atomic(path: Path, wanted: dict[str, str]) -> Table:
     Raises:
         FileNotFoundError: there is no such file.
         MalformedFileError: with line and column (1-based, counted in tab-separated cells) of what is wrong: header,
-            number of cells, a number that is none or not finite, bytes that are not UTF-8.
+            number of cells, a number that is none or not finite in float32, bytes that are not UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; wanted a table with the columns {', '.join(wanted)}")
@@ -83,7 +83,9 @@ def _cells(path: Path, number: int, line: bytes) -> list[str]:
         try:
             cells.append(cell.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise MalformedFileError(path, number, column, f"wanted UTF-8 text, found the bytes {cell!r}") from error
+            raise MalformedFileError(
+                path, number, column, f"wanted UTF-8 text, found the bytes {shown(cell)}"
+            ) from error
     return cells
 
 
@@ -93,7 +95,7 @@ def _find_columns(path: Path, header: list[str], wanted: dict[str, str]) -> dict
         name, colon, kind = cell.partition(":")
         if not colon or kind not in _PARSERS:
             wanted_cell = f"wanted a header cell name:type with a type of {', '.join(_PARSERS)}"
-            raise MalformedFileError(path, 1, column, f"{wanted_cell}; found {cell!r}")
+            raise MalformedFileError(path, 1, column, f"{wanted_cell}; found {shown(cell)}")
         if name in found:
             raise MalformedFileError(path, 1, column, f"column {name!r} stands twice in the header")
         if wanted.get(name, kind) != kind:
@@ -109,4 +111,6 @@ def _parse(path: Path, number: int, place: int, name: str, kind: str, cell: str)
     try:
         return _PARSERS[kind](cell)
     except ValueError as error:
-        raise MalformedFileError(path, number, place + 1, f"column {name!r} wanted a {kind}, found {cell!r}") from error
+        raise MalformedFileError(
+            path, number, place + 1, f"column {name!r} wanted a {kind}, found {shown(cell)}"
+        ) from error

@@ -22,12 +22,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from interformer import checks
+from interformer.checks import shown
 from interformer.data.clicks import Clicks, Splits
 from interformer.data.errors import MalformedFileError
 from interformer.metrics import auc
 from interformer.schema import Field, Schema
 
 FILE = "Beauty.txt"
+TRIES = 16  # rounds in which own items are drawn and thrown away; most users need one or two
 LARGEST_DIGITS = 18  # whole numbers of so many digits fit int64
 Ints = NDArray[np.int64]
 TRAIN, VALID, TEST = PARTS = range(3)
@@ -60,9 +63,12 @@ def read_beauty(path: Path | str, *, max_history: int = 50, negatives: int = 1, 
         ValueError: a bad argument; no user with four items, so nothing to train on; a user who has every item that can
             be drawn, so no negative.
     """
-    if max_history < 1 or negatives < 1:
-        wanted = "read_beauty: wanted max_history >= 1 and negatives >= 1"
-        raise ValueError(f"{wanted}; found {max_history} and {negatives}")
+    for name, value in (("max_history", max_history), ("negatives", negatives)):
+        checks.kind(f"read_beauty: {name}", value, int)
+    if not (1 <= max_history <= checks.LARGEST and 1 <= negatives <= checks.LARGEST):
+        wanted = "read_beauty: wanted max_history >= 1 and negatives >= 1, neither of them above 2^31 - 1"
+        raise ValueError(f"{wanted}; found {shown(max_history)} and {shown(negatives)}")
+    checks.seed("read_beauty: seed", seed)
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     streams = _read_streams(path)
@@ -114,7 +120,7 @@ def _whole(path: Path, line: int, column: int, cell: bytes) -> int:
     if not cell.isdigit() or len(cell) > LARGEST_DIGITS:
         found = cell.decode("utf-8", "backslashreplace")
         wanted = f"wanted a whole number of at most {LARGEST_DIGITS} digits"
-        raise MalformedFileError(path, line, column, f"{wanted}, found {found!r}")
+        raise MalformedFileError(path, line, column, f"{wanted}, found {shown(found)}")
     return int(cell)
 
 
@@ -133,12 +139,33 @@ def _draw_negatives(streams: Streams, user: Ints, count: Ints, rng: np.random.Ge
     upto = np.cumsum(count)
     drawn = np.empty(len(user), np.int64)
     open_places = np.arange(len(user))
-    while len(open_places):
+    for _ in range(TRIES):
+        if not len(open_places):
+            return drawn
         ticket = rng.integers(upto[-1], size=len(open_places))
         drawn[open_places] = np.searchsorted(upto, ticket, side="right")
         key = user[open_places] * streams.items + drawn[open_places]
         open_places = open_places[np.isin(key, owned)]
+    drawn[open_places] = _draw_among_others(owned, user[open_places], upto, count, rng)
     return drawn
+
+
+def _draw_among_others(owned: Ints, user: Ints, upto: Ints, count: Ints, rng: np.random.Generator) -> Ints:
+    """The same draw without a second try, for users whose own items are nearly all that is drawn.
+
+    On the line of all tickets (item `j` has those from `upto[j] - count[j]` to `upto[j]`) the user's own items are cut
+    out; a ticket of what is left is moved up by the length of the cuts before it.
+    """
+    owner, item = owned // len(count), owned % len(count)
+    begin = np.flatnonzero(np.diff(owner, prepend=-1))  # every user has items: of user `u` they begin at `begin[u]`
+    cut = np.r_[0, np.cumsum(count[item])]
+    total = np.diff(np.r_[cut[begin], cut[-1]])  # of each user's cuts
+    place = upto[item] - count[item] - (cut[:-1] - cut[begin[owner]])  # of each cut on the shortened line
+    ticket = rng.integers(upto[-1] - total[user])
+    stride = upto[-1] + 1
+    before = np.searchsorted(owner * stride + place, user * stride + ticket, side="right")  # cuts up to the ticket
+    found: Ints = np.searchsorted(upto, ticket + cut[before] - cut[begin[user]], side="right")
+    return found
 
 
 def _impressions(

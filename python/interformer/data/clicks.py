@@ -5,7 +5,7 @@ Axes: `N` impressions, `V` events of all users, `k` fields of an event, `B` rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -119,3 +119,10 @@ class Splits:
 
     def parts(self) -> dict[str, Clicks]:
         return {"train": self.train, "valid": self.valid, "test": self.test}
+
+
+def want_rows(place: object, name: str, sizes: Mapping[str, int]) -> None:
+    """Raises where a part of the data set `name` has no rows; `place` begins the message."""
+    for part, size in sizes.items():
+        if not size:
+            raise ValueError(f"{place}: wanted rows in each part of {name!r}; {part} has none")

@@ -21,11 +21,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from interformer import checks
+from interformer.checks import shown
 from interformer.data.atomic import Table, read_atomic
-from interformer.data.clicks import Clicks, Splits
+from interformer.data.clicks import Clicks, Splits, want_rows
 from interformer.schema import Field, Schema
 
 LIKED = 4.0
+PARTS = ("train", "valid", "test")
+LATEST = 2.0**53  # of seconds: up to there each one is a number of its own
 GENRES = 3  # genre fields of a film: its first three, id 0 where it has fewer
 Ints = NDArray[np.int64]
 
@@ -63,15 +67,20 @@ def read_movielens(directory: Path | str, *, max_history: int = 200, valid: floa
         FileNotFoundError: `directory` is none, or does not hold exactly one `*.inter` with its `.item` and `.user`.
         MalformedFileError: naming file, line and column of what cannot be read: also an unknown or doubled id, or a
             rating outside 1 to 5.
-        ValueError: a bad argument.
+        ValueError: a bad argument, or a part without rows.
     """
-    if max_history < 1 or not (valid > 0 and test > 0 and valid + test < 1):
+    checks.kind("read_movielens: max_history", max_history, int)
+    checks.kind("read_movielens: valid", valid, int, float)
+    checks.kind("read_movielens: test", test, int, float)
+    if not 1 <= max_history <= checks.LARGEST or not (valid > 0 and test > 0 and valid + test < 1):
         wanted = "max_history >= 1, valid > 0, test > 0 and valid + test < 1"
-        raise ValueError(f"read_movielens: wanted {wanted}; found {max_history}, {valid}, {test}")
+        raise ValueError(f"read_movielens: wanted {wanted}; found {shown(max_history)}, {valid}, {test}")
     stem = _find_stem(Path(directory))
     films, people = _read_films(stem.with_suffix(".item")), _read_people(stem.with_suffix(".user"))
     ratings = _read_ratings(stem.with_suffix(".inter"), films, people)
     part = _split_by_time(ratings, 1 - valid - test, 1 - test)
+    sizes = np.bincount(part, minlength=len(PARTS)).tolist()
+    want_rows(directory, stem.name, dict(zip(PARTS, sizes, strict=True)))
     clicks = _impressions(films, people, ratings, part == 0).latest(max_history)
     train, valid_part, test_part = (clicks.select(torch.from_numpy(part == which)) for which in range(3))
     return Splits(stem.name, train, valid_part, test_part)
@@ -94,7 +103,7 @@ def _index(table: Table, name: str) -> dict[str, int]:
     index: dict[str, int] = {}
     for row, key in enumerate(table[name]):
         if index.setdefault(key, row) != row:
-            raise table.bad(row, name, f"names {key!r} a second time")
+            raise table.bad(row, name, f"names {shown(key)} a second time")
     return index
 
 
@@ -116,7 +125,11 @@ def _read_films(path: Path) -> Films:
     for row, genres in enumerate(table["class"]):
         kept = sorted(set(genres), key=lambda genre: (count[genre], genre))[:GENRES]
         ids[row, : len(kept)] = [number[genre] for genre in kept]
-    year = np.array([_year_bucket(text) for text in table["release_year"]], np.int64)
+    year = np.empty(len(table), np.int64)
+    for row, text in enumerate(table["release_year"]):
+        if text.isdecimal() and len(text) > MOST_DIGITS:
+            raise table.bad(row, "release_year", f"wanted a year of at most {MOST_DIGITS} digits, found {shown(text)}")
+        year[row] = _year_bucket(text)
     return Films(_index(table, "item_id"), year, ids, len(number) + 1)
 
 
@@ -129,6 +142,7 @@ def _year_bucket(text: str) -> int:
 
 
 NUM_YEARS = 48
+MOST_DIGITS = 4  # of a year, or of an age
 AGES = (18, 25, 35, 45, 50, 56)  # where a new age bucket begins, as MovieLens itself groups them
 
 
@@ -136,8 +150,8 @@ def _read_people(path: Path) -> People:
     table = read_atomic(path, {"user_id": "token", "age": "token", "gender": "token", "occupation": "token"})
     ages = np.empty(len(table), np.int64)
     for row, text in enumerate(table["age"]):
-        if not text.isdecimal():
-            raise table.bad(row, "age", f"wanted an age in years, found {text!r}")
+        if not text.isdecimal() or len(text) > MOST_DIGITS:
+            raise table.bad(row, "age", f"wanted an age in years, found {shown(text)}")
         ages[row] = np.searchsorted(AGES, int(text), side="right")
     gender, genders = _ids(table["gender"])
     occupation, occupations = _ids(table["occupation"])
@@ -152,11 +166,14 @@ def _read_ratings(path: Path, films: Films, people: People) -> Ratings:
     for name, index in (("user_id", people.rows), ("item_id", films.rows)):
         for row, key in enumerate(table[name]):
             if key not in index:
-                raise table.bad(row, name, f"names {key!r}, which the table of its kind does not list")
+                raise table.bad(row, name, f"names {shown(key)}, which the table of its kind does not list")
         columns.append(np.array([index[key] for key in table[name]], np.int64))
     for row, rating in enumerate(table["rating"]):
         if not 1 <= rating <= 5:
             raise table.bad(row, "rating", f"wanted 1 to 5, found {rating:g}")
+    for row, time in enumerate(table["timestamp"]):
+        if abs(time) > LATEST:
+            raise table.bad(row, "timestamp", f"wanted seconds within {LATEST:.0f}, found {time:g}")
     user, item = columns
     rating, time = np.array(table["rating"]), np.array(table["timestamp"])
     order = np.lexsort((item, time, user))

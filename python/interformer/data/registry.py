@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from interformer.checks import shown
 from interformer.data.beauty import read_beauty
 from interformer.data.clicks import Splits
 from interformer.data.delimited import read_csv
@@ -40,11 +41,11 @@ def read(reader: str, path: Path | str | None = None, **options: Any) -> Splits:
         raise ValueError(f"reader must be one of {', '.join(READERS)}; found {reader!r}")
     has_path = reader != "synthetic"
     if has_path != (path is not None):
-        raise ValueError(f"reader {reader!r}: wanted {'a' if has_path else 'no'} path, found {path!r}")
+        raise ValueError(f"reader {reader!r}: wanted {'a' if has_path else 'no'} path, found {shown(path)}")
     known = _options(reader)
     for name in options:
         if name not in known:
-            raise ValueError(f"reader {reader!r}: options must be among {', '.join(known)}; found {name!r}")
+            raise ValueError(f"reader {reader!r}: options must be among {', '.join(known)}; found {shown(name)}")
     for name, needed in known.items():
         if needed and name not in options:
             raise ValueError(f"reader {reader!r}: wanted the option {name!r}; found {', '.join(options) or 'none'}")
@@ -56,4 +57,5 @@ def _options(reader: str) -> dict[str, bool]:
     if reader == "synthetic":
         return {field.name: False for field in dataclasses.fields(SyntheticLaw)}
     _, *parameters = inspect.signature(READERS[reader]).parameters.values()
-    return {parameter.name: parameter.default is parameter.empty for parameter in parameters}
+    known = {parameter.name: parameter.default is parameter.empty for parameter in parameters}
+    return {name: needed for name, needed in known.items() if name != "progress"}  # which no file can name

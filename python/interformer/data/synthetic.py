@@ -26,11 +26,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from interformer import checks
+from interformer.checks import shown
 from interformer.data.clicks import Clicks, Splits
 from interformer.metrics import auc
 from interformer.schema import Field, Schema
 
 MAX_LENGTH = 736  # the longest history of MovieLens-100k
+MOST_MEAN = 1e9  # of the law of lengths; far below it nearly every history has MAX_LENGTH
 NO_CATEGORY = -1
 
 
@@ -54,10 +57,12 @@ class SyntheticLaw:
             ("num_items", self.num_categories),
             ("max_history", 1),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"SyntheticLaw: {name} must be at least {least}, found {getattr(self, name)}")
-        if not self.mean_length > 0:
-            raise ValueError(f"SyntheticLaw: mean_length must be above 0, found {self.mean_length}")
+            checks.whole(f"SyntheticLaw: {name}", getattr(self, name), least)
+        checks.kind("SyntheticLaw: mean_length", self.mean_length, int, float)
+        if not 0 < self.mean_length <= MOST_MEAN:
+            wanted = f"at most {MOST_MEAN:g}" if self.mean_length > 0 else "above 0"
+            raise ValueError(f"SyntheticLaw: mean_length must be {wanted}, found {shown(self.mean_length)}")
+        checks.seed("SyntheticLaw: seed", self.seed)
 
 
 def synthesize(law: SyntheticLaw | None = None) -> Splits:

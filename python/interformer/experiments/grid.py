@@ -63,8 +63,7 @@ class Grid:
 
     def _run_one(self, job: Job) -> str | None:
         self.watch.started(job)
-        job.write()
-        process, messages = start(worker.work, job.unfinished("json"), self.root)
+        process, messages = start(worker.work, job, self.root)
         self.processes.add(process)
         for message in messages:
             self.watch.told(job, message)

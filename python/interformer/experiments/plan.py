@@ -28,9 +28,12 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import yaml
 
+from interformer import checks
+from interformer.checks import shown
 from interformer.config import InterFormerConfig
 from interformer.models import MODELS
 from interformer.train import TrainConfig
+from interformer.yaml_files import read_yaml
 
 Settings = TypeVar("Settings", InterFormerConfig, TrainConfig)
 KINDS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
@@ -92,8 +95,8 @@ def read(path: Path) -> Plan:
     plain = _load(path)
     top = _Section(path, "", plain, {"name", "data", "seeds", "base", "variants", "reference"})
     name = top.text("name")
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise top.bad("name", "letters, digits and . _ -", name)
+    if wanted := checks.why_no_file_name(name):
+        raise top.bad("name", wanted, name)
     data = top.section("data", None).plain
     if not isinstance(data.get("reader"), str):
         raise top.bad("data.reader", "the name of a reader", data.get("reader"))
@@ -142,13 +145,11 @@ _Loader.add_implicit_resolver(
 
 def _load(path: Path) -> Mapping[str, Any]:
     try:
-        plain = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise PlanError(f"{path}: {place}{getattr(error, 'problem', None) or error}") from error
+        plain = read_yaml(path, _Loader)
+    except ValueError as error:
+        raise PlanError(f"{path}: {error}") from error
     if not isinstance(plain, dict):
-        raise PlanError(f"{path}: wanted a mapping with name, data, seeds and variants, found {plain!r}")
+        raise PlanError(f"{path}: wanted a mapping with name, data, seeds and variants, found {shown(plain)}")
     return plain
 
 
@@ -159,18 +160,18 @@ class _Section:
         self.path, self.where = path, where
         plain = {} if plain is None else plain
         if not isinstance(plain, dict):
-            raise PlanError(f"{path}: {where}: wanted a mapping, found {plain!r}")
+            raise PlanError(f"{path}: {where}: wanted a mapping, found {shown(plain)}")
         self.plain: dict[str, Any] = plain
         for key in plain:
             if not isinstance(key, str) or (known is not None and key not in known):
                 wanted = f"one of {', '.join(sorted(known))}" if known else "a name"
-                raise PlanError(f"{path}: {self.key(str(key))}: the key must be {wanted}; found {key!r}")
+                raise PlanError(f"{path}: {self.key(str(key))}: the key must be {wanted}; found {shown(key)}")
 
     def key(self, name: str) -> str:
         return f"{self.where}.{name}" if self.where else name
 
     def bad(self, name: str, wanted: str, found: object) -> PlanError:
-        return PlanError(f"{self.path}: {self.key(name)}: wanted {wanted}; found {found!r}")
+        return PlanError(f"{self.path}: {self.key(name)}: wanted {wanted}; found {shown(found)}")
 
     def section(self, name: str, known: set[str] | None) -> _Section:
         return _Section(self.path, self.key(name), self.plain.get(name), known)
@@ -186,6 +187,8 @@ class _Section:
         whole = isinstance(value, list) and all(type(seed) is int for seed in value)
         if not whole or not value or len(set(value)) < len(value):
             raise self.bad("seeds", "different whole numbers, at least one", value)
+        if not all(0 <= seed <= checks.SEEDS for seed in value):
+            raise self.bad("seeds", f"seeds of 0 to {checks.SEEDS}", value)
         if among and not set(value) <= set(among):
             raise self.bad("seeds", f"some of {', '.join(map(str, among))}", value)
         return tuple(value)
@@ -201,6 +204,8 @@ class _Section:
             if allowed and type(value) not in allowed:
                 raise self.bad(name, f"a value of kind {kinds[name].__name__}", value)
             if kinds[name] is float:
+                if not checks.finite_in_float32(value):
+                    raise self.bad(name, "a number that is finite in float32", value)
                 value = float(value)
             values[name] = tuple(value) if isinstance(value, list) else value
         try:
@@ -227,12 +232,14 @@ class _Asked(NamedTuple):
 
 def _variant(base: _Asked, variants: _Section, name: str, seeds: tuple[int, ...]) -> Variant:
     own = variants.section(name, {*ASKED, "kind", "group", "seeds"})
-    if not re.fullmatch(r"[\w.]+", name):
+    if not re.fullmatch(r"[\w.]+", name) or checks.why_no_file_name(name):
         raise variants.bad(name, "a name of letters, digits, . and _", name)
     kind = own.text("kind", "interformer")
     if kind not in MODELS:
         raise own.bad("kind", f"one of {', '.join(MODELS)}", kind)
     group = own.text("group") if "group" in own.plain else None
+    if group is not None and (wanted := checks.why_no_file_name(group)):  # it names pictures
+        raise own.bad("group", wanted, group)
     asked = base.over(own)
     return Variant(name, kind, group, asked.model, asked.training, own.seeds(seeds), asked.search)
 

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 
 from interformer.experiments.summary import Estimate, Row
+from interformer.files import replacing
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -26,7 +27,8 @@ def draw(rows: Sequence[Row], reference: str, folder: Path) -> list[Path]:
             picture(axes, members, reference)
             axes.set_title(group)
             path = folder / f"{kind}-{group}.png"
-            figure.savefig(path, dpi=120)
+            with replacing(path) as file:
+                figure.savefig(file, dpi=120, format="png")
             plt.close(figure)
             drawn.append(path)
     return drawn

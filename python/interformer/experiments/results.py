@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from interformer.checkpoint import differences
 from interformer.experiments.plan import Plan
-from interformer.experiments.runs import Job, Machine, jobs_of, read_json
-from interformer.experiments.summary import reports_of, summarize
+from interformer.experiments.runs import Job, Machine, jobs_of
+from interformer.experiments.summary import number, reports_of, summarize
 from interformer.experiments.table import table
-from interformer.files import to_json, write_text
+from interformer.files import DamagedFileError, read_sealed, to_json, write_text
 from interformer.metrics import Metrics
-from interformer.train import differences
 
 # Of a finished run's identity, what the plan does not say: a report takes it as it was.
 NOT_IN_THE_PLAN = ("machine", "versions")
@@ -42,8 +42,11 @@ def write(plan: Plan, folder: Path) -> Iterator[str]:
 
 
 def _stale(job: Job) -> list[str]:
-    """How a finished run's settings differ from the plan's."""
-    theirs = dict(read_json(job.result)["identity"])
+    """How a finished run's settings differ from the plan's, or that it cannot be read."""
+    try:
+        theirs = dict(read_sealed(job.result)["identity"])
+    except DamagedFileError as error:
+        return [str(error).removeprefix(f"{job.result}: ")]
     ours = dict(job.identity)
     theirs["data"] = {**theirs["data"], "clicks": None}
     for name in NOT_IN_THE_PLAN:
@@ -53,8 +56,8 @@ def _stale(job: Job) -> list[str]:
 
 def in_words(job: Job) -> str:
     """What a finished run brought, on a line."""
-    report: dict[str, Any] = read_json(job.result)["report"]
-    parts = [f"valid AUC {report['valid']['auc']:.4f}"]
+    report: dict[str, Any] = read_sealed(job.result)["report"]
+    parts = [f"valid AUC {number(report['valid']['auc']):.4f}"]
     if report["test"] is not None:
-        parts.append(f"test {Metrics(**report['test'])}")
+        parts.append(f"test {Metrics(**{name: number(value) for name, value in report['test'].items()})}")
     return f"{'  '.join(parts)}  {report['seconds']:.0f} s"

@@ -14,9 +14,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from interformer.checkpoint import differences
 from interformer.experiments.plan import Plan, Variant
-from interformer.files import to_json, write_text
-from interformer.train import differences
+from interformer.files import DamagedFileError, is_in_work, read_sealed, write_sealed
 
 FORMAT = 1
 
@@ -51,36 +53,53 @@ class Job:
     def conflict(self) -> str | None:
         """How a run of this name that is on disk, finished or not, differs from this one; None where it does not."""
         for path in (self.result, self.unfinished("json")):
-            if path.exists():
-                found = differences(read_json(path).get("identity"), self.identity)
-                return f"{path}: {'; '.join(found)}" if found else None
+            try:
+                found = differences(read_sealed(path).get("identity"), self.identity)
+            except FileNotFoundError:
+                continue
+            except DamagedFileError as error:
+                return str(error)
+            return f"{path}: {'; '.join(found)}" if found else None
         return None
 
-    def write(self) -> None:
-        """Leave the job where its process reads it."""
-        content = {"name": self.name, "folder": str(self.folder), "identity": self.identity}
-        write_text(self.unfinished("json"), to_json(content))
+    def lock(self) -> FileLock:
+        """Held by the process that runs this job: another one waits, and then finds it finished or goes on with it."""
+        path = self.unfinished("lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
 
-    @classmethod
-    def load(cls, path: Path) -> Job:
-        content = read_json(path)
-        return cls(content["name"], Path(content["folder"]), content["identity"])
+    def write(self) -> None:
+        """Leave its identity beside its checkpoint, for whoever comes with another one of this name."""
+        content = {"name": self.name, "folder": str(self.folder), "identity": self.identity}
+        write_sealed(self.unfinished("json"), content)
 
     def finish(self, report: Mapping[str, Any], facts: Mapping[str, float]) -> None:
         """Leave the report, and nothing else."""
-        write_text(self.result, to_json({"identity": self.identity, "report": report, "facts": dict(facts)}))
+        write_sealed(self.result, {"identity": self.identity, "report": dict(report), "facts": dict(facts)})
         self.forget_unfinished()
 
     def forget(self) -> None:
-        """Remove whatever there is of a run of this name."""
-        self.result.unlink(missing_ok=True)
-        self.forget_unfinished()
+        """Remove whatever there is of a run of this name.
+
+        Raises:
+            ValueError: another process is running it.
+        """
+        try:
+            with self.lock().acquire(timeout=0):
+                self.result.unlink(missing_ok=True)
+                self._remove(keep="lock")
+        except Timeout as error:
+            raise ValueError(f"{self.unfinished('json')}: another process is running it: wait, or stop it") from error
 
     def forget_unfinished(self) -> None:
+        """Remove what goes on with a run that is finished, its lock too: whoever waits for that finds the result."""
+        self._remove()
+
+    def _remove(self, keep: str | None = None) -> None:
         folder = self.unfinished("json").parent
-        for path in folder.iterdir() if folder.exists() else ():
-            if path.name.startswith(f"{self.name}."):  # also what a kill in the middle of a write left
-                path.unlink()
+        for path in list(folder.iterdir()) if folder.exists() else ():
+            if path.name.startswith(f"{self.name}.") and path != self.unfinished(keep or "") and not is_in_work(path):
+                path.unlink(missing_ok=True)  # also what a kill in the middle of a write left
 
 
 def jobs_of(
@@ -119,13 +138,3 @@ def versions() -> dict[str, str]:
     except PackageNotFoundError:
         found["interformer-kernels"] = "not installed"
     return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: wanted JSON, found {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: wanted what a run wrote, found {content!r}")
-    return content

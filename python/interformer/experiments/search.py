@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from interformer.experiments.plan import Plan, Variant, trials
-from interformer.experiments.runs import Job, Machine, jobs_of, read_json
-from interformer.files import to_json, write_text
+from interformer.experiments.runs import Job, Machine, jobs_of
+from interformer.experiments.summary import number
+from interformer.files import read_sealed, to_json, write_text
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,11 @@ def write(plan: Plan, tried: Sequence[Trial], folder: Path) -> str:
     lines, ranked = [f"# {plan.name}: tuning", "", "Validation alone, one seed.", ""], []
     lines += ["| variant | settings | valid AUC | best epoch | seconds |", "|---|---|---:|---:|---:|"]
     for name in dict.fromkeys(trial.variant for trial in tried):
-        finished = [(trial, read_json(trial.job.result)["report"]) for trial in tried if trial.job.finished()]
+        finished = [(trial, read_sealed(trial.job.result)["report"]) for trial in tried if trial.job.finished()]
         mine = [(trial, report) for trial, report in finished if trial.variant == name]
-        for trial, report in sorted(mine, key=lambda pair: -pair[1]["valid"]["auc"]):
-            point, auc, best = _in_words(trial.point, ", "), report["valid"]["auc"], report["best_epoch"] + 1
+        for trial, report in sorted(mine, key=lambda pair: -(pair[1]["valid"]["auc"] or 0)):
+            point, auc = _in_words(trial.point, ", "), number(report["valid"]["auc"])
+            best = report["best_epoch"] + 1
             lines.append(f"| {name} | {point} | {auc:.4f} | {best} | {report['seconds']:.0f} |")
             valid = {"valid": report["valid"], "best_epoch": report["best_epoch"], "seconds": report["seconds"]}
             ranked.append({"variant": name, "settings": dict(trial.point), **valid})

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from interformer.experiments.plan import Variant
-from interformer.experiments.runs import Job, read_json
+from interformer.experiments.runs import Job
+from interformer.files import read_sealed
 
 METRICS = ("auc", "gauc", "logloss", "ne")
 Reports = Mapping[int, Mapping[str, Any]]  # by seed
@@ -74,7 +75,7 @@ class Row:
 
 def reports_of(jobs: Iterable[Job]) -> dict[int, dict[str, Any]]:
     """The reports of those runs that are finished, by seed."""
-    return {job.identity["training"]["seed"]: read_json(job.result)["report"] for job in jobs if job.finished()}
+    return {job.identity["training"]["seed"]: read_sealed(job.result)["report"] for job in jobs if job.finished()}
 
 
 def summarize(variants: Iterable[Variant], reports: Mapping[str, Reports], reference: str) -> list[Row]:
@@ -92,21 +93,21 @@ def _row(variant: Variant, reports: Reports, against: Mapping[int, float], refer
         kind=variant.kind,
         group=variant.group,
         seeds=tuple(reports),
-        valid_auc=Estimate.of([run["valid"]["auc"] for run in runs]),
-        test={name: Estimate.of([_number(run["test"][name]) for run in runs]) for name in METRICS if measured},
+        valid_auc=Estimate.of([number(run["valid"]["auc"]) for run in runs]),
+        test={name: Estimate.of([number(run["test"][name]) for run in runs]) for name in METRICS if measured},
         difference=Estimate.of([_auc(reports[seed]) - against[seed] for seed in common]) if common else None,
         parameters=runs[0]["parameters"],
         step_ms=float(np.median([run["step_ms"] for run in runs])),
         peak_mib=max(run["peak_mib"] for run in runs),
         seconds=sum(run["seconds"] for run in runs),
-        curves=[[_number(record["valid"]["auc"]) for record in run["history"]] for run in runs],
+        curves=[[number(record["valid"]["auc"]) for record in run["history"]] for run in runs],
     )
 
 
 def _auc(report: Mapping[str, Any]) -> float:
-    return _number((report["test"] or report["valid"])["auc"])
+    return number((report["test"] or report["valid"])["auc"])
 
 
-def _number(value: float | None) -> float:
+def number(value: float | None) -> float:
     """A number as JSON keeps it: null where it is not defined."""
     return math.nan if value is None else value

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from interformer import checks
 from interformer.config import InterFormerConfig
 from interformer.data import registry
 from interformer.data.clicks import Splits
 from interformer.experiments.runs import Job
 from interformer.train import EpochRecord, Progress, TrainConfig, train
+from interformer_kernels._cli.errors import in_a_line
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -58,6 +60,7 @@ def read_data(data: Mapping[str, Any], root: Path) -> Splits:
     options = {name: value for name, value in data.items() if name not in ("reader", "clicks")}
     for name in ("path", "cache"):
         if name in options:
+            checks.kind(f"data.{name}", options[name], str)
             options[name] = root / options[name]
     return registry.read(data["reader"], options.pop("path", None), **options)
 
@@ -95,19 +98,26 @@ def describe(data: Mapping[str, Any], root: Path, measure_test: bool) -> dict[st
     return {name: len(part) for name, part in parts.items() if measure_test or name != "test"}
 
 
-def work(path: Path, root: Path, connection: Connection) -> None:
-    """The process of the job in the file `path`: its progress goes to `connection`, what is printed to its log."""
-    job = Job.load(path)
-    with open(job.unfinished("log"), "w", encoding="utf-8") as log:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(log.fileno(), stream.fileno())
-    run(job, root, connection.send)  # a runner that is gone breaks the pipe, and this process ends too
+def work(job: Job, root: Path, connection: Connection) -> None:
+    """The process of a job: its progress goes to `connection`, what is printed to its log."""
+    with job.lock():
+        if job.finished():  # by another process, which had the lock
+            job.forget_unfinished()
+            return
+        job.write()
+        with open(job.unfinished("log"), "w", encoding="utf-8") as log:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+                os.dup2(log.fileno(), stream.fileno())
+        run(job, root, connection.send)  # a runner that is gone breaks the pipe, and this process ends too
 
 
 def look(data: Mapping[str, Any], root: Path, measure_test: bool, connection: Connection) -> None:
     """The process that tells the sizes of the data, or why it cannot be read."""
     try:
         connection.send({"clicks": describe(data, root, measure_test)})
-    except (ValueError, TypeError, OSError) as error:
-        connection.send({"error": f"{type(error).__name__}: {error}"})
+    except Exception as error:
+        line = in_a_line(error)
+        if line is None:
+            raise
+        connection.send({"error": line})

@@ -9,17 +9,22 @@ Axes: `N` rows of all files, `V` events of all rows, `k` fields of an event.
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from interformer.checks import shown
+from interformer.data.clicks import want_rows
 from interformer.data.delimited.rows import Advance, Chunk, read_chunks
-from interformer.data.delimited.spec import PARTS, CsvSchema
+from interformer.data.delimited.spec import PARTS, CsvSchema, Dense
+from interformer.data.delimited.store import Target, bytes_of
+from interformer.files import naming
 from interformer.schema import Field, Schema
 
 UNKNOWN = 0  # the id of empty, rare and unseen texts
@@ -39,27 +44,38 @@ class Numbering(dict[str, int]):
 
 
 class RawArray:
-    """A `[rows, width]` array that grows in a file."""
+    """A `[rows, width]` array that grows in a file without a name, which is gone with the process."""
 
-    def __init__(self, path: Path, kind: type[np.generic], width: int) -> None:
-        self.path, self.kind, self.width = path, kind, width
-        self.file = path.open("wb")
+    def __init__(self, folder: Path | None, kind: type[np.generic], width: int) -> None:
+        self.kind, self.width = kind, width
+        self.place = folder or Path(tempfile.gettempdir())
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as the array)
+        self.rows = 0
 
     def append(self, values: NDArray[Any]) -> None:
-        np.ascontiguousarray(values, self.kind).tofile(self.file)
+        self.rows += len(values)
+        if values.size:
+            with naming(self.place):
+                self.file.write(bytes_of(values, self.kind))
 
     def finish(self) -> NDArray[Any]:
         """What was written, mapped; nothing can be appended any more."""
-        self.file.close()
-        if not self.width or not self.path.stat().st_size:
-            return np.empty((0, self.width), self.kind)
-        return np.memmap(self.path, self.kind, "r").reshape(-1, self.width)
+        with naming(self.place):
+            self.file.flush()
+        if not self.width or not self.rows:
+            return np.empty((self.rows, self.width), self.kind)
+        return np.memmap(self.file, self.kind, "r", shape=(self.rows, self.width))
+
+    def close(self) -> None:
+        """What is mapped stays until it is let go."""
+        with contextlib.suppress(OSError):  # of a full disk, which was told already
+            self.file.close()
 
 
 class Recorder:
     """The arrays of all files, with the numbers that texts have while reading."""
 
-    def __init__(self, schema: CsvSchema, directory: Path, max_length: int) -> None:
+    def __init__(self, schema: CsvSchema, folder: Path | None, max_length: int) -> None:
         self.schema, self.max_length = schema, max_length
         self.numbering = {table: Numbering() for table in schema.tables}
         self.users = Numbering()
@@ -74,7 +90,7 @@ class Recorder:
             "user": (np.int32, 1),
             "time": (np.float64, int(self.by_time)),
         }
-        self.arrays = {name: RawArray(directory / f"{name}.raw", *of) for name, of in widths.items()}
+        self.arrays = {name: RawArray(folder, *of) for name, of in widths.items()}
 
     def record(self, part: str, chunk: Chunk) -> None:
         """Appends the rows of `chunk`, which come from the file of `part`."""
@@ -87,9 +103,8 @@ class Recorder:
         columns = []
         for dense in schema.dense:
             values = chunk.numbers(dense.column, dense.empty)
-            columns.append(np.sign(values) * np.log1p(np.abs(values)) if dense.transform == "log1p" else values)
-        if columns:
-            self.arrays["dense"].append(np.stack(columns, 1))
+            columns.append(_kept(chunk, dense, values))
+        self.arrays["dense"].append(np.stack(columns, 1) if columns else np.empty((len(chunk.lines), 0)))
         ids = [self._numbers(c.table, chunk.columns[c.column], len(chunk.lines)) for c in schema.categorical]
         self.arrays["categorical"].append(np.stack(ids, 1))
         events, length = self._histories(chunk)
@@ -126,6 +141,21 @@ class Recorder:
     def finish(self) -> dict[str, NDArray[Any]]:
         """All that was recorded, mapped."""
         return {name: array.finish() for name, array in self.arrays.items()}
+
+    def close(self) -> None:
+        for array in self.arrays.values():
+            array.close()
+
+
+def _kept(chunk: Chunk, dense: Dense, values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """A column as it is kept; a number that float32 has no room for is an error."""
+    kept = np.sign(values) * np.log1p(np.abs(values)) if dense.transform == "log1p" else values
+    with np.errstate(over="ignore"):
+        short = kept.astype(np.float32)
+    for row in np.flatnonzero(~np.isfinite(short)).tolist():
+        cell = chunk.columns[dense.column][row]
+        raise chunk.bad(row, dense.column, f"wanted a number that is finite in float32, found {shown(cell)}")
+    return short
 
 
 def _split(cells: Any, separator: str) -> list[list[str]]:
@@ -191,54 +221,48 @@ def settle_ids(recorder: Recorder, raw: dict[str, NDArray[Any]], trains: NDArray
 # ---------------------------------------------------------------- the whole
 
 
-def encode(schema: CsvSchema, directory: Path, target: Path, max_length: int, advance: Advance) -> dict[str, Any]:
+def encode(schema: CsvSchema, directory: Path, target: Target, max_length: int, advance: Advance) -> dict[str, Any]:
     """Writes the arrays of the files in `directory` to `target`; returns what else is needed to make clicks of them.
 
     Row arrays come part by part, so that a part is a slice of them.
     """
-    recorder = Recorder(schema, target, max_length)
-    for part in PARTS:
-        if part in schema.files:
-            path = directory / schema.files[part]
-            for chunk in read_chunks(path, schema.columns(), schema.separator, schema.header, advance):
-                recorder.record(part, chunk)
-    raw = recorder.finish()
+    recorder = Recorder(schema, target.folder, max_length)
+    with contextlib.closing(recorder):
+        for part in PARTS:
+            if part in schema.files:
+                path = directory / schema.files[part]
+                for chunk in read_chunks(path, schema.columns(), schema.separator, schema.header, advance):
+                    recorder.record(part, chunk)
+        raw = recorder.finish()
     part_of = assign_parts(schema, recorder.rows, raw["user"][:, 0], raw["time"].reshape(-1))
     sizes = np.bincount(part_of, minlength=len(PARTS)).tolist()
-    for part, size in zip(PARTS, sizes, strict=True):
-        if not size:
-            raise ValueError(f"{directory}: wanted rows in each part of {schema.name!r}; {part} has none")
+    want_rows(directory, schema.name, dict(zip(PARTS, sizes, strict=True)))
     settled = settle_ids(recorder, raw, part_of == 0)
     _write(schema, target, raw, np.argsort(part_of, kind="stable"), settled)
-    for array in recorder.arrays.values():
-        array.path.unlink()
     tables = {table: int(ids.max()) + 1 for table, ids in settled.items()}
     return {"schema": _model_schema(schema, tables).to_dict(), "sizes": sizes}
 
 
 def _write(
-    schema: CsvSchema, target: Path, raw: dict[str, NDArray[Any]], order: Ints, settled: dict[str, Ints]
+    schema: CsvSchema, target: Target, raw: dict[str, NDArray[Any]], order: Ints, settled: dict[str, Ints]
 ) -> None:
     last = np.cumsum(raw["length"][:, 0], dtype=np.int64)
     rows = {"label": raw["label"][:, 0], "user": raw["user"][:, 0], "last": last, "first": last - raw["length"][:, 0]}
-    if schema.dense:
-        rows["dense"] = raw["dense"]
-    for name, values in rows.items():
-        out = open_memmap(target / f"{name}.npy", "w+", values.dtype, values.shape)
+    for name, values in {**rows, "dense": raw["dense"]}.items():
+        out = target.array(name, values.shape)
         for some in _in_steps(len(order)):
-            out[some] = values[order[some]]
-        out.flush()
+            out.append(values[order[some]])
+        out.close()
     for name, columns, chosen in (
         ("categorical", schema.categorical, order),
         ("events", schema.sequences.fields, None),
     ):
         values = raw[name]
-        out = open_memmap(target / f"{name}.npy", "w+", np.dtype(np.int32), values.shape)
+        out = target.array(name, values.shape)
         for some in _in_steps(len(values)):
             numbers = values[some if chosen is None else chosen[some]]
-            for place, ids in enumerate(columns):
-                out[some, place] = settled[ids.table][numbers[:, place]]
-        out.flush()
+            out.append(np.stack([settled[ids.table][numbers[:, place]] for place, ids in enumerate(columns)], 1))
+        out.close()
 
 
 def _model_schema(schema: CsvSchema, tables: dict[str, int]) -> Schema:

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from interformer.checks import shown
 from interformer.data.errors import MalformedFileError
 
 CHUNK = 1024  # rows held as text at a time
@@ -37,20 +38,20 @@ class Chunk:
         """A column as finite numbers; empty cells are `empty`, if that is given."""
         cells = self.columns[name]
         if empty is not None:
-            cells = [cell or str(empty) for cell in cells]
+            cells = [cell or repr(empty) for cell in cells]
         try:
             found = np.fromiter(map(float, cells), np.float64, len(cells))
         except ValueError:
             found = np.array([_number(cell) for cell in cells])
         for row in np.flatnonzero(~np.isfinite(found)).tolist():
-            raise self.bad(row, name, f"wanted a finite number, found {cells[row]!r}")
+            raise self.bad(row, name, f"wanted a finite number, found {shown(cells[row])}")
         return found
 
     def labels(self, name: str) -> NDArray[np.float32]:
         """A column of 0 and 1."""
         found = self.numbers(name)
         for row in np.flatnonzero((found != 0) & (found != 1)).tolist():
-            raise self.bad(row, name, f"wanted a label 0 or 1, found {self.columns[name][row]!r}")
+            raise self.bad(row, name, f"wanted a label 0 or 1, found {shown(self.columns[name][row])}")
         return found.astype(np.float32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
+from interformer.checks import FLOAT32, LARGEST, SEEDS, shown, why_no_file_name
+from interformer.yaml_files import read_yaml
 
 PARTS = ("train", "valid", "test")
 SCHEMAS = resources.files("interformer.data") / "schemas"
@@ -26,7 +28,8 @@ class SchemaError(ValueError):
 class Dense:
     """A column of numbers, taken as they are or, by `log1p`, as `sign(x) log(1 + |x|)`.
 
-    An empty cell counts as the number `empty`, and is an error without one.
+    An empty cell counts as the number `empty`, and is an error without one. Numbers are kept in float32: one that is
+    not finite there, as it is taken, is an error where it stands, in a cell as in `empty`.
     """
 
     column: str
@@ -49,7 +52,7 @@ class Sequences:
     Args:
         fields: the columns.
         separator: between the events of a cell; an empty cell is an empty history.
-        max_length: the latest so many events are kept.
+        max_length: the latest so many events are kept, at most 2^31 - 1.
         order: `oldest_first` or `newest_first`: how a cell is written. Batches hold the oldest first.
         unequal: what it means that the cells of one row differ in length: `error`, or `pad`: they are aligned at their
             latest events, and the shorter ones have id 0 in front.
@@ -70,7 +73,7 @@ class Split:
         by: `rows` (each row by itself), `users` (all rows of a user together) or `time` (the latest rows; rows of one
             time stay together, in the part where the first of them falls).
         valid, test: shares of the training file; 0 for a part with a file.
-        seed: of `rows` and `users`.
+        seed: of `rows` and `users`, from 0 to 2^32 - 1.
     """
 
     by: str
@@ -84,7 +87,7 @@ class CsvSchema:
     """What `read_csv` has to know of a data set.
 
     Args:
-        name: of the data set.
+        name: of the data set, and of its files in a cache: letters, digits and . _ -, the first no dot.
         files: file of each part, `train` at least; the others come from `split` where they have none.
         label: column of 0 and 1.
         user: column of users, for gAUC; a model sees users only if `categorical` names the column too.
@@ -117,6 +120,8 @@ class CsvSchema:
     min_counts: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        wanted = why_no_file_name(self.name)
+        self._want(wanted is None, f"{wanted} for its name", self.name)
         self._check_columns()
         self._check_split()
         for place, value, allowed in (
@@ -127,12 +132,18 @@ class CsvSchema:
             self._want(value in allowed, f"{place} to be one of {', '.join(allowed)}", value)
         for place, separator in (("separator", self.separator), ("sequences.separator", self.sequences.separator)):
             self._want(len(separator) == 1, f"{place} to be one character", separator)
+        self._want(self.separator not in '"\r\n', "separator to be no quote and no line's end", self.separator)
         for place, number in (
             ("sequences.max_length", self.sequences.max_length),
             ("min_count", self.min_count),
             *((f"min_counts[{table!r}]", number) for table, number in self.min_counts.items()),
         ):
             self._want(number >= 1, f"{place} to be at least 1", number)
+            self._want(number <= LARGEST, f"{place} to be at most {LARGEST}", number)
+        for dense in self.dense:
+            largest = math.inf if dense.transform == "log1p" else FLOAT32
+            holds = dense.empty is None or (math.isfinite(dense.empty) and abs(dense.empty) <= largest)
+            self._want(holds, f"dense {dense.column!r}: empty to be finite in float32", dense.empty)
 
     def _check_columns(self) -> None:
         self._want(bool(self.categorical), "categorical to name at least one column", "none")
@@ -165,10 +176,11 @@ class CsvSchema:
             self._want((0 < share < 1) if part in missing else share == 0, f"split.{part} to be {wanted}", share)
         both = self.split.valid + self.split.test
         self._want(both < 1, "split.valid + split.test to be below 1", both)
+        self._want(0 <= self.split.seed <= SEEDS, f"split.seed to be 0 to {SEEDS}", self.split.seed)
 
     def _want(self, holds: bool, wanted: str, found: object) -> None:
         if not holds:
-            raise SchemaError(f"schema {self.name!r}: wanted {wanted}; found {found!r}")
+            raise SchemaError(f"schema {shown(self.name)}: wanted {wanted}; found {shown(found)}")
 
     @property
     def tables(self) -> dict[str, int]:
@@ -196,13 +208,15 @@ def load_schema(schema: CsvSchema | Path | str) -> CsvSchema:
     """
     if isinstance(schema, CsvSchema):
         return schema
+    if not isinstance(schema, (str, Path)):
+        raise SchemaError(f"schema: wanted a schema, or a text that names one; found {shown(schema)}")
     shipped = SCHEMAS / f"{schema}.yaml"
     place: Any = shipped if str(schema) in shipped_schemas() else Path(schema)
     if not place.is_file():
         raise FileNotFoundError(f"{schema}: wanted a YAML file or one of {', '.join(shipped_schemas())}; found neither")
     try:
-        plain = yaml.safe_load(place.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        plain = read_yaml(place)
+    except ValueError as error:
         raise SchemaError(f"{place}: wanted YAML; found {error}") from error
     return parse_schema(plain, str(place))
 
@@ -231,7 +245,7 @@ def _parse(kind: Any, plain: object, place: str) -> Any:
         }
     if not dataclasses.is_dataclass(kind):
         whole = kind is float and isinstance(plain, int) and not isinstance(plain, bool)
-        return float(plain) if whole else _of(kind, plain, place)  # type: ignore[arg-type]
+        return _as_float(plain, place) if whole else _of(kind, plain, place)
     if kind in (Ids, Dense) and isinstance(plain, str):
         plain = {"column": plain}
     given = dict(_of(dict, plain, place))
@@ -240,19 +254,26 @@ def _parse(kind: Any, plain: object, place: str) -> Any:
     return _parse_dataclass(kind, given, place)
 
 
+def _as_float(plain: Any, place: str) -> float:
+    try:
+        return float(plain)
+    except OverflowError as error:
+        raise SchemaError(f"{place}: wanted a number that is finite; found {shown(plain)}") from error
+
+
 def _parse_dataclass(kind: Any, given: dict[str, Any], place: str) -> Any:
     kinds = typing.get_type_hints(kind)
     for key in given:
         if key not in kinds:
-            raise SchemaError(f"{place}: wanted keys among {', '.join(kinds)}; found {key!r}")
+            raise SchemaError(f"{place}: wanted keys among {', '.join(kinds)}; found {shown(key)}")
     for needed in dataclasses.fields(kind):
         default = needed.default is dataclasses.MISSING and needed.default_factory is dataclasses.MISSING
         if default and needed.name not in given:
-            raise SchemaError(f"{place}: wanted the key {needed.name!r}; found only {', '.join(map(str, given))}")
+            raise SchemaError(f"{place}: wanted the key {needed.name!r}; found only {', '.join(map(str, given))[:400]}")
     return kind(**{key: _parse(kinds[key], value, f"{place}.{key}") for key, value in given.items()})
 
 
 def _of(kind: Any, plain: object, place: str) -> Any:
     if not isinstance(plain, kind) or (isinstance(plain, bool) and kind is not bool):
-        raise SchemaError(f"{place}: wanted {YAML_NAMES[kind]}; found {plain!r}")
+        raise SchemaError(f"{place}: wanted {YAML_NAMES[kind]}; found {shown(plain)}")
     return plain
