@@ -198,6 +198,8 @@ def check_rope(op: str, rope: object, head_size: int, device: torch.device) -> t
             raise ValueError(f"{op}: rope's {name} must be {wanted}, found shape {list(table.shape)}")
         if table.device != device:
             raise ValueError(f"{op}: rope's {name} must be on the values' device {device}, found {table.device}")
+        if table.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: rope's {name} must not require gradients, for the tables get none: detach it")
     if cos.shape != sin.shape:
         raise ValueError(f"{op}: rope's sin must have cos's shape {list(cos.shape)}, found {list(sin.shape)}")
     return cos, sin

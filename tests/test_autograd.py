@@ -70,14 +70,6 @@ def test_only_wanted_gradients_are_made(backend: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("backend", backends("pma_pooling"))
-def test_lse_carries_no_gradient(backend: str) -> None:
-    seeds, k = torch.randn(2, 1, 4, requires_grad=True), torch.randn(6, 1, 4, requires_grad=True)
-    out, lse = ik.pma_pooling(seeds, k, None, offsets_of((4, 2)), return_lse=True, backend=backend)
-    assert out.requires_grad
-    assert not lse.requires_grad
-
-
-@pytest.mark.parametrize("backend", backends("pma_pooling"))
 def test_gate_gradient_is_summed_over_broadcast_axes(backend: str) -> None:
     case = Case("pma_pooling", "", gate="full", **SMALL)
     inputs = testing.make_inputs(case, torch.float32)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import interformer_kernels as ik
 from interformer_kernels import _backend, reference, testing
-from interformer_kernels.ops import _registered
+from interformer_kernels.ops import _autograd
 from interformer_kernels.testing import Case, offsets_of
 
 OPCHECKED = [case for op in testing.OPS for case in testing.cases(op) if case.name in {
@@ -78,7 +78,7 @@ def test_fake_outputs_match_real_ones(backend: str, case: Case) -> None:
 @pytest.mark.parametrize("op", testing.OPS)
 def test_signatures_agree(op: str) -> None:
     """The public function, the schema, the reference and the launchers name the same arguments in the same order."""
-    registered = _registered._OPS[op]
+    registered = _autograd.OPS[op]
     own = {"keep_attended", "backend"}
     forward = [name for name in registered.forward_names if name not in own]
     assert forward == list(inspect.signature(getattr(reference, op)).parameters)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from interformer_kernels import _backend
-from interformer_kernels.ops._registered import exact_dtype
+from interformer_kernels.ops._registered import Bound, exact_dtype
 
 
 def empty_outputs(
@@ -37,6 +37,11 @@ def backward_reads_attended(
         return False
     channels = max(k.shape[-1], 0 if v is None else v.shape[-1])
     return (backend or _backend.choose(op, k.device.type, k.dtype, channels)) in ("triton", "cuda")
+
+
+def keeps_attended(op: str, bound: Bound) -> bool:
+    """`backward_reads_attended` of a call by its arguments' names."""
+    return backward_reads_attended(op, bound["backend"], bound["k"], bound["v"], bound["gate"], bound["score"])
 
 
 def empty_gradients(

@@ -2,27 +2,25 @@
 
 `<op>_fwd` and `<op>_bwd` are opaque to the compiler: their implementation looks up the backend with real tensors in
 hand. An `autograd.Function` outside joins them, which costs half of what autograd registered on the op does
-(measured on a toy op, torch 2.13, forward without gradients: 38 us bare, 89 us registered).
+(measured on a toy op, torch 2.13, forward without gradients: 38 us bare, 89 us registered); `_autograd.py` has both.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from interformer_kernels import _backend
+from interformer_kernels.ops import _autograd as autograd
+from interformer_kernels.ops import _flops
+from interformer_kernels.ops._autograd import LIBRARY, Bound, wants_gradients
 
-_OPS: dict[str, RegisteredOp] = {}
-LIBRARY = torch.library.Library("interformer_kernels", "DEF")
-
-Bound = dict[str, Any]
+__all__ = ["Bound", "RegisteredOp", "autocast", "exact_dtype", "wants_gradients"]
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -40,29 +38,14 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in eligible else x for x in tensors)
 
 
-def wants_gradients(*arguments: Any) -> bool:
-    """Whether autograd will ask for a backward of a call with these arguments."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and _requires_grad(x) for x in arguments)
-
-
-def _requires_grad(x: Tensor) -> bool:
-    """Inside `vmap` a tensor does not say so of the one that it stands for, whose gradient may be asked for later."""
-    if x.requires_grad or torch.compiler.is_compiling() or not torch._C._functorch.is_batchedtensor(x):
-        return x.requires_grad
-    return _requires_grad(torch._C._functorch.get_unwrapped(x))
-
-
-def _has_tangent(x: Any) -> bool:
-    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
-
-
 class RegisteredOp:
     """One operation: its registered halves, the function that joins them, and its reference.
 
     `forward_fake` and `backward_fake` carry the schema in their annotations (the real implementations share it) and
     allocate the outputs. The first output is the differentiable one; further outputs (`extras`) are kept for the
-    backward. `backward_fake` takes `grad_out`, then extras and forward arguments by their names, and returns one
-    gradient for each of `differentiable` but a `residual`, which is added last: its gradient is the output's own.
+    backward (of attention; `keeps` says of a call whether its backward reads A). `backward_fake` takes `grad_out`, then
+    extras and forward arguments by their names, and returns one gradient for each of `differentiable` but a `residual`,
+    which is added last: its gradient is the output's own.
     """
 
     def __init__(
@@ -78,6 +61,7 @@ class RegisteredOp:
         rows_mask: Callable[[Bound], Tensor | None],
         flops: Callable[[Bound], int],
         backward_over_forward: float,
+        keeps: Callable[[str, Bound], bool] = lambda name, bound: False,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -85,15 +69,16 @@ class RegisteredOp:
         self.extras = tuple(extras)
         self.validate = validate
         self.rows_mask = rows_mask
+        self.keeps = keeps
         self.forward_names = tuple(inspect.signature(forward_fake).parameters)
         self.backward_names = tuple(inspect.signature(backward_fake).parameters)
         self.reference_names = tuple(inspect.signature(reference).parameters)
         self.forward_fake, self.backward_fake = forward_fake, backward_fake
         self.forward_op = self._register(f"{name}_fwd", forward_fake, self._run_forward)
         self.backward_op = self._register(f"{name}_bwd", backward_fake, self._run_backward)
-        self.flops, self.backward_over_forward = flops, backward_over_forward
-        self.counted = False
-        _OPS[name] = self
+        self._register_flops(flops, backward_over_forward)
+        autograd.OPS[name] = self
+        autograd.register(self)
 
     def _register(self, name: str, fake: Callable[..., Any], run: Callable[..., Any]) -> Any:
         schema = torch.library.infer_schema(fake, mutates_args=())
@@ -102,21 +87,16 @@ class RegisteredOp:
         torch.library.register_fake(f"interformer_kernels::{name}", fake, lib=LIBRARY)
         return getattr(torch.ops.interformer_kernels, name).default
 
-    def _register_flops(self) -> None:
-        """Tell PyTorch's FLOP counter of this op, once it is imported: importing it would import Triton, too."""
-        from torch.utils.flop_counter import register_flop_formula
-
+    def _register_flops(self, flops: Callable[[Bound], int], backward_over_forward: float) -> None:
         def forward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-            return self.flops({**dict(zip(self.forward_names, args, strict=False)), **kwargs})
+            return flops({**dict(zip(self.forward_names, args, strict=False)), **kwargs})
 
         def backward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
             bound = {**dict(zip(self.backward_names, args, strict=False)), **kwargs}
-            return int(self.flops(bound) * self.backward_over_forward)
+            return int(flops(bound) * backward_over_forward)
 
         for half, formula in (("fwd", forward), ("bwd", backward)):
-            packet = getattr(torch.ops.interformer_kernels, f"{self.name}_{half}")
-            register_flop_formula(packet, get_raw=True)(formula)
-        self.counted = True
+            _flops.register(getattr(torch.ops.interformer_kernels, f"{self.name}_{half}"), formula)
 
     # -------------------------------------------------------- implementations, with real tensors in hand
 
@@ -186,77 +166,16 @@ class RegisteredOp:
 
     # -------------------------------------------------------- the differentiable call
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, shows_lse: bool = False) -> Any:
         """Run the op; the graph is recorded where gradients are wanted."""
         if torch.compiler.is_compiling():
-            # Dynamo refuses one tensor in two places of an autograd.Function (q = k = v, say); views are two tensors.
-            args = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in args)
-        elif not self.counted and "torch.utils.flop_counter" in sys.modules:
-            self._register_flops()
-        if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
-            raise NotImplementedError(f"{self.name} has no forward-mode derivative (jvp); use reverse mode (vjp, grad)")
+            # The op's own autograd kernel serves: strict export would keep an autograd.Function as its forward alone.
+            return self.forward_op(*args)
+        autograd.refuse_tangents(self.name, args)
         if wants_gradients(*args):
-            outputs = _Joined.apply(self.name, *args)  # type: ignore[no-untyped-call]
+            outputs = autograd.Joined.apply(self.name, shows_lse, *args)  # type: ignore[no-untyped-call]
             return outputs if self.extras else outputs[0]
-        return self.forward_op(*args)
-
-
-class _Joined(torch.autograd.Function):
-    """The two halves of an op as one differentiable call.
-
-    The op comes by name: torch.compile traces this class, and follows a look-up in a module's dict but not a closure.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(name: str, *args: Any) -> tuple[Tensor, ...]:
-        op = _OPS[name]
-        outputs = op.forward_op(*args)
-        return outputs if op.extras else (outputs,)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        op = _OPS[inputs[0]]
-        bound = dict(zip(op.forward_names, inputs[1:], strict=True))
-        bound.update(zip(op.extras, output[1:], strict=True))
-        kept = [name for name in op.backward_names if name != "grad_out"]
-        ctx.op_name = op.name
-        ctx.names = [n for n in kept if isinstance(bound[n], Tensor)]
-        ctx.options = {n: bound[n] for n in kept if not isinstance(bound[n], Tensor)}
-        ctx.save_for_backward(*(bound[n] for n in ctx.names))
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        op = _OPS[ctx.op_name]
-        if grad_out is None:
-            return (None,) * (1 + len(op.forward_names))
-        bound = {**dict(zip(ctx.names, ctx.saved_tensors, strict=True)), **ctx.options, "grad_out": grad_out}
-        needed = dict(zip(op.forward_names, ctx.needs_input_grad[1:], strict=True))
-        found = _gradients(op, bound, tuple(name for name in op.differentiable if needed[name]))
-        return (None, *(found.get(name) if needed[name] else None for name in op.forward_names))
-
-
-def _gradients(op: RegisteredOp, bound: Bound, wanted: tuple[str, ...]) -> dict[str, Tensor]:
-    """Gradients of the named inputs; through the reference where they shall be differentiable themselves."""
-    names = tuple(name for name in op.differentiable if name != "residual")
-    leaves = {}
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # Views: two arguments may be one tensor, or one made from the other; each gets the gradient of its own place.
-        leaves = {n: bound[n].view_as(bound[n]) for n in names if n in wanted}
-    # Where nobody records, as when torch.func.vjp has left its level, the views do not ask for gradients either.
-    if wants_gradients(*leaves.values()):
-        found = op.reference_gradients({**bound, **leaves}, tuple(leaves), create_graph=True)
-    else:
-        results = op.backward_op(*(bound[name] for name in op.backward_names))
-        found = dict(zip(names, results if len(names) > 1 else (results,), strict=True))
-    if "residual" in wanted:
-        inside = op.rows_mask(bound)
-        grad = bound["grad_out"]
-        found["residual"] = grad if inside is None else grad.where(inside.view(-1, *[1] * (grad.dim() - 1)), 0)
-    return found
+        return autograd.run(self.forward_op, *args)
 
 
 @contextlib.contextmanager

@@ -84,6 +84,7 @@ _op = RegisteredOp(
     rows_mask=_rows_mask,
     flops=_flops,
     backward_over_forward=attention.BACKWARD_OVER_FORWARD,
+    keeps=attention.keeps_attended,
 )
 
 
@@ -136,7 +137,8 @@ def gated_cross_attention(
         score: ``"softmax"``, or ``"identity"``, ``"relu"``, ``"silu"``, ``"gelu"`` (by erf): then
             ``A = post_scale * sum_t act(scale * <q, k_t>) v_t``.
         post_scale: factor of the sum for the scores other than softmax.
-        return_lse: also return the log-sum-exp of each query's scores (softmax only); it carries no gradient.
+        return_lse: also return the log-sum-exp of each query's scores (softmax only); it has no gradient
+            yet, and a backward that would need one raises an error: use ``lse.detach()``.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None takes the fastest that can serve.
 
     Returns:
@@ -174,5 +176,5 @@ def gated_cross_attention(
     keep = attention.backward_reads_attended(OP, name, k, v, gate, score)
     keep = keep and wants_gradients(q, k, v, gate, residual)
     options = scale, score, factor, gate_form, gate_activation, keep, name
-    out, lse, _ = _op(q, k, v, kv_offsets, q_offsets, gate, residual, *options)
+    out, lse, _ = _op(q, k, v, kv_offsets, q_offsets, gate, residual, *options, shows_lse=return_lse)
     return (out, lse) if return_lse else out

@@ -107,6 +107,7 @@ _op = RegisteredOp(
     rows_mask=lambda bound: reference.inside_rows(bound["offsets"], bound["q"].shape[0]),
     flops=_flops,
     backward_over_forward=attention.BACKWARD_OVER_FORWARD,
+    keeps=attention.keeps_attended,
 )
 
 
@@ -183,7 +184,8 @@ def jagged_attention(
         gate_form: ``"multiply"``: ``G = A * act(gate)``; ``"self"``: ``G = act(A * gate)`` (InterFormer's equation 10).
         gate_activation: ``"sigmoid"``, ``"tanh"``, ``"silu"`` or ``"identity"``.
         residual: added to the result; of the output's shape.
-        return_lse: also return the log-sum-exp of each query's scores (softmax only); it carries no gradient.
+        return_lse: also return the log-sum-exp of each query's scores (softmax only); it has no gradient
+            yet, and a backward that would need one raises an error: use ``lse.detach()``.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None takes the fastest that can serve.
 
     Returns:
@@ -229,7 +231,7 @@ def jagged_attention(
     keep = keep and wants_gradients(q, k, v, gate, residual)
     masks = causal, left, right, num_prefix, rope_interleaved
     options = scale, *masks, score, factor, gate_form, gate_activation, keep, name
-    out, lse, _ = _op(q, k, v, offsets, kv_offsets, *tables, *positions, gate, residual, *options)
+    out, lse, _ = _op(q, k, v, offsets, kv_offsets, *tables, *positions, gate, residual, *options, shows_lse=return_lse)
     return (out, lse) if return_lse else out
 
 

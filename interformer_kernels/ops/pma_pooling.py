@@ -77,6 +77,7 @@ _op = RegisteredOp(
     rows_mask=lambda bound: None,
     flops=_flops,
     backward_over_forward=attention.BACKWARD_OVER_FORWARD,
+    keeps=attention.keeps_attended,
 )
 
 
@@ -128,7 +129,8 @@ def pma_pooling(
         gate_form: ``"multiply"``: ``G = A * act(gate)``; ``"self"``: ``G = act(A * gate)`` (InterFormer's equation 10).
         gate_activation: ``"sigmoid"``, ``"tanh"``, ``"silu"`` or ``"identity"``.
         residual: added to the result; of the output's shape.
-        return_lse: also return the log-sum-exp of each query's scores (softmax only); it carries no gradient.
+        return_lse: also return the log-sum-exp of each query's scores (softmax only); it has no gradient
+            yet, and a backward that would need one raises an error: use ``lse.detach()``.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None takes the fastest that can serve.
 
     Returns:
@@ -168,5 +170,5 @@ def pma_pooling(
     keep = attention.backward_reads_attended(OP, name, k, v, gate, score)
     keep = keep and wants_gradients(seeds, k, v, gate, residual)
     options = scale, skip_prefix, score, factor, gate_form, gate_activation, keep, name
-    out, lse, _ = _op(seeds, k, v, offsets, gate, residual, *options)
+    out, lse, _ = _op(seeds, k, v, offsets, gate, residual, *options, shows_lse=return_lse)
     return (out, lse) if return_lse else out
