@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def register(op: RegisteredOp) -> None:
 
 
 def _forward_kernel(op: RegisteredOp, args: tuple[Any, ...]) -> Any:
-    """What a program that was traced without gradients in mind did not ask to be kept is kept here, but not returned."""
+    """A program that was traced without gradients in mind did not ask for A: it is kept here, and not returned."""
     refuse_tangents(op.name, args)
     if not wants_gradients(*args):
         return _below(op.forward_op, args)
@@ -207,7 +207,7 @@ def _backward_kernel(op: RegisteredOp, args: tuple[Any, ...]) -> Any:
     bound = dict(zip(op.backward_names, args, strict=True))
     if is_fake(bound["grad_out"]):
         raise NotImplementedError(
-            f"{op.name}: second derivatives cannot be compiled; differentiate twice in eager mode"
+            f"{op.name}: second derivatives cannot be compiled; take them in eager mode"
         )
     names = tuple(name for name in op.differentiable if name != "residual")
     leaves = {n: _leaf(bound[n]) for n in names if bound[n] is not None}

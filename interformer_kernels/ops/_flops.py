@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 COUNTER = "torch.utils.flop_counter"
 
@@ -36,7 +36,7 @@ class _AfterImport(MetaPathFinder):
     It stays in `sys.meta_path`: another thread may be going through that list.
     """
 
-    formulas: list[tuple[Any, Callable[..., int]]] = []
+    formulas: ClassVar[list[tuple[Any, Callable[..., int]]]] = []
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != COUNTER:

@@ -9,7 +9,7 @@ from torch import Tensor
 from interformer_kernels import _checks as checks
 from interformer_kernels import reference
 from interformer_kernels.ops import _attention as attention
-from interformer_kernels.ops._registered import Bound, RegisteredOp, autocast, wants_gradients
+from interformer_kernels.ops._registered import Bound, RegisteredOp, any_number, autocast, wants_gradients
 from interformer_kernels.ops._sharding import over_shards
 
 OP = "pma_pooling"
@@ -31,7 +31,7 @@ def forward_fake(
     keep_attended: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (offsets.shape[0] - 1, *seeds.shape[:2], (k if v is None else v).shape[2])
+    shape = (any_number(offsets.shape[0] - 1), *seeds.shape[:2], (k if v is None else v).shape[2])
     return attention.empty_outputs(k, shape, score, keep_attended)
 
 
