@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +46,50 @@ def validates(device: torch.device) -> bool:
 # ---------------------------------------------------------------- kinds, shapes, values
 
 
+_shortened = reprlib.Repr()
+_shortened.maxstring = _shortened.maxother = 60
+_LONGEST = 160
+
+
 def describe(value: object) -> str:
-    """A value as the "found" half of a message."""
+    """A value as the "found" half of a message: one line of bounded length, whatever the value."""
     if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)} of {value.dtype} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+        if value.is_nested:
+            return f"a nested tensor of layout {value.layout} and {value.dtype} on {value.device}"
+        layout = "" if value.layout is torch.strided else f" of layout {value.layout}"
+        return f"a tensor {list(value.shape)}{layout} of {value.dtype} on {value.device}"
+    kind = type(value).__name__
+    if isinstance(value, int) and abs(value) >= 2**128:  # Python itself refuses to print longer ones
+        return f"an int of {value.bit_length()} bits"
+    if getattr(value, "shape", None) and hasattr(value, "dtype"):  # an array, whose numbers tell nothing
+        return f"an array of {value.dtype} ({kind})"
+    try:
+        text = " ".join(_shortened.repr(value).split())
+    except Exception:  # somebody's `__repr__`, or a long int inside
+        text = "a value that cannot be printed"
+    return f"{text if len(text) <= _LONGEST else text[:_LONGEST] + '...'} ({kind})"
+
+
+def is_dense(x: object) -> bool:
+    """Whether `x` is an ordinary tensor: not nested, sparse, of another layout, or quantized."""
+    return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested and not x.is_quantized
+
+
+def plain(op: str, name: str, value: Any) -> Any:
+    """A numpy scalar, or a tensor without axes, as Python's own number; anything else as it is.
+
+    Of a GPU's tensor this waits for it, as every use of a number on the host does.
+    """
+    if isinstance(value, (bool, int, float, str, torch.SymInt)):
+        return value
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_nested or value.dim() or value.is_meta:
+            return value
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} must not require gradients, which it does not get; detach it")
+        return value.item()
+    numpy = sys.modules.get("numpy")
+    return value.item() if numpy is not None and isinstance(value, numpy.generic) else value
 
 
 def check_floats(op: str, first: str, tensors: dict[str, object]) -> None:
@@ -57,8 +98,9 @@ def check_floats(op: str, first: str, tensors: dict[str, object]) -> None:
     for name, x in ((first, lead), *tensors.items()):
         if x is None and x is not lead:
             continue
-        if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
-            wanted = "a tensor of float32, bfloat16, float16 or float64"
+        if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES or not is_dense(x):
+            sparse = "" if not isinstance(x, Tensor) or is_dense(x) else "dense "
+            wanted = f"a {sparse}tensor of float32, bfloat16, float16 or float64"
             raise TypeError(f"{op}: {name} must be {wanted}, found {describe(x)}")
         assert isinstance(lead, Tensor)
         if x.dtype != lead.dtype:
@@ -69,7 +111,7 @@ def check_floats(op: str, first: str, tensors: dict[str, object]) -> None:
 
 def check_index(op: str, name: str, x: object, device: torch.device) -> Tensor:
     """A one-dimensional int32 or int64 tensor on `device`."""
-    if not isinstance(x, Tensor) or x.dtype not in INDEX_DTYPES:
+    if not isinstance(x, Tensor) or x.dtype not in INDEX_DTYPES or not is_dense(x):
         raise TypeError(f"{op}: {name} must be an int32 or int64 tensor, found {describe(x)}")
     if x.dim() != 1:
         raise ValueError(f"{op}: {name} must have one axis, found shape {list(x.shape)}")
@@ -102,7 +144,9 @@ class Axes:
         self.sizes: dict[str, int] = sizes
 
     def bind(self, name: str, x: Tensor, axes: Sequence[str]) -> None:
-        """Check that `x` has just these axes; sizes not known yet are taken from it."""
+        """Check that `x` is a tensor with just these axes; sizes not known yet are taken from it."""
+        if not is_dense(x):
+            raise TypeError(f"{self.op}: {name} must be a dense tensor [{', '.join(axes)}], found {describe(x)}")
         shape, sizes = x.shape, self.sizes
         if len(shape) == len(axes):
             for axis, size in zip(axes, shape, strict=True):
@@ -149,39 +193,47 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> N
     if not isinstance(value, str):
         raise TypeError(f"{op}: {name} must be a string, one of {', '.join(choices)}; found {describe(value)}")
     if value not in choices:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}; found {value!r}")
+        found = repr(value) if len(value) < 60 else describe(value)
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}; found {found}")
 
 
 def check_window(op: str, window: object) -> tuple[int, int]:
     """The pair `(left, right)`, each an int of at least -1; cut where a position added to it would overflow."""
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"{op}: window must be a pair (left, right) of ints, found {describe(window)}")
-    left, right = window
-    check_count(op, "window[0]", left, least=-1)
-    check_count(op, "window[1]", right, least=-1)
+    left, right = (check_count(op, f"window[{i}]", side, least=-1, most=None) for i, side in enumerate(window))
     return min(left, 2**62), min(right, 2**62)
 
 
-def check_bool(op: str, name: str, value: object) -> None:
-    """`value` is a bool."""
+def check_bool(op: str, name: str, value: object) -> bool:
+    """`value` is a bool, or a numpy or tensor scalar of one; returns it as a bool."""
+    value = plain(op, name, value)
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a bool, found {describe(value)}")
+    return value
 
 
-def check_count(op: str, name: str, value: object, least: int = 0) -> None:
-    """`value` is an int of at least `least`."""
+def check_count(op: str, name: str, value: object, least: int = 0, most: int | None = 2**63 - 1) -> Any:
+    """`value` is an int from `least` to `most`, or a numpy or tensor scalar of one; returns it as an int."""
+    value = plain(op, name, value)
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, found {describe(value)}")
     if value < least:
-        raise ValueError(f"{op}: {name} must be at least {least}, found {value}")
+        raise ValueError(f"{op}: {name} must be at least {least}, found {describe(value)}")
+    if most is not None and isinstance(value, int) and value > most:
+        raise ValueError(f"{op}: {name} must be at most {most}, found {describe(value)}")
+    return value
 
 
 def check_number(op: str, name: str, value: object) -> float:
-    """`value` is a finite number; returns it as a float."""
+    """`value` is a finite number, Python's or a numpy or tensor scalar; returns it as a float."""
+    value = plain(op, name, value)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a number, found {describe(value)}")
-    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced by torch.compile
-        raise ValueError(f"{op}: {name} must be finite, found {value}")
+    largest = sys.float_info.max
+    if not -largest <= value <= largest:  # math.isfinite cannot be traced by torch.compile, nor does it take all ints
+        found = value if isinstance(value, float) else describe(value)
+        raise ValueError(f"{op}: {name} must be finite, found {found}")
     return float(value)
 
 
@@ -191,7 +243,7 @@ def check_rope(op: str, rope: object, head_size: int, device: torch.device) -> t
         raise TypeError(f"{op}: rope must be a pair (cos, sin) of tensors, found {describe(rope)}")
     cos, sin = rope
     for name, table in (("cos", cos), ("sin", sin)):
-        if not isinstance(table, Tensor) or table.dtype != torch.float32:
+        if not isinstance(table, Tensor) or table.dtype != torch.float32 or not is_dense(table):
             raise TypeError(f"{op}: rope's {name} must be a float32 tensor, found {describe(table)}")
         if table.dim() != 2 or table.shape[0] < 1 or not 1 <= table.shape[1] <= head_size // 2:
             wanted = f"[P, R/2] with P >= 1 and R <= D = {head_size}"
@@ -210,16 +262,16 @@ def default_scale(op: str, scale: object, head_size: int) -> float:
     return head_size**-0.5 if scale is None else check_number(op, "scale", scale)
 
 
-def check_score(op: str, score: object, post_scale: object, return_lse: object) -> float:
-    """The score's name, its factor (returned as a float), and that `lse` is asked of softmax alone."""
+def check_score(op: str, score: object, post_scale: object, return_lse: object) -> tuple[float, bool]:
+    """The score's name, and that `lse` is asked of softmax alone; returns the factor and whether `lse` is asked."""
     check_choice(op, "score", score, SCORES)
-    check_bool(op, "return_lse", return_lse)
+    asked = check_bool(op, "return_lse", return_lse)
     factor = check_number(op, "post_scale", post_scale)
     if score == "softmax" and factor != 1.0:
         raise ValueError(f'{op}: post_scale must be 1 with score="softmax", found {factor}')
-    if return_lse and score != "softmax":
+    if asked and score != "softmax":
         raise ValueError(f'{op}: return_lse must be False unless score="softmax", found True with score={score!r}')
-    return factor
+    return factor, asked
 
 
 def check_epilogue(

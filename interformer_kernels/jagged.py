@@ -4,7 +4,8 @@ Inside the library a batch of sequences is ``values [T, ...]`` with ``offsets [B
 ``values[offsets[b]:offsets[b+1]]``, and tokens from ``offsets[B]`` on (the tail) belong to no row. Everything here is
 differentiable in the values, keeps their dtype and device, and takes any dtype, integer ids included.
 
-How many tokens there are is data: on a GPU, these functions wait for it.
+How many tokens there are is data: on a GPU, these functions wait for it; on ``meta``, where there is none, they take as
+many as there can be. Contents are checked where ``set_validation`` says so.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ def padded_layout(
 
 def layout_of_tokens(keep: Tensor) -> PaddedLayout:
     """The layout of a padded batch whose tokens stand where ``keep [B, L]`` (bool) is True."""
-    return PaddedLayout(offsets_from_lengths(keep.sum(1)), keep.flatten().nonzero().squeeze(1), keep.shape[1])
+    places = keep.flatten()
+    index = torch.arange(places.shape[0], device="meta") if keep.is_meta else places.nonzero().squeeze(1)
+    return PaddedLayout(offsets_from_lengths(keep.sum(1)), index, keep.shape[1])
 
 
 def from_padded(
@@ -177,28 +180,32 @@ def to_padded(
     rows = _check_jagged(op, values, offsets)
     checks.check_choice(op, "side", side, SIDES)
     lengths = offsets.diff()
-    longest = int(lengths.max()) if rows else 0
-    if max_length is None:
-        max_length = longest
-    checks.check_count(op, "max_length", max_length)
-    if longest > max_length:
+    if offsets.is_meta:
+        longest = values.shape[0] if max_length is None and rows else 0
+    else:
+        longest = int(lengths.max()) if rows else 0
+    width = longest if max_length is None else checks.check_count(op, "max_length", max_length)
+    if longest > width:
         row = int(lengths.argmax())
-        raise ValueError(f"{op}: max_length must be at least {longest}, the length of row {row}, found {max_length}")
-    token_row, place = _row_and_place(offsets)
+        raise ValueError(f"{op}: max_length must be at least {longest}, the length of row {row}, found {width}")
+    token_row, place = _row_and_place(offsets, values.shape[0])
     if side == "left":
-        place = place + (max_length - lengths[token_row])
-    return _scatter(values[: place.shape[0]], token_row * max_length + place, rows, max_length, padding_value)
+        place = place + (width - lengths[token_row])
+    return _scatter(values[: place.shape[0]], token_row * width + place, rows, width, padding_value)
 
 
 def offsets_from_lengths(lengths: Tensor) -> Tensor:
     """``[0, cumsum(lengths)]``: ``[B]`` integers to offsets ``[B+1]`` int64.
 
     Raises:
-        TypeError: not an int32 or int64 tensor. ValueError: not one axis, or a length below 0.
+        TypeError: not an int32 or int64 tensor. ValueError: not one axis, or (on CPU; elsewhere with
+            ``set_validation("full")``; not in compiled programs) a length below 0.
     """
     op = "offsets_from_lengths"
     checks.check_index(op, "lengths", lengths, getattr(lengths, "device", torch.device("cpu")))
-    if lengths.numel() and int(lengths.min()) < 0:
+    # A compiled graph cannot read them: the operation that takes the offsets then refuses a step down.
+    readable = checks.validates(lengths.device) and not torch.compiler.is_compiling()
+    if readable and lengths.numel() and int(lengths.min()) < 0:
         row = int(lengths.argmin())
         raise ValueError(f"{op}: lengths[{row}] must be at least 0, found {int(lengths[row])}")
     return torch.cat((lengths.new_zeros(1, dtype=torch.int64), lengths.cumsum(0, dtype=torch.int64)))
@@ -225,7 +232,7 @@ def from_nested(nested: Tensor) -> Jagged:
     if lengths is None:
         return Jagged(values, offsets)
     packed = offsets_from_lengths(lengths)
-    row, place = _row_and_place(packed)
+    row, place = _row_and_place(packed, values.shape[0])
     return Jagged(values.index_select(0, offsets[row] + place), packed)
 
 
@@ -239,7 +246,7 @@ def to_nested(values: Tensor, offsets: Tensor) -> Tensor:
     """
     if not _check_jagged("to_nested", values, offsets):
         raise ValueError(f"to_nested: offsets must hold at least one row, found shape {list(offsets.shape)}")
-    return torch.nested.nested_tensor_from_jagged(values[: int(offsets[-1])], offsets)
+    return torch.nested.nested_tensor_from_jagged(values[: _tokens(offsets, values.shape[0])], offsets)
 
 
 def from_torchrec(jagged: Any) -> Jagged:
@@ -263,6 +270,8 @@ def from_torchrec(jagged: Any) -> Jagged:
         )
     values = jagged.values()
     offsets = jagged.offsets() if "offsets" in methods else offsets_from_lengths(jagged.lengths())
+    if isinstance(offsets, Tensor) and offsets.shape == (0,):  # how TorchRec's `JaggedTensor.empty()` says no rows
+        offsets = offsets.new_zeros(1)
     _check_jagged(op, values, offsets)
     return Jagged(values, offsets)
 
@@ -279,7 +288,7 @@ def to_torchrec(values: Tensor, offsets: Tensor, kind: type[_Other]) -> _Other:
     _check_jagged(op, values, offsets)
     if not callable(kind):
         raise TypeError(f"{op}: kind must be a class such as torchrec.JaggedTensor, found {checks.describe(kind)}")
-    return kind(values=values[: int(offsets[-1])], offsets=offsets)  # type: ignore[call-arg]
+    return kind(values=values[: _tokens(offsets, values.shape[0])], offsets=offsets)  # type: ignore[call-arg]
 
 
 # ---------------------------------------------------------------- pieces
@@ -290,8 +299,9 @@ def _is_nested(value: object) -> bool:
 
 
 def _check_tensor(op: str, name: str, x: object, least_axes: int = 1) -> None:
-    if not isinstance(x, Tensor) or x.is_nested:
-        raise TypeError(f"{op}: {name} must be a tensor (not nested), found {type(x).__name__}")
+    if not isinstance(x, Tensor) or not checks.is_dense(x):
+        found = checks.describe(x) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{op}: {name} must be a tensor (not nested), found {found}")
     if x.dim() < least_axes:
         wanted = "[B, L, ...]" if least_axes == 2 else "[T, ...]"
         raise ValueError(f"{op}: {name} must be {wanted}, found shape {list(x.shape)}")
@@ -316,7 +326,7 @@ def _keep_by_lengths(lengths: Tensor, rows: int, width: int, side: str) -> Tenso
     if lengths.shape[0] != rows:
         raise ValueError(f"{op}: lengths must be [B = {rows}], found shape {list(lengths.shape)}")
     wrong = (lengths < 0) | (lengths > width)
-    if bool(wrong.any()):
+    if checks.validates(lengths.device) and bool(wrong.any()):
         row = int(wrong.int().argmax())
         raise ValueError(f"{op}: lengths[{row}] must be from 0 to L = {width}, found {int(lengths[row])}")
     place = torch.arange(width, device=lengths.device)
@@ -326,27 +336,48 @@ def _keep_by_lengths(lengths: Tensor, rows: int, width: int, side: str) -> Tenso
 
 def as_bool_mask(op: str, name: str, mask: object, rows: int, width: int) -> Tensor:
     """A mask ``[B, L]`` of bool, or of integers 0 and 1, as bool; anything else is refused in the name of ``op``."""
-    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
+    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex() or not checks.is_dense(mask):
         raise TypeError(f"{op}: {name} must be a bool tensor, or integers 0 and 1; found {checks.describe(mask)}")
     if mask.shape != (rows, width):
         raise ValueError(f"{op}: {name} must be [B = {rows}, L = {width}], found shape {list(mask.shape)}")
-    if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
+    if mask.dtype != torch.bool and checks.validates(mask.device) and bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError(
             f"{op}: {name} must hold 0 and 1 only, found values from {int(mask.min())} to {int(mask.max())}"
         )
     return mask.bool()
 
 
-def _row_and_place(offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _tokens(offsets: Tensor, total: int) -> int:
+    """How many of the ``total`` tokens belong to rows; on ``meta``, where nobody knows, as many as there can be."""
+    return total if offsets.is_meta else int(offsets[-1])
+
+
+def _row_and_place(offsets: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Of every token that belongs to a row: the row ``[T]`` and its index in the row ``[T]``, both int64."""
-    token = torch.arange(int(offsets[-1]), device=offsets.device)
+    token = torch.arange(_tokens(offsets, total), device=offsets.device)
     row = torch.searchsorted(offsets[1:].contiguous(), token, right=True)
     return row, token - offsets[row]
 
 
 def _scatter(values: Tensor, index: Tensor, rows: int, width: int, padding_value: float) -> Tensor:
     """``values [T, ...]`` written to ``[rows, width, ...]`` at flat places ``index``, ``padding_value`` elsewhere."""
-    if not isinstance(padding_value, (int, float)):
-        raise TypeError(f"to_padded: padding_value must be a number, found {checks.describe(padding_value)}")
-    flat = values.new_full((rows * width, *values.shape[1:]), padding_value)
+    fill = _fill(values.dtype, padding_value)
+    flat = values.new_full((rows * width, *values.shape[1:]), fill)
     return flat.index_copy(0, index, values).view(rows, width, *values.shape[1:])
+
+
+def _fill(dtype: torch.dtype, padding_value: object) -> float:
+    """A padding value that tensors of this dtype can hold."""
+    value = checks.plain("to_padded", "padding_value", padding_value)
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"to_padded: padding_value must be a number, found {checks.describe(value)}")
+    if dtype == torch.bool or dtype.is_complex:
+        return value
+    if dtype.is_floating_point:
+        most = torch.finfo(dtype).max
+        fits = value != value or value in (torch.inf, -torch.inf) or -most <= value <= most
+    else:
+        fits = torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max and int(value) == value
+    if not fits:
+        raise ValueError(f"to_padded: padding_value must be a number of {dtype}, found {checks.describe(value)}")
+    return value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -167,3 +169,44 @@ def test_flops_are_counted() -> None:
         ik.personalized_ffn(q[:, 0], torch.randn(3, 4, 7), offsets)
         ik.apply_rotary(q, offsets, testing.rotary_tables(8, 4))
     assert counter.get_total_flops() == 2 * 8 * 4 * 7 + 8 * 2 * 2 * 6
+
+
+FIRST_COUNT = """
+import torch, interformer_kernels as ik
+import sys
+assert "torch.utils.flop_counter" not in sys.modules and "triton" not in sys.modules
+q, offsets = torch.randn(8, 2, 4), torch.tensor([0, 3, 3, 8])
+
+class Call(torch.nn.Module):
+    def forward(self, q, offsets):
+        return ik.jagged_attention(q, q, q, offsets, backend="reference")
+
+run = {
+    "public": Call(),
+    "bare": lambda q, offsets: torch.ops.interformer_kernels.pma_pooling_fwd(
+        q[:1], q, q, offsets, None, None, 1.0, 0, "softmax", 1.0, "multiply", "sigmoid", False, "reference"
+    ),
+    "compiled": torch.compile(Call(), backend="eager"),
+    "exported": None,
+}[sys.argv[1]] or torch.export.export(Call(), (q, offsets)).module()
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    with torch.inference_mode(sys.argv[2] == "inference"):
+        run(q, offsets)
+print(counter.get_total_flops())
+"""
+
+
+@pytest.mark.parametrize("mode", ["gradients", "inference"])
+@pytest.mark.parametrize("way", ["public", "bare", "exported", "compiled"])
+def test_the_first_count_of_a_process_is_right(way: str, mode: str) -> None:
+    """The formulas are there before the first counter is made, though nobody imported its module for them."""
+    command = [sys.executable, "-c", FIRST_COUNT, way, mode]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(found) == (2 * 8 * 2 * 8 if way == "bare" else 2 * 34 * 2 * 8)
+
+
+def test_formulas_are_registered_where_the_counter_came_first() -> None:
+    code = "import torch.utils.flop_counter as c, interformer_kernels; "
+    code += "print(len([op for op in c.flop_registry if 'interformer' in str(op)]))"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "10\n"

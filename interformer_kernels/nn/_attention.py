@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from interformer_kernels import _checks as checks
 from interformer_kernels import reference
 from interformer_kernels.nn._notices import say_once
+from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 
 PARAMETERS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
 
@@ -44,18 +45,21 @@ class AttentionModule(nn.Module):
     ) -> None:
         name = type(self).__name__
         sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
-        for argument, size in sizes.items():
-            if size is not None or argument in ("embed_dim", "num_heads"):
-                checks.check_count(name, argument, size, least=1)
+        checked: Any = (
+            None if size is None and argument in ("kdim", "vdim") else checks.check_count(name, argument, size, least=1)
+            for argument, size in sizes.items()
+        )
+        embed_dim, num_heads, kdim, vdim = checked
         checks.backend_name(name, backend)
         if embed_dim % num_heads:
             raise ValueError(f"{name}: embed_dim must be a multiple of num_heads = {num_heads}, found {embed_dim}")
-        if not 0 <= checks.check_number(name, "dropout", dropout) <= 1:
+        dropout = checks.check_number(name, "dropout", dropout)
+        if not 0 <= dropout <= 1:
             raise ValueError(f"{name}: dropout must lie in [0, 1], found {dropout}")
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
-        self.dropout, self.batch_first, self.backend = float(dropout), batch_first, backend
+        self.dropout, self.batch_first, self.backend = dropout, batch_first, backend
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         together = self.kdim == self.vdim == embed_dim
         shapes: dict[str, tuple[int, ...] | None] = {
@@ -182,6 +186,8 @@ def attend_dropping(
     num_prefix: int = 0,
 ) -> Tensor:
     """Softmax attention of packed `q [Tq, H, D]` over `k`, `v [Tk, H, D]` with dropped weights: `[Tq, H, D]`."""
+    if q.is_meta:  # the reference reads lengths; the op knows the shapes
+        return alone(gated_cross_attention(q, k, v, kv_offsets, q_offsets=q_offsets))
     spans = reference.row_spans(q_offsets, q.shape[0]), reference.row_spans(kv_offsets, k.shape[0])
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     masks = causal, window, num_prefix

@@ -89,7 +89,7 @@ def rows_of(
             f"{op}: {wanted} can be given (the first says that {name} is packed), found {', '.join(named)}"
         )
     axes = ("T", "E") if offsets is not None else ("B", "L", "E") if batch_first else ("L", "B", "E")
-    if not isinstance(x, Tensor) or x.is_nested:
+    if not isinstance(x, Tensor) or not checks.is_dense(x):
         raise TypeError(f"{op}: {name} must be a tensor [{', '.join(axes)}] (not nested), found {checks.describe(x)}")
     sizes = checks.Axes(op, E=width)
     sizes.bind(name, x, axes)

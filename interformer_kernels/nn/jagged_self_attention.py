@@ -59,12 +59,13 @@ class JaggedSelfAttention(shared.AttentionModule):
         backend: str | None = None,
     ) -> None:
         super().__init__(embed_dim, num_heads, dropout, bias, None, None, batch_first, backend, device, dtype)
-        checks.check_bool("JaggedSelfAttention", "causal", causal)
-        checks.check_window("JaggedSelfAttention", window)
-        checks.check_count("JaggedSelfAttention", "num_prefix", num_prefix)
-        checks.check_bool("JaggedSelfAttention", "rope_interleaved", rope_interleaved)
-        self.masks: dict[str, Any] = {"causal": causal, "window": tuple(window), "num_prefix": num_prefix}
-        self.rope_interleaved = rope_interleaved
+        name = "JaggedSelfAttention"
+        self.masks: dict[str, Any] = {
+            "causal": checks.check_bool(name, "causal", causal),
+            "window": checks.check_window(name, window),
+            "num_prefix": checks.check_count(name, "num_prefix", num_prefix),
+        }
+        self.rope_interleaved = checks.check_bool(name, "rope_interleaved", rope_interleaved)
 
     def forward(
         self,

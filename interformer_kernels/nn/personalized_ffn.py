@@ -51,8 +51,8 @@ class PersonalizedFFN(nn.Module):
     ) -> None:
         name = type(self).__name__
         out_dim = embed_dim if out_dim is None else out_dim
-        for argument, size in (("embed_dim", embed_dim), ("context_dim", context_dim), ("out_dim", out_dim)):
-            checks.check_count(name, argument, size, least=1)
+        sizes = {"embed_dim": embed_dim, "context_dim": context_dim, "out_dim": out_dim}
+        embed_dim, context_dim, out_dim = (checks.check_count(name, *size, least=1) for size in sizes.items())
         checks.check_choice(name, "activation", activation, checks.FFN_ACTIVATIONS)
         checks.backend_name(name, backend)
         if residual and out_dim != embed_dim:

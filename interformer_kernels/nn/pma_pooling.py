@@ -137,7 +137,7 @@ class PMAPooling(shared.AttentionModule):
         backend: str | None = None,
     ) -> None:
         super().__init__(embed_dim, num_heads, dropout, bias, kdim, kdim, batch_first, backend, device, dtype)
-        checks.check_count("PMAPooling", "num_seeds", num_seeds, least=1)
+        embed_dim, num_seeds = self.embed_dim, checks.check_count("PMAPooling", "num_seeds", num_seeds, least=1)
         self.num_seeds, self.set_transformer, self.fold = num_seeds, set_transformer, fold
         self.scale = (embed_dim if set_transformer else self.head_dim) ** -0.5
         self.seeds = nn.Parameter(torch.empty(num_seeds, embed_dim, device=device, dtype=dtype))

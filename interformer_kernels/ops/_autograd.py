@@ -193,7 +193,7 @@ def _forward_kernel(op: RegisteredOp, args: tuple[Any, ...]) -> Any:
     if not asked:
         bound["keep_attended"] = op.keeps(op.name, bound)
     with enable_single_level_autograd_function():
-        outputs = _AtLevel.apply(op.name, True, *bound.values())  # type: ignore[no-untyped-call]
+        outputs = _AtLevel.apply(op.name, True, *bound.values())  # type: ignore[attr-defined]
     if not op.extras:
         return outputs[0]
     return outputs if asked else (*outputs[:2], outputs[2].new_empty(0))
@@ -206,9 +206,7 @@ def _backward_kernel(op: RegisteredOp, args: tuple[Any, ...]) -> Any:
         return _below(op.backward_op, args)
     bound = dict(zip(op.backward_names, args, strict=True))
     if is_fake(bound["grad_out"]):
-        raise NotImplementedError(
-            f"{op.name}: second derivatives cannot be compiled; take them in eager mode"
-        )
+        raise NotImplementedError(f"{op.name}: second derivatives cannot be compiled; take them in eager mode")
     names = tuple(name for name in op.differentiable if name != "residual")
     leaves = {n: _leaf(bound[n]) for n in names if bound[n] is not None}
     grads = op.reference_gradients({**bound, **leaves}, tuple(leaves), create_graph=True)

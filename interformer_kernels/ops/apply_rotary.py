@@ -111,7 +111,7 @@ def apply_rotary(
     axes.bind("x", x, ("T", "H", "D"))
     checks.check_offsets(OP, "offsets", offsets, x.device)
     cos, sin = checks.check_rope(OP, rope, axes["D"], x.device)
-    checks.check_bool(OP, "interleaved", interleaved)
+    interleaved = checks.check_bool(OP, "interleaved", interleaved)
     if positions is not None:
         axes.bind("positions", checks.check_index(OP, "positions", positions, x.device), ("T",))
     out = _op(x, offsets, cos, sin, positions, interleaved, checks.backend_name(OP, backend))

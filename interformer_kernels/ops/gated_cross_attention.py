@@ -170,11 +170,11 @@ def gated_cross_attention(
     axes.bind("v", v, ("Tk", "Hk", "Dv"))
     checks.check_heads(OP, axes)
     checks.check_epilogue(OP, gate, gate_form, gate_activation, residual, (*q.shape[:-1], axes["Dv"]))
-    factor = checks.check_score(OP, score, post_scale, return_lse)
+    factor, with_lse = checks.check_score(OP, score, post_scale, return_lse)
     scale = checks.default_scale(OP, scale, axes["D"])
     name = checks.backend_name(OP, backend)
     keep = attention.backward_reads_attended(OP, name, k, v, gate, score)
     keep = keep and wants_gradients(q, k, v, gate, residual)
     options = scale, score, factor, gate_form, gate_activation, keep, name
-    out, lse, _ = _op(q, k, v, kv_offsets, q_offsets, gate, residual, *options, shows_lse=return_lse)
-    return (out, lse) if return_lse else out
+    out, lse, _ = _op(q, k, v, kv_offsets, q_offsets, gate, residual, *options, shows_lse=with_lse)
+    return (out, lse) if with_lse else out

@@ -218,21 +218,21 @@ def jagged_attention(
     checks.check_heads(OP, axes)
     checks.check_row_offsets(OP, "offsets", offsets, "kv_offsets", kv_offsets, q.device)
     checks.check_epilogue(OP, gate, gate_form, gate_activation, residual, (axes["Tq"], axes["H"], axes["Dv"]))
-    checks.check_bool(OP, "causal", causal)
+    causal = checks.check_bool(OP, "causal", causal)
     left, right = checks.check_window(OP, window)
-    checks.check_count(OP, "num_prefix", num_prefix)
-    checks.check_bool(OP, "rope_interleaved", rope_interleaved)
+    num_prefix = checks.check_count(OP, "num_prefix", num_prefix)
+    rope_interleaved = checks.check_bool(OP, "rope_interleaved", rope_interleaved)
     tables = (None, None) if rope is None else checks.check_rope(OP, rope, axes["D"], q.device)
     positions = _rope_positions(rope_positions, rope, kv_offsets, axes, q)
-    factor = checks.check_score(OP, score, post_scale, return_lse)
+    factor, with_lse = checks.check_score(OP, score, post_scale, return_lse)
     scale = checks.default_scale(OP, scale, axes["D"])
     name = checks.backend_name(OP, backend)
     keep = attention.backward_reads_attended(OP, name, k, v, gate, score)
     keep = keep and wants_gradients(q, k, v, gate, residual)
     masks = causal, left, right, num_prefix, rope_interleaved
     options = scale, *masks, score, factor, gate_form, gate_activation, keep, name
-    out, lse, _ = _op(q, k, v, offsets, kv_offsets, *tables, *positions, gate, residual, *options, shows_lse=return_lse)
-    return (out, lse) if return_lse else out
+    out, lse, _ = _op(q, k, v, offsets, kv_offsets, *tables, *positions, gate, residual, *options, shows_lse=with_lse)
+    return (out, lse) if with_lse else out
 
 
 def _rope_positions(

@@ -163,12 +163,12 @@ def pma_pooling(
     checks.check_heads(OP, axes)
     shape = (rows, axes["M"], axes["H"], axes["Dv"])
     checks.check_epilogue(OP, gate, gate_form, gate_activation, residual, shape)
-    checks.check_count(OP, "skip_prefix", skip_prefix)
-    factor = checks.check_score(OP, score, post_scale, return_lse)
+    skip_prefix = checks.check_count(OP, "skip_prefix", skip_prefix)
+    factor, with_lse = checks.check_score(OP, score, post_scale, return_lse)
     scale = checks.default_scale(OP, scale, axes["D"])
     name = checks.backend_name(OP, backend)
     keep = attention.backward_reads_attended(OP, name, k, v, gate, score)
     keep = keep and wants_gradients(seeds, k, v, gate, residual)
     options = scale, skip_prefix, score, factor, gate_form, gate_activation, keep, name
-    out, lse, _ = _op(seeds, k, v, offsets, gate, residual, *options, shows_lse=return_lse)
-    return (out, lse) if return_lse else out
+    out, lse, _ = _op(seeds, k, v, offsets, gate, residual, *options, shows_lse=with_lse)
+    return (out, lse) if with_lse else out
