@@ -230,8 +230,8 @@ def check_number(op: str, name: str, value: object) -> float:
     value = plain(op, name, value)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a number, found {describe(value)}")
-    largest = sys.float_info.max
-    if not -largest <= value <= largest:  # math.isfinite cannot be traced by torch.compile, nor does it take all ints
+    # Literals: math.isfinite takes no long ints and cannot be traced, and a name would be one more input of the graph.
+    if not -1.7976931348623157e308 <= value <= 1.7976931348623157e308:
         found = value if isinstance(value, float) else describe(value)
         raise ValueError(f"{op}: {name} must be finite, found {found}")
     return float(value)

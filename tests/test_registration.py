@@ -115,7 +115,10 @@ def _jagged(x: Tensor, weight: Tensor, offsets: Tensor, rope: tuple[Tensor, Tens
     return crossed.sum() + ffn.square().sum()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+INDUCTOR = pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 def test_compile_fullgraph_dynamic_without_recompiles(backend: str) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
@@ -182,13 +185,13 @@ class Call(torch.nn.Module):
         return ik.jagged_attention(q, q, q, offsets, backend="reference")
 
 run = {
-    "public": Call(),
-    "bare": lambda q, offsets: torch.ops.interformer_kernels.pma_pooling_fwd(
+    "public": Call,
+    "bare": lambda: lambda q, offsets: torch.ops.interformer_kernels.pma_pooling_fwd(
         q[:1], q, q, offsets, None, None, 1.0, 0, "softmax", 1.0, "multiply", "sigmoid", False, "reference"
     ),
-    "compiled": torch.compile(Call(), backend="eager"),
-    "exported": None,
-}[sys.argv[1]] or torch.export.export(Call(), (q, offsets)).module()
+    "compiled": lambda: torch.compile(Call(), backend="eager"),
+    "exported": lambda: torch.export.export(Call(), (q, offsets)).module(),
+}[sys.argv[1]]()
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter:
     with torch.inference_mode(sys.argv[2] == "inference"):

@@ -147,6 +147,21 @@ def project_self(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tenso
     return q, k, v
 
 
+def merge_rows(x: Tensor) -> Tensor:
+    """`x [B, M, ...]` as `[B*M, ...]`; what is traced has the rows of each `m` together, which `split_rows` knows.
+
+    `flatten` asks whether B is 1, and a traced program would then refuse a single row; joining pieces asks nothing.
+    """
+    return torch.cat(x.unbind(1)) if torch.compiler.is_compiling() else x.flatten(0, 1)
+
+
+def split_rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Rows that `merge_rows` made, back as `[B, M, ...]`, of which `shape` is the beginning."""
+    if not torch.compiler.is_compiling():
+        return x.unflatten(0, shape)
+    return torch.stack([x.narrow(0, m * shape[0], shape[0]) for m in range(shape[1])], 1)
+
+
 def project_out(attention: Attention, attended: Tensor) -> Tensor:
     """Heads `[..., H, D]` to `[..., E]`. As in PyTorch, `out_proj` lends its parameters and is not called."""
     return F.linear(attended.flatten(-2), attention.out_proj.weight, attention.out_proj.bias)

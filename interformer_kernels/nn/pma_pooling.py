@@ -72,9 +72,11 @@ def pool_folded(
     pooled = shared.alone(pma_pooling(folded, x[:, None], None, offsets, scale=scale, backend=backend))
     # As einsum("bmhw,hdw->bmhd"), but not asking whether B is 1: an exported program would serve many rows only. The
     # copy is the one that joining the heads would make.
-    by_head = torch.bmm(pooled.flatten(0, 1).transpose(0, 1), value.unflatten(0, heads).transpose(1, 2))  # [H, B*M, D]
+    by_head = torch.bmm(
+        shared.merge_rows(pooled).transpose(0, 1), value.unflatten(0, heads).transpose(1, 2)
+    )  # [H, B*M, D]
     by_row = by_head.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-    projected = by_row.view(*pooled.shape[:3], by_row.shape[2])
+    projected = shared.split_rows(by_row, pooled.shape[:2])
     if bias is None:
         return projected
     filled = (offsets.diff() > 0)[:, None, None, None]
@@ -187,12 +189,14 @@ class PMAPooling(shared.AttentionModule):
         else:
             options: dict[str, Any] = {"scale": self.scale, "fold": self.fold, "backend": self.backend}
             attended = pool_rows(self, query, rows.tokens, rows.offsets, **options)
-        if not self.set_transformer:
-            return rows.restore_rows(self.out_proj(attended.flatten(-2)))
-        hidden = (query + attended).flatten(-2)
-        hidden = hidden if self.attention_norm is None else self.attention_norm(hidden)
-        out = hidden + F.relu(self.out_proj(hidden))
-        return rows.restore_rows(out if self.out_norm is None else self.out_norm(out))
+        if self.set_transformer:
+            hidden = shared.merge_rows((query + attended).flatten(-2))
+            hidden = hidden if self.attention_norm is None else self.attention_norm(hidden)
+            out = hidden + F.relu(self.out_proj(hidden))
+            out = out if self.out_norm is None else self.out_norm(out)
+        else:
+            out = self.out_proj(shared.merge_rows(attended.flatten(-2)))
+        return rows.restore_rows(shared.split_rows(out, attended.shape[:2]))
 
     def _pool_dropping(self, query: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
         rows = offsets.shape[0] - 1
