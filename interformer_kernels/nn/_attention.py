@@ -152,13 +152,15 @@ def merge_rows(x: Tensor) -> Tensor:
 
     `flatten` asks whether B is 1, and a traced program would then refuse a single row; joining pieces asks nothing.
     """
-    return torch.cat(x.unbind(1)) if torch.compiler.is_compiling() else x.flatten(0, 1)
+    if not torch.compiler.is_compiling():
+        return x.flatten(0, 1)
+    return torch.cat(x.unbind(1))
 
 
 def split_rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Rows that `merge_rows` made, back as `[B, M, ...]`, of which `shape` is the beginning."""
     if not torch.compiler.is_compiling():
-        return x.unflatten(0, shape)
+        return x.view(*shape, *x.shape[1:])
     return torch.stack([x.narrow(0, m * shape[0], shape[0]) for m in range(shape[1])], 1)
 
 
