@@ -55,13 +55,13 @@ SQUARE += [(("features", "rows"), FEATURES[0]), (("rows", "channels"), CHANNELS[
 def placement_of(what: str, parts: int, case: Case, name: str, x: Tensor) -> Placement:
     """How an argument (or the output's gradient) lies where `parts` processes share out `what`."""
     if what == "rows":
-        shared = name == "seeds" or (name == "gate" and case.gate in ("channel", "scalar"))
+        shared = name == "seeds" or (name == "gate" and case.gate in ("channel", "heads", "scalar"))
         return Replicate() if shared else Shard(0)
     if what == "features":
         return {"weight": Shard(2), "bias": Shard(1), "residual": Shard(1), "grad_out": Shard(1)}.get(name, Replicate())
     if what == "channels":
         return Shard(1) if name in ("x", "weight") else Replicate()
-    whole = (name in ("k", "v") and case.kv_heads % parts) or (name == "gate" and case.gate == "scalar")
+    whole = (name in ("k", "v") and case.kv_heads % parts) or (name == "gate" and case.gate in ("token", "scalar"))
     return Replicate() if whole else Shard(x.dim() - 2)
 
 
