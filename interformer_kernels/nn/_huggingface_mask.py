@@ -202,6 +202,92 @@ def _tokens(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Te
     return None if bool(held.all()) else held
 
 
+def with_rows(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+    """Transformers' look at the arguments of a mask, which finds packed rows beside an empty cache, too.
+
+    It asks position ids for them only where there is no cache; but models make one by default, and their rows would see
+    one another. What transformers does with the rows then is exact under every mask.
+    """
+
+    @functools.wraps(preprocess)
+    def _preprocess_mask_arguments(
+        config: Any,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        cache: Any,
+        position_ids: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        found = preprocess(config, inputs_embeds, attention_mask, cache, position_ids, *args, **kwargs)
+        early_exit, padding, known, q_length, kv_length, q_offset, kv_offset = found
+        if early_exit or known is not None or config._attn_implementation != NAME:
+            return found
+        positions = positions_of(position_ids, inputs_embeds.shape[0], q_length)
+        if positions is None or is_tracing(positions) or positions.device.type == "meta":
+            return found
+        if padding is not None:
+            refuse_beside_padding(positions, padding, q_length)
+        elif starts_anew(positions, causal=True, alone=q_length == kv_length) is not None:
+            known = masking_utils.find_packed_sequence_indices(positions.expand(inputs_embeds.shape[0], -1))
+        return early_exit, padding, known, q_length, kv_length, q_offset, kv_offset
+
+    _preprocess_mask_arguments._finds_rows = True  # type: ignore[attr-defined]
+    return _preprocess_mask_arguments
+
+
+# ---------------------------------------------------------------- rows that position ids tell apart
+
+_AMBIGUOUS = "must rise by 1 where they do not start packed rows anew"
+
+
+def positions_of(position_ids: object, batch: int, queries: int) -> Tensor | None:
+    """Position ids `[B or 1, L]` of the queries, more than one; None where there are none."""
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or queries < 2:
+        return None
+    fits = position_ids.shape[1] == queries and position_ids.shape[0] in (1, batch)
+    return position_ids if fits else None
+
+
+def starts_anew(positions: Tensor, causal: bool, alone: bool) -> Tensor | None:
+    """Which tokens behind the first start a row, `[B or 1, L-1]`; None where all are of one row.
+
+    `alone` says that the keys are these tokens only.
+    """
+    steps = positions.diff(dim=1)
+    if bool((steps == 1).all()):
+        return None
+    place = f"attn_implementation={NAME!r}: position_ids"
+    if not causal:
+        # Of bidirectional attention positions say nothing, unless they look just like those of packed rows.
+        if bool(((steps == 1) | (positions[:, 1:] == 0)).all()) and bool((positions[:, 0] == 0).all()):
+            raise ValueError(f"{place} start anew in bidirectional attention; tell packed rows by cu_seq_lens_q and _k")
+        return None
+    if not alone:
+        raise ValueError(f"{place} {_AMBIGUOUS}: queries with a filled or static cache must be of one row")
+    if bool((steps > 0).all()):
+        raise ValueError(f"{place} {_AMBIGUOUS}, found a gap; pass an attention_mask if all tokens are of one row")
+    return steps != 1
+
+
+def refuse_beside_padding(positions: Tensor, padding: Tensor, queries: int) -> None:
+    """Flash attention would take these rows for packed, `sdpa` for one: neither is known to be meant."""
+    if padding.dim() != 2 or padding.shape[1] < queries:
+        return
+    tokens = padding[:, -queries:].bool()
+    anew = (positions[:, 1:] == 0) & (positions.diff(dim=1) != 1)
+    if bool((anew & tokens[:, 1:] & tokens[:, :-1]).any()):
+        raise ValueError(
+            f"attn_implementation={NAME!r}: position_ids start anew beside an attention_mask; pass packed rows without "
+            "attention_mask, or with cu_seq_lens_q and cu_seq_lens_k"
+        )
+
+
+def refuse_gaps_in_a_graph(positions: Tensor) -> None:
+    """In a graph positions cannot be looked at before it runs."""
+    torch._assert_async((positions.diff(dim=1) == 1).all(), f"position_ids {_AMBIGUOUS}, under torch.compile")
+
+
 # ---------------------------------------------------------------- mask functions, known by who made them
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
 from interformer_kernels import _checks as checks
-from interformer_kernels.nn._huggingface_mask import NAME, Pairs
+from interformer_kernels.nn._huggingface_mask import (
+    NAME,
+    Pairs,
+    positions_of,
+    refuse_beside_padding,
+    refuse_gaps_in_a_graph,
+    starts_anew,
+)
 from interformer_kernels.nn._rows import equal_offsets
 
 # Offsets `[B+1]` of queries and of keys in a flat batch.
 Packed = tuple[Tensor, Tensor]
-_AMBIGUOUS = "must rise by 1 where they do not start packed rows anew"
 
 
 def one_each(q: Tensor, k: Tensor) -> Packed:
@@ -68,75 +72,34 @@ def _offsets(anew: Tensor, query: Tensor) -> Tensor:
 
 
 def by_positions(pairs: Pairs, position_ids: object, query: Tensor, key: Tensor) -> Packed | None:
-    """The rows that position ids tell apart beside a mask that knows of none.
-
-    Transformers looks at them only where there is neither a cache nor an `attention_mask`; so, with the cache that models
-    make by default, its own implementations let packed rows see one another.
-    """
-    positions = _positions(position_ids, query)
-    if positions is None:
+    """The rows that position ids tell apart beside a mask that knows of none: of models that made it without them."""
+    positions = positions_of(position_ids, query.shape[0], query.shape[2])
+    if positions is None or not isinstance(position_ids, Tensor):
         return None
     if pairs.offsets is None or pairs.offsets[0] is not position_ids:
-        causal = pairs.form is None or pairs.form.causal
-        padding = pairs.arguments["attention_mask"]
-        assert isinstance(position_ids, Tensor)
+        padding, anew = pairs.arguments["attention_mask"], None
         if padding is not None:
-            _refuse_beside_padding(positions, padding, query.shape[2])
-            found = None
+            refuse_beside_padding(positions, padding, query.shape[2])
         else:
-            found = _separate(positions, causal, query, key)
-        pairs.offsets = position_ids, found
+            causal = pairs.form is None or pairs.form.causal
+            anew = starts_anew(positions, causal, query.shape[2] == key.shape[2])
+        pairs.offsets = position_ids, None if anew is None else _offsets(anew, query)
     offsets = pairs.offsets[1]
     return None if offsets is None else (offsets, offsets)
 
 
 def without_mask(position_ids: object, causal: bool, query: Tensor, key: Tensor) -> Packed | None:
     """The rows that position ids tell apart where there is no mask at all."""
-    positions = _positions(position_ids, query)
-    if positions is None or not isinstance(position_ids, Tensor):
+    positions = positions_of(position_ids, query.shape[0], query.shape[2])
+    if positions is None:
         return None
     if torch.compiler.is_compiling():
         if causal:
-            torch._assert_async((positions.diff(dim=1) == 1).all(), f"position_ids {_AMBIGUOUS}, under torch.compile")
+            refuse_gaps_in_a_graph(positions)
         return None
-    offsets = _separate(positions, causal, query, key)
+    anew = starts_anew(positions, causal, query.shape[2] == key.shape[2])
+    offsets = None if anew is None else _offsets(anew, query)
     return None if offsets is None else (offsets, offsets)
-
-
-def _positions(position_ids: object, query: Tensor) -> Optional[Tensor]:
-    """Position ids `[B or 1, L]` of the queries, more than one; None where there are none."""
-    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or query.shape[2] < 2:
-        return None
-    fits = position_ids.shape[1] == query.shape[2] and position_ids.shape[0] in (1, query.shape[0])
-    return position_ids if fits else None
-
-
-def _separate(positions: Tensor, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
-    steps = positions.diff(dim=1)
-    if bool((steps == 1).all()):
-        return None
-    place = f"attn_implementation={NAME!r}: position_ids"
-    if not causal:
-        # Of bidirectional attention positions say nothing, unless they look just like those of packed rows.
-        if bool(((steps == 1) | (positions[:, 1:] == 0)).all()) and bool((positions[:, 0] == 0).all()):
-            raise ValueError(f"{place} start anew in bidirectional attention; tell packed rows by cu_seq_lens_q and _k")
-        return None
-    if query.shape[2] != key.shape[2]:
-        raise ValueError(f"{place} {_AMBIGUOUS}: queries behind a filled cache must be of one row, found several")
-    if bool((steps > 0).all()):
-        raise ValueError(f"{place} {_AMBIGUOUS}, found a gap; pass an attention_mask if all tokens are of one row")
-    return _offsets(steps != 1, query)
-
-
-def _refuse_beside_padding(positions: Tensor, padding: Tensor, queries: int) -> None:
-    """Flash attention would take these rows for packed, `sdpa` for one: neither is known to be meant."""
-    tokens = padding[:, -queries:].bool()
-    anew = (positions[:, 1:] == 0) & (positions.diff(dim=1) != 1)
-    if tokens.shape[1] == queries and bool((anew & tokens[:, 1:] & tokens[:, :-1]).any()):
-        raise ValueError(
-            f"attn_implementation={NAME!r}: position_ids start anew beside an attention_mask; pass packed rows without "
-            "attention_mask, or with cu_seq_lens_q and cu_seq_lens_k"
-        )
 
 
 def hide_others(mask: Tensor, packed: Packed, query: Tensor, key: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from interformer_kernels.jagged import layout_of_tokens
 from interformer_kernels.nn import _attention as shared
 from interformer_kernels.nn import _huggingface_rows as rows
-from interformer_kernels.nn._huggingface_mask import NAME, Form, PairMask, Pairs, mask
+from interformer_kernels.nn._huggingface_mask import NAME, Form, PairMask, Pairs, mask, with_rows
 from interformer_kernels.nn._notices import say_once
 from interformer_kernels.nn._rows import equal_offsets
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
@@ -54,6 +54,9 @@ def register() -> None:
     check = getattr(PreTrainedModel, "get_correct_attn_implementation", None)
     if check is not None and not hasattr(check, "_asks_interformer"):
         PreTrainedModel.get_correct_attn_implementation = _asking(check)  # type: ignore[method-assign]
+    preprocess = getattr(masking_utils, "_preprocess_mask_arguments", None)
+    if preprocess is not None and not hasattr(preprocess, "_finds_rows"):
+        masking_utils._preprocess_mask_arguments = with_rows(preprocess)
 
 
 def _asking(check: Any) -> Any:
@@ -131,7 +134,9 @@ def attention(
         attention_mask = attention_mask.pairs.added
     if attention_mask.dim() != 4 or not (attention_mask.is_floating_point() or attention_mask.dtype == torch.bool):
         found = f"{list(attention_mask.shape)} of {attention_mask.dtype}"
-        raise ValueError(f"attn_implementation={NAME!r}: a mask must be [B, 1, Lq, Lk], bool or floating, found {found}")
+        raise ValueError(
+            f"attn_implementation={NAME!r}: a mask must be [B, 1, Lq, Lk], bool or floating, found {found}"
+        )
     traced = torch.compiler.is_compiling()
     if attention_mask.shape[1:3] == (1, 1) and attention_mask.dtype == torch.bool and packed is None and not traced:
         tokens = attention_mask[:, 0, 0].expand(query.shape[0], -1)
