@@ -78,11 +78,11 @@ class PairMask(Tensor):
     """
 
     pairs: Pairs
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, pairs: Pairs, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> PairMask:
-        made: PairMask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        made: PairMask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device(device))
         made.pairs = pairs
         return made
 
@@ -90,7 +90,9 @@ class PairMask(Tensor):
         return f"PairMask({list(self.shape)}, {self.pairs.form})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Write the pairs out for any operation; a slice of all of them, and a detached mask, are the mask itself."""
         first = args[0] if args else None
         if isinstance(first, PairMask) and _keeps_all(func, first, *args[1:], **(kwargs or {})):
@@ -113,7 +115,8 @@ def _keeps_all(func: Any, mask: Tensor, *args: Any, **kwargs: Any) -> bool:
         return True
     if func is not torch.ops.aten.slice.Tensor or kwargs:
         return False
-    dim, start, end, step = (*args, *(0, None, None, 1)[len(args) :])
+    given: tuple[Any, ...] = (*args, *(0, None, None, 1)[len(args) :])
+    dim, start, end, step = given
     return not start and step == 1 and (end is None or end >= mask.shape[dim])
 
 

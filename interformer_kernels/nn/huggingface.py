@@ -23,7 +23,7 @@ from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 from interformer_kernels.ops.jagged_attention import jagged_attention
 
 # Options of a call that change what attention computes, and that the ops have not.
-_UNSERVED = ("softcap", "s_aux", "sinks", "position_bias", "attention_bias", "alibi", "head_mask")
+_UNSERVED: tuple[str, ...] = ("softcap", "s_aux", "sinks", "position_bias", "attention_bias", "alibi", "head_mask")
 _UNSERVED += ("indices", "block_indices", "block_table")
 
 
@@ -64,7 +64,7 @@ def _asking(check: Any) -> Any:
 
     @functools.wraps(check)
     def get_correct_attn_implementation(self: Any, requested_attention: Any, *args: Any, **kwargs: Any) -> Any:
-        if requested_attention == NAME and (kind := _attends_itself(type(self))) is not None:
+        if requested_attention == NAME and (kind := _attends_itself(self.__class__)) is not None:
             raise ValueError(
                 f"attn_implementation={NAME!r} cannot serve {type(self).__name__}: {kind.__module__} attends by code of "
                 "its own, without transformers' AttentionInterface; take 'eager', or name the parts to be served, as in "
@@ -222,7 +222,8 @@ class _Call:
                     f"found {self.queries} queries over {self.keys} keys"
                 )
             else:  # As `sdpa` does: keys behind the queries are places of a cache that are not filled yet.
-                self.heads = self.heads[0], *(x[:, :, : self.queries] for x in self.heads[1:])
+                query, key, value = self.heads
+                self.heads = query, key[:, :, : self.queries], value[:, :, : self.queries]
         if packed is None and self.queries == 1:
             causal = causal and sliding_window is not None
         if packed is None and square:
