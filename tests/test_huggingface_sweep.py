@@ -21,17 +21,22 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES  # noqa: 
 
 from interformer_kernels.nn import huggingface  # noqa: E402
 
-DECODERS = """llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt2 gpt_neox gptj opt biogpt xglm codegen
-gpt_bigcode stablelm starcoder2 olmo olmo2 olmo3 cohere cohere2 granite granitemoe mixtral qwen2_moe qwen3_moe llama4_text
-glm glm4 glm4_moe ernie4_5 modernbert-decoder nemotron persimmon helium smollm3 exaone4 hunyuan_v1_dense hunyuan_v1_moe
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+DECODERS = words("""llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt2 gpt_neox gptj opt biogpt xglm codegen
+gpt_bigcode stablelm starcoder2 olmo olmo2 olmo3 cohere cohere2 granite granitemoe mixtral qwen2_moe qwen3_moe
+llama4_text glm glm4 glm4_moe ernie4_5 modernbert-decoder nemotron persimmon helium smollm3 exaone4 hunyuan_v1_dense hunyuan_v1_moe
 arcee apertus bitnet diffllama doge flex_olmo ministral ministral3 seed_oss vaultgemma phimoe olmoe jetmoe jais2
 granitemoeshared solar_open afmoe nanochat cwm ernie4_5_moe lfm2 minimax ctrl gpt_oss mimo_v2_flash bloom falcon mpt
-openai-gpt""".split()
-ENCODERS = """bert roberta albert electra distilbert xlm-roberta ernie camembert data2vec-text xlm-roberta-xl
+openai-gpt""")
+ENCODERS = words("""bert roberta albert electra distilbert xlm-roberta ernie camembert data2vec-text xlm-roberta-xl
 roberta-prelayernorm modernbert nomic_bert esm layoutlm markuplm splinter bert-generation eurobert clip_text_model
-deberta mpnet megatron-bert rembert roformer convbert squeezebert ibert nystromformer big_bird longformer""".split()
-BOTH = """bart mbart pegasus marian m2m_100 t5 umt5 blenderbot blenderbot-small plbart bigbird_pegasus longt5
-switch_transformers nllb-moe mvp led prophetnet""".split()
+deberta mpnet megatron-bert rembert roformer convbert squeezebert ibert nystromformer big_bird longformer""")
+BOTH = words("""bart mbart pegasus marian m2m_100 t5 umt5 blenderbot blenderbot-small plbart bigbird_pegasus longt5
+switch_transformers nllb-moe mvp led prophetnet""")
 SAMPLE = [*DECODERS, *ENCODERS, *BOTH]
 EVERY = [kind for kind in MODEL_MAPPING_NAMES if kind not in SAMPLE]
 # What the sample's classes are refused for; all others are served.
@@ -44,7 +49,7 @@ REFUSED = {
     **dict.fromkeys(("gemma2", "vaultgemma"), "does not support softcap"),
     **dict.fromkeys(("gpt_oss", "mimo_v2_flash"), "does not support s_aux"),
 }
-# These make an `attention_mask` of ones where there is none, beside which packed rows cannot be told by their positions.
+# These make an `attention_mask` of ones where there is none; beside it, positions do not tell packed rows apart.
 MASKED = ("biogpt",)
 # Layers other than attention carry something from row to row of a packed batch.
 CARRIES = ("lfm2", "minimax")
@@ -217,19 +222,21 @@ def test_the_sample_is_large_enough() -> None:
 @pytest.mark.skipif(os.environ.get("HF_EVERY") != "1", reason="all of transformers' text models: HF_EVERY=1")
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_other_class(kind: str) -> None:
-    """As far as transformers' own eager attention is right: layers of other kinds may look at padding and neighbours."""
+    """As far as transformers' eager attention is right: layers of other kinds may look at padding and neighbours."""
     try:
-        if models.parameters(kind) > 2e7:
+        if models.parameters(kind) > 1e6:
             pytest.skip("not tiny by the names of sizes known here")
         before = models.eager(kind)
-        call(before, ids())
+        if call(before, ids()).shape[:2] != (2, LENGTH):
+            pytest.skip("does not answer for each token")
     except Exception as error:
         pytest.skip(f"does not run by itself: {str(error)[:200]}")
     try:
         after = models.served(before)
         call(after, ids())
     except ValueError as error:
-        assert "attn_implementation='interformer'" in str(error)
+        if "attn_implementation='interformer'" not in str(error):
+            raise
         return
     assert_as_eager(before, after, call)
     mask = torch.ones(2, LENGTH, dtype=torch.long)

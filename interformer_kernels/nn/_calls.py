@@ -25,6 +25,12 @@ class Calls:
 
     served: int = 0
     unserved: dict[str, int] = field(default_factory=dict)
+    _latest: str = field(default="", repr=False, compare=False)
+
+    def not_served(self, why: str) -> None:
+        """One more for this reason."""
+        self.unserved[why] = self.unserved.get(why, 0) + 1
+        self._latest = why
 
     def __str__(self) -> str:
         """As a line of the report."""
@@ -55,9 +61,7 @@ def count_unserved(module: nn.Module, name: str, why: str) -> None:
     """A swapped module tells why this call takes the original path; the log says so the first time."""
     say_once(f"{name} takes {why}")
     if not torch.compiler.is_compiling():
-        unserved = calls_of(module).unserved
-        reason = why.split(" for ", 1)[-1]
-        unserved[reason] = unserved.get(reason, 0) + 1
+        calls_of(module).not_served(why.split(" for ", 1)[-1])
 
 
 def count_as(module: nn.Module, parts: Iterable[nn.Module], before: tuple[int, ...]) -> None:
@@ -68,11 +72,9 @@ def count_as(module: nn.Module, parts: Iterable[nn.Module], before: tuple[int, .
     if torch.compiler.is_compiling():
         return
     for part, earlier in zip(parts, before, strict=True):
-        reasons = calls_of(part).unserved
-        if sum(reasons.values()) > earlier:
-            why = next(reversed(reasons))
-            unserved = calls_of(module).unserved
-            unserved[why] = unserved.get(why, 0) + 1
+        calls = calls_of(part)
+        if sum(calls.unserved.values()) > earlier:
+            calls_of(module).not_served(calls._latest)
             return
     count_served(module)
 
@@ -94,7 +96,7 @@ def transformed(masks: Iterable[Tensor | None], tensors: Iterable[Tensor | None]
         return ""
     if any(_batched(mask) for mask in masks if mask is not None):
         return "masks that differ under vmap, where their contents cannot be read"
-    if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in tensors if x is not None):
+    if _under_jvp() or (forward_ad._current_level >= 0 and any(_has_tangent(x) for x in tensors if x is not None)):
         return "forward-mode derivatives (jvp), which the ops have not"
     return ""
 
@@ -108,11 +110,14 @@ def _batched(x: Tensor) -> bool:
     return False
 
 
+def _under_jvp() -> bool:
+    """Whether one of the transforms around this call is `torch.func.jvp`, whose tangents inner ones may hide."""
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    return any(transform.key() == torch._C._functorch.TransformType.Jvp for transform in transforms)
+
+
 def _has_tangent(x: Tensor) -> bool:
     functorch = torch._C._functorch
-    while True:
-        if forward_ad.unpack_dual(x).tangent is not None:
-            return True
-        if not functorch.is_functorch_wrapped_tensor(x):
-            return False
+    while functorch.is_functorch_wrapped_tensor(x):
         x = functorch.get_unwrapped(x)
+    return forward_ad.unpack_dual(x).tangent is not None

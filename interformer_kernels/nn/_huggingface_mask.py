@@ -1,4 +1,4 @@
-"""What transformers' layers are told of who sees whom: a mask of all pairs that is written out only where it is read."""
+"""What transformers' layers are told of who sees whom: a mask of all pairs, written out only where it is read."""
 
 from __future__ import annotations
 
@@ -319,7 +319,7 @@ def _pattern(function: Callable[..., Any], length: int) -> tuple[bool, Tensor | 
 
 
 def _shifts(function: Callable[..., Any]) -> bool:
-    """Whether a mask function looks at distances and marks alone, so that a packed row is masked as if it stood alone."""
+    """Whether a mask function looks at distances and marks only: a packed row is then masked as if it stood alone."""
     if function in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
         return True
     overlays = masking_utils.sliding_window_overlay, masking_utils.sliding_window_bidirectional_overlay

@@ -43,7 +43,7 @@ def told(query: Tensor, key: Tensor, cu_seq_lens_q: Tensor | None, cu_seq_lens_k
 
 
 def joined(pairs: Pairs, packed: Packed | None, query: Tensor) -> Packed | None:
-    """The rows that are told apart by `cu_seq_lens`, by the mask, or by both; no row goes on in the next of the batch."""
+    """The rows told apart by `cu_seq_lens`, by the mask, or by both; none goes on in the next row of the batch."""
     known = pairs.form.rows if pairs.form is not None else None
     if packed is None and known is None:
         return None
@@ -64,7 +64,7 @@ def joined(pairs: Pairs, packed: Packed | None, query: Tensor) -> Packed | None:
 
 
 def _offsets(anew: Tensor, query: Tensor) -> Tensor:
-    """Offsets of a flat batch of `query [B, H, L, D]` whose tokens behind the first start a row where `anew [B, L-1]`."""
+    """Offsets of a flat batch of `query [B, H, L, D]`; tokens behind the first start a row where `anew [B, L-1]`."""
     anew = anew.expand(query.shape[0], -1)
     first = torch.ones_like(anew[:, :1]) if anew.shape[1] else anew.new_ones(anew.shape[0], 1)
     starts = torch.cat((first, anew), 1).flatten().nonzero().squeeze(1)

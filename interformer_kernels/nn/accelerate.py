@@ -98,9 +98,9 @@ def register_adapter(kind: type[nn.Module], adapter: Adapter) -> None:
 
     An adapter answers for one module of just this class: with the subclass of it whose ``forward`` serves the module,
     or with a string: why this module is left. The module's class is then changed, and counts of its calls are hung on
-    it, nothing else: parameters, buffers, hooks, ``state_dict`` keys and whatever holds the module stay. So the subclass must compute what its parent does,
-    from the attributes that its parent's ``__init__`` made (its own is not run), and it should stand at the top level
-    of a file, so that it can be pickled::
+    it, nothing else: parameters, buffers, hooks, ``state_dict`` keys and whatever holds the module stay. So the
+    subclass must compute what its parent does, from the attributes that its parent's ``__init__`` made (its own is not
+    run), and it should stand at the top level of a file, so that it can be pickled::
 
         class FastPool(Pool):
             def forward(self, x, mask):

@@ -67,7 +67,7 @@ def _asking(check: Any) -> Any:
         if requested_attention == NAME and (kind := _attends_itself(self.__class__)) is not None:
             raise ValueError(
                 f"attn_implementation={NAME!r} cannot serve {type(self).__name__}: {kind.__module__} attends by code of "
-                "its own, without transformers' AttentionInterface; take 'eager', or name the parts to be served, as in "
+                "its own, not transformers' AttentionInterface; take 'eager', or name the parts to be served, as in "
                 f"attn_implementation={{'text_config': {NAME!r}}}"
             )
         return check(self, requested_attention, *args, **kwargs)
