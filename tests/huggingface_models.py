@@ -55,10 +55,13 @@ def model_class(kind: str) -> Any:
     return getattr(transformers, name if isinstance(name, str) else name[0])
 
 
-def eager(kind: str) -> Any:
-    """A model with transformers' eager attention, its weights large enough to matter, in eval mode."""
+def eager(kind: str, made: Any = None) -> Any:
+    """A model with transformers' eager attention, its weights large enough to matter, in eval mode.
+
+    Of the class without a head, or of `made`.
+    """
     torch.manual_seed(0)
-    model = model_class(kind)._from_config(config(kind), attn_implementation="eager").eval()
+    model = (made or model_class(kind))._from_config(config(kind), attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

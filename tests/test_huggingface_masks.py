@@ -97,6 +97,31 @@ def test_what_is_written_into_a_mask_counts(view: Callable[[Tensor], Tensor]) ->
     torch.testing.assert_close(out.transpose(1, 2), F.scaled_dot_product_attention(q, q, q, wanted))
 
 
+def test_a_mask_in_another_precision_is_the_same_mask() -> None:
+    """As mixed precision casts the inputs of layers: its least number is that of its dtype, and the ops still serve."""
+    mask = mask_of(masking_utils.causal_mask_function, PADDING).to(torch.bfloat16)
+    assert isinstance(mask, masks.PairMask)
+    assert mask.pairs.form is not None
+    wanted = masking_utils.eager_mask(2, 6, 6, attention_mask=PADDING, dtype=torch.bfloat16)
+    assert torch.equal(mask + torch.zeros((), dtype=torch.bfloat16), wanted)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant: bool) -> None:
+    """The same gradients, of padded rows in training."""
+    mask, found = torch.ones(2, LENGTH, dtype=torch.long), []
+    mask[0, :3] = 0
+    for checkpointing in (False, True):
+        model = served("llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        out = model(input_ids=ids(2), attention_mask=mask).last_hidden_state
+        out[mask.bool()].square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second)
+
+
 # ---------------------------------------------------------------- packed rows
 
 
@@ -168,7 +193,11 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     ),
     "behind a cache": (
         "queries with a filled or static cache must be of one row",
-        lambda m: hidden(m, ids(), position_ids=PLACES, past_key_values=filled_cache(m)),
+        lambda m: hidden(m, ids(), position_ids=PLACES + LENGTH, past_key_values=filled_cache(m)),
+    ),
+    "a token of a row in a cache": (
+        "position_ids behind a cache of 9 tokens must go on from there, found 5",
+        lambda m: hidden(m, ids()[:, :1], position_ids=torch.tensor([[5]]), past_key_values=filled_cache(m)),
     ),
     "cu_seq_lens behind a cache": (
         "found 9 queries over 18 keys",
@@ -233,6 +262,31 @@ def test_what_would_change_the_attention_is_refused(name: str) -> None:
     q = torch.ones(1, 1, 2, 4)
     with pytest.raises(ValueError, match=f"does not support {name}"):
         huggingface.attention(layer(), q, q, q, None, **{name: torch.ones(1)})
+
+
+# ---------------------------------------------------------------- generation
+
+
+def generated(model: Any, **how: Any) -> Any:
+    mask, tokens = torch.ones(3, LENGTH, dtype=torch.long), ids(3)
+    mask[0, :3] = mask[1, :1] = 0
+    how.update(input_ids=tokens.where(mask.bool(), 0), attention_mask=mask, max_new_tokens=6, min_new_tokens=6)
+    return model.generate(
+        **how, do_sample=False, return_dict_in_generate=True, output_logits=True, disable_compile=True
+    )
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["bart", "mistral", "llama4_text", "gpt2"])
+def test_generation(kind: str, cache: str) -> None:
+    """By beams, of rows padded on the left. A static cache counts on while its mask is in use."""
+    with_head = {"bart": transformers.BartForConditionalGeneration, "gpt2": transformers.GPT2LMHeadModel}
+    with_head.update(mistral=transformers.MistralForCausalLM, llama4_text=transformers.Llama4ForCausalLM)
+    before = models.eager(kind, with_head[kind])
+    how = {"num_beams": 2} if cache == "dynamic" else {"cache_implementation": cache}
+    theirs, ours = (generated(model, **how) for model in (before, models.served(before)))
+    assert torch.equal(theirs.sequences, ours.sequences)
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- lower precision

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,20 +54,27 @@ class Pairs:
     shifts: bool
     read: bool = False
     offsets: tuple[Tensor, Tensor | None] | None = None
+    _seen: Tensor | None = field(default=None, repr=False)
     _added: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.form is None:  # At once: a static cache goes on counting in the tensor that says where queries stand.
+            self.seen()
 
     @property
     def added(self) -> Tensor:
         """`[B, 1, Lq, Lk]` as transformers' eager attention adds it: 0, and the dtype's least where nothing is seen."""
         if self._added is None:
-            self._added = masking_utils.eager_mask(**self.arguments)
+            dtype, seen = self.arguments["dtype"], self.seen()
+            self._added = torch.where(seen, seen.new_zeros((), dtype=dtype), torch.finfo(dtype).min)
         return self._added
 
     def seen(self) -> Tensor:
         """bool `[B, 1, Lq, Lk]`: True where a query sees a key."""
-        found: Tensor | None = masking_utils.sdpa_mask(**self.arguments)
-        assert found is not None  # Neither skip is allowed.
-        return found
+        if self._seen is None:
+            self._seen = masking_utils.sdpa_mask(**self.arguments)
+            assert self._seen is not None  # Neither skip is allowed.
+        return self._seen
 
 
 class PairMask(Tensor):
@@ -97,6 +104,11 @@ class PairMask(Tensor):
         first = args[0] if args else None
         if isinstance(first, PairMask) and _keeps_all(func, first, *args[1:], **(kwargs or {})):
             return PairMask(first.pairs, tuple(first.shape), first.dtype, first.device)
+        if isinstance(first, PairMask) and func is torch.ops.aten._to_copy.default and not first.pairs.read:
+            dtype, device = kwargs.get("dtype") or first.dtype, kwargs.get("device") or first.device
+            if dtype.is_floating_point and device == first.device:  # A copy, as mixed precision makes it of inputs.
+                pairs = replace(first.pairs, arguments={**first.pairs.arguments, "dtype": dtype}, _added=None)
+                return PairMask(pairs, tuple(first.shape), dtype, device)
         aliases = any(argument.alias_info is not None for argument in func._schema.arguments)
 
         def written_out(mask: PairMask) -> Tensor:
@@ -226,8 +238,12 @@ def with_rows(preprocess: Callable[..., Any]) -> Callable[..., Any]:
         early_exit, padding, known, q_length, kv_length, q_offset, kv_offset = found
         if early_exit or known is not None or config._attn_implementation != NAME:
             return found
+        if not isinstance(position_ids, Tensor) or is_tracing(position_ids) or position_ids.device.type == "meta":
+            return found
         positions = positions_of(position_ids, inputs_embeds.shape[0], q_length)
-        if positions is None or is_tracing(positions) or positions.device.type == "meta":
+        if padding is None and isinstance(q_offset, int) and q_offset > 0:
+            refuse_a_row_of_its_own(position_ids, q_offset)
+        if positions is None:
             return found
         if padding is not None:
             refuse_beside_padding(positions, padding, q_length)
@@ -283,6 +299,15 @@ def refuse_beside_padding(positions: Tensor, padding: Tensor, queries: int) -> N
         raise ValueError(
             f"attn_implementation={NAME!r}: position_ids start anew beside an attention_mask; pass packed rows without "
             "attention_mask, or with cu_seq_lens_q and cu_seq_lens_k"
+        )
+
+
+def refuse_a_row_of_its_own(position_ids: Tensor, filled: int) -> None:
+    """Queries behind a cache see all of it; where they stand nearer to their start, it holds other rows, too."""
+    if position_ids.dim() == 2 and bool((position_ids[:, :1] < filled).any()):
+        raise ValueError(
+            f"attn_implementation={NAME!r}: position_ids behind a cache of {filled} tokens must go on from there, "
+            f"found {int(position_ids[:, 0].min())}: rows packed in a cache see one another (or pass an attention_mask)"
         )
 
 

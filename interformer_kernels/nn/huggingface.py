@@ -66,8 +66,8 @@ def _asking(check: Any) -> Any:
     def get_correct_attn_implementation(self: Any, requested_attention: Any, *args: Any, **kwargs: Any) -> Any:
         if requested_attention == NAME and (kind := _attends_itself(self.__class__)) is not None:
             raise ValueError(
-                f"attn_implementation={NAME!r} cannot serve {type(self).__name__}: {kind.__module__} attends by code of "
-                "its own, not transformers' AttentionInterface; take 'eager', or name the parts to be served, as in "
+                f"attn_implementation={NAME!r} cannot serve {type(self).__name__}: {kind.__module__} attends by code "
+                "of its own, not transformers' AttentionInterface; take 'eager', or name the parts to be served, as in "
                 f"attn_implementation={{'text_config': {NAME!r}}}"
             )
         return check(self, requested_attention, *args, **kwargs)
@@ -166,8 +166,8 @@ class _Call:
         """Under a mask that the layers were told by the mask function."""
         if packed is not None and self.queries != self.keys:
             raise ValueError(
-                f"attn_implementation={NAME!r}: cu_seq_lens must go with as many keys as queries where there is a mask, "
-                f"found {self.queries} queries over {self.keys} keys (a filled cache)"
+                f"attn_implementation={NAME!r}: cu_seq_lens must go with as many keys as queries where there is a "
+                f"mask, found {self.queries} queries over {self.keys} keys (a filled cache)"
             )
         query, key, _ = self.heads
         packed = rows.joined(pairs, packed, query)
@@ -175,8 +175,8 @@ class _Call:
             packed = rows.by_positions(pairs, self.options.get("position_ids"), query, key)
         if packed is not None and not (pairs.told_apart or pairs.shifts):
             raise ValueError(
-                f"attn_implementation={NAME!r}: packed rows do not go with this mask, which is not the same for each row "
-                "wherever it stands; pass position_ids that start anew with use_cache=False, or rows one by one"
+                f"attn_implementation={NAME!r}: packed rows do not go with this mask, which is not the same for a row "
+                "wherever it stands; pass position_ids that start anew and no attention_mask, or rows one by one"
             )
         form = None if pairs.read else pairs.form
         if form is not None and (packed is None or form.tokens is None):
