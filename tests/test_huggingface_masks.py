@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -212,6 +213,23 @@ def test_rows_that_cannot_be_kept_apart_are_refused(case: str) -> None:
     message, run = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         run(served("llama"))
+
+
+@pytest.mark.parametrize("kind", ["stablelm", "nemotron"])
+def test_models_that_keep_packed_rows_from_their_attention(kind: str) -> None:
+    """They take `cu_seq_lens` and do nothing with it; rows told by positions stand alone."""
+    model = served(kind)
+    with pytest.raises(
+        ValueError, match=f"{type(model).__name__} does not hand cu_seq_lens_q and cu_seq_lens_k to its"
+    ):
+        hidden(model, ids(), **ROWS)
+    hidden(model, ids())
+    first = hidden(model, ids(), position_ids=PLACES)[:, SPLIT:]
+    assert torch.equal(
+        first, hidden(model, ids().where(torch.arange(LENGTH) >= SPLIT, 5), position_ids=PLACES)[:, SPLIT:]
+    )
+    with pytest.raises(ValueError, match="does not hand"):
+        hidden(copy.deepcopy(model), ids(), **ROWS)
 
 
 def test_positions_under_the_compiler() -> None:

@@ -54,6 +54,8 @@ REFUSED = {
 }
 # These make an `attention_mask` of ones where there is none; beside it, positions do not tell packed rows apart.
 MASKED = ("biogpt",)
+# These hand no `cu_seq_lens` to their attention.
+KEEPS_ROWS = ("stablelm", "nemotron")
 # Layers other than attention carry something from row to row of a packed batch.
 CARRIES = ("lfm2", "minimax")
 LENGTH, SPLIT = 9, 4
@@ -162,11 +164,11 @@ def packed(told: str, before: Any, after: Any) -> None:
     """Two rows in one, as if each were alone."""
     lengths = (SPLIT, LENGTH - SPLIT)
     rows: dict[str, Any] = {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
-    if told == "cu_seq_lens":
+    if told != "position_ids":
         offsets = torch.tensor([0, *lengths]).cumsum(0).int()
         rows.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=5, max_length_k=5)
-        if before.config.model_type in ENCODERS:
-            del rows["position_ids"]
+    if told == "cu_seq_lens":
+        del rows["position_ids"]
 
     def run(model: Any, tokens: Tensor) -> Tensor:
         return call(model, tokens[:1], **rows)
@@ -174,7 +176,7 @@ def packed(told: str, before: Any, after: Any) -> None:
     def alone(model: Any, tokens: Tensor) -> Tensor:
         return torch.cat([call(model, row) for row in tokens[:1].split(lengths, 1)], 1)
 
-    if before.config.model_type in DECODERS:
+    if told != "cu_seq_lens":  # Positions that are learned go on from row to row where they are not told.
         assert_as_eager(before, after, run, alone)
     assert_unmoved(after, lambda model, tokens: run(model, tokens)[:, SPLIT:], (slice(None), slice(SPLIT)))
     assert_unmoved(after, lambda model, tokens: run(model, tokens)[:, :SPLIT], (slice(None), slice(SPLIT, None)))
@@ -201,12 +203,19 @@ def check(kind: str) -> None:
         cached(before, after)
     if kind in BOTH or kind in CARRIES:
         return
-    packed("cu_seq_lens", before, after)
+    refused = {**dict.fromkeys(KEEPS_ROWS, "does not hand cu_seq_lens_q"), "llama4_text": "do not go with this mask"}
+    if kind in refused:
+        with pytest.raises(ValueError, match=refused[kind]):
+            packed("cu_seq_lens", before, after)
+    else:
+        packed("cu_seq_lens", before, after)
     if kind in MASKED:
         with pytest.raises(ValueError, match="position_ids start anew beside an attention_mask"):
             packed("position_ids", before, after)
     elif kind in DECODERS:
         packed("position_ids", before, after)
+        if kind not in KEEPS_ROWS:
+            packed("both", before, after)
 
 
 @pytest.mark.parametrize("kind", SAMPLE)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interformer_kernels import _checks as checks
 from interformer_kernels.nn._huggingface_mask import (
@@ -20,6 +23,34 @@ from interformer_kernels.nn._rows import equal_offsets
 Packed = tuple[Tensor, Tensor]
 
 
+# How many calls of layers were told packed rows, in this thread.
+_told = threading.local()
+
+
+def follow(model: nn.Module) -> None:
+    """See to it that `cu_seq_lens` given to a model reach its layers: some models hand no such arguments on."""
+    if "_interformer_rows" not in model.__dict__:
+        model.__dict__["_interformer_rows"] = None
+        model.register_forward_pre_hook(_before, with_kwargs=True)
+        model.register_forward_hook(_after, with_kwargs=True)
+
+
+def _before(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if not torch.compiler.is_compiling():
+        given = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None
+        model.__dict__["_interformer_rows"] = getattr(_told, "calls", 0) if given else None
+
+
+def _after(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    if torch.compiler.is_compiling() or getattr(model.config, "_attn_implementation", None) != NAME:
+        return
+    if model.__dict__["_interformer_rows"] == getattr(_told, "calls", 0):
+        raise ValueError(
+            f"attn_implementation={NAME!r}: {type(model).__name__} does not hand cu_seq_lens_q and cu_seq_lens_k to "
+            "its attention; pass position_ids that start anew and no attention_mask, or rows one by one"
+        )
+
+
 def one_each(q: Tensor, k: Tensor) -> Packed:
     """One row for each of the batch, `q [B, Lq, ...]` over `k [B, Lk, ...]`."""
     return equal_offsets(q.shape[0], q.shape[1], q.device), equal_offsets(k.shape[0], k.shape[1], k.device)
@@ -29,6 +60,8 @@ def told(query: Tensor, key: Tensor, cu_seq_lens_q: Tensor | None, cu_seq_lens_k
     """What `cu_seq_lens_q` and `cu_seq_lens_k` say of `query [B, H, Lq, D]` and `key [B, Hk, Lk, D]`."""
     if cu_seq_lens_q is None and cu_seq_lens_k is None:
         return None
+    if not torch.compiler.is_compiling():
+        _told.calls = getattr(_told, "calls", 0) + 1
     if cu_seq_lens_q is None or cu_seq_lens_k is None:
         missing = "cu_seq_lens_q" if cu_seq_lens_q is None else "cu_seq_lens_k"
         raise ValueError(f"attn_implementation={NAME!r}: {missing} must go with the other one of the pair, found None")

@@ -37,7 +37,8 @@ def register() -> None:
       without a dynamic cache: padding is left out. Where attention is causal, outputs at padding are zero;
     - packed batches: ``cu_seq_lens_q`` and ``cu_seq_lens_k``, as FlashAttention takes them, or, in causal models and
       without an ``attention_mask``, ``position_ids`` that start anew. Rows do not see one another, with a cache and
-      without, and no mask of all pairs is looked at;
+      without, and no mask of all pairs is looked at. (Of bidirectional models, whose masks know no positions, rows are
+      told by ``cu_seq_lens`` alone.);
     - grouped heads, without repeating keys.
 
     Dropout in training takes the reference (eager PyTorch). Masks of another form (sliding windows shorter than the
@@ -46,8 +47,12 @@ def register() -> None:
 
     A ``ValueError`` says what can be had in no way: classes that attend by their own code (when they are loaded);
     ``softcap``, attention sinks, position biases and chosen keys (``indices``); packed rows that a mask of another form
-    would not let stand alone; ``position_ids`` that start anew beside an ``attention_mask``, in bidirectional attention
-    or behind a filled cache. What a layer does with its mask itself sees the numbers of transformers' ``eager``.
+    would not let stand alone, or that a model does not hand to its attention; ``position_ids`` that start anew beside
+    an ``attention_mask``, in bidirectional attention or behind a filled cache. What a layer does with its mask itself
+    sees the numbers of transformers' ``eager``.
+
+    Transformers has no place for two of these questions; so its ``get_correct_attn_implementation`` asks, for this name
+    alone, whether a class can be served, and ``_preprocess_mask_arguments`` looks for packed rows beside a cache.
     """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
@@ -70,6 +75,8 @@ def _asking(check: Any) -> Any:
                 "of its own, not transformers' AttentionInterface; take 'eager', or name the parts to be served, as in "
                 f"attn_implementation={{'text_config': {NAME!r}}}"
             )
+        if requested_attention == NAME:
+            rows.follow(self)
         return check(self, requested_attention, *args, **kwargs)
 
     get_correct_attn_implementation._asks_interformer = True  # type: ignore[attr-defined]

@@ -4,8 +4,8 @@ Each dimension of the mesh shares out one kind of axis, or nothing:
 
 | shared out | sharded | whole (`Replicate`), its gradient a sum over the processes (`Partial`) |
 |---|---|---|
-| rows: the offsets are `Shard(0)` | what has rows or tokens, on axis 0 | seeds, gates that broadcast over rows |
-| heads | what has heads, on that axis; `k` and `v` or not | gates that broadcast over heads; `k`, `v` where not |
+| rows: the offsets are `Shard(0)` | what has rows or tokens, on axis 0 | seeds, gates, residuals without rows |
+| heads | what has heads, on that axis; `k` and `v` or not | gates, residuals that broadcast so; `k`, `v` where not |
 | features `F` of `personalized_ffn` | weight, bias, residual, output | `x` |
 | channels `E` of `personalized_ffn` (linear: no activation, bias, residual) | `x`, weight; output `Partial` | nothing |
 | nothing | nothing | everything, the gradients, too |
