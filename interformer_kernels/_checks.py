@@ -182,12 +182,6 @@ def check_broadcasts(op: str, name: str, x: Tensor, shape: tuple[int, ...]) -> N
         raise ValueError(f"{op}: {name} must broadcast to the output's shape {list(shape)}, found {list(x.shape)}")
 
 
-def check_same_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    """`x` has exactly the output's shape."""
-    if x.dim() != len(shape) or any(have != want for have, want in zip(x.shape, shape, strict=True)):
-        raise ValueError(f"{op}: {name} must have the output's shape {list(shape)}, found {list(x.shape)}")
-
-
 def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
     """`value` is one of the strings."""
     if not isinstance(value, str):
@@ -276,14 +270,22 @@ def check_score(op: str, score: object, post_scale: object, return_lse: object) 
 
 def check_epilogue(
     op: str, gate: Tensor | None, form: object, activation: object, residual: Tensor | None, shape: tuple[int, ...]
-) -> None:
-    """The gate (form, activation, shape) and the residual against the output's shape."""
+) -> Tensor | None:
+    """The gate (form, activation, shape) and the residual against the output's shape; returns the residual in it."""
     check_choice(op, "gate_form", form, GATE_FORMS)
     check_choice(op, "gate_activation", activation, GATE_ACTIVATIONS)
     if gate is not None:
         check_broadcasts(op, "gate", gate, shape)
-    if residual is not None:
-        check_same_shape(op, "residual", residual, shape)
+    return check_residual(op, residual, shape)
+
+
+def check_residual(op: str, residual: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """A residual that broadcasts to the output's shape, as a view of it; autograd sums its gradient accordingly."""
+    if residual is None:
+        return None
+    check_broadcasts(op, "residual", residual, shape)
+    same = residual.dim() == len(shape) and all(h == w for h, w in zip(residual.shape, shape, strict=True))
+    return residual if same else residual.expand(shape)
 
 
 def backend_name(op: str, backend: object) -> str:

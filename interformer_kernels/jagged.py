@@ -92,7 +92,7 @@ def padded_layout(
         raise ValueError(f"from_padded: exactly one of lengths, mask and padding_mask must be given, found {found}")
     checks.check_choice("from_padded", "side", side, SIDES)
     if lengths is not None:
-        keep = _keep_by_lengths(lengths, rows, width, side)
+        keep = keep_by_lengths(lengths, rows, width, side)
     elif side != "right":
         raise ValueError(
             f"from_padded: side goes with lengths ({named[0]} says itself where padding is), found {side!r}"
@@ -320,8 +320,8 @@ def _check_jagged(op: str, values: Tensor, offsets: Tensor) -> int:
     return rows
 
 
-def _keep_by_lengths(lengths: Tensor, rows: int, width: int, side: str) -> Tensor:
-    op = "from_padded"
+def keep_by_lengths(lengths: Tensor, rows: int, width: int, side: str, op: str = "from_padded") -> Tensor:
+    """The mask ``[B, L]``, True at tokens, of rows with these lengths; ``op`` is who asks."""
     checks.check_index(op, "lengths", lengths, getattr(lengths, "device", torch.device("cpu")))
     if lengths.shape[0] != rows:
         raise ValueError(f"{op}: lengths must be [B = {rows}], found shape {list(lengths.shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from module_budget import perturbed, swapped
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from interformer_kernels import accelerate
 
 E, H = 16, 4
 
@@ -234,3 +238,117 @@ def test_compiled(notices: Callable[[], list[str]]) -> None:
     assert torch.equal(found, attend(before, {"x": X}, key_padding_mask=padding))
     (said,) = notices()
     assert "padding masks under torch.compile" in said
+
+
+# ---------------------------------------------------------------- under torch.func
+
+
+PER_CALL = (torch.arange(6) >= torch.tensor([1, 4, 6, 2, 3]).view(5, 1, 1)).expand(5, 2, 6)
+JVP = "forward-mode derivatives (jvp), which the ops have not"
+VMAP = "masks that differ under vmap, where their contents cannot be read"
+
+
+def transforms() -> dict[str, tuple[str, Callable[[Any], Tensor]]]:
+    """What PyTorch's module serves under a transform, and why the swapped one leaves it to that."""
+    x = torch.randn(5, 2, 6, E, generator=torch.Generator().manual_seed(1))
+
+    def out(module: Any, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        return module(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+
+    def total(module: Any) -> Callable[..., Tensor]:
+        return lambda *inputs: out(module, *inputs).square().sum()
+
+    def parameters(module: Any) -> Tensor:
+        held = {name: p.detach() for name, p in module.named_parameters()}
+        run = lambda held: torch.func.functional_call(module, held, (x[0],) * 3, {"need_weights": False})[0]  # noqa: E731
+        return torch.func.jvp(run, (held,), (held,))[1]
+
+    return {
+        "masks": (VMAP, lambda m: torch.vmap(lambda *inputs: out(m, *inputs))(x, PER_CALL)),
+        "masks alone": (VMAP, lambda m: torch.vmap(lambda padding: out(m, x[0], padding))(PER_CALL)),
+        "gradients": (VMAP, lambda m: torch.vmap(torch.func.grad(total(m)))(x, PER_CALL)),
+        "jvp": (JVP, lambda m: torch.func.jvp(lambda x: out(m, x, PER_CALL[3]), (x[0],), (x[1],))[1]),
+        "jvp of parameters": (JVP, parameters),
+        "jvp of vmap": (JVP, lambda m: torch.func.jvp(torch.vmap(lambda x: out(m, x)), (x,), (x,))[1]),
+        "vmap of jvp": (JVP, lambda m: torch.vmap(lambda x: torch.func.jvp(lambda y: out(m, y), (x,), (x,))[1])(x)),
+        "hessian": (JVP, lambda m: torch.func.hessian(total(m))(x[0, :1, :2])),
+    }
+
+
+@pytest.mark.parametrize("case", transforms())
+def test_transforms_that_the_ops_have_not_take_pytorchs_path(case: str, notices: Callable[[], list[str]]) -> None:
+    """With its bits, counted and said."""
+    why, run = transforms()[case]
+    before = perturbed(nn.MultiheadAttention(E, H, batch_first=True))
+    after = copy.deepcopy(before)
+    calls = accelerate(after).calls()[""]
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's other kernels have no forward-mode derivative.
+        assert torch.equal(run(after), run(before))
+    assert calls.served == 0
+    assert set(calls.unserved) == {why}
+    assert notices() == [f"MultiheadAttention takes PyTorch's own path for {why}"]
+
+
+def test_one_mask_for_all_of_vmap_is_served() -> None:
+    before = perturbed(nn.MultiheadAttention(E, H, batch_first=True))
+    after = copy.deepcopy(before)
+    calls = accelerate(after).calls()[""]
+    x = torch.randn(5, 2, 6, E)
+    found = [torch.vmap(lambda x, m=m: attend(m, {"x": x}, key_padding_mask=PER_CALL[3]))(x) for m in (after, before)]
+    torch.testing.assert_close(*found)
+    assert (calls.served, calls.unserved) == (1, {})
+
+
+@pytest.mark.parametrize("make", [encoder_layer, encoder])
+def test_encoders_under_transforms(make: Callable[[], nn.Module]) -> None:
+    before = perturbed(make())
+    after = copy.deepcopy(before)
+    report = accelerate(after)
+    x = torch.randn(5, 2, 6, E)
+    with sdpa_kernel(SDPBackend.MATH):
+        for run in (
+            lambda m: torch.vmap(lambda x, padding: m(x, src_key_padding_mask=padding))(x, PER_CALL),
+            lambda m: torch.func.jvp(lambda x: m(x, src_key_padding_mask=PER_CALL[3]), (x[0],), (x[1],))[1],
+        ):
+            assert torch.equal(run(after), run(before))
+    for calls in report.calls().values():
+        assert (calls.served, calls.unserved) == (0, {VMAP: 1, JVP: 1})
+
+
+# ---------------------------------------------------------------- what the report says of calls
+
+
+def test_the_report_counts_calls() -> None:
+    """A module whose callers never say need_weights=False is swapped, and serves nothing: the report says so."""
+    model = nn.ModuleDict({"used": nn.MultiheadAttention(E, H), "careless": nn.MultiheadAttention(E, H)})
+    dry = accelerate(model, dry_run=True)
+    report = accelerate(model)
+    assert "    serves calls with need_weights=False" in str(dry)
+    assert not any("calls served" in line for line in str(report).splitlines())
+    for _ in range(3):
+        model["used"](X, X, X, need_weights=False)
+        model["careless"](X, X, X)
+    calls = report.calls()
+    weights = "need_weights=True (its default): weights were asked for, which the ops do not return"
+    assert list(calls) == ["used", "careless"]
+    assert (calls["used"].served, calls["used"].unserved) == (3, {})
+    assert (calls["careless"].served, calls["careless"].unserved) == (0, {weights: 3})
+    lines = str(report).splitlines()
+    assert "    3 calls served" in lines
+    assert f"    0 calls served; 3 not served: {weights}" in lines
+    copied = copy.deepcopy(model)  # Its calls are its own.
+    copied["used"](X, X, X, need_weights=False)
+    assert calls["used"].served == 3
+
+
+def test_the_report_counts_calls_of_encoders() -> None:
+    """Packed, each of its parts is served; unpacked, an encoder is served as its layers are."""
+    model = encoder()
+    calls = accelerate(model).calls()
+    model(X, src_key_padding_mask=budget.padding("right"))
+    assert {name: (c.served, c.unserved) for name, c in calls.items()} == dict.fromkeys(calls, (1, {}))
+    model(X)
+    assert {name: (c.served, c.unserved) for name, c in calls.items()} == dict.fromkeys(calls, (2, {}))
+    model(X, mask=BANDED)
+    why = "an attn_mask that is not the causal one (or cannot be told under torch.compile without is_causal)"
+    assert {name: (c.served, c.unserved) for name, c in calls.items()} == dict.fromkeys(calls, (2, {why: 1}))

@@ -83,7 +83,11 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
         r"gate must broadcast to the output's shape \[5, 4, 6\], found \[5, 4, 5\]",
     ),
     (JAGGED, {"gate": torch.randn(1, 5, 4, 6)}, r"gate must broadcast to the output's shape \[5, 4, 6\]"),
-    (JAGGED, {"residual": torch.randn(4, 6)}, r"residual must have the output's shape \[5, 4, 6\], found \[4, 6\]"),
+    (
+        JAGGED,
+        {"residual": torch.randn(4, 5)},
+        r"residual must broadcast to the output's shape \[5, 4, 6\], found \[4, 5\]",
+    ),
     (JAGGED, {"window": (-2, 0)}, r"window\[0\] must be at least -1, found -2"),
     (JAGGED, {"num_prefix": -1}, "num_prefix must be at least 0, found -1"),
     (JAGGED, {"scale": float("nan")}, "scale must be finite, found nan"),
@@ -106,7 +110,7 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     (ROTARY, {"positions": OFFSETS}, r"positions must be \[T\] with T = 5, found shape \[4\]"),
     (FFN, {"weight": torch.randn(2, 8, 6)}, r"weight must be \[B, E, F\] with B = 3, E = 8, found shape \[2, 8, 6\]"),
     (FFN, {"bias": torch.randn(3, 5)}, r"bias must be \[B, F\] with B = 3, F = 6, found shape \[3, 5\]"),
-    (FFN, {"residual": torch.randn(5, 5)}, r"residual must have the output's shape \[5, 6\], found \[5, 5\]"),
+    (FFN, {"residual": torch.randn(5, 5)}, r"residual must broadcast to the output's shape \[5, 6\], found \[5, 5\]"),
     (FFN, {"activation": "tanh"}, "activation must be one of identity, relu, silu, gelu; found 'tanh'"),
 ]
 

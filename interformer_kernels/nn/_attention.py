@@ -211,6 +211,20 @@ def attend_dropping(
     return reference.attend_rows(q, spans[0], k, v, spans[1], factor, "softmax", 1.0, *masks, dropout=dropout)[0]
 
 
+def check_call(op: str, need_weights: object, attn_mask: object, is_causal: object, causal: bool) -> None:
+    """The arguments of PyTorch's call that are served by what they are at rest, or not at all."""
+    checks.check_bool(op, "need_weights", need_weights)
+    checks.check_bool(op, "is_causal", is_causal)
+    if need_weights:
+        wanted = "need_weights must be False, for the ops return no attention weights, and the output comes alone"
+        raise ValueError(f"{op}: {wanted}; found True")
+    if attn_mask is not None:
+        wanted = "attn_mask must be None (masks are told to the constructor, padding by key_padding_mask)"
+        raise ValueError(f"{op}: {wanted}, found {checks.describe(attn_mask)}")
+    if is_causal and not causal:
+        raise ValueError(f"{op}: is_causal must be what the module is, False; found True")
+
+
 # ---------------------------------------------------------------- to and from PyTorch's module
 
 

@@ -6,6 +6,8 @@ The arguments have one meaning in every module:
   (the tail) are not read, and come out zero.
 - `key_padding_mask [B, L]`: the input is padded, and True marks **padding** (as in `torch.nn.MultiheadAttention`).
 - `key_mask [B, L]`: the input is padded, and True marks a **token** (as Hugging Face's `attention_mask`).
+- `lengths [B]`: how many tokens each row has; padding stands behind them. With packed input, `x [T, E]`, rows follow
+  each other.
 - none of them: the input is padded and holds tokens alone.
 
 Masks are bool, or integers 0 and 1. Padding may stand right, left or in between; it is not read (it may hold NaN), and
@@ -21,7 +23,13 @@ from torch import Tensor
 
 from interformer_kernels import _checks as checks
 from interformer_kernels import reference
-from interformer_kernels.jagged import PaddedLayout, as_bool_mask, layout_of_tokens
+from interformer_kernels.jagged import (
+    PaddedLayout,
+    as_bool_mask,
+    keep_by_lengths,
+    layout_of_tokens,
+    offsets_from_lengths,
+)
 
 
 def equal_offsets(rows: int, length: int, device: torch.device) -> Tensor:
@@ -78,16 +86,20 @@ def rows_of(
     key_padding_mask: Tensor | None,
     key_mask: Tensor | None,
     batch_first: bool,
+    lengths: Tensor | None = None,
     offsets_name: str = "offsets",
 ) -> Rows:
     """Read one input; `width` is the size that its last axis must have, `op` the module that asks."""
-    given = {offsets_name: offsets, "key_padding_mask": key_padding_mask, "key_mask": key_mask}
+    given = {offsets_name: offsets, "key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
     named = [argument for argument, value in given.items() if value is not None]
     if len(named) > 1:
         wanted = f"at most one of {', '.join(given)}"
         raise ValueError(
             f"{op}: {wanted} can be given (the first says that {name} is packed), found {', '.join(named)}"
         )
+    if lengths is not None and isinstance(x, Tensor) and x.dim() == 2:
+        checks.check_index(op, "lengths", lengths, x.device)
+        offsets, offsets_name = offsets_from_lengths(lengths), "[0, *lengths.cumsum(0)]"
     axes = ("T", "E") if offsets is not None else ("B", "L", "E") if batch_first else ("L", "B", "E")
     if not isinstance(x, Tensor) or not checks.is_dense(x):
         raise TypeError(f"{op}: {name} must be a tensor [{', '.join(axes)}] (not nested), found {checks.describe(x)}")
@@ -99,10 +111,14 @@ def rows_of(
     rows, length = batch.shape[:2]
     if not named:
         return Rows(batch.flatten(0, 1), equal_offsets(rows, length, x.device), (rows, length), None, batch_first)
-    mask = as_bool_mask(op, named[0], given[named[0]], rows, length)
+    if lengths is not None:
+        checks.check_index(op, "lengths", lengths, x.device)
+        mask = keep_by_lengths(lengths, rows, length, "right", op)
+    else:
+        mask = as_bool_mask(op, named[0], given[named[0]], rows, length)
     if mask.device != x.device:
         raise ValueError(f"{op}: {named[0]} must be on {name}'s device {x.device}, found {mask.device}")
-    layout = layout_of_tokens(mask if key_mask is not None else ~mask)
+    layout = layout_of_tokens(~mask if key_padding_mask is not None else mask)
     return Rows(layout.pack(batch), layout.offsets, (rows, length), layout, batch_first)
 
 

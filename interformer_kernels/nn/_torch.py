@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from interformer_kernels.jagged import layout_of_tokens
 from interformer_kernels.nn import _attention as shared
-from interformer_kernels.nn._notices import say_once
+from interformer_kernels.nn._calls import count_as, count_served, count_unserved, transformed, unserved_of
 from interformer_kernels.nn._rows import equal_offsets
 from interformer_kernels.nn.accelerate import register_adapter
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
@@ -102,6 +102,8 @@ def _attend_causal(
 class FastMultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose attention the ops compute, over the keys that are not padding."""
 
+    serves = "calls with need_weights=False, with padding or causal masks, in training without dropout"
+
     def forward(
         self,
         query: Tensor,
@@ -123,10 +125,11 @@ class FastMultiheadAttention(nn.MultiheadAttention):
             elif attn_mask is not None and has_holes(padding):
                 why = "a causal mask beside padding with holes"
         if why:
-            say_once(f"MultiheadAttention takes PyTorch's own path for {why}")
+            count_unserved(self, "MultiheadAttention", f"PyTorch's own path for {why}")
             masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
             weights: dict[str, Any] = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
             return super().forward(query, key, value, is_causal=is_causal, **masks, **weights)
+        count_served(self)
         if not self.batch_first:
             # One tensor stays one: it is projected once.
             one, same = query is key, key is value
@@ -150,13 +153,15 @@ class FastMultiheadAttention(nn.MultiheadAttention):
         batch = 0 if self.batch_first else 1
         compiling = torch.compiler.is_compiling()
         if need_weights:
-            return "need_weights=True (its default), for the ops return no attention weights"
+            return "need_weights=True (its default): weights were asked for, which the ops do not return"
         if self.training and self.dropout:
             return f"dropout = {self.dropout} in training, for the ops drop no attention weights"
         if query.is_nested or key.is_nested or value.is_nested:
             return "nested tensors"
         if query.dim() != 3 or key.dim() != 3 or key.shape[:2] != value.shape[:2]:
             return "inputs that are not three tensors of three axes"
+        if why := transformed((key_padding_mask, attn_mask), (query, key, value, *self.parameters())):
+            return why
         rows, keys = key.shape[batch], key.shape[1 - batch]
         if query.shape[batch] != rows or (key_padding_mask is not None and key_padding_mask.shape != (rows, keys)):
             return "inputs of unequal batch sizes"
@@ -175,6 +180,8 @@ class FastMultiheadAttention(nn.MultiheadAttention):
 class FastTransformerEncoderLayer(nn.TransformerEncoderLayer):
     """`nn.TransformerEncoderLayer` that calls its attention at inference, too, instead of its fused path."""
 
+    serves = "what its attention serves"
+
     def forward(
         self,
         src: Tensor,
@@ -184,16 +191,20 @@ class FastTransformerEncoderLayer(nn.TransformerEncoderLayer):
     ) -> Tensor:
         """As `nn.TransformerEncoderLayer`."""
         if src.is_nested:
-            say_once("TransformerEncoderLayer takes PyTorch's own path for nested tensors")
+            count_unserved(self, "TransformerEncoderLayer", "PyTorch's own path for nested tensors")
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        masks = src_mask, src_key_padding_mask, is_causal
+        masks, before = (src_mask, src_key_padding_mask, is_causal), unserved_of((self.self_attn,))
+        attended = self._sa_block(self.norm1(src) if self.norm_first else src, *masks)
+        count_as(self, (self.self_attn,), before)
         if self.norm_first:
-            x = src + self._sa_block(self.norm1(src), *masks)
+            x = src + attended
             return x + self._ff_block(self.norm2(x))
-        return self._behind_attention(src, self._sa_block(src, *masks))
+        return self._behind_attention(src, attended)
 
     def forward_packed(self, x: Tensor, offsets: Tensor) -> Tensor:
         """The layer for packed tokens `[T, E]`, normed after each block."""
+        for module in (self, self.self_attn):
+            count_served(module)
         attended = shared.alone(jagged_attention(*shared.project_self(self.self_attn, x), offsets))
         return self._behind_attention(x, self.dropout1(shared.project_out(self.self_attn, attended)))
 
@@ -205,6 +216,8 @@ class FastTransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 class FastTransformerEncoder(nn.TransformerEncoder):
     """`nn.TransformerEncoder` that packs a padded batch once, before its layers."""
+
+    serves = "what its layers serve; padded batches without other masks are packed once for all of them"
 
     def forward(
         self,
@@ -218,7 +231,11 @@ class FastTransformerEncoder(nn.TransformerEncoder):
         if mask is None and src_key_padding_mask is not None and self._packs(src, src_key_padding_mask):
             padding = as_padding(src_key_padding_mask)
         if padding is None:  # The layers, served or not, say what there is to say.
-            return super().forward(src, mask, src_key_padding_mask, is_causal)
+            before = unserved_of(self.layers)
+            found: Tensor = super().forward(src, mask, src_key_padding_mask, is_causal)
+            count_as(self, self.layers, before)
+            return found
+        count_served(self)
         layout = layout_of_tokens(~padding)
         x = layout.pack(src)
         for layer in self.layers:
@@ -230,6 +247,8 @@ class FastTransformerEncoder(nn.TransformerEncoder):
     def _packs(self, src: Tensor, padding: Tensor) -> bool:
         """Whether this call can go packed through layers that are not called as modules."""
         if torch.compiler.is_compiling() or src.is_nested or src.dim() != 3 or padding.shape != src.shape[:2]:
+            return False
+        if transformed((padding,), (src, *self.parameters())):
             return False
         for module in self.layers.modules():
             if isinstance(module, nn.MultiheadAttention) and module.training and module.dropout:

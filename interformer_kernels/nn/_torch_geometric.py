@@ -12,7 +12,7 @@ from torch_geometric.nn.aggr.utils import PoolingByMultiheadAttention
 
 from interformer_kernels.jagged import layout_of_tokens
 from interformer_kernels.nn import _attention as shared
-from interformer_kernels.nn._notices import say_once
+from interformer_kernels.nn._calls import count_served, count_unserved, transformed
 from interformer_kernels.nn._rows import equal_offsets
 from interformer_kernels.nn._torch import why_left
 from interformer_kernels.nn.accelerate import register_adapter
@@ -40,23 +40,27 @@ def _pool(pooling: Any, x: Tensor, offsets: Tensor) -> Tensor:
     return _after_attention(pooling.mab, seeds, pool_rows(pooling.mab.attn, query, F.relu(pooling.lin(x)), offsets))
 
 
-def _drops(name: str, attention: nn.MultiheadAttention) -> bool:
-    if not (attention.training and attention.dropout):
-        return False
-    say_once(f"{name} takes torch_geometric's own path for dropout = {attention.dropout} in training")
-    return True
+def _why_not(attention: nn.MultiheadAttention, mask: Tensor | None, *tensors: Tensor | None) -> str:
+    """Why the ops cannot serve a call, as far as it shows before the sets are looked at; empty if they can."""
+    if attention.training and attention.dropout:
+        return f"dropout = {attention.dropout} in training"
+    return transformed((mask,), tensors)
 
 
 class FastPoolingByMultiheadAttention(PoolingByMultiheadAttention):
     """`PoolingByMultiheadAttention` of the elements that the mask leaves, packed."""
 
+    serves = "calls in training without dropout"
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """As `PoolingByMultiheadAttention`."""
-        hidden = mask is not None and torch.compiler.is_compiling()
-        if hidden:
-            say_once("PoolingByMultiheadAttention takes torch_geometric's own path for masks under torch.compile")
-        if hidden or _drops("PoolingByMultiheadAttention", self.mab.attn):
+        why = _why_not(self.mab.attn, mask, x, *self.parameters())
+        if not why and mask is not None and torch.compiler.is_compiling():
+            why = "masks under torch.compile"
+        if why:
+            count_unserved(self, "PoolingByMultiheadAttention", f"torch_geometric's own path for {why}")
             return super().forward(x, mask)
+        count_served(self)
         if mask is None:
             return _pool(self, x.flatten(0, 1), equal_offsets(x.shape[0], x.shape[1], x.device))
         layout = layout_of_tokens(mask)
@@ -65,6 +69,8 @@ class FastPoolingByMultiheadAttention(PoolingByMultiheadAttention):
 
 class FastSetTransformerAggregation(SetTransformerAggregation):
     """`SetTransformerAggregation` on the packed elements that it is given."""
+
+    serves = "calls in training without dropout, unless max_num_elements cuts a set"
 
     def forward(
         self,
@@ -76,7 +82,8 @@ class FastSetTransformerAggregation(SetTransformerAggregation):
         max_num_elements: int | None = None,
     ) -> Tensor:
         """As `SetTransformerAggregation`."""
-        if _drops("SetTransformerAggregation", self.pma.mab.attn):
+        if why := _why_not(self.pma.mab.attn, index, x, *self.parameters()):
+            count_unserved(self, "SetTransformerAggregation", f"torch_geometric's own path for {why}")
             return super().forward(x, index, ptr, dim_size, dim, max_num_elements=max_num_elements)
         self.assert_index_present(index)
         self.assert_sorted_index(index)
@@ -87,8 +94,10 @@ class FastSetTransformerAggregation(SetTransformerAggregation):
         if int(offsets[-1]) < len(index):
             raise IndexError(f"index must lie below dim_size = {dim_size}, found {int(index[-1])}")
         if max_num_elements is not None and dim_size and int(offsets.diff().max()) > max_num_elements:
-            say_once("SetTransformerAggregation takes torch_geometric's own path where max_num_elements cuts a set")
+            why = "a set that max_num_elements cuts"
+            count_unserved(self, "SetTransformerAggregation", f"torch_geometric's own path for {why}")
             return super().forward(x, index, ptr, dim_size, dim, max_num_elements=max_num_elements)
+        count_served(self)
         for encoder in self.encoders:
             x = _attend_block(encoder.mab, x, offsets)
         x = _pool(self.pma, x, offsets)

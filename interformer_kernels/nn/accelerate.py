@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Union
 
 from torch import nn
 
 from interformer_kernels import _checks as checks
+from interformer_kernels.nn._calls import Calls, count_served, count_unserved, follow
 
 # Given a module of its class: the subclass whose `forward` serves it, or why the module is left as it is.
 Adapter = Callable[[nn.Module], Union[type[nn.Module], str]]
@@ -35,17 +36,24 @@ class Entry:
         kind: the name of its class before.
         swapped: whether it is served by the ops now (with `dry_run`: would be).
         why: why it is left; empty where it is swapped.
+        serves: which calls a swapped module's class serves, where that class says so (its attribute ``serves``).
+        calls: how its calls went since it was swapped; kept up to date. With `dry_run` there are none.
     """
 
     name: str
     kind: str
     swapped: bool
     why: str = ""
+    serves: str = ""
+    calls: Calls = field(default_factory=Calls, compare=False)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`accelerate` did with each module; ``print`` it.
+    """What :func:`accelerate` did with each module; ``print`` it, before the model is used and after.
+
+    That a module is swapped does not say that the ops serve its calls: callers may ask for attention weights (PyTorch's
+    default), or train with dropout. :meth:`calls` counts those served and those not, with the reasons.
 
     Attributes:
         entries: every module of the model, in the order of `named_modules`.
@@ -57,7 +65,7 @@ class Report:
 
     @property
     def swapped(self) -> tuple[Entry, ...]:
-        """The modules that are served by the ops now (with ``dry_run``: would be)."""
+        """The modules whose class is another now (with ``dry_run``: would be), and serves what it can."""
         return tuple(entry for entry in self.entries if entry.swapped)
 
     @property
@@ -65,11 +73,21 @@ class Report:
         """The modules that are as they were, each with its reason."""
         return tuple(entry for entry in self.entries if not entry.swapped)
 
+    def calls(self) -> dict[str, Calls]:
+        """By the name of each swapped module, how many calls the ops have served by now, and how many not and why.
+
+        Modules of a class of yours count when they say so: ``served(self)``, ``unserved(self, why)`` in their forward.
+        """
+        return {entry.name: entry.calls for entry in self.swapped}
+
     def __str__(self) -> str:
-        """A line for each swapped module, then the classes that are left, how many of each, and why."""
+        """Each swapped module, what it serves and has served; then the classes that are left, how many, and why."""
         verb = "would be swapped" if self.dry_run else "swapped"
         lines = [f"{len(self.swapped)} of {len(self.entries)} modules {verb}"]
-        lines += [f"  {verb}: {entry.name or '(the model)'} ({entry.kind})" for entry in self.swapped]
+        for entry in self.swapped:
+            lines.append(f"  {verb}: {entry.name or '(the model)'} ({entry.kind})")
+            lines += [f"    serves {entry.serves}"] if entry.serves else []
+            lines += [f"    {entry.calls}"] if entry.calls.served or entry.calls.unserved else []
         reasons = Counter((entry.kind, entry.why) for entry in self.left)
         lines += [f"  left: {count} {kind}: {why}" for (kind, why), count in reasons.items()]
         return "\n".join(lines)
@@ -79,10 +97,10 @@ def register_adapter(kind: type[nn.Module], adapter: Adapter) -> None:
     """Teach :func:`accelerate` a class of modules.
 
     An adapter answers for one module of just this class: with the subclass of it whose ``forward`` serves the module,
-    or with a string: why this module is left. The module's class is then changed, nothing else: parameters, buffers,
-    hooks, ``state_dict`` keys and whatever holds the module stay. So the subclass must compute what its parent does,
-    from the attributes that its parent's ``__init__`` made (its own is not run), and it should stand at the top level
-    of a file, so that it can be pickled::
+    or with a string: why this module is left. The module's class is then changed, and counts of its calls are hung on
+    it, nothing else: parameters, buffers, hooks, ``state_dict`` keys and whatever holds the module stay. So the
+    subclass must compute what its parent does, from the attributes that its parent's ``__init__`` made (its own is not
+    run), and it should stand at the top level of a file, so that it can be pickled::
 
         class FastPool(Pool):
             def forward(self, x, mask):
@@ -122,9 +140,10 @@ def accelerate(model: nn.Module, *, dry_run: bool = False) -> Report:
     - torch_geometric's ``SetTransformerAggregation`` and ``PoolingByMultiheadAttention``: nothing is padded inside.
     - what :func:`register_adapter` was told.
 
-    A call that a swapped module cannot serve takes the original path, which is still there, and says so once in the
-    log: ``need_weights=True`` (PyTorch's default), dropout in training, causal masks beside padding with holes, other
-    masks, nested tensors, and padding masks under ``torch.compile``, where the number of tokens would be data.
+    A call that a swapped module cannot serve takes the original path, which is still there, says so once in the log,
+    and is counted in the report: ``need_weights=True`` (PyTorch's default), dropout in training, causal masks beside
+    padding with holes, other masks, nested tensors, padding masks under ``torch.compile``, where the number of tokens
+    would be data, masks that differ under ``vmap``, and forward-mode derivatives.
 
     Args:
         model: any module; it may be one of these itself. Accelerate it before it is compiled, sharded or wrapped.
@@ -143,10 +162,25 @@ def accelerate(model: nn.Module, *, dry_run: bool = False) -> Report:
     for name, module in list(model.named_modules()):
         kind, answer = type(module), _answer(module)
         swapped = not isinstance(answer, str)
-        if not isinstance(answer, str) and not dry_run:
+        if isinstance(answer, str):
+            entries.append(Entry(name, kind.__name__, swapped, answer))
+            continue
+        calls = Calls()
+        if not dry_run:
             module.__class__ = answer
-        entries.append(Entry(name, kind.__name__, swapped, answer if isinstance(answer, str) else ""))
+            calls = follow(module)
+        entries.append(Entry(name, kind.__name__, swapped, "", getattr(answer, "serves", ""), calls))
     return Report(tuple(entries), dry_run)
+
+
+def served(module: nn.Module) -> None:
+    """For the ``forward`` of a swapped class of yours: count this call as served by the ops."""
+    count_served(module)
+
+
+def unserved(module: nn.Module, why: str) -> None:
+    """For the ``forward`` of a swapped class of yours: count this call as not served, and say so once in the log."""
+    count_unserved(module, type(module).__name__, f"its original path for {why}")
 
 
 def _answer(module: nn.Module) -> type[nn.Module] | str:

@@ -76,11 +76,16 @@ class GatedCrossAttention(shared.AttentionModule):
         query: Tensor,
         key: Tensor,
         value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
         *,
         q_offsets: Tensor | None = None,
         kv_offsets: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
         key_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Attention of the queries over the keys of their row.
 
@@ -89,19 +94,23 @@ class GatedCrossAttention(shared.AttentionModule):
                 ``q_offsets``.
             key: packed ``[Tk, kdim]`` with ``kv_offsets``, or padded ``[B, L, kdim]`` (``[L, B, kdim]``).
             value: of the key's form, width ``vdim``; None is the key.
+            need_weights, attn_mask, average_attn_weights, is_causal: arguments of PyTorch's call, for callers that pass
+                them as they are at rest: no weights are returned, and all keys of a row are seen.
             q_offsets, kv_offsets: ``[B+1]`` int32 or int64. Tokens from ``[B]`` on are not read and come out zero.
             key_padding_mask: ``[B, L]`` bool, or integers 0 and 1: True marks **padding**.
             key_mask: ``[B, L]``, likewise: True marks a **token**. Padding may stand anywhere.
+            lengths: ``[B]`` int32 or int64: how many tokens each row has; padding stands behind them.
 
         Returns:
-            The shape of ``query``.
+            The shape of ``query``. It comes alone, where PyTorch's module returns a pair.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong kind, shape or value, or two of ``kv_offsets``,
-                ``key_padding_mask`` and ``key_mask`` are given.
+                ``key_padding_mask``, ``key_mask`` and ``lengths`` are given.
         """
         name, first = type(self).__name__, self.batch_first
-        mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask}
+        shared.check_call(name, need_weights, attn_mask, is_causal, False)
+        mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
         keys = rows_of(
             name, "key", key, self.kdim, offsets=kv_offsets, batch_first=first, offsets_name="kv_offsets", **mask
         )

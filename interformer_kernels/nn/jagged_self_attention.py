@@ -69,35 +69,56 @@ class JaggedSelfAttention(shared.AttentionModule):
 
     def forward(
         self,
-        x: Tensor,
-        *,
-        offsets: Tensor | None = None,
+        x: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        query: Tensor | None = None,
+        offsets: Tensor | None = None,
         key_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attention inside each row.
 
         Args:
             x: packed ``[T, E]`` with ``offsets``, or padded ``[B, L, E]`` (``[L, B, E]`` without ``batch_first``).
+            key, value: None, or ``x`` itself, as PyTorch's module is called for self attention.
+            need_weights, attn_mask, average_attn_weights, is_causal: arguments of PyTorch's call, for callers that pass
+                them: no weights are returned, and masks are the constructor's (``is_causal`` where it said ``causal``).
+            query: PyTorch's name of ``x``.
             offsets: ``[B+1]`` int32 or int64: row ``b`` is ``x[offsets[b]:offsets[b+1]]``. Tokens from ``offsets[B]``
                 on are not read and come out zero.
             key_padding_mask: ``[B, L]`` bool, or integers 0 and 1: True marks **padding**.
             key_mask: ``[B, L]``, likewise: True marks a **token**. Padding may stand anywhere.
+            lengths: ``[B]`` int32 or int64: how many tokens each row has; padding stands behind them.
             rope: tables ``(cos, sin)``, each ``[P, R/2]`` float32, ``R <= D``: queries and keys are rotated by the
                 index of their token in its row, padding not counted.
 
         Returns:
-            The shape of ``x``; zero at padding.
+            The shape of ``x``; zero at padding. It comes alone, where PyTorch's module returns a pair.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong kind, shape or value, or two of ``offsets``,
-                ``key_padding_mask`` and ``key_mask`` are given.
+                ``key_padding_mask``, ``key_mask`` and ``lengths`` are given.
         """
-        mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask}
-        rows = rows_of(
-            type(self).__name__, "x", x, self.embed_dim, offsets=offsets, batch_first=self.batch_first, **mask
-        )
+        name = type(self).__name__
+        if (x is None) == (query is None):
+            found = "neither" if x is None else "both"
+            raise TypeError(f"{name}: exactly one of x and query, its name in PyTorch, must be given; found {found}")
+        x = query if x is None else x
+        for argument, given in (("key", key), ("value", value)):
+            if given is not None and given is not x:
+                wanted = f"{argument} must be x itself, for self attention (GatedCrossAttention attends to others)"
+                raise ValueError(f"{name}: {wanted}; found {checks.describe(given)}")
+        shared.check_call(name, need_weights, attn_mask, is_causal, self.masks["causal"])
+        mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
+        rows = rows_of(name, "x", x, self.embed_dim, offsets=offsets, batch_first=self.batch_first, **mask)
         q, k, v = shared.project_self(self, rows.tokens)
         where = rows.offsets
         if shared.drops(self, self.dropout):

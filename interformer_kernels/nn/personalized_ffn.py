@@ -87,6 +87,7 @@ class PersonalizedFFN(nn.Module):
         offsets: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         key_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Send every token through the layer of its row.
 
@@ -97,16 +98,17 @@ class PersonalizedFFN(nn.Module):
                 on are not read and come out zero.
             key_padding_mask: ``[B, L]`` bool, or integers 0 and 1: True marks **padding**.
             key_mask: ``[B, L]``, likewise: True marks a **token**. Padding may stand anywhere.
+            lengths: ``[B]`` int32 or int64: how many tokens each row has; padding stands behind them.
 
         Returns:
             The form of ``x``, width ``F``; zero at padding.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong kind, shape or value, or two of ``offsets``,
-                ``key_padding_mask`` and ``key_mask`` are given.
+                ``key_padding_mask``, ``key_mask`` and ``lengths`` are given.
         """
         name = type(self).__name__
-        mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask}
+        mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
         rows = rows_of(name, "x", x, self.embed_dim, offsets=offsets, batch_first=self.batch_first, **mask)
         if not isinstance(context, Tensor):
             raise TypeError(f"{name}: context must be a tensor [B, C], found {checks.describe(context)}")

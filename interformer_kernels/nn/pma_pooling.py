@@ -163,6 +163,7 @@ class PMAPooling(shared.AttentionModule):
         offsets: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         key_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Pool every row.
 
@@ -173,15 +174,16 @@ class PMAPooling(shared.AttentionModule):
                 on are not read.
             key_padding_mask: ``[B, L]`` bool, or integers 0 and 1: True marks **padding**.
             key_mask: ``[B, L]``, likewise: True marks a **token**. Padding may stand anywhere.
+            lengths: ``[B]`` int32 or int64: how many tokens each row has; padding stands behind them.
 
         Returns:
             ``[B, M, E]``; ``[M, B, E]`` for a padded batch without ``batch_first``.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong kind, shape or value, or two of ``offsets``,
-                ``key_padding_mask`` and ``key_mask`` are given.
+                ``key_padding_mask``, ``key_mask`` and ``lengths`` are given.
         """
-        mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask}
+        mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
         rows = rows_of(type(self).__name__, "x", x, self.kdim, offsets=offsets, batch_first=self.batch_first, **mask)
         query = shared.project_query(self, self.seeds)
         if shared.drops(self, self.dropout):

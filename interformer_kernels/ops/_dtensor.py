@@ -4,8 +4,8 @@ Each dimension of the mesh shares out one kind of axis, or nothing:
 
 | shared out | sharded | whole (`Replicate`), its gradient a sum over the processes (`Partial`) |
 |---|---|---|
-| rows: the offsets are `Shard(0)` | what has rows or tokens, on axis 0 | seeds, gates that broadcast over rows |
-| heads | what has heads, on that axis; `k` and `v` or not | gates that broadcast over heads; `k`, `v` where not |
+| rows: the offsets are `Shard(0)` | what has rows or tokens, on axis 0 | seeds, gates, residuals without rows |
+| heads | what has heads, on that axis; `k` and `v` or not | gates, residuals that broadcast so; `k`, `v` where not |
 | features `F` of `personalized_ffn` | weight, bias, residual, output | `x` |
 | channels `E` of `personalized_ffn` (linear: no activation, bias, residual) | `x`, weight; output `Partial` | nothing |
 | nothing | nothing | everything, the gradients, too |
@@ -40,6 +40,7 @@ _CUT = {
     "channels": ("E",),
 }
 _KEYS = ("k", "v")  # which may stay whole where heads are shared out
+_BROADCAST = ("gate", "residual")  # which broadcast to the output
 _OFFSETS = ("offsets", "kv_offsets", "q_offsets")
 _TABLES = (*_OFFSETS, "rope_positions", "positions", "rope")  # what carries no gradient
 
@@ -68,15 +69,16 @@ class _Call:
         if not isinstance(lead, DTensor):
             raise TypeError(f"{op}: {self.lead} must be a DTensor where another argument is one, found {_kind(lead)}")
         self.mesh: DeviceMesh = lead.device_mesh
-        forms = {name: layout for name, layout in (*layouts.items(), ("residual", out)) if _given(arguments, name)}
+        forms = {name: layout for name, layout in layouts.items() if _given(arguments, name)}
         self.out = _form(out, lead.dim() if "|" in out else None)
         self.layouts: dict[str, tuple[str, ...]] = {}
         for name, x in arguments.items():
-            self._check_kind(name, x, name in forms or (name == "gate" and x is not None))
+            self._check_kind(name, x, name in forms or (name in _BROADCAST and x is not None))
             if name in forms:
                 self.layouts[name] = self._axes(name, x, forms[name])
-        if _given(arguments, "gate"):
-            self.layouts["gate"] = _broadcast_axes(arguments["gate"], self.out)
+        for name in _BROADCAST:
+            if _given(arguments, name):
+                self.layouts[name] = _broadcast_axes(arguments[name], self.out)
         self.shared = tuple(self._shared_out(dim) for dim in range(self.mesh.ndim))
         if "channels" in self.shared:
             self._check_linear()

@@ -132,7 +132,7 @@ def gated_cross_attention(
         gate: anything that broadcasts to the output; its gradient is summed over the broadcast axes.
         gate_form: ``"multiply"``: ``G = A * act(gate)``; ``"self"``: ``G = act(A * gate)`` (InterFormer's equation 10).
         gate_activation: ``"sigmoid"``, ``"tanh"``, ``"silu"`` or ``"identity"``.
-        residual: added to the result; of the output's shape.
+        residual: added to the result; anything that broadcasts to it, as the gate does.
         scale: factor of the scores; None is ``1/sqrt(D)``.
         score: ``"softmax"``, or ``"identity"``, ``"relu"``, ``"silu"``, ``"gelu"`` (by erf): then
             ``A = post_scale * sum_t act(scale * <q, k_t>) v_t``.
@@ -169,7 +169,7 @@ def gated_cross_attention(
     axes.bind("k", k, ("Tk", "Hk", "D"))
     axes.bind("v", v, ("Tk", "Hk", "Dv"))
     checks.check_heads(OP, axes)
-    checks.check_epilogue(OP, gate, gate_form, gate_activation, residual, (*q.shape[:-1], axes["Dv"]))
+    residual = checks.check_epilogue(OP, gate, gate_form, gate_activation, residual, (*q.shape[:-1], axes["Dv"]))
     factor, with_lse = checks.check_score(OP, score, post_scale, return_lse)
     scale = checks.default_scale(OP, scale, axes["D"])
     name = checks.backend_name(OP, backend)

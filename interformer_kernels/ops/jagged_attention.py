@@ -183,7 +183,7 @@ def jagged_attention(
         gate: anything that broadcasts to the output ``[Tq, H, Dv]``; its gradient is summed over the broadcast axes.
         gate_form: ``"multiply"``: ``G = A * act(gate)``; ``"self"``: ``G = act(A * gate)`` (InterFormer's equation 10).
         gate_activation: ``"sigmoid"``, ``"tanh"``, ``"silu"`` or ``"identity"``.
-        residual: added to the result; of the output's shape.
+        residual: added to the result; anything that broadcasts to it, as the gate does.
         return_lse: also return the log-sum-exp of each query's scores (softmax only); it has no gradient
             yet, and a backward that would need one raises an error: use ``lse.detach()``.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None takes the fastest that can serve.
@@ -217,7 +217,9 @@ def jagged_attention(
     axes.bind("v", v, ("Tk", "Hk", "Dv"))
     checks.check_heads(OP, axes)
     checks.check_row_offsets(OP, "offsets", offsets, "kv_offsets", kv_offsets, q.device)
-    checks.check_epilogue(OP, gate, gate_form, gate_activation, residual, (axes["Tq"], axes["H"], axes["Dv"]))
+    residual = checks.check_epilogue(
+        OP, gate, gate_form, gate_activation, residual, (axes["Tq"], axes["H"], axes["Dv"])
+    )
     causal = checks.check_bool(OP, "causal", causal)
     left, right = checks.check_window(OP, window)
     num_prefix = checks.check_count(OP, "num_prefix", num_prefix)

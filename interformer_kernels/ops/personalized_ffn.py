@@ -89,7 +89,7 @@ def personalized_ffn(
             belong to no row: they are not read, their outputs and gradients are zero.
         bias: ``[B, F]``.
         activation: ``"identity"``, ``"relu"``, ``"silu"`` or ``"gelu"`` (by erf).
-        residual: ``[T, F]``, added to the result.
+        residual: added to the result; anything that broadcasts to ``[T, F]``.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None takes the fastest that can serve.
 
     Returns:
@@ -116,8 +116,7 @@ def personalized_ffn(
     axes.bind("weight", weight, ("B", "E", "F"))
     if bias is not None:
         axes.bind("bias", bias, ("B", "F"))
-    if residual is not None:
-        checks.check_same_shape(OP, "residual", residual, (axes["T"], axes["F"]))
+    residual = checks.check_residual(OP, residual, (axes["T"], axes["F"]))
     checks.check_choice(OP, "activation", activation, checks.FFN_ACTIVATIONS)
     out = _op(x, weight, offsets, bias, residual, activation, checks.backend_name(OP, backend))
     assert isinstance(out, Tensor)

@@ -128,7 +128,7 @@ def pma_pooling(
         gate: anything that broadcasts to the output ``[B, M, H, Dv]``; its gradient is summed over the broadcast axes.
         gate_form: ``"multiply"``: ``G = A * act(gate)``; ``"self"``: ``G = act(A * gate)`` (InterFormer's equation 10).
         gate_activation: ``"sigmoid"``, ``"tanh"``, ``"silu"`` or ``"identity"``.
-        residual: added to the result; of the output's shape.
+        residual: added to the result; anything that broadcasts to it, as the gate does.
         return_lse: also return the log-sum-exp of each query's scores (softmax only); it has no gradient
             yet, and a backward that would need one raises an error: use ``lse.detach()``.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None takes the fastest that can serve.
@@ -162,7 +162,7 @@ def pma_pooling(
         axes.bind("v", v, ("T", "Hk", "Dv"))
     checks.check_heads(OP, axes)
     shape = (rows, axes["M"], axes["H"], axes["Dv"])
-    checks.check_epilogue(OP, gate, gate_form, gate_activation, residual, shape)
+    residual = checks.check_epilogue(OP, gate, gate_form, gate_activation, residual, shape)
     skip_prefix = checks.check_count(OP, "skip_prefix", skip_prefix)
     factor, with_lse = checks.check_score(OP, score, post_scale, return_lse)
     scale = checks.default_scale(OP, scale, axes["D"])

@@ -1,0 +1,90 @@
+"""Tiny models of transformers' classes, each from its own config with sizes made small by name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+# Sizes by the names that configs have for them; a config takes those that it knows.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "emb_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), 48),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers", "num_encoder_layers"), 1),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "n_ctx", "vocab_size", "vocab_size_per_layer_input"), 64
+    ),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "num_key_value_heads", "type_vocab_size"), 2),
+    **dict.fromkeys(
+        ("head_dim", "d_kv", "kv_lora_rank", "q_lora_rank", "v_head_dim", "hidden_size_per_layer_input"), 8
+    ),
+    **dict.fromkeys(("rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim", "sliding_window", "attention_window"), 4),
+    **dict.fromkeys(("n_group", "topk_group", "bos_token_id", "decoder_start_token_id"), 1),
+    **{"ffn_hidden_size": 48, "pad_token_id": 0, "eos_token_id": 2},
+}
+
+
+def config(kind: str) -> Any:
+    """The config of a model type, tiny."""
+    made = CONFIG_MAPPING[kind]
+    known: set[str] = set()
+    for parent in made.__mro__:
+        known |= set(getattr(parent, "__annotations__", {})) | set(inspect.signature(parent.__init__).parameters)
+        known |= set(getattr(parent, "attribute_map", {}))
+    sizes = {name: size for name, size in SIZES.items() if name in known}
+    for name, other in made.attribute_map.items():
+        if name in sizes and other in sizes:
+            del sizes[name]
+    found = made(**sizes)
+    found._experts_implementation = "eager"  # The grouped product of others has no float64.
+    return found
+
+
+def model_class(kind: str) -> Any:
+    """The class without a head of a model type."""
+    name = MODEL_MAPPING_NAMES[kind]
+    return getattr(transformers, name if isinstance(name, str) else name[0])
+
+
+def eager(kind: str, made: Any = None) -> Any:
+    """A model with transformers' eager attention, its weights large enough to matter, in eval mode.
+
+    Of the class without a head, or of `made`.
+    """
+    torch.manual_seed(0)
+    model = (made or model_class(kind))._from_config(config(kind), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def parameters(kind: str) -> int:
+    """How many numbers a tiny model has: some configs have sizes of other names."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in model_class(kind)._from_config(config(kind)).parameters())
+
+
+def truth(model: Any) -> Any:
+    """In float64, with `sdpa` where the class has it: eager attention computes its softmax in float32."""
+    return served(model.double(), "sdpa" if model._supports_sdpa else "eager")
+
+
+def served(model: Any, implementation: str = "interformer") -> Any:
+    """A model of the same class and weights, loaded with another attention."""
+    settings = model.config.to_dict()
+    settings.pop("_attn_implementation", None)
+    settings = type(model.config).from_dict(settings)
+    settings._experts_implementation = "eager"
+    made = type(model)._from_config(settings, attn_implementation=implementation)
+    made.to(next(model.parameters()).dtype).load_state_dict(model.state_dict())
+    return made.train(model.training)
