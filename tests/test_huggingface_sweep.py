@@ -1,13 +1,12 @@
 """Transformers' classes with `attn_implementation="interformer"`: padding and neighbours do not matter, or an error.
 
 Every class is called as its users call it, with its default arguments (the cache that models make by themselves
-included). A fixed sample of classes; with HF_EVERY=1 all of transformers' text models.
+included). A fixed sample of classes; with EVERY=1 all of transformers' text models.
 """
 
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="transformers (the extra `ecosystem`) is not installed")
 import huggingface_models as models  # noqa: E402
+from every import EVERY  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES  # noqa: E402
 
 from interformer_kernels.nn import huggingface  # noqa: E402
@@ -41,7 +41,7 @@ deberta mpnet megatron-bert rembert roformer convbert squeezebert ibert nystromf
 BOTH = words("""bart mbart pegasus marian m2m_100 t5 umt5 blenderbot blenderbot-small plbart bigbird_pegasus longt5
 switch_transformers nllb-moe mvp led prophetnet""")
 SAMPLE = [*DECODERS, *ENCODERS, *BOTH]
-EVERY = [kind for kind in MODEL_MAPPING_NAMES if kind not in SAMPLE] if os.environ.get("HF_EVERY") == "1" else []
+OTHERS = [kind for kind in MODEL_MAPPING_NAMES if kind not in SAMPLE] if EVERY else []
 # What the sample's classes are refused for; all others are served.
 OWN_CODE = "attends by code of its own"
 REFUSED = {
@@ -231,7 +231,7 @@ def test_the_sample_is_large_enough() -> None:
     assert len(SAMPLE) - len(REFUSED) >= 60
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", OTHERS)
 def test_every_other_class(kind: str) -> None:
     """As far as transformers' eager attention is right: layers of other kinds may look at padding and neighbours."""
     try:
