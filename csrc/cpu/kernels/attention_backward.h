@@ -187,7 +187,7 @@ class AttentionBackward {
         const int64_t channels = p.value_size;
         widen(row.at(p.grad_out, r), p.grad_out.channel, channels, extra_);
         if (p.gate.given) {
-            widen(row.at(p.attended, r), p.attended.channel, channels, attended_);
+            widen(row.template at<A>(p.attended, r), p.attended.channel, channels, attended_);
             widen(row.at(p.gate, r), p.gate.channel, channels, gate_);
             back_through_gate(p.gating, attended_, gate_, extra_, channels);
             if (p.gate_summed)

@@ -89,7 +89,7 @@ class AttentionForward {
     void finish(const AttentionRow<T>& row, int64_t r, A* a, A factor) const {
         const int64_t channels = p.value_size;
         for (int64_t c = 0; c < channels; ++c) a[c] *= factor;
-        if (p.attended.given) narrow(a, channels, row.at(p.attended, r));
+        if (p.attended.given) narrow(a, channels, row.template at<A>(p.attended, r));
         if (p.gate.given) {
             widen(row.at(p.gate, r), p.gate.channel, channels, extra_);
             apply_gate(p.gating, a, extra_, channels);
