@@ -60,6 +60,12 @@ struct Columns {
     int64_t begin, end;
 };
 
+// Columns in at most two runs, the first one of the prefix alone where there are two.
+struct ColumnRuns {
+    Columns runs[2];
+    int count;
+};
+
 // The keys that one query sees: [0, prefix) and [first, last).
 struct Visible {
     int64_t prefix, first, last;
@@ -104,13 +110,18 @@ class Multiplicand {
     using S = Stored<T>;
     using X = Operand<T>;
 
-    // `channels`: of a token, as many as it is stored with.
-    Multiplicand(Matrix<const S> tokens, int64_t count, int64_t channels, int64_t queries, X* panels)
+    // `count` tokens, of which those of the columns will be multiplied; `channels`: of a token, as many as it is stored
+    // with.
+    Multiplicand(Matrix<const S> tokens, int64_t count, const ColumnRuns& columns, int64_t channels, int64_t queries,
+                 X* panels)
         : tokens_(along_columns<X>(tokens)),
           panels_(queries > kFew ? panels : nullptr),
           count_(count),
           depth_(channels / kNumbers<X>) {
-        if (panels_) pack_transposed<X>(tokens_, count_, depth_, panels);
+        for (int i = 0; panels_ && i < columns.count; ++i) {
+            const int64_t begin = columns.runs[i].begin, end = least(columns.runs[i].end, count_);
+            pack_transposed<X>(tokens_.from(begin), end - begin, depth_, panels + begin * depth_);
+        }
     }
 
     // Products of rows with the tokens of the columns.
@@ -164,25 +175,41 @@ class AttentionRow {
 
     T* key_at(const RowTensor& x, int64_t j) const { return address<T>(x, row_, j, kv_head_); }
 
-    // Tokens of k or v, in place or copied; channels beyond the last are 0.
-    Matrix<const S> tokens(const RowTensor& x, int64_t channels, bool rotate, S* copy) const {
+    // Tokens of k or v, in place, or, those of the columns, copied; channels beyond the last are 0.
+    Matrix<const S> tokens(const RowTensor& x, const ColumnRuns& columns, int64_t channels, bool rotate,
+                           S* copy) const {
         const int64_t stride = padded<X>(channels);
         if constexpr (std::is_same_v<T, S>) {
             const T* first = key_at(x, 0);
             if (!rotate && stride == channels && whole_operands(first, x.token)) return {first, x.token};
         }
-        for (int64_t j = 0; j < keys; ++j) {
-            S* to = copy + j * stride;
-            if (rotate) {
-                widen(key_at(x, j), 1, channels, extra_);
-                turn(p.rope, key_position(j), A(1), extra_);
-                narrow(extra_, channels, to);
-            } else {
-                copy_stored(key_at(x, j), 1, channels, to);
+        for (int i = 0; i < columns.count; ++i)
+            for (int64_t j = columns.runs[i].begin; j < least(columns.runs[i].end, keys); ++j) {
+                S* to = copy + j * stride;
+                if (rotate) {
+                    widen(key_at(x, j), 1, channels, extra_);
+                    turn(p.rope, key_position(j), A(1), extra_);
+                    narrow(extra_, channels, to);
+                } else {
+                    copy_stored(key_at(x, j), 1, channels, to);
+                }
+                fill(to + channels, stride - channels, S{});
             }
-            fill(to + channels, stride - channels, S{});
-        }
         return {copy, stride};
+    }
+
+    // Those tokens, of as many channels as they are stored with, to be summed over.
+    static Matrix<const X> tokens_along_rows(Matrix<const S> tokens, int64_t keys, const ColumnRuns& columns,
+                                             int64_t channels, X* copy) {
+        if constexpr (std::is_same_v<X, S>) {
+            return tokens;
+        } else {
+            for (int i = 0; i < columns.count; ++i) {
+                const int64_t begin = columns.runs[i].begin, end = least(columns.runs[i].end, keys);
+                along_rows<X>(tokens.from(begin), end - begin, channels, copy + operands<X>(begin) * channels);
+            }
+            return {copy, channels};
+        }
     }
 
     // Queries [r, r + count), rotated, as rows: copied, or, of few, in place. Their products with keys are yet to be
@@ -259,18 +286,30 @@ class AttentionRow {
         return runs;
     }
 
+    // All columns, and those that the queries of a part see: what others hold is neither read nor changed by them.
+    ColumnRuns all_columns() const { return {{{0, round_up(keys, kLanes<A>)}}, keys > 0 ? 1 : 0}; }
+    ColumnRuns columns_of_part(int64_t i) const {
+        ColumnRuns seen;
+        const int64_t first = i * part;
+        seen.count = first < total ? columns(first, least(part, total - first), seen.runs) : 0;
+        return seen;
+    }
+
+    // A softmax's weights are 2^-headroom where the score is the largest: so that their sum over the row's keys, where
+    // there are two or more, is at most 1/2, and no sum of values under them is larger than the values.
+    int headroom() const { return keys < 2 ? 0 : 65 - __builtin_clzll(static_cast<uint64_t>(keys - 1)); }
+
     // Scores of queries [r, r + count) over their columns become weights: 0 where a query does not see. For softmax
     // they are yet to be divided by their sum, and where `slopes` are given, their means under the weights are found on
-    // the way; else they are act(score), without `post_scale`.
+    // the way; else they are post_scale * act(score).
     void weigh(int64_t r, int64_t count, Matrix<A> scores, const Columns* runs, int parts, const Weighed<A>& to,
                const A* slopes = nullptr) const {
         if (!p.score.softmax) {
             for (int64_t i = 0; i < count; ++i) {
                 A* s = scores.from(i).data;
-                for (int part = 0; part < parts; ++part) {
-                    scale(s + runs[part].begin, runs[part].end - runs[part].begin);
-                    activate(p.score.activation, s + runs[part].begin, runs[part].end - runs[part].begin);
-                }
+                for (int part = 0; part < parts; ++part)
+                    activate(p.score.activation, s + runs[part].begin, runs[part].end - runs[part].begin, score_scale(),
+                             static_cast<A>(p.post_scale));
                 hide(s, visible(r + i), runs, parts, A(0));
                 to.largest[i] = 0, to.sums[i] = 1;
             }
@@ -281,13 +320,12 @@ class AttentionRow {
                          {to.largest + i, to.sums + i, to.means + i}, slopes ? slopes + i * scores.stride : nullptr);
     }
 
-    // Scores without softmax become weights, and gradients of the weights those of the scores.
+    // Scores without softmax become weights, without `post_scale`, and gradients of the weights those of the scores
+    // before their scaling.
     void activate_with_gradients(int64_t r, A* s, A* grads, const Columns* runs, int count) const {
-        for (int i = 0; i < count; ++i) {
-            scale(s + runs[i].begin, runs[i].end - runs[i].begin);
+        for (int i = 0; i < count; ++i)
             activate_with_slopes(p.score.activation, s + runs[i].begin, grads + runs[i].begin,
-                                 runs[i].end - runs[i].begin);
-        }
+                                 runs[i].end - runs[i].begin, score_scale());
         const Visible seen = visible(r);
         hide(s, seen, runs, count, A(0));
         hide(grads, seen, runs, count, A(0));
@@ -297,11 +335,6 @@ class AttentionRow {
     // Whether rows that begin at `first` and are `stride` apart begin where an operand may.
     static bool whole_operands(const T* first, int64_t stride) {
         return kNumbers<X> == 1 || (stride % kNumbers<X> == 0 && reinterpret_cast<uintptr_t>(first) % sizeof(X) == 0);
-    }
-
-    void scale(A* s, int64_t count) const {
-        const A factor = score_scale();
-        for (int64_t j = 0; j < count; ++j) s[j] *= factor;
     }
 
     // Columns that `seen` leaves out become `hidden`.
@@ -373,15 +406,17 @@ class AttentionRow {
         return largest;
     }
 
-    // s becomes e^(scale (s - against)); its sums by lane, and those of its products with `slopes`, where given.
+    // s becomes 2^-headroom e^(scale (s - against)); its sums by lane, and those of its products with `slopes`, where
+    // given.
     void powers(A* s, const A* slopes, const Columns* runs, int parts, A against, Vector<A>& sum,
                 Vector<A>& dot) const {
         constexpr A kLog2OfE = 1.44269504088896340736;
         const A factor = score_scale() * kLog2OfE;
+        const int down = headroom();
         Vector<A> sums{}, dots{};
         for (int i = 0; i < parts; ++i)
             for (int64_t j = runs[i].begin; j < runs[i].end; j += kLanes<A>) {
-                const Vector<A> power = power_of_two((load_vector(s + j) - against) * factor);
+                const Vector<A> power = power_of_two((load_vector(s + j) - against) * factor, down);
                 store_vector(s + j, power);
                 sums += power;
                 if (slopes) dots += power * load_vector(slopes + j);
