@@ -16,7 +16,7 @@ inline A two_to(int n) {
 // e^x, without branches, of a number or of a vector of them. x = n ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor
 // polynomial of degree 7 (remainder below 6e-9 of it), 2^n by the exponent's bits in two factors, so that the smallest
 // and largest results come out right. NaN stays: it compares with nothing.
-template <typename Float, typename Int>
+template <typename Float, typename Int, typename Bits>
 inline Float exponential_of(Float x) {
     const Float low = Float{} - 104.0f, high = Float{} + 89.0f;
     const Float bounded = x < low ? low : x;
@@ -34,7 +34,7 @@ inline Float exponential_of(Float x) {
     Int bits;
     std::memcpy(&bits, &shifted, sizeof bits);
     const Int whole = bits - 0x4b400000, half = whole >> 1;
-    const Int first_bits = (half + 127) << 23, second_bits = (whole - half + 127) << 23;
+    const Bits first_bits = (Bits)(half + 127) << 23, second_bits = (Bits)(whole - half + 127) << 23;  // NaN's wrap
     Float first, second;
     std::memcpy(&first, &first_bits, sizeof first);
     std::memcpy(&second, &second_bits, sizeof second);
@@ -42,10 +42,10 @@ inline Float exponential_of(Float x) {
 }
 
 inline float exponential(float x) {
-    return exponential_of<float, int32_t>(x);
+    return exponential_of<float, int32_t, uint32_t>(x);
 }
 inline Vector<float> exponential(Vector<float> x) {
-    return exponential_of<Vector<float>, Vector<int32_t>>(x);
+    return exponential_of<Vector<float>, Vector<int32_t>, Vector<uint32_t>>(x);
 }
 
 inline double exponential(double x) {
@@ -68,9 +68,9 @@ inline Vector<float> power_of_two(Vector<float> x, int down) {
     q = q * r + 0.0555033237f;
     q = q * r + 0.240226477f;
     q = q * r + 0.693147182f;
-    Vector<int32_t> bits;
+    Vector<uint32_t> bits;  // unsigned, since it wraps where the power is 0 or NaN
     std::memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits + (127 - down)) << 23;
+    bits = (bits + static_cast<uint32_t>(127 - down)) << 23;
     Vector<float> scale;
     std::memcpy(&scale, &bits, sizeof scale);
     const Vector<float> power = (q * r + 1.0f) * scale;
