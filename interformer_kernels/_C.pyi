@@ -46,8 +46,8 @@ def attention_backward(
 ) -> None:
     """Writes the gradients; an axis of size 1 of `grad_gate` that the gate broadcast over is summed.
 
-    `grad_gate`, and `grad_q` of shared queries, are of the type of accumulation. `attended` is the ungated A, which
-    only the gate's gradient needs.
+    `grad_gate`, `attended`, and `grad_q` of shared queries, are of the type of accumulation. `attended` is the ungated
+    A, which only the gate's gradient needs.
     """
 
 def personalized_ffn_forward(

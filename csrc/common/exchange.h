@@ -93,6 +93,7 @@ class Viewer {
         // FakeTensors, wrapper subclasses and freed storage come through the table without an error.
         if (view.data == nullptr && view.size() != 0)
             refuse(argument, "a dense tensor in memory", type_name(object) + " without memory");
+        if (view.data == nullptr) view.stand_on(empty_);
     }
 
     // PyTorch's current stream on the device of a tensor (a cudaStream_t; null on the CPU), to be used at once.
@@ -133,6 +134,8 @@ class Viewer {
         const std::string text = py::error_already_set().value().cast<py::str>();
         return text.substr(0, text.find('\n'));
     }
+
+    alignas(64) static inline char empty_[64];  // where tensors without elements lie
 
     const char* function_;
 };

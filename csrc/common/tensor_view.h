@@ -87,6 +87,13 @@ struct TensorView {
         for (int i = 0; i < axes && i < kMaxAxes; ++i) product *= shape[i];
         return product;
     }
+
+    // For a tensor without elements, which has no memory: pointers to its tokens then stay where they are, and are not
+    // made from null.
+    void stand_on(void* place) {
+        data = place;
+        for (int64_t& stride : strides) stride = 0;
+    }
 };
 
 // A typed pointer into a view with `Axes` axes; `at(i, j, ...)` is the element with these leading indices, the rest 0.

@@ -1,9 +1,11 @@
 #include "cpu/attention.h"
 
 #include <algorithm>
+#include <condition_variable>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -140,49 +142,56 @@ std::vector<AttentionTask> tasks_of(const Call& call, const Runs& runs, int64_t 
     return tasks;
 }
 
-using Kernel = void (*)(const AttentionProblem&, const AttentionTask&, void*);
-
-// Returns the number of threads that it took.
-int run_tasks(const Call& call, const Runs& runs, const std::vector<AttentionTask>& tasks, int64_t threads,
-              int64_t bytes, Kernel kernel) {
+// `kernel(task, memory)` of every task, on as many threads as are worth it.
+template <typename Kernel>
+void run_tasks(const Call& call, const Runs& runs, const std::vector<AttentionTask>& tasks, int64_t threads,
+               int64_t bytes, Kernel&& kernel) {
     const AttentionProblem& p = call.problem;
     const int64_t count = static_cast<int64_t>(tasks.size());
     const double multiply_adds = runs.total() * static_cast<double>(p.kv_heads * (p.head_size + p.value_size));
     const int active = worthwhile_threads(threads, count, static_cast<int64_t>(multiply_adds));
     ThreadMemory memory(active, bytes);
-    parallel_for(active, count, [&](int64_t i, int thread) { kernel(p, tasks[i], memory.of(thread)); });
-    return active;
+    parallel_for(active, count, [&](int64_t i, int thread) { kernel(tasks[i], memory.of(thread)); });
 }
 
-// Memory for the sums of tasks that are parts, and how these are joined: few, since only rows are divided that are
-// heavy for the number of threads.
-class PartSums {
+// The gradients of the keys of rows that are divided: a sum for each row and key/value head, to which its parts are
+// added in their order, each by its own thread once the earlier ones are there. So a thread keeps one part and no more,
+// however many a row has, and the order of a sum does not depend on the threads. Parts are started in order, which
+// leaves no thread waiting for one that is not under way.
+class RowSums {
   public:
-    PartSums(const AttentionProblem& problem, const Kernels& kernels, std::vector<AttentionTask>& tasks)
+    RowSums(const AttentionProblem& problem, const Kernels& kernels, std::vector<AttentionTask>& tasks)
         : p(problem), kernels_(kernels) {
         for (AttentionTask& task : tasks) {
             if (task.part < 0) continue;
-            const int64_t bytes = kernels_.attention_part_bytes(p, task.first_row);
             if (task.part == 0) {
-                sums_.emplace_back(new char[bytes * kernels_.attention_parts(p, task.first_row)]);
-                joins_.push_back(task);
-                joins_.back().part_sums = sums_.back().get();
+                sums_.emplace_back(new char[kernels_.attention_sums_bytes(p, task.first_row)]);
+                next_.push_back(0);
             }
-            task.part_sums = sums_.back().get() + task.part * bytes;
+            task.row_sums = sums_.back().get();
+            task.divided = static_cast<int64_t>(sums_.size()) - 1;
         }
     }
 
-    // On as many threads as the tasks took: OpenMP ends threads that a next region has no use for.
-    void join(int threads) const {
-        parallel_for(joins_.empty() ? 1 : threads, static_cast<int64_t>(joins_.size()),
-                     [&](int64_t i, int) { kernels_.attention_join_parts(p, joins_[i]); });
+    // What the backward of a part left in a thread's memory is added, in turn.
+    void add(const AttentionTask& task, void* memory) {
+        int64_t& next = next_[task.divided];
+        std::unique_lock<std::mutex> lock(mutex_);
+        changed_.wait(lock, [&] { return next == task.part; });
+        lock.unlock();
+        kernels_.attention_add_part(p, task, memory);
+        lock.lock();
+        ++next;
+        changed_.notify_all();
     }
 
   private:
     const AttentionProblem& p;
     const Kernels& kernels_;
     std::vector<std::unique_ptr<char[]>> sums_;
-    std::vector<AttentionTask> joins_;
+    std::vector<int64_t> next_;  // part whose turn it is
+    std::mutex mutex_;
+    std::condition_variable changed_;
 };
 
 // ---------------------------------------------------------------- sums of the backward
@@ -281,7 +290,7 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, in
     const Kernels& native = kernels(in.k.dtype);
     threads = call.useful_threads(threads);
     run_tasks(call, runs, tasks_of(call, runs, threads, true), threads, native.attention_forward_memory(p),
-              native.attention_forward);
+              [&](const AttentionTask& task, void* memory) { native.attention_forward(p, task, memory); });
 }
 
 void attention_backward(const AttentionInputs& in, const AttentionGradients& grads, int64_t threads) {
@@ -302,7 +311,7 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
     }
     // Fewer runs where their sums would take more than a few MiB.
     const bool sums_over_rows = in.layout == QueryLayout::shared || in.gate;
-    const int64_t of_a_run = std::max<int64_t>(1, p.queries * p.heads * (p.head_size + p.value_size));
+    const int64_t of_a_run = std::max<int64_t>(1, p.queries) * p.heads * (p.head_size + p.value_size);
     const int64_t most_runs = std::clamp<int64_t>((int64_t{1} << 20) / of_a_run, 8, kMostRuns);
     const Runs runs(p.rows, sums_over_rows ? most_runs : kMostRuns, [&](int64_t row) { return call.work(row); });
     std::optional<Sums> query_sums, gate_sums;
@@ -321,10 +330,12 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
     threads = call.useful_threads(threads);
     // Parts of a row would add to the same sums over queries at once.
     std::vector<AttentionTask> tasks = tasks_of(call, runs, threads, !p.shared_queries && !p.gate_summed);
-    const PartSums parts(p, native, tasks);
-    const int active =
-        run_tasks(call, runs, tasks, threads, native.attention_backward_memory(p), native.attention_backward);
-    parts.join(active);
+    RowSums divided(p, native, tasks);
+    run_tasks(call, runs, tasks, threads, native.attention_backward_memory(p),
+              [&](const AttentionTask& task, void* memory) {
+                  native.attention_backward(p, task, memory);
+                  if (task.part >= 0) divided.add(task, memory);
+              });
     if (query_sums) query_sums->write();
     if (gate_sums) gate_sums->write();
 }

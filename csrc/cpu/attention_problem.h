@@ -29,7 +29,7 @@ struct AttentionProblem {
     Gate gating{false, Activation::sigmoid};
 
     // Forward.
-    RowTensor out, attended, lse;  // lse in the type of accumulation
+    RowTensor out, attended, lse;  // A and lse in the type of accumulation
 
     // Backward. `attended` is read there.
     RowTensor grad_out, grad_q, grad_k, grad_v;

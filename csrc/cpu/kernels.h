@@ -34,11 +34,12 @@ struct RotaryProblem {
 };
 
 // A task of attention: rows of a run under some key/value heads. `run` says whose sums over rows it adds to. Of a heavy
-// row a task may be one part of its queries; the backward then leaves the keys' gradients in `part_sums`, to be joined.
+// row a task may be one part of its queries; the backward then sums the gradients of the row's keys in `row_sums`.
 struct AttentionTask {
     int64_t first_row, last_row, first_head, last_head, run;
     int64_t part = -1;  // all
-    void* part_sums = nullptr;
+    void* row_sums = nullptr;
+    int64_t divided = -1;  // which of the rows that are divided
 };
 
 // A task of the other ops is a run of rows [first, last). Memory is given by the thread; `..._memory` says how many
@@ -48,10 +49,11 @@ struct Kernels {
     int64_t (*attention_backward_memory)(const AttentionProblem&);
     void (*attention_forward)(const AttentionProblem&, const AttentionTask&, void* memory);
     void (*attention_backward)(const AttentionProblem&, const AttentionTask&, void* memory);
-    // Parts of a row, the bytes that `part_sums` of one takes, and the sum of all of them, one after the other.
+    // Parts of a row, and the bytes that `row_sums` takes. After the backward of a part, and on its thread's memory,
+    // the part is added to `row_sums`, once all earlier ones are; the last one writes the gradients.
     int64_t (*attention_parts)(const AttentionProblem&, int64_t row);
-    int64_t (*attention_part_bytes)(const AttentionProblem&, int64_t row);
-    void (*attention_join_parts)(const AttentionProblem&, const AttentionTask& of_any_part);
+    int64_t (*attention_sums_bytes)(const AttentionProblem&, int64_t row);
+    void (*attention_add_part)(const AttentionProblem&, const AttentionTask&, void* memory);
     int64_t (*ffn_memory)(const FfnProblem&);
     void (*ffn_forward)(const FfnProblem&, int64_t first, int64_t last, void* memory);
     void (*ffn_backward)(const FfnProblem&, int64_t first, int64_t last, void* memory);

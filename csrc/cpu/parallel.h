@@ -36,7 +36,8 @@ class ThreadMemory {
     char* first_;
 };
 
-// Calls `body(task, thread)` for every task in [0, tasks), the first ones first. `body` may not throw, and its result
+// Calls `body(task, thread)` for every task in [0, tasks), the first ones first: a task is started when all before it
+// are. `body` may not throw, and its result
 // may not depend on the thread: then the result does not depend on the number of threads either.
 template <typename Body>
 void parallel_for(int threads, int64_t tasks, Body&& body) {
@@ -44,7 +45,7 @@ void parallel_for(int threads, int64_t tasks, Body&& body) {
         for (int64_t task = 0; task < tasks; ++task) body(task, 0);
         return;
     }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+#pragma omp parallel for schedule(monotonic : dynamic, 1) num_threads(threads)
     for (int64_t task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
 }
 

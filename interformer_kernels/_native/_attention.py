@@ -15,7 +15,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -
     shape, softmax, k = call.out_shape(), call.score == "softmax", call.k
     out = k.new_empty(*shape)
     lse = k.new_empty(*(shape[:-1] if softmax else (0,)), dtype=accumulation_dtype(k.dtype))
-    attended = k.new_empty(*(shape if keep_attended else (0,)))
+    attended = k.new_empty(*(shape if keep_attended else (0,)), dtype=accumulation_dtype(k.dtype))
     _C.attention_forward(
         call.fitted(shape),
         resolved(residual),

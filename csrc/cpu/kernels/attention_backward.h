@@ -1,7 +1,9 @@
 // Backward of the attention kernels, in one pass over the queries: scores and weights P again, dP = dA V', then
 //
-//     dS = P * (dP - sum over keys of P * dP)      (softmax; else post_scale * act'(S) * dP)
+//     dS = P * (dP - sum over keys of P * dP)      (softmax; else act'(S) * dP)
 //     dQ = scale dS K,   dK += scale dS' Q,   dV += P' dA
+//
+// where without softmax P is act(S), and dA holds `post_scale`.
 #pragma once
 
 #include "cpu/kernels/attention_row.h"
@@ -26,18 +28,17 @@ class AttentionBackward {
         const Sizes<T> size(p);
         return Row(p, size, row, 0, nullptr).parts();
     }
-    static int64_t part_bytes(const AttentionProblem& p, int64_t row) {
+    static int64_t sums_bytes(const AttentionProblem& p, int64_t row) {
         const Sizes<T> size(p);
         return p.key_counts[row] * (size.head_stride + size.value_stride) * static_cast<int64_t>(sizeof(A));
     }
-    static void join_parts(const AttentionProblem& p, const AttentionTask& task) {
-        const AttentionBackward backward(p, task.run, nullptr);
+    static void add_part(const AttentionProblem& p, const AttentionTask& task, void* memory) {
+        const AttentionBackward backward(p, task.run, memory);
         const Row row(p, backward.size_, task.first_row, task.first_head, nullptr);
-        char* sums = static_cast<char*>(task.part_sums);
-        const KeyGradients to = backward.part_sums(row, sums);
-        for (int64_t part = 1; part < row.parts(); ++part)
-            backward.add(row, backward.part_sums(row, sums + part * part_bytes(p, task.first_row)), to);
-        backward.write(row, to);
+        const KeyGradients to = backward.part_sums(row, task.row_sums);
+        if (task.part > 0)
+            backward.add(row, row.columns_of_part(task.part), backward.part_sums(row, backward.part_sums_), to);
+        if (task.part + 1 == row.parts()) backward.write(row, to);
     }
 
   private:
@@ -77,21 +78,23 @@ class AttentionBackward {
 
     void whole_row(int64_t batch_row, int64_t kv_head, const AttentionTask& task) const {
         const Row row(p, size_, batch_row, kv_head, extra_);
-        const Matrix<const S> keys = row.tokens(p.k, p.head_size, p.rope.cos, keys_);
-        const Matrix<const S> values = p.v_is_k ? keys : row.tokens(p.v, p.value_size, false, values_);
-        const Multiplicand<T> factors(keys, row.keys, size_.head_stride, row.total, packed_keys_);
+        const ColumnRuns seen = task.part < 0 ? row.all_columns() : row.columns_of_part(task.part);
+        const Matrix<const S> keys = row.tokens(p.k, seen, p.head_size, p.rope.cos, keys_);
+        const Matrix<const S> values = p.v_is_k ? keys : row.tokens(p.v, seen, p.value_size, false, values_);
+        const Multiplicand<T> factors(keys, row.keys, seen, size_.head_stride, row.total, packed_keys_);
         const Factors of_row{
             factors,
-            p.v_is_k ? factors : Multiplicand<T>(values, row.keys, size_.value_stride, row.total, packed_values_),
-            along_rows<X>(keys, row.keys, size_.head_stride, key_rows_)};
-        if (task.part >= 0) return one_part(row, task.part, of_row, part_sums(row, task.part_sums));
-        const KeyGradients to = whole_sums(row);
-        one_part(row, 0, of_row, to);
-        for (int64_t part = 1; part < row.parts(); ++part) {
-            const KeyGradients share = part_sums(row, part_sums_);
-            one_part(row, part, of_row, share);
-            add(row, share, to);
+            p.v_is_k ? factors : Multiplicand<T>(values, row.keys, seen, size_.value_stride, row.total, packed_values_),
+            row.tokens_along_rows(keys, row.keys, seen, size_.head_stride, key_rows_)};
+        if (task.part > 0) {
+            later_part(row, task.part, of_row);
+            return;
         }
+        const KeyGradients to = task.part < 0 ? whole_sums(row) : part_sums(row, task.row_sums);
+        one_part(row, 0, of_row, row.all_columns(), to);
+        if (task.part == 0) return;
+        for (int64_t part = 1; part < row.parts(); ++part)
+            add(row, row.columns_of_part(part), later_part(row, part, of_row), to);
         write(row, to);
     }
 
@@ -123,10 +126,15 @@ class AttentionBackward {
         return {memory, padded<X>(channels)};
     }
 
-    void add(const Row& row, const KeyGradients& share, const KeyGradients& to) const {
-        for (int64_t i = 0; i < row.keys * size_.head_stride; ++i) to.keys.data[i] += share.keys.data[i];
-        if (p.v_is_k) return;
-        for (int64_t i = 0; i < row.keys * size_.value_stride; ++i) to.values.data[i] += share.values.data[i];
+    void add(const Row& row, const ColumnRuns& columns, const KeyGradients& share, const KeyGradients& to) const {
+        for (int i = 0; i < columns.count; ++i) {
+            const int64_t begin = columns.runs[i].begin, count = least(columns.runs[i].end, row.keys) - begin;
+            add(share.keys.from(begin).data, count * size_.head_stride, to.keys.from(begin).data);
+            if (!p.v_is_k) add(share.values.from(begin).data, count * size_.value_stride, to.values.from(begin).data);
+        }
+    }
+    static void add(const A* share, int64_t count, A* to) {
+        for (int64_t i = 0; i < count; ++i) to[i] += share[i];
     }
 
     void write(const Row& row, const KeyGradients& sums) const {
@@ -142,15 +150,24 @@ class AttentionBackward {
         }
     }
 
-    // The queries of one part, or none; the keys' gradients under them are written to `to`.
-    void one_part(const Row& row, int64_t part, const Factors& of_row, const KeyGradients& to) const {
+    // The queries of one part, or none; the gradients of the columns' keys under them are written to `to`.
+    void one_part(const Row& row, int64_t part, const Factors& of_row, const ColumnRuns& columns,
+                  const KeyGradients& to) const {
         const int64_t first = part * row.part, last = least(first + row.part, row.total);
-        if (first >= last) no_key_gradients(row, to);
+        if (first >= last) no_key_gradients(row, columns, to);
         for (int64_t r = first; r < last; r += row.block)
-            one_block(row, r, least(row.block, last - r), r == first, of_row, to);
+            one_block(row, r, least(row.block, last - r), r == first ? &columns : nullptr, of_row, to);
+    }
+    // A part that is not the first: the keys that it sees, and no other ones, have gradients in memory of its own, so
+    // that a row of many parts costs what its queries see.
+    KeyGradients later_part(const Row& row, int64_t part, const Factors& of_row) const {
+        const KeyGradients share = part_sums(row, part_sums_);
+        one_part(row, part, of_row, row.columns_of_part(part), share);
+        return share;
     }
 
-    void one_block(const Row& row, int64_t r, int64_t count, bool first, const Factors& of_row,
+    // `begins`: the columns of a part that begins with this block.
+    void one_block(const Row& row, int64_t r, int64_t count, const ColumnRuns* begins, const Factors& of_row,
                    const KeyGradients& to) const {
         Columns runs[2];
         const int parts = row.columns(r, count, runs);
@@ -167,19 +184,21 @@ class AttentionBackward {
                          {grad_q_, size_.head_stride});
         for (int64_t i = 0; i < count; ++i) write_query_gradient(row, r + i, grad_q_ + i * size_.head_stride);
         // The first block writes the keys' gradients where it sees all of them, else they begin as zeros.
-        const bool all = parts == 1 && runs[0].begin == 0 && runs[0].end >= row.keys, writes = first && all;
-        if (first && !all) no_key_gradients(row, to);
+        const bool writes = begins && parts == 1 && begins->count == 1 && runs[0].begin == begins->runs[0].begin &&
+                            runs[0].end == begins->runs[0].end;
+        if (begins && !writes) no_key_gradients(row, *begins, to);
         add_key_gradients(slopes, along_rows<X>(queries, count, size_.head_stride, query_rows_), count, runs, parts,
                           row.keys, size_.head_stride, to.keys, !writes);
         add_key_gradients(weights, along_rows<X>(grad_a, count, size_.value_stride, grad_a_rows_), count, runs, parts,
                           row.keys, size_.value_stride, to.values, !writes || p.v_is_k);
     }
 
-    void no_key_gradients(const Row& row, const KeyGradients& to) const {
-        for (int64_t j = 0; j < row.keys; ++j) {
-            fill(to.keys.from(j).data, size_.head_stride, A(0));
-            fill(to.values.from(j).data, size_.value_stride, A(0));
-        }
+    void no_key_gradients(const Row& row, const ColumnRuns& columns, const KeyGradients& to) const {
+        for (int i = 0; i < columns.count; ++i)
+            for (int64_t j = columns.runs[i].begin; j < least(columns.runs[i].end, row.keys); ++j) {
+                fill(to.keys.from(j).data, size_.head_stride, A(0));
+                fill(to.values.from(j).data, size_.value_stride, A(0));
+            }
     }
 
     // From grad_out to the gradients of A and of the gate.
@@ -187,13 +206,17 @@ class AttentionBackward {
         const int64_t channels = p.value_size;
         widen(row.at(p.grad_out, r), p.grad_out.channel, channels, extra_);
         if (p.gate.given) {
-            widen(row.at(p.attended, r), p.attended.channel, channels, attended_);
+            widen(row.template at<A>(p.attended, r), p.attended.channel, channels, attended_);
             widen(row.at(p.gate, r), p.gate.channel, channels, gate_);
             back_through_gate(p.gating, attended_, gate_, extra_, channels);
             if (p.gate_summed)
                 add_gate_gradient(row.template at<double>(p.grad_gate, r) + run_ * p.gate_run);
             else
                 add_gate_gradient(row.template at<A>(p.grad_gate, r));
+        }
+        if (!p.score.softmax && p.post_scale != 1) {
+            const A factor = static_cast<A>(p.post_scale);
+            for (int64_t c = 0; c < channels; ++c) extra_[c] *= factor;
         }
         narrow(extra_, channels, grad_a);
         fill(grad_a + channels, size_.value_stride - channels, S{});
@@ -214,19 +237,16 @@ class AttentionBackward {
     // Scores become the weights of v in A, gradients of the weights those of the scores before their scaling.
     void score_gradients(const Row& row, int64_t r, int64_t count, Matrix<A> weights, Matrix<A> slopes,
                          const Columns* runs, int parts) const {
-        const A scale = row.score_scale(), factor = static_cast<A>(p.post_scale), slope_factor = factor * scale;
-        if (p.score.softmax) row.weigh(r, count, weights, runs, parts, {largest_, sums_, means_}, slopes.data);
-        for (int64_t i = 0; i < count; ++i) {
-            A *w = weights.from(i).data, *s = slopes.from(i).data;
-            if (!p.score.softmax) row.activate_with_gradients(r + i, w, s, runs, parts);
-            for (int part = 0; part < parts; ++part) {
-                const int64_t begin = runs[part].begin, end = runs[part].end;
-                if (p.score.softmax)
-                    through_softmax(w, s, begin, end, A(1) / sums_[i], means_[i], scale);
-                else
-                    for (int64_t j = begin; j < end; ++j) w[j] *= factor, s[j] *= slope_factor;
-            }
+        if (!p.score.softmax) {
+            for (int64_t i = 0; i < count; ++i)
+                row.activate_with_gradients(r + i, weights.from(i).data, slopes.from(i).data, runs, parts);
+            return;
         }
+        row.weigh(r, count, weights, runs, parts, {largest_, sums_, means_}, slopes.data);
+        for (int64_t i = 0; i < count; ++i)
+            for (int part = 0; part < parts; ++part)
+                through_softmax(weights.from(i).data, slopes.from(i).data, runs[part].begin, runs[part].end,
+                                A(1) / sums_[i], means_[i], row.score_scale());
     }
     static void through_softmax(A* w, A* s, int64_t begin, int64_t end, A share, A mean, A scale) {
         for (int64_t j = begin; j < end; ++j) {

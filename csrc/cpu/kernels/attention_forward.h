@@ -40,10 +40,12 @@ class AttentionForward {
     void whole_row(int64_t batch_row, int64_t kv_head, int64_t part) const {
         const AttentionRow<T> row(p, size_, batch_row, kv_head, extra_);
         if (row.total == 0) return;
-        const Matrix<const S> keys = row.tokens(p.k, p.head_size, p.rope.cos, keys_);
-        const Matrix<const S> values = p.v_is_k ? keys : row.tokens(p.v, p.value_size, false, values_);
-        const Multiplicand<T> factors(keys, row.keys, size_.head_stride, row.total, packed_keys_);
-        const Matrix<const X> value_rows = along_rows<X>(values, row.keys, size_.value_stride, value_rows_);
+        const ColumnRuns seen = part < 0 ? row.all_columns() : row.columns_of_part(part);
+        const Matrix<const S> keys = row.tokens(p.k, seen, p.head_size, p.rope.cos, keys_);
+        const Matrix<const S> values = p.v_is_k ? keys : row.tokens(p.v, seen, p.value_size, false, values_);
+        const Multiplicand<T> factors(keys, row.keys, seen, size_.head_stride, row.total, packed_keys_);
+        const Matrix<const X> value_rows =
+            row.tokens_along_rows(values, row.keys, seen, size_.value_stride, value_rows_);
         const int64_t first = part < 0 ? 0 : part * row.part, last = part < 0 ? row.total : first + row.part;
         for (int64_t r = first; r < least(last, row.total); r += row.block)
             one_block(row, r, least(row.block, row.total - r), factors, value_rows);
@@ -65,31 +67,37 @@ class AttentionForward {
         if (p.lse.given) write_log_sums(row, r, count);
         weighted_sums<X>({operands_in<X>(scores.data), scores.stride, 1}, values, runs, parts, row.keys, count,
                          size_.value_stride, attended);
-        divide_post_scale(count);
-        for (int64_t i = 0; i < count; ++i) finish(row, r + i, attended.from(i).data, sums_[i]);
+        for (int64_t i = 0; i < count; ++i) {
+            if (p.score.softmax) divide(attended.from(i).data, A(1) / sums_[i]);
+            finish(row, r + i, attended.from(i).data);
+        }
     }
 
     void write_log_sums(const AttentionRow<T>& row, int64_t r, int64_t count) const {
         constexpr A kInfinity = __builtin_inf();
+        const A whole = two_to<A>(row.headroom());
         for (int64_t i = 0; i < count; i += kLanes<A>) {
             const Vector<A> largest = load_vector(largest_ + i);
-            const Vector<A> log_sum = largest + logarithm(load_vector(sums_ + i));
+            const Vector<A> log_sum = largest + logarithm(load_vector(sums_ + i) * whole);
             store_vector(largest_ + i, largest == kInfinity ? largest : log_sum);
         }
         for (int64_t i = 0; i < count; ++i) *row.template at<A>(p.lse, r + i) = largest_[i];
     }
 
-    // Sums become what the queries' weighted sums are to be multiplied by.
-    void divide_post_scale(int64_t count) const {
-        const Vector<A> factor = Vector<A>{} + (p.score.softmax ? A(1) : static_cast<A>(p.post_scale));
-        for (int64_t i = 0; i < count; i += kLanes<A>) store_vector(sums_ + i, factor / load_vector(sums_ + i));
+    // Sums of values become their means. A mean of finite values is none of the values larger, and its rounding may not
+    // make it so; half that is still finite shows that the values were.
+    void divide(A* a, A share) const {
+        constexpr A kLargest = largest_number<T>;
+        for (int64_t c = 0; c < p.value_size; ++c) {
+            const A sum = a[c], mean = sum * share, below = mean > kLargest && sum <= kLargest ? kLargest : mean;
+            a[c] = below < -kLargest && sum >= -kLargest ? -kLargest : below;
+        }
     }
 
     // Gate, residual and output of one query.
-    void finish(const AttentionRow<T>& row, int64_t r, A* a, A factor) const {
+    void finish(const AttentionRow<T>& row, int64_t r, A* a) const {
         const int64_t channels = p.value_size;
-        for (int64_t c = 0; c < channels; ++c) a[c] *= factor;
-        if (p.attended.given) narrow(a, channels, row.at(p.attended, r));
+        if (p.attended.given) narrow(a, channels, row.template at<A>(p.attended, r));
         if (p.gate.given) {
             widen(row.at(p.gate, r), p.gate.channel, channels, extra_);
             apply_gate(p.gating, a, extra_, channels);

@@ -6,8 +6,8 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/kernels/attention_products.h"
 #include "cpu/kernels/memory.h"
-#include "cpu/kernels/multiply.h"
 #include "cpu/kernels/rotary.h"
 #include "cpu/kernels/scalar_maps.h"
 
@@ -55,11 +55,6 @@ struct Sizes {
     static constexpr int64_t kScores = (128 << 10) / sizeof(A), kMostTiles = 16, kPart = 512;
 };
 
-// Columns of the scores that some query of a block sees: `begin` a multiple of the panel, `end` of the vector.
-struct Columns {
-    int64_t begin, end;
-};
-
 // The keys that one query sees: [0, prefix) and [first, last).
 struct Visible {
     int64_t prefix, first, last;
@@ -72,63 +67,12 @@ struct Weighed {
     A *largest, *sums, *means;
 };
 
-// `to [count, columns]` = sum over the keys j of the columns' runs of `weights[., j] * tokens[j]`. Long sums are made
-// in pieces, which keeps them exact.
-template <typename X>
-void weighted_sums(Scalars<X> weights, Matrix<const X> tokens, const Columns* runs, int parts, int64_t keys,
-                   int64_t count, int64_t columns, Matrix<SumOf<X>> to) {
-    constexpr int64_t kPiece = 128 * kNumbers<X>;
-    bool add = false;
-    for (int i = 0; i < parts; ++i)
-        for (int64_t j = runs[i].begin; j < least(runs[i].end, keys); j += kPiece) {
-            const int64_t depth = operands<X>(least(kPiece, least(runs[i].end, keys) - j)), k = j / kNumbers<X>;
-            multiply<X>(weights.from(0, k), tokens.from(k), count, columns, depth, to, add);
-            add = true;
-        }
-    if (!add)
-        for (int64_t i = 0; i < count; ++i) fill(to.data + i * to.stride, columns, SumOf<X>(0));
-}
-
 // Calls `each(row, kv_head)` for a task: heads of a row, whose tokens lie side by side, one after the other.
 template <typename Each>
 inline void for_each_row(const AttentionTask& task, Each&& each) {
     for (int64_t row = task.first_row; row < task.last_row; ++row)
         for (int64_t head = task.first_head; head < task.last_head; ++head) each(row, head);
 }
-
-// Tokens of a row to be multiplied with its queries, channel by channel: as they are where queries are few, else
-// packed.
-template <typename T>
-class Multiplicand {
-  public:
-    using S = Stored<T>;
-    using X = Operand<T>;
-
-    // `channels`: of a token, as many as it is stored with.
-    Multiplicand(Matrix<const S> tokens, int64_t count, int64_t channels, int64_t queries, X* panels)
-        : tokens_(along_columns<X>(tokens)),
-          panels_(queries > kFew ? panels : nullptr),
-          count_(count),
-          depth_(channels / kNumbers<X>) {
-        if (panels_) pack_transposed<X>(tokens_, count_, depth_, panels);
-    }
-
-    // Products of rows with the tokens of the columns.
-    void multiply(Matrix<const S> rows, int64_t count, Columns columns, Matrix<Acc<T>> to) const {
-        if (panels_)
-            multiply_packed<X>(scalars_along_columns<X>(rows), panels_, count, columns.begin, columns.end, depth_, to);
-        else
-            multiply_dots<X>(along_columns<X>(rows), tokens_.from(columns.begin), count,
-                             least(columns.end, count_) - columns.begin, depth_, {to.data + columns.begin, to.stride});
-    }
-
-  private:
-    static constexpr int64_t kFew = 8;
-
-    Matrix<const X> tokens_;
-    const X* panels_;
-    int64_t count_, depth_;
-};
 
 template <typename T>
 class AttentionRow {
@@ -164,25 +108,41 @@ class AttentionRow {
 
     T* key_at(const RowTensor& x, int64_t j) const { return address<T>(x, row_, j, kv_head_); }
 
-    // Tokens of k or v, in place or copied; channels beyond the last are 0.
-    Matrix<const S> tokens(const RowTensor& x, int64_t channels, bool rotate, S* copy) const {
+    // Tokens of k or v, in place, or, those of the columns, copied; channels beyond the last are 0.
+    Matrix<const S> tokens(const RowTensor& x, const ColumnRuns& columns, int64_t channels, bool rotate,
+                           S* copy) const {
         const int64_t stride = padded<X>(channels);
         if constexpr (std::is_same_v<T, S>) {
             const T* first = key_at(x, 0);
             if (!rotate && stride == channels && whole_operands(first, x.token)) return {first, x.token};
         }
-        for (int64_t j = 0; j < keys; ++j) {
-            S* to = copy + j * stride;
-            if (rotate) {
-                widen(key_at(x, j), 1, channels, extra_);
-                turn(p.rope, key_position(j), A(1), extra_);
-                narrow(extra_, channels, to);
-            } else {
-                copy_stored(key_at(x, j), 1, channels, to);
+        for (int i = 0; i < columns.count; ++i)
+            for (int64_t j = columns.runs[i].begin; j < least(columns.runs[i].end, keys); ++j) {
+                S* to = copy + j * stride;
+                if (rotate) {
+                    widen(key_at(x, j), 1, channels, extra_);
+                    turn(p.rope, key_position(j), A(1), extra_);
+                    narrow(extra_, channels, to);
+                } else {
+                    copy_stored(key_at(x, j), 1, channels, to);
+                }
+                fill(to + channels, stride - channels, S{});
             }
-            fill(to + channels, stride - channels, S{});
-        }
         return {copy, stride};
+    }
+
+    // Those tokens, of as many channels as they are stored with, to be summed over.
+    static Matrix<const X> tokens_along_rows(Matrix<const S> tokens, int64_t keys, const ColumnRuns& columns,
+                                             int64_t channels, X* copy) {
+        if constexpr (std::is_same_v<X, S>) {
+            return tokens;
+        } else {
+            for (int i = 0; i < columns.count; ++i) {
+                const int64_t begin = columns.runs[i].begin, end = least(columns.runs[i].end, keys);
+                along_rows<X>(tokens.from(begin), end - begin, channels, copy + operands<X>(begin) * channels);
+            }
+            return {copy, channels};
+        }
     }
 
     // Queries [r, r + count), rotated, as rows: copied, or, of few, in place. Their products with keys are yet to be
@@ -259,18 +219,30 @@ class AttentionRow {
         return runs;
     }
 
+    // All columns, and those that the queries of a part see: what others hold is neither read nor changed by them.
+    ColumnRuns all_columns() const { return {{{0, round_up(keys, kLanes<A>)}}, keys > 0 ? 1 : 0}; }
+    ColumnRuns columns_of_part(int64_t i) const {
+        ColumnRuns seen;
+        const int64_t first = i * part;
+        seen.count = first < total ? columns(first, least(part, total - first), seen.runs) : 0;
+        return seen;
+    }
+
+    // A softmax's weights are 2^-headroom where the score is the largest: so that their sum over the row's keys, where
+    // there are two or more, is at most 1/2, and no sum of values under them is larger than the values.
+    int headroom() const { return keys < 2 ? 0 : 65 - __builtin_clzll(static_cast<uint64_t>(keys - 1)); }
+
     // Scores of queries [r, r + count) over their columns become weights: 0 where a query does not see. For softmax
     // they are yet to be divided by their sum, and where `slopes` are given, their means under the weights are found on
-    // the way; else they are act(score), without `post_scale`.
+    // the way; else they are post_scale * act(score).
     void weigh(int64_t r, int64_t count, Matrix<A> scores, const Columns* runs, int parts, const Weighed<A>& to,
                const A* slopes = nullptr) const {
         if (!p.score.softmax) {
             for (int64_t i = 0; i < count; ++i) {
                 A* s = scores.from(i).data;
-                for (int part = 0; part < parts; ++part) {
-                    scale(s + runs[part].begin, runs[part].end - runs[part].begin);
-                    activate(p.score.activation, s + runs[part].begin, runs[part].end - runs[part].begin);
-                }
+                for (int part = 0; part < parts; ++part)
+                    activate(p.score.activation, s + runs[part].begin, runs[part].end - runs[part].begin, score_scale(),
+                             static_cast<A>(p.post_scale));
                 hide(s, visible(r + i), runs, parts, A(0));
                 to.largest[i] = 0, to.sums[i] = 1;
             }
@@ -281,13 +253,12 @@ class AttentionRow {
                          {to.largest + i, to.sums + i, to.means + i}, slopes ? slopes + i * scores.stride : nullptr);
     }
 
-    // Scores without softmax become weights, and gradients of the weights those of the scores.
+    // Scores without softmax become weights, without `post_scale`, and gradients of the weights those of the scores
+    // before their scaling.
     void activate_with_gradients(int64_t r, A* s, A* grads, const Columns* runs, int count) const {
-        for (int i = 0; i < count; ++i) {
-            scale(s + runs[i].begin, runs[i].end - runs[i].begin);
+        for (int i = 0; i < count; ++i)
             activate_with_slopes(p.score.activation, s + runs[i].begin, grads + runs[i].begin,
-                                 runs[i].end - runs[i].begin);
-        }
+                                 runs[i].end - runs[i].begin, score_scale());
         const Visible seen = visible(r);
         hide(s, seen, runs, count, A(0));
         hide(grads, seen, runs, count, A(0));
@@ -297,11 +268,6 @@ class AttentionRow {
     // Whether rows that begin at `first` and are `stride` apart begin where an operand may.
     static bool whole_operands(const T* first, int64_t stride) {
         return kNumbers<X> == 1 || (stride % kNumbers<X> == 0 && reinterpret_cast<uintptr_t>(first) % sizeof(X) == 0);
-    }
-
-    void scale(A* s, int64_t count) const {
-        const A factor = score_scale();
-        for (int64_t j = 0; j < count; ++j) s[j] *= factor;
     }
 
     // Columns that `seen` leaves out become `hidden`.
@@ -373,15 +339,17 @@ class AttentionRow {
         return largest;
     }
 
-    // s becomes e^(scale (s - against)); its sums by lane, and those of its products with `slopes`, where given.
+    // s becomes 2^-headroom e^(scale (s - against)); its sums by lane, and those of its products with `slopes`, where
+    // given.
     void powers(A* s, const A* slopes, const Columns* runs, int parts, A against, Vector<A>& sum,
                 Vector<A>& dot) const {
         constexpr A kLog2OfE = 1.44269504088896340736;
         const A factor = score_scale() * kLog2OfE;
+        const int down = headroom();
         Vector<A> sums{}, dots{};
         for (int i = 0; i < parts; ++i)
             for (int64_t j = runs[i].begin; j < runs[i].end; j += kLanes<A>) {
-                const Vector<A> power = power_of_two((load_vector(s + j) - against) * factor);
+                const Vector<A> power = power_of_two((load_vector(s + j) - against) * factor, down);
                 store_vector(s + j, power);
                 sums += power;
                 if (slopes) dots += power * load_vector(slopes + j);

@@ -6,6 +6,15 @@
 
 INTERFORMER_LEVEL_BEGIN
 
+template <typename T>
+constexpr Acc<T> largest_number = __FLT_MAX__;
+template <>
+constexpr double largest_number<double> = __DBL_MAX__;
+template <>
+constexpr float largest_number<BFloat16> = 0x1.fep127f;
+template <>
+constexpr float largest_number<Float16> = 65504.0f;
+
 inline uint32_t bits_of(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);

@@ -6,10 +6,17 @@
 
 INTERFORMER_LEVEL_BEGIN
 
+// 2^n for a small n of either sign.
+template <typename A>
+inline A two_to(int n) {
+    const double power = n < 0 ? 1.0 / static_cast<double>(uint64_t{1} << -n) : static_cast<double>(uint64_t{1} << n);
+    return static_cast<A>(power);
+}
+
 // e^x, without branches, of a number or of a vector of them. x = n ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor
 // polynomial of degree 7 (remainder below 6e-9 of it), 2^n by the exponent's bits in two factors, so that the smallest
 // and largest results come out right. NaN stays: it compares with nothing.
-template <typename Float, typename Int>
+template <typename Float, typename Int, typename Bits>
 inline Float exponential_of(Float x) {
     const Float low = Float{} - 104.0f, high = Float{} + 89.0f;
     const Float bounded = x < low ? low : x;
@@ -27,7 +34,7 @@ inline Float exponential_of(Float x) {
     Int bits;
     std::memcpy(&bits, &shifted, sizeof bits);
     const Int whole = bits - 0x4b400000, half = whole >> 1;
-    const Int first_bits = (half + 127) << 23, second_bits = (whole - half + 127) << 23;
+    const Bits first_bits = (Bits)(half + 127) << 23, second_bits = (Bits)(whole - half + 127) << 23;  // NaN's wrap
     Float first, second;
     std::memcpy(&first, &first_bits, sizeof first);
     std::memcpy(&second, &second_bits, sizeof second);
@@ -35,10 +42,10 @@ inline Float exponential_of(Float x) {
 }
 
 inline float exponential(float x) {
-    return exponential_of<float, int32_t>(x);
+    return exponential_of<float, int32_t, uint32_t>(x);
 }
 inline Vector<float> exponential(Vector<float> x) {
-    return exponential_of<Vector<float>, Vector<int32_t>>(x);
+    return exponential_of<Vector<float>, Vector<int32_t>, Vector<uint32_t>>(x);
 }
 
 inline double exponential(double x) {
@@ -49,9 +56,10 @@ inline Vector<double> exponential(Vector<double> x) {
     return x;
 }
 
-// 2^x for x <= 0, as the softmax needs it: 0 below 2^-126. x = n + r with |r| <= 1/2; 2^r by the polynomial
-// 1 + r q(r) with the least relative error (2e-9, computed with float64), 2^n by the exponent's bits. NaN stays.
-inline Vector<float> power_of_two(Vector<float> x) {
+// 2^(x - down) for x <= 0 and a small `down` >= 0, as the softmax needs it: 0 below 2^-126. x = n + r with |r| <= 1/2;
+// 2^r by the polynomial 1 + r q(r) with the least relative error (2e-9, computed with float64), 2^(n - down) by the
+// exponent's bits, so that `down` costs no rounding. NaN stays.
+inline Vector<float> power_of_two(Vector<float> x, int down) {
     const Vector<float> shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which its last bits hold
     const Vector<float> r = x - (shifted - 12582912.0f);
     Vector<float> q = Vector<float>{} + 0.00015353362f;
@@ -60,17 +68,17 @@ inline Vector<float> power_of_two(Vector<float> x) {
     q = q * r + 0.0555033237f;
     q = q * r + 0.240226477f;
     q = q * r + 0.693147182f;
-    Vector<int32_t> bits;
+    Vector<uint32_t> bits;  // unsigned, since it wraps where the power is 0 or NaN
     std::memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits + 127) << 23;
+    bits = (bits + static_cast<uint32_t>(127 - down)) << 23;
     Vector<float> scale;
     std::memcpy(&scale, &bits, sizeof scale);
     const Vector<float> power = (q * r + 1.0f) * scale;
-    return x < -126.0f ? Vector<float>{} : power;
+    return x < static_cast<float>(down - 126) ? Vector<float>{} : power;
 }
-inline Vector<double> power_of_two(Vector<double> x) {
+inline Vector<double> power_of_two(Vector<double> x, int down) {
     for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = __builtin_exp2(x[lane]);
-    return x;
+    return x * two_to<double>(-down);
 }
 
 // Natural logarithm of x >= 1 (the sum of a softmax); of 0 some number, and NaN stays. x = 2^e m with m in
@@ -172,18 +180,19 @@ inline void over_activation(Activation kind, int64_t count, Each&& each) {
     }
 }
 
-// x becomes act(x).
+// x becomes factor * act(scale x).
 template <typename A>
-inline void activate(Activation kind, A* x, int64_t count) {
-    over_activation<A>(kind, count, [x](int64_t i, auto value, auto) { x[i] = value(x[i]); });
+inline void activate(Activation kind, A* x, int64_t count, A scale = 1, A factor = 1) {
+    over_activation<A>(kind, count, [=](int64_t i, auto value, auto) { x[i] = value(scale * x[i]) * factor; });
 }
 
-// x becomes act(x); slopes are multiplied by act'(x).
+// x becomes act(scale x); slopes are multiplied by its derivative.
 template <typename A>
-inline void activate_with_slopes(Activation kind, A* x, A* slopes, int64_t count) {
+inline void activate_with_slopes(Activation kind, A* x, A* slopes, int64_t count, A scale = 1) {
     over_activation<A>(kind, count, [=](int64_t i, auto value, auto slope) {
-        slopes[i] *= slope(x[i]);
-        x[i] = value(x[i]);
+        const A inner = scale * x[i];
+        slopes[i] *= slope(inner) * scale;
+        x[i] = value(inner);
     });
 }
 
