@@ -112,7 +112,7 @@ void check_outputs(const Checks& check, const AttentionInputs& in, const Attenti
     check.contiguous("out", to.out);
     if (to.residual) check_like_output(check, in, "residual", *to.residual, dtype, value_axis(in));
     if (to.attended) {
-        check_like_output(check, in, "attended", *to.attended, dtype, value_axis(in));
+        check_like_output(check, in, "attended", *to.attended, accumulation_of(dtype), value_axis(in));
         check.contiguous("attended", *to.attended);
     }
     if (!to.lse) return;
@@ -141,7 +141,7 @@ void check_gradients(const Checks& check, const AttentionInputs& in, const Atten
     check_pair(check, "attended", in.gate.has_value(), grads.attended);
     check_pair(check, "grad_gate", in.gate.has_value(), grads.grad_gate);
     if (!in.gate) return;
-    check_like_output(check, in, "attended", *grads.attended, dtype, value_axis(in));
+    check_like_output(check, in, "attended", *grads.attended, accumulation_of(dtype), value_axis(in));
     check_gate_gradient(check, in, *grads.grad_gate);
 }
 

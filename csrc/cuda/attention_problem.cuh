@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/attention_call.h"
 #include "cuda/elements.h"
@@ -72,6 +73,7 @@ struct Sight {
     int from, to, prefix;
 
     __device__ bool sees(int key) const { return (key >= from && key < to) || key < prefix; }
+    __device__ bool sees_any() const { return from < to || prefix > 0; }
 };
 
 // Tiles [0, before) and [start, stop).
@@ -143,10 +145,15 @@ struct AttentionProblem {
     Masks masks;
     Heads<const T> q, k, v;
     bool v_is_k;
-    float scale, post_scale;
+    float scale;
+    float inner_scale, outer_scale;  // factors of post_scale: of a weight, and of sums over weights
     Score score;
 
     explicit AttentionProblem(const AttentionInputs& in);
+
+    // Of the product of a query and a key. Rounded here, wherever it is asked for: a compiler that joined it with what
+    // comes after would make large scores other numbers in one pass than in the next.
+    __device__ float scored(float product) const { return __fmul_rn(product, scale); }
 
     int64_t rows() const { return kv_offsets.rows; }
     int64_t query_tokens() const { return layout == QueryLayout::packed ? q_offsets.tokens : rows() * queries; }
@@ -190,6 +197,13 @@ inline int clamped(int64_t limit) {
     return static_cast<int>(limit < INT32_MAX ? limit : INT32_MAX);
 }
 
+// Whether weights are multiplied by `post_scale` before they are summed up: so a sum does not overflow that is finite
+// after it. Sums of float16 are of float32 and cannot, but small weights, as operands, would lose digits.
+template <typename T>
+bool is_inner(double post_scale) {
+    return !std::is_same_v<T, Float16> && post_scale >= -1.0 && post_scale <= 1.0;
+}
+
 template <typename T>
 AttentionProblem<T>::AttentionProblem(const AttentionInputs& in)
     : q_offsets(in.layout == QueryLayout::packed && in.q_offsets ? *in.q_offsets : in.kv_offsets, in.q.shape[0]),
@@ -209,7 +223,8 @@ AttentionProblem<T>::AttentionProblem(const AttentionInputs& in)
       v(in.v ? *in.v : in.k),
       v_is_k(!in.v),
       scale(static_cast<float>(in.scale)),
-      post_scale(static_cast<float>(in.post_scale)),
+      inner_scale(is_inner<T>(in.post_scale) ? static_cast<float>(in.post_scale) : 1.0f),
+      outer_scale(in.score.softmax || is_inner<T>(in.post_scale) ? 1.0f : static_cast<float>(in.post_scale)),
       score(in.score) {}
 
 }  // namespace cuda
