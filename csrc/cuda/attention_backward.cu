@@ -70,8 +70,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) epilogue_gradients(const __
         for (int c = lane; c < channels; c += kWarp) {
             const int64_t at = place * channels + c;
             Flow flow{0.0f, 0.0f};
-            if (t < held)
-                flow = flow_back(f, widen(grad_out[c]), f.attended[at], widen(gate[c * f.gate.channel]));
+            if (t < held) flow = flow_back(f, widen(grad_out[c]), f.attended[at], widen(gate[c * f.gate.channel]));
             f.grad_attended[at] = narrow<T>(flow.attended);
             if (f.over_channels)
                 across += flow.gate;

@@ -38,7 +38,8 @@ __device__ void fold(const AttentionProblem<T>& p, Sums (&s)[N], const Sight (&s
     for_each(s, [&](int half, int column, float& x) { x = sight[half].sees(first + column) ? p.scored(x) : hidden; });
     if (!p.score.softmax) {
         Sums none[N];
-        map_one_by_one(s, none, scratch, [&](float& x, float&) { x = p.inner_scale * activate(x, p.score.activation); });
+        map_one_by_one(s, none, scratch,
+                       [&](float& x, float&) { x = p.inner_scale * activate(x, p.score.activation); });
         factor[0] = factor[1] = 1.0f;
         return;
     }
@@ -136,7 +137,8 @@ __device__ void attend_units(const Forward<T>& f, const Crew& crew) {
 }
 
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kMostWarps* kWarp, blocks_for(WIDTH)) attend(const __grid_constant__ Forward<T> f) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, blocks_for<T>(WIDTH))
+    attend(const __grid_constant__ Forward<T> f) {
     each_item<kStays<T, WIDTH>>(f.plan, [&](const Crew& crew) { attend_units<T, WIDTH>(f, crew); });
 }
 

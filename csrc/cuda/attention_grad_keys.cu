@@ -66,8 +66,7 @@ __device__ void start_queries(const KeyGradient<T>& g, const AttentionMemory<T, 
     start_tile(memory.others[2 * stage], p.channels, p.q.alignment, team, unit(p.q));
     start_tile(memory.others[2 * stage + 1], p.value_channels, g.grad.alignment, team, unit(g.grad));
     close_copies();
-    if (team.index < kOthers)
-        memory.sides[stage * kOthers + team.index] = g.side(queries, units[team.index], keys);
+    if (team.index < kOthers) memory.sides[stage * kOthers + team.index] = g.side(queries, units[team.index], keys);
 }
 
 // Writes `sums` of the channels from `first` on to [tokens, heads, channels], by way of shared memory. Tokens that no
@@ -104,9 +103,7 @@ __device__ void grad_tokens(const KeyGradient<T>& g, const Crew& crew) {
 
     const AttentionMemory<T, WIDTH> memory(crew, MemoryParts::of<T, WIDTH>(crew.warps, g.plan.stages, contents_of(p)));
     const auto token = [&](const Heads<const T>& from) {
-        return [&](int r) {
-            return own.is_key(r) ? from.at(0, slot.span.first + own.begin + r, kv_head) : nullptr;
-        };
+        return [&](int r) { return own.is_key(r) ? from.at(0, slot.span.first + own.begin + r, kv_head) : nullptr; };
     };
     start_tile(memory.own[0], p.channels, p.k.alignment, warp_team(), token(p.k));
     if (!p.v_is_k) start_tile(memory.own[1], p.value_channels, p.v.alignment, warp_team(), token(p.v));

@@ -18,7 +18,7 @@ struct QueryGradient : Gradient<T> {
     float* sums = nullptr;    // sums over runs of rows and parts of their keys
     int64_t rows_of_run = 1;  // 1 also where queries are not shared
     int parts = 1;
-    Pieces pieces;            // of rows that are split
+    Pieces pieces;  // of rows that are split
 };
 
 template <typename T>
@@ -91,8 +91,7 @@ __device__ void grad_units(const QueryGradient<T>& g, const Crew& crew) {
         close_copies();
         Side sides[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            sides[half] = g.side(row, own[lane_index() / 4 + half * 8], keys.count);
+        for (int half = 0; half < 2; ++half) sides[half] = g.side(row, own[lane_index() / 4 + half * 8], keys.count);
 
         each_tile(
             crew, tiles, g.plan.stages,

@@ -33,9 +33,9 @@ struct OutputPlace {
           held(held_by_a_row) {}
 };
 
-// The weight of a query's largest score, among so many keys. Weights then sum up to less than a half, so their sums over
-// values are finite where these are, up to the largest number; and being a power of two, it changes no digit. float16
-// is summed up in float32, which is wide enough, but its weights, as operands, are not.
+// The weight of a query's largest score, among so many keys. Weights then sum up to less than a half, so their sums
+// over values are finite where these are, up to the largest number; and being a power of two, it changes no digit.
+// float16 is summed up in float32, which is wide enough, but its weights, as operands, are not.
 template <typename T>
 __device__ inline float unit_weight(int keys) {
     if constexpr (std::is_same_v<T, Float16>) return 1.0f;
@@ -54,8 +54,8 @@ struct Total {
     }
 };
 
-// One query's outputs, by a warp. `sum(channel)` is a sum over all its keys, of weights as `total` has them, or, without
-// softmax, of the weights themselves.
+// One query's outputs, by a warp. `sum(channel)` is a sum over all its keys, of weights as `total` has them, or,
+// without softmax, of the weights themselves.
 template <typename T, typename Sum>
 __device__ inline void finish_query(const Epilogue<T>& e, const OutputPlace& at, int channels, const Total& total,
                                     Sum&& sum) {

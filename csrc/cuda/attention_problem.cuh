@@ -5,6 +5,7 @@
 // 16 of; with few tokens and many heads to a key/value head, such a tile is still full.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -197,11 +198,18 @@ inline int clamped(int64_t limit) {
     return static_cast<int>(limit < INT32_MAX ? limit : INT32_MAX);
 }
 
-// Whether weights are multiplied by `post_scale` before they are summed up: so a sum does not overflow that is finite
-// after it. Sums of float16 are of float32 and cannot, but small weights, as operands, would lose digits.
+// What weights are multiplied by before they are summed up, of a `post_scale`: all of it where it makes them smaller,
+// so that a sum does not overflow which is finite after it. But small weights of float16, as operands, lose digits.
 template <typename T>
-bool is_inner(double post_scale) {
-    return !std::is_same_v<T, Float16> && post_scale >= -1.0 && post_scale <= 1.0;
+double inner_part(double post_scale) {
+    constexpr double least = std::is_same_v<T, Float16> ? 1.0 / 64 : 0.0;
+    const double size = std::abs(post_scale);
+    return size > 1.0 ? 1.0 : size < least ? least : post_scale;
+}
+template <typename T>
+double outer_part(double post_scale) {
+    const double inner = inner_part<T>(post_scale);
+    return inner == post_scale ? 1.0 : post_scale / inner;
 }
 
 template <typename T>
@@ -223,8 +231,8 @@ AttentionProblem<T>::AttentionProblem(const AttentionInputs& in)
       v(in.v ? *in.v : in.k),
       v_is_k(!in.v),
       scale(static_cast<float>(in.scale)),
-      inner_scale(is_inner<T>(in.post_scale) ? static_cast<float>(in.post_scale) : 1.0f),
-      outer_scale(in.score.softmax || is_inner<T>(in.post_scale) ? 1.0f : static_cast<float>(in.post_scale)),
+      inner_scale(in.score.softmax ? 1.0f : static_cast<float>(inner_part<T>(in.post_scale))),
+      outer_scale(in.score.softmax ? 1.0f : static_cast<float>(outer_part<T>(in.post_scale))),
       score(in.score) {}
 
 }  // namespace cuda

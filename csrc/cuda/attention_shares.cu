@@ -74,8 +74,8 @@ __device__ void sum_units(const Shares<T>& g, const Crew& crew) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const Units::Unit unit = own[lane_index() / 4 + half * 8];
-        sides[half] = {p.masks.sight(unit.token, task.queries.count, keys.count), 0.0f, 0.0f,
-                       unit_weight<T>(keys.count), {}};
+        sides[half] = {
+            p.masks.sight(unit.token, task.queries.count, keys.count), 0.0f, 0.0f, unit_weight<T>(keys.count), {}};
         if (unit.token < task.queries.count) sides[half].lse = g.lse[g.place(task.queries, unit)];
     }
 
@@ -88,8 +88,8 @@ __device__ void sum_units(const Shares<T>& g, const Crew& crew) {
             typename Tiles::Scores s, grad;
             multiply_rows(s, memory.own[0], memory.others[2 * stage], p.channels);
             multiply_rows(grad, memory.own[1], memory.others[2 * stage + (p.v_is_k ? 0 : 1)], p.value_channels);
-            weigh(
-                p, s, grad, memory.scratch, [&](int half, int) -> const Side& { return sides[half]; },
+            weigh_softmax(
+                p, s, grad, [&](int half, int) -> const Side& { return sides[half]; },
                 [&](int half, int column) { return sides[half].sight.sees(tile * Tiles::kOthers + column); });
             for_each_pair(s, grad, [&](int half, int, float& weight, float& of_mean) {
                 sums.total[half] += weight;

@@ -37,8 +37,7 @@ struct Task {
     // Tiles of `tile` keys that some of `rows` units see, of the task's chunk of `split` keys.
     template <typename T>
     __device__ TileRange key_tiles(const AttentionProblem<T>& p, const Units& of, int rows, int tile, int split) const {
-        const TileRange found =
-            p.masks.key_tiles(of.token, of[rows - 1].token, queries.count, keys.count, tile);
+        const TileRange found = p.masks.key_tiles(of.token, of[rows - 1].token, queries.count, keys.count, tile);
         return split == 0 ? found : found.within(chunk * (split / tile), (chunk + 1) * (split / tile));
     }
 };
@@ -97,7 +96,7 @@ struct Joint {
     int64_t row, first;  // row, and piece of its first chunk
     int unit, units;     // of the row: query token times heads plus head
     int keys;
-    int chunks;          // 0: there is no split row here
+    int chunks;  // 0: there is no split row here
 
     // Where the numbers of a chunk are.
     __device__ int64_t at(int chunk) const { return (first + chunk) * units + unit; }
