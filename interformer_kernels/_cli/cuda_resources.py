@@ -30,7 +30,7 @@ WITHOUT_PRODUCTS = frozenset(
         "join_weight_gradients",
         "epilogue_gradients",
         "list_long_rows",
-    }  # fmt: skip
+    }
 )
 MOST_REGISTERS = 255
 

@@ -203,7 +203,7 @@ def test_large_scores_of_pooled_keys() -> None:
 @each_dtype
 @pytest.mark.parametrize("lengths", [(4, 1, 3, 100), (1500, 4)], ids=["rows", "cut"])
 def test_the_mean_of_the_largest_numbers(dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
-    """It is among its values, whatever the weights are."""
+    """It is among its values, whatever the weights are, but for the rounding of a sum over so many."""
     largest = torch.finfo(dtype).max
     offsets, tokens = offsets_of(lengths), sum(lengths)
     q, k = torch.randn(len(lengths), 1, 2, 8).to(dtype), torch.randn(tokens, 1, 8).to(dtype)
@@ -212,8 +212,9 @@ def test_the_mean_of_the_largest_numbers(dtype: torch.dtype, lengths: tuple[int,
         for keys in (k, torch.zeros_like(k)):
             out = ik.gated_cross_attention(q, keys, v, offsets, backend="cuda")
             packed = ik.jagged_attention(keys, keys, v, offsets, causal=True, backend="cuda")
+            rounding = torch.finfo(dtype).eps + tokens * torch.finfo(torch.float32).eps
             for found in (out, packed):
-                torch.testing.assert_close(found, torch.full_like(found, value))
+                torch.testing.assert_close(found, torch.full_like(found, value), rtol=rounding, atol=0)
 
 
 def test_post_scale_comes_before_a_sum_that_would_overflow() -> None:
