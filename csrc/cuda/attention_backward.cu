@@ -18,7 +18,7 @@ constexpr int kBlocks = 8;  // of a multiprocessor, at least
 template <typename T>
 struct Backflow {
     AttentionProblem<T> problem;
-    Heads<const T> grad_out{}, gate{};
+    Heads<const T> grad_out{}, gate{};  // no gate: null
     Gate gating{};
     const float* attended = nullptr;
     T* grad_attended = nullptr;
@@ -45,7 +45,8 @@ __device__ Flow flow_back(const Backflow<T>& f, float grad, float a, float g) {
     return {grad * activate(g, kind), grad * a * slope(g, kind)};
 }
 
-// Some query tokens under one head, by a warp: gradients of A and of the gate. On the tail all are zero.
+// Some query tokens under one head, by a warp: gradients of A, times `inner_scale`, and of the gate. On the tail all
+// are zero.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks) epilogue_gradients(const __grid_constant__ Backflow<T> f) {
     const AttentionProblem<T>& p = f.problem;
@@ -64,14 +65,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks) epilogue_gradients(const __
     for (int64_t t = first; t < min(first + f.block, f.tokens); ++t) {
         const int64_t row = packed ? 0 : t / p.queries, n = packed ? t : t % p.queries, place = t * p.heads + head;
         const T* grad_out = f.grad_out.at(row, n, head);
-        const T* gate = f.gate.at(row, n, head);
+        const T* gate = f.gate.data == nullptr ? nullptr : f.gate.at(row, n, head);
         float across = 0.0f;
 #pragma unroll 1
         for (int c = lane; c < channels; c += kWarp) {
             const int64_t at = place * channels + c;
-            Flow flow{0.0f, 0.0f};
-            if (t < held) flow = flow_back(f, widen(grad_out[c]), f.attended[at], widen(gate[c * f.gate.channel]));
-            f.grad_attended[at] = narrow<T>(flow.attended);
+            Flow flow{t < held ? widen(grad_out[c]) : 0.0f, 0.0f};
+            if (t < held && gate != nullptr)
+                flow = flow_back(f, flow.attended, f.attended[at], widen(gate[c * f.gate.channel]));
+            f.grad_attended[at] = narrow<T>(flow.attended * p.inner_scale);
+            if (gate == nullptr) continue;
             if (f.over_channels)
                 across += flow.gate;
             else if (over_tokens)
@@ -99,12 +102,13 @@ Backflow<T> backflow_of(const AttentionInputs& in, const AttentionGradients& gra
     Backflow<T> f{AttentionProblem<T>(in)};
     f.tokens = f.problem.query_tokens();
     f.grad_out = Heads<const T>(grads.grad_out);
-    f.gating = in.gating;
-    f.attended = static_cast<const float*>(grads.attended->data);
     f.block = static_cast<int>(gate_block);
-    const TensorView& grad_gate = *grads.grad_gate;
-    f.gate = Heads<const T>(*in.gate);
     f.grad_attended = static_cast<T*>(sides.grad_attended->data);
+    if (!in.gate) return f;
+    const TensorView& grad_gate = *grads.grad_gate;
+    f.gating = in.gating;
+    f.gate = Heads<const T>(*in.gate);
+    f.attended = static_cast<const float*>(grads.attended->data);
     f.over_channels = grad_gate.shape[grad_gate.axes - 1] != f.problem.value_channels;
     if (grad_gate.dtype == DType::float32)
         f.gate_sums = static_cast<float*>(grad_gate.data);
@@ -117,7 +121,7 @@ Backflow<T> backflow_of(const AttentionInputs& in, const AttentionGradients& gra
 
 void epilogue_backward(const AttentionInputs& in, const AttentionGradients& grads, const AttentionSides& sides,
                        int64_t gate_block, const Stream& stream) {
-    if (!in.gate) return;
+    if (!sides.grad_attended) return;
     with_element(in.k.dtype, [&](auto element) {
         using T = decltype(element);
         const Backflow<T> f = backflow_of<T>(in, grads, sides, gate_block);

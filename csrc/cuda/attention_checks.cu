@@ -113,13 +113,16 @@ void check_backward(const Checks& check, const AttentionInputs& in, const Attent
     check_per_query(check, in, "lse", softmax, sides.lse);
     check_per_query(check, in, "delta", softmax, sides.delta);
     check_per_query(check, in, "share", softmax, sides.share);
-    check_pair(check, "grad_attended", gated, sides.grad_attended);
+    const bool scaled = !softmax && in.post_scale != 1.0;
+    check_pair(check, "grad_attended", gated || scaled, sides.grad_attended);
+    if (sides.grad_attended) {
+        check_like_output(check, in, "grad_attended", *sides.grad_attended, dtype, value_axis(in));
+        check.contiguous("grad_attended", *sides.grad_attended);
+    }
     check_pair(check, "grad_gate", gated, grads.grad_gate);
     if (!gated) return;
     check_like_output(check, in, "attended", *grads.attended, DType::float32, value_axis(in));
     check.contiguous("attended", *grads.attended);
-    check_like_output(check, in, "grad_attended", *sides.grad_attended, dtype, value_axis(in));
-    check.contiguous("grad_attended", *sides.grad_attended);
     check_gate_gradient(check, in, *grads.grad_gate, gate_block);
 }
 

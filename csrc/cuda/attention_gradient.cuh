@@ -1,6 +1,7 @@
-// What dQ's pass and that of dK and dV share. With the weights P = softmax(S) or post_scale * act(S), and dP = dA V':
+// What dQ's pass and that of dK and dV share. With the weights P = softmax(S) or act(S), dA the gradient of A times
+// post_scale, and dP = dA V':
 //
-//     dS = P * (dP - delta), delta = sum of P * dP over keys      (softmax; else post_scale * act'(S) * dP)
+//     dS = P * (dP - delta), delta = sum of P * dP over keys      (softmax; else act'(S) * dP)
 //     dQ = scale dS K,   dK = scale dS' Q,   dV = P' dA
 //
 // The rounding of a log-sum-exp of float32 is an error of all weights of its query, and of large scores no small one;
@@ -22,7 +23,7 @@ namespace cuda {
 template <typename T>
 struct Gradient {
     AttentionProblem<T> problem;
-    Heads<const T> grad;                                       // of A
+    Heads<const T> grad;                                       // of A, times `inner_scale`
     float *lse = nullptr, *delta = nullptr, *share = nullptr;  // by query, as `AttentionSides` has them
     Plan plan{};
 
@@ -84,11 +85,11 @@ __device__ inline void weigh(const AttentionProblem<T>& p, Sums (&s)[N], Sums (&
     for_each_pair(s, grad, [&](int half, int column, float& x, float& g) {
         const bool counts = seen(half, column);
         x = counts ? p.scored(x) : 0.0f;
-        g = counts ? g * p.inner_scale : 0.0f;
+        g = counts ? g : 0.0f;
     });
     map_one_by_one(s, grad, scratch, [&](float& x, float& g) {
         g *= slope(x, p.score.activation);
-        x = p.inner_scale * activate(x, p.score.activation);
+        x = activate(x, p.score.activation);
     });
 }
 

@@ -147,7 +147,8 @@ struct AttentionProblem {
     Heads<const T> q, k, v;
     bool v_is_k;
     float scale;
-    float inner_scale, outer_scale;  // factors of post_scale: of a weight, and of sums over weights
+    // Factors of post_scale: of a weight (in the backward, of the gradient of A), and of sums over weights.
+    float inner_scale, outer_scale;
     Score score;
 
     explicit AttentionProblem(const AttentionInputs& in);

@@ -73,6 +73,7 @@ def backward(
     """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
     q, k, v, gate, shape = call.q, call.k, call.v, call.gate, call.out_shape()
     softmax = call.score == "softmax"
+    scaled = not softmax and call.post_scale != 1
     shared = call.layout == "shared"
     runs, parts = long_rows.runs(call) if shared else (1, 1)
     split = long_rows.split(call) if softmax or not shared else 0
@@ -86,7 +87,7 @@ def backward(
         lse if softmax else None,
         torch.empty_like(lse) if softmax else None,
         torch.empty_like(lse) if softmax else None,
-        None if gate is None else k.new_empty(shape),
+        k.new_empty(shape) if gate is not None or scaled else None,
         grad_q,
         grad_k,
         None if v is None else grad_v,
