@@ -131,10 +131,10 @@ __device__ void grad_tokens(const KeyGradient<T>& g, const Crew& crew) {
     wait_copies<0>();
     crew.meet();
     if (p.v_is_k) {
-        for_each_pair(sums_k, sums_v, [&](int, int, float& x, float& y) { x = x * p.scale + y; });
+        for_each_pair(sums_k, sums_v, [&](int, int, float& x, float& y) { x = x * p.rest_scale + y; });
         write_keys(g.grad_k, memory, sums_k, p.outer_scale, own, kv_head, p.kv_heads, p.channels, first);
     } else {
-        const float scale = p.scale * p.outer_scale;
+        const float scale = p.rest_scale * p.outer_scale;
         write_keys(g.grad_k, memory, sums_k, scale, own, kv_head, p.kv_heads, p.channels, first);
         write_keys(g.grad_v, memory, sums_v, p.outer_scale, own, kv_head, p.kv_heads, p.value_channels, first);
     }

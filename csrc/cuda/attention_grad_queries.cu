@@ -109,7 +109,7 @@ __device__ void grad_units(const QueryGradient<T>& g, const Crew& crew) {
     }
     wait_copies<0>();
     crew.meet();
-    stage(memory, sums, p.scale * p.outer_scale);
+    stage(memory, sums, p.rest_scale * p.outer_scale);
     __syncwarp();
     write_queries(g, task, own, memory, first);
 }

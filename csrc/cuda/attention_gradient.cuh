@@ -62,30 +62,30 @@ __device__ inline void for_each_pair(Sums (&first)[N], Sums (&second)[N], Each&&
     }
 }
 
-// Products `s` become weights of a softmax, and their gradients `grad` those of the products but for `scale`.
+// Products `s` become weights of a softmax, and their gradients `grad` those of the scores, times `factor`.
 // `side(half, column)` is that of the query, and `seen(half, column)` whether it sees the key.
 template <typename T, int N, typename SideOf, typename Seen>
-__device__ inline void weigh_softmax(const AttentionProblem<T>& p, Sums (&s)[N], Sums (&grad)[N], SideOf&& side,
-                                     Seen&& seen) {
+__device__ inline void weigh_softmax(const AttentionProblem<T>& p, Sums (&s)[N], Sums (&grad)[N], float factor,
+                                     SideOf&& side, Seen&& seen) {
     for_each_pair(s, grad, [&](int half, int column, float& x, float& g) {
         const Side& query = side(half, column);
         const float weight = exp2f((p.scored(x) - query.lse) * kLog2E) * query.share;
         const bool counts = seen(half, column);
         x = counts ? weight : 0.0f;
-        g = counts ? weight * (g - query.delta) : 0.0f;
+        g = counts ? weight * (g - query.delta) * factor : 0.0f;
     });
 }
 
-// The same of any score.
+// The same of any score, times `slope_scale`.
 template <typename T, int N, typename SideOf, typename Seen>
 __device__ inline void weigh(const AttentionProblem<T>& p, Sums (&s)[N], Sums (&grad)[N], float2* scratch,
                              SideOf&& side, Seen&& seen) {
-    if (p.score.softmax) return weigh_softmax(p, s, grad, side, seen);
+    if (p.score.softmax) return weigh_softmax(p, s, grad, p.slope_scale, side, seen);
     // Every map of 0 is 0.
     for_each_pair(s, grad, [&](int half, int column, float& x, float& g) {
         const bool counts = seen(half, column);
         x = counts ? p.scored(x) : 0.0f;
-        g = counts ? g : 0.0f;
+        g = counts ? g * p.slope_scale : 0.0f;
     });
     map_one_by_one(s, grad, scratch, [&](float& x, float& g) {
         g *= slope(x, p.score.activation);

@@ -149,6 +149,8 @@ struct AttentionProblem {
     float scale;
     // Factors of post_scale: of a weight (in the backward, of the gradient of A), and of sums over weights.
     float inner_scale, outer_scale;
+    // Factors of scale in gradients of queries and keys: of dS, and of sums over dS.
+    float slope_scale, rest_scale;
     Score score;
 
     explicit AttentionProblem(const AttentionInputs& in);
@@ -213,6 +215,12 @@ double outer_part(double post_scale) {
     return inner == post_scale ? 1.0 : post_scale / inner;
 }
 
+// Whether gradients of scores are multiplied by `scale` before sums over them, likewise.
+template <typename T>
+bool is_safer_inside(double scale) {
+    return !std::is_same_v<T, Float16> && std::abs(scale) <= 1.0;
+}
+
 template <typename T>
 AttentionProblem<T>::AttentionProblem(const AttentionInputs& in)
     : q_offsets(in.layout == QueryLayout::packed && in.q_offsets ? *in.q_offsets : in.kv_offsets, in.q.shape[0]),
@@ -234,6 +242,8 @@ AttentionProblem<T>::AttentionProblem(const AttentionInputs& in)
       scale(static_cast<float>(in.scale)),
       inner_scale(in.score.softmax ? 1.0f : static_cast<float>(inner_part<T>(in.post_scale))),
       outer_scale(in.score.softmax ? 1.0f : static_cast<float>(outer_part<T>(in.post_scale))),
+      slope_scale(is_safer_inside<T>(in.scale) ? scale : 1.0f),
+      rest_scale(is_safer_inside<T>(in.scale) ? 1.0f : scale),
       score(in.score) {}
 
 }  // namespace cuda

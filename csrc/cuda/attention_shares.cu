@@ -89,7 +89,7 @@ __device__ void sum_units(const Shares<T>& g, const Crew& crew) {
             multiply_rows(s, memory.own[0], memory.others[2 * stage], p.channels);
             multiply_rows(grad, memory.own[1], memory.others[2 * stage + (p.v_is_k ? 0 : 1)], p.value_channels);
             weigh_softmax(
-                p, s, grad, [&](int half, int) -> const Side& { return sides[half]; },
+                p, s, grad, 1.0f, [&](int half, int) -> const Side& { return sides[half]; },
                 [&](int half, int column) { return sides[half].sight.sees(tile * Tiles::kOthers + column); });
             for_each_pair(s, grad, [&](int half, int, float& weight, float& of_mean) {
                 sums.total[half] += weight;

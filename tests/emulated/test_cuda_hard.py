@@ -16,6 +16,7 @@ import interformer_kernels as ik
 from interformer_kernels import testing
 from interformer_kernels._launch import long_rows
 from interformer_kernels.testing import Case, offsets_of
+from interformer_kernels.testing.budget import Errors, judge, measure
 
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALVES)
@@ -68,10 +69,18 @@ def test_scores_of_minus_infinity_alone_have_no_softmax() -> None:
 
 # ---------------------------------------------------------------- extreme softmax
 
+DRAWS = 8
+
 
 def held(case: Case, dtype: torch.dtype, make: Make = testing.make_inputs) -> None:
-    """Within the budget of the contract."""
-    assert not [row for row in testing.compare(case, "cuda", dtype, make=make) if not row.ok]
+    """Within the budget of the contract, over a few draws together: gradients of a one-hot softmax are mostly 0, and
+    there are never numbers enough.
+    """
+    total: Errors = {}
+    for seed in range(DRAWS):
+        errors = measure(lambda made: testing.call(case.op, made, "cuda"), case.op, make(case, dtype, "cpu", seed))
+        total = {name: total[name] + sums if total else sums for name, sums in errors.items()}
+    assert not [row for row in judge(total) if not row.ok]
 
 
 ONE = {"heads": 2, "kv_heads": 1, "head_size": 16, "value_size": 16, "tail": 1}
@@ -93,7 +102,7 @@ def test_confident_softmax(case: Case, scale: float, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", HALVES, ids=["float16", "bfloat16"])
 def test_confident_softmax_of_rows_that_are_cut(dtype: torch.dtype) -> None:
-    case = Case("pma_pooling", "", **ONE, lengths=(1500, 3), queries=1, shared_value=True, options={"scale": 5.0})
+    case = Case("pma_pooling", "", **ONE, lengths=(1100, 3), queries=2, shared_value=True, options={"scale": 5.0})
     held(case, dtype)
 
 
