@@ -6,5 +6,6 @@ set(cuda_sources
     csrc/cuda/attention_forward.cu
     csrc/cuda/attention_grad_keys.cu
     csrc/cuda/attention_grad_queries.cu
+    csrc/cuda/attention_shares.cu
     csrc/cuda/personalized_ffn.cu
     csrc/cuda/queue.cu)

@@ -19,17 +19,17 @@ struct AttentionPieces {
     int64_t split = 0;  // 0: no row is cut
     // [2 Tk / split + 1, N, H, Dv], of the backward's dense queries [2 Tk / split + 1, N, H, D]; shared ones have none.
     std::optional<TensorView> sums;
-    // [2 Tk / split + 1, N, H, 2]; of the backward just where it fills `share`.
+    // [2 Tk / split + 1, N, H, 2], under softmax; also of pointwise scores in the forward.
     std::optional<TensorView> weights;
 };
 
 // What the backward has of each query: all but `grad_attended` are float32, of the output's shape without its last
-// axis, and there just under softmax.
+// axis, and there just under softmax; all but `lse` are filled.
 struct AttentionSides {
-    std::optional<TensorView> lse;            // of the forward
-    std::optional<TensorView> delta;          // filled
-    std::optional<TensorView> share;          // float32 alone: filled
-    std::optional<TensorView> grad_attended;  // of the output's shape and dtype, filled; just where there is a gate
+    std::optional<TensorView> lse;           // of the forward
+    std::optional<TensorView> delta, share;  // see attention_gradient.cuh
+    // Of the output's shape and dtype; just where there is a gate, or a `post_scale` that is not 1.
+    std::optional<TensorView> grad_attended;
 };
 
 // `queue` is memory of `kQueueSize` int64 numbers (queue.cuh); what it holds does not matter.
@@ -41,7 +41,7 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, co
 // fewer), of a row's keys over as many parts; `parts` is 1 else.
 // `grad_gate` is of the gate's dtype and the output's shape; or float32 of that shape, but for a last axis of 1 where
 // it is summed over channels, and leading axes [blocks, 1 ...] where it is summed over blocks of `gate_block` tokens
-// (1: not summed). `attended` is wanted with a gate, and under softmax for 16-bit elements.
+// (1: not summed). `attended` is float32, and wanted with a gate.
 void attention_backward(const AttentionInputs& in, const AttentionGradients& grads, const AttentionSides& sides,
                         int64_t gate_block, const AttentionPieces& pieces, int64_t parts, const TensorView& queue,
                         bool tf32, const Stream& stream);
@@ -54,16 +54,16 @@ void check_backward(const Checks& check, const AttentionInputs& in, const Attent
                     const AttentionSides& sides, int64_t gate_block, const AttentionPieces& pieces, int64_t parts,
                     const TensorView& queue);
 
-// What flows back through the epilogue: `grad_attended` and `grad_gate` where there is a gate, `delta` (the sum over
-// channels of the gradient of A times A) where it is wanted and `share` is not.
+// What flows back through a gate and `post_scale`: `grad_attended` and `grad_gate`.
 void epilogue_backward(const AttentionInputs& in, const AttentionGradients& grads, const AttentionSides& sides,
                        int64_t gate_block, const Stream& stream);
-// dQ from `grad_attended`, the gradient of A. With `share` also, first, delta and share: the softmax's sum made anew,
-// since the rounding of a log-sum-exp of float32 is an error of all weights of its query.
+// Delta and share under softmax, from `grad_attended`, the gradient of A.
+void shares_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionSides& sides,
+                     const AttentionPieces& pieces, const TensorView& queue, bool tf32, const Stream& stream);
+// dQ, and dK and dV, from the gradient of A, delta and share.
 void queries_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionGradients& grads,
                       const AttentionSides& sides, const AttentionPieces& pieces, int64_t parts,
                       const TensorView& queue, bool tf32, const Stream& stream);
-// dK and dV, given delta and share.
 void keys_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionGradients& grads,
                    const AttentionSides& sides, const TensorView& queue, bool tf32, const Stream& stream);
 

@@ -1,5 +1,4 @@
-// Backward of the attention family: what flows back through the epilogue, and then the passes for dQ, and for dK and
-// dV.
+// Backward of the attention family: what flows back through a gate, and then the passes for delta, dQ, and dK with dV.
 #include <cstdint>
 
 #include "cuda/attention.h"
@@ -21,15 +20,14 @@ struct Backflow {
     AttentionProblem<T> problem;
     Heads<const T> grad_out{}, gate{};  // no gate: null
     Gate gating{};
-    const T* attended = nullptr;
-    T* grad_attended = nullptr;  // without a gate: null
+    const float* attended = nullptr;
+    T* grad_attended = nullptr;
     // Of the gate: its gradient, or, where it broadcasts, sums over blocks of tokens, over channels, or over neither.
     T* grad_gate = nullptr;
     float* gate_sums = nullptr;
     bool over_channels = false;
-    int block = 1;           // tokens that are summed over; 1: none
-    float* delta = nullptr;  // not wanted: null
-    int64_t tokens = 0;      // queries of all rows
+    int block = 1;       // tokens that are summed over; 1: none
+    int64_t tokens = 0;  // queries of all rows
 };
 
 // Gradients of A and of the gate at one number.
@@ -47,7 +45,8 @@ __device__ Flow flow_back(const Backflow<T>& f, float grad, float a, float g) {
     return {grad * activate(g, kind), grad * a * slope(g, kind)};
 }
 
-// Some query tokens under one head, by a warp: gradients of A and of the gate, and delta. On the tail all are zero.
+// Some query tokens under one head, by a warp: gradients of A, times `inner_scale`, and of the gate. On the tail all
+// are zero.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks) epilogue_gradients(const __grid_constant__ Backflow<T> f) {
     const AttentionProblem<T>& p = f.problem;
@@ -67,32 +66,26 @@ __global__ void __launch_bounds__(kThreads, kBlocks) epilogue_gradients(const __
         const int64_t row = packed ? 0 : t / p.queries, n = packed ? t : t % p.queries, place = t * p.heads + head;
         const T* grad_out = f.grad_out.at(row, n, head);
         const T* gate = f.gate.data == nullptr ? nullptr : f.gate.at(row, n, head);
-        float delta = 0.0f, across = 0.0f;
+        float across = 0.0f;
 #pragma unroll 1
         for (int c = lane; c < channels; c += kWarp) {
             const int64_t at = place * channels + c;
-            float grad = t < held ? widen(grad_out[c]) : 0.0f;
-            const float a = t < held ? widen(f.attended[at]) : 0.0f;
-            if (gate != nullptr) {
-                const Flow flow = flow_back(f, grad, a, t < held ? widen(gate[c * f.gate.channel]) : 0.0f);
-                const T rounded = narrow<T>(flow.attended);
-                f.grad_attended[at] = rounded;
-                grad = widen(rounded);
-                if (f.over_channels)
-                    across += flow.gate;
-                else if (over_tokens)
-                    line[c] += flow.gate;
-                else if (f.gate_sums != nullptr)
-                    f.gate_sums[at] = flow.gate;
-                else
-                    f.grad_gate[at] = narrow<T>(flow.gate);
-            }
-            delta += grad * a;
+            Flow flow{t < held ? widen(grad_out[c]) : 0.0f, 0.0f};
+            if (t < held && gate != nullptr)
+                flow = flow_back(f, flow.attended, f.attended[at], widen(gate[c * f.gate.channel]));
+            f.grad_attended[at] = narrow<T>(flow.attended * p.inner_scale);
+            if (gate == nullptr) continue;
+            if (f.over_channels)
+                across += flow.gate;
+            else if (over_tokens)
+                line[c] += flow.gate;
+            else if (f.gate_sums != nullptr)
+                f.gate_sums[at] = flow.gate;
+            else
+                f.grad_gate[at] = narrow<T>(flow.gate);
         }
-        delta = warp_sum(delta);
         across = warp_sum(across);
         total += across;
-        if (lane == 0 && f.delta != nullptr) f.delta[place] = delta;
         if (lane == 0 && f.over_channels && !over_tokens) f.gate_sums[place] = across;
     }
     if (!over_tokens || first >= f.tokens) return;
@@ -109,14 +102,13 @@ Backflow<T> backflow_of(const AttentionInputs& in, const AttentionGradients& gra
     Backflow<T> f{AttentionProblem<T>(in)};
     f.tokens = f.problem.query_tokens();
     f.grad_out = Heads<const T>(grads.grad_out);
-    f.gating = in.gating;
-    f.attended = static_cast<const T*>(grads.attended->data);
     f.block = static_cast<int>(gate_block);
-    if (sides.delta && !sides.share) f.delta = static_cast<float*>(sides.delta->data);
+    f.grad_attended = static_cast<T*>(sides.grad_attended->data);
     if (!in.gate) return f;
     const TensorView& grad_gate = *grads.grad_gate;
+    f.gating = in.gating;
     f.gate = Heads<const T>(*in.gate);
-    f.grad_attended = static_cast<T*>(sides.grad_attended->data);
+    f.attended = static_cast<const float*>(grads.attended->data);
     f.over_channels = grad_gate.shape[grad_gate.axes - 1] != f.problem.value_channels;
     if (grad_gate.dtype == DType::float32)
         f.gate_sums = static_cast<float*>(grad_gate.data);
@@ -129,7 +121,7 @@ Backflow<T> backflow_of(const AttentionInputs& in, const AttentionGradients& gra
 
 void epilogue_backward(const AttentionInputs& in, const AttentionGradients& grads, const AttentionSides& sides,
                        int64_t gate_block, const Stream& stream) {
-    if (!in.gate && (sides.share || !in.score.softmax)) return;
+    if (!sides.grad_attended) return;
     with_element(in.k.dtype, [&](auto element) {
         using T = decltype(element);
         const Backflow<T> f = backflow_of<T>(in, grads, sides, gate_block);
@@ -145,6 +137,7 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
     check_backward(stream.checks(), in, grads, sides, gate_block, pieces, parts, queue);
     epilogue_backward(in, grads, sides, gate_block, stream);
     const TensorView& grad_attended = sides.grad_attended ? *sides.grad_attended : grads.grad_out;
+    shares_backward(in, grad_attended, sides, pieces, queue, tf32, stream);
     queries_backward(in, grad_attended, grads, sides, pieces, parts, queue, tf32, stream);
     keys_backward(in, grad_attended, grads, sides, queue, tf32, stream);
 }

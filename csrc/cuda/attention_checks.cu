@@ -93,12 +93,12 @@ void check_backward(const Checks& check, const AttentionInputs& in, const Attent
     check_queue(check, queue);
     const DType dtype = in.k.dtype;
     const bool is_shared = in.layout == QueryLayout::shared;
-    const bool softmax = in.score.softmax, exact = softmax && dtype == DType::float32, gated = in.gate.has_value();
+    const bool softmax = in.score.softmax, gated = in.gate.has_value();
     check_like_output(check, in, "grad_out", grads.grad_out, dtype, value_axis(in));
     check.contiguous_last_axis("grad_out", grads.grad_out);
     if (parts < 1 || (parts > 1 && !is_shared))
         check.refuse("parts", "1, or more for shared queries", std::to_string(parts));
-    check_pieces(check, in, pieces, {"D", in.k.shape[2]}, !is_shared, exact);
+    check_pieces(check, in, pieces, {"D", in.k.shape[2]}, !is_shared, softmax);
     if (is_shared) {
         const int64_t* q = in.q.shape;
         if (grads.grad_q.shape[0] % parts != 0)
@@ -109,19 +109,20 @@ void check_backward(const Checks& check, const AttentionInputs& in, const Attent
         check.gradient("grad_q", grads.grad_q, "q", in.q);
     }
     check_key_gradients(check, in, grads);
-    check_pair(check, "attended", gated || (softmax && !exact), grads.attended);
-    if (grads.attended) {
-        check_like_output(check, in, "attended", *grads.attended, dtype, value_axis(in));
-        check.contiguous("attended", *grads.attended);
-    }
+    check_pair(check, "attended", gated, grads.attended);
     check_per_query(check, in, "lse", softmax, sides.lse);
     check_per_query(check, in, "delta", softmax, sides.delta);
-    check_per_query(check, in, "share", exact, sides.share);
-    check_pair(check, "grad_attended", gated, sides.grad_attended);
+    check_per_query(check, in, "share", softmax, sides.share);
+    const bool scaled = !softmax && in.post_scale != 1.0;
+    check_pair(check, "grad_attended", gated || scaled, sides.grad_attended);
+    if (sides.grad_attended) {
+        check_like_output(check, in, "grad_attended", *sides.grad_attended, dtype, value_axis(in));
+        check.contiguous("grad_attended", *sides.grad_attended);
+    }
     check_pair(check, "grad_gate", gated, grads.grad_gate);
     if (!gated) return;
-    check_like_output(check, in, "grad_attended", *sides.grad_attended, dtype, value_axis(in));
-    check.contiguous("grad_attended", *sides.grad_attended);
+    check_like_output(check, in, "attended", *grads.attended, DType::float32, value_axis(in));
+    check.contiguous("attended", *grads.attended);
     check_gate_gradient(check, in, *grads.grad_gate, gate_block);
 }
 

@@ -29,16 +29,17 @@ struct Running {
     float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
 };
 
-// Products of a tile of keys, the first one being key `first`, become weights; the sums under the scale so far are to
-// be multiplied by `factor`.
+// Products of a tile of keys, the first one being key `first`, become weights, `unit` being that of the largest score;
+// the sums under the scale so far are to be multiplied by `factor`.
 template <typename T, int N>
-__device__ void fold(const AttentionProblem<T>& p, Sums (&s)[N], const Sight (&sight)[2], int first, float2* scratch,
-                     Running& running, float (&factor)[2]) {
+__device__ void fold(const AttentionProblem<T>& p, Sums (&s)[N], const Sight (&sight)[2], int first, float unit,
+                     float2* scratch, Running& running, float (&factor)[2]) {
     const float hidden = p.score.softmax ? -INFINITY : 0.0f;
-    for_each(s, [&](int half, int column, float& x) { x = sight[half].sees(first + column) ? x * p.scale : hidden; });
+    for_each(s, [&](int half, int column, float& x) { x = sight[half].sees(first + column) ? p.scored(x) : hidden; });
     if (!p.score.softmax) {
         Sums none[N];
-        map_one_by_one(s, none, scratch, [&](float& x, float&) { x = p.post_scale * activate(x, p.score.activation); });
+        map_one_by_one(s, none, scratch,
+                       [&](float& x, float&) { x = p.inner_scale * activate(x, p.score.activation); });
         factor[0] = factor[1] = 1.0f;
         return;
     }
@@ -53,7 +54,7 @@ __device__ void fold(const AttentionProblem<T>& p, Sums (&s)[N], const Sight (&s
         running.total[i] *= factor[i];
     }
     for_each(s, [&](int half, int, float& x) {
-        x = exp2f((x - base[half]) * kLog2E);
+        x = exp2f((x - base[half]) * kLog2E) * unit;
         running.total[half] += x;
     });
 }
@@ -63,26 +64,29 @@ template <typename T, int WIDTH>
 __device__ void finish(const Forward<T>& f, const Task& task, const Units& units,
                        const AttentionMemory<T, WIDTH>& memory, const Running& running) {
     const AttentionProblem<T>& p = f.problem;
-    float total[2] = {row_sum(running.total[0]), row_sum(running.total[1])};
+    const float sums[2] = {row_sum(running.total[0]), row_sum(running.total[1])};
+    const float unit_of_row = unit_weight<T>(task.keys.count);
 #pragma unroll 1
     for (int r = 0; r < kOwn; ++r) {
         const Units::Unit unit = units[r];
         const int lane = r % 8 * 4;
-        const float largest = __shfl_sync(kAllLanes, r < 8 ? running.largest[0] : running.largest[1], lane);
-        const float sum = __shfl_sync(kAllLanes, r < 8 ? total[0] : total[1], lane);
+        Total total{__shfl_sync(kAllLanes, r < 8 ? running.largest[0] : running.largest[1], lane),
+                    __shfl_sync(kAllLanes, r < 8 ? sums[0] : sums[1], lane), unit_of_row};
         if (unit.token >= task.queries.count) break;
         const float* staged = memory.staged + r * AttentionTiles<T, WIDTH>::kStaged;
         if (task.piece < 0) {
             const OutputPlace at(task.queries, unit.token, unit.head, p.heads, task.queries.row < p.kv_offsets.rows);
-            finish_query(f.epilogue, at, p.value_channels, largest, sum, [&](int c) { return staged[c]; });
+            const Sight sight = p.masks.sight(unit.token, task.queries.count, task.keys.count);
+            if (p.score.softmax && sight.sees_any()) total.of_some_key();
+            finish_query(f.epilogue, at, p.value_channels, total, [&](int c) { return staged[c]; });
             continue;
         }
         const int64_t at = (task.piece * p.queries + unit.token) * p.heads + unit.head;
         for (int c = lane_index(); c < p.value_channels; c += kWarp)
             f.pieces.sums[at * p.value_channels + c] = staged[c];
         if (lane_index() == 0) {
-            f.pieces.weights[2 * at] = largest;
-            f.pieces.weights[2 * at + 1] = sum;
+            f.pieces.weights[2 * at] = total.largest;
+            f.pieces.weights[2 * at + 1] = total.sum;
         }
     }
 }
@@ -98,13 +102,9 @@ __device__ void attend_units(const Forward<T>& f, const Crew& crew) {
     const Keys keys = task.keys;
     const int count = task.queries.count;
 
-    const auto tiles_of = [&](const Units& of, int rows) {
-        const TileRange found = p.masks.key_tiles(of.token, of[rows - 1].token, count, keys.count, Tiles::kOthers);
-        const int chunk = f.pieces.split / Tiles::kOthers;
-        return chunk == 0 ? found : found.within(task.chunk * chunk, (task.chunk + 1) * chunk);
-    };
     const Units all(task.begin, kv_head, p.group), own(task.begin + crew.warp * kOwn, kv_head, p.group);
-    const TileRange tiles = tiles_of(all, crew.rows()), mine = tiles_of(own, kOwn);
+    const TileRange tiles = task.key_tiles(p, all, crew.rows(), Tiles::kOthers, f.pieces.split);
+    const TileRange mine = task.key_tiles(p, own, kOwn, Tiles::kOthers, f.pieces.split);
 
     const MemoryParts parts = MemoryParts::of<T, WIDTH>(crew.warps, f.plan.stages, contents_of(p));
     const AttentionMemory<T, WIDTH> memory(crew, parts);
@@ -116,6 +116,7 @@ __device__ void attend_units(const Forward<T>& f, const Crew& crew) {
 
     Sums sums[WIDTH / 16];
     Running running;
+    const float unit = unit_weight<T>(keys.count);
     each_tile(
         crew, tiles, f.plan.stages,
         [&](int tile, int stage) { start_keys(p, memory, crew.team, keys, kv_head, tile, stage); },
@@ -124,19 +125,20 @@ __device__ void attend_units(const Forward<T>& f, const Crew& crew) {
             typename Tiles::Scores s;
             float factor[2];
             multiply_rows(s, memory.own[0], memory.others[2 * stage], p.channels);
-            fold(p, s, sight, tile * Tiles::kOthers, memory.scratch, running, factor);
+            fold(p, s, sight, tile * Tiles::kOthers, unit, memory.scratch, running, factor);
             for_each(sums, [&](int half, int, float& x) { x *= factor[half]; });
             add_weighed(sums, s, memory.others[2 * stage + (p.v_is_k ? 0 : 1)], 0);
         });
     wait_copies<0>();
     crew.meet();
-    stage(memory, sums, 1.0f);
+    stage(memory, sums, p.outer_scale);
     __syncwarp();
     finish(f, task, own, memory, running);
 }
 
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kMostWarps* kWarp, blocks_for(WIDTH)) attend(const __grid_constant__ Forward<T> f) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, blocks_for<T>(WIDTH))
+    attend(const __grid_constant__ Forward<T> f) {
     each_item<kStays<T, WIDTH>>(f.plan, [&](const Crew& crew) { attend_units<T, WIDTH>(f, crew); });
 }
 
@@ -149,17 +151,18 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) merge_pieces(const __grid_c
     const Joint joint = joint_of(p, f.pieces, int64_t{blockIdx.x} * kMostWarps + threadIdx.x / kWarp);
     if (joint.chunks == 0) return;
     const float* weights = f.pieces.weights;
-    float largest = -INFINITY, total = 0.0f;
+    Total total{-INFINITY, 0.0f, unit_weight<T>(joint.keys)};
     if (p.score.softmax)
-        for (int i = 0; i < joint.chunks; ++i) largest = fmaxf(largest, weights[2 * joint.at(i)]);
-    const float base = largest == -INFINITY ? 0.0f : largest;
+        for (int i = 0; i < joint.chunks; ++i) total.largest = fmaxf(total.largest, weights[2 * joint.at(i)]);
+    const float base = total.largest == -INFINITY ? 0.0f : total.largest;
     const auto share = [&](int chunk) {
         return p.score.softmax ? exp2f((weights[2 * joint.at(chunk)] - base) * kLog2E) : 1.0f;
     };
     if (p.score.softmax)
-        for (int i = 0; i < joint.chunks; ++i) total += weights[2 * joint.at(i) + 1] * share(i);
+        for (int i = 0; i < joint.chunks; ++i) total.sum += weights[2 * joint.at(i) + 1] * share(i);
+    if (p.score.softmax) total.of_some_key();
     const OutputPlace place(p.queries_of(joint.row), joint.unit / p.heads, joint.unit % p.heads, p.heads, true);
-    finish_query(f.epilogue, place, p.value_channels, largest, total, [&](int c) {
+    finish_query(f.epilogue, place, p.value_channels, total, [&](int c) {
         float sum = 0.0f;
         for (int i = 0; i < joint.chunks; ++i) sum += f.pieces.sums[joint.at(i) * p.value_channels + c] * share(i);
         return sum;
@@ -191,7 +194,7 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, co
         if (in.gate) epilogue.gate = Heads<const T>(*in.gate);
         if (to.residual) epilogue.residual = Heads<const T>(*to.residual);
         epilogue.out = static_cast<T*>(to.out.data);
-        if (to.attended) epilogue.attended = static_cast<T*>(to.attended->data);
+        if (to.attended) epilogue.attended = static_cast<float*>(to.attended->data);
         if (to.lse) epilogue.lse = static_cast<float*>(to.lse->data);
         Forward<T> f{AttentionProblem<T>(in), epilogue, Pieces(pieces), {}};
         with_width(in, [&](auto width) { start_attend<T, width.value>(f, queue, stream); });

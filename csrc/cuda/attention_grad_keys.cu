@@ -37,11 +37,10 @@ struct OwnKeys {
     int begin, skip;
     bool held;  // by a row; else the tail
 
-    // The place of token `begin + r`; no query sees one that is beyond all.
-    __device__ int place(int r) const {
-        const int t = begin + r;
-        return held && t < row.count && t >= skip ? t - skip : INT_MAX;
-    }
+    // Whether queries may see token `begin + r`.
+    __device__ bool is_key(int r) const { return held && begin + r < row.count && begin + r >= skip; }
+    // Its place; no query sees one that is beyond all.
+    __device__ int place(int r) const { return is_key(r) ? begin + r - skip : INT_MAX; }
     // Tiles of queries that see some of `rows` tokens from here on.
     template <typename T>
     __device__ TileRange query_tiles(const AttentionProblem<T>& p, const Queries& queries, int rows, int tile) const {
@@ -67,11 +66,11 @@ __device__ void start_queries(const KeyGradient<T>& g, const AttentionMemory<T, 
     start_tile(memory.others[2 * stage], p.channels, p.q.alignment, team, unit(p.q));
     start_tile(memory.others[2 * stage + 1], p.value_channels, g.grad.alignment, team, unit(g.grad));
     close_copies();
-    if (team.index < kOthers)
-        memory.sides[stage * kOthers + team.index] = g.side(queries, units[team.index], keys, true);
+    if (team.index < kOthers) memory.sides[stage * kOthers + team.index] = g.side(queries, units[team.index], keys);
 }
 
-// Writes `sums` of the channels from `first` on to [tokens, heads, channels], by way of shared memory.
+// Writes `sums` of the channels from `first` on to [tokens, heads, channels], by way of shared memory. Tokens that no
+// query may see get zeros, whatever stands in tiles that they share with others: NaN by a weight of zero is NaN.
 template <typename T, int WIDTH, int C>
 __device__ void write_keys(T* to, const AttentionMemory<T, WIDTH>& memory, Sums (&sums)[C], float factor,
                            const OwnKeys& own, int kv_head, int kv_heads, int channels, int first) {
@@ -81,7 +80,7 @@ __device__ void write_keys(T* to, const AttentionMemory<T, WIDTH>& memory, Sums 
     for (int r = 0; r < kOwn && own.begin + r < own.row.count; ++r) {
         T* row = to + ((own.row.first + own.begin + r) * kv_heads + kv_head) * channels + first;
         for (int c = lane_index(); c < min(channels - first, C * 16); c += kWarp)
-            row[c] = narrow<T>(memory.staged[r * AttentionTiles<T, WIDTH>::kStaged + c]);
+            row[c] = narrow<T>(own.is_key(r) ? memory.staged[r * AttentionTiles<T, WIDTH>::kStaged + c] : 0.0f);
     }
     __syncwarp();
 }
@@ -104,9 +103,7 @@ __device__ void grad_tokens(const KeyGradient<T>& g, const Crew& crew) {
 
     const AttentionMemory<T, WIDTH> memory(crew, MemoryParts::of<T, WIDTH>(crew.warps, g.plan.stages, contents_of(p)));
     const auto token = [&](const Heads<const T>& from) {
-        return [&](int r) {
-            return own.place(r) < INT_MAX ? from.at(0, slot.span.first + own.begin + r, kv_head) : nullptr;
-        };
+        return [&](int r) { return own.is_key(r) ? from.at(0, slot.span.first + own.begin + r, kv_head) : nullptr; };
     };
     start_tile(memory.own[0], p.channels, p.k.alignment, warp_team(), token(p.k));
     if (!p.v_is_k) start_tile(memory.own[1], p.value_channels, p.v.alignment, warp_team(), token(p.v));
@@ -134,11 +131,12 @@ __device__ void grad_tokens(const KeyGradient<T>& g, const Crew& crew) {
     wait_copies<0>();
     crew.meet();
     if (p.v_is_k) {
-        for_each_pair(sums_k, sums_v, [&](int, int, float& x, float& y) { x = x * p.scale + y; });
-        write_keys(g.grad_k, memory, sums_k, 1.0f, own, kv_head, p.kv_heads, p.channels, first);
+        for_each_pair(sums_k, sums_v, [&](int, int, float& x, float& y) { x = x * p.rest_scale + y; });
+        write_keys(g.grad_k, memory, sums_k, p.outer_scale, own, kv_head, p.kv_heads, p.channels, first);
     } else {
-        write_keys(g.grad_k, memory, sums_k, p.scale, own, kv_head, p.kv_heads, p.channels, first);
-        write_keys(g.grad_v, memory, sums_v, 1.0f, own, kv_head, p.kv_heads, p.value_channels, first);
+        const float scale = p.rest_scale * p.outer_scale;
+        write_keys(g.grad_k, memory, sums_k, scale, own, kv_head, p.kv_heads, p.channels, first);
+        write_keys(g.grad_v, memory, sums_v, p.outer_scale, own, kv_head, p.kv_heads, p.value_channels, first);
     }
 }
 

@@ -1,4 +1,4 @@
-// dQ of the attention kernels, and, before it, the sums that delta and share come from.
+// dQ of the attention kernels.
 #include <cstdint>
 
 #include "cuda/attention_gradient.cuh"
@@ -18,8 +18,7 @@ struct QueryGradient : Gradient<T> {
     float* sums = nullptr;    // sums over runs of rows and parts of their keys
     int64_t rows_of_run = 1;  // 1 also where queries are not shared
     int parts = 1;
-    bool makes_shares = false;  // instead of a gradient
-    Pieces pieces;              // of rows that are split; `weights` are sums of P and of P * dP
+    Pieces pieces;  // of rows that are split
 };
 
 template <typename T>
@@ -30,46 +29,6 @@ __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
 // Channels whose sums a warp can hold beside its operands; wider heads are done in chunks.
 template <typename T, int WIDTH>
 constexpr int kChunk = sizeof(T) == 2 || WIDTH < 128 ? WIDTH : 128;
-
-template <typename T, int WIDTH>
-__host__ __device__ int chunks_of(const QueryGradient<T>& g) {
-    return g.makes_shares ? 1 : WIDTH / kChunk<T, WIDTH>;
-}
-
-// As `blocks_for`: two operands of a warp's own and two tiles of scores take more registers.
-template <typename T>
-constexpr int query_blocks_for(int width) {
-    return sizeof(T) == 2 && width <= 64 ? 3 : 2;
-}
-
-// Sums of P and of P * dP of the two rows of a lane, over the columns of this lane.
-struct ShareSums {
-    float total[2] = {}, mean[2] = {};
-};
-
-template <typename T>
-__device__ void write_share(const QueryGradient<T>& g, int64_t place, float total, float mean) {
-    const float divisor = total == 0.0f ? 1.0f : total;
-    g.delta[place] = mean / divisor;
-    g.share[place] = 1.0f / divisor;
-}
-
-template <typename T>
-__device__ void write_shares(const QueryGradient<T>& g, const Task& task, const Units& own, const ShareSums& sums) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const float total = row_sum(sums.total[half]), mean = row_sum(sums.mean[half]);
-        const Units::Unit unit = own[lane_index() / 4 + half * 8];
-        if (lane_index() % 4 != 0 || unit.token >= task.queries.count) continue;
-        if (task.piece < 0) {
-            write_share(g, g.place(task.queries, unit), total, mean);
-            continue;
-        }
-        const int64_t at = (task.piece * g.problem.queries + unit.token) * g.problem.heads + unit.head;
-        g.pieces.weights[2 * at] = total;
-        g.pieces.weights[2 * at + 1] = mean;
-    }
-}
 
 // Finished sums of the channels from `first` on, query by query.
 template <typename T, int WIDTH>
@@ -100,8 +59,8 @@ template <typename T, int WIDTH>
 __device__ void grad_units(const QueryGradient<T>& g, const Crew& crew) {
     using Tiles = AttentionTiles<T, WIDTH>;
     const AttentionProblem<T>& p = g.problem;
-    const int chunks = chunks_of<T, WIDTH>(g), first = crew.part() % chunks * kChunk<T, WIDTH>;
-    const int kv_head = crew.part() / chunks;
+    constexpr int kChunks = WIDTH / kChunk<T, WIDTH>;
+    const int first = crew.part() % kChunks * kChunk<T, WIDTH>, kv_head = crew.part() / kChunks;
     const Task task = task_of(p, g.pieces, crew);
     if (task.idle) return;
     const Units all(task.begin, kv_head, p.group), own(task.begin + crew.warp * kOwn, kv_head, p.group);
@@ -125,17 +84,15 @@ __device__ void grad_units(const QueryGradient<T>& g, const Crew& crew) {
             return found.within(found.stop * int64_t{part} / g.parts, found.stop * int64_t{part + 1} / g.parts);
         };
         const TileRange tiles = tiles_of(all, crew.rows()), mine = tiles_of(own, kOwn);
-        if (tiles.count() == 0 && !g.makes_shares) continue;
+        if (tiles.count() == 0) continue;
         crew.meet();  // nobody reads what the row before left
         start_own(memory.own[0], p.q, p.channels, row, own);
         start_own(memory.own[1], g.grad, p.value_channels, row, own);
         close_copies();
         Side sides[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            sides[half] = g.side(row, own[lane_index() / 4 + half * 8], keys.count, !g.makes_shares);
+        for (int half = 0; half < 2; ++half) sides[half] = g.side(row, own[lane_index() / 4 + half * 8], keys.count);
 
-        ShareSums shares;
         each_tile(
             crew, tiles, g.plan.stages,
             [&](int tile, int stage) { start_keys(p, memory, crew.team, keys, kv_head, tile, stage); },
@@ -147,20 +104,12 @@ __device__ void grad_units(const QueryGradient<T>& g, const Crew& crew) {
                 weigh(
                     p, s, grad, memory.scratch, [&](int half, int) -> const Side& { return sides[half]; },
                     [&](int half, int column) { return sides[half].sight.sees(tile * Tiles::kOthers + column); });
-                if (sizeof(T) == 4 && g.makes_shares)
-                    for_each_pair(s, grad, [&](int half, int, float& weight, float& of_mean) {
-                        shares.total[half] += weight;
-                        shares.mean[half] += of_mean;
-                    });
-                else
-                    add_weighed(sums, grad, memory.others[2 * stage], first);
+                add_weighed(sums, grad, memory.others[2 * stage], first);
             });
-        if (sizeof(T) == 4 && g.makes_shares) write_shares(g, task, own, shares);
     }
     wait_copies<0>();
-    if (g.makes_shares) return;
     crew.meet();
-    stage(memory, sums, p.scale);
+    stage(memory, sums, p.rest_scale * p.outer_scale);
     __syncwarp();
     write_queries(g, task, own, memory, first);
 }
@@ -178,15 +127,6 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) add_pieces(const __grid_con
     const Joint joint = joint_of(p, g.pieces, int64_t{blockIdx.x} * kMostWarps + threadIdx.x / kWarp);
     if (joint.chunks == 0) return;
     const int64_t place = joint.row * joint.units + joint.unit;
-    if (g.makes_shares) {
-        float total = 0.0f, mean = 0.0f;
-        for (int i = 0; i < joint.chunks; ++i) {
-            total += g.pieces.weights[2 * joint.at(i)];
-            mean += g.pieces.weights[2 * joint.at(i) + 1];
-        }
-        if (lane_index() == 0) write_share(g, place, total, mean);
-        return;
-    }
     for (int c = lane_index(); c < p.channels; c += kWarp) {
         float sum = 0.0f;
         for (int i = 0; i < joint.chunks; ++i) sum += g.pieces.sums[joint.at(i) * p.channels + c];
@@ -199,7 +139,7 @@ void start_grad_queries(QueryGradient<T>& g, int64_t rows, const TensorView& que
     const AttentionProblem<T>& p = g.problem;
     g.plan = plan_of<T, WIDTH>({p.mean_units(), p.mean_keys(), contents_of(p)});
     g.plan.slots = slots_of(p, g.pieces, rows, g.plan.rows());
-    g.plan.parts = p.kv_heads * chunks_of<T, WIDTH>(g);
+    g.plan.parts = p.kv_heads * (WIDTH / kChunk<T, WIDTH>);
     start_query_crews<kStays<T, WIDTH>>(grad_queries<T, WIDTH>, g, queue, stream);
     join_chunks(add_pieces<T>, g, stream);
 }
@@ -214,22 +154,16 @@ void queries_backward(const AttentionInputs& in, const TensorView& grad_attended
         using T = decltype(element);
         QueryGradient<T> g(in, grad_attended, sides);
         const int64_t rows = g.problem.rows();
-        g.pieces = Pieces(pieces);
         with_width(in, [&](auto width) {
-            if (sides.share) {
-                QueryGradient<T> first = g;
-                first.makes_shares = true;
-                start_grad_queries<T, width.value>(first, rows, queue, stream);
-            }
             if (in.layout != QueryLayout::shared) {
                 g.grad_q = static_cast<T*>(grads.grad_q.data);
+                g.pieces = Pieces(pieces);
                 return start_grad_queries<T, width.value>(g, rows, queue, stream);
             }
             const int64_t runs = grads.grad_q.shape[0] / parts;
             g.sums = static_cast<float*>(grads.grad_q.data);
             g.parts = static_cast<int>(parts);
             g.rows_of_run = runs > 0 ? (rows + runs - 1) / runs : 1;
-            g.pieces = {};
             start_grad_queries<T, width.value>(g, runs * parts, queue, stream);
         });
     });

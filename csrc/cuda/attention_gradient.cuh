@@ -1,11 +1,14 @@
-// What dQ's pass and that of dK and dV share. With the weights P = softmax(S) or post_scale * act(S), and dP = dA V':
+// What dQ's pass and that of dK and dV share. With the weights P = softmax(S) or act(S), dA the gradient of A times
+// post_scale, and dP = dA V':
 //
-//     dS = P * (dP - delta), delta = sum of dA * A over channels      (softmax; else post_scale * act'(S) * dP)
+//     dS = P * (dP - delta), delta = sum of P * dP over keys      (softmax; else act'(S) * dP)
 //     dQ = scale dS K,   dK = scale dS' Q,   dV = P' dA
 //
-// The rounding of a log-sum-exp of float32 is an error of all weights of its query, and the products in delta do not
-// cancel against those in dP bit by bit, as they must where a query has one key. So for float32 the sums of P and of
-// P * dP are made first; their quotient is delta, and one by the first is the query's share.
+// The rounding of a log-sum-exp of float32 is an error of all weights of its query, and of large scores no small one;
+// and the products in delta, were it the sum of dA * A over channels, would not cancel against those in dP bit by bit,
+// as they must where a query has one key, or gives all its weight to one. So the sums of P and of P * dP are made
+// first (attention_shares.cu), of the very numbers that come after: their quotient is delta, and one by the first is
+// the query's share.
 #pragma once
 
 #include <cstdint>
@@ -16,11 +19,11 @@
 namespace interformer {
 namespace cuda {
 
-// What both kernels read.
+// What these kernels read.
 template <typename T>
 struct Gradient {
     AttentionProblem<T> problem;
-    Heads<const T> grad;                                       // of A
+    Heads<const T> grad;                                       // of A, times `inner_scale`
     float *lse = nullptr, *delta = nullptr, *share = nullptr;  // by query, as `AttentionSides` has them
     Plan plan{};
 
@@ -35,14 +38,13 @@ struct Gradient {
     __device__ int64_t place(const Queries& queries, const Units::Unit& unit) const {
         return (queries.first + unit.token) * problem.heads + unit.head;
     }
-    // `known`: delta and share are there.
-    __device__ Side side(const Queries& queries, const Units::Unit& unit, int keys, bool known) const {
+    __device__ Side side(const Queries& queries, const Units::Unit& unit, int keys) const {
         Side found{problem.masks.sight(unit.token, queries.count, keys), 0.0f, 0.0f, 1.0f, {}};
         if (unit.token >= queries.count || lse == nullptr) return found;
         const int64_t at = place(queries, unit);
         found.lse = lse[at];
-        if (known) found.delta = delta[at];
-        if (known && share != nullptr) found.share = share[at];
+        found.delta = delta[at];
+        found.share = share[at];
         return found;
     }
 };
@@ -60,30 +62,34 @@ __device__ inline void for_each_pair(Sums (&first)[N], Sums (&second)[N], Each&&
     }
 }
 
-// Products `s` become weights, and their gradients `grad` those of the products but for `scale`. `side(half, column)`
-// is that of the query, and `seen(half, column)` whether it sees the key.
+// Products `s` become weights of a softmax, and their gradients `grad` those of the scores, times `factor`.
+// `side(half, column)` is that of the query, and `seen(half, column)` whether it sees the key.
+template <typename T, int N, typename SideOf, typename Seen>
+__device__ inline void weigh_softmax(const AttentionProblem<T>& p, Sums (&s)[N], Sums (&grad)[N], float factor,
+                                     SideOf&& side, Seen&& seen) {
+    for_each_pair(s, grad, [&](int half, int column, float& x, float& g) {
+        const Side& query = side(half, column);
+        const float weight = exp2f((p.scored(x) - query.lse) * kLog2E) * query.share;
+        const bool counts = seen(half, column);
+        x = counts ? weight : 0.0f;
+        g = counts ? weight * (g - query.delta) * factor : 0.0f;
+    });
+}
+
+// The same of any score, times `slope_scale`.
 template <typename T, int N, typename SideOf, typename Seen>
 __device__ inline void weigh(const AttentionProblem<T>& p, Sums (&s)[N], Sums (&grad)[N], float2* scratch,
                              SideOf&& side, Seen&& seen) {
-    if (p.score.softmax) {
-        for_each_pair(s, grad, [&](int half, int column, float& x, float& g) {
-            const Side& query = side(half, column);
-            const float weight = exp2f((x * p.scale - query.lse) * kLog2E) * query.share;
-            const bool counts = seen(half, column);
-            x = counts ? weight : 0.0f;
-            g = counts ? weight * (g - query.delta) : 0.0f;
-        });
-        return;
-    }
+    if (p.score.softmax) return weigh_softmax(p, s, grad, p.slope_scale, side, seen);
     // Every map of 0 is 0.
     for_each_pair(s, grad, [&](int half, int column, float& x, float& g) {
         const bool counts = seen(half, column);
-        x = counts ? x * p.scale : 0.0f;
-        g = counts ? g * p.post_scale : 0.0f;
+        x = counts ? p.scored(x) : 0.0f;
+        g = counts ? g * p.slope_scale : 0.0f;
     });
     map_one_by_one(s, grad, scratch, [&](float& x, float& g) {
         g *= slope(x, p.score.activation);
-        x = p.post_scale * activate(x, p.score.activation);
+        x = activate(x, p.score.activation);
     });
 }
 

@@ -35,6 +35,12 @@ constexpr int memory_of(const Shape& shape, int warps, int stages) {
     return kToldNext + std::max(MemoryParts::of<T, WIDTH>(warps, stages, shape.holds).sum(), finished);
 }
 
+// As `blocks_for`: two operands of a warp's own and two tiles of scores take more registers.
+template <typename T>
+constexpr int query_blocks_for(int width) {
+    return sizeof(T) == 2 && width <= 64 ? 3 : 2;
+}
+
 // Warps work together where rows are long enough for two of them or more: then others are read once for all. All but
 // slots and parts is set, and no choice here changes a bit of the results.
 template <typename T, int WIDTH>

@@ -5,7 +5,9 @@
 // 16 of; with few tokens and many heads to a key/value head, such a tile is still full.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/attention_call.h"
 #include "cuda/elements.h"
@@ -72,6 +74,7 @@ struct Sight {
     int from, to, prefix;
 
     __device__ bool sees(int key) const { return (key >= from && key < to) || key < prefix; }
+    __device__ bool sees_any() const { return from < to || prefix > 0; }
 };
 
 // Tiles [0, before) and [start, stop).
@@ -143,10 +146,18 @@ struct AttentionProblem {
     Masks masks;
     Heads<const T> q, k, v;
     bool v_is_k;
-    float scale, post_scale;
+    float scale;
+    // Factors of post_scale: of a weight (in the backward, of the gradient of A), and of sums over weights.
+    float inner_scale, outer_scale;
+    // Factors of scale in gradients of queries and keys: of dS, and of sums over dS.
+    float slope_scale, rest_scale;
     Score score;
 
     explicit AttentionProblem(const AttentionInputs& in);
+
+    // Of the product of a query and a key. Rounded here, wherever it is asked for: a compiler that joined it with what
+    // comes after would make large scores other numbers in one pass than in the next.
+    __device__ float scored(float product) const { return __fmul_rn(product, scale); }
 
     int64_t rows() const { return kv_offsets.rows; }
     int64_t query_tokens() const { return layout == QueryLayout::packed ? q_offsets.tokens : rows() * queries; }
@@ -190,6 +201,26 @@ inline int clamped(int64_t limit) {
     return static_cast<int>(limit < INT32_MAX ? limit : INT32_MAX);
 }
 
+// What weights are multiplied by before they are summed up, of a `post_scale`: all of it where it makes them smaller,
+// so that a sum does not overflow which is finite after it. But small weights of float16, as operands, lose digits.
+template <typename T>
+double inner_part(double post_scale) {
+    constexpr double least = std::is_same_v<T, Float16> ? 1.0 / 64 : 0.0;
+    const double size = std::abs(post_scale);
+    return size > 1.0 ? 1.0 : size < least ? least : post_scale;
+}
+template <typename T>
+double outer_part(double post_scale) {
+    const double inner = inner_part<T>(post_scale);
+    return inner == post_scale ? 1.0 : post_scale / inner;
+}
+
+// Whether gradients of scores are multiplied by `scale` before sums over them, likewise.
+template <typename T>
+bool is_safer_inside(double scale) {
+    return !std::is_same_v<T, Float16> && std::abs(scale) <= 1.0;
+}
+
 template <typename T>
 AttentionProblem<T>::AttentionProblem(const AttentionInputs& in)
     : q_offsets(in.layout == QueryLayout::packed && in.q_offsets ? *in.q_offsets : in.kv_offsets, in.q.shape[0]),
@@ -209,7 +240,10 @@ AttentionProblem<T>::AttentionProblem(const AttentionInputs& in)
       v(in.v ? *in.v : in.k),
       v_is_k(!in.v),
       scale(static_cast<float>(in.scale)),
-      post_scale(static_cast<float>(in.post_scale)),
+      inner_scale(in.score.softmax ? 1.0f : static_cast<float>(inner_part<T>(in.post_scale))),
+      outer_scale(in.score.softmax ? 1.0f : static_cast<float>(outer_part<T>(in.post_scale))),
+      slope_scale(is_safer_inside<T>(in.scale) ? scale : 1.0f),
+      rest_scale(is_safer_inside<T>(in.scale) ? 1.0f : scale),
       score(in.score) {}
 
 }  // namespace cuda

@@ -33,6 +33,13 @@ struct Task {
     int chunk;
     int64_t piece;  // of a row that is split; else -1
     bool idle;
+
+    // Tiles of `tile` keys that some of `rows` units see, of the task's chunk of `split` keys.
+    template <typename T>
+    __device__ TileRange key_tiles(const AttentionProblem<T>& p, const Units& of, int rows, int tile, int split) const {
+        const TileRange found = p.masks.key_tiles(of.token, of[rows - 1].token, queries.count, keys.count, tile);
+        return split == 0 ? found : found.within(chunk * (split / tile), (chunk + 1) * (split / tile));
+    }
 };
 
 // Of the slot of a crew.
@@ -88,7 +95,8 @@ void start_query_crews(void (*kernel)(Arguments), Arguments& of, const TensorVie
 struct Joint {
     int64_t row, first;  // row, and piece of its first chunk
     int unit, units;     // of the row: query token times heads plus head
-    int chunks;          // 0: there is no split row here
+    int keys;
+    int chunks;  // 0: there is no split row here
 
     // Where the numbers of a chunk are.
     __device__ int64_t at(int chunk) const { return (first + chunk) * units + unit; }
@@ -103,7 +111,8 @@ __device__ inline Joint joint_of(const AttentionProblem<T>& p, const Pieces& pie
     if (row.count == 0) return found;
     found.row = row.row;
     found.first = piece_of(row.first, 0, pieces.split);
-    found.chunks = (p.keys_of(row).count + pieces.split - 1) / pieces.split;
+    found.keys = p.keys_of(row).count;
+    found.chunks = (found.keys + pieces.split - 1) / pieces.split;
     return found;
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/attention_problem.cuh"
 #include "cuda/crew.cuh"
@@ -30,8 +31,10 @@ struct AttentionTiles {
 };
 
 // Blocks of kMostWarps warps that a multiprocessor shall hold: it bounds the registers of a thread to 128, 168 or 255.
+// Exact products take more registers.
+template <typename T>
 constexpr int blocks_for(int width) {
-    return width <= 32 ? 4 : width <= 64 ? 3 : 2;
+    return width <= (std::is_same_v<T, float> ? 16 : 32) ? 4 : width <= 64 ? 3 : 2;
 }
 
 // ---------------------------------------------------------------- shared memory

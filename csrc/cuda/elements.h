@@ -15,6 +15,14 @@ struct Tf32 {
     float value;
 };
 
+// The largest finite number.
+template <typename T>
+constexpr float kLargest = 3.4028234663852886e38f;
+template <>
+inline constexpr float kLargest<BFloat16> = 3.3895313892515355e38f;
+template <>
+inline constexpr float kLargest<Float16> = 65504.0f;
+
 // Calls `function` with a value of the element type of this dtype, for the sake of its type.
 template <typename Function>
 void with_element(DType dtype, Function&& function) {

@@ -22,7 +22,15 @@ from interformer_kernels._cli.tables import print_table
 
 # Kernels that multiply no tiles; all others do, and do it on tensor cores but for float32 that shall be exact.
 WITHOUT_PRODUCTS = frozenset(
-    {"rotate_rows", "merge_pieces", "add_pieces", "join_weight_gradients", "epilogue_gradients", "list_long_rows"}
+    {
+        "rotate_rows",
+        "merge_pieces",
+        "add_pieces",
+        "add_shares",
+        "join_weight_gradients",
+        "epilogue_gradients",
+        "list_long_rows",
+    }
 )
 MOST_REGISTERS = 255
 

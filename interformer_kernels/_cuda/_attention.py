@@ -48,7 +48,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -
     shape, softmax, k = call.out_shape(), call.score == "softmax", call.k
     out = k.new_empty(shape)
     lse = k.new_empty(shape[:-1] if softmax else (0,), dtype=torch.float32)
-    attended = k.new_empty(shape if keep_attended else (0,))
+    attended = k.new_empty(shape if keep_attended else (0,), dtype=torch.float32)
     if not out.numel():
         return out, lse, attended
     split = long_rows.split(call)
@@ -73,21 +73,21 @@ def backward(
     """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
     q, k, v, gate, shape = call.q, call.k, call.v, call.gate, call.out_shape()
     softmax = call.score == "softmax"
-    exact = softmax and k.dtype == torch.float32
+    scaled = not softmax and call.post_scale != 1
     shared = call.layout == "shared"
     runs, parts = long_rows.runs(call) if shared else (1, 1)
-    split = long_rows.split(call) if exact or not shared else 0
+    split = long_rows.split(call) if softmax or not shared else 0
     grad_q = k.new_empty((runs * parts, *q.shape) if shared else q.shape, dtype=torch.float32 if shared else k.dtype)
     grad_k, grad_v = k.new_empty(k.shape), k.new_empty((0,) if v is None else v.shape)
     sums, over_tokens, _ = (k.new_empty(0), False, False) if gate is None else gate_sums(gate, shape, _GATE_BLOCK)
     _C.cuda_attention_backward(
         _made_ready(call),
         readable(grad_out),
-        attended if gate is not None or (softmax and not exact) else None,
+        attended if gate is not None else None,
         lse if softmax else None,
         torch.empty_like(lse) if softmax else None,
-        torch.empty_like(lse) if exact else None,
-        None if gate is None else k.new_empty(shape),
+        torch.empty_like(lse) if softmax else None,
+        k.new_empty(shape) if gate is not None or scaled else None,
         grad_q,
         grad_k,
         None if v is None else grad_v,
@@ -95,7 +95,7 @@ def backward(
         _GATE_BLOCK if over_tokens else 1,
         split,
         _pieces(call, split, 0 if shared else k.shape[2]),
-        _pieces(call, split, 2 if exact else 0),
+        _pieces(call, split, 2 if softmax else 0),
         parts,
         k.new_empty(_QUEUE, dtype=torch.int64),
         allows_tf32(k.dtype),

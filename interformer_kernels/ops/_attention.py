@@ -29,14 +29,14 @@ def backward_reads_attended(
 ) -> bool:
     """Whether a call's backward needs A itself: for a gate's gradient, or for the softmax's `delta = <dA, A>`.
 
-    Kernels that have all weights of a query at hand find delta from those, as do the float32 kernels of GPUs.
+    Kernels that have all weights of a query at hand find delta from those, or make a sum over them first.
     """
     if gate is not None:
         return True
     if score != "softmax" or k.dtype not in (torch.bfloat16, torch.float16):
         return False
     channels = max(k.shape[-1], 0 if v is None else v.shape[-1])
-    return (backend or _backend.choose(op, k.device.type, k.dtype, channels)) in ("triton", "cuda")
+    return (backend or _backend.choose(op, k.device.type, k.dtype, channels)) == "triton"
 
 
 def keeps_attended(op: str, bound: Bound) -> bool:

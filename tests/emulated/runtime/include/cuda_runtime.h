@@ -70,6 +70,12 @@ inline unsigned __float_as_uint(float x) {
 inline float __frcp_rn(float x) {
     return 1.0f / x;
 }
+// The compiler must not join the product with a sum that it goes into.
+inline float __fmul_rn(float x, float y) {
+    float product = x * y;
+    asm("" : "+x"(product));
+    return product;
+}
 template <typename T>
 T __ldg(const T* pointer) {
     return *pointer;
