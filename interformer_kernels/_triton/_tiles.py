@@ -71,8 +71,9 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
 # keys in the other.
 SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
     80: {
-        "forward": {2: {128: Tiles(64, 32, 8)}},
+        "forward": {2: {128: Tiles(64, 32, 8)}, 4: {256: Tiles(16, 16, 8)}},
         "grad_queries": {2: {256: Tiles(16, 32, 8)}, 4: {256: Tiles(16, 32, 8)}},
+        "grad_keys": {4: {256: Tiles(16, 16, 8)}},
         "short": {2: {128: Tiles(64, 32, 8, 1)}},
     },
     90: {
