@@ -137,7 +137,7 @@ def _over_keys(
             sums += dot(narrow(grads, b_k.dtype), b_k, PRECISION)
         else:
             total += tl.sum(weights, 1)
-            mean += tl.sum(weights * grad, 1)
+            mean += tl.sum(tl.where(m_seen, weights * grad, 0.0), 1)
     return sums, total, mean
 
 

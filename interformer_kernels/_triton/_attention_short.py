@@ -157,9 +157,11 @@ def attention_backward_short(
                         s, m_seen, nothing + float("-inf"), nothing, keys[:, None], scale, post_scale, SCORE, b_v.dtype
                     )
                     # Of scores of nothing but -inf, the weights are NaN, as they are in PyTorch.
-                    hidden = tl.where(m_seen & (largest == float("-inf"))[:, None], float("nan"), 0.0)
-                    weights = weights / tl.where(total == 0.0, 1.0, total)[:, None] + hidden
-                    grads = weights * (grad - tl.sum(weights * grad, 1)[:, None])
+                    total = tl.where(largest == float("-inf"), float("nan"), total)
+                    weights = tl.where(m_seen, weights / total[:, None], 0.0)
+                    delta = tl.sum(tl.where(m_seen, weights * grad, 0.0), 1)
+                    # What is not finite reaches nobody through a mask.
+                    grads = tl.where(m_seen, weights * (grad - delta[:, None]), 0.0)
                 else:
                     weights, grads = weigh(
                         s, grad, m_seen, nothing, nothing, nothing, scale, post_scale, SCORE, b_v.dtype

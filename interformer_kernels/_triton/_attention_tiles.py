@@ -224,7 +224,8 @@ def weigh(s, grad, m_seen, lse, excess, delta, scale, post_scale, SCORE: tl.cons
         if tl.float32 != DTYPE:
             x = x - excess
         weights = tl.where(m_seen, tl.exp2(x), 0.0)
-        grads = weights * (grad - delta)
+        # What is not finite reaches nobody through a mask.
+        grads = tl.where(m_seen, weights * (grad - delta), 0.0)
     else:
         x = s * scale
         weights = tl.where(m_seen, post_scale * activate(x, SCORE, DTYPE), 0.0)
