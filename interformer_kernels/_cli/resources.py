@@ -107,7 +107,7 @@ def _pooling(width: int, dtype: torch.dtype) -> None:
     seeds, k = _meta(2, 4, width, dtype=dtype), _meta(4096, 4, width, dtype=dtype)
     offsets = _meta(129, dtype=torch.int64)
     options = _MAPS[0], 0, *_MAPS[1:]
-    out, lse, attended = pma_pooling.forward(seeds, k, None, offsets, None, None, *options, False)
+    out, lse, attended = pma_pooling.forward(seeds, k, None, offsets, None, None, *options, dtype != torch.float32)
     pma_pooling.backward(out, attended, lse, seeds, k, None, offsets, None, *options)
 
 

@@ -16,7 +16,10 @@ def resolved(x: Given) -> Given:
 
 
 def readable(x: Given) -> Given:
-    """`x` as kernels read it in place: any strides, but a contiguous last axis; a copy where that does not hold."""
+    """`x` as kernels read it in place: any strides, but a contiguous last axis; a copy where that does not hold.
+
+    Of offsets and positions, which have one axis, kernels take no strides at all.
+    """
     x = resolved(x)
     if x is None or x.is_contiguous() or x.shape[-1] <= 1 or x.stride(-1) == 1:
         return x
@@ -29,8 +32,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def allows_tf32(dtype: torch.dtype) -> bool:
-    """Whether float32 may be multiplied by tensor cores: as PyTorch's own matrix products on a GPU are."""
-    return dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    """Whether float32 may be multiplied by tensor cores: as PyTorch's own matrix products on a GPU are.
+
+    PyTorch's older switch, `allow_tf32`, raises where it is read after the newer one was set; this one knows of both.
+    """
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def expanded(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

@@ -26,7 +26,7 @@ from interformer_kernels._triton.apply_rotary import rotated
 
 _FEWEST = 16  # rows of a tile that tensor cores take
 _NUMBERS = 4096  # of a tile of the epilogue's backward
-# Of the queries: gradient of A, log-sum-exp, and delta or what it is the quotient of (`_attention_backward.py`).
+# Of the queries: gradient of A, log-sum-exp, and what `_softmax_of` makes delta of (`_attention_backward.py`).
 _Sides = tuple[Tensor, Tensor, Tensor]
 
 
@@ -36,8 +36,8 @@ class _Problem:
     def __init__(self, call: AttentionCall) -> None:
         self.call = call
         self.out_shape = call.out_shape()
-        self.kv_offsets = call.kv_offsets
-        self.q_offsets = call.kv_offsets if call.q_offsets is None else call.q_offsets
+        self.kv_offsets = readable(call.kv_offsets)
+        self.q_offsets = self.kv_offsets if call.q_offsets is None else readable(call.q_offsets)
         q, k, v = call.q, call.k, call.k if call.v is None else call.v
         if call.cos is not None and call.sin is not None:
             tables = call.cos, call.sin
@@ -52,7 +52,9 @@ class _Problem:
         self.group = self.heads // self.kv_heads
         self.width = max(padded(self.k.shape[2]), padded(self.v.shape[2]))
         self.pack = self._pack()
-        self.exact = call.score == "softmax" and k.dtype == torch.float32
+        self.softmax = call.score == "softmax"
+        self.exact = self.softmax and k.dtype == torch.float32
+        self.anew = self.exact  # Sums of all queries' weights, and delta, are made anew in the backward.
 
     def _pack(self) -> int:
         """Key/value heads that a program takes at once, so that few queries fill a tile."""
@@ -152,7 +154,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -
     shape = problem.out_shape
     out = k.new_empty(shape)
     lse = k.new_empty(shape[:-1] if softmax else (0,), dtype=torch.float32)
-    attended = k.new_empty(shape if keep_attended else (0,))
+    attended = k.new_empty(shape if keep_attended else (0,), dtype=torch.float32)
     if not out.numel():
         return out, lse, attended
     gate = expanded(call.gate, shape)
@@ -214,6 +216,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
     problem = _Problem(call)
+    # Where A is missing, delta comes from the weights: never from an output, whose rounding a confident softmax shows.
+    problem.anew |= problem.softmax and not attended.numel()
     grad_attended, delta, grad_gate = _through_epilogue(problem, readable(grad_out), attended)
     sides = grad_attended, lse, delta
     grad_q = _grad_queries(problem, sides)
@@ -229,10 +233,9 @@ def backward(
 
 def _through_epilogue(problem: _Problem, grad_out: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of A, delta, and gradient of the gate."""
-    call, shape, softmax = problem.call, problem.out_shape, problem.call.score == "softmax"
-    pair = (2,) if problem.exact else ()
-    delta = grad_out.new_empty((*shape[:-1], *pair) if softmax else (0,), dtype=torch.float32)
-    if call.gate is None and (problem.exact or not softmax):
+    call, shape, softmax = problem.call, problem.out_shape, problem.softmax
+    delta = grad_out.new_empty((*shape[:-1], 2) if softmax else (0,), dtype=torch.float32)
+    if call.gate is None and (problem.anew or not softmax):
         return grad_out, delta, grad_out.new_empty(0)
     gate = expanded(call.gate, shape)
     grad_attended = grad_out if gate is None else torch.empty_like(grad_out, memory_format=torch.contiguous_format)
@@ -246,7 +249,7 @@ def _through_epilogue(problem: _Problem, grad_out: Tensor, attended: Tensor) -> 
             grad_out, attended, gate, grad_attended, delta, sums, problem.q_offsets,
             problem.rows, problem.tokens, problem.queries, *problem.strides(grad_out), *problem.strides(gate),
             0 if gate is None else gate.stride(-1),
-            HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, SOFTMAX=softmax and not problem.exact,
+            HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, SOFTMAX=softmax and not problem.anew,
             GATE=gate is not None, FORM=call.gate_form, ACTIVATION=call.gate_activation,
             SUM_TOKENS=over_tokens, SUM_CHANNELS=over_channels, BLOCK_T=block, BLOCK_DV=wide,
             tiles=Tiles(block, wide, 4, 1),
@@ -261,7 +264,8 @@ def _over_queries(problem: _Problem, sides: _Sides, out: Tensor, runs: tuple[int
     `runs`: of shared queries, whose gradient is a sum over rows: number of runs, rows of a run, parts of a row's keys.
     """
     gradient, found = out is not sides[2], problem.tiles("grad_queries")
-    split = long_rows.split(problem.call) if runs is None else 0
+    rough = not gradient and not problem.anew
+    split = long_rows.split(problem.call) if runs is None and (gradient or problem.exact) else 0
     pieces = out.new_empty((problem.pieces(split), *out.shape[1:]) if split else 0, dtype=torch.float32)
     count, rows_of_run, parts = runs or (problem.rows, 1, 1)
     tiles_of_queries = problem.query_slots(found.queries, 1)
@@ -273,7 +277,8 @@ def _over_queries(problem: _Problem, sides: _Sides, out: Tensor, runs: tuple[int
         q, k, v, *sides, out, pieces, problem.q_offsets, problem.kv_offsets,
         *problem.sizes(), rows_of_run, parts, problem.call.scale, problem.call.post_scale,
         *problem.strides(q), *k.stride()[:2], *v.stride()[:2], *problem.strides(sides[0]),
-        **problem.constants(found), EXACT=problem.exact, GRADIENT=gradient, SPLIT=split, tiles=found,
+        **problem.constants(found), EXACT=problem.exact, GRADIENT=gradient, ROUGH=rough, SPLIT=split,
+        tiles=found,
     )  # fmt: skip
     if split:
         wide = padded(out.shape[-1])
@@ -290,7 +295,7 @@ def _over_queries(problem: _Problem, sides: _Sides, out: Tensor, runs: tuple[int
 def _grad_queries(problem: _Problem, sides: _Sides) -> Tensor:
     """dQ; of shared queries summed over runs of rows and parts of their keys, and then over all of them."""
     q, grad_q = problem.q, problem.q.new_empty(problem.call.q.shape)
-    if problem.exact and sides[2].numel():
+    if sides[2].numel():
         _over_queries(problem, sides, sides[2], None)
     if problem.call.layout != "shared":
         if grad_q.numel():

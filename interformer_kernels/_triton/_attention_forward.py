@@ -11,6 +11,9 @@ from interformer_kernels._triton._attention_tiles import (
     fold,
     key_tiles,
     load_keys,
+    not_numbers,
+    of_attempt,
+    sees_some,
     task,
     visible,
 )
@@ -48,46 +51,58 @@ def attention_forward(
     if idle:
         return
 
-    o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_d = tl.arange(0, BLOCK_D)
-    n = o_q // HEADS
-    head = (i_pack * HEADS + o_q % HEADS).to(tl.int64)
-    m_in = n < tl.where(row < rows, count, 0)  # [BLOCK_Q]
-    p_q = at(row, first, n, q_row, q_token, LAYOUT) + head * q_head
-    b_q = tl.load(q + p_q[:, None] + o_d, mask=m_in[:, None] & (o_d < D), other=0.0)
+    ATTEMPTS: tl.constexpr = PACK + 1 if PACK > 1 else 1
+    again = tl.program_id(0) < 0
+    for attempt in range(0, ATTEMPTS):
+        if again | (attempt == 0):
+            o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            o_d = tl.arange(0, BLOCK_D)
+            n = o_q // HEADS
+            cell = o_q % HEADS // GROUP
+            head = (i_pack * HEADS + o_q % HEADS).to(tl.int64)
+            queries_here = of_attempt(count, cell, attempt, PACK)
+            m_in = n < tl.where(row < rows, queries_here, 0)  # [BLOCK_Q]
+            p_q = at(row, first, n, q_row, q_token, LAYOUT) + head * q_head
+            b_q = tl.load(q + p_q[:, None] + o_d, mask=m_in[:, None] & (o_d < D), other=0.0)
 
-    largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    sums = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-    n_first = tile * BLOCK_Q // HEADS
-    n_last = tl.minimum((tile * BLOCK_Q + BLOCK_Q - 1) // HEADS, count - 1)
-    before, start, stop = key_tiles(
-        n_first, n_last, count, keys, left, right, prefix, BLOCK_K // PACK, CAUSAL, LEFT, RIGHT, PREFIX
-    )
-    if SPLIT:
-        start = chunk * (SPLIT * PACK // BLOCK_K)
-        stop = tl.minimum(stop, start + SPLIT * PACK // BLOCK_K)
-    for step in range(0, before + stop - start):
-        i_k = tl.where(step < before, step, start + step - before)
-        j, o_h, b_k, b_v = load_keys(
-            k, v, i_pack, i_k, k_first, keys, k_token, k_head, v_token, v_head,
-            D, DV, PACK, V_IS_K, BLOCK_K, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-        m_seen = visible(n[:, None], j[None, :], count, keys, left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX)
-        if PACK > 1:
-            m_seen = m_seen & ((o_q % HEADS // GROUP)[:, None] == o_h[None, :])
-        s = dot(b_q, tl.trans(b_k), PRECISION)
-        weights, factor, largest, total = fold(s, m_seen, largest, total, scale, post_scale, SCORE)
-        sums = sums * factor[:, None] + dot(narrow(weights, b_v.dtype), b_v, PRECISION)
+            largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_Q], tl.float32)
+            sums = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+            n_first = tile * BLOCK_Q // HEADS
+            n_last = tl.minimum((tile * BLOCK_Q + BLOCK_Q - 1) // HEADS, count - 1)
+            before, start, stop = key_tiles(
+                n_first, n_last, count, keys, left, right, prefix, BLOCK_K // PACK, CAUSAL, LEFT, RIGHT, PREFIX
+            )
+            if SPLIT:
+                start = chunk * (SPLIT * PACK // BLOCK_K)
+                stop = tl.minimum(stop, start + SPLIT * PACK // BLOCK_K)
+            for step in range(0, before + stop - start):
+                i_k = tl.where(step < before, step, start + step - before)
+                j, o_h, b_k, b_v = load_keys(
+                    k, v, i_pack, attempt, i_k, k_first, keys, k_token, k_head, v_token, v_head,
+                    D, DV, PACK, V_IS_K, BLOCK_K, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
+                m_seen = visible(n[:, None], j[None, :], count, keys, left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX)
+                if PACK > 1:
+                    m_seen = m_seen & (cell[:, None] == o_h[None, :])
+                s = dot(b_q, tl.trans(b_k), PRECISION)
+                weights, factor, largest, total = fold(
+                    s, m_seen, largest, total, keys, scale, post_scale, SCORE, b_v.dtype
+                )
+                sums = sums * factor[:, None] + dot(narrow(weights, b_v.dtype), b_v, PRECISION)
+            if PACK > 1:
+                again = again | (tl.max(not_numbers(sums), 0) > 0)
 
-    if SPLIT and keys > SPLIT:
-        keep_piece(
-            sums, largest, total, pieces, weights_of_pieces, piece(k_first, chunk, SPLIT), queries, n, head,
-            PACKS * HEADS, DV, BLOCK_DV,
-        )  # fmt: skip
-    else:
-        finish(
-            sums, largest, total, gate, residual, out, lse, attended, row, rows, first, count, n, head,
-            gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
-            PACKS * HEADS, DV, LAYOUT, SCORE, GATE, FORM, ACTIVATION, RESIDUAL, KEEP, BLOCK_DV,
-        )  # fmt: skip
+            if SPLIT and keys > SPLIT:
+                keep_piece(
+                    sums, largest, total, pieces, weights_of_pieces, piece(k_first, chunk, SPLIT), queries,
+                    queries_here, n, head, PACKS * HEADS, DV, BLOCK_DV,
+                )  # fmt: skip
+            else:
+                some = sees_some(n, count, keys, left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX)
+                finish(
+                    sums, largest, total, keys, some, gate, residual, out, lse, attended,
+                    row, rows, first, queries_here, n, head,
+                    gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
+                    PACKS * HEADS, DV, LAYOUT, SCORE, GATE, FORM, ACTIVATION, RESIDUAL, KEEP, BLOCK_DV,
+                )  # fmt: skip

@@ -4,7 +4,8 @@ Of thousands of rows of few tokens, a program of one row would be mostly empty, 
 `r` is cell `r % (BLOCK / CELL)` of program `r // (BLOCK / CELL)`. As all keys of a row are at hand, the softmax is the
 plain one, and one pass is the whole backward. Whether a row is short depends on itself alone; the kernels of long rows
 leave out what `_attention_tiles.is_short` says. Zeros of other cells change no sum, and cells begin at multiples of
-powers of two: so the bits of a row do not depend on its cell.
+powers of two: so the bits of a row do not depend on its cell. Of what is not finite in another cell there are attempts
+for each cell alone (`_attention_tiles.of_attempt`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._attention_output import finish
-from interformer_kernels._triton._attention_tiles import fold, visible, weigh
+from interformer_kernels._triton._attention_tiles import (
+    fold,
+    not_numbers,
+    of_attempt,
+    sees_some,
+    visible,
+    weigh,
+)
 from interformer_kernels._triton._maps import dot, narrow
 from interformer_kernels._triton._rows import span
 
@@ -21,16 +29,19 @@ SIZES = ["rows", "q_tokens", "k_tokens", "left", "right", "prefix"]
 
 
 @triton.jit
-def _lanes(i, q_offsets, kv_offsets, rows, q_tokens, k_tokens, CELL: tl.constexpr, BLOCK: tl.constexpr):
+def _lanes(i, attempt, q_offsets, kv_offsets, rows, q_tokens, k_tokens, CELL: tl.constexpr, BLOCK: tl.constexpr):
     """Of each lane: cell, index in its row, first query and number of queries, first key and number of keys of the row;
-    no queries and no keys where the row is not short.
+    no queries and no keys where the row is not short, or not the attempt's.
     """
     o = tl.arange(0, BLOCK)
     row = i * (BLOCK // CELL) + o // CELL
     q_first, queries = span(q_offsets, row, rows, q_tokens)
     k_first, keys = span(kv_offsets, row, rows, k_tokens)
+    cell = o // CELL
     fits = (queries <= CELL) & (keys <= CELL)
-    return o // CELL, o % CELL, q_first, tl.where(fits, queries, 0), k_first, tl.where(fits, keys, 0)
+    queries = of_attempt(tl.where(fits, queries, 0), cell, attempt, BLOCK // CELL)
+    keys = of_attempt(tl.where(fits, keys, 0), cell, attempt, BLOCK // CELL)
+    return cell, o % CELL, q_first, queries, k_first, keys
 
 
 @triton.jit
@@ -48,13 +59,15 @@ def _store(x, p, m, values, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _tile(
-    i, i_head, k, v, q_offsets, kv_offsets, rows, q_tokens, k_tokens, left, right, prefix,
+    i, i_head, attempt, k, v, q_offsets, kv_offsets, rows, q_tokens, k_tokens, left, right, prefix,
     k_token, k_head, v_token, v_head,
     D: tl.constexpr, DV: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     PREFIX: tl.constexpr, CELL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Of a program's lanes: the token of its row that each is, the rows, their keys and values, and who sees whom."""
-    cell, n, q_first, queries, k_first, keys = _lanes(i, q_offsets, kv_offsets, rows, q_tokens, k_tokens, CELL, BLOCK)
+    cell, n, q_first, queries, k_first, keys = _lanes(
+        i, attempt, q_offsets, kv_offsets, rows, q_tokens, k_tokens, CELL, BLOCK
+    )
     b_k = _load(k, (k_first + n) * k_token + i_head * k_head, n < keys, D, BLOCK_D)
     b_v = _load(v, (k_first + n) * v_token + i_head * v_head, n < keys, DV, BLOCK_DV)
     m_seen = visible(
@@ -78,24 +91,34 @@ def attention_forward_short(
     """Outputs of some short rows, of all query heads that share a key/value head."""
     i_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     i = tl.program_id(0) // KV_HEADS
-    n, q_first, queries, _k_first, _keys, b_k, b_v, m_seen = _tile(
-        i, i_head, k, v, q_offsets, kv_offsets, rows, q_tokens, k_tokens, left, right, prefix,
-        k_token, k_head, v_token, v_head,
-        D, DV, CAUSAL, LEFT, RIGHT, PREFIX, CELL, BLOCK, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    for g in range(0, GROUP):
-        head = i_head * GROUP + g
-        b_q = _load(q, (q_first + n) * q_token + head * q_head, n < queries, D, BLOCK_D)
-        s = dot(b_q, tl.trans(b_k), PRECISION)
-        largest = tl.full([BLOCK], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        weights, _, largest, total = fold(s, m_seen, largest, total, scale, post_scale, SCORE)
-        sums = dot(narrow(weights, b_v.dtype), b_v, PRECISION)
-        finish(
-            sums, largest, total, gate, residual, out, lse, attended, i * 0, rows, q_first, queries, n, head,
-            gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
-            KV_HEADS * GROUP, DV, "packed", SCORE, GATE, FORM, ACTIVATION, RESIDUAL, KEEP, BLOCK_DV,
-        )  # fmt: skip
+    again = tl.program_id(0) < 0
+    for attempt in range(0, BLOCK // CELL + 1):
+        if again | (attempt == 0):
+            n, q_first, queries, _k_first, keys, b_k, b_v, m_seen = _tile(
+                i, i_head, attempt, k, v, q_offsets, kv_offsets, rows, q_tokens, k_tokens, left, right, prefix,
+                k_token, k_head, v_token, v_head,
+                D, DV, CAUSAL, LEFT, RIGHT, PREFIX, CELL, BLOCK, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+            some = sees_some(n, queries, keys, left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX)
+            bad = tl.zeros([BLOCK], tl.int32)
+            for g in range(0, GROUP):
+                head = i_head * GROUP + g
+                b_q = _load(q, (q_first + n) * q_token + head * q_head, n < queries, D, BLOCK_D)
+                s = dot(b_q, tl.trans(b_k), PRECISION)
+                largest = tl.full([BLOCK], float("-inf"), tl.float32)
+                total = tl.zeros([BLOCK], tl.float32)
+                weights, _, largest, total = fold(
+                    s, m_seen, largest, total, keys[:, None], scale, post_scale, SCORE, b_v.dtype
+                )
+                sums = dot(narrow(weights, b_v.dtype), b_v, PRECISION)
+                bad = bad | not_numbers(sums)
+                finish(
+                    sums, largest, total, keys, some, gate, residual, out, lse, attended,
+                    i * 0, rows, q_first, queries, n, head,
+                    gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
+                    KV_HEADS * GROUP, DV, "packed", SCORE, GATE, FORM, ACTIVATION, RESIDUAL, KEEP, BLOCK_DV,
+                )  # fmt: skip
+            again = again | (tl.max(bad, 0) > 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -110,32 +133,48 @@ def attention_backward_short(
     """dQ, dK and dV of some short rows, of all query heads that share a key/value head."""
     i_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     i = tl.program_id(0) // KV_HEADS
-    n, q_first, queries, k_first, keys, b_k, b_v, m_seen = _tile(
-        i, i_head, k, v, q_offsets, kv_offsets, rows, q_tokens, k_tokens, left, right, prefix,
-        k_token, k_head, v_token, v_head,
-        D, DV, CAUSAL, LEFT, RIGHT, PREFIX, CELL, BLOCK, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    sums_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    sums_v = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
-    for g in range(0, GROUP):
-        head = i_head * GROUP + g
-        b_q = _load(q, (q_first + n) * q_token + head * q_head, n < queries, D, BLOCK_D)
-        p_grad = (q_first + n) * grad_token + head * grad_head
-        b_grad = _load(grad_attended, p_grad, n < queries, DV, BLOCK_DV)
-        s = dot(b_q, tl.trans(b_k), PRECISION)
-        grad = dot(b_grad, tl.trans(b_v), PRECISION)
-        nothing = tl.zeros([BLOCK], tl.float32)
-        if SCORE == "softmax":
-            weights, _, _, total = fold(s, m_seen, nothing + float("-inf"), nothing, scale, post_scale, SCORE)
-            weights = weights / tl.where(total == 0.0, 1.0, total)[:, None]
-            grads = weights * (grad - tl.sum(weights * grad, 1)[:, None])
-        else:
-            weights, grads = weigh(s, grad, m_seen, nothing, nothing, scale, post_scale, SCORE)
-        grads = narrow(grads, b_q.dtype)
-        p_q = (q_first + n) * (KV_HEADS * GROUP) + head
-        _store(grad_q, p_q, n < queries, dot(grads, b_k, PRECISION) * scale, D, BLOCK_D)
-        sums_k += dot(tl.trans(grads), b_q, PRECISION)
-        sums_v += dot(tl.trans(narrow(weights, b_grad.dtype)), b_grad, PRECISION)
-    p_k = (k_first + n) * KV_HEADS + i_head
-    _store(grad_k, p_k, n < keys, sums_k * scale, D, BLOCK_D)
-    _store(grad_v, p_k, n < keys, sums_v, DV, BLOCK_DV)
+    again = tl.program_id(0) < 0
+    for attempt in range(0, BLOCK // CELL + 1):
+        if again | (attempt == 0):
+            n, q_first, queries, k_first, keys, b_k, b_v, m_seen = _tile(
+                i, i_head, attempt, k, v, q_offsets, kv_offsets, rows, q_tokens, k_tokens, left, right, prefix,
+                k_token, k_head, v_token, v_head,
+                D, DV, CAUSAL, LEFT, RIGHT, PREFIX, CELL, BLOCK, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+            sums_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+            sums_v = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
+            bad = tl.zeros([BLOCK], tl.int32)
+            for g in range(0, GROUP):
+                head = i_head * GROUP + g
+                b_q = _load(q, (q_first + n) * q_token + head * q_head, n < queries, D, BLOCK_D)
+                p_grad = (q_first + n) * grad_token + head * grad_head
+                b_grad = _load(grad_attended, p_grad, n < queries, DV, BLOCK_DV)
+                s = dot(b_q, tl.trans(b_k), PRECISION)
+                grad = dot(b_grad, tl.trans(b_v), PRECISION)
+                nothing = tl.zeros([BLOCK], tl.float32)
+                if SCORE == "softmax":
+                    weights, _, largest, total = fold(
+                        s, m_seen, nothing + float("-inf"), nothing, keys[:, None], scale, post_scale, SCORE, b_v.dtype
+                    )
+                    # Of scores of nothing but -inf, the weights are NaN, as they are in PyTorch.
+                    total = tl.where(largest == float("-inf"), float("nan"), total)
+                    weights = tl.where(m_seen, weights / total[:, None], 0.0)
+                    delta = tl.sum(tl.where(m_seen, weights * grad, 0.0), 1)
+                    # What is not finite reaches nobody through a mask.
+                    grads = tl.where(m_seen, weights * (grad - delta[:, None]), 0.0)
+                else:
+                    weights, grads = weigh(
+                        s, grad, m_seen, nothing, nothing, nothing, scale, post_scale, SCORE, b_v.dtype
+                    )
+                grads = narrow(grads, b_q.dtype)
+                p_q = (q_first + n) * (KV_HEADS * GROUP) + head
+                sums_q = dot(grads, b_k, PRECISION) * scale
+                _store(grad_q, p_q, n < queries, sums_q, D, BLOCK_D)
+                sums_k += dot(tl.trans(grads), b_q, PRECISION)
+                sums_v += dot(tl.trans(narrow(weights, b_grad.dtype)), b_grad, PRECISION)
+                bad = bad | not_numbers(sums_q)
+            bad = bad | not_numbers(sums_k) | not_numbers(sums_v)
+            again = again | (tl.max(bad, 0) > 0)
+            p_k = (k_first + n) * KV_HEADS + i_head
+            _store(grad_k, p_k, n < keys, sums_k * scale, D, BLOCK_D)
+            _store(grad_v, p_k, n < keys, sums_v, DV, BLOCK_DV)

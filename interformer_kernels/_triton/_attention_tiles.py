@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, slope
+from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, power, slope
 from interformer_kernels._triton._rows import find, span
 
 
@@ -100,16 +100,17 @@ def at(row, first, n, row_stride, token_stride, LAYOUT: tl.constexpr):
 
 @triton.jit
 def load_keys(
-    k, v, i_pack, i_k, k_first, keys, k_token, k_head, v_token, v_head,
+    k, v, i_pack, attempt, i_k, k_first, keys, k_token, k_head, v_token, v_head,
     D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, V_IS_K: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys: their tokens in the row and heads in the pack, keys and values; zero behind the row's last."""
+    """A tile of keys: their tokens in the row and heads in the pack, keys and values; zero behind the row's last, and
+    of heads that are not the attempt's."""
     o_k = tl.arange(0, BLOCK_K)
     o_d = tl.arange(0, BLOCK_D)
     j = (i_k * BLOCK_K + o_k) // PACK
     o_h = o_k % PACK
-    m_k = j < keys  # [BLOCK_K]
+    m_k = j < of_attempt(keys, o_h, attempt, PACK)  # [BLOCK_K]
     head = (i_pack * PACK + o_h).to(tl.int64)
     p_k = (k_first + j) * k_token + head * k_head
     b_k = tl.load(k + p_k[:, None] + o_d, mask=m_k[:, None] & (o_d < D), other=0.0)
@@ -191,43 +192,127 @@ def visible(
 
 
 @triton.jit
-def weigh(s, grad, m_seen, lse, delta, scale, post_scale, SCORE: tl.constexpr):
-    """Weights of the values, and gradients of the products `s` but for `scale`, from the weights' gradients `grad`."""
+def sees_some(
+    n, queries, keys, left, right, prefix, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    PREFIX: tl.constexpr,
+):  # fmt: skip
+    """Whether query token `n` sees any key."""
+    p = n + (keys - queries)
+    begin = p * 0
+    end = begin + keys
+    if CAUSAL:
+        end = tl.minimum(end, p + 1)
+    if RIGHT:
+        end = tl.minimum(end, p + right + 1)
+    if LEFT:
+        begin = tl.maximum(begin, p - left)
+    some = begin < end
+    if PREFIX:
+        some = some | (begin < keys)
+    return some & (n < queries)
+
+
+@triton.jit
+def weigh(s, grad, m_seen, lse, excess, delta, scale, post_scale, SCORE: tl.constexpr, DTYPE: tl.constexpr):
+    """Weights of the values, and gradients of the products `s` but for `scale`, from the weights' gradients `grad`.
+
+    `excess`: log2 of what the weights of a query by its log-sum-exp add up to; in float32 the caller divides by it.
+    """
     if SCORE == "softmax":
-        # A query that sees no key has lse = -inf, and all its weights are masked.
-        weights = tl.where(m_seen, tl.exp2((s * scale - tl.where(lse == float("-inf"), 0.0, lse)) * LOG2_E), 0.0)
-        grads = weights * (grad - delta)
+        # lse = -inf: the query sees no key, or none but with scores of -inf, whose weights are NaN.
+        x = (s * scale - lse) * LOG2_E
+        if tl.float32 != DTYPE:
+            x = x - excess
+        weights = tl.where(m_seen, tl.exp2(x), 0.0)
+        # What is not finite reaches nobody through a mask.
+        grads = tl.where(m_seen, weights * (grad - delta), 0.0)
     else:
         x = s * scale
-        weights = tl.where(m_seen, post_scale * activate(x, SCORE), 0.0)
-        grads = tl.where(m_seen, post_scale * slope(x, SCORE) * grad, 0.0)
+        weights = tl.where(m_seen, post_scale * activate(x, SCORE, DTYPE), 0.0)
+        grads = tl.where(m_seen, post_scale * slope(x, SCORE, DTYPE) * grad, 0.0)
     return weights, grads
 
 
 @triton.jit
-def fold(s, m_seen, largest, total, scale, post_scale, SCORE: tl.constexpr):
-    """One more tile of products: its weights, the sums' factor, and the running largest score and total."""
+def spare_bits(keys):
+    """`n` such that the weights of so many keys, of 1 at most each, add up to half of `2^n` at most."""
+    return (tl.maximum(keys, 1).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 125
+
+
+@triton.jit
+def fold(s, m_seen, largest, total, keys, scale, post_scale, SCORE: tl.constexpr, DTYPE: tl.constexpr):
+    """One more tile of products: its weights, the sums' factor, and the running largest score and total.
+
+    Weights of a softmax are made smaller by a power of two, so that their sums over values stay within float32 where
+    the values do. Float16 has no range for that in its operands, nor values that would need it.
+    """
     if SCORE == "softmax":
         x = tl.where(m_seen, s * scale, float("-inf"))
         new = tl.maximum(largest, tl.max(x, 1))
         base = tl.where(new == float("-inf"), 0.0, new)
-        weights = tl.exp2((x - base[:, None]) * LOG2_E)
+        if tl.float16 == DTYPE:
+            weights = tl.exp2((x - base[:, None]) * LOG2_E)
+        elif tl.bfloat16 == DTYPE:
+            weights = tl.exp2((x - base[:, None]) * LOG2_E - spare_bits(keys).to(tl.float32))
+        else:
+            # Inside, it would round the exponent once more.
+            weights = tl.exp2((x - base[:, None]) * LOG2_E) * power(-spare_bits(keys))
         factor = tl.exp2((largest - base) * LOG2_E)
         total = total * factor + tl.sum(weights, 1)
         largest = new
     else:
-        weights = tl.where(m_seen, post_scale * activate(s * scale, SCORE), 0.0)
+        weights = tl.where(m_seen, post_scale * activate(s * scale, SCORE, DTYPE), 0.0)
         factor = total * 0.0 + 1.0
     return weights, factor, largest, total
 
 
 @triton.jit
-def settle(sums, largest, total, SCORE: tl.constexpr):
-    """The attended values and the log-sum-exp, from the sums under the last scale."""
+def settle(sums, largest, total, keys, some, SCORE: tl.constexpr, DTYPE: tl.constexpr):
+    """The attended values and the log-sum-exp, from the sums under the last scale; `some`: queries that see any key."""
     if SCORE == "softmax":
         # A sum over no key is zero, and stays so.
-        sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
-        lse = largest + tl.log2(tl.where(total == 0.0, 1.0, total)) * LN_2
+        total = tl.where(total == 0.0, 1.0, total)
+        if tl.float32 == DTYPE:
+            mean = tl.div_rn(sums, total[:, None])
+            limit = 3.4028234663852886e38
+        elif tl.bfloat16 == DTYPE:
+            mean = sums / total[:, None]
+            limit = 3.3895313892515355e38
+        else:
+            mean = sums / total[:, None]
+            limit = 65504.0
+        # A mean of finite values is none larger than them, whatever its rounding says.
+        inside = tl.where(mean > limit, limit, tl.where(mean < -limit, -limit, mean))
+        mean = tl.where(tl.abs(sums) < float("inf"), inside, mean)
+        # As in PyTorch, the softmax of nothing but -inf is no number.
+        sums = tl.where((some & (largest == float("-inf")))[:, None], float("nan"), mean)
+        if tl.float16 != DTYPE:
+            total = total * power(spare_bits(keys))
+        lse = largest + tl.log2(total) * LN_2
     else:
         lse = largest
     return sums, lse
+
+
+# ---------------------------------------------------------------- values that are not finite
+
+
+@triton.jit
+def of_attempt(count, cell, attempt, CELLS: tl.constexpr):
+    """`count` for the lanes of the cell that an attempt is for, zero for others; the first attempt is for all cells.
+
+    A tile of several cells (rows, or key/value heads) multiplies the numbers of each with zeros for the others, and
+    zero times NaN or infinity is NaN. Where a result is not a number, a program goes on with attempts for each cell
+    alone, as if the others were empty: so what is not finite stays in its cell, and bits of clean cells are the same.
+    """
+    if CELLS == 1:
+        here = count
+    else:
+        here = tl.where(cell == tl.where(attempt == 0, cell, attempt - 1), count, 0)
+    return here
+
+
+@triton.jit
+def not_numbers(x):
+    """Of each row of a tile, whether it holds a NaN: 1 or 0."""
+    return tl.max((x != x).to(tl.int32), 1)

@@ -9,9 +9,10 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# ln 2 in two parts, of which a whole number below 2^14 times the first is exact.
+_LN_2_HIGH = tl.constexpr(0.693359375)
+_LN_2_LOW = tl.constexpr(-2.12194440e-4)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
-_MINUS_TWO_LOG2_E = tl.constexpr(-2.8853900817779268)
-_MINUS_HALF_LOG2_E = tl.constexpr(-0.7213475204444817)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 
@@ -35,49 +36,95 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _tanh(x):
-    e = tl.exp2(tl.abs(x) * _MINUS_TWO_LOG2_E)
-    y = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -y, y)
+def power(n):
+    """`2^n` for whole numbers `n` from -126 to 127, exactly."""
+    return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def activate(x, KIND: tl.constexpr):
-    """The activation of this name."""
+def _exp(x, EXACT: tl.constexpr):
+    """`e^x` for `x <= 0`; EXACT: to a rounding however far `x` is from 0, where `x * log2(e)` rounds more the farther
+    it is. Zero where float32 has no normal number.
+    """
+    if EXACT:
+        # A NaN is not below any number, and stays.
+        x = tl.where(x < -88.0, -88.0, x)
+        n = tl.floor(x * LOG2_E + 0.5)
+        r = (x - n * _LN_2_HIGH) - n * _LN_2_LOW
+        p = 1.9875691500e-4 * r + 1.3981999507e-3
+        p = p * r + 8.3334519073e-3
+        p = p * r + 4.1665795894e-2
+        p = p * r + 1.6666665459e-1
+        p = p * r + 5.0000001201e-1
+        y = (p * r * r + r + 1.0) * power(tl.where(n < -126.0, -127.0, n))
+    else:
+        y = tl.exp2(x * LOG2_E)
+    return y
+
+
+@triton.jit
+def _logistic(x, EXACT: tl.constexpr):
+    """`sigmoid(x)` and `sigmoid(-x)`, neither of them made of the other by a difference."""
+    e = _exp(-tl.abs(x), EXACT)
+    larger = tl.div_rn(1.0, 1.0 + e) if EXACT else 1.0 / (1.0 + e)
+    smaller = e * larger
+    return tl.where(x < 0, smaller, larger), tl.where(x < 0, larger, smaller)
+
+
+@triton.jit
+def _tanh(x, EXACT: tl.constexpr):
+    """Near 0 a polynomial: of `(1 - e) / (1 + e)` only the rounding would be left."""
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    _, e = _logistic(2.0 * tl.abs(x), EXACT)
+    far = 1.0 - 2.0 * e
+    return tl.where(tl.abs(x) < 0.625, p * z * x + x, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def activate(x, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    """The activation of this name, to the rounding of DTYPE everywhere."""
+    EXACT: tl.constexpr = tl.float32 == DTYPE
     if KIND == "identity":
         y = x
     elif KIND == "relu":
         y = tl.where(x < 0, 0.0, x)
     elif KIND == "silu":
-        y = x * tl.sigmoid(x)
+        g, _ = _logistic(x, EXACT)
+        y = x * g
     elif KIND == "gelu":
         y = 0.5 * x * (1.0 + tl.math.erf(x * _SQRT_HALF))
     elif KIND == "sigmoid":
-        y = tl.sigmoid(x)
+        y, _ = _logistic(x, EXACT)
     else:
         tl.static_assert(KIND == "tanh")
-        y = _tanh(x)
+        y = _tanh(x, EXACT)
     return y
 
 
 @triton.jit
-def slope(x, KIND: tl.constexpr):
-    """Derivative of the activation of this name."""
+def slope(x, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    """Derivative of the activation of this name, as exact as that."""
+    EXACT: tl.constexpr = tl.float32 == DTYPE
     if KIND == "identity":
-        y = x * 0.0 + 1.0
+        y = tl.zeros_like(x) + 1.0
     elif KIND == "relu":
-        y = tl.where(x > 0, 1.0, 0.0)
+        y = tl.where(x <= 0, 0.0, 1.0)
     elif KIND == "silu":
-        g = tl.sigmoid(x)
-        y = g * (1.0 + x * (1.0 - g))
+        g, rest = _logistic(x, EXACT)
+        y = g * (1.0 + x * rest)
     elif KIND == "gelu":
         cumulated = 0.5 * (1.0 + tl.math.erf(x * _SQRT_HALF))
-        y = cumulated + x * _INV_SQRT_2PI * tl.exp2(x * x * _MINUS_HALF_LOG2_E)
+        y = cumulated + x * _INV_SQRT_2PI * _exp(-0.5 * x * x, EXACT)
     elif KIND == "sigmoid":
-        g = tl.sigmoid(x)
-        y = g * (1.0 - g)
+        g, rest = _logistic(x, EXACT)
+        y = g * rest
     else:
         tl.static_assert(KIND == "tanh")
-        h = _tanh(x)
-        y = 1.0 - h * h
+        # 1 - tanh(x)^2, without the difference.
+        g, rest = _logistic(2.0 * x, EXACT)
+        y = 4.0 * g * rest
     return y

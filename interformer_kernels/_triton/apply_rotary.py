@@ -68,6 +68,7 @@ def rotated(
     out = x.new_empty(x.shape)
     tokens, heads, channels = x.shape
     x, cos, sin, rows = readable(x), readable(cos), readable(sin), offsets.shape[0] - 1
+    offsets, positions = readable(offsets), readable(positions)
     wide = padded(channels)
     block = max(1, _NUMBERS // wide)
     if tokens:

@@ -55,9 +55,9 @@ def row_products(
         sums += b_bias.to(tl.float32)[None, :]
     if BACKWARDS:
         b_grad = tl.load(grad_out + (first + t)[:, None] * grad_token + o_f, mask=m_in, other=0.0).to(tl.float32)
-        sums = b_grad * slope(sums, ACTIVATION)
+        sums = b_grad * slope(sums, ACTIVATION, x.dtype.element_ty)
     else:
-        sums = activate(sums, ACTIVATION)
+        sums = activate(sums, ACTIVATION, x.dtype.element_ty)
         if RESIDUAL:
             p_res = (first + t)[:, None] * residual_token + o_f
             sums += tl.load(residual + p_res, mask=m_in, other=0.0).to(tl.float32)
@@ -122,14 +122,16 @@ def forward(
     x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
     """The output `[T, F]`."""
-    return _products(readable(x), resolved(weight), offsets, readable(bias), readable(residual), None, activation)
+    x, weight, offsets = readable(x), resolved(weight), readable(offsets)
+    return _products(x, weight, offsets, readable(bias), readable(residual), None, activation)
 
 
 def backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `x, weight, bias`; an empty one for a bias that was not given."""
-    x, weight, grad, bias = readable(x), resolved(weight), readable(grad_out), readable(bias)
+    x, weight, offsets = readable(x), resolved(weight), readable(offsets)
+    grad, bias = readable(grad_out), readable(bias)
     if activation != "identity":
         grad = _products(x, weight, offsets, bias, None, grad, activation)
     grad_x = _products(grad, weight.transpose(1, 2), offsets, None, None, None, "identity")
