@@ -136,9 +136,9 @@ def attend(
     if score != "softmax":
         a = F.dropout(ACTIVATIONS[score](s).where(visible, 0), dropout)
         return post_scale * torch.einsum("bnhl,blhe->bnhe", a, v), s.new_empty(0)
-    # A query that sees no key keeps its finite scores: their softmax is finite, so no NaN reaches the gradients.
+    # A query that sees no key has scores of 0: their softmax is finite, so no NaN reaches the gradients.
     blind = ~visible.any(-1, keepdim=True)
-    s = s.masked_fill(~visible & ~blind, -torch.inf)
+    s = s.masked_fill(blind, 0).masked_fill(~visible & ~blind, -torch.inf)
     p = F.dropout((torch.softmax(s, -1) if s.shape[-1] else s).where(visible, 0), dropout)
     exact = s.detach() if s.dtype == torch.float64 else s.detach().float()
     lse = torch.logsumexp(exact.masked_fill(blind, -torch.inf), -1)

@@ -21,6 +21,7 @@ import triton.language as tl
 from interformer_kernels._triton._attention_output import piece
 from interformer_kernels._triton._attention_tiles import (
     at,
+    before_post_scale,
     is_short,
     key_tiles,
     keys_of,
@@ -101,7 +102,7 @@ def epilogue_backward(
 @triton.jit
 def _over_keys(
     b_q, b_grad, b_lse, b_total, b_delta, k, v, i_pack, attempt, n, cell, n_first, n_last, count, k_first, keys, part,
-    tiles_of_part, left, right, prefix, scale, post_scale, k_token, k_head, v_token, v_head,
+    tiles_of_part, left, right, prefix, scale, k_token, k_head, v_token, v_head,
     D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, LAYOUT: tl.constexpr,
     SCORE: tl.constexpr, V_IS_K: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
@@ -131,7 +132,7 @@ def _over_keys(
         s = dot(b_q, tl.trans(b_k), PRECISION)
         grad = dot(b_grad, tl.trans(b_v), PRECISION)
         weights, grads = weigh(
-            s, grad, m_seen, b_lse[:, None], b_total[:, None], b_delta[:, None], scale, post_scale, SCORE, b_k.dtype
+            s, grad, m_seen, b_lse[:, None], b_total[:, None], b_delta[:, None], scale, SCORE, b_k.dtype
         )
         if GRADIENT:
             sums += dot(narrow(grads, b_k.dtype), b_k, PRECISION)
@@ -256,13 +257,14 @@ def attention_grad_queries(
                 p_grad = at(b, first, n, grad_row, grad_token, LAYOUT) + head * grad_head
                 b_q = tl.load(q + p_q[:, None] + o_d, mask=m_in[:, None] & (o_d < D), other=0.0)
                 b_grad = tl.load(grad_attended + p_grad[:, None] + o_v, mask=m_in[:, None] & (o_v < DV), other=0.0)
+                b_grad = before_post_scale(b_grad, post_scale, SCORE)
                 b_lse, b_total, b_delta = _softmax_of(
                     lse, delta, (out_first + n) * (PACKS * HEADS) + head, m_in, SCORE, EXACT, GRADIENT
                 )
                 tiles_of_part = SPLIT * PACK // BLOCK_K if SPLIT else tl.cdiv(tl.cdiv(keys * PACK, BLOCK_K), parts)
                 row_sums, total, mean = _over_keys(
                     b_q, b_grad, b_lse, b_total, b_delta, k, v, i_pack, attempt, n, cell, n_first, n_last,
-                    count, k_first, keys, part, tiles_of_part, left, right, prefix, scale, post_scale,
+                    count, k_first, keys, part, tiles_of_part, left, right, prefix, scale,
                     k_token, k_head, v_token, v_head,
                     D, DV, PACK, LAYOUT, SCORE, V_IS_K, CAUSAL, LEFT, RIGHT, PREFIX,
                     BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, PRECISION, GRADIENT,
@@ -346,6 +348,7 @@ def attention_grad_keys(
                     p_grad = at(row, first, n, grad_row, grad_token, LAYOUT) + head * grad_head
                     b_q = tl.load(q + p_q[:, None] + o_d, mask=m_q[:, None] & (o_d < D), other=0.0)
                     b_grad = tl.load(grad_attended + p_grad[:, None] + o_v, mask=m_q[:, None] & (o_v < DV), other=0.0)
+                    b_grad = before_post_scale(b_grad, post_scale, SCORE)
                     b_lse, b_total, b_delta = _softmax_of(
                         lse, delta, (first + n) * (PACKS * HEADS) + head, m_q, SCORE, EXACT, True
                     )
@@ -358,16 +361,7 @@ def attention_grad_keys(
                     s = dot(b_k, tl.trans(b_q), PRECISION)
                     grad = dot(b_v, tl.trans(b_grad), PRECISION)
                     weights, grads = weigh(
-                        s,
-                        grad,
-                        m_seen,
-                        b_lse[None, :],
-                        b_total[None, :],
-                        b_delta[None, :],
-                        scale,
-                        post_scale,
-                        SCORE,
-                        b_k.dtype,
+                        s, grad, m_seen, b_lse[None, :], b_total[None, :], b_delta[None, :], scale, SCORE, b_k.dtype
                     )
                     if EXACT:
                         b_share = tl.div_rn(1.0, b_total)[None, :]

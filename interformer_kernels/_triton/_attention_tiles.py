@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, power, slope
+from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, narrow, power, slope
 from interformer_kernels._triton._rows import find, span
 
 
@@ -213,8 +213,19 @@ def sees_some(
 
 
 @triton.jit
-def weigh(s, grad, m_seen, lse, excess, delta, scale, post_scale, SCORE: tl.constexpr, DTYPE: tl.constexpr):
-    """Weights of the values, and gradients of the products `s` but for `scale`, from the weights' gradients `grad`.
+def before_post_scale(b_grad, post_scale, SCORE: tl.constexpr):
+    """Gradients of the sums that `post_scale` multiplies, from those of A: products with values overflow less."""
+    if SCORE == "softmax":
+        b_sums = b_grad
+    else:
+        b_sums = narrow(b_grad.to(tl.float32) * post_scale, b_grad.dtype)
+    return b_sums
+
+
+@triton.jit
+def weigh(s, grad, m_seen, lse, excess, delta, scale, SCORE: tl.constexpr, DTYPE: tl.constexpr):
+    """Weights of the values but for `post_scale`, and gradients of the products `s` but for `scale`, from the weights'
+    gradients `grad`.
 
     `excess`: log2 of what the weights of a query by its log-sum-exp add up to; in float32 the caller divides by it.
     """
@@ -228,8 +239,8 @@ def weigh(s, grad, m_seen, lse, excess, delta, scale, post_scale, SCORE: tl.cons
         grads = tl.where(m_seen, weights * (grad - delta), 0.0)
     else:
         x = s * scale
-        weights = tl.where(m_seen, post_scale * activate(x, SCORE, DTYPE), 0.0)
-        grads = tl.where(m_seen, post_scale * slope(x, SCORE, DTYPE) * grad, 0.0)
+        weights = tl.where(m_seen, activate(x, SCORE, DTYPE), 0.0)
+        grads = tl.where(m_seen, slope(x, SCORE, DTYPE) * grad, 0.0)
     return weights, grads
 
 

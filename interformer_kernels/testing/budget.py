@@ -205,13 +205,17 @@ def compare(
 def pooled(draw: Callable[[int], Errors], seed: int = 0, most_draws: int | None = None) -> Errors:
     """Errors over `draw(seed)`, `draw(seed + 1)`, ..., until every quantity has 1024 numbers; see `compare`.
 
-    What a draw leaves out is left out of the whole.
+    A true value of 0 is not counted, unless it takes more than 1024 draws: few others may ever come. What a draw leaves
+    out is left out of the whole.
     """
     total = draw(seed)
     draws = 1
-    while any(0 < sums.numbers < NUMBERS for sums in total.values()) and draws != most_draws:
+    most_draws = most_draws or NUMBERS
+    while any(0 < sums.numbers < NUMBERS for sums in total.values()) and draws < most_draws:
         total = {name: sums + total[name] for name, sums in draw(seed + draws).items() if name in total}
         draws += 1
+    if draws == NUMBERS:
+        return total
     return {name: sums for name, sums in total.items() if not 0 < sums.numbers < NUMBERS}
 
 

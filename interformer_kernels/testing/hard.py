@@ -127,8 +127,13 @@ def check_planted(case: Case, backend: str | None, inputs: Mapping[str, Any], pl
         noticed = (x != before) & ~(x.isnan() & before.isnan()) & ~may_notice
         hidden = true.isnan() & x.isfinite()
         spoilt = true.isfinite() & eager[quantity].isfinite() & ~x.isfinite()
-        # Behind a mask PyTorch's own formula multiplies NaN by 0, and whole tiles that nobody sees are not read at all.
-        for what, where in (("noticed", noticed), ("hidden", hidden & (not masked)), ("not finite", spoilt)):
+        # Behind a mask, what is not finite may reach other queries of its row, or not: a formula that multiplies by 0
+        # notices it, and tiles that nobody sees are not read at all.
+        for what, where in (
+            ("noticed", noticed),
+            ("hidden", hidden & (not masked)),
+            ("not finite", spoilt & (not masked)),
+        ):
             if where.any():
                 place = [int(i) for i in where.nonzero()[0]]
                 problems.append(f"{plant}: {quantity}{place} {what}: {float(before[tuple(place)]):g} became "
