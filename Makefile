@@ -26,18 +26,23 @@ PYTEST = OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -n $(WORKERS)
 
 # Random calls of each kind that `make fuzz` makes.
 EXAMPLES ?= 10000
+# And of those of the emulated CUDA and interpreted Triton kernels, in each dtype.
+SLOW_EXAMPLES ?= 300
+FUZZ = $(BIN)/python -m pytest --timeout 0 --hypothesis-profile fuzz --hypothesis-show-statistics
 
-.PHONY: help demo test triton-test cuda-test resources gpu-report fuzz sanitize lint wheel-test wide-test bench \
+.PHONY: help demo test triton-test cuda-test resources gpu-report fuzz nightly sanitize lint wheel-test wide-test bench \
         bench-model bench-compare torch-matrix clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
 	@echo "make test               all tests"
-	@echo "make triton-test        the Triton kernels on the CPU, in Triton's interpreter; TRITON_EVERY=1: in every dtype"
+	@echo "make triton-test        the Triton kernels on the CPU, in Triton's interpreter"
 	@echo "make cuda-test          the CUDA kernels on the CPU, in an emulation, and under AddressSanitizer"
 	@echo "make resources          registers, spills and shared memory of every GPU kernel on every device, without one"
 	@echo "make gpu-report         on a machine with a GPU: parity, determinism, bench; bench/results/<gpu>.md"
-	@echo "make fuzz               10 000 random calls of the CPU kernels, and as many with broken offsets"
+	@echo "make fuzz               10 000 random calls of the CPU kernels, as many with a bad value or broken offsets;"
+	@echo "                        fewer of the CUDA kernels, emulated, and of the Triton kernels, interpreted"
+	@echo "make nightly            all tests with all cases, dtypes and draws, and make fuzz: hours"
 	@echo "make sanitize           the CPU kernels' tests and a short fuzz under AddressSanitizer and UBSan"
 	@echo "make lint               ruff, mypy, clang-format"
 	@echo "make wheel-test         builds the wheel and tries it in a bare environment, from another directory"
@@ -80,8 +85,15 @@ gpu-report:
 
 # Other calls each time; a failing one is printed, and tried first by the next run.
 fuzz: $(READY)
-	EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/test_properties.py -k cpu --timeout 0 \
-	    --hypothesis-profile fuzz --hypothesis-show-statistics $(ARGS)
+	EXAMPLES=$(EXAMPLES) $(FUZZ) tests/test_properties.py -k cpu $(ARGS)
+	EXAMPLES=$(SLOW_EXAMPLES) PATH="$(CURDIR)/$(BIN):$$PATH" INTERFORMER_EMULATE=1 \
+	    $(FUZZ) tests/emulated/test_cuda_properties.py $(ARGS)
+	EXAMPLES=$(SLOW_EXAMPLES) TRITON_INTERPRET=1 $(FUZZ) tests/interpreted/test_triton_properties.py $(ARGS)
+
+# All that CI leaves out: every case in every dtype on every backend, every quantity of whole models, more random calls.
+nightly: $(READY)
+	EVERY=1 $(MAKE) test triton-test cuda-test ARGS='--timeout 0 $(ARGS)'
+	$(MAKE) fuzz
 
 sanitize: $(READY)
 	PYTHON=$(BIN)/python bash tools/sanitize.sh $(ARGS)

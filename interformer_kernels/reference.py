@@ -328,7 +328,8 @@ def personalized_ffn(
     for rows in similar_rows(spans):
         index, held = token_index(Spans(spans.starts[rows], spans.lengths[rows]))
         y = keep(x[index], held) @ weight[rows]
-        y = y if bias is None else y + bias[rows, None]
+        # Padding takes no part, whatever the matrix holds.
+        y = keep(y if bias is None else y + bias[rows, None], held)
         tokens.append(index[held])
         outputs.append(ACTIVATIONS[activation](y)[held])
     out = scatter(x.new_zeros(x.shape[0], weight.shape[2]), tokens, outputs)

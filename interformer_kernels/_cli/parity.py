@@ -143,12 +143,10 @@ def _cases(op: str, most_draws: int | None, hard: bool) -> Iterator[tuple[testin
 def _compare_planted(case: testing.Case, backend: str, dtype: torch.dtype, device: str) -> list[testing.Row]:
     """One row for each value that is planted; raises where something noticed it, or hid it, that must not."""
     inputs = testing.make_inputs(case, dtype, device)
-    rows = []
-    for plant in testing.plants(inputs):
-        if problems := testing.check_planted(case, backend, inputs, plant):
-            raise AssertionError("; ".join(problems))
-        rows.append(testing.Row(str(plant), 0.0, 0.0))
-    return rows
+    plants = list(testing.plants(inputs))
+    if problems := testing.check_planted(case, backend, inputs, plants):
+        raise AssertionError(f"{problems[0]} ({len(problems)} such places)")
+    return [testing.Row(f"{plant.value} in {plant.name}", 0.0, 0.0) for plant in plants]
 
 
 def _judged(where: tuple[str, str, str, str, str], case: testing.Case, judge: _Judge) -> Iterator[Result]:

@@ -11,7 +11,7 @@ Two kinds of check, for any backend:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -112,10 +112,16 @@ def planted(inputs: Mapping[str, Any], plant: Plant) -> Inputs:
     return found
 
 
-def check_planted(case: Case, backend: str | None, inputs: Mapping[str, Any], plant: Plant) -> list[str]:
-    """What is wrong with a backend's answer to the planted inputs; empty where nothing is."""
-    hard = planted(inputs, plant)
+def check_planted(case: Case, backend: str | None, inputs: Mapping[str, Any], chosen: Iterable[Plant]) -> list[str]:
+    """What is wrong with a backend's answers to the inputs, planted in turn; empty where nothing is."""
     clean = evaluate(lambda: call(case.op, inputs, backend), case.op, inputs)
+    return [line for plant in chosen for line in _check_plant(case, backend, inputs, plant, clean)]
+
+
+def _check_plant(
+    case: Case, backend: str | None, inputs: Mapping[str, Any], plant: Plant, clean: Mapping[str, Tensor]
+) -> list[str]:
+    hard = planted(inputs, plant)
     found = evaluate(lambda: call(case.op, hard, backend), case.op, hard)
     exact = cast_inputs(hard, torch.float64)
     eager = evaluate(lambda: call_eager(case.op, hard), case.op, hard)

@@ -1,0 +1,123 @@
+"""Hypothesis strategies of calls: shapes, lengths, options, layouts in memory; and how one is judged on a backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cpu_calls import MEMORY_LAYOUTS, differing, relaid_inputs
+from hypothesis import strategies as st
+
+from interformer_kernels import testing
+from interformer_kernels._checks import FFN_ACTIVATIONS, GATE_ACTIVATIONS, GATE_FORMS, SCORES
+from interformer_kernels.testing import Case
+
+row_lengths = st.one_of(st.integers(0, 3), st.integers(0, 3), st.integers(0, 40), st.integers(0, 150))
+lengths = st.lists(row_lengths, max_size=6).map(tuple)
+# Mostly small ones, those of vectors and tiles, and now and then anything.
+small = st.integers(1, 20)
+channels = st.one_of(small, small, small, st.sampled_from((16, 32, 64, 128)), st.integers(1, 512))
+
+# Draws of a call: what these leave short of 1024 numbers is judged by the grids of the other tests.
+MOST_DRAWS = 32
+
+
+@st.composite
+def attention_cases(draw: st.DrawFn, op: str) -> Case:
+    """Any call of an op of the attention family."""
+    rows = draw(lengths)
+    kv_heads = draw(st.integers(1, 3))
+    score = draw(st.sampled_from(SCORES))
+    options: dict[str, Any] = {
+        "score": score,
+        "scale": draw(st.sampled_from([None, 0.25, -0.5])),
+        "post_scale": 1.0 if score == "softmax" else draw(st.sampled_from([1.0, 0.125])),
+        "gate_form": draw(st.sampled_from(GATE_FORMS)),
+        "gate_activation": draw(st.sampled_from(GATE_ACTIVATIONS)),
+    }
+    fields: dict[str, Any] = {
+        "lengths": rows,
+        "queries": draw(st.one_of(st.integers(0, 5), st.integers(0, 40))),
+        "heads": kv_heads * draw(st.integers(1, 3)),
+        "kv_heads": kv_heads,
+        "head_size": draw(channels),
+        "value_size": draw(channels),
+        "tail": draw(st.integers(0, 3)),
+        "gate": draw(st.sampled_from(["", "full", "head", "channel", "scalar"])),
+        "residual": draw(st.booleans()),
+        "strided": draw(st.booleans()),
+        "index_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
+    }
+    own = st.lists(st.integers(0, 9), min_size=len(rows), max_size=len(rows)).map(tuple)
+    if op == "pma_pooling":
+        options["skip_prefix"] = draw(st.integers(0, 4))
+        fields["shared_value"] = draw(st.booleans())
+    else:
+        fields["query_lengths"] = draw(st.one_of(st.none(), own))
+    if op == "jagged_attention":
+        options["causal"] = draw(st.booleans())
+        options["window"] = draw(st.tuples(st.integers(-1, 6), st.integers(-1, 6)))
+        options["num_prefix"] = draw(st.integers(0, 3))
+        options["rope_interleaved"] = draw(st.booleans())
+        fields["rope"] = 2 * draw(st.integers(0, fields["head_size"] // 2))
+        fields["positions"] = fields["query_lengths"] is not None or draw(st.booleans())
+    return Case(op, "drawn", **fields, options=options)
+
+
+@st.composite
+def row_cases(draw: st.DrawFn, op: str) -> Case:
+    """Any call of the ops without attention."""
+    fields: dict[str, Any] = {
+        "lengths": draw(lengths),
+        "heads": draw(st.integers(1, 3)),
+        "head_size": draw(channels.map(lambda n: max(n, 2))),
+        "value_size": draw(channels),
+        "tail": draw(st.integers(0, 3)),
+        "strided": draw(st.booleans()),
+        "index_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
+    }
+    if op == "apply_rotary":
+        fields["rope"] = 2 * draw(st.integers(1, fields["head_size"] // 2))
+        fields["positions"] = draw(st.booleans())
+        options: dict[str, Any] = {"interleaved": draw(st.booleans())}
+    else:
+        fields["bias"], fields["residual"] = draw(st.booleans()), draw(st.booleans())
+        options = {"activation": draw(st.sampled_from(FFN_ACTIVATIONS))}
+    return Case(op, "drawn", **fields, options=options)
+
+
+cases = st.one_of(*(attention_cases(op) for op in testing.OPS[:3]), *(row_cases(op) for op in testing.OPS[3:]))
+dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+seeds = st.integers(0, 2**16)
+memories = st.sampled_from(("", *MEMORY_LAYOUTS))
+# Which of a call's plants: their number depends on the call.
+plant_numbers = st.integers(0, 2**16)
+
+
+def made(case: Case, dtype: torch.dtype, seed: int, memory: str) -> dict[str, Any]:
+    """The inputs of a call, laid out in memory in one of MEMORY_LAYOUTS, or densely."""
+    inputs = testing.make_inputs(case, dtype, seed=seed)
+    return relaid_inputs(inputs, memory) if memory else inputs
+
+
+def check_call(
+    backend: str, case: Case, dtype: torch.dtype, seed: int, memory: str, most_draws: int = MOST_DRAWS
+) -> None:
+    """The call is within the budget; what is kept for a backward changes no bit of the output."""
+    rows = testing.compare(
+        case, backend, dtype, seed=seed, most_draws=most_draws,
+        make=lambda case, dtype, device, seed: made(case, dtype, seed, memory),
+    )  # fmt: skip
+    assert not [row for row in rows if not row.ok]
+    inputs = made(case, dtype, seed, memory)
+    with torch.no_grad():
+        served = testing.call(case.op, inputs, backend)[0]
+    assert not differing({"out": served}, {"out": testing.call(case.op, inputs, backend)[0]})
+
+
+def check_plant(backend: str, case: Case, dtype: torch.dtype, seed: int, number: int) -> None:
+    """A value that is extreme or not finite, at one place of one input, is noticed where it may be, and only there."""
+    inputs = testing.make_inputs(case, dtype, seed=seed)
+    plants = list(testing.plants(inputs))
+    if plants:
+        assert not testing.check_planted(case, backend, inputs, [plants[number % len(plants)]])
