@@ -134,7 +134,8 @@ def attend(
     s = scale * torch.einsum("bnhd,blhd->bnhl", q, k)
     visible = visible[:, :, None, :]
     if score != "softmax":
-        a = F.dropout(ACTIVATIONS[score](s).where(visible, 0), dropout)
+        # Masked before and after: what is not seen has no gradient, whatever it holds.
+        a = F.dropout(ACTIVATIONS[score](s.where(visible, 0)).where(visible, 0), dropout)
         return post_scale * torch.einsum("bnhl,blhe->bnhe", a, v), s.new_empty(0)
     # A query that sees no key has scores of 0: their softmax is finite, so no NaN reaches the gradients.
     blind = ~visible.any(-1, keepdim=True)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from every import most_draws
 from interformer import InterFormer, InterFormerConfig, Schema, cross
 from interformer.batch import Layout
 from interformer.cross import SelectiveSummary
@@ -153,7 +152,7 @@ def test_the_kernels_give_the_references_numbers(form: str) -> None:
     fastest = _model(replace(SMALL, **FORMS[form]), seed=1)
     assert list(reference.state_dict()) == list(fastest.state_dict())
     fastest.load_state_dict(reference.state_dict())
-    assert_within_budget(reference, fastest, lambda seed: {"seed": seed}, _logits_and_loss, most_draws(16))
+    assert_within_budget(reference, fastest, lambda seed: {"seed": seed}, _logits_and_loss, few=32)
 
 
 def test_pma_folds_its_projections_where_that_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ Two kinds of check, for any backend:
 - `compare_hard` holds calls of `HARD_VALUES` (gates near 0, equal scores, a one-hot softmax, scores of a million, the
   dtype's largest numbers, ...) against the float64 truth, by the rule of `compare`.
 - `check_planted` puts one value in one place of one input. What must not notice keeps its very bits (other rows, other
-  key/value heads, other queries); what notices is finite where eager PyTorch's result is, and hides no NaN.
+  key/value heads, other queries). What notices hides no NaN, and is finite where a finite value leaves eager PyTorch's
+  result finite.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ def _check_plant(
     eager = evaluate(lambda: call_eager(case.op, hard), case.op, hard)
     truth = evaluate(lambda: call_eager(case.op, exact), case.op, exact)
     masked = any(case.options.get(name) for name in ("causal", "window", "num_prefix"))
+    finite = math.isfinite(PLANTED[plant.value](inputs[plant.name].dtype))
     problems = []
     for quantity, may_notice in reach(case.op, inputs, plant.name, plant.place).items():
         x, before, true = found[quantity], clean[quantity], truth[quantity]
@@ -135,11 +137,8 @@ def _check_plant(
         spoilt = true.isfinite() & eager[quantity].isfinite() & ~x.isfinite()
         # Behind a mask, what is not finite may reach other queries of its row, or not: a formula that multiplies by 0
         # notices it, and tiles that nobody sees are not read at all.
-        for what, where in (
-            ("noticed", noticed),
-            ("hidden", hidden & (not masked)),
-            ("not finite", spoilt & (not masked)),
-        ):
+        hidden, spoilt = hidden & (not masked), spoilt & finite & (not masked)
+        for what, where in (("noticed", noticed), ("hidden", hidden), ("not finite", spoilt)):
             if where.any():
                 place = [int(i) for i in where.nonzero()[0]]
                 problems.append(f"{plant}: {quantity}{place} {what}: {float(before[tuple(place)]):g} became "
