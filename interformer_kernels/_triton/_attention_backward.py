@@ -156,6 +156,9 @@ def _softmax_of(lse, delta, p_head, m_q, SCORE: tl.constexpr, EXACT: tl.constexp
             if EXACT:
                 total = tl.where(total == 0.0, 1.0, total)
                 b_delta = tl.div_rn(b_delta, total)
+            # -inf: nothing was seen (delta is 0), or nothing but scores of -inf (delta is NaN). Disordered offsets may
+            # show such a query finite scores after all.
+            b_lse = tl.where(b_lse == float("-inf"), b_delta * 0.0, b_lse)
     return b_lse, total, b_delta
 
 

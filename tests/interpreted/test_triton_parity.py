@@ -42,7 +42,7 @@ PAIRS = [
 
 # Whose every quantity is judged in CI, too: none has fewer than 64 numbers in a draw.
 WHOLE = [
-    (Case("jagged_attention", "whole", gate="heads", heads=2, kv_heads=1, head_size=64, value_size=64,
+    (Case("jagged_attention", "whole", gate="channel", heads=2, kv_heads=1, head_size=64, value_size=64,
           lengths=(64, 3, 0, 33), options={"causal": True}), torch.bfloat16),
     (Case("pma_pooling", "whole", gate="channel", heads=4, kv_heads=2, lengths=(40, 0, 5)), torch.float16),
     (Case("gated_cross_attention", "whole", gate="head", residual=True, lengths=(40, 0, 5)), torch.float32),
