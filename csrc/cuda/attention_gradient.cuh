@@ -88,7 +88,8 @@ __device__ inline void weigh(const AttentionProblem<T>& p, Sums (&s)[N], Sums (&
         g = counts ? g * p.slope_scale : 0.0f;
     });
     map_one_by_one(s, grad, scratch, [&](float& x, float& g) {
-        g *= slope(x, p.score.activation);
+        // Where relu's slope is 0, the gradient is, even if it overflowed.
+        g = p.score.activation == Activation::relu && x <= 0.0f ? 0.0f : g * slope(x, p.score.activation);
         x = activate(x, p.score.activation);
     });
 }

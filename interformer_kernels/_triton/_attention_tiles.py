@@ -241,6 +241,9 @@ def weigh(s, grad, m_seen, lse, excess, delta, scale, SCORE: tl.constexpr, DTYPE
         x = s * scale
         weights = tl.where(m_seen, activate(x, SCORE, DTYPE), 0.0)
         grads = tl.where(m_seen, slope(x, SCORE, DTYPE) * grad, 0.0)
+        if SCORE == "relu":
+            # Where the slope is 0, the gradient is, even if it overflowed.
+            grads = tl.where(x <= 0, 0.0, grads)
     return weights, grads
 
 

@@ -37,7 +37,7 @@ def test_one_value_in_one_place(case: Case, dtype: torch.dtype) -> None:
     assert not testing.check_planted(case, "cuda", inputs, chosen)
 
 
-@by_turns(VALUES, share=4)
+@by_turns(VALUES, share=8)
 def test_hard_values_are_within_the_budget(case: Case, dtype: torch.dtype) -> None:
     rows = testing.compare_hard(case, "cuda", dtype, most_draws=most_draws(2))
     assert not [row for row in rows if not row.ok]

@@ -18,7 +18,7 @@ from interformer_kernels.testing import Case
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 # What CI has time for; the profile of `make fuzz` has its own number.
-few = hypothesis.settings(max_examples=min(6, hypothesis.settings().max_examples))
+few = hypothesis.settings(max_examples=min(3, hypothesis.settings().max_examples))
 AT_ONCE = few if hypothesis.settings().derandomize else hypothesis.settings()
 
 

@@ -186,9 +186,17 @@ inline void activate(Activation kind, A* x, int64_t count, A scale = 1, A factor
     over_activation<A>(kind, count, [=](int64_t i, auto value, auto) { x[i] = value(scale * x[i]) * factor; });
 }
 
-// x becomes act(scale x); slopes are multiplied by its derivative.
+// x becomes act(scale x); slopes are multiplied by its derivative. Where relu's is 0, they are 0, overflowed or not.
 template <typename A>
 inline void activate_with_slopes(Activation kind, A* x, A* slopes, int64_t count, A scale = 1) {
+    if (kind == Activation::relu) {
+        for (int64_t i = 0; i < count; ++i) {
+            const A inner = scale * x[i];
+            slopes[i] = inner <= A(0) ? A(0) : slopes[i] * scale;
+            x[i] = inner <= A(0) ? A(0) : inner;
+        }
+        return;
+    }
     over_activation<A>(kind, count, [=](int64_t i, auto value, auto slope) {
         const A inner = scale * x[i];
         slopes[i] *= slope(inner) * scale;
