@@ -59,8 +59,8 @@ _POINTERS = {
 }
 
 
-# Kernels that spill since rows and heads that are not finite are repeated alone (`_attention_tiles.of_attempt`): bytes of
-# a thread. They are right, and slower than they need be: a debt to be paid by other tiles. No other may spill.
+# Kernels that spill since rows and heads that are not finite are repeated alone (`_attention_tiles.of_attempt`): bytes
+# of a thread. They are right, and slower than they need be: a debt to be paid by other tiles. No other may spill.
 KNOWN_SPILLS = {
     ("jagged_attention", "attention_forward", 16, "float32", "sm_80"): 28,
     ("jagged_attention", "attention_backward_short", 64, "float32", "gfx942"): 12,
