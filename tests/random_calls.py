@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import hypothesis
 import torch
 from cpu_calls import MEMORY_LAYOUTS, differing, relaid_inputs
 from hypothesis import strategies as st
@@ -92,6 +94,18 @@ seeds = st.integers(0, 2**16)
 memories = st.sampled_from(("", *MEMORY_LAYOUTS))
 # Which of a call's plants: their number depends on the call.
 plant_numbers = st.integers(0, 2**16)
+
+
+def _small(case: Case) -> Case:
+    """The call with heads that take a slow backend no minutes, of a size that each of them serves."""
+    sizes = {"head_size": min(case.head_size, 128), "value_size": min(case.value_size, 128)}
+    sizes["rope"] = min(case.rope, sizes["head_size"] // 2 * 2)
+    return dataclasses.replace(case, **sizes)
+
+
+small_cases = cases.map(_small)
+# CI has time for three calls; the profile of `make fuzz`, which draws others each time, has its own number.
+on_slow_backends = hypothesis.settings(max_examples=3) if hypothesis.settings().derandomize else hypothesis.settings()
 
 
 def made(case: Case, dtype: torch.dtype, seed: int, memory: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ BOTH = words("""bart mbart pegasus marian m2m_100 t5 umt5 blenderbot blenderbot-
 switch_transformers nllb-moe mvp led prophetnet""")
 SAMPLE = [*DECODERS, *ENCODERS, *BOTH]
 OTHERS = [kind for kind in MODEL_MAPPING_NAMES if kind not in SAMPLE] if EVERY else []
-# What the sample's classes are refused for; all others are served.
+# The sample's classes that are refused, and why; all others are served.
 OWN_CODE = "attends by code of its own"
 REFUSED = {
     **dict.fromkeys(("bloom", "falcon", "mpt", "xglm", "openai-gpt", "deberta", "mpnet", "megatron-bert"), OWN_CODE),

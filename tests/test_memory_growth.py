@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(memory.why_not() is not None, reason=str(memory.
 
 MIB = 1 << 20
 WINDOW: dict[str, Any] = {"window": (64, 64)}
-# What a call may take at its peak, outputs and gradients included: so many times the bytes of its inputs in float32 (on
+# A call's bound at its peak, outputs and gradients included: so many times the bytes of its inputs in float32 (on
 # two threads each packs keys and values and sums their gradients), and what does not grow with the length.
 TIMES, FIXED = 5, 4 * MIB
 

@@ -29,7 +29,7 @@ PADDED = torch.randn(3, 4, 2)
 OFFSETS = offsets_of((3, 0, 2))
 SELF, POOL, CROSS, FFN = "JaggedSelfAttention", "PMAPooling", "GatedCrossAttention", "PersonalizedFFN"
 
-# What takes options: by name, a call with one of them.
+# The functions and modules that take options: by name, a call with one of them.
 CALLS: dict[str, Callable[..., Any]] = {
     op: lambda op=op, **o: getattr(ik, op)(**{**inputs(op), **o}) for op in testing.OPS
 }

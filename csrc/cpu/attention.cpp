@@ -173,7 +173,7 @@ class RowSums {
         }
     }
 
-    // What the backward of a part left in a thread's memory is added, in turn.
+    // Adds the sums that the backward of a part left in a thread's memory, once all earlier parts are in.
     void add(const AttentionTask& task, void* memory) {
         int64_t& next = next_[task.divided];
         std::unique_lock<std::mutex> lock(mutex_);

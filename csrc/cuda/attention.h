@@ -28,7 +28,7 @@ struct AttentionPieces {
 struct AttentionSides {
     std::optional<TensorView> lse;           // of the forward
     std::optional<TensorView> delta, share;  // see attention_gradient.cuh
-    // Of the output's shape and dtype; just where there is a gate, or a `post_scale` that is not 1.
+    // Has the output's shape and dtype; present just where there is a gate, or a `post_scale` that is not 1.
     std::optional<TensorView> grad_attended;
 };
 
@@ -54,7 +54,7 @@ void check_backward(const Checks& check, const AttentionInputs& in, const Attent
                     const AttentionSides& sides, int64_t gate_block, const AttentionPieces& pieces, int64_t parts,
                     const TensorView& queue);
 
-// What flows back through a gate and `post_scale`: `grad_attended` and `grad_gate`.
+// Writes the gradients behind a gate and `post_scale`: `grad_attended` and `grad_gate`.
 void epilogue_backward(const AttentionInputs& in, const AttentionGradients& grads, const AttentionSides& sides,
                        int64_t gate_block, const Stream& stream);
 // Delta and share under softmax, from `grad_attended`, the gradient of A.

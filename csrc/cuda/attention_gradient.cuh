@@ -1,5 +1,5 @@
-// What dQ's pass and that of dK and dV share. With the weights P = softmax(S) or act(S), dA the gradient of A times
-// post_scale, and dP = dA V':
+// The passes of dQ and of dK with dV share this file. With the weights P = softmax(S) or act(S), dA the gradient of A
+// times post_scale, and dP = dA V':
 //
 //     dS = P * (dP - delta), delta = sum of P * dP over keys      (softmax; else act'(S) * dP)
 //     dQ = scale dS K,   dK = scale dS' Q,   dV = P' dA
@@ -19,7 +19,7 @@
 namespace interformer {
 namespace cuda {
 
-// What these kernels read.
+// The arguments of these kernels.
 template <typename T>
 struct Gradient {
     AttentionProblem<T> problem;

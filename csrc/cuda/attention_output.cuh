@@ -43,8 +43,8 @@ __device__ inline float unit_weight(int keys) {
     return __uint_as_float((252u << 23) - exponent);
 }
 
-// What the softmax of one query sums up to: weights are `unit` times what the exponential of a score's distance from
-// the `largest` one is. Without softmax all is zero, as is the sum over no key.
+// The softmax's sum of one query: weights are `unit` times the exponential of a score's distance from the `largest`
+// one. Without softmax all is zero, as is the sum over no key.
 struct Total {
     float largest, sum, unit;
 

@@ -155,8 +155,8 @@ struct AttentionProblem {
 
     explicit AttentionProblem(const AttentionInputs& in);
 
-    // Of the product of a query and a key. Rounded here, wherever it is asked for: a compiler that joined it with what
-    // comes after would make large scores other numbers in one pass than in the next.
+    // The score of a query's product with a key, rounded here in every pass: a compiler that joined it with what comes
+    // after would make large scores other numbers in one pass than in the next.
     __device__ float scored(float product) const { return __fmul_rn(product, scale); }
 
     int64_t rows() const { return kv_offsets.rows; }
@@ -201,8 +201,9 @@ inline int clamped(int64_t limit) {
     return static_cast<int>(limit < INT32_MAX ? limit : INT32_MAX);
 }
 
-// What weights are multiplied by before they are summed up, of a `post_scale`: all of it where it makes them smaller,
-// so that a sum does not overflow which is finite after it. But small weights of float16, as operands, lose digits.
+// The part of a `post_scale` that weights are multiplied by before they are summed up: all of it where it makes them
+// smaller, so that a sum does not overflow which is finite after it. But small weights of float16, as operands, lose
+// digits.
 template <typename T>
 double inner_part(double post_scale) {
     constexpr double least = std::is_same_v<T, Float16> ? 1.0 / 64 : 0.0;

@@ -23,7 +23,7 @@ __host__ __device__ Contents contents_of(const AttentionProblem<T>&) {
     return {true, false, false};
 }
 
-// Of the two rows of a lane, over the columns of this lane. As in the forward, P is relative to a `unit`: so sums over
+// The sums of a lane's two rows over its columns. As in the forward, P is relative to a `unit`: so sums over
 // gradients are finite where these are.
 struct ShareSums {
     float total[2] = {}, mean[2] = {};

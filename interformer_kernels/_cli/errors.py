@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 
 _PACKAGES = ("interformer", "interformer_kernels", "interformer_bench")
-_IN_WORDS = (ValueError, TypeError, RuntimeError, LookupError, NotImplementedError)
+_IN_WORDS = (ValueError, TypeError, RuntimeError, LookupError)
 _LONGEST = 1000  # of a line
 _RAISE = dis.opmap["RAISE_VARARGS"]
 # PyTorch's own words for memory of the CPU that is not there, or that no machine has.

@@ -26,7 +26,7 @@ from interformer_kernels._triton.apply_rotary import rotated
 
 _FEWEST = 16  # rows of a tile that tensor cores take
 _NUMBERS = 4096  # of a tile of the epilogue's backward
-# Of the queries: gradient of A, log-sum-exp, and what `_softmax_of` makes delta of (`_attention_backward.py`).
+# A query's numbers in the backward: gradient of A, log-sum-exp, and what `_softmax_of` makes delta of (`_attention_backward.py`).
 _Sides = tuple[Tensor, Tensor, Tensor]
 
 

@@ -158,11 +158,11 @@ def attention_backward_short(
                     weights, _, largest, total = fold(
                         s, m_seen, nothing + float("-inf"), nothing, keys[:, None], scale, post_scale, SCORE, b_v.dtype
                     )
-                    # Of scores of nothing but -inf, the weights are NaN, as they are in PyTorch.
+                    # Scores of nothing but -inf have weights of NaN, as in PyTorch.
                     total = tl.where(largest == float("-inf"), float("nan"), total)
                     weights = tl.where(m_seen, weights / total[:, None], 0.0)
                     delta = tl.sum(tl.where(m_seen, weights * grad, 0.0), 1)
-                    # What is not finite reaches nobody through a mask.
+                    # No value that is not finite goes through a mask.
                     grads = tl.where(m_seen, weights * (grad - delta[:, None]), 0.0)
                 else:
                     weights, grads = weigh(s, grad, m_seen, nothing, nothing, nothing, scale, SCORE, b_v.dtype)

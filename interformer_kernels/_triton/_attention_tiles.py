@@ -235,7 +235,7 @@ def weigh(s, grad, m_seen, lse, excess, delta, scale, SCORE: tl.constexpr, DTYPE
         if tl.float32 != DTYPE:
             x = x - excess
         weights = tl.where(m_seen, tl.exp2(x), 0.0)
-        # What is not finite reaches nobody through a mask.
+        # No value that is not finite goes through a mask.
         grads = tl.where(m_seen, weights * (grad - delta), 0.0)
     else:
         x = s * scale

@@ -278,7 +278,7 @@ def starts_anew(positions: Tensor, causal: bool, alone: bool) -> Tensor | None:
         return None
     place = f"attn_implementation={NAME!r}: position_ids"
     if not causal:
-        # Of bidirectional attention positions say nothing, unless they look just like those of packed rows.
+        # Positions say nothing of bidirectional attention, unless they look just like those of packed rows.
         if bool(((steps == 1) | (positions[:, 1:] == 0)).all()) and bool((positions[:, 0] == 0).all()):
             raise ValueError(f"{place} start anew in bidirectional attention; tell packed rows by cu_seq_lens_q and _k")
         return None

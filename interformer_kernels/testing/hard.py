@@ -62,7 +62,7 @@ def hard_cases(op: str) -> list[Case]:
 
 # ---------------------------------------------------------------- one value in one place
 
-# What is planted, as a function of the dtype.
+# The values that are planted, as functions of the dtype.
 PLANTED: dict[str, Callable[[torch.dtype], float]] = {
     "nan": lambda dtype: math.nan,
     "inf": lambda dtype: math.inf,

@@ -16,7 +16,7 @@ from interformer_kernels import testing
 from interformer_kernels._launch import long_rows
 from interformer_kernels.testing import Case, offsets_of
 
-# What numpy says of the interpreter's infinities.
+# Numpy warns of the interpreter's infinities.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ATTENTION, POOLING, CROSS = "jagged_attention", "pma_pooling", "gated_cross_attention"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

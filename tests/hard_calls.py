@@ -1,0 +1,44 @@
+"""The shared hard inputs as the tests of the slow backends, interpreted and emulated, ask them.
+
+In CI a part, by turns of the dtype; with EVERY=1 all values, places, dtypes and draws.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from every import EVERY, most_draws
+from grid import case_ids
+
+from interformer_kernels import testing
+from interformer_kernels.testing import Case
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _by_turns(cases: list[Case], share: int = 1) -> pytest.MarkDecorator:
+    """Parametrise over the cases, or one in `share` of them, and a dtype each."""
+    found = [
+        pytest.param(case, dtype, id=f"{name}-{i}-{dtype}")
+        for i, (case, name) in enumerate(zip(cases, case_ids(cases), strict=True))
+        if EVERY or i % share == 0
+        for dtype in (DTYPES if EVERY else (DTYPES[i % len(DTYPES)],))
+    ]
+    return pytest.mark.parametrize(("case", "dtype"), found)
+
+
+over_planted = _by_turns([case for op in testing.OPS for case in testing.hard_cases(op)])
+over_values = _by_turns([case for op in testing.OPS for case in testing.hard_value_cases(op)], share=8)
+
+
+def planted_problems(backend: str, case: Case, dtype: torch.dtype) -> list[str]:
+    """What is wrong where one value stands in one place."""
+    inputs = testing.make_inputs(case, dtype)
+    plants = list(testing.plants(inputs))
+    chosen = plants if EVERY else [plant for plant in plants if plant.value == "nan"][1::4]
+    return testing.check_planted(case, backend, inputs, chosen)
+
+
+def value_breaches(backend: str, case: Case, dtype: torch.dtype) -> list[testing.Row]:
+    """Quantities beyond their budget where numbers cancel or overflow."""
+    return [row for row in testing.compare_hard(case, backend, dtype, most_draws=most_draws(2)) if not row.ok]
