@@ -59,30 +59,6 @@ _POINTERS = {
 }
 
 
-# Kernels that spill since rows and heads that are not finite are repeated alone (`_attention_tiles.of_attempt`): bytes
-# of a thread. They are right, and slower than they need be: a debt to be paid by other tiles. No other may spill.
-KNOWN_SPILLS = {
-    ("jagged_attention", "attention_forward", 16, "float32", "sm_80"): 28,
-    ("jagged_attention", "attention_backward_short", 64, "float32", "gfx942"): 12,
-    ("jagged_attention", "attention_grad_keys", 128, "float32", "gfx942"): 620,
-    ("pma_pooling", "attention_forward", 16, "float32", "sm_80"): 4,
-    ("pma_pooling", "attention_grad_keys", 128, "bfloat16", "sm_90"): 52,
-    ("pma_pooling", "attention_grad_keys", 128, "bfloat16", "sm_100"): 212,
-    ("pma_pooling", "attention_forward", 128, "float32", "sm_80"): 8,
-    ("pma_pooling", "attention_grad_queries", 128, "float32", "sm_80"): 32,
-    ("pma_pooling", "attention_grad_queries", 256, "float32", "sm_90"): 8,
-    ("pma_pooling", "attention_grad_queries", 256, "float32", "sm_100"): 8,
-    ("gated_cross_attention", "attention_merge", 32, "float32", "sm_100"): 16,
-    ("gated_cross_attention", "attention_merge", 64, "float32", "sm_100"): 16,
-    ("gated_cross_attention", "attention_grad_keys", 128, "float32", "sm_80"): 508,
-    ("gated_cross_attention", "attention_grad_keys", 128, "float32", "sm_90"): 520,
-    ("gated_cross_attention", "attention_grad_keys", 128, "float32", "sm_100"): 408,
-    ("gated_cross_attention", "attention_grad_keys", 256, "float32", "sm_80"): 760,
-    ("gated_cross_attention", "attention_grad_keys", 256, "float32", "sm_90"): 768,
-    ("gated_cross_attention", "attention_grad_keys", 256, "float32", "sm_100"): 768,
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Usage:
     """What one kernel takes of one device; bytes of a program, but registers and spills (bytes) of a thread."""
@@ -99,9 +75,8 @@ class Usage:
 
     @property
     def fits(self) -> bool:
-        """No spills but what is known, and no more shared memory than a program may have."""
-        known = KNOWN_SPILLS.get((self.call, self.kernel, self.width, self.dtype, self.target), 0)
-        return self.spills <= known and self.shared <= SHARED_MEMORY[self.target]
+        """No spills, and no more shared memory than a program may have."""
+        return self.spills == 0 and self.shared <= SHARED_MEMORY[self.target]
 
 
 # ---------------------------------------------------------------- the calls
@@ -283,7 +258,7 @@ def _show(found: Sequence[Usage]) -> None:
     columns = "call", "kernel", "width", "dtype", "tiles", "target", "registers", "spills", "shared", ""
     lines = [
         (one.call, one.kernel, str(one.width), one.dtype, one.tiles, one.target, str(one.registers), str(one.spills),
-         str(one.shared), ("spills, as known" if one.spills else "ok") if one.fits else "DOES NOT FIT")
+         str(one.shared), "ok" if one.fits else "DOES NOT FIT")
         for one in found
     ]  # fmt: skip
     print_table("What the kernels take, compiled ahead of time", columns, lines)

@@ -26,7 +26,9 @@ from interformer_kernels._triton.apply_rotary import rotated
 
 _FEWEST = 16  # rows of a tile that tensor cores take
 _NUMBERS = 4096  # of a tile of the epilogue's backward
-# A query's numbers in the backward: gradient of A, log-sum-exp, and what `_softmax_of` makes delta of (`_attention_backward.py`).
+_WIDE = 128  # channels of a head, padded, from which on heads are not packed
+# A query's numbers in the backward: gradient of A, log-sum-exp, and the sums that `_attention_backward._softmax_of`
+# makes delta of.
 _Sides = tuple[Tensor, Tensor, Tensor]
 
 
@@ -57,9 +59,12 @@ class _Problem:
         self.anew = self.exact  # Sums of all queries' weights, and delta, are made anew in the backward.
 
     def _pack(self) -> int:
-        """Key/value heads that a program takes at once, so that few queries fill a tile."""
+        """Key/value heads that a program takes at once, so that few queries fill a tile.
+
+        Of wide heads one: to repeat each head alone (`_attention_tiles.of_attempt`) takes registers that they lack.
+        """
         pack = 1
-        if self.call.layout != "packed" and self.queries:
+        if self.call.layout != "packed" and self.queries and self.width < _WIDE:
             while self.kv_heads % (2 * pack) == 0 and 2 * pack * self.group * self.queries <= _FEWEST:
                 pack *= 2
         return pack
@@ -188,7 +193,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -
             pieces, weights, gate, residual, out, lse, attended, problem.kv_offsets,
             problem.rows, k.shape[0], problem.queries, min(call.skip_prefix, k.shape[0]), *of_epilogue,
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, SCORE=call.score, **epilogue, SPLIT=split,
-            BLOCK_Q=block, BLOCK_DV=padded(shape[-1]), tiles=Tiles(block, padded(shape[-1]), 8, 1),
+            BLOCK_Q=block, BLOCK_DV=padded(shape[-1]), tiles=Tiles(block, padded(shape[-1]), 4, 1),
         )  # fmt: skip
     return out, lse, attended
 
@@ -219,6 +224,9 @@ def backward(
     # Where A is missing, delta comes from the weights: never from an output, whose rounding a confident softmax shows.
     problem.anew |= problem.softmax and not attended.numel()
     grad_attended, delta, grad_gate = _through_epilogue(problem, readable(grad_out), attended)
+    if call.post_scale != 1:
+        # Before the products with values, which then overflow less; inside the kernels it would cost registers.
+        grad_attended = grad_attended * call.post_scale
     sides = grad_attended, lse, delta
     grad_q = _grad_queries(problem, sides)
     grad_k, grad_v = _grad_keys(problem, sides)
@@ -275,7 +283,7 @@ def _over_queries(problem: _Problem, sides: _Sides, out: Tensor, runs: tuple[int
     _run.start(
         attention_grad_queries, grid * (problem.kv_heads // problem.pack),
         q, k, v, *sides, out, pieces, problem.q_offsets, problem.kv_offsets,
-        *problem.sizes(), rows_of_run, parts, problem.call.scale, problem.call.post_scale,
+        *problem.sizes(), rows_of_run, parts, problem.call.scale,
         *problem.strides(q), *k.stride()[:2], *v.stride()[:2], *problem.strides(sides[0]),
         **problem.constants(found), EXACT=problem.exact, GRADIENT=gradient, ROUGH=rough, SPLIT=split,
         tiles=found,
@@ -319,7 +327,7 @@ def _grad_keys(problem: _Problem, sides: _Sides) -> tuple[Tensor, Tensor]:
         _run.start(
             attention_grad_keys, grid,
             problem.q, k, v, *sides, grad_k, grad_v, problem.q_offsets, problem.kv_offsets,
-            *problem.sizes(), call.scale, call.post_scale,
+            *problem.sizes(), call.scale,
             *problem.strides(problem.q), *k.stride()[:2], *v.stride()[:2], *problem.strides(sides[0]),
             **problem.constants(found), EXACT=problem.exact, tiles=found,
         )  # fmt: skip

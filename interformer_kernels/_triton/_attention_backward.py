@@ -1,8 +1,8 @@
 """Backward of the attention kernels: what flows back through the epilogue, then dQ, and dK with dV.
 
-With the weights P = softmax(S) or post_scale * act(S), and dP = dA V':
+With the weights P = softmax(S) or act(S), dA the gradient of A times post_scale, and dP = dA V':
 
-    dS = P * (dP - delta), delta = sum of dA * A over channels      (softmax; else post_scale * act'(S) * dP)
+    dS = P * (dP - delta), delta = sum of dA * A over channels      (softmax; else act'(S) * dP)
     dQ = scale dS K,   dK = scale dS' Q,   dV = P' dA
 
 The rounding of a log-sum-exp is an error of all weights of its query, and the products in delta do not cancel against
@@ -21,7 +21,6 @@ import triton.language as tl
 from interformer_kernels._triton._attention_output import piece
 from interformer_kernels._triton._attention_tiles import (
     at,
-    before_post_scale,
     is_short,
     key_tiles,
     keys_of,
@@ -198,7 +197,7 @@ def _keep(
 @triton.jit(do_not_specialize=SIZES)
 def attention_grad_queries(
     q, k, v, grad_attended, lse, delta, out, pieces, q_offsets, kv_offsets,
-    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, rows_of_run, parts, scale, post_scale,
+    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, rows_of_run, parts, scale,
     q_row, q_token, q_head, k_token, k_head, v_token, v_head, grad_row, grad_token, grad_head,
     D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, PACKS: tl.constexpr,
     LAYOUT: tl.constexpr, SCORE: tl.constexpr, V_IS_K: tl.constexpr,
@@ -260,7 +259,6 @@ def attention_grad_queries(
                 p_grad = at(b, first, n, grad_row, grad_token, LAYOUT) + head * grad_head
                 b_q = tl.load(q + p_q[:, None] + o_d, mask=m_in[:, None] & (o_d < D), other=0.0)
                 b_grad = tl.load(grad_attended + p_grad[:, None] + o_v, mask=m_in[:, None] & (o_v < DV), other=0.0)
-                b_grad = before_post_scale(b_grad, post_scale, SCORE)
                 b_lse, b_total, b_delta = _softmax_of(
                     lse, delta, (out_first + n) * (PACKS * HEADS) + head, m_in, SCORE, EXACT, GRADIENT
                 )
@@ -291,7 +289,7 @@ def attention_grad_queries(
 @triton.jit(do_not_specialize=SIZES)
 def attention_grad_keys(
     q, k, v, grad_attended, lse, delta, grad_k, grad_v, q_offsets, kv_offsets,
-    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, scale, post_scale,
+    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, scale,
     q_row, q_token, q_head, k_token, k_head, v_token, v_head, grad_row, grad_token, grad_head,
     D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, PACKS: tl.constexpr,
     LAYOUT: tl.constexpr, SCORE: tl.constexpr, V_IS_K: tl.constexpr,
@@ -351,7 +349,6 @@ def attention_grad_keys(
                     p_grad = at(row, first, n, grad_row, grad_token, LAYOUT) + head * grad_head
                     b_q = tl.load(q + p_q[:, None] + o_d, mask=m_q[:, None] & (o_d < D), other=0.0)
                     b_grad = tl.load(grad_attended + p_grad[:, None] + o_v, mask=m_q[:, None] & (o_v < DV), other=0.0)
-                    b_grad = before_post_scale(b_grad, post_scale, SCORE)
                     b_lse, b_total, b_delta = _softmax_of(
                         lse, delta, (first + n) * (PACKS * HEADS) + head, m_q, SCORE, EXACT, True
                     )

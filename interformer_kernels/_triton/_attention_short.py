@@ -15,7 +15,6 @@ import triton.language as tl
 
 from interformer_kernels._triton._attention_output import finish
 from interformer_kernels._triton._attention_tiles import (
-    before_post_scale,
     fold,
     not_numbers,
     of_attempt,
@@ -150,7 +149,6 @@ def attention_backward_short(
                 b_q = _load(q, (q_first + n) * q_token + head * q_head, n < queries, D, BLOCK_D)
                 p_grad = (q_first + n) * grad_token + head * grad_head
                 b_grad = _load(grad_attended, p_grad, n < queries, DV, BLOCK_DV)
-                b_grad = before_post_scale(b_grad, post_scale, SCORE)
                 s = dot(b_q, tl.trans(b_k), PRECISION)
                 grad = dot(b_grad, tl.trans(b_v), PRECISION)
                 nothing = tl.zeros([BLOCK], tl.float32)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, narrow, power, slope
+from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, power, slope
 from interformer_kernels._triton._rows import find, span
 
 
@@ -210,16 +210,6 @@ def sees_some(
     if PREFIX:
         some = some | (begin < keys)
     return some & (n < queries)
-
-
-@triton.jit
-def before_post_scale(b_grad, post_scale, SCORE: tl.constexpr):
-    """Gradients of the sums that `post_scale` multiplies, from those of A: products with values overflow less."""
-    if SCORE == "softmax":
-        b_sums = b_grad
-    else:
-        b_sums = narrow(b_grad.to(tl.float32) * post_scale, b_grad.dtype)
-    return b_sums
 
 
 @triton.jit

@@ -42,7 +42,6 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     "forward": {
         2: {64: Tiles(64, 64), 128: Tiles(64, 32), 256: Tiles(32, 32), 512: Tiles(16, 16)},
         4: {
-            16: Tiles(32, 32, 8),
             32: Tiles(32, 32),
             64: Tiles(32, 32, 8),
             128: Tiles(16, 16),
@@ -56,12 +55,12 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     },
     "grad_keys": {
         2: {64: Tiles(32, 64), 128: Tiles(32, 32), 256: Tiles(16, 16), 512: Tiles(16, 16)},
-        4: {128: Tiles(32, 16, 8), 256: Tiles(16, 16), 512: Tiles(16, 16)},
+        4: {64: Tiles(32, 16, 8), 128: Tiles(16, 32, 8), 256: Tiles(16, 16), 512: Tiles(16, 16)},
     },
     # Several rows of at most `keys` tokens in a tile of `queries`; wider heads leave no room for that.
     "short": {
         2: {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 32, 4, 1)},
-        4: {32: Tiles(32, 16, 4, 1), 64: Tiles(32, 16, 8, 1)},
+        4: {32: Tiles(32, 16, 4, 1)},
     },
     "personalized_ffn": {2: {128: Tiles(64, 64, 8)}, 4: {128: Tiles(32, 32, 8)}},
     "grad_weight": {2: {128: Tiles(64, 64)}, 4: {128: Tiles(32, 32)}},
@@ -72,13 +71,13 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
 SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
     80: {
         "forward": {2: {128: Tiles(64, 32, 8)}, 4: {256: Tiles(16, 16, 8)}},
-        "grad_queries": {2: {256: Tiles(16, 32, 8)}, 4: {256: Tiles(16, 32, 8)}},
-        "grad_keys": {4: {256: Tiles(16, 16, 8)}},
-        "short": {2: {128: Tiles(64, 32, 8, 1)}},
+        "grad_queries": {2: {256: Tiles(16, 32, 8)}, 4: {128: Tiles(16, 16), 256: Tiles(16, 16, 8)}},
+        "grad_keys": {4: {128: Tiles(32, 16, 8), 256: Tiles(16, 16, 8)}},
+        "short": {2: {128: Tiles(64, 32, 8, 1)}, 4: {64: Tiles(32, 16, 8, 1)}},
     },
     90: {
         "forward": {2: {128: Tiles(64, 32)}},
-        "grad_queries": {2: {128: Tiles(64, 32)}},
+        "grad_queries": {2: {128: Tiles(64, 32)}, 4: {128: Tiles(16, 16, 8)}},
         "grad_keys": {2: {128: Tiles(32, 64)}},
     },
 }
