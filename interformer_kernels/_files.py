@@ -86,6 +86,15 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """`record` as one line of JSON at the end of `path`, by one write: lines of several processes do not mix, and what
+    is there stands, whatever becomes of the writer.
+    """
+    line = json.dumps(finite(record), allow_nan=False) + "\n"
+    with naming(path), open(path, "ab", buffering=0) as file:
+        file.write(line.encode())
+
+
 def want_writable(path: Path) -> None:
     """Raises the `OSError` that writing `path` would: better before a long computation than after it."""
     mode = _mode_of(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import signal
@@ -17,7 +18,14 @@ from pathlib import Path
 import pytest
 
 from interformer_kernels import _files
-from interformer_kernels._files import DamagedFileError, read_sealed, replacing, want_writable, write_sealed, write_text
+from interformer_kernels._files import (
+    DamagedFileError,
+    read_sealed,
+    replacing,
+    want_writable,
+    write_sealed,
+    write_text,
+)
 
 ROUNDS = 12 * int(os.environ.get("INTERFORMER_FIRE", "1"))  # kills; `INTERFORMER_FIRE=20` is the larger campaign
 # The module by its file: in a process of its own it needs no torch, which takes seconds to import.
@@ -66,6 +74,19 @@ def test_processes_write_one_file_at_once(tmp_path: Path) -> None:
     assert len(found) == 4000
     assert len(set(found)) == 1
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_processes_append_whole_lines_to_one_file(tmp_path: Path) -> None:
+    program = "for n in range(300): files.append_line(path, {'pid': os.getpid(), 'n': n, 'nan': float('nan')})"
+    processes = [_start(program, tmp_path / "x") for _ in range(4)]
+    for process in processes:
+        assert process.communicate(timeout=60)[1] == ""
+    found = [json.loads(line) for line in (tmp_path / "x").read_text().splitlines()]
+    for process in processes:
+        assert [one for one in found if one["pid"] == process.pid] == [
+            {"pid": process.pid, "n": n, "nan": None} for n in range(300)
+        ]
+    assert len(found) == 1200
 
 
 def test_a_kill_leaves_the_old_file_or_the_new_and_the_next_writer_clears_up(tmp_path: Path) -> None:
