@@ -29,6 +29,7 @@ from interformer_kernels._triton._attention_tiles import (
     of_attempt,
     queries_of,
     query_tiles,
+    rest_of_scale,
     task,
     visible,
     weigh,
@@ -108,8 +109,8 @@ def _over_keys(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries from (a part of) the keys of one row, yet to be scaled; or else the sums of P and
-    of P * dP."""
+    """Gradient of a tile of queries from (a part of) the keys of one row, but for `rest_of_scale`; or else the sums of
+    P and of P * dP."""
     sums = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     mean = tl.zeros([BLOCK_Q], tl.float32)
@@ -165,15 +166,6 @@ def _softmax_of(lse, delta, p_head, m_q, SCORE: tl.constexpr, EXACT: tl.constexp
 def _is_rough(lse):
     """Whether the rounding of a log-sum-exp shows in weights of 16 bits."""
     return (tl.abs(lse) >= 1024.0) & (tl.abs(lse) < float("inf"))
-
-
-@triton.jit
-def _scale_of(scale, keys, SCORE: tl.constexpr):
-    """The factor of a row's gradients of scores: none moves the softmax of one key, whatever `dP - delta` rounds to."""
-    factor = scale
-    if SCORE == "softmax":
-        factor = tl.where(keys == 1, 0.0, scale)
-    return factor
 
 
 @triton.jit
@@ -272,7 +264,7 @@ def attention_grad_queries(
                 )  # fmt: skip
                 if EXACT:
                     row_sums = row_sums * tl.div_rn(1.0, b_total)[:, None]
-                sums += row_sums * _scale_of(scale, keys, SCORE)
+                sums += row_sums * rest_of_scale(scale, keys, SCORE, k.dtype.element_ty)
             if PACK > 1:
                 again = again | (tl.max(not_numbers(sums) | (mean != mean).to(tl.int32), 0) > 0)
             m_q = n < queries_here  # [BLOCK_Q]
@@ -369,7 +361,7 @@ def attention_grad_keys(
                         grads = grads * b_share
                     sums_v += dot(narrow(weights, b_grad.dtype), b_grad, PRECISION)
                     sums_k += dot(narrow(grads, b_q.dtype), b_q, PRECISION)
-            sums_k = sums_k * _scale_of(scale, keys, SCORE)
+            sums_k = sums_k * rest_of_scale(scale, keys, SCORE, k.dtype.element_ty)
             if V_IS_K:
                 sums_k = sums_k + sums_v
             if PACK > 1:

@@ -18,6 +18,8 @@ from interformer_kernels._triton._attention_tiles import (
     fold,
     not_numbers,
     of_attempt,
+    rest_of_scale,
+    scaled,
     sees_some,
     visible,
     weigh,
@@ -144,6 +146,7 @@ def attention_backward_short(
             sums_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)
             sums_v = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
             bad = tl.zeros([BLOCK], tl.int32)
+            rest = rest_of_scale(scale, keys, SCORE, b_v.dtype)[:, None]
             for g in range(0, GROUP):
                 head = i_head * GROUP + g
                 b_q = _load(q, (q_first + n) * q_token + head * q_head, n < queries, D, BLOCK_D)
@@ -161,12 +164,12 @@ def attention_backward_short(
                     weights = tl.where(m_seen, weights / total[:, None], 0.0)
                     delta = tl.sum(tl.where(m_seen, weights * grad, 0.0), 1)
                     # No value that is not finite goes through a mask.
-                    grads = tl.where(m_seen, weights * (grad - delta[:, None]), 0.0)
+                    grads = tl.where(m_seen, scaled(weights * (grad - delta[:, None]), scale, b_v.dtype), 0.0)
                 else:
                     weights, grads = weigh(s, grad, m_seen, nothing, nothing, nothing, scale, SCORE, b_v.dtype)
                 grads = narrow(grads, b_q.dtype)
                 p_q = (q_first + n) * (KV_HEADS * GROUP) + head
-                sums_q = dot(grads, b_k, PRECISION) * scale
+                sums_q = dot(grads, b_k, PRECISION) * rest
                 _store(grad_q, p_q, n < queries, sums_q, D, BLOCK_D)
                 sums_k += dot(tl.trans(grads), b_q, PRECISION)
                 sums_v += dot(tl.trans(narrow(weights, b_grad.dtype)), b_grad, PRECISION)
@@ -174,5 +177,5 @@ def attention_backward_short(
             bad = bad | not_numbers(sums_k) | not_numbers(sums_v)
             again = again | (tl.max(bad, 0) > 0)
             p_k = (k_first + n) * KV_HEADS + i_head
-            _store(grad_k, p_k, n < keys, sums_k * scale, D, BLOCK_D)
+            _store(grad_k, p_k, n < keys, sums_k * rest, D, BLOCK_D)
             _store(grad_v, p_k, n < keys, sums_v, DV, BLOCK_DV)

@@ -213,9 +213,33 @@ def sees_some(
 
 
 @triton.jit
+def scaled(grads, scale, DTYPE: tl.constexpr):
+    """Gradients of scores as factors in the sums for dQ and dK: times `scale`, so that no sum overflows that `scale`
+    would bring back. Small ones of float16 would lose digits so; `rest_of_scale` multiplies their sums.
+    """
+    if tl.float16 == DTYPE:
+        inside = grads
+    else:
+        inside = grads * scale
+    return inside
+
+
+@triton.jit
+def rest_of_scale(scale, keys, SCORE: tl.constexpr, DTYPE: tl.constexpr):
+    """The factor of a row's sums over `scaled` gradients, where the row has so many keys."""
+    factor = (keys * 0).to(tl.float32) + 1.0
+    if tl.float16 == DTYPE:
+        factor = factor * scale
+    if SCORE == "softmax":
+        # Nothing moves the softmax of one key, whatever `dP - delta` rounds to.
+        factor = tl.where(keys == 1, 0.0, factor)
+    return factor
+
+
+@triton.jit
 def weigh(s, grad, m_seen, lse, excess, delta, scale, SCORE: tl.constexpr, DTYPE: tl.constexpr):
-    """Weights of the values but for `post_scale`, and gradients of the products `s` but for `scale`, from the weights'
-    gradients `grad`.
+    """Weights of the values but for `post_scale`, and gradients of the products `s` but for `rest_of_scale`, from the
+    weights' gradients `grad`.
 
     `excess`: log2 of what the weights of a query by its log-sum-exp add up to; in float32 the caller divides by it.
     """
@@ -226,11 +250,11 @@ def weigh(s, grad, m_seen, lse, excess, delta, scale, SCORE: tl.constexpr, DTYPE
             x = x - excess
         weights = tl.where(m_seen, tl.exp2(x), 0.0)
         # No value that is not finite goes through a mask.
-        grads = tl.where(m_seen, weights * (grad - delta), 0.0)
+        grads = tl.where(m_seen, scaled(weights * (grad - delta), scale, DTYPE), 0.0)
     else:
         x = s * scale
         weights = tl.where(m_seen, activate(x, SCORE, DTYPE), 0.0)
-        grads = tl.where(m_seen, slope(x, SCORE, DTYPE) * grad, 0.0)
+        grads = tl.where(m_seen, scaled(slope(x, SCORE, DTYPE) * grad, scale, DTYPE), 0.0)
         if SCORE == "relu":
             # Where the slope is 0, the gradient is, even if it overflowed.
             grads = tl.where(x <= 0, 0.0, grads)

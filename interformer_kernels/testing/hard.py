@@ -180,6 +180,12 @@ def _largest(inputs: Inputs) -> Inputs:
     return {**inputs, name: x.sign().abs().mul(0.99 * torch.finfo(x.dtype).max).requires_grad_()}
 
 
+def _far_apart(inputs: Inputs) -> Inputs:
+    """Keys near the dtype's largest number beside small queries: the sums for dQ overflow but for the small `scale`."""
+    size = torch.finfo(inputs["k"].dtype).max / 8
+    return {**_scaled(inputs, k=size, q=1e6 / size, seeds=1e6 / size, v=1e3), "scale": 1e-6}
+
+
 _SOFTMAX: tuple[dict[str, Any], ...] = ({},)
 _ALL_SCORES = (*_SOFTMAX, {"score": "gelu", "post_scale": 0.125}, {"score": "silu", "post_scale": 0.125})
 _TANH, _SIGMOID, _SILU = ({"gate_activation": activation} for activation in ("tanh", "sigmoid", "silu"))
@@ -193,6 +199,7 @@ HARD_VALUES: dict[str, tuple[Callable[[Inputs], Inputs], tuple[dict[str, Any], .
     "one-hot softmax": (_one_hot, _SOFTMAX),
     "scores of 1e6": (_million, _SOFTMAX),
     "largest values": (_largest, _SOFTMAX),
+    "keys near the largest": (_far_apart, _ALL_SCORES),
     "inputs of 1e-3": (lambda inputs: _scaled(inputs, q=1e-3, seeds=1e-3, k=1e-3, v=1e-3, x=1e-3), _ALL_SCORES),
 }
 
