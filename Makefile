@@ -42,7 +42,7 @@ help:
 	@echo "make gpu-report         on a machine with a GPU: parity, determinism, bench; bench/results/<gpu>.md"
 	@echo "make fuzz               10 000 random calls of the CPU kernels, as many with a bad value or broken offsets;"
 	@echo "                        fewer of the CUDA kernels, emulated, and of the Triton kernels, interpreted"
-	@echo "make nightly            all tests with all cases, dtypes and draws, and make fuzz: hours"
+	@echo "make nightly            all tests with all cases, dtypes and draws, all resources, and make fuzz: hours"
 	@echo "make sanitize           the CPU kernels' tests and a short fuzz under AddressSanitizer and UBSan"
 	@echo "make lint               ruff, mypy, clang-format"
 	@echo "make wheel-test         builds the wheel and tries it in a bare environment, from another directory"
@@ -93,6 +93,7 @@ fuzz: $(READY)
 # All that CI leaves out: every case in every dtype on every backend, every quantity of whole models, more random calls.
 nightly: $(READY)
 	EVERY=1 $(MAKE) test triton-test cuda-test ARGS='--timeout 0 $(ARGS)'
+	$(MAKE) resources
 	$(MAKE) fuzz
 
 sanitize: $(READY)

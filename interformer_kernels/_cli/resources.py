@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from interformer_kernels._cli.arguments import count
 from interformer_kernels._cli.tables import print_table, status_line
 from interformer_kernels._triton import (
     _run,
@@ -237,12 +238,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--entry", action="append", metavar="CALL/WIDTH/DTYPE/TARGET", help="just these; may be repeated"
     )
+    parser.add_argument("--every", type=count, default=1, metavar="N", help="of all these, the first of every N")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile at once")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel")
     chosen = parser.parse_args(arguments)
     axes = chosen.call or CALLS, chosen.width or WIDTHS, chosen.dtype or DTYPES, chosen.target or TARGETS
     asked = [entry.split("/") for entry in chosen.entry] if chosen.entry else itertools.product(*axes)
-    entries = [(call, int(width), dtype, target) for call, width, dtype, target in asked]
+    entries = [(call, int(width), dtype, target) for call, width, dtype, target in asked][:: chosen.every]
     found: list[Usage] = []
     for done in usages(entries, chosen.jobs):
         found += done
