@@ -6,8 +6,10 @@ are left out for wrong answers, not for roundings.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from interformer_bench import timing, workloads
@@ -75,22 +77,82 @@ class Checker:
                 problem = self._wrong(name, workloads.training(self.op, peer.run, made), truth, eager)
             if problem is not None:
                 return Verdict(problem)
-            forward = timing.quickest(lambda: workloads.forward(peer.run, made))
+            forward = timing.quickest(lambda: workloads.forward(peer.run, made), self.device)
             if not peer.trains:
                 return Verdict(None, forward)
-            return Verdict(None, forward, timing.quickest(lambda: workloads.training(self.op, peer.run, made)))
+            training = timing.quickest(lambda: workloads.training(self.op, peer.run, made), self.device)
+            return Verdict(None, forward, training)
         except Exception as error:
             return Verdict(f"failed: {type(error).__name__}: {_first_line(error)}")
 
     def _wrong(
         self, name: str, found: dict[str, Tensor], truth: dict[str, Tensor], eager: dict[str, Tensor]
     ) -> str | None:
-        allowance = 1.0 if name == OURS else _ALLOWANCE
-        for quantity, x in found.items():
-            row = testing.Sums.of(x, eager[quantity], truth[quantity]).judged(quantity)
-            if not row.share <= allowance:
-                return f"wrong {quantity}: {row.share:.2f} of its budget, {allowance:g} allowed"
-        return None
+        return wrong(found, truth, eager, 1.0 if name == OURS else _ALLOWANCE)
+
+
+def wrong(
+    found: dict[str, Tensor], truth: dict[str, Tensor], eager: dict[str, Tensor], allowance: float = 1.0
+) -> str | None:
+    """What is beyond its budget, the first of it; None where nothing is."""
+    for quantity, x in found.items():
+        row = testing.Sums.of(x, eager[quantity], truth[quantity]).judged(quantity)
+        if not row.share <= allowance:
+            return f"wrong {quantity}: {row.share:.2f} of its budget, {allowance:g} allowed"
+    return None
+
+
+class Sample:
+    """Rows of a whole batch against the truth: the longest, the shortest and some at random, as far as it is cheap.
+
+    Sums over rows (gradients of seeds) are left to `Checker`.
+    """
+
+    def __init__(self, op: str, lengths: Sequence[int], sizes: Sizes, arguments: Inputs) -> None:
+        self.op, self.lengths = op, tuple(lengths)
+        self.rows = sample_rows(lengths, sizes.heads)
+        few = cut(arguments, self.lengths, self.rows)
+        exact = testing.cast_inputs(few, torch.float64)
+        self.truth, self.eager = (
+            workloads.training(op, lambda **call: workloads.definition(op, call), x) for x in (exact, few)
+        )
+
+    def problem(self, found: dict[str, Tensor], ours: bool) -> str | None:
+        """What is wrong in these rows of a result of the whole batch; None where nothing is."""
+        here = {name: of_rows(x, self.lengths, self.rows) for name, x in found.items() if name != "dseeds"}
+        problem = wrong(here, self.truth, self.eager, 1.0 if ours else _ALLOWANCE)
+        return problem and f"in the whole batch: {problem}"
+
+
+def sample_rows(lengths: Sequence[int], heads: int, most: int = 16, entries: int = 1 << 28, seed: int = 0) -> list[int]:
+    """Numbers of rows, the longest and the shortest with tokens among them, with so many score entries at most."""
+    held = sorted((b for b in range(len(lengths)) if lengths[b]), key=lambda b: lengths[b])
+    if not held:
+        return []
+    drawn = [held[-1], held[0], *random.Random(seed).sample(held, min(most, len(held)))]
+    found: list[int] = []
+    for b in dict.fromkeys(drawn):
+        entries -= heads * lengths[b] ** 2
+        if len(found) < most and (entries >= 0 or not found):
+            found.append(b)
+    return sorted(found)
+
+
+def cut(arguments: Inputs, lengths: Sequence[int], rows: Sequence[int]) -> dict[str, Any]:
+    """The call on these rows of a batch alone."""
+    alone = [testing.alone(arguments, lengths, b) for b in rows]
+    found = dict(arguments)
+    for name, x in arguments.items():
+        if name in ("offsets", "kv_offsets"):
+            found[name] = testing.offsets_of([lengths[b] for b in rows], x.dtype, str(x.device))
+        elif isinstance(x, Tensor) and alone and alone[0][name] is not x:
+            found[name] = torch.cat([one[name].detach() for one in alone]).requires_grad_(x.requires_grad)
+    return found
+
+
+def of_rows(x: Tensor, lengths: Sequence[int], rows: Sequence[int]) -> Tensor:
+    """What a tensor of rows, or of their tokens, holds of these rows."""
+    return torch.cat([testing.row_of(x, lengths, b) for b in rows])
 
 
 def _first_line(error: Exception) -> str:

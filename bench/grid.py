@@ -41,9 +41,9 @@ class Shape:
         """Tokens of each row."""
         return self.law.lengths(self.rows)
 
-    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> Inputs:
-        """The arguments of one call, and its `grad_out`."""
-        return workloads.inputs(self.op, self.lengths(), self.sizes, dtype, device)
+    def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
+        """The arguments of one call, and its `grad_out`; the lengths are the same whatever the seed."""
+        return workloads.inputs(self.op, self.lengths(), self.sizes, dtype, device, seed)
 
     def target(self, dtype: str) -> targets.Target:
         """What it shall reach."""

@@ -9,7 +9,7 @@ import torch
 from interformer_bench import checks, limits, timing, workloads
 from interformer_bench.grid import Shape
 from interformer_bench.peers import OURS, Peer, candidates
-from interformer_bench.peers.registry import MOST_BYTES
+from interformer_bench.peers.registry import most_bytes
 from interformer_bench.progress import Progress
 
 from interformer_kernels import _backend
@@ -198,7 +198,8 @@ class _Session:
 def too_large(peer: Peer, arguments: workloads.Inputs, direction: str) -> str | None:
     """Why a peer is not tried on the whole batch, by the memory it would take; None where it is."""
     needed = peer.needs(arguments) * (1 if direction == PASSES[0] else 2)
-    return f"would allocate about {needed / 2**30:.0f} GiB" if needed > MOST_BYTES else None
+    most = most_bytes(str(workloads.offsets_of(arguments).device))
+    return f"would allocate about {needed / 2**30:.0f} GiB" if needed > most else None
 
 
 def expected_seconds(shape: Shape, peer: Peer, small: Sequence[int], verdict: checks.Verdict, direction: str) -> float:

@@ -13,9 +13,14 @@ import torch
 Run = Callable[[], object]
 # A run more than so many times slower than the fastest is nobody's rival: one sample of it is enough.
 _HOPELESS = 3.0
-# The matrices of a GEMM, smaller where the machine would take longer than this for one.
+# The matrices of a GEMM, smaller where the machine would take longer than this for one; and the bytes of a copy.
 _GEMM_SIZES, _GEMM_SECONDS = (2048, 1024, 512, 256), 3.0
 _COPY_BYTES = 256 * 2**20
+# On a GPU both are larger, and so many follow one another, or launching and waiting would be a part of their time; where
+# its memory is short, they are smaller by halves.
+_GPU_GEMM_SIZES, _GPU_COPY_BYTES, _GPU_ROW = (8192, 4096, 2048, 1024, 512, 256), 4 * 2**30, 10
+# What is copied repeats after so many random bytes.
+_RANDOM_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -43,21 +48,38 @@ def wait(device: str) -> None:
 
 
 def once(run: Run, device: str = "cpu", repeats: int = 1) -> float:
-    """Seconds of one run, averaged over `repeats` in a row."""
+    """Seconds of one run, averaged over `repeats` in a row.
+
+    On a GPU by events of its own, so that the last wait does not count: what the device works, or what it waits for the
+    host between the first launch and the last.
+    """
     wait(device)
+    if device == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(repeats):
+            run()
+        last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1e3 / repeats
     start = time.perf_counter()
     for _ in range(repeats):
         run()
-    wait(device)
     return (time.perf_counter() - start) / repeats
 
 
-def quickest(run: Run, calls: int = 3, enough: float = 0.3) -> float:
+def quickest(run: Run, device: str = "cpu", calls: int = 3, enough: float = 0.3) -> float:
     """Seconds of the quickest of a few calls; of fewer, where they take long."""
     taken: list[float] = []
     while len(taken) < calls and sum(taken) < enough:
-        taken.append(once(run))
+        taken.append(once(run, device))
     return min(taken)
+
+
+def free_bytes(device: str) -> int:
+    """Of a GPU's memory: what nobody has, and what PyTorch's allocator keeps for this process."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 # ---------------------------------------------------------------- runs side by side
@@ -132,13 +154,18 @@ class Machine:
         self.device = device
         self._samples: dict[tuple[torch.dtype, int], list[tuple[float, float]]] = {}
         self._runs: dict[torch.dtype, tuple[int, Run]] = {}
+        self._in_a_row = _GPU_ROW if device == "cuda" else 1
 
     def sample(self, dtype: torch.dtype) -> None:
-        """One product and one copy more, on torch's present number of threads."""
+        """A product and a copy more (a few in a row on a GPU), on torch's present number of threads."""
         size, product = self._product(dtype)
-        taken = once(product, self.device), once(self._copy, self.device)
+        taken = [once(run, self.device, self._in_a_row) for run in (product, self._copy)]
         key = dtype, torch.get_num_threads()
-        self._samples.setdefault(key, []).append((2 * size**3 / taken[0], 2 * _COPY_BYTES / taken[1]))
+        self._samples.setdefault(key, []).append((2 * size**3 / taken[0], 2 * self.copied_bytes() / taken[1]))
+
+    def samples(self, dtype: torch.dtype) -> list[tuple[float, float]]:
+        """All of a dtype on torch's present number of threads: FLOP/s and bytes/s."""
+        return self._samples[dtype, torch.get_num_threads()]
 
     def rates(self) -> dict[tuple[str, int], Rates]:
         """By dtype's name and threads."""
@@ -148,23 +175,47 @@ class Machine:
             found[str(dtype).removeprefix("torch."), threads] = Rates(gemm, copy, self._runs[dtype][0])
         return found
 
+    def copied_bytes(self) -> int:
+        """Of one copy, which reads and writes as many."""
+        self._make_copy()
+        return self._source.numel()
+
+    def _sizes(self, dtype: torch.dtype) -> tuple[int, ...]:
+        """Of products, the largest first: three matrices shall not take more than half of the memory."""
+        if self.device != "cuda":
+            return _GEMM_SIZES
+        room = free_bytes(self.device) / 2
+        fits = tuple(n for n in _GPU_GEMM_SIZES if 3 * n * n * dtype.itemsize <= room)
+        return fits or _GPU_GEMM_SIZES[-1:]
+
     def _product(self, dtype: torch.dtype) -> tuple[int, Run]:
         """A product as large as `_GEMM_SECONDS` allow: PyTorch's 16-bit product is slow on some processors."""
         if dtype not in self._runs:
-            size = _GEMM_SIZES[-1]
+            sizes = self._sizes(dtype)
+            size = sizes[-1]
             once(self._multiply(size, dtype), self.device)
             rate = size**3 / once(self._multiply(size, dtype), self.device)
-            size = next((n for n in _GEMM_SIZES if n**3 / rate < _GEMM_SECONDS), size)
+            size = next((n for n in sizes if n**3 / rate < _GEMM_SECONDS), size)
             self._runs[dtype] = size, self._multiply(size, dtype)
             once(self._runs[dtype][1], self.device)
         return self._runs[dtype]
 
     def _multiply(self, size: int, dtype: torch.dtype) -> Run:
-        a, b = (torch.ones(size, size, dtype=dtype, device=self.device) for _ in range(2))
+        """Of random numbers: with equal ones a GPU needs less power, and runs faster."""
+        a, b = (torch.randn(size, size, dtype=dtype, device=self.device) for _ in range(2))
         return lambda: a @ b
 
-    def _copy(self) -> None:
+    def _make_copy(self) -> None:
         if not hasattr(self, "_source"):
-            self._source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=self.device)
+            size = _COPY_BYTES
+            if self.device == "cuda":
+                size, room = _GPU_COPY_BYTES, free_bytes(self.device) / 2
+                while 2 * size > room and size > _RANDOM_BYTES:
+                    size //= 2
+            block = torch.randint(256, (min(_RANDOM_BYTES, size),), dtype=torch.uint8, device=self.device)
+            self._source = block.repeat(size // len(block))
             self._target = self._source.clone()
+
+    def _copy(self) -> None:
+        self._make_copy()
         self._target.copy_(self._source)

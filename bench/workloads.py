@@ -48,10 +48,12 @@ class Sizes:
         return " ".join([*parts, *(["gated"] if self.gated else [])])
 
 
-def inputs(op: str, lengths: Sequence[int], sizes: Sizes, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
+def inputs(
+    op: str, lengths: Sequence[int], sizes: Sizes, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> dict[str, Any]:
     """The arguments of one call on rows of these lengths, gradient leaves among them, and its `grad_out`."""
     if op == "pma_folded":
-        return _folded_inputs(lengths, sizes, dtype, device)
+        return _folded_inputs(lengths, sizes, dtype, device, seed)
     value_size = sizes.width if op == "personalized_ffn" else sizes.head_size
     case = testing.Case(
         op,
@@ -67,15 +69,14 @@ def inputs(op: str, lengths: Sequence[int], sizes: Sizes, dtype: torch.dtype, de
         residual=sizes.gated,
         rope=sizes.head_size if op == "apply_rotary" else 0,
     )
-    return testing.make_inputs(case, dtype, device)
+    return testing.make_inputs(case, dtype, device, seed)
 
 
-def _folded_inputs(lengths: Sequence[int], sizes: Sizes, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
+def _folded_inputs(lengths: Sequence[int], sizes: Sizes, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
+    numbers = testing.Numbers(device, seed)
 
     def leaf(*shape: int, scale: float = 1.0) -> Tensor:
-        x = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-        return x.to(device, dtype).requires_grad_()
+        return (numbers.normal(shape) * scale).to(device, dtype).requires_grad_()
 
     H, D, E = sizes.heads, sizes.head_size, sizes.width
     return {

@@ -13,21 +13,32 @@ def _nested(x: Tensor, offsets: Tensor, shortest: int, longest: int) -> Tensor:
     return nested.transpose(1, 2)
 
 
-def attend_jagged(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> Tensor:
-    """SDPA over nested tensors."""
+# The shortest and the longest length: read from the tensor where the caller does not know them.
+Bounds = tuple[int, int]
+
+
+def _bounds(offsets: Tensor) -> Bounds:
     lengths = offsets.diff()
-    bounds = int(lengths.min()), int(lengths.max())
+    return int(lengths.min()), int(lengths.max())
+
+
+def attend_jagged(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float, bounds: Bounds | None = None
+) -> Tensor:
+    """SDPA over nested tensors."""
+    bounds = _bounds(offsets) if bounds is None else bounds
     queries, keys, values = (_nested(x, offsets, *bounds) for x in (q, k, v))
     out: Tensor = sdpa(queries, keys, values, scale=scale)
     return out.transpose(1, 2).values()
 
 
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> Tensor:
+def attend_dense(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float, bounds: Bounds | None = None
+) -> Tensor:
     """Queries `[B, N, H, D]` become rows of N."""
+    bounds = _bounds(offsets) if bounds is None else bounds
     rows, queries = q.shape[:2]
     q_offsets = torch.arange(0, rows * queries + 1, queries, device=q.device)
-    lengths = offsets.diff()
-    bounds = int(lengths.min()), int(lengths.max())
     keys, values = (_nested(x, offsets, *bounds) for x in (k, v))
     out: Tensor = sdpa(_nested(q.flatten(0, 1), q_offsets, queries, queries), keys, values, scale=scale)
     return out.transpose(1, 2).values().view(q.shape[:3] + v.shape[2:])

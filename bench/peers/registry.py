@@ -6,14 +6,14 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from interformer_bench import workloads
+from interformer_bench import timing, workloads
 from interformer_bench.peers import compiled, nested, padded, rotary, rows, scatter, varlen
 from interformer_bench.workloads import Call, Inputs, offsets_of
 from torch import Tensor, cuda
 
 # The name this package's own way goes by among its peers.
 OURS = "interformer"
-# What a peer may allocate for one call, forward; with gradients it is taken to need twice as much.
+# What a peer may allocate for one call on the CPU, forward; with gradients it is taken to need twice as much.
 MOST_BYTES = 6 * 2**30
 # Groups that targets name: ways to pool projected tokens, and the batched product.
 PROJECTS, FOLDS, PADDED_BMM = "that projects", "that folds", "padded bmm"
@@ -68,11 +68,11 @@ def _scale(q: Tensor) -> float:
     return float(q.shape[-1] ** -0.5)
 
 
-def _jagged(core: Core) -> Call:
+def as_jagged(core: Core) -> Call:
     return lambda q, k, v, offsets: core(q, k, v, offsets, _scale(q))
 
 
-def _gated(core: Core) -> Call:
+def as_gated(core: Core) -> Call:
     """Dense queries, with the epilogue where the call has one."""
 
     def run(
@@ -85,7 +85,7 @@ def _gated(core: Core) -> Call:
     return run
 
 
-def _pooling(core: Core) -> Call:
+def as_pooling(core: Core) -> Call:
     """Dense queries that are the same in every row."""
     return lambda seeds, k, v, offsets: core(seeds.expand(len(offsets) - 1, *seeds.shape), k, v, offsets, _scale(seeds))
 
@@ -124,6 +124,11 @@ def _compiled_core(core: Callable[..., Tensor]) -> Core:
     return run
 
 
+def most_bytes(device: str) -> int:
+    """What a peer may allocate for one call: on a GPU, half of the memory that is free."""
+    return timing.free_bytes(device) // 2 if device.startswith("cuda") else MOST_BYTES
+
+
 # ---------------------------------------------------------------- the tables
 
 
@@ -134,16 +139,16 @@ def _varlen(run: Call) -> dict[str, Peer]:
 
 def _jagged_peers() -> dict[str, Peer]:
     def with_width(attention: padded.Attention) -> Call:
-        return _jagged(_with_width(padded.attend_jagged, attention))
+        return as_jagged(_with_width(padded.attend_jagged, attention))
 
     return {
         "padded SDPA": Peer(with_width(padded.sdpa_with_mask), tokens=5),
-        "per-row SDPA": Peer(_jagged(rows.attend_jagged)),
-        "nested SDPA": Peer(_jagged(nested.attend_jagged), tokens=5, scores=1),
+        "per-row SDPA": Peer(as_jagged(rows.attend_jagged)),
+        "nested SDPA": Peer(as_jagged(nested.attend_jagged), tokens=5, scores=1),
         "eager with mask": Peer(with_width(padded.eager_with_mask), tokens=5, scores=3),
-        "torch.compile": Peer(_jagged(_compiled_core(padded.attend_jagged)), compiled=True, tokens=5, scores=2),
-        "FlexAttention": Peer(_jagged(compiled.flex_jagged), compiled=True, trains=False),
-        **_varlen(_jagged(varlen.attend_jagged)),
+        "torch.compile": Peer(as_jagged(_compiled_core(padded.attend_jagged)), compiled=True, tokens=5, scores=2),
+        "FlexAttention": Peer(as_jagged(compiled.flex_jagged), compiled=True, trains=False),
+        **_varlen(as_jagged(varlen.attend_jagged)),
     }
 
 
@@ -166,14 +171,14 @@ def _dense_cores() -> dict[str, Peer]:
 
 
 def _gated_peers() -> dict[str, Peer]:
-    return {name: replace(peer, run=_gated(peer.run)) for name, peer in _dense_cores().items()}
+    return {name: replace(peer, run=as_gated(peer.run)) for name, peer in _dense_cores().items()}
 
 
 def _pooling_peers() -> dict[str, Peer]:
     def index_add(seeds: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
         return scatter.attend(seeds, k, v, offsets, _scale(seeds))
 
-    found = {name: replace(peer, run=_pooling(peer.run)) for name, peer in _dense_cores().items()}
+    found = {name: replace(peer, run=as_pooling(peer.run)) for name, peer in _dense_cores().items()}
     return {**found, "index-add": Peer(index_add, spread=3)}
 
 

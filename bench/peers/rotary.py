@@ -35,9 +35,9 @@ def rotate_half(x: Tensor, offsets: Tensor, rope: Tables) -> Tensor:
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-def padded(x: Tensor, offsets: Tensor, rope: Tables) -> Tensor:
-    """Pad, turn all rows by the same slice of the tables, unpad."""
-    width = longest(offsets)
+def padded(x: Tensor, offsets: Tensor, rope: Tables, width: int | None = None) -> Tensor:
+    """Pad, turn all rows by the same slice of the tables, unpad; `width`: the longest length, where it is known."""
+    width = longest(offsets) if width is None else width
     padding = Padding(offsets, width, len(x))
     return padding.unpad(_turned(padding.pad(x), *(table[:width, None] for table in rope)))
 

@@ -50,6 +50,7 @@ from interformer_kernels.testing.hard import (
     plants,
 )
 from interformer_kernels.testing.inputs import (
+    Numbers,
     alone,
     make_inputs,
     offsets_of,
@@ -71,6 +72,7 @@ __all__ = [
     "TILE_EDGES",
     "Case",
     "Errors",
+    "Numbers",
     "Plant",
     "Row",
     "Run",

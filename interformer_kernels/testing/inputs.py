@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,17 +25,46 @@ def rotary_tables(length: int, channels: int, base: float = 10000.0) -> tuple[Te
     return angle.cos().float(), angle.sin().float()
 
 
+# Larger tensors are drawn on the GPU that they are for: one thread of the CPU takes 20 ns for each of their numbers.
+MOST_DRAWN_ON_CPU = 1 << 20
+
+
+class Numbers:
+    """Random numbers for tensors on a device, from one seed.
+
+    Up to `MOST_DRAWN_ON_CPU` of them are drawn on the CPU in float64, and are the same for every device; more, for a
+    GPU, are drawn there, in float32.
+    """
+
+    def __init__(self, device: str, seed: int) -> None:
+        self.device, self.seed = device, seed
+        self.generator = torch.Generator().manual_seed(seed)
+        self.on_device: torch.Generator | None = None
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Normal numbers, on the device or on the CPU."""
+        if math.prod(shape) <= MOST_DRAWN_ON_CPU or not self.draws():
+            return torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64)
+        if self.on_device is None:
+            self.on_device = torch.Generator(self.device).manual_seed(self.seed)
+        return torch.randn(tuple(shape), generator=self.on_device, dtype=torch.float32, device=self.device)
+
+    def draws(self) -> bool:
+        """Whether the device draws numbers itself."""
+        return torch.device(self.device).type == "cuda"
+
+
 class _Draw:
     """Draws a case's tensors from one seeded generator, in the case's layout."""
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str, seed: int) -> None:
         self.case, self.dtype, self.device = case, dtype, device
-        self.generator = torch.Generator().manual_seed(seed)
+        self.numbers = Numbers(device, seed)
 
     def leaf(self, *shape: int, rows: int | None = None, gradient: bool = True) -> Tensor:
         """Normal numbers; from token `rows` on (where given) NaN; a gradient leaf."""
         wide = (*shape[:-1], shape[-1] + 3) if self.case.strided and shape else shape
-        x = torch.randn(wide, generator=self.generator, dtype=torch.float64)
+        x = self.numbers.normal(wide)
         if rows is not None:
             x[rows:] = torch.nan
         x = x.to(self.device, self.dtype)
@@ -62,7 +92,7 @@ class _Draw:
 
     def positions(self, total: int) -> Tensor:
         """Rotary positions of `total` tokens, anywhere in the tables."""
-        drawn = torch.randint(self.tables()[0].shape[0], (total,), generator=self.generator)
+        drawn = torch.randint(self.tables()[0].shape[0], (total,), generator=self.numbers.generator)
         return drawn.to(self.device)
 
 
@@ -137,18 +167,29 @@ def _ffn_inputs(draw: _Draw, case: Case, offsets: Tensor) -> _Made:
     return inputs, shape, rows
 
 
-def row_of(x: Tensor, lengths: Sequence[int], b: int) -> Tensor:
-    """What a tensor of rows, or of their tokens, holds of row `b`."""
+def row_of(x: Tensor, lengths: Sequence[int], b: int, end: int | None = None) -> Tensor:
+    """What a tensor of rows, or of their tokens, holds of row `b`; of rows `b .. end - 1`, where there is an end."""
+    end = b + 1 if end is None else end
     first = sum(lengths[:b])
-    return x[b : b + 1] if x.shape[0] == len(lengths) else x[first : first + lengths[b]]
+    return x[b:end] if x.shape[0] == len(lengths) else x[first : first + sum(lengths[b:end])]
 
 
-def alone(inputs: Mapping[str, Any], lengths: Sequence[int], b: int) -> dict[str, Any]:
-    """The call of row `b` of a batch by itself: tensors of rows and tokens are cut, all else is shared."""
+def alone(inputs: Mapping[str, Any], lengths: Sequence[int], b: int, end: int | None = None) -> dict[str, Any]:
+    """The call of row `b` of a batch (of rows `b .. end - 1`) by itself.
+
+    Tensors of rows and tokens are cut, all else is shared.
+    """
     found = dict(inputs)
     for name, x in inputs.items():
         if name in ("offsets", "kv_offsets"):
-            found[name] = offsets_of((lengths[b],), x.dtype, str(x.device))
-        elif name in ("q", "k", "v", "x", "weight", "bias", "residual", "grad_out") and x is not None:
-            found[name] = row_of(x.detach(), lengths, b).requires_grad_(x.requires_grad)
+            found[name] = offsets_of(lengths[b : b + 1 if end is None else end], x.dtype, str(x.device))
+        elif _of_rows(name, x, inputs):
+            found[name] = row_of(x.detach(), lengths, b, end).requires_grad_(x.requires_grad)
     return found
+
+
+def _of_rows(name: str, x: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether an argument has something for every row, or every token of theirs."""
+    if name == "gate":  # may be of the output's shape up to sizes of 1, or broadcast over rows and tokens
+        return x is not None and x.dim() == inputs["grad_out"].dim()
+    return x is not None and name in ("q", "k", "v", "x", "weight", "bias", "residual", "grad_out")

@@ -1,0 +1,97 @@
+"""The peers on a GPU: those that a user there would take, told what that user knows.
+
+All but one are told how long the longest row is, since users know it, and who asks the device waits for it and cannot be
+captured in a graph. Where all rows are equally long nothing needs a mask: there PyTorch's attention is made to take its
+flash kernel, and cuDNN's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
+from interformer_bench.peers import nested, padded, rotary, varlen
+from interformer_bench.peers.registry import (
+    PADDED_BMM,
+    Core,
+    Peer,
+    as_gated,
+    as_jagged,
+    as_pooling,
+    peers_of,
+)
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+# Of rows that are all equally long.
+FULL = {"SDPA flash, full rows": "FLASH_ATTENTION", "SDPA cuDNN, full rows": "CUDNN_ATTENTION"}
+_COMPILED = ("torch.compile", "FlexAttention")
+
+
+def gpu_peers(op: str, lengths: Sequence[int], compiled_too: bool = False) -> dict[str, Peer]:
+    """By name, those of `op` on rows of these lengths; `compiled_too`: those that `torch.compile` makes, and no others."""
+    if compiled_too:
+        return {name: peer for name, peer in peers_of(op).items() if name in _COMPILED}
+    if op == "apply_rotary":
+        return _rotary(max(lengths, default=0))
+    if op == "personalized_ffn":
+        return _ffn(max(lengths, default=0))
+    cores = _cores(lengths, packed=op == "jagged_attention")
+    take = {"jagged_attention": as_jagged, "pma_pooling": as_pooling, "gated_cross_attention": as_gated}[op]
+    found = {name: replace(peer, run=take(peer.run)) for name, peer in cores.items()}
+    by_sums = {"index-add": peers_of(op)["index-add"]} if op == "pma_pooling" else {}
+    return {**found, **by_sums}
+
+
+def _cores(lengths: Sequence[int], packed: bool) -> dict[str, Peer]:
+    """Attention inside rows (packed queries), or of a row's dense queries: their `run` is a core."""
+    longest, shortest = max(lengths, default=0), min(lengths, default=0)
+    place = "jagged" if packed else "dense"
+    pad, flat, nest = (getattr(module, f"attend_{place}") for module in (padded, varlen, nested))
+    tokens = 5 if packed else 4
+
+    def padding(attention: padded.Attention) -> Core:
+        return lambda q, k, v, offsets, scale: pad(attention, q, k, v, offsets, longest, scale)
+
+    full = {}
+    if lengths and longest == shortest > 0:
+        full = {name: Peer(_full(kind, longest, packed), empty_rows=False) for name, kind in FULL.items()}
+    return {
+        **full,
+        "varlen_attn, longest known": Peer(functools.partial(flat, longest=longest)),
+        "varlen_attn": Peer(flat),
+        "padded SDPA": Peer(padding(padded.sdpa_with_mask), tokens=tokens),
+        # Its kernels are told the shortest length, which an empty row would change: checked without any.
+        "nested SDPA": Peer(
+            functools.partial(nest, bounds=(shortest, longest)), tokens=tokens, scores=1, empty_rows=shortest == 0
+        ),
+        "eager with mask": Peer(padding(padded.eager_with_mask), tokens=tokens, scores=3),
+    }
+
+
+def _full(kind: str, length: int, packed: bool) -> Core:
+    """PyTorch's attention on rows of one length, no mask, by one kernel or not at all."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        rows = (x.unflatten(0, (-1, length)) for x in ((q, k, v) if packed else (k, v)))
+        queries, keys, values = (x.transpose(1, 2) for x in (rows if packed else (q, *rows)))
+        with sdpa_kernel(getattr(SDPBackend, kind)):
+            out = sdpa(queries, keys, values, scale=scale).transpose(1, 2)
+        return out.flatten(0, 1) if packed else out
+
+    return run
+
+
+def _rotary(longest: int) -> dict[str, Peer]:
+    known = functools.partial(rotary.padded, width=longest)
+    return {"two halves": Peer(rotary.halves), "rotate_half": Peer(rotary.rotate_half), "padded": Peer(known, tokens=3)}
+
+
+def _ffn(longest: int) -> dict[str, Peer]:
+    def padded_bmm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
+        return padded.ffn(x, weight, offsets, bias, longest)
+
+    return {"padded bmm": Peer(padded_bmm, group=PADDED_BMM, tokens=2)}
