@@ -23,6 +23,7 @@ from interformer_bench.check_ground import (
     same_bits,
     within_budget,
 )
+
 from interformer_kernels import testing
 
 _ROWS, _SLICES, _ALONE = 65536, 16, 64
@@ -125,9 +126,7 @@ _LENGTH, _HEADS, _CHANNELS, _FAR = 128, 16, 128, 4
 
 
 def beyond_int32(ground: Ground) -> Iterator[Finding]:
-    """Tensors (of `personalized_ffn`, matrices too) of more than 2^31 numbers: rows at both ends have the bits that they
-    have alone.
-    """
+    """Tensors of more than 2^31 numbers: rows at both ends have the bits that they have in a call of their own."""
     dtype = torch.bfloat16
     length = 8 if ground.place.tiny else _LENGTH
     heads, channels = (2, 16) if ground.place.tiny else (_HEADS, _CHANNELS)

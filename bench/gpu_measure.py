@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import statistics
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ _ROOM = 0.25
 
 @dataclass(frozen=True)
 class Runner:
-    """One way to compute the job's op: this package's by a backend, or a peer; `problem` says why it is not timed."""
+    """One way to compute the job's op: this package's, or a peer; `problem` says why it is not timed."""
 
     name: str
     backend: str
@@ -53,17 +52,17 @@ def measure(job: Job, backends: Sequence[str], place: Place, write: Write) -> bo
 
 def measure_ceilings(job: Job, place: Place, write: Write) -> bool:
     """The rates of products of large random matrices, and of copies: a record for each dtype."""
-    machine = timing.Machine(place.device)
+    machine = timing.Machine(place.device, place.tiny)
     for dtype in (torch.bfloat16, torch.float32):
         for _ in range(2 if place.tiny else 7):
             machine.sample(dtype)
         gemm, copy = zip(*machine.samples(dtype), strict=True)
         name = str(dtype).removeprefix("torch.")
+        rates = machine.rates()[name, torch.get_num_threads()]
         write({
-            "kind": "ceiling", "step": job.name, "dtype": name, "size": machine.rates()[name, torch.get_num_threads()].size,
-            "copied": machine.copied_bytes(), "gemm": statistics.median(gemm), "copy": statistics.median(copy),
-            "gemm_spread": (max(gemm) - min(gemm)) / statistics.median(gemm),
-            "copy_spread": (max(copy) - min(copy)) / statistics.median(copy), "samples": len(gemm), "problem": None,
+            "kind": "ceiling", "step": job.name, "dtype": name, "gemm": rates.gemm, "size": rates.size,
+            "gemm_spread": (max(gemm) - min(gemm)) / rates.gemm, "copy": rates.copy, "copied": machine.copied_bytes(),
+            "copy_spread": (max(copy) - min(copy)) / rates.copy, "samples": len(gemm), "problem": None,
         })  # fmt: skip
     return True
 
@@ -192,8 +191,10 @@ class Session:
     def _warm(self, one: Runner, direction: str) -> str | None:
         """Call it on each set, which may compile; why it is not timed, where it is not."""
         try:
-            for call in self._calls(one, direction):
-                seconds = timing.once(call, self.place.device)
+            calls = self._calls(one, direction)
+            for call in calls:
+                call()
+            seconds = timing.once(calls[0], self.place.device)
             if not one.ours and seconds > _PATIENCE:
                 return f"takes {seconds:.0f} s"
         except Exception as error:
@@ -250,17 +251,17 @@ class Session:
     def _about(self, one: Runner, direction: str) -> Record:
         """A record without times."""
         shape, sets = self.shape, self.sets
+        stand_in = self.place.backend(one.backend) if one.ours and not self.place.gpu else None
         done = limits.work(shape.op, sets[0], self.lengths, shape.sizes, direction) if sets else None
         wanted = dict(zip(PASSES, self.job.wanted, strict=True))[direction]
         return {
             "kind": "bench", "step": self.job.name, "op": shape.op, "law": shape.law.name, "source": shape.law.source,
             "rows": shape.rows, "tokens": sum(self.lengths), "longest": max(self.lengths, default=0),
             "sizes": str(shape.sizes), "dtype": self.job.dtype, "pass": direction, "runner": one.name,
-            "backend": one.backend, "stand_in": self.place.backend(one.backend) if one.ours and not self.place.gpu
-            else None, "compiled": self.job.compiled, "sets": len(sets), "flops": done and done.flops, "bytes": done and done.bytes,
-            "wanted": wanted, "median": None, "low": None, "high": None, "samples": 0, "spread": None, "graph": None,
-            "graph_low": None, "graph_high": None, "graph_problem": None if self.place.gpu else "no GPU, no graph",
-            "peak": None, "problem": one.problem,
+            "backend": one.backend, "stand_in": stand_in, "compiled": self.job.compiled, "sets": len(sets),
+            "flops": done and done.flops, "bytes": done and done.bytes, "wanted": wanted, "median": None, "low": None,
+            "high": None, "samples": 0, "spread": None, "graph": None, "graph_low": None, "graph_high": None,
+            "graph_problem": None if self.place.gpu else "no GPU, no graph", "peak": None, "problem": one.problem,
         }  # fmt: skip
 
 

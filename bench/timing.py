@@ -16,8 +16,8 @@ _HOPELESS = 3.0
 # The matrices of a GEMM, smaller where the machine would take longer than this for one; and the bytes of a copy.
 _GEMM_SIZES, _GEMM_SECONDS = (2048, 1024, 512, 256), 3.0
 _COPY_BYTES = 256 * 2**20
-# On a GPU both are larger, and so many follow one another, or launching and waiting would be a part of their time; where
-# its memory is short, they are smaller by halves.
+# On a GPU both are larger, and so many follow one another, or launching and waiting would be a part of their time. They
+# are smaller by halves where its memory is short.
 _GPU_GEMM_SIZES, _GPU_COPY_BYTES, _GPU_ROW = (8192, 4096, 2048, 1024, 512, 256), 4 * 2**30, 10
 # What is copied repeats after so many random bytes.
 _RANDOM_BYTES = 2**20
@@ -148,10 +148,13 @@ class Rates:
 
 
 class Machine:
-    """The rates of this machine by dtype and number of threads, sampled now and then; the medians stand."""
+    """The rates of this machine by dtype and number of threads, sampled now and then; the medians stand.
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
+    Where it is `tiny`, products and copies are small, and the rates say nothing: for rehearsals.
+    """
+
+    def __init__(self, device: str = "cpu", tiny: bool = False) -> None:
+        self.device, self.tiny = device, tiny
         self._samples: dict[tuple[torch.dtype, int], list[tuple[float, float]]] = {}
         self._runs: dict[torch.dtype, tuple[int, Run]] = {}
         self._in_a_row = _GPU_ROW if device == "cuda" else 1
@@ -182,8 +185,8 @@ class Machine:
 
     def _sizes(self, dtype: torch.dtype) -> tuple[int, ...]:
         """Of products, the largest first: three matrices shall not take more than half of the memory."""
-        if self.device != "cuda":
-            return _GEMM_SIZES
+        if self.tiny or self.device != "cuda":
+            return _GEMM_SIZES[-1:] if self.tiny else _GEMM_SIZES
         room = free_bytes(self.device) / 2
         fits = tuple(n for n in _GPU_GEMM_SIZES if 3 * n * n * dtype.itemsize <= room)
         return fits or _GPU_GEMM_SIZES[-1:]
@@ -207,8 +210,8 @@ class Machine:
 
     def _make_copy(self) -> None:
         if not hasattr(self, "_source"):
-            size = _COPY_BYTES
-            if self.device == "cuda":
+            size = _RANDOM_BYTES if self.tiny else _COPY_BYTES
+            if self.device == "cuda" and not self.tiny:
                 size, room = _GPU_COPY_BYTES, free_bytes(self.device) / 2
                 while 2 * size > room and size > _RANDOM_BYTES:
                     size //= 2

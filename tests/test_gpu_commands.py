@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from interformer_bench import gpu, report, timing
 
 from interformer_kernels.cli import main
 
@@ -40,14 +39,6 @@ def test_gpu_report_says_that_it_needs_a_gpu() -> None:
     done = subprocess.run([sys.executable, "tools/gpu_report.py"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr == "make gpu-report: needs a GPU that torch can use, found none\n"
-
-
-@needs_no_gpu
-def test_the_bench_of_gpus_says_that_it_needs_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        gpu.main(["--out", str(tmp_path)])
-    assert stopped.value.code == 1
-    assert "needs a GPU that torch can use, found none" in capsys.readouterr().err
 
 
 def test_tuned_tiles_are_the_fastest_measured_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,23 +102,6 @@ def test_tiles_follow_the_capability() -> None:
     assert _tiles.tiles("grad_keys", 100, 2, Target("cuda", 100)) == changed
     assert _tiles.tiles("grad_keys", 100, 2, Target("cuda", 86)) == _tiles.TABLE["grad_keys"][2][128] != changed
     assert _tiles.tiles("grad_queries", 256, 2, Target("cuda", 90)) == _tiles.SINCE[80]["grad_queries"][2][256]
-
-
-def test_shapes_and_table_of_the_gpu_bench() -> None:
-    found = gpu.gpu_shapes(None)
-    assert {shape.op for shape in found} == {
-        "jagged_attention", "pma_pooling", "gated_cross_attention", "personalized_ffn"
-    }  # fmt: skip
-    longest = {(shape.law.name, shape.rows): max(shape.lengths()) for shape in found}
-    assert longest["uniform 1..32", 65536] == 32
-    assert longest["all 4096", 16] == 4096
-    assert longest["1000 at 0.5", 1152] <= 1000
-    one = gpu.Detail(
-        "pma_pooling", "all 104", "H4", "bfloat16", "forward", "interformer", 2e-3, 1e-3, 2**20, 10**9, 10**9
-    )
-    line = gpu.lines([one], {("bfloat16", 1): timing.Rates(1e12, 2e12)})[0]
-    assert line[6:] == ("2 ms", "1 ms", "1.0 MiB", "1.00", "1000", "50%")
-    assert "| 1.00 | 1000 | 50% |" in report.rows(gpu.COLUMNS, [line])
 
 
 def test_every_backend_gets_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

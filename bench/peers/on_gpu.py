@@ -1,8 +1,8 @@
 """The peers on a GPU: those that a user there would take, told what that user knows.
 
-All but one are told how long the longest row is, since users know it, and who asks the device waits for it and cannot be
-captured in a graph. Where all rows are equally long nothing needs a mask: there PyTorch's attention is made to take its
-flash kernel, and cuDNN's.
+All but one are told how long the longest row is, since users know it, and who asks the device waits for it and cannot
+be captured in a graph. Where all rows are equally long nothing needs a mask: there PyTorch's attention is made to take
+its flash kernel, and cuDNN's.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ FULL = {"SDPA flash, full rows": "FLASH_ATTENTION", "SDPA cuDNN, full rows": "CU
 _COMPILED = ("torch.compile", "FlexAttention")
 
 
-def gpu_peers(op: str, lengths: Sequence[int], compiled_too: bool = False) -> dict[str, Peer]:
-    """By name, those of `op` on rows of these lengths; `compiled_too`: those that `torch.compile` makes, and no others."""
-    if compiled_too:
+def gpu_peers(op: str, lengths: Sequence[int], compile_them: bool = False) -> dict[str, Peer]:
+    """Those of `op` on rows of these lengths, by name; or those that `torch.compile` makes, and no others."""
+    if compile_them:
         return {name: peer for name, peer in peers_of(op).items() if name in _COMPILED}
     if op == "apply_rotary":
         return _rotary(max(lengths, default=0))

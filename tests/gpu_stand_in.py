@@ -1,0 +1,108 @@
+"""What stands in for a GPU in tests: PyTorch's events, streams and memory, with a clock that only work moves on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from interformer_bench.gpu_place import Place
+
+
+@dataclass(frozen=True)
+class Stand(Place):
+    """A place that has graphs, streams and events, and whose tensors lie on the CPU."""
+
+    device: str = "cpu"
+    tiny: bool = True
+
+    @property
+    def gpu(self) -> bool:
+        return True
+
+    def backend(self, named: str) -> str:
+        return "cpu"
+
+
+@dataclass
+class FakeGpu:
+    """What was asked of the GPU, in order; its clock in milliseconds; what its default stream still has to do."""
+
+    asked: list[str] = field(default_factory=list)
+    clock: float = 0.0
+    pending: float = 0.0
+    busy: bool = False
+    sync_mode: str = "default"
+    memory: tuple[int, int] = (100 * 2**30, 139 * 2**30)
+
+    def launch(self, milliseconds: float) -> None:
+        """Work that takes so long on the device, and returns at once."""
+        self.pending += milliseconds
+
+    def wait(self, *_: object) -> None:
+        """Until everything is done."""
+        self.asked.append("synchronize")
+        self.clock += self.pending
+        self.pending, self.busy = 0.0, False
+
+    def sleep(self, cycles: int) -> None:
+        self.asked.append("sleep")
+        self.busy = True
+
+    def mode(self, mode: str) -> None:
+        self.sync_mode = mode
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """Put it in the place of `torch.cuda`."""
+    gpu = FakeGpu()
+
+    class Event:
+        at = 0.0
+
+        def __init__(self, enable_timing: bool = False) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = gpu.clock + gpu.pending
+
+        def synchronize(self) -> None:
+            gpu.wait()
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            gpu.asked.append("wait_stream")
+
+        def synchronize(self) -> None:
+            gpu.asked.append("wait for a side stream")
+
+        def query(self) -> bool:
+            return not gpu.busy
+
+    class Graph:
+        def replay(self) -> None:
+            gpu.asked.append("replay")
+
+    @contextlib.contextmanager
+    def within(what: Any) -> Iterator[None]:
+        gpu.asked.append(f"begin {type(what).__name__}")
+        yield
+        gpu.asked.append(f"end {type(what).__name__}")
+
+    fakes: dict[str, Any] = {
+        "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "graph": within, "stream": within,
+        "synchronize": gpu.wait, "_sleep": gpu.sleep, "current_stream": Stream, "default_stream": Stream,
+        "mem_get_info": lambda device=None: gpu.memory, "memory_reserved": lambda device=None: 8 * 2**30,
+        "memory_allocated": lambda device=None: 2 * 2**30, "max_memory_allocated": lambda: 3 * 2**30,
+        "reset_peak_memory_stats": lambda: None, "empty_cache": lambda: None, "set_sync_debug_mode": gpu.mode,
+        "is_available": lambda: True,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return gpu
