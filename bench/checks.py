@@ -22,6 +22,8 @@ from interformer_kernels import testing
 _ALLOWANCE = 10.0
 # The rows that are checked: so many of the law's, none longer than that (the truth is computed by the definition).
 _ROWS, _LONGEST = 24, 256
+# How verdicts about wrong numbers begin.
+WRONG = "wrong"
 # And so many score entries, where work grows with the square of the length.
 _ENTRIES = 1 << 20
 
@@ -98,7 +100,7 @@ def wrong(
     for quantity, x in found.items():
         row = testing.Sums.of(x, eager[quantity], truth[quantity]).judged(quantity)
         if not row.share <= allowance:
-            return f"wrong {quantity}: {row.share:.2f} of its budget, {allowance:g} allowed"
+            return f"{WRONG} {quantity}: {row.share:.2f} of its budget, {allowance:g} allowed"
     return None
 
 
@@ -121,7 +123,7 @@ class Sample:
         """What is wrong in these rows of a result of the whole batch; None where nothing is."""
         here = {name: of_rows(x, self.lengths, self.rows) for name, x in found.items() if name != "dseeds"}
         problem = wrong(here, self.truth, self.eager, 1.0 if ours else _ALLOWANCE)
-        return problem and f"in the whole batch: {problem}"
+        return problem and f"{problem}, in the whole batch"
 
 
 def sample_rows(lengths: Sequence[int], heads: int, most: int = 16, entries: int = 1 << 28, seed: int = 0) -> list[int]:

@@ -79,15 +79,18 @@ def captured(run: Callable[[], Any], place: Place, warm_up: int = 2) -> tuple[Ca
     if not place.gpu:
         kept = run()
         return lambda: _overwrite(kept, run()), kept
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(warm_up):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            kept = run()
+    finally:
+        torch.cuda.set_stream(before)  # a capture that fails does not give it back
     return graph.replay, kept
 
 

@@ -66,14 +66,14 @@ def _latest(records: Iterable[Record]) -> list[Record]:
 
 
 def ratios(bench: Sequence[Record], ceilings: Mapping[str, Record]) -> list[tuple[str, ...]]:
-    """A line for each job, pass and backend of this package."""
+    """A line for each job, pass and backend of this package that is right."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for one in bench:
         groups.setdefault((one["step"], one["pass"]), []).append(one)
     found = []
     for group in groups.values():
         for ours in group:
-            if ours["runner"] == OURS and ours["median"] is not None:
+            if ours["runner"] == OURS and ours["median"] is not None and ours["problem"] is None:
                 found.append(_ratio_line(ours, group, ceilings.get(ours["dtype"])))
     return found
 
@@ -85,9 +85,9 @@ def best_peer(group: Sequence[Record], of: str) -> Record | None:
 
 
 def ratio(ours: Record, group: Sequence[Record], of: str) -> float | None:
-    """The best peer's time over ours; None where either has none, or ours is wrong."""
+    """The best peer's time over ours; None where either has none."""
     peer = best_peer(group, of)
-    if ours["problem"] is not None or not ours[of] or peer is None:
+    if not ours[of] or peer is None:
         return None
     return float(peer[of]) / float(ours[of])
 
@@ -152,6 +152,7 @@ def _ceiling(one: Record) -> tuple[str, ...]:
 def _runner(one: Record) -> tuple[str, ...]:
     seconds = one["graph"] or one["median"]
     name = f"{OURS} ({one['backend']})" if one["runner"] == OURS else one["runner"]
+    name += ", WRONG" if one["problem"] is not None else ""
     return (
         one["step"],
         one["pass"],

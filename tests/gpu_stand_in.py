@@ -90,7 +90,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
             gpu.asked.append("replay")
 
     @contextlib.contextmanager
-    def within(what: Any) -> Iterator[None]:
+    def within(what: Any, stream: Any = None) -> Iterator[None]:
         gpu.asked.append(f"begin {type(what).__name__}")
         yield
         gpu.asked.append(f"end {type(what).__name__}")
@@ -101,6 +101,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
         "mem_get_info": lambda device=None: gpu.memory, "memory_reserved": lambda device=None: 8 * 2**30,
         "memory_allocated": lambda device=None: 2 * 2**30, "max_memory_allocated": lambda: 3 * 2**30,
         "reset_peak_memory_stats": lambda: None, "empty_cache": lambda: None, "set_sync_debug_mode": gpu.mode,
+        "set_stream": lambda stream: gpu.asked.append("set_stream"),
         "is_available": lambda: True,
     }  # fmt: skip
     for name, fake in fakes.items():
