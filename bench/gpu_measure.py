@@ -6,7 +6,6 @@ pass are written when its eager time is known, and again with its graph's: a lat
 
 from __future__ import annotations
 
-import functools
 import itertools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -96,13 +95,12 @@ class Session:
         except Exception as error:
             traceback.print_exc()
             self._failed(told(error))
-        if self.place.is_lost():
-            self._failed("the GPU answers no more in this process")
         return not self.wrong
 
     def _run(self) -> None:
         self.runners = [self._told(self._checked(one)) for one in self.runners]
         self.sets = list(self._inputs())
+        self.sample = checks.Sample(self.shape.op, self.lengths, self.shape.sizes, self.sets[0])
         self.runners = [one if one.problem else self._told(self._checked_whole(one)) for one in self.runners]
         timed: list[tuple[Runner, str, Record]] = []
         for direction in PASSES:
@@ -110,6 +108,12 @@ class Session:
         if self.place.gpu:
             for one, direction, times in timed:
                 self.write({**self._about(one, direction), **times, **self._graph(one, direction)})
+                self._want_gpu(one)
+
+    def _want_gpu(self, after: Runner) -> None:
+        """Ends the job where the GPU answers no more: whoever comes next would be blamed for it."""
+        if self.place.is_lost():
+            raise RuntimeError(f"the GPU answers no more since {after.name} ({after.backend}) ran")
 
     def _failed(self, problem: str) -> None:
         self.wrong = True
@@ -157,15 +161,11 @@ class Session:
             self._free()
             return replace(one, problem=f"failed: {told(error)}")
 
-    @functools.cached_property
-    def _sample(self) -> checks.Sample:
-        return checks.Sample(self.shape.op, self.lengths, self.shape.sizes, self.sets[0])
-
     def _wrong(self, one: Runner) -> str | None:
         arguments, op = self.sets[0], self.shape.op
-        problem = self._sample.problem({"out": workloads.forward(one.peer.run, arguments)}, one.ours)
+        problem = self.sample.problem({"out": workloads.forward(one.peer.run, arguments)}, one.ours)
         if problem is None and one.peer.trains:
-            problem = self._sample.problem(workloads.training(op, one.peer.run, arguments), one.ours)
+            problem = self.sample.problem(workloads.training(op, one.peer.run, arguments), one.ours)
         return problem
 
     # ------------------------------------------------------------ times
@@ -250,11 +250,12 @@ class Session:
     # ------------------------------------------------------------ records
 
     def _told(self, one: Runner, directions: Sequence[str] = PASSES) -> Runner:
-        """The runner; its problem, where it has one, is written for these passes."""
+        """The runner; its problem, where it has one, is written for these passes, and may be the end of the job."""
         if one.problem is not None:
             self.wrong |= one.ours
             for direction in directions:
                 self.write(self._about(one, direction))
+            self._want_gpu(one)
         return one
 
     def _about(self, one: Runner, direction: str) -> Record:

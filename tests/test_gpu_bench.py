@@ -184,6 +184,37 @@ def test_a_runner_that_fails_does_not_keep_others_from_being_timed(monkeypatch: 
     assert any(one["median"] for one in found)
 
 
+def test_a_lost_gpu_ends_the_job_and_nobody_else_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[str] = []
+    monkeypatch.setattr(gpu_place.Place, "is_lost", lambda self: bool(lost))
+
+    def losing(name: str, call: Any) -> Any:
+        def run(**arguments: Any) -> torch.Tensor:
+            lost.append(name)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        return run if name == OURS else call
+
+    right, found = measured(monkeypatch, losing)
+    assert not right
+    assert {one["runner"] for one in found[:-1]} == {OURS}
+    assert found[-1]["problem"] == f"RuntimeError: the GPU answers no more since {OURS} (triton) ran"
+
+
+def test_a_capture_that_fails_is_a_reason_and_gives_the_stream_back(fake: gpu_stand_in.FakeGpu) -> None:
+    def failing() -> None:
+        if "begin Graph" in fake.asked:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    session = gpu_measure.Session(job("pma-tiny-bf16"), [], gpu_stand_in.Stand(), lambda record: None)
+    session.sets = [{}]
+    one = gpu_measure.Runner("peer", "torch", Peer(lambda **_: failing()))  # type: ignore[arg-type, return-value]
+    found = session._graph(one, run.PASSES[0])
+    assert found["graph"] is None
+    assert found["graph_problem"].startswith("failed: RuntimeError: operation not permitted")
+    assert fake.asked[-1] == "set_stream"
+
+
 def test_what_ends_a_job_is_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_measure.Session, "_inputs", lambda self: (_ for _ in ()).throw(RuntimeError("no room")))
     right, found = measured(monkeypatch, lambda name, call: call)
