@@ -23,8 +23,12 @@ CHECKS = ("check", "by", "asked", "right", "wrong", "not asked")
 
 
 def tables(records: Iterable[Record]) -> str:
-    """Ceilings, ratios, every runner's times, what was not timed, checks, and what failed, as far as there is any."""
-    known = list(records)
+    """Ceilings, ratios, every runner's times, what was not timed, checks, and what failed, as far as there is any.
+
+    Records of other kinds are passed over; those that are not what their kind says are counted.
+    """
+    given = [one for one in records if not isinstance(one, Mapping) or one.get("kind") in _KINDS]
+    known = [one for one in given if _sound(one)]
     bench = _latest(one for one in known if one.get("kind") == "bench")
     ceilings = {one["dtype"]: one for one in known if one.get("kind") == "ceiling"}
     checks = [one for one in known if one.get("kind") == "check"]
@@ -41,7 +45,8 @@ def tables(records: Iterable[Record]) -> str:
         parts += ["## All runners", rows(RUNNERS, [_runner(one) for one in timed])]
     if checks:
         parts += ["## Checks", rows(CHECKS, _by_check(checks))]
-    for title, found in (("Wrong", _wrong(checks, known)), ("Not timed", _not_timed(bench))):
+    odd = [f"{len(given) - len(known)} records that make no sense"] if len(known) < len(given) else []
+    for title, found in (("Wrong", odd + _wrong(checks, known)), ("Not timed", _not_timed(bench))):
         if found:
             parts += [f"## {title}", "\n".join(f"- {line}" for line in found)]
     return "\n\n".join(parts) + "\n" if parts else ""
@@ -52,6 +57,26 @@ _HOW = (
     "cache holds less of them. The limit is the nearer one of products and copies; shares of it are those of the graph "
     "where there is one, and what is wanted is held against the ratio of graphs where there is one."
 )
+
+
+def _sound(one: Record) -> bool:
+    """Whether a record has what the tables read of it."""
+    try:
+        _KINDS[one["kind"]](one)
+        return all(isinstance(one[name], str) for name in ("step", *_NAMED.get(one["kind"], ())))
+    except (AttributeError, ArithmeticError, KeyError, LookupError, TypeError, ValueError):
+        return False
+
+
+def _read_bench(one: Record) -> None:
+    _ratio_line(one, [one], None)
+    _verdict(one, 1.0)
+    if one["median"] is not None:
+        _runner(one)
+
+
+def _read_failure(one: Record) -> str:
+    return f"{one['step']}: {one['problem']}"
 
 
 def _latest(records: Iterable[Record]) -> list[Record]:
@@ -159,7 +184,7 @@ def _runner(one: Record) -> tuple[str, ...]:
         name,
         _time(one["median"]),
         f"{one['spread']:.0%} of {one['samples']}",
-        _time(one["graph"]) if one["graph"] is not None else str(one["graph_problem"] or "-"),
+        _time(one["graph"]) if one["graph"] is not None else str(one["graph_problem"] or "-").replace("|", "/"),
         f"{one['peak'] / 2**20:.1f} MiB" if one["peak"] is not None else "-",
         f"{one['flops'] / seconds / 1e12:.3g}" if seconds else "-",
         f"{one['bytes'] / seconds / 1e9:.0f}" if seconds else "-",
@@ -192,15 +217,19 @@ def _wrong(checks: Sequence[Record], known: Sequence[Record]) -> list[str]:
     found = []
     for one in checks:
         if one["ok"] is False:
-            row = f", row {one['row']}" if one.get("row") is not None else ""
-            found.append(f"{one['step']} ({one['backend']}), {one['what']}, {one['dtype']}{row}: {one['problem']}")
+            found.append(_read_check(one))
     for one in known:
-        if one.get("kind") == "failed":
-            found.append(f"{one['step']}: {one['problem']}")
+        if one["kind"] == "failed":
+            found.append(_read_failure(one))
     for one in _latest(one for one in known if one.get("kind") == "bench"):
         if one["runner"] == OURS and one["problem"] is not None:
             found.append(f"{one['step']} ({one['backend']}), {one['pass']}: {one['problem']}")
     return found
+
+
+def _read_check(one: Record) -> str:
+    row = f", row {one['row']}" if one["row"] is not None else ""
+    return f"{one['step']} ({one['backend']}), {one['what']}, {one['dtype']}{row}: {one['problem']}"
 
 
 def _not_timed(bench: Sequence[Record]) -> list[str]:
@@ -220,3 +249,17 @@ def _time(seconds: float | None) -> str:
 
 def _times(found: float | None) -> str:
     return f"{found:.2f}x" if found is not None else "-"
+
+
+# What is read of a record of each kind, and which of its fields are names.
+_KINDS: Mapping[str, Callable[[Record], object]] = {
+    "ceiling": _ceiling,
+    "bench": _read_bench,
+    "check": lambda one: (_read_check(one), one["ok"]),
+    "failed": _read_failure,
+}
+_NAMED = {
+    "ceiling": ("dtype",),
+    "bench": ("pass", "runner", "backend", "dtype"),
+    "check": ("backend", "what", "dtype"),
+}

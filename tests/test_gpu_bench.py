@@ -459,7 +459,7 @@ def bench_record(runner: str, median: float | None, graph: float | None = None, 
 
 
 def test_tables_hold_ours_against_the_fastest_right_peer() -> None:
-    ceiling = {"kind": "ceiling", "dtype": "bfloat16", "gemm": 1e14, "copy": 4e12, "size": 8192, "copied": 2**32,
+    ceiling = {"kind": "ceiling", "step": "ceilings", "dtype": "bfloat16", "gemm": 1e14, "copy": 4e12, "size": 8192, "copied": 2**32,
                "gemm_spread": 0.01, "copy_spread": 0.02}  # fmt: skip
     found = [
         ceiling,
@@ -479,6 +479,17 @@ def test_tables_hold_ours_against_the_fastest_right_peer() -> None:
     assert "rehearsal" not in text
     assert text.count(f"| {OURS} (triton) |") == 1
     assert gpu_tables.tables([]) == ""
+
+
+def test_records_that_make_no_sense_are_counted_and_the_others_told() -> None:
+    right = [bench_record(OURS, 1e-3), bench_record("peer", 2e-3)]
+    odd = [{**right[0], key: value} for key, value in (("median", "fast"), ("step", 7), ("rows", None), ("runner", []))]
+    odd += [{"kind": "bench"}, {"kind": "check", "ok": False}, {"kind": "ceiling", "gemm": 0}, {"kind": "failed"}]
+    text = gpu_tables.tables([*odd, {"kind": "parity", "anything": 1}, *right])
+    assert "- 8 records that make no sense" in text
+    assert "2 ms (peer) | 2.00x" in text
+    assert "make no sense" not in gpu_tables.tables([{"kind": "parity"}, *right])
+    assert "- 1 records that make no sense" in gpu_tables.tables(["nonsense"])  # type: ignore[list-item]
 
 
 def test_checks_that_found_something_are_in_the_tables() -> None:
