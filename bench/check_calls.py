@@ -24,8 +24,9 @@ from torch import Tensor
 import interformer_kernels
 from interformer_kernels import testing
 
-# Index arguments, by name: offsets and positions.
-_INDICES = ("offsets", "kv_offsets", "q_offsets", "positions")
+# Index arguments, by name: offsets and positions (a pair of them, where queries and keys have their own).
+_OFFSETS = ("offsets", "kv_offsets", "q_offsets")
+_INDICES = (*_OFFSETS, "positions", "rope_positions")
 _SPIN = 10**9  # cycles: about half a second
 
 
@@ -97,17 +98,33 @@ def side_stream(ground: Ground) -> Iterator[Finding]:
 
 
 def index_views(ground: Ground) -> Iterator[Finding]:
-    """Offsets as int32 and int64, with a stride, at an odd place of their memory: the bits are the same."""
-    lengths = middling(ground)
+    """Offsets and positions as int32 and int64, with a stride, at an odd place of their memory: the same bits.
+
+    Each alone, so that one that is read right does not hide another.
+    """
+    inputs = ground.draw(_with_all_indices(ground), DTYPES[0])
     for dtype in DTYPES:
-        inputs = ground.draw(ground.case(lengths), dtype)
-        wanted = ground.run(inputs)
-        for kind in (torch.int32, torch.int64):
-            for what, view in _VIEWS.items():
-                changed = {
-                    name: view(x.to(kind)) if name in _INDICES and x is not None else x for name, x in inputs.items()
-                }
-                yield same_bits(f"offsets {name_of(kind)}, {what}", dtype, ground.run(changed), wanted, lengths)
+        arguments = testing.cast_inputs(inputs, dtype)
+        wanted = ground.run(arguments)
+        for name in _INDICES:
+            for kind in (torch.int32, torch.int64) if arguments.get(name) is not None else ():
+                for what, view in _VIEWS.items():
+                    x = arguments[name]
+                    changed = tuple(view(y.to(kind)) for y in x) if isinstance(x, tuple) else view(x.to(kind))
+                    found = ground.run({**arguments, name: changed})
+                    yield same_bits(f"{name} {name_of(kind)}, {what}", dtype, found, wanted)
+
+
+def _with_all_indices(ground: Ground) -> testing.Case:
+    """A call with every index argument that the op takes."""
+    lengths = middling(ground)
+    own = {"query_lengths": tuple(reversed(lengths))}
+    more: dict[str, dict[str, Any]] = {
+        "jagged_attention": {**own, "rope": 32, "positions": True},
+        "gated_cross_attention": own,
+        "apply_rotary": {"positions": True},
+    }
+    return ground.case(lengths, **more.get(ground.op, {}))
 
 
 def _with_stride(x: Tensor) -> Tensor:
@@ -131,11 +148,14 @@ _VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def misaligned(ground: Ground) -> Iterator[Finding]:
-    """Tensors that begin one number behind a boundary of memory, in wide heads: right by the error budget."""
+    """Tensors that begin one number behind a boundary of memory, in wide heads: right by the error budget.
+
+    Not the same bits: who reads fewer numbers at once may add them in another order.
+    """
     lengths = middling(ground)
     for size in (16,) if ground.place.tiny else (64, 128):
         for dtype in DTYPES:
-            case = ground.case(lengths, head_size=size, value_size=size)
+            case = ground.case(lengths, head_size=size, value_size=size, gate="full")
             plain = ground.draw(case, dtype)
             moved = {name: _moved(x) if isinstance(x, Tensor) else x for name, x in plain.items()}
             eager, truth = by_definition(ground.op, plain)
@@ -161,7 +181,7 @@ def full_validation(ground: Ground) -> Iterator[Finding]:
     lengths, dtype = middling(ground), DTYPES[0]
     inputs = ground.draw(ground.case(lengths), dtype)
     wanted = ground.run(inputs)
-    (name,) = (name for name in _INDICES if isinstance(inputs.get(name), Tensor))
+    (name,) = (name for name in _OFFSETS if isinstance(inputs.get(name), Tensor))
     previous = interformer_kernels.set_validation("full")
     try:
         yield same_bits("offsets checked", dtype, ground.run(inputs), wanted, lengths)

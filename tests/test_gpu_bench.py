@@ -459,8 +459,8 @@ def bench_record(runner: str, median: float | None, graph: float | None = None, 
 
 
 def test_tables_hold_ours_against_the_fastest_right_peer() -> None:
-    ceiling = {"kind": "ceiling", "step": "ceilings", "dtype": "bfloat16", "gemm": 1e14, "copy": 4e12, "size": 8192, "copied": 2**32,
-               "gemm_spread": 0.01, "copy_spread": 0.02}  # fmt: skip
+    ceiling = {"kind": "ceiling", "step": "ceilings", "dtype": "bfloat16", "gemm": 1e14, "copy": 4e12, "size": 8192,
+               "copied": 2**32, "gemm_spread": 0.01, "copy_spread": 0.02}  # fmt: skip
     found = [
         ceiling,
         bench_record(OURS, 9e-3),

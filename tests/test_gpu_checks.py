@@ -200,29 +200,41 @@ def test_a_call_that_waits_for_the_default_stream_is_found(monkeypatch: pytest.M
     assert order[:4] == ["begin Stream", "sleep", "begin Stream", "wait for a side stream"]
 
 
-def with_offsets(change: Callable[[Tensor], Tensor]) -> Serve:
+def with_index(name: str, change: Callable[[Tensor], Tensor]) -> Serve:
+    """One index argument is read in another way."""
+
     def serve(op: str, inputs: Inputs) -> Made:
-        name = "kv_offsets" if "kv_offsets" in inputs else "offsets"
-        return served(op, {**inputs, name: change(inputs[name])})
+        x = inputs[name]
+        return served(op, {**inputs, name: tuple(map(change, x)) if isinstance(x, tuple) else change(x)})
 
     return serve
 
 
-@pytest.mark.parametrize("op", OPS)
+INDICES = [
+    *(("jagged_attention", name) for name in ("offsets", "kv_offsets", "rope_positions")),
+    *(("gated_cross_attention", name) for name in ("q_offsets", "kv_offsets")),
+    *(("apply_rotary", name) for name in ("offsets", "positions")),
+    *((op, "offsets") for op in ("pma_pooling", "personalized_ffn")),
+]
+
+
+@pytest.mark.parametrize(("op", "name"), INDICES)
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
         (lambda x: x.as_strided((len(x),), (1,)), "strided"),
         (lambda x: x.as_strided((len(x),), x.stride(), 0), "odd place"),
-        (lambda x: x if x.dtype == torch.int64 else x.clamp(max=30), "int32"),
+        (lambda x: x if x.dtype == torch.int64 else x.clamp(max=7), "int32"),
     ],
     ids=["stride", "storage offset", "int32"],
 )
-def test_views_of_offsets_that_are_read_wrong_are_found(op: str, fault: Callable[[Tensor], Tensor], told: str) -> None:
+def test_views_of_indices_that_are_read_wrong_are_found(
+    op: str, name: str, fault: Callable[[Tensor], Tensor], told: str
+) -> None:
     interformer_kernels.set_validation("off")  # a GPU trusts them
-    found = found_wrong("index-views", op, with_offsets(fault))
+    found = found_wrong("index-views", op, with_index(name, fault))
     assert found
-    assert all(told in one.what for one in found)
+    assert all(one.what.startswith(f"{name} ") and told in one.what for one in found)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -244,7 +256,8 @@ def test_validation_that_lets_bad_offsets_pass_is_found(op: str) -> None:
         good.append(x)
         return good[0]
 
-    found = found_wrong("full-validation", op, with_offsets(mended))
+    name = "kv_offsets" if op == "gated_cross_attention" else "offsets"
+    found = found_wrong("full-validation", op, with_index(name, mended))
     assert {one.problem for one in found} == {"no error"}
     assert {one.what for one in found} == {
         f"offsets {how}" for how in ("out of order", "beyond the tokens", "negative")
