@@ -175,12 +175,12 @@ class Session:
 
     def _eager(self, direction: str) -> list[tuple[Runner, str, Record]]:
         """Times of all runners, by turns; written at once."""
-        ready: dict[str, tuple[Runner, timing.Run]] = {}
+        ready: dict[str, tuple[Runner, _Turns]] = {}
         for one in self.runners:
             if one.runs and (one.peer.trains or direction == PASSES[0]):
                 reason = self._warm(one, direction)
                 if reason is None:
-                    ready[f"{one.name} {one.backend}"] = one, _rotating(self._calls(one, direction))
+                    ready[f"{one.name} {one.backend}"] = one, _Turns(self._calls(one, direction))
                 else:
                     self._told(replace(one, problem=reason), (direction,))
         tiny = self.place.tiny
@@ -193,6 +193,9 @@ class Session:
         found = []
         for name, (one, call) in ready.items():
             times = {**_times(taken[name]), "peak": self._peak(call)}
+            if call.problem is not None:
+                self._told(replace(one, problem=call.problem), (direction,))
+                continue
             self.write({**self._about(one, direction), **times})
             found.append((one, direction, times))
         return found
@@ -287,7 +290,17 @@ def _last(calls: Sequence[timing.Run]) -> object:
     return kept
 
 
-def _rotating(calls: Sequence[timing.Run]) -> timing.Run:
-    """A run that is each of these in turn."""
-    turns = itertools.cycle(calls)
-    return lambda: next(turns)()
+class _Turns:
+    """A run that is each of some calls in turn. One that fails does not end the others' timing: `problem` tells."""
+
+    def __init__(self, calls: Sequence[timing.Run]) -> None:
+        self.turns = itertools.cycle(calls)
+        self.problem: str | None = None
+
+    def __call__(self) -> object:
+        if self.problem is None:
+            try:
+                return next(self.turns)()
+            except Exception as error:
+                self.problem = f"failed: {told(error)}"
+        return None

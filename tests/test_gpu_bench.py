@@ -184,6 +184,27 @@ def test_a_runner_that_fails_does_not_keep_others_from_being_timed(monkeypatch: 
     assert any(one["median"] for one in found)
 
 
+def test_a_runner_that_fails_while_it_is_timed_is_told_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"padded SDPA": 0}
+    tokens = sum(job("jagged-tiny-bf16").shape.lengths())  # type: ignore[union-attr]
+
+    def failing(name: str, call: Any) -> Any:
+        def run(**arguments: Any) -> torch.Tensor:
+            calls[name] += len(arguments["q"]) == tokens
+            if calls[name] > 2 + gpu_measure.SETS + 1:  # two checks, a call on each set, and one that is timed
+                raise torch.OutOfMemoryError("out of memory")
+            return call(**arguments)
+
+        return run if name in calls else call
+
+    right, found = measured(monkeypatch, failing)
+    assert right
+    told = [one for one in found if one["runner"] == "padded SDPA"]
+    assert {one["problem"] for one in told} == {"failed: OutOfMemoryError: out of memory"}
+    assert [one["pass"] for one in told] == list(run.PASSES)
+    assert sum(one["median"] is not None for one in found if one["runner"] == OURS) == 2
+
+
 def test_a_lost_gpu_ends_the_job_and_nobody_else_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
     lost: list[str] = []
     monkeypatch.setattr(gpu_place.Place, "is_lost", lambda self: bool(lost))
@@ -327,7 +348,6 @@ def test_a_gpu_is_timed_by_what_it_works_not_by_launching(fake: gpu_stand_in.Fak
     assert timing.once(call, "cuda", 4) == pytest.approx(5e-3)
     assert timing.quickest(call, "cuda") == pytest.approx(5e-3)
     assert timing.interleaved({"a": call}, "cuda", seconds=0.0)["a"].median == pytest.approx(5e-3)
-    assert timing.quickest(lambda: None, "cpu") < 5e-3
 
 
 def test_checks_time_runners_where_they_run(fake: gpu_stand_in.FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +359,6 @@ def test_checks_time_runners_where_they_run(fake: gpu_stand_in.FakeGpu, monkeypa
         fake.launch(7000.0)
         return ours(**arguments)
 
-    assert checker.check("peer", Peer(peer)).forward < 1
     checker._truth(True)
     checker.device = "cuda"
     assert checker.check("peer", Peer(peer)).forward == pytest.approx(7.0)
@@ -418,9 +437,16 @@ def test_every_runner_has_a_graph_or_a_reason(fake: gpu_stand_in.FakeGpu, monkey
     def replayed(run: Callable[[], Any], place: Any) -> tuple[Callable[[], None], Any]:
         def replay() -> None:
             calls["count"] += 1
-            timing.time.sleep(3e-3)
 
         return replay, run()
+
+    interleaved = timing.interleaved
+
+    def timed(runs: Any, *arguments: Any, **more: Any) -> dict[str, timing.Timing]:
+        found = interleaved(runs, *arguments, **more)
+        return {"graph": timing.Timing(3e-3, 2.7e-3, 3.6e-3, 5)} if "graph" in runs else found
+
+    monkeypatch.setattr(timing, "interleaved", timed)
 
     def reason(run: Callable[[], Any]) -> str | None:
         before = len(read_lengths)
@@ -441,7 +467,8 @@ def test_every_runner_has_a_graph_or_a_reason(fake: gpu_stand_in.FakeGpu, monkey
     assert len(last) < len([one for one in found if one["median"] is not None])  # eager times were written before
     for direction in run.PASSES:
         ours = last[OURS, direction]
-        assert ours["graph"] == pytest.approx(1e-3, rel=0.5)  # a third of a replay: a call on each of three sets
+        # A third of a replay, which is a call on each of three sets.
+        assert (ours["graph_low"], ours["graph"], ours["graph_high"]) == pytest.approx((0.9e-3, 1e-3, 1.2e-3))
         assert last["padded SDPA", direction]["graph"] is not None
 
 
