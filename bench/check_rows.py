@@ -29,6 +29,8 @@ from interformer_kernels import testing
 _ROWS, _SLICES, _ALONE = 65536, 16, 64
 # Sums over rows and tokens: no row has them alone.
 _SUMS = ("dseeds",)
+# So many tensors as large as k, in float64, is the most that the definition of pooling holds at once, gradients too.
+_DEFINITION = 64
 
 
 def lengths_of(tiny: bool) -> list[int]:
@@ -58,6 +60,8 @@ def large_batch(ground: Ground) -> Iterator[Finding]:
             rows = chosen_rows(lengths)
             yield _alone(ground, inputs, lengths, whole, rows, mark)
             yield _exact(ground, inputs, lengths, whole, rows, mark)
+            if any(name in whole for name in _SUMS):
+                yield _exact_sums(ground, inputs, whole, mark)
 
 
 def chosen_rows(lengths: Sequence[int]) -> list[int]:
@@ -117,6 +121,17 @@ def _exact(
     sums = {name: x for name, x in ground.run(few).items() if name in _SUMS}
     what = f"{len(held)} rows against float64{mark}"
     return within_budget(what, inputs["grad_out"].dtype, {**found, **sums}, eager, truth)
+
+
+def _exact_sums(ground: Ground, inputs: Inputs, whole: Results, mark: str) -> Finding:
+    """Sums over all rows of the batch against float64, where there is memory for the definition of all of it."""
+    what, dtype = f"sums over rows against float64{mark}", inputs["grad_out"].dtype
+    needed, free = _DEFINITION * 8 * inputs["k"].numel(), ground.place.free_bytes()
+    if needed > free:
+        problem = f"needs {needed / 2**30:.0f} GiB of memory, found {free / 2**30:.0f} free"
+        return Finding(what, name_of(dtype), None, problem)
+    eager, truth = by_definition(ground.op, inputs)
+    return within_budget(what, dtype, {name: whole[name] for name in _SUMS}, eager, truth)
 
 
 # ---------------------------------------------------------------- beyond 2^31 numbers

@@ -129,12 +129,16 @@ def test_rows_that_are_wrong_wherever_they_are_are_found(op: str) -> None:
     assert all("of the error budget" in str(one.problem) for one in found)
 
 
-def test_a_sum_over_rows_that_is_wrong_is_found() -> None:
+@pytest.mark.parametrize("least", [0, len(check_rows.lengths_of(True))], ids=["always", "in large batches"])
+def test_a_sum_over_rows_that_is_wrong_is_found(least: int) -> None:
     def serve(op: str, inputs: Inputs) -> Made:
-        return served(op, {**inputs, "seeds": Spoil.apply(inputs["seeds"], 1)})
+        seeds = inputs["seeds"]
+        return served(op, {**inputs, "seeds": Spoil.apply(seeds, 1) if rows_of(inputs) >= least else seeds})
 
     found = found_wrong("large-batch", "pma_pooling", serve)
     assert {one.quantity for one in found} == {"dseeds"}
+    assert any(one.what == "sums over rows against float64" for one in found)
+    assert any("rows against float64" in one.what and one.what[0].isdigit() for one in found) == (least == 0)
 
 
 def counted(change: Callable[[int, Tensor], Tensor]) -> Serve:
