@@ -233,12 +233,17 @@ def _read_check(one: Record) -> str:
 
 
 def _not_timed(bench: Sequence[Record]) -> list[str]:
-    """Peers without a time, and why: a line for each reason."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Peers without a time, and why: a line for each reason, with the jobs, and their pass where it is only one."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for one in bench:
         if one["runner"] != OURS and one["problem"] is not None:
-            found.setdefault((one["runner"], one["problem"]), []).append(f"{one['step']} {one['pass']}")
-    return [f"{runner}: {problem} ({'; '.join(where)})" for (runner, problem), where in found.items()]
+            jobs = found.setdefault((one["runner"], str(one["problem"])), {})
+            jobs.setdefault(one["step"], []).append(one["pass"])
+    lines = []
+    for (runner, problem), jobs in found.items():
+        where = (f"{job}, {passes[0]}" if len(passes) == 1 else job for job, passes in jobs.items())
+        lines.append(f"{runner}: {problem} ({'; '.join(where)})")
+    return lines
 
 
 def _time(seconds: float | None) -> str:

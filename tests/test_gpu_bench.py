@@ -502,7 +502,7 @@ def test_tables_hold_ours_against_the_fastest_right_peer() -> None:
     )
     text = gpu_tables.tables(found)
     assert "| bfloat16 | 100 TFLOP/s (8192^3) | 1% | 4000 GB/s (4 GiB) | 2% |" in text
-    assert "- wrong: wrong out: 99 of its budget, 10 allowed (pma-104-bf16 forward)" in text
+    assert "- wrong: wrong out: 99 of its budget, 10 allowed (pma-104-bf16, forward)" in text
     assert "rehearsal" not in text
     assert text.count(f"| {OURS} (triton) |") == 1
     assert gpu_tables.tables([]) == ""
