@@ -30,6 +30,7 @@ constexpr int kMostSharedMemory = 101376;
 template <typename T, int ROWS, int COLUMNS>
 struct Tile {
     static_assert(ROWS % 16 == 0 && COLUMNS % 16 == 0, "products go in steps of 16");
+    static constexpr int kColumns = COLUMNS;
     static constexpr int kStride = COLUMNS + 16 / static_cast<int>(sizeof(T));
     static constexpr int kBytes = ROWS * kStride * static_cast<int>(sizeof(T));
 
@@ -148,6 +149,12 @@ struct Sums {
         for (int side = 0; side < 2; ++side)
 #pragma unroll
             for (int i = 0; i < 4; ++i) each(i / 2, column + side * 8 + i % 2, values[side][i]);
+    }
+    __device__ void operator+=(const Sums& others) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) values[side][i] += others.values[side][i];
     }
     // The same by the number of the row.
     template <typename Each>
