@@ -44,6 +44,7 @@ def test_one_value_in_one_place(backend: str, case: Case, dtype: torch.dtype) ->
 @pytest.mark.parametrize(("backend", "case", "dtype"), VALUES)
 def test_hard_values_are_within_the_budget(backend: str, case: Case, dtype: torch.dtype) -> None:
     rows = testing.compare_hard(case, backend, dtype, most_draws=most_draws(8))
+    assert rows or dtype == torch.float16, "nothing was judged"  # where eager PyTorch overflows
     assert not [row for row in rows if not row.ok]
 
 

@@ -183,7 +183,9 @@ def _largest(inputs: Inputs) -> Inputs:
 def _far_apart(inputs: Inputs) -> Inputs:
     """Keys near the dtype's largest number beside small queries: the sums for dQ overflow but for the small `scale`."""
     size = torch.finfo(inputs["k"].dtype).max / 8
-    return {**_scaled(inputs, k=size, q=1e6 / size, seeds=1e6 / size, v=1e3), "scale": 1e-6}
+    # Float16 has no room for products beyond its largest number, which `scale` would bring back.
+    small, values = (1e6 / size, 1e3) if size > 1e30 else (0.01, 1.0)
+    return {**_scaled(inputs, k=size, q=small, seeds=small, v=values), "scale": 1 / (size * small)}
 
 
 _SOFTMAX: tuple[dict[str, Any], ...] = ({},)
