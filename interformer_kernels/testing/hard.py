@@ -181,8 +181,9 @@ def _largest(inputs: Inputs) -> Inputs:
 
 
 def _far_apart(inputs: Inputs) -> Inputs:
-    """Keys near the dtype's largest number beside small queries: the sums for dQ overflow but for the small `scale`."""
-    size = torch.finfo(inputs["k"].dtype).max / 8
+    """Keys near the dtype's largest number beside small queries: sums for dQ overflow but for the small `scale`."""
+    # The yardstick of float64 is float32.
+    size = min(torch.finfo(inputs["k"].dtype).max, torch.finfo(torch.float32).max) / 8
     # Float16 has no room for products beyond its largest number, which `scale` would bring back.
     small, values = (1e6 / size, 1e3) if size > 1e30 else (0.01, 1.0)
     return {**_scaled(inputs, k=size, q=small, seeds=small, v=values), "scale": 1 / (size * small)}
