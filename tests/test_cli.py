@@ -101,6 +101,47 @@ package.personalized_ffn = lambda *args, **options: right(*args, **options) * 1.
     assert any(not row["ok"] and row["share"] > 1 for row in results(target))
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_of_parity_make_the_whole(parts: int, tmp_path: Path) -> None:
+    """And append to one file, each line with the step's name."""
+    lines, whole = tmp_path / "made" / "lines.jsonl", tmp_path / "whole.json"
+    asked = ["parity", *SMALL, "--backend", "reference"]
+    assert main([*asked, "--json", str(whole)]) == 0
+    for k in range(1, parts + 1):
+        assert main([*asked, "--part", f"{k}/{parts}", "--lines", str(lines), "--step", f"piece {k}"]) == 0
+    found = lines_of(lines)
+    assert {one.pop("step") for one in found} == {f"piece {k}" for k in range(1, parts + 1)}
+    assert {one.pop("kind") for one in found} == {"parity"}
+    assert found == results(whole)
+
+
+def test_lines_of_parity_stand_whatever_becomes_of_it(tmp_path: Path) -> None:
+    """Those of cases that were compared before the process died."""
+    plant = """
+import os
+from interformer_kernels import testing
+right = testing.compare
+testing.compare = lambda case, *rest, **more: os._exit(9) if case.name == "plain" else right(case, *rest, **more)
+"""
+    target = tmp_path / "lines.jsonl"
+    done = run("parity", *SMALL, "--backend", "reference", "--lines", str(target), before=plant)
+    assert done.returncode == 9
+    names = [case.name for case in testing.cases("personalized_ffn")]
+    assert {one["case"] for one in lines_of(target)} == set(names[: names.index("plain")]) != set()
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "2", "a/b", "1/0", "-1/2", "1/" + "9" * 5000])
+def test_a_part_that_cannot_be_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["parity", *SMALL, f"--part={text}"])
+    assert ended.value.code == 2
+    assert "argument --part: wanted K/N, K from 1 to N, found " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("wrong", "shown"),
     [(lambda out: out * torch.nan, "error nan"), (lambda out: out[..., :-1], "RuntimeError")],
@@ -173,8 +214,9 @@ def test_a_file_that_cannot_be_written_is_one_line_and_status_2(
     target: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["parity", *SMALL, "--backend", "reference"]
-    assert main([*small, "--json", target]) == 2
-    assert capsys.readouterr().err.splitlines() == [message]
+    for option in ("--json", "--lines"):
+        assert main([*small, option, target]) == 2
+        assert capsys.readouterr().err.splitlines() == [message]
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 _MOST = 2**31 - 1
+_T = TypeVar("_T")
 
 
 def count(text: str) -> int:
@@ -24,3 +28,22 @@ def duration(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"wanted a number of at least 0, found {text[:40]!r}")
     return value
+
+
+class Part(NamedTuple):
+    """The `number`-th, from 1 on, of `parts` parts of something."""
+
+    number: int
+    parts: int
+
+    def of(self, whole: Sequence[_T]) -> Sequence[_T]:
+        """This part of `whole`: neighbours stay together, and all parts make the whole."""
+        return whole[len(whole) * (self.number - 1) // self.parts : len(whole) * self.number // self.parts]
+
+
+def part(text: str) -> Part:
+    """`K/N`, with K from 1 to N."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"wanted K/N, K from 1 to N, found {text[:40]!r}")
+    return Part(int(found[1]), int(found[2]))

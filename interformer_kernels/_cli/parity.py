@@ -5,6 +5,9 @@ its bits; and calls whose numbers cancel or overflow.
 
 For other people's CI: name what you rely on (`--backend cpu --op pma_pooling --dtype float32`), and the command also
 fails where a named backend cannot serve. What is not named is tried wherever it can serve.
+
+Long comparisons can be cut into processes (`--part 2/4`), which may append to the same `--lines FILE`: what a process
+had compared stands there, whatever became of it.
 """
 
 from __future__ import annotations
@@ -21,10 +24,10 @@ import torch
 
 from interformer_kernels import _backend, testing
 from interformer_kernels._checks import FLOAT_DTYPES
-from interformer_kernels._cli.arguments import count
+from interformer_kernels._cli.arguments import Part, count, part
 from interformer_kernels._cli.info import devices
 from interformer_kernels._cli.tables import print_table, status_line
-from interformer_kernels._files import to_json, want_writable, write_text
+from interformer_kernels._files import append_line, to_json, want_writable, write_text
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
@@ -70,15 +73,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="no more draws of a case; quantities that they leave short of 1024 numbers are not judged",
     )
     parser.add_argument("--hard", action="store_true", help="also values that are extreme, or not finite in one place")
+    parser.add_argument("--part", type=part, metavar="K/N", help="the K-th of N parts of each op's cases")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every compared quantity as JSON")
+    parser.add_argument(
+        "--lines", type=Path, metavar="FILE", help="also append every quantity, case by case, as a line of JSON"
+    )
+    parser.add_argument("--step", metavar="NAME", help='every line of --lines gets it as its "step"')
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, print the worst case of every quantity, and return the exit status."""
-    if arguments.json:
-        want_writable(arguments.json)
-    asked = Asked(arguments.op, arguments.backend, arguments.dtype, arguments.device)
-    results = list(compare(asked, arguments.most_draws, arguments.hard, tell=status_line))
+    for file in filter(None, (arguments.json, arguments.lines)):
+        want_writable(file)
+    asked = Asked(arguments.op, arguments.backend, arguments.dtype, arguments.device, arguments.part)
+    results = []
+    for result in compare(asked, arguments.most_draws, arguments.hard, tell=status_line):
+        results.append(result)
+        if arguments.lines:
+            append_line(arguments.lines, {"kind": "parity", "step": arguments.step, **plain(result)})
     status = show(results)
     if arguments.json:
         write_json(arguments.json, results)
@@ -86,12 +98,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class Asked(NamedTuple):
-    """What is named; what is not (None) is everything that can serve."""
+    """What is named; what is not (None) is everything that can serve. Of each op's cases only a part may be asked."""
 
     ops: list[str] | None = None
     backends: list[str] | None = None
     dtypes: list[str] | None = None
     device: str | None = None
+    part: Part | None = None
 
 
 def compare(
@@ -101,7 +114,7 @@ def compare(
 
     A named backend that cannot serve any one of the ops, dtypes or devices is a breach; `tell` hears what is going on.
     """
-    ops, backends, dtypes, device = asked
+    ops, backends, dtypes, device, share = asked
     for op in ops or testing.OPS:
         for backend in backends or _backend.BACKENDS:
             kinds = dtypes or [name for name, dtype in _DTYPES.items() if _serves_somewhere(op, backend, dtype, device)]
@@ -112,7 +125,8 @@ def compare(
                     yield Result(op, backend, kind, "/".join(places), "-", "-", problem=problem)
                 for place in served:
                     tell(f"{op} {backend} {kind} {place}")
-                    for case, judge in _cases(op, most_draws, hard):
+                    cases = list(_cases(op, most_draws, hard))
+                    for case, judge in share.of(cases) if share else cases:
                         yield from _judged((op, backend, kind, place, case.name), case, judge)
     tell("")
 
@@ -196,4 +210,9 @@ def show(results: list[Result]) -> int:
 
 def write_json(path: Path, results: list[Result]) -> None:
     """Every result; numbers that are not finite become null, as JSON has none."""
-    write_text(path, to_json([{**asdict(one), "share": one.share, "ok": one.ok} for one in results]))
+    write_text(path, to_json([plain(one) for one in results]))
+
+
+def plain(result: Result) -> dict[str, object]:
+    """A result as JSON has it."""
+    return {**asdict(result), "share": result.share, "ok": result.ok}
