@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +11,11 @@ import torch
 
 from interformer_kernels.cli import main
 
-ROOT = Path(__file__).parents[1]
-needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 
-
-def load_gpu_report() -> Any:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("gpu_report", ROOT / "tools" / "gpu_report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@needs_no_gpu
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_tune_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune"]) == 1
     assert capsys.readouterr().err == "interformer-kernels tune: needs a GPU that torch can use, found none\n"
-
-
-@needs_no_gpu
-def test_gpu_report_says_that_it_needs_a_gpu() -> None:
-    done = subprocess.run([sys.executable, "tools/gpu_report.py"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert done.stderr == "make gpu-report: needs a GPU that torch can use, found none\n"
 
 
 def test_tuned_tiles_are_the_fastest_measured_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,47 +79,3 @@ def test_tiles_follow_the_capability() -> None:
     assert _tiles.tiles("grad_keys", 100, 2, Target("cuda", 100)) == changed
     assert _tiles.tiles("grad_keys", 100, 2, Target("cuda", 86)) == _tiles.TABLE["grad_keys"][2][128] != changed
     assert _tiles.tiles("grad_queries", 256, 2, Target("cuda", 90)) == _tiles.SINCE[80]["grad_queries"][2][256]
-
-
-def test_every_backend_gets_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load_gpu_report()
-    commands: dict[str, list[str]] = {}
-    limits: dict[str, float] = {}
-
-    def stage(name: str, command: list[str], limit: float) -> dict[str, Any]:
-        commands[name], limits[name] = command, limit
-        return {"status": 0}
-
-    monkeypatch.setattr(module, "stage", stage)
-    monkeypatch.setattr(module.shutil, "which", lambda name: name)
-    for backend in module.TOOLS:
-        assert set(module.stages_of(backend, None, 0.5)) >= {f"first calls, {backend}", f"bench, {backend}"}
-    assert sum(limits.values()) <= sum(module.LIMITS.values()) - module.LIMITS["build"] - module.LIMITS["parity"]
-    assert sum(module.LIMITS.values()) <= 600
-    assert commands["racecheck-cuda"][:3] == ["compute-sanitizer", "--tool", "racecheck"]
-    assert commands["bench-cuda"].count("cuda") == 2
-
-
-def test_the_report_is_written_whatever_stages_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load_gpu_report()
-    (tmp_path / "bench" / "results").mkdir(parents=True)
-    monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(module, "OUT", tmp_path / "out")
-    (tmp_path / "out").mkdir()
-    command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
-    cut = module.stage("bench", command, 2)
-    assert cut["status"] == "out of time"
-    failed = module.stage("build", [sys.executable, "-c", "print('why'); raise SystemExit(3)"], 60)
-    assert (failed["status"], failed["last"]) == (3, ["why"])
-    about = {"gpu": "Some GPU (x)", "torch": "2", "triton": "3", "cuda": "13", "python": "3", "commit": "c"}
-    parity = {"triton, pma_pooling, float32": {"status": 0, "seconds": 1.0, "last": [], "compared": 7, "breaches": []}}
-    first = {"status": 0, "seconds": 1.0, "last": ["pma_pooling: 7.0 ms"]}
-    stages = {"build": failed, "bench, triton": cut, "first calls, triton": first}
-    files = module.write({**about, "backends": ["triton"], **stages, "parity": parity})
-    assert [file.name for file in files] == ["some-gpu-x.json", "some-gpu-x.md"]
-    text = files[1].read_text()
-    assert "| build | 3 |" in text
-    assert "| bench, triton | out of time |" in text
-    assert "- pma_pooling: 7.0 ms" in text
-    assert "| parity, triton, pma_pooling, float32 | 0; 7 compared, 0 breaches |" in text
-    assert json.loads(files[0].read_text())["measured"] == {"triton": None}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from cpu_calls import MEMORY_LAYOUTS, relaid_inputs
 from cuda_calls import SERVED, results
+from gpu_tools import inside
 from guards import guarded, guarded_inputs
-from test_gpu_commands import load_gpu_report
 from test_registration import recorded_calls
 
 import interformer_kernels as ik
@@ -229,14 +229,14 @@ def test_the_stages_of_the_gpu_report_run_here(
     emulated: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that they do for this backend but for the device."""
-    module = load_gpu_report()
-    assert module.served("cuda", "cpu") == SERVED
-    assert module.small_call("cuda", "cpu") == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(SERVED)
-    monkeypatch.setattr(module, "DTYPES", ("float32",))
+    place = inside.Place("cpu", "cuda")
+    assert [op for op in place.served() if place.serving(op) == "cuda"] == SERVED
+    assert inside.small(place) == 0
+    assert f"'ops': {SERVED}" in capsys.readouterr().out
+    monkeypatch.setattr(inside, "DTYPES", ("float32",))
     monkeypatch.setattr(testing, "OPS", ("apply_rotary",))
-    assert module.determinism("cuda", "cpu") == 0
-    assert capsys.readouterr().out.splitlines() == ["apply_rotary, halves, float32: same bits"]
+    assert inside.smoke(place) == inside.determinism(place) == 0
+    assert [line.count("'ok': True") for line in capsys.readouterr().out.splitlines()] == [1, 1]
 
 
 @pytest.mark.parametrize("op", testing.OPS)

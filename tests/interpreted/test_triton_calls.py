@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_tools import inside
 from guards import guarded, guarded_inputs
-from test_gpu_commands import load_gpu_report
 from test_registration import _jagged, recorded_calls
 from triton_calls import results
 
@@ -232,16 +232,17 @@ def test_the_stages_of_the_gpu_report_run_here(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that they do but for the device; and two runs that differ are seen."""
-    module = load_gpu_report()
+    place = inside.Place("cpu", "triton")
     monkeypatch.setattr(testing, "OPS", ("pma_pooling", "apply_rotary"))
-    assert module.small_call("triton", "cpu") == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
-    monkeypatch.setattr(module, "DTYPES", ("float32",))
+    monkeypatch.setattr(inside, "DTYPES", ("float32",))
+    assert place.serving("apply_rotary") == "triton"
+    assert inside.small(place) == 0
+    assert "'ops': ['pma_pooling', 'apply_rotary']" in capsys.readouterr().out
     monkeypatch.setattr(testing, "OPS", ("apply_rotary",))
-    assert module.determinism("triton", "cpu") == 0
-    assert capsys.readouterr().out.splitlines() == ["apply_rotary, halves, float32: same bits"]
+    assert inside.smoke(place) == inside.determinism(place) == 0
+    assert [line.count("'ok': True") for line in capsys.readouterr().out.splitlines()] == [1, 1]
     monkeypatch.setattr(testing, "evaluate", lambda run, op, inputs: {"out": torch.rand(3)})
-    assert module.determinism("triton", "cpu") == 1
+    assert inside.determinism(place) == 1
 
 
 def test_lazily_negated_views_are_read_as_they_are() -> None:
