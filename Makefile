@@ -24,14 +24,17 @@ data_option := $(if $(DATA),--data $(DATA))
 WORKERS ?= auto
 PYTEST = OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
 
+# The Python that `make gpu-kit` makes its kit for and with: the GPU machine's minor version, torch and Triton.
+KIT_PYTHON ?= $(CURDIR)/build/target/venv/bin/python
+
 # Random calls of each kind that `make fuzz` makes.
 EXAMPLES ?= 10000
 # And of those of the emulated CUDA and interpreted Triton kernels, in each dtype.
 SLOW_EXAMPLES ?= 300
 FUZZ = $(BIN)/python -m pytest --timeout 0 --hypothesis-profile fuzz --hypothesis-show-statistics
 
-.PHONY: help demo test triton-test cuda-test resources gpu-report fuzz nightly sanitize lint wheel-test wide-test bench \
-        bench-model bench-compare torch-matrix clean
+.PHONY: help demo test triton-test cuda-test resources gpu-report gpu-kit gpu-rehearsal fuzz nightly sanitize lint \
+        wheel-test wide-test bench bench-model bench-compare torch-matrix clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
@@ -39,7 +42,9 @@ help:
 	@echo "make triton-test        the Triton kernels on the CPU, in Triton's interpreter"
 	@echo "make cuda-test          the CUDA kernels on the CPU, in an emulation, and under AddressSanitizer"
 	@echo "make resources          registers, spills and shared memory of every GPU kernel on every device, without one"
-	@echo "make gpu-report         on a machine with a GPU: parity, determinism, bench; bench/results/<gpu>.md"
+	@echo "make gpu-report         on a machine with a GPU: is it right, how fast is it, in minutes; bench/results/<gpu>.md"
+	@echo "make gpu-kit            what the report would spend minutes on there, made here to take along: build/gpu-kit"
+	@echo "make gpu-rehearsal      the report here, without a GPU, with steps that crash, hang and talk nonsense"
 	@echo "make fuzz               10 000 random calls of the CPU kernels, as many with a bad value or broken offsets;"
 	@echo "                        fewer of the CUDA kernels, emulated, and of the Triton kernels, interpreted"
 	@echo "make nightly            all tests with all cases, dtypes and draws, all resources, and make fuzz: hours"
@@ -82,6 +87,12 @@ resources: $(READY)
 # With the Python that is there, and nothing installed: machines with GPUs come with their torch and Triton.
 gpu-report:
 	$(PYTHON) tools/gpu_report.py $(ARGS)
+
+gpu-kit: target-env
+	PYTHONPATH=tools $(KIT_PYTHON) -m gpu.kit $(ARGS)
+
+gpu-rehearsal: $(READY)
+	PYTHONPATH=tools $(BIN)/python -m gpu.rehearsal $(ARGS)
 
 # Other calls each time; a failing one is printed, and tried first by the next run.
 fuzz: $(READY)
