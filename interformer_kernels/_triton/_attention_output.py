@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._attention_tiles import at, settle
-from interformer_kernels._triton._maps import LOG2_E, activate, narrow
+from interformer_kernels._triton._maps import LOG2_E, activate, exp2, narrow
 from interformer_kernels._triton._rows import holder
 
 
@@ -120,8 +120,8 @@ def attention_merge(
             b_largest = tl.load(weights + 2 * p, mask=m_q, other=0.0)
             new = tl.maximum(largest, b_largest)
             base = tl.where(new == float("-inf"), 0.0, new)
-            old_share = tl.exp2((largest - base) * LOG2_E)
-            share = tl.exp2((b_largest - base) * LOG2_E)
+            old_share = exp2((largest - base) * LOG2_E, out.dtype.element_ty)
+            share = exp2((b_largest - base) * LOG2_E, out.dtype.element_ty)
             total = total * old_share + tl.load(weights + 2 * p + 1, mask=m_q, other=0.0) * share
             sums = sums * old_share[:, None] + b_sums * share[:, None]
             largest = new

@@ -161,7 +161,7 @@ def attention_backward_short(
                     )
                     # Scores of nothing but -inf have weights of NaN, as in PyTorch.
                     total = tl.where(largest == float("-inf"), float("nan"), total)
-                    weights = tl.where(m_seen, weights / total[:, None], 0.0)
+                    weights = tl.where(m_seen, weights * tl.div_rn(1.0, total)[:, None], 0.0)
                     delta = tl.sum(tl.where(m_seen, weights * grad, 0.0), 1)
                     # No value that is not finite goes through a mask.
                     grads = tl.where(m_seen, scaled(weights * (grad - delta[:, None]), scale, b_v.dtype), 0.0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, power, slope
+from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, exp2, power, slope
 from interformer_kernels._triton._rows import find, span
 
 
@@ -248,7 +248,7 @@ def weigh(s, grad, m_seen, lse, excess, delta, scale, SCORE: tl.constexpr, DTYPE
         x = (s * scale - lse) * LOG2_E
         if tl.float32 != DTYPE:
             x = x - excess
-        weights = tl.where(m_seen, tl.exp2(x), 0.0)
+        weights = tl.where(m_seen, exp2(x, DTYPE), 0.0)
         # No value that is not finite goes through a mask.
         grads = tl.where(m_seen, scaled(weights * (grad - delta), scale, DTYPE), 0.0)
     else:
@@ -284,8 +284,8 @@ def fold(s, m_seen, largest, total, keys, scale, post_scale, SCORE: tl.constexpr
             weights = tl.exp2((x - base[:, None]) * LOG2_E - spare_bits(keys).to(tl.float32))
         else:
             # Inside, it would round the exponent once more.
-            weights = tl.exp2((x - base[:, None]) * LOG2_E) * power(-spare_bits(keys))
-        factor = tl.exp2((largest - base) * LOG2_E)
+            weights = exp2((x - base[:, None]) * LOG2_E, DTYPE) * power(-spare_bits(keys))
+        factor = exp2((largest - base) * LOG2_E, DTYPE)
         total = total * factor + tl.sum(weights, 1)
         largest = new
     else:

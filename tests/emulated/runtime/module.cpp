@@ -30,10 +30,11 @@ PYBIND11_MODULE(interformer_emulated, m) {
     cuda::bind(m);
     m.def(
         "configure",
-        [](uint64_t seed, bool lazy_copies, unsigned last_blocks, unsigned resident) {
-            emulation::options = {seed, lazy_copies, last_blocks, resident};
+        [](uint64_t seed, bool lazy_copies, unsigned last_blocks, unsigned resident, bool noise) {
+            emulation::options = {seed, lazy_copies, last_blocks, resident, noise};
         },
-        py::arg("seed"), py::arg("lazy_copies"), py::arg("last_blocks") = 0, py::arg("resident") = 2);
+        py::arg("seed"), py::arg("lazy_copies"), py::arg("last_blocks") = 0, py::arg("resident") = 2,
+        py::arg("noise") = false);
     m.def("exchange", &exchange);
     m.def("turn_pieces", &turn_pieces);
 }

@@ -22,6 +22,7 @@ struct Options {
     bool lazy_copies = true;   // copies land when they are waited for, else when they are started
     unsigned last_blocks = 0;  // of a grid only so many run, its last ones; 0: all
     unsigned resident = 2;     // blocks that the device says it holds at once; more than 8 run in turns of 8
+    bool noise = false;        // exponentials err by as much as a GPU's may
 };
 extern Options options;
 

@@ -67,6 +67,21 @@ inline unsigned __float_as_uint(float x) {
     std::memcpy(&bits, &x, sizeof bits);
     return bits;
 }
+// A GPU's exponentials err by two units of the last place at most, which is what `noise` adds: drawn from the
+// argument's bits, since a function errs alike wherever it meets the same number. Division is right to a rounding.
+inline float with_noise(float y, float x) {
+    if (!emulation::options.noise) return y;
+    const unsigned drawn = (__float_as_uint(x) * 2654435761u) >> 8;
+    return static_cast<float>(y * (1.0 + (drawn / 8388608.0 - 1.0) / 4194304.0));  // [-1, 1) times 2^-22
+}
+inline float noisy_exp2f(float x) {
+    return with_noise(std::exp2(x), x);
+}
+inline float noisy_expf(float x) {
+    return with_noise(std::exp(x), x);
+}
+#define exp2f noisy_exp2f
+#define expf noisy_expf
 inline float __frcp_rn(float x) {
     return 1.0f / x;
 }
