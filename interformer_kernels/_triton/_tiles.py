@@ -73,12 +73,15 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
         "forward": {2: {128: Tiles(64, 32, 8)}, 4: {256: Tiles(16, 16, 8)}},
         "grad_queries": {2: {256: Tiles(16, 32, 8)}, 4: {128: Tiles(16, 16), 256: Tiles(16, 16, 8)}},
         "grad_keys": {4: {128: Tiles(32, 16, 8), 256: Tiles(16, 16, 8)}},
-        "short": {2: {128: Tiles(64, 32, 8, 1)}, 4: {64: Tiles(32, 16, 8, 1)}},
+        "short": {2: {128: Tiles(32, 32, 4, 1)}, 4: {64: Tiles(32, 16, 8, 1)}},
     },
     90: {
         "forward": {2: {128: Tiles(64, 32)}},
-        "grad_queries": {2: {128: Tiles(64, 32)}, 4: {128: Tiles(16, 16, 8)}},
-        "grad_keys": {2: {128: Tiles(32, 64)}},
+        "grad_queries": {
+            2: {128: Tiles(64, 32)},
+            4: {16: Tiles(16, 32), 32: Tiles(32, 16), 64: Tiles(16, 16, 8), 128: Tiles(16, 16, 8)},
+        },
+        "grad_keys": {2: {128: Tiles(32, 64, 8)}, 4: {128: Tiles(32, 32, 8)}},
     },
 }
 
