@@ -5,11 +5,13 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import index_views
 import pytest
 import torch
 from cpu_calls import MEMORY_LAYOUTS, relaid_inputs
 from cuda_calls import SERVED, results
 from gpu_tools import inside
+from grid import case_ids
 from guards import guarded, guarded_inputs
 from test_registration import recorded_calls
 
@@ -29,6 +31,14 @@ def test_a_dtype_that_is_not_served() -> None:
     x = torch.randn(3, 1, 4, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve: it serves .*found torch.float64"):
         ik.apply_rotary(x, offsets_of((3,)), testing.rotary_tables(3, 4), backend="cuda")
+
+
+@pytest.mark.parametrize("case", index_views.CASES, ids=case_ids(index_views.CASES))
+def test_strides_of_index_tensors(case: Case) -> None:
+    for view, plain in index_views.pairs(testing.make_inputs(case, torch.float32)):
+        found = results(case.op, view)
+        for quantity, x in results(case.op, plain).items():
+            assert torch.equal(found[quantity], x), quantity
 
 
 @pytest.mark.parametrize("op", SERVED)

@@ -6,9 +6,11 @@ import dataclasses
 import math
 from typing import Any
 
+import index_views
 import pytest
 import torch
 from every import EVERY
+from grid import case_ids
 from torch import Tensor
 from triton_calls import results
 
@@ -280,30 +282,12 @@ def test_scores_of_minus_infinity() -> None:
             assert torch.equal(x.isnan(), y.isnan()), lengths
 
 
-# ---------------------------------------------------------------- index tensors and switches
+# ---------------------------------------------------------------- index tensors of any stride
 
 
-def _spread(x: Tensor) -> Tensor:
-    """The same numbers, with others between them."""
-    return torch.stack((x, x + 1), 1).flatten()[::2]
-
-
-@pytest.mark.parametrize(
-    "case",
-    [_case(ATTENTION, "", lengths=(3, 20), query_lengths=(4, 2), heads=1, kv_heads=1, rope=4, positions=True),
-     _case(POOLING, "", lengths=(3, 5), heads=1, kv_heads=1), _case(CROSS, "", lengths=(3, 5), heads=1, kv_heads=1),
-     _case("apply_rotary", "", lengths=(3, 5), heads=1, rope=4, positions=True),
-     _case("personalized_ffn", "", lengths=(3, 5), head_size=4, value_size=4, options={"activation": "silu"})],
-    ids=lambda case: case.op,
-)  # fmt: skip
+@pytest.mark.parametrize("case", index_views.CASES, ids=case_ids(index_views.CASES))
 def test_strides_of_index_tensors(case: Case) -> None:
-    inputs = testing.make_inputs(case, torch.float32)
-    spread = dict(inputs)
-    for name in ("offsets", "kv_offsets", "q_offsets", "positions"):
-        if name in inputs:
-            spread[name] = _spread(inputs[name])
-    if "rope_positions" in inputs:
-        spread["rope_positions"] = tuple(map(_spread, inputs["rope_positions"]))
-    found = results(case.op, spread)
-    for quantity, x in results(case.op, inputs).items():
-        assert torch.equal(found[quantity], x), quantity
+    for view, plain in index_views.pairs(testing.make_inputs(case, torch.float32)):
+        found = results(case.op, view)
+        for quantity, x in results(case.op, plain).items():
+            assert torch.equal(found[quantity], x), quantity
