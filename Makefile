@@ -26,6 +26,18 @@ PYTEST = OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -n $(WORKERS)
 
 # The Python that `make gpu-kit` makes its kit for and with: the GPU machine's minor version, torch and Triton.
 KIT_PYTHON ?= $(CURDIR)/build/target/venv/bin/python
+# The versions of the first machine with a GPU, in an environment of their own: `make target-env TARGET_PYTHON=path`.
+TARGET_PYTHON ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2> /dev/null \
+    || ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python 2> /dev/null | tail -n 1)
+TARGET_VERSIONS ?= torch==2.11.0 triton==3.6.0
+TARGET := $(CURDIR)/build/target
+TARGET_READY := build/target/ready
+TARGET_BIN := $(TARGET)/venv/bin
+TARGET_PYTEST = OMP_WAIT_POLICY=passive $(TARGET_BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
+# What the Python side of the GPU backends, and the native module, have tests of.
+TARGET_TESTS := $(addprefix tests/test_,any_rows.py autograd.py backend.py cuda_resources.py errors.py gpu_commands.py \
+    meta.py native.py native_arguments.py option_kinds.py registration.py tf32_switch.py traced_gradients.py)
+FAKE_GPU := INTERFORMER_FAKE_GPU=1 TRITON_DEFAULT_FP_FUSION=1
 
 # Random calls of each kind that `make fuzz` makes.
 EXAMPLES ?= 10000
@@ -33,14 +45,18 @@ EXAMPLES ?= 10000
 SLOW_EXAMPLES ?= 300
 FUZZ = $(BIN)/python -m pytest --timeout 0 --hypothesis-profile fuzz --hypothesis-show-statistics
 
-.PHONY: help demo test triton-test cuda-test resources gpu-report gpu-kit gpu-rehearsal fuzz nightly sanitize lint \
-        wheel-test wide-test bench bench-model bench-compare torch-matrix clean
+.PHONY: help demo test triton-test cuda-test target-env target-test target-native-test target-resources resources \
+        gpu-report gpu-kit gpu-rehearsal fuzz nightly sanitize lint wheel-test wide-test bench bench-model \
+        bench-compare torch-matrix clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
 	@echo "make test               all tests"
 	@echo "make triton-test        the Triton kernels on the CPU, in Triton's interpreter"
 	@echo "make cuda-test          the CUDA kernels on the CPU, in an emulation, and under AddressSanitizer"
+	@echo "make target-test        Triton's own launch path without a GPU, on the newest Triton and on 3.6"
+	@echo "make target-native-test the Python side of the GPU backends on the CUDA build of torch 2.11, on stubs of CUDA"
+	@echo "make target-resources   make resources for sm_90 on Triton 3.6"
 	@echo "make resources          registers, spills and shared memory of every GPU kernel on every device, without one"
 	@echo "make gpu-report         on a machine with a GPU: is it right, how fast is it, in minutes; bench/results/<gpu>.md"
 	@echo "make gpu-kit            what the report would spend minutes on there, made here to take along: build/gpu-kit"
@@ -80,6 +96,36 @@ triton-test: $(READY)
 cuda-test: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" INTERFORMER_EMULATE=1 $(PYTEST) tests/emulated $(ARGS)
 
+# The real torch for CUDA, without NVIDIA's packages: gigabytes, in whose place stubs stand.
+target-env: $(TARGET_READY)
+
+$(TARGET_READY): tests/requirements-target.txt tools/stub_cuda_libraries.py
+	@test -n "$(TARGET_PYTHON)" || { echo "make target-env: needs Python 3.12: TARGET_PYTHON=path" >&2; exit 2; }
+	rm -rf $(TARGET)/venv
+	$(TARGET_PYTHON) -m venv $(TARGET)/venv
+	$(TARGET_BIN)/python -m pip install --quiet --disable-pip-version-check --requirement tests/requirements-target.txt
+	$(TARGET_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(TARGET_VERSIONS)
+	$(TARGET_BIN)/python tools/stub_cuda_libraries.py
+	touch $@
+
+# In processes of their own: Triton has one driver for good.
+target-test: $(READY) $(TARGET_READY)
+	$(FAKE_GPU) $(PYTEST) tests/target $(ARGS)
+	$(FAKE_GPU) $(TARGET_PYTEST) tests/target tests/test_tf32_switch.py $(ARGS)
+
+# The package as it is installed there, its CUDA part for one device, and tests that need no data and no other library.
+target-native-test: $(TARGET_READY)
+	PATH="$(TARGET_BIN):$$PATH" TORCH_CUDA_ARCH_LIST=9.0a $(TARGET_BIN)/python -m pip install --quiet \
+	    --disable-pip-version-check --no-deps --no-build-isolation .
+	rm -rf $(TARGET)/run
+	mkdir -p $(TARGET)/run
+	cp -r tests tools csrc bench pyproject.toml $(TARGET)/run
+	cd $(TARGET)/run && $(TARGET_PYTEST) $(TARGET_TESTS) $(ARGS)
+
+target-resources: $(TARGET_READY)
+	TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH="$(CURDIR)" $(TARGET_BIN)/python -m interformer_kernels._cli.resources \
+	    --target sm_90 $(ARGS)
+
 resources: $(READY)
 	$(BIN)/python -m interformer_kernels._cli.cuda_resources
 	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m interformer_kernels._cli.resources $(ARGS)
@@ -104,7 +150,8 @@ fuzz: $(READY)
 # All that CI leaves out: every case in every dtype on every backend, every quantity of whole models, more random calls.
 nightly: $(READY)
 	EVERY=1 $(MAKE) test triton-test cuda-test ARGS='--timeout 0 $(ARGS)'
-	$(MAKE) resources
+	EVERY=1 $(MAKE) target-test ARGS='--timeout 0 $(ARGS)'
+	$(MAKE) resources target-resources target-native-test
 	$(MAKE) fuzz
 
 sanitize: $(READY)

@@ -169,26 +169,28 @@ def _source(launch: Launch) -> ASTSource:
 
 
 def _of_nvidia(compiled: Any, target: GPUTarget) -> tuple[int, int]:
-    """Registers, and bytes of spills."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        return of_cubin(cubin, ptx, target.arch)
+
+
+def of_cubin(cubin: Path, ptx: Path, arch: int) -> tuple[int, int]:
+    """Registers, and bytes of spills, of a kernel's binary, which was assembled from this PTX."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", said)
     if found is None:
         raise RuntimeError(f"cuobjdump tells no registers: {said}")
     # A frame in local memory may hold spills or nothing of the kind: the assembler tells them apart.
-    return int(found[1]), _spills(compiled, target) if int(found[2]) else 0
+    return int(found[1]), _spills(ptx, arch) if int(found[2]) else 0
 
 
-def _spills(compiled: Any, target: GPUTarget) -> int:
-    name = f"sm_{target.arch}" + ("a" if target.arch >= 90 else "")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def _spills(ptx: Path, arch: int) -> int:
+    name = f"sm_{arch}" + ("a" if arch >= 90 else "")
+    command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", ptx, "-o", "/dev/null"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return max(int(found) for found in re.findall(r"(\d+) bytes spill stores", said))
 
 

@@ -63,6 +63,13 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allows_tf32(dtype) and not torch.version.hip else "ieee"
 
 
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are started on the device that holds `x`."""
+    if x.device.type != "cuda":
+        raise RuntimeError("TRITON_INTERPRET=1 must be set before triton is imported to serve CPU tensors")
+    return torch.cuda.device(x.device)
+
+
 def start(kernel: Any, grid: int, *arguments: Any, tiles: Tiles, **constants: Any) -> None:
     """Start `grid` programs of a kernel; none where there is no work."""
     if _written_down is not None:
@@ -70,11 +77,8 @@ def start(kernel: Any, grid: int, *arguments: Any, tiles: Tiles, **constants: An
         return
     if grid == 0:
         return
-    lead = next(x for x in arguments if isinstance(x, Tensor))
     if INTERPRETED:
         kernel[(grid,)](*arguments, **constants)
         return
-    if lead.device.type != "cuda":
-        raise RuntimeError("TRITON_INTERPRET=1 must be set before triton is imported to serve CPU tensors")
-    with torch.cuda.device(lead.device):
+    with on_device_of(next(x for x in arguments if isinstance(x, Tensor))):
         kernel[(grid,)](*arguments, **constants, num_warps=tiles.warps, num_stages=tiles.stages)

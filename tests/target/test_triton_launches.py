@@ -1,0 +1,128 @@
+"""Every op is specialised, compiled for sm_90 and launched by Triton's own path, and no kernel spills.
+
+What runs is all but the launch itself (`tools/fake_triton_driver.py`), for calls as users make them: options left out,
+sizes of 1, views at odd offsets. Each case in one dtype, by turns, and a part of the cases; with EVERY=1 every case in
+every dtype.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fake_triton_driver
+import pytest
+import torch
+import triton
+import triton.language as tl
+from every import EVERY
+from grid import ALL_CASES, case_ids
+
+import interformer_kernels as ik
+from interformer_kernels import testing
+from interformer_kernels._cli.resources import SHARED_MEMORY
+from interformer_kernels.testing import Case, offsets_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TARGET = "sm_90"
+DRIVER = fake_triton_driver.install(TARGET)
+# One case in so many is asked in CI, beside those below.
+_ONE_OF = 1 if EVERY else 7
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where Triton keeps what this test compiles, and what no test before it has compiled in this process."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    return tmp_path
+
+
+def fits(cache: Path) -> int:
+    """Number of kernels that were compiled; none spills, and none outgrows the device's shared memory."""
+    compiled = list(fake_triton_driver.compiled_in(cache))
+    assert not [one for one in compiled if one.spills or one.shared > SHARED_MEMORY[TARGET]]
+    assert all(0 < one.registers <= 255 for one in compiled)
+    return len(compiled)
+
+
+def run(op: str, inputs: dict[str, Any]) -> int:
+    """Launches of a call and its backward."""
+    before = DRIVER.launches
+    testing.evaluate(lambda: testing.call(op, inputs, "triton"), op, inputs)
+    return DRIVER.launches - before
+
+
+# Each kernel in each dtype at the sizes of models.
+OF_MODELS = [
+    Case("jagged_attention", "of a model", lengths=(40, 3), heads=2, kv_heads=2, head_size=64, value_size=64,
+         gate="full", residual=True, options={"causal": True}),
+    Case("pma_pooling", "of a model", lengths=(1100, 3), queries=2),
+    Case("gated_cross_attention", "of a model", lengths=(1100, 3), queries=2, gate="full", residual=True),
+    Case("apply_rotary", "of a model", rope=16),
+    Case("personalized_ffn", "of a model", head_size=64, value_size=64, residual=True),
+]  # fmt: skip
+PAIRS = [(case, dtype) for case in OF_MODELS for dtype in DTYPES] + [
+    (case, dtype)
+    for i, case in enumerate(ALL_CASES)
+    if i % _ONE_OF == 0
+    for dtype in (DTYPES if EVERY else [DTYPES[i // _ONE_OF % len(DTYPES)]])
+]
+IDS = [
+    f"{name}-{str(dtype)[6:]}" for name, (_, dtype) in zip(case_ids([case for case, _ in PAIRS]), PAIRS, strict=True)
+]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("case", "dtype"), PAIRS, ids=IDS)
+def test_launches_compile_and_do_not_spill(case: Case, dtype: torch.dtype, cache: Path) -> None:
+    """Forward and backward, and forward alone, which keeps nothing for a backward."""
+    inputs = testing.make_inputs(case, dtype)
+    launched = run(case.op, inputs)
+    with torch.no_grad():
+        testing.call(case.op, inputs, "triton")
+    assert launched >= 2 or not sum(case.lengths)
+    fits(cache)
+
+
+def test_a_second_call_compiles_nothing(cache: Path) -> None:
+    """Other lengths and numbers of rows are served by the same kernels: only options, heads and channels count."""
+    kernels = {}
+    for lengths in ((5, 20), (1,), (9, 0, 300, 16)):
+        case = Case("pma_pooling", "", lengths=lengths, heads=3, kv_heads=3, head_size=24, value_size=24, tail=0)
+        launched = run(case.op, testing.make_inputs(case, torch.bfloat16))
+        assert launched
+        kernels[lengths] = fits(cache)
+    assert len(set(kernels.values())) == 1, kernels
+    assert kernels[(1,)] > 0
+
+
+def test_views_that_are_not_aligned_are_compiled_anew(cache: Path) -> None:
+    """A tensor that begins at an odd number is another specialisation than one that begins at 16 bytes."""
+    offsets, wide = offsets_of((5, 20)), torch.randn(25, 2, 65, dtype=torch.bfloat16)
+    counts = []
+    for x in (wide[..., :64].contiguous(), wide[..., 1:]):
+        ik.jagged_attention(x, x, x, offsets, backend="triton")
+        counts.append(fits(cache))
+    assert 0 < counts[0] < counts[1]
+
+
+def test_ones_are_constants_of_the_kernel(cache: Path) -> None:
+    """One head, one channel, one row, one token: strides and sizes of 1 are another specialisation, too."""
+    case = Case("jagged_attention", "", lengths=(1,), heads=1, kv_heads=1, head_size=1, value_size=1, tail=0)
+    assert run(case.op, testing.make_inputs(case, torch.float16)) > 0
+    assert fits(cache) > 0
+
+
+@triton.jit
+def _of_many_numbers(x, y, NUMBERS: tl.constexpr):
+    o = tl.arange(0, NUMBERS)
+    b = tl.load(x + o)
+    tl.store(y + o, b - tl.sum(b, 0))
+
+
+def test_what_spills_is_seen(cache: Path) -> None:
+    """512 numbers of a thread, which all live until their sum is known, are more than registers are."""
+    x = torch.empty(16384)
+    _of_many_numbers[(1,)](x, x, NUMBERS=16384, num_warps=1)
+    (one,) = fake_triton_driver.compiled_in(cache)
+    assert one.spills > 0

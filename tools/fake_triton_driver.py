@@ -1,0 +1,101 @@
+"""Triton's own launch path on a machine without a GPU: kernels are specialised and compiled, and launches do nothing.
+
+After `install("sm_90")` the package's Triton backend serves CPU tensors: a call goes through all of the launchers and
+of Triton's just-in-time path (binding, specialisation, cache, compiler) up to the launch itself. Results hold what
+memory held. Triton asks a driver for nothing but what stands here, in 3.6 and 3.9 alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from triton.runtime import driver
+
+from interformer_kernels import _backend
+from interformer_kernels._cli import resources
+from interformer_kernels._triton import _run
+
+
+class _Utils:
+    """What Triton's driver asks a device's."""
+
+    def __init__(self, shared: int) -> None:
+        self.shared = shared
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        """Module, function, registers, spills, and threads of a block at most."""
+        return 1, 1, 0, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        """Nothing was loaded."""
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": self.shared, "multiprocessor_count": 132, "warpSize": 32}
+
+
+class FakeDriver:
+    """One device of a target; `launches` counts what would have been started on it."""
+
+    def __init__(self, target: str) -> None:
+        _, self.target = resources.TARGETS[target]
+        self.utils = _Utils(resources.SHARED_MEMORY[target])
+        self.launches = 0
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        def launch(*_: Any) -> None:
+            self.launches += 1
+
+        return launch
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return kind
+
+
+def install(target: str) -> FakeDriver:
+    """From now on Triton compiles for this target of `resources.TARGETS`, and this process launches nothing."""
+    fake = FakeDriver(target)
+    driver.set_active(fake)
+    kernels_for, _ = resources.TARGETS[target]
+    _run.target_of = lambda x: kernels_for
+    _run.on_device_of = lambda x: contextlib.nullcontext()
+    _backend._DEVICES["triton"] = "cpu"
+    return fake
+
+
+# ---------------------------------------------------------------- what was compiled
+
+
+class Compiled(NamedTuple):
+    """A kernel in Triton's cache: what one thread of it takes, and bytes of shared memory of a program."""
+
+    name: str
+    registers: int
+    spills: int
+    shared: int
+    warps: int
+
+
+def compiled_in(cache: Path) -> Iterator[Compiled]:
+    """Every kernel of NVIDIA's that a cache folder holds."""
+    for cubin in sorted(cache.glob("*/*.cubin")):
+        about = json.loads(cubin.with_suffix(".json").read_text())
+        arch = about["target"]["arch"]
+        registers, spills = resources.of_cubin(cubin, cubin.with_suffix(".ptx"), arch)
+        yield Compiled(cubin.stem, registers, spills, about["shared"], about["num_warps"])
