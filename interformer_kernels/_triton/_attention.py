@@ -260,7 +260,7 @@ def _through_epilogue(problem: _Problem, grad_out: Tensor, attended: Tensor) -> 
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, SOFTMAX=softmax and not problem.anew,
             GATE=gate is not None, FORM=call.gate_form, ACTIVATION=call.gate_activation,
             SUM_TOKENS=over_tokens, SUM_CHANNELS=over_channels, BLOCK_T=block, BLOCK_DV=wide,
-            tiles=Tiles(block, wide, 4, 1),
+            tiles=Tiles(block, wide, 8, 1),
         )  # fmt: skip
     grad_gate = sums if call.gate is None else gate_gradient(call.gate, sums, shape)
     return grad_attended, delta, grad_gate

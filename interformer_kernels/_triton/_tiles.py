@@ -55,7 +55,7 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     },
     "grad_keys": {
         2: {64: Tiles(32, 64), 128: Tiles(32, 32), 256: Tiles(16, 16), 512: Tiles(16, 16)},
-        4: {64: Tiles(32, 16, 8), 128: Tiles(16, 32, 8), 256: Tiles(16, 16), 512: Tiles(16, 16)},
+        4: {64: Tiles(32, 16, 8), 128: Tiles(16, 16, 8), 256: Tiles(16, 16), 512: Tiles(16, 16)},
     },
     # Several rows of at most `keys` tokens in a tile of `queries`; wider heads leave no room for that.
     "short": {
@@ -81,7 +81,8 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
             2: {128: Tiles(64, 32)},
             4: {16: Tiles(16, 32), 32: Tiles(32, 16), 64: Tiles(16, 16, 8), 128: Tiles(16, 16, 8)},
         },
-        "grad_keys": {2: {128: Tiles(32, 64, 8)}, 4: {128: Tiles(32, 32, 8)}},
+        "grad_keys": {2: {128: Tiles(32, 64, 8)}, 4: {128: Tiles(32, 16), 256: Tiles(16, 16)}},
+        "short": {4: {32: Tiles(32, 16, 2, 1)}},
     },
 }
 
