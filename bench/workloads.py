@@ -1,6 +1,6 @@
 """What the bench runs: each op's inputs, its definition in eager PyTorch, and this package's way to compute it.
 
-The ops are those of OPS.md, and `pma_folded`: pooling of projected tokens (`k = x W_k`, `v = x W_v`), which this
+The ops are those of docs/ops.md, and `pma_folded`: pooling of projected tokens (`k = x W_k`, `v = x W_v`), which this
 package computes without projecting any of them.
 """
 

@@ -1,4 +1,4 @@
-"""The definition of every operation: OPS.md in eager PyTorch, read top to bottom.
+"""The definition of every operation: docs/ops.md in eager PyTorch, read top to bottom.
 
 Rows are padded to a common length, computed densely with a mask, and packed again. Nothing here is fast; everything
 else in the package is tested against it. The functions compute in the dtype they are given and are differentiable

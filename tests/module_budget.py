@@ -1,4 +1,4 @@
-"""Two modules with the same parameters: the second's outputs and gradients within OPS.md's budget of the first's.
+"""Two modules with the same parameters: outputs and gradients of the second within the first's budget (docs/ops.md).
 
 The first in float64 is the truth, the first in float32 is eager PyTorch, whose error the budget is made of.
 """

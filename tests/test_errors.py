@@ -1,4 +1,4 @@
-"""Every line of OPS.md's "Errors": the right exception, naming the argument, what was wanted and what was found."""
+"""Every line of docs/ops.md, "Errors": the right exception, with the argument, what was wanted and what was found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every case of every op against the float64 truth, within OPS.md's budget."""
+"""Every case of every op against the float64 truth, within the error budget of docs/ops.md."""
 
 from __future__ import annotations
 

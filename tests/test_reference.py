@@ -27,7 +27,7 @@ def rows(x: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 def naive_visible(lq: int, lk: int, causal: bool, window: tuple[int, int], prefix: int) -> Tensor:
-    """OPS.md's words, one pair at a time."""
+    """The masks of docs/ops.md, one pair of query and key at a time."""
     seen = torch.zeros(lq, lk, dtype=torch.bool)
     for i, j in itertools.product(range(lq), range(lk)):
         p = i + lk - lq
@@ -103,7 +103,7 @@ def test_pma_skips_the_prefix_and_shares_seeds() -> None:
 
 
 def test_folded_projections_equal_projected_tokens() -> None:
-    """OPS.md: fold the key projection into the seeds, pool the raw tokens once, project the result."""
+    """As docs/ops.md has it: fold the key projection into the seeds, pool the raw tokens once, project the result."""
     e, t = 8, sum(LENGTHS_K)
     x, w_k, w_v, q = draw(t, e), draw(e, H, D), draw(e, H, D), draw(3, H, D)
     bias_k, bias_v = draw(H, D), draw(H, D)

@@ -1,4 +1,4 @@
-// OPS.md's `apply_rotary` on the CPU; backwards, its inverse, which is its gradient.
+// `apply_rotary` of docs/ops.md on the CPU; backwards, its inverse, which is its gradient.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The ops of the attention family on the CPU: OPS.md's `jagged_attention`, `gated_cross_attention` and `pma_pooling`
-// are one computation in three layouts of the queries and of what has the output's shape.
+// The attention family of docs/ops.md on the CPU: `jagged_attention`, `gated_cross_attention` and `pma_pooling` are one
+// computation in three layouts of the queries and of all tensors of the output's shape.
 #pragma once
 
 #include <cstdint>

@@ -9,7 +9,8 @@
 
 namespace interformer {
 
-// OPS.md's `personalized_ffn`: y_t = act(x_t W_b + bias_b) (+ residual_t). Tensors of tokens are [T, 1 head, channels].
+// `personalized_ffn` of docs/ops.md: y_t = act(x_t W_b + bias_b) (+ residual_t). Tensors of tokens are [T, 1 head,
+// channels].
 struct FfnProblem {
     int64_t inputs = 0, outputs = 0;  // E, F
     const int64_t* begins = nullptr;
@@ -22,7 +23,7 @@ struct FfnProblem {
     RowTensor grad_out, grad_x, grad_weight, grad_bias;
 };
 
-// OPS.md's `apply_rotary`, or, backwards, its inverse.
+// `apply_rotary` of docs/ops.md, or, backwards, its inverse.
 struct RotaryProblem {
     int64_t heads = 0, head_size = 0;
     const int64_t* begins = nullptr;

@@ -1,4 +1,4 @@
-// OPS.md's `apply_rotary` on a GPU; backwards, its inverse, which is its gradient.
+// `apply_rotary` of docs/ops.md on a GPU; backwards, its inverse, which is its gradient.
 #pragma once
 
 #include "common/rotary_call.h"

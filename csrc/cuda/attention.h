@@ -1,5 +1,5 @@
-// The ops of the attention family on a GPU: OPS.md's `jagged_attention`, `gated_cross_attention` and `pma_pooling` are
-// one computation in three layouts. Rotary embedding is a pass before and after, of `apply_rotary`: not part of these.
+// The attention family of docs/ops.md on a GPU: `jagged_attention`, `gated_cross_attention` and `pma_pooling` are one
+// computation in three layouts. Rotary embedding is a pass of its own before and after (`apply_rotary`).
 #pragma once
 
 #include <cstdint>

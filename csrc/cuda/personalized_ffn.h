@@ -1,4 +1,4 @@
-// OPS.md's `personalized_ffn` on a GPU: y_t = act(x_t W_b + bias_b) (+ residual_t) for every token t of row b.
+// `personalized_ffn` of docs/ops.md on a GPU: y_t = act(x_t W_b + bias_b) (+ residual_t) for every token t of row b.
 #pragma once
 
 #include <optional>

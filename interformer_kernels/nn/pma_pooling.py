@@ -13,7 +13,7 @@ from interformer_kernels.nn import _attention as shared
 from interformer_kernels.nn._rows import equal_offsets, rows_of
 from interformer_kernels.ops.pma_pooling import pma_pooling
 
-# Folded projections win while the queries M * H are at most this share of E: measured, see CONTRIBUTING.md.
+# Folded projections win while the queries M * H are at most this share of E: measured, see docs/measured-facts.md.
 FOLDED_SHARE = 0.25
 
 
@@ -114,7 +114,7 @@ class PMAPooling(shared.AttentionModule):
         device, dtype: of the parameters.
         set_transformer: Set Transformer's form.
         layer_norm: its two norms; without, ``norm`` is the identity. Has no meaning elsewhere.
-        fold: True, False, or None for what the cost rule says (CONTRIBUTING.md has its figures).
+        fold: True, False, or None for what the cost rule says (docs/measured-facts.md has its figures).
         backend: of the op; None takes the fastest that can serve.
 
     Raises:

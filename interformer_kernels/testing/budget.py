@@ -1,4 +1,4 @@
-"""Errors of a backend against the float64 truth, and what they may be: OPS.md's budget."""
+"""Errors of a backend against the float64 truth, and what they may be: the budget of docs/ops.md."""
 
 from __future__ import annotations
 

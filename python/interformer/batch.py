@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Impressions in the jagged layout of OPS.md.
+    """Impressions in the jagged layout of docs/ops.md.
 
     Args:
         dense: `[B, n_dense]` float; `n_dense` may be 0.

@@ -21,7 +21,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 @dataclass(frozen=True)
 class InterFormerConfig:
-    """Settings of `InterFormer`; the defaults are INTERFORMER.md's default form at the paper's sizes.
+    """Settings of `InterFormer`; the defaults are the default form of docs/interformer.md at the paper's sizes.
 
     Args:
         embed_dim: `E`, width of every token.

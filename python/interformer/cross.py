@@ -1,4 +1,4 @@
-"""The Cross Arch (INTERFORMER.md, section 3): what the two sides tell each other.
+"""The Cross Arch (docs/interformer.md, section 3): what the two sides tell each other.
 
 Axes: `B` rows, `n` non-sequence tokens, `T` tokens of all rows in the jagged layout (CLS tokens in front of each row),
 `E` model width, `H` heads of `D = E / H`, `S` CLS tokens, `M` PMA seeds, `K` recent tokens.

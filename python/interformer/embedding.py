@@ -1,4 +1,4 @@
-"""Ids and dense scalars as tokens (INTERFORMER.md, section 1); every model begins with it."""
+"""Ids and dense scalars as tokens (docs/interformer.md, section 1); every model begins with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The personalised feed-forward (INTERFORMER.md, section 5): every mode that the authors published.
+"""The personalised feed-forward (docs/interformer.md, section 5): every mode that the authors published.
 
 Each takes `tokens [T, E]`, `x_sum [B, S, E]` and `offsets [B+1]`, and gives `[T, E]`.
 Axes: `B` rows, `T` tokens of all rows, `S` summary tokens, `E` model width, `H` heads of `D = E / H`, `F` inner width.

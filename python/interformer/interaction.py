@@ -1,4 +1,4 @@
-"""The Interaction Arch (INTERFORMER.md, section 4, equation 7): `X' = mlp(interaction([X | S_sum]))`.
+"""The Interaction Arch (docs/interformer.md, section 4, equation 7): `X' = mlp(interaction([X | S_sum]))`.
 
 Axes: `B` rows, `m` tokens that go in (`n` of the non-sequence side and the sequence summary), `n` tokens that come out,
 `E` model width.

@@ -1,4 +1,4 @@
-"""What both sides of InterFormer are made of; sections are those of INTERFORMER.md.
+"""What both sides of InterFormer are made of; sections are those of docs/interformer.md.
 
 Axes: `n` non-sequence tokens, `T` tokens of all rows in the jagged layout, `E` model width, `k` fields of an event.
 """

@@ -1,4 +1,4 @@
-"""The metrics of CTR prediction (INTERFORMER.md, section 6)."""
+"""The metrics of CTR prediction (docs/interformer.md, section 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InterFormer (arXiv 2411.09852), jagged throughout; sections are those of INTERFORMER.md."""
+"""InterFormer (arXiv 2411.09852), jagged throughout; sections are those of docs/interformer.md."""
 
 from __future__ import annotations
 

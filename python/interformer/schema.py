@@ -17,7 +17,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Schema:
-    """The inputs of a model (INTERFORMER.md, section 1).
+    """The inputs of a model (docs/interformer.md, section 1).
 
     Args:
         tables: number of ids of every embedding table; ids are `0 .. size - 1`.

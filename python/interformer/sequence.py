@@ -1,4 +1,4 @@
-"""The Sequence Arch (INTERFORMER.md, section 5): attention inside each row after a personalised feed-forward.
+"""The Sequence Arch (docs/interformer.md, section 5): attention inside each row after a personalised feed-forward.
 
 Axes: `T` tokens of all rows in the jagged layout (CLS tokens in front of each row), `E` model width, `H` heads of
 `D = E / H`, `S` CLS tokens.

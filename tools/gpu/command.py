@@ -26,9 +26,7 @@ RESULTS = ROOT / "bench" / "results"
 
 def arguments() -> argparse.ArgumentParser:
     """What the command takes."""
-    parser = argparse.ArgumentParser(
-        prog="make gpu-report", description="see CONTRIBUTING.md: First contact with a GPU"
-    )
+    parser = argparse.ArgumentParser(prog="make gpu-report", description="see docs/gpu.md: First contact with a GPU")
     add = parser.add_argument
     add("--out", type=Path, default=OUT, metavar="DIR", help=f"where results go: {OUT.relative_to(ROOT)}")
     add("--part", type=int, choices=(1, 2), help="for a machine that is at hand for minutes; both where left out")
