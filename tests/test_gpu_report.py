@@ -58,8 +58,9 @@ def test_every_step_gets_its_status_and_nothing_stays(tmp_path: Path, workers: i
     assert {name: one.left_behind for name, one in tries.items() if one.left_behind} == {"planted-leaves": 2}
     assert tries["planted-fails"].last == ["why it failed"]
     assert "MemoryError" in tries["planted-no-memory"].last[-1]
-    # Nine records that lie, three lines of nonsense, and two halves of lines in which the next writer went on.
-    assert damaged == 14
+    # Nine records that lie, three lines of nonsense, and two halves of lines in which the next writer went on: of
+    # steps side by side one half may go on in the other.
+    assert damaged in ((14,) if workers == 1 else (13, 14))
     assert "bytes left out" in (tmp_path / run.LOG).read_text()
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 1 << 20  # one of them said 130 MB
     assert sorted(file.name for file in tmp_path.iterdir()) == ["results.jsonl", "steps.log"]
@@ -104,9 +105,11 @@ def test_a_resumed_report_does_what_is_not_done_well(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the end of the report itself
 
 
+# A shell's background job ignores SIGINT, and so does what it starts.
 _REPORT = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from gpu import planted
 from gpu.run import Report, Stage, Stopped
 report = Report(Path(sys.argv[1]), 120.0)

@@ -21,7 +21,7 @@ from interformer_kernels._triton._attention_forward import attention_forward
 from interformer_kernels._triton._attention_output import add_pieces, attention_merge
 from interformer_kernels._triton._attention_short import attention_backward_short, attention_forward_short
 from interformer_kernels._triton._rows import slots
-from interformer_kernels._triton._tiles import Tiles, entries, padded, tiles
+from interformer_kernels._triton._tiles import Tiles, entries, padded, tiles, variant
 from interformer_kernels._triton.apply_rotary import rotated
 
 _FEWEST = 16  # rows of a tile that tensor cores take
@@ -76,17 +76,21 @@ class _Problem:
 
     def tiles(self, kernel: str) -> Tiles:
         """Tiles of a kernel; no more queries than rows have, where that is known."""
-        found = tiles(kernel, self.width, self.k.element_size(), _run.target_of(self.k))
+        on = self.width, self.k.element_size(), _run.target_of(self.k)
+        found = tiles(kernel, *on)
         if self.call.layout == "packed":
-            return found
+            return (variant("grad_queries_packed", *on) if kernel == "grad_queries" else None) or found
         return found._replace(queries=min(found.queries, padded(max(1, self.queries * self.units))))
 
-    def short(self) -> Tiles | None:
+    def short(self, backward: bool = False) -> Tiles | None:
         """Tiles of short rows, of `keys` tokens at most; None where there are none."""
         on = self.k.element_size(), _run.target_of(self.k)
         if self.call.layout != "packed" or self.width > max(entries("short", *on)):
             return None
-        return tiles("short", self.width, *on)
+        found = tiles("short", self.width, *on)
+        own = variant("short_backward", self.width, *on) if backward else None
+        # Both passes leave the same rows to these kernels, also where a tuned tile has other rows.
+        return own if own is not None and own.keys == found.keys else found
 
     @property
     def cell(self) -> int:
@@ -202,7 +206,7 @@ def _start_short(
     problem: _Problem, kernel: Any, tensors: tuple[Tensor | None, ...], strides: tuple[int, ...], **constants: Any
 ) -> None:
     """Start a kernel of short rows, several to a program, where the layout has them."""
-    found = problem.short()
+    found = problem.short(backward=kernel is attention_backward_short)
     if found is None:
         return
     q, k, v = problem.q, problem.k, problem.v

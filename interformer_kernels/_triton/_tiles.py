@@ -62,6 +62,10 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
         2: {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 32, 4, 1)},
         4: {32: Tiles(32, 16, 4, 1)},
     },
+    # Variants, where they take other warps: of short rows the backward, whose keys are the forward's, and of dQ the
+    # packed queries.
+    "short_backward": {2: {}, 4: {}},
+    "grad_queries_packed": {2: {}, 4: {}},
     "personalized_ffn": {2: {128: Tiles(64, 64, 8)}, 4: {128: Tiles(32, 32, 8)}},
     "grad_weight": {2: {128: Tiles(64, 64)}, 4: {128: Tiles(32, 32)}},
 }
@@ -82,7 +86,9 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
             4: {16: Tiles(16, 32), 32: Tiles(32, 16), 64: Tiles(16, 16, 8), 128: Tiles(16, 16, 8)},
         },
         "grad_keys": {2: {128: Tiles(32, 64, 8)}, 4: {128: Tiles(32, 16), 256: Tiles(16, 16)}},
-        "short": {4: {32: Tiles(32, 16, 2, 1)}},
+        "short": {4: {32: Tiles(32, 16, 8, 1)}},
+        "short_backward": {4: {32: Tiles(32, 16, 2, 1)}},
+        "grad_queries_packed": {4: {16: Tiles(16, 32, 8)}},
     },
 }
 
@@ -112,6 +118,13 @@ def tiles(kernel: str, width: int, itemsize: int, target: Target) -> Tiles:
     name = key(kernel, bucket, itemsize)
     tuned = _tuned(target.name) if target.name else {}
     return _forced.get(name) or tuned.get(name) or found[bucket]
+
+
+def variant(kernel: str, width: int, itemsize: int, target: Target) -> Tiles | None:
+    """The entry of a variant of a kernel; None where it has none for heads of that width."""
+    if width > max(entries(kernel, itemsize, target), default=0):
+        return None
+    return tiles(kernel, width, itemsize, target)
 
 
 # ---------------------------------------------------------------- what was tuned

@@ -20,14 +20,14 @@ def candidates(kernel: str, width: int, itemsize: int, entry: Tiles) -> Iterator
     """The entry of the table, and others: tiles that hold 32 KiB of operands or less."""
     yield entry
     for queries, keys in itertools.product((16, 32, 64, 128), repeat=2):
-        if (queries + keys) * width * itemsize <= 32 << 10 and (kernel != "short" or keys < queries):
+        if (queries + keys) * width * itemsize <= 32 << 10 and (not kernel.startswith("short") or keys < queries):
             for warps, stages in ((4, 2), (8, 2)):
                 yield Tiles(queries, keys, warps, stages)
 
 
 def calls(kernel: str, width: int, dtype: torch.dtype, device: str) -> Call:
     """A call whose time depends on the kernel's tiles: rows of 1 to 256 tokens, short ones of 1 to 32."""
-    rows, longest = (8 * _ROWS, _LONGEST // 8) if kernel == "short" else (_ROWS, _LONGEST)
+    rows, longest = (8 * _ROWS, _LONGEST // 8) if kernel.startswith("short") else (_ROWS, _LONGEST)
     lengths = torch.randint(1, longest + 1, (rows,), generator=torch.Generator().manual_seed(0))
     offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(device)
     tokens = int(lengths.sum())
@@ -57,7 +57,7 @@ def calls(kernel: str, width: int, dtype: torch.dtype, device: str) -> Call:
     def backward() -> object:
         return jagged_attention.backward(q, attended, lse, q, k, v, offsets, *nothing, None, *options)
 
-    return (lambda: (forward(), backward())) if kernel == "short" else backward
+    return (lambda: (forward(), backward())) if kernel.startswith("short") else backward
 
 
 def seconds(call: Call) -> float:

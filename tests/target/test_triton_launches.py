@@ -80,7 +80,7 @@ def test_launches_compile_and_do_not_spill(case: Case, dtype: torch.dtype, cache
     launched = run(case.op, inputs)
     with torch.no_grad():
         testing.call(case.op, inputs, "triton")
-    assert launched >= 2 or not sum(case.lengths)
+    assert launched >= 2 or not sum(case.lengths) or not case.queries
     fits(cache)
 
 
