@@ -63,20 +63,20 @@ int64_t bind_first_bad_offset(py::handle offsets, int64_t total) {
     return first_bad_offset(view, total);
 }
 
-void bind_attention_forward(py::handle call, py::handle residual, py::handle out, py::handle lse, py::handle attended,
+void bind_attention_forward(py::handle call, py::handle residual, py::handle out, py::handle lse, py::handle attn_out,
                             int64_t threads) {
     const Viewer view("attention_forward");
     const AttentionInputs in = attention_inputs(view, call);
-    const AttentionOutputs to = attention_outputs(view, residual, out, lse, attended);
+    const AttentionOutputs to = attention_outputs(view, residual, out, lse, attn_out);
     const py::gil_scoped_release released;
     attention_forward(in, to, threads);
 }
 
-void bind_attention_backward(py::handle call, py::handle grad_out, py::handle attended, py::handle grad_q,
+void bind_attention_backward(py::handle call, py::handle grad_out, py::handle attn_out, py::handle grad_q,
                              py::handle grad_k, py::handle grad_v, py::handle grad_gate, int64_t threads) {
     const Viewer view("attention_backward");
     const AttentionInputs in = attention_inputs(view, call);
-    const AttentionGradients grads = attention_gradients(view, grad_out, attended, grad_q, grad_k, grad_v, grad_gate);
+    const AttentionGradients grads = attention_gradients(view, grad_out, attn_out, grad_q, grad_k, grad_v, grad_gate);
     const py::gil_scoped_release released;
     attention_backward(in, grads, threads);
 }

@@ -27,16 +27,16 @@ def attention_forward(
     residual: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
-    attended: Tensor | None,
+    attn_out: Tensor | None,
     threads: int,
     /,
 ) -> None:
-    """Writes `out`, and `lse` and `attended` where given; `gate` has the output's shape, by strides of 0 if need be."""
+    """Writes `out`, and `lse` and `attn_out` where given; `gate` has the output's shape, by strides of 0 if need be."""
 
 def attention_backward(
     call: AttentionCall,
     grad_out: Tensor,
-    attended: Tensor | None,
+    attn_out: Tensor | None,
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor | None,
@@ -46,7 +46,7 @@ def attention_backward(
 ) -> None:
     """Writes the gradients; an axis of size 1 of `grad_gate` that the gate broadcast over is summed.
 
-    `grad_gate`, `attended`, and `grad_q` of shared queries, are of the type of accumulation. `attended` is the ungated
+    `grad_gate`, `attn_out`, and `grad_q` of shared queries, are of the type of accumulation. `attn_out` is the ungated
     A, which only the gate's gradient needs.
     """
 
@@ -99,7 +99,7 @@ def cuda_attention_forward(
     residual: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
-    attended: Tensor | None,
+    attn_out: Tensor | None,
     split: int,
     pieces: Tensor | None,
     weights: Tensor | None,
@@ -107,7 +107,7 @@ def cuda_attention_forward(
     tf32: bool,
     /,
 ) -> None:
-    """Writes `out`, and `lse` and `attended` where given; without rotary tables.
+    """Writes `out`, and `lse` and `attn_out` where given; without rotary tables.
 
     Rows of more than `split` keys (0: none; else queries are not packed) are cut into chunks: memory for their sums is
     `pieces [2 Tk / split + 1, N, H, Dv]` and `weights [..., 2]`, float32. `queue [258]`, int64, is memory for counting
@@ -117,11 +117,11 @@ def cuda_attention_forward(
 def cuda_attention_backward(
     call: AttentionCall,
     grad_out: Tensor,
-    attended: Tensor | None,
+    attn_out: Tensor | None,
     lse: Tensor | None,
     delta: Tensor | None,
     share: Tensor | None,
-    grad_attended: Tensor | None,
+    grad_attn_out: Tensor | None,
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor | None,
@@ -137,7 +137,7 @@ def cuda_attention_backward(
 ) -> None:
     """Writes the gradients; without rotary tables.
 
-    On the way it writes `delta`, and of float32 `share`, of the shape of `lse` (softmax only), and `grad_attended` of
+    On the way it writes `delta`, and of float32 `share`, of the shape of `lse` (softmax only), and `grad_attn_out` of
     the output's shape (with a gate only). `grad_q` of shared queries holds sums over runs of rows, and parts of a
     row's keys, float32 `[runs * parts, M, H, D]`. `grad_gate` is as `_launch.gate_gradient.gate_sums` makes it; blocks
     of tokens, where they are summed, have `gate_block` of them (else 1). Rows of more than `split` keys are cut as in

@@ -16,7 +16,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 _OPS = ("apply_rotary", "gated_cross_attention", "jagged_attention", "personalized_ffn", "pma_pooling")
 # The launcher modules of each kernel backend, by op: a module with `forward` and `backward`.
 _LAUNCHERS: dict[str, dict[str, str]] = {
-    "cpu": {op: f"interformer_kernels._native.{op}" for op in _OPS},
+    "cpu": {op: f"interformer_kernels._cpu.{op}" for op in _OPS},
     "triton": {op: f"interformer_kernels._triton.{op}" for op in _OPS},
     "cuda": {op: f"interformer_kernels._cuda.{op}" for op in _OPS},
 }

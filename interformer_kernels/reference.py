@@ -189,12 +189,12 @@ def scatter(base: Tensor, tokens: list[Tensor], values: list[Tensor]) -> Tensor:
 
 
 def epilogue(
-    attended: Tensor, gate: Tensor | None, residual: Tensor | None, form: str, activation: str, inside: Tensor | None
+    attn_out: Tensor, gate: Tensor | None, residual: Tensor | None, form: str, activation: str, inside: Tensor | None
 ) -> Tensor:
     """`residual + G(A, gate)`, zero outside the rows (`inside` marks the tokens of rows; None where all are)."""
-    out, act = attended, ACTIVATIONS[activation]
+    out, act = attn_out, ACTIVATIONS[activation]
     if gate is not None:
-        gate = gate.expand_as(attended)
+        gate = gate.expand_as(attn_out)
         gate = gate if inside is None else keep(gate, inside)
         out = out * act(gate) if form == "multiply" else act(out * gate)
     if residual is not None:
@@ -221,7 +221,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
 
 
 # ---------------------------------------------------------------- the operations
-# Each returns what its registered op returns: `(out, lse, attended)` for attention, where `attended` is the ungated A.
+# Each returns what its registered op returns: `(out, lse, attn_out)` for attention, where `attn_out` is the ungated A.
 
 
 def jagged_attention(
@@ -255,9 +255,9 @@ def jagged_attention(
         q, k = rotate(q, cos, sin, at_q, rope_interleaved), rotate(k, cos, sin, at_k, rope_interleaved)
     spans_q, spans_k = row_spans(offsets, q.shape[0]), row_spans(key_offsets, k.shape[0])
     masks = causal, (window_left, window_right), num_prefix
-    attended, lse = attend_rows(q, spans_q, k, v, spans_k, scale, score, post_scale, *masks)
-    out = epilogue(attended, gate, residual, gate_form, gate_activation, inside_rows(offsets, q.shape[0]))
-    return out, lse, attended
+    attn_out, lse = attend_rows(q, spans_q, k, v, spans_k, scale, score, post_scale, *masks)
+    out = epilogue(attn_out, gate, residual, gate_form, gate_activation, inside_rows(offsets, q.shape[0]))
+    return out, lse, attn_out
 
 
 def gated_cross_attention(
@@ -278,14 +278,14 @@ def gated_cross_attention(
     spans_k = row_spans(kv_offsets, k.shape[0])
     if q_offsets is not None:
         spans_q, inside = row_spans(q_offsets, q.shape[0]), inside_rows(q_offsets, q.shape[0])
-        attended, lse = attend_rows(q, spans_q, k, v, spans_k, scale, score, post_scale)
-        return epilogue(attended, gate, residual, gate_form, gate_activation, inside), lse, attended
+        attn_out, lse = attend_rows(q, spans_q, k, v, spans_k, scale, score, post_scale)
+        return epilogue(attn_out, gate, residual, gate_form, gate_activation, inside), lse, attn_out
     rows, queries = q.shape[:2]
     spans_q = equal_spans(rows, queries, q.device)
     packed, lse = attend_rows(q.flatten(0, 1), spans_q, k, v, spans_k, scale, score, post_scale)
-    attended = packed.unflatten(0, (rows, queries))
+    attn_out = packed.unflatten(0, (rows, queries))
     lse = lse.unflatten(0, (rows, queries)) if score == "softmax" else lse
-    return epilogue(attended, gate, residual, gate_form, gate_activation, None), lse, attended
+    return epilogue(attn_out, gate, residual, gate_form, gate_activation, None), lse, attn_out
 
 
 def pma_pooling(
@@ -307,9 +307,9 @@ def pma_pooling(
     spans_q, spans_k = equal_spans(rows, num_seeds, k.device), row_spans(offsets, k.shape[0], skip_prefix)
     q = seeds.expand(rows, *seeds.shape).flatten(0, 1)
     packed, lse = attend_rows(q, spans_q, k, k if v is None else v, spans_k, scale, score, post_scale)
-    attended = packed.unflatten(0, (rows, num_seeds))
+    attn_out = packed.unflatten(0, (rows, num_seeds))
     lse = lse.unflatten(0, (rows, num_seeds)) if score == "softmax" else lse
-    return epilogue(attended, gate, residual, gate_form, gate_activation, None), lse, attended
+    return epilogue(attn_out, gate, residual, gate_form, gate_activation, None), lse, attn_out
 
 
 def apply_rotary(

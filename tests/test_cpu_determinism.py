@@ -97,7 +97,7 @@ def test_large_calls_take_threads_and_small_ones_none(case: Case, monkeypatch: p
 
         return counted
 
-    module = f"interformer_kernels._native.{case.op}"
+    module = f"interformer_kernels._cpu.{case.op}"
     launcher = __import__(module, fromlist=["forward"])
     for half in ("forward", "backward"):
         monkeypatch.setattr(f"{module}.{half}", counting(getattr(launcher, half)))

@@ -32,7 +32,7 @@ def rms(x: Tensor) -> float:
 
 @pytest.mark.parametrize("form", ["self", "multiply"])
 @pytest.mark.parametrize("score", SCORES[1:])
-def test_an_attended_value_beyond_float16_reaches_the_backward(score: str, form: str) -> None:
+def test_an_attention_output_beyond_float16_reaches_the_backward(score: str, form: str) -> None:
     """A is 128 000 where the output is finite: the gate's and the weights' gradients are finite, too."""
     n = 64
     inputs = {

@@ -60,10 +60,10 @@ def test_rank_feed_forward_is_attention_with_identity_score() -> None:
     tokens, x_sum = _tokens(), _x_sum()
     keys = layer.weight.T.expand(3, -1, -1).flatten(0, 1)[:, None]  # [B*S, 1, E]
     key_offsets = SMALL.num_cls * torch.arange(4)
-    attended = gated_cross_attention(
+    attn_out = gated_cross_attention(
         tokens[:, None], keys, x_sum.flatten(0, 1)[:, None], key_offsets, q_offsets=OFFSETS, score="identity", scale=1.0
     )
-    _close(layer(tokens, x_sum, OFFSETS), attended[:, 0])
+    _close(layer(tokens, x_sum, OFFSETS), attn_out[:, 0])
 
 
 def test_two_layer_feed_forward_is_its_formula() -> None:
@@ -121,8 +121,8 @@ def test_pma_is_cross_attention_with_broadcast_queries() -> None:
     pma, tokens = PMA(SMALL, 3).double(), _tokens()
     queries = pma.query(pma.seeds).view(3, 2, 4).expand(3, -1, -1, -1)  # [B, M, H, D]
     k, v = pma.key_value(tokens).view(7, 2, 2, 4).unbind(1)
-    attended = gated_cross_attention(queries, k, v, OFFSETS)
-    _close(pma(tokens, OFFSETS), pma.out(attended.flatten(-2)))
+    attn_out = gated_cross_attention(queries, k, v, OFFSETS)
+    _close(pma(tokens, OFFSETS), pma.out(attn_out.flatten(-2)))
 
 
 def test_mab_is_set_transformers() -> None:
@@ -133,8 +133,8 @@ def test_mab_is_set_transformers() -> None:
     for b in range(3):
         k, v = pma.key_value(tokens[OFFSETS[b] : OFFSETS[b + 1]]).view(-1, 2, 2, 4).unbind(1)
         scores = torch.einsum("mhd,lhd->hml", query.view(3, 2, 4), k) / 8**0.5
-        attended = torch.einsum("hml,lhd->mhd", scores.softmax(-1), v).flatten(1)
-        hidden = pma.attention_norm(query + attended)
+        attn_out = torch.einsum("hml,lhd->mhd", scores.softmax(-1), v).flatten(1)
+        hidden = pma.attention_norm(query + attn_out)
         rows.append(pma.out_norm(hidden + torch.relu(pma.out(hidden))))
     _close(pma(tokens, OFFSETS), torch.stack(rows))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 _C = pytest.importorskip("interformer_kernels._C", exc_type=ImportError)
-AttentionCall = pytest.importorskip("interformer_kernels._native._attention", exc_type=ImportError).AttentionCall
+AttentionCall = pytest.importorskip("interformer_kernels._cpu._attention", exc_type=ImportError).AttentionCall
 
 FLOATS = "float32, float64, bfloat16 or float16"
 B, M, H, HK, D, DV, T = 2, 3, 4, 2, 5, 6, 7
@@ -46,7 +46,7 @@ def attention(function: Callable[..., None], own: dict[str, Any], changed: dict[
 
 def forward(**changed: Any) -> None:
     row = torch.zeros(B, M, H, DV)
-    own = {"residual": row, "out": row.clone(), "lse": torch.zeros(B, M, H), "attended": row.clone(), "threads": 1}
+    own = {"residual": row, "out": row.clone(), "lse": torch.zeros(B, M, H), "attn_out": row.clone(), "threads": 1}
     attention(_C.attention_forward, own, changed)
 
 
@@ -54,7 +54,7 @@ def backward(**changed: Any) -> None:
     row, shared = torch.zeros(B, M, H, DV), attention_arguments()
     own = {
         "grad_out": row,
-        "attended": row,
+        "attn_out": row,
         "grad_q": shared["q"].clone(),
         "grad_k": shared["k"].clone(),
         "grad_v": shared["v"].clone(),
@@ -66,7 +66,7 @@ def backward(**changed: Any) -> None:
 
 PACKED = {
     "layout": "packed", "q": torch.zeros(T, H, D), "gate": torch.zeros(T, H, DV), "residual": torch.zeros(T, H, DV),
-    "out": torch.zeros(T, H, DV), "lse": torch.zeros(T, H), "attended": torch.zeros(T, H, DV),
+    "out": torch.zeros(T, H, DV), "lse": torch.zeros(T, H), "attn_out": torch.zeros(T, H, DV),
 }  # fmt: skip
 DENSE = {"layout": "dense", "q": torch.zeros(B, M, H, D)}
 ROPE = {**PACKED, "cos": torch.zeros(9, 2), "sin": torch.zeros(9, 2)}
@@ -131,7 +131,7 @@ def wrong(changed: object) -> str | None:
         ({"q": torch.zeros(3, 3, 5)}, ValueError, "q must be of a number of heads that k's 2 divides"),
         ({"gate": torch.zeros(2, 3, 4, 1)}, ValueError, "gate must be float32 [B = 2, N = 3, H = 4, Dv = 6]"),
         ({"residual": torch.zeros(3, 4, 6)}, ValueError, "residual must be float32 [B = 2, N = 3, H = 4, Dv = 6]"),
-        ({"attended": torch.zeros(2, 3, 4, 5)}, ValueError, "attended must be float32 [B = 2, N = 3, H = 4, Dv = 6]"),
+        ({"attn_out": torch.zeros(2, 3, 4, 5)}, ValueError, "attn_out must be float32 [B = 2, N = 3, H = 4, Dv = 6]"),
         ({"out": torch.zeros(2, 3, 4, 5)}, ValueError, "out must be float32 [B = 2, N = 3, H = 4, Dv = 6]"),
         ({"out": torch.zeros(2, 3, 4, 12)[..., ::2]}, ValueError, "out must be contiguous, found a stride of 2"),
         ({"score": "relu"}, ValueError, "lse must be None without softmax"),
@@ -180,10 +180,10 @@ def test_unknown_names(call: Callable[..., None], changed: dict[str, Any], messa
     ("changed", "message"),
     [
         ({"grad_v": None}, "grad_v must be given, found None"),
-        ({"gate": None}, "attended must be None, found float32 [2, 3, 4, 6]"),
-        ({"attended": None}, "attended must be given, found None"),
+        ({"gate": None}, "attn_out must be None, found float32 [2, 3, 4, 6]"),
+        ({"attn_out": None}, "attn_out must be given, found None"),
         ({"grad_gate": None}, "grad_gate must be given, found None"),
-        ({"gate": None, "attended": None}, "grad_gate must be None, found float32 [2, 1, 4, 6]"),
+        ({"gate": None, "attn_out": None}, "grad_gate must be None, found float32 [2, 1, 4, 6]"),
         ({"grad_gate": torch.zeros(2, 2, 4, 6)}, "grad_gate must be of size 1 or the output's on every axis"),
         ({"grad_gate": torch.zeros(4, 6)}, "grad_gate must be float32 [B or 1, N or 1, H or 1, Dv or 1], found"),
         ({"grad_q": torch.zeros(3, 4, 6)}, "grad_q must be float32 [M = 3, H = 4, D = 5], found float32 [3, 4, 6]"),
@@ -201,7 +201,7 @@ def test_wrong_gradients(changed: dict[str, Any], message: str) -> None:
 
 def test_gradients_without_values_of_their_own() -> None:
     row = torch.zeros(B, M, H, D)
-    same = {"v": None, "gate": row, "grad_out": row, "attended": row, "grad_gate": row.clone()}
+    same = {"v": None, "gate": row, "grad_out": row, "attn_out": row, "grad_gate": row.clone()}
     backward(**same, grad_v=None)
     with pytest.raises(ValueError, match=re.escape("attention_backward: grad_v must be None, found float32 [7, 2, 6]")):
         backward(**same)
@@ -278,7 +278,7 @@ def test_nothing_of_an_empty_tensor_is_read() -> None:
 def test_the_right_calls_pass() -> None:
     """What the refusals above change is all that is wrong with them."""
     forward()
-    bare = {"v": None, "gate": None, "residual": None, "lse": None, "attended": None}
+    bare = {"v": None, "gate": None, "residual": None, "lse": None, "attn_out": None}
     forward(**bare, out=torch.zeros(B, M, H, D))
     forward(**DENSE)
     forward(**ROPE)

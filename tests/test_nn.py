@@ -236,9 +236,9 @@ def test_gate(form: str, activation: str) -> None:
     plain.load_state_dict({k: x for k, x in module.state_dict().items() if not k.startswith("gate")})
     nn.init.eye_(plain.out_proj.weight)
     nn.init.zeros_(plain.out_proj.bias)
-    attended, gate = plain(query, key, key, need_weights=False)[0], module.gate_proj(query)
+    attn_out, gate = plain(query, key, key, need_weights=False)[0], module.gate_proj(query)
     act = getattr(torch, activation)
-    gated = attended * act(gate) if form == "multiply" else act(attended * gate)
+    gated = attn_out * act(gate) if form == "multiply" else act(attn_out * gate)
     torch.testing.assert_close(module(query, key), module.out_proj(gated))
 
 

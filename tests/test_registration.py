@@ -81,7 +81,7 @@ def test_fake_outputs_match_real_ones(backend: str, case: Case) -> None:
 def test_signatures_agree(op: str) -> None:
     """The public function, the schema, the reference and the launchers name the same arguments in the same order."""
     registered = _autograd.OPS[op]
-    own = {"keep_attended", "backend"}
+    own = {"keep_attn_out", "backend"}
     forward = [name for name in registered.forward_names if name not in own]
     assert forward == list(inspect.signature(getattr(reference, op)).parameters)
     schema = registered.forward_op._schema

@@ -102,8 +102,8 @@ class _PaddedPMA(PMA):
     def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         query = self.query(self.seeds).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)  # [H, M, D]
         k, v = _heads(self.key_value(tokens), 2, self.num_heads)
-        attended = F.scaled_dot_product_attention(query.expand(len(k), -1, -1, -1), k, v, mask, scale=self.scale)
-        return self.out(attended.transpose(1, 2).flatten(-2))
+        attn_out = F.scaled_dot_product_attention(query.expand(len(k), -1, -1, -1), k, v, mask, scale=self.scale)
+        return self.out(attn_out.transpose(1, 2).flatten(-2))
 
 
 class _PaddedSelfAttention(SelfAttention):

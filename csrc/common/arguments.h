@@ -43,15 +43,15 @@ inline AttentionInputs attention_inputs(const Viewer& view, py::handle call) {
 }
 
 inline AttentionOutputs attention_outputs(const Viewer& view, py::handle residual, py::handle out, py::handle lse,
-                                          py::handle attended) {
+                                          py::handle attn_out) {
     return {view.optional("residual", residual), view("out", out), view.optional("lse", lse),
-            view.optional("attended", attended)};
+            view.optional("attn_out", attn_out)};
 }
 
-inline AttentionGradients attention_gradients(const Viewer& view, py::handle grad_out, py::handle attended,
+inline AttentionGradients attention_gradients(const Viewer& view, py::handle grad_out, py::handle attn_out,
                                               py::handle grad_q, py::handle grad_k, py::handle grad_v,
                                               py::handle grad_gate) {
-    return {view("grad_out", grad_out), view.optional("attended", attended), view("grad_q", grad_q),
+    return {view("grad_out", grad_out), view.optional("attn_out", attn_out), view("grad_q", grad_q),
             view("grad_k", grad_k),     view.optional("grad_v", grad_v),     view.optional("grad_gate", grad_gate)};
 }
 

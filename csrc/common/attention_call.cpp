@@ -111,9 +111,9 @@ void check_outputs(const Checks& check, const AttentionInputs& in, const Attenti
     check_like_output(check, in, "out", to.out, dtype, value_axis(in));
     check.contiguous("out", to.out);
     if (to.residual) check_like_output(check, in, "residual", *to.residual, dtype, value_axis(in));
-    if (to.attended) {
-        check_like_output(check, in, "attended", *to.attended, accumulation_of(dtype), value_axis(in));
-        check.contiguous("attended", *to.attended);
+    if (to.attn_out) {
+        check_like_output(check, in, "attn_out", *to.attn_out, accumulation_of(dtype), value_axis(in));
+        check.contiguous("attn_out", *to.attn_out);
     }
     if (!to.lse) return;
     check_like_output(check, in, "lse", *to.lse, accumulation_of(dtype), std::nullopt);
@@ -138,10 +138,10 @@ void check_gradients(const Checks& check, const AttentionInputs& in, const Atten
         check.gradient("grad_q", grads.grad_q, "q", in.q);
     }
     check_key_gradients(check, in, grads);
-    check_pair(check, "attended", in.gate.has_value(), grads.attended);
+    check_pair(check, "attn_out", in.gate.has_value(), grads.attn_out);
     check_pair(check, "grad_gate", in.gate.has_value(), grads.grad_gate);
     if (!in.gate) return;
-    check_like_output(check, in, "attended", *grads.attended, accumulation_of(dtype), value_axis(in));
+    check_like_output(check, in, "attn_out", *grads.attn_out, accumulation_of(dtype), value_axis(in));
     check_gate_gradient(check, in, *grads.grad_gate);
 }
 

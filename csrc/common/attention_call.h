@@ -39,12 +39,12 @@ struct AttentionOutputs {
     std::optional<TensorView> residual;  // read
     TensorView out;
     std::optional<TensorView> lse;       // in the type of accumulation, softmax only
-    std::optional<TensorView> attended;  // the ungated A, in the type of accumulation
+    std::optional<TensorView> attn_out;  // the ungated A, in the type of accumulation
 };
 
 struct AttentionGradients {
     TensorView grad_out;                 // read
-    std::optional<TensorView> attended;  // the ungated A as the forward left it, read; only a gate needs it
+    std::optional<TensorView> attn_out;  // the ungated A as the forward left it, read; only a gate needs it
     TensorView grad_q, grad_k;           // grad_k holds v's share where v is k
     std::optional<TensorView> grad_v;
     std::optional<TensorView> grad_gate;  // of the output's rank: summed over the axes of size 1

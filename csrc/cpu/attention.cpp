@@ -276,13 +276,13 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, in
     AttentionProblem& p = call.problem;
     p.out = call.like_output(to.out);
     want_huge_pages(to.out);
-    if (to.attended) want_huge_pages(*to.attended);
+    if (to.attn_out) want_huge_pages(*to.attn_out);
     if (to.residual) p.residual = call.like_output(*to.residual);
-    if (to.attended) p.attended = call.like_output(*to.attended);
+    if (to.attn_out) p.attn_out = call.like_output(*to.attn_out);
     if (to.lse) p.lse = call.without_channels(*to.lse);
     if (call.packed()) {
         zero_gaps(call.queries(), to.out);
-        if (to.attended) zero_gaps(call.queries(), *to.attended);
+        if (to.attn_out) zero_gaps(call.queries(), *to.attn_out);
         if (to.lse && to.lse->dtype == DType::float64) blind_gaps<double>(call.queries(), *to.lse);
         if (to.lse && to.lse->dtype == DType::float32) blind_gaps<float>(call.queries(), *to.lse);
     }
@@ -300,7 +300,7 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
     Call call(in);
     AttentionProblem& p = call.problem;
     p.grad_out = call.like_output(grads.grad_out);
-    if (grads.attended) p.attended = call.like_output(*grads.attended);
+    if (grads.attn_out) p.attn_out = call.like_output(*grads.attn_out);
     p.grad_k = call.like_keys(grads.grad_k);
     want_huge_pages(grads.grad_k);
     zero_gaps(call.keys, grads.grad_k);

@@ -29,9 +29,9 @@ struct AttentionProblem {
     Gate gating{false, Activation::sigmoid};
 
     // Forward.
-    RowTensor out, attended, lse;  // A and lse in the type of accumulation
+    RowTensor out, attn_out, lse;  // A and lse in the type of accumulation
 
-    // Backward. `attended` is read there.
+    // Backward. `attn_out` is read there.
     RowTensor grad_out, grad_q, grad_k, grad_v;
     bool shared_queries = false;  // grad_q is a sum over rows, in double
     RowTensor grad_gate;          // in double where `gate_summed` (strides of 0 sum over an axis), else of the type of

@@ -23,13 +23,13 @@ struct AttentionPieces {
     std::optional<TensorView> weights;
 };
 
-// What the backward has of each query: all but `grad_attended` are float32, of the output's shape without its last
+// What the backward has of each query: all but `grad_attn_out` are float32, of the output's shape without its last
 // axis, and there just under softmax; all but `lse` are filled.
 struct AttentionSides {
     std::optional<TensorView> lse;           // of the forward
     std::optional<TensorView> delta, share;  // see attention_gradient.cuh
     // Has the output's shape and dtype; present just where there is a gate, or a `post_scale` that is not 1.
-    std::optional<TensorView> grad_attended;
+    std::optional<TensorView> grad_attn_out;
 };
 
 // `queue` is memory of `kQueueSize` int64 numbers (queue.cuh); what it holds does not matter.
@@ -41,7 +41,7 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, co
 // fewer), of a row's keys over as many parts; `parts` is 1 else.
 // `grad_gate` is of the gate's dtype and the output's shape; or float32 of that shape, but for a last axis of 1 where
 // it is summed over channels, and leading axes [blocks, 1 ...] where it is summed over blocks of `gate_block` tokens
-// (1: not summed). `attended` is float32, and wanted with a gate.
+// (1: not summed). `attn_out` is float32, and wanted with a gate.
 void attention_backward(const AttentionInputs& in, const AttentionGradients& grads, const AttentionSides& sides,
                         int64_t gate_block, const AttentionPieces& pieces, int64_t parts, const TensorView& queue,
                         bool tf32, const Stream& stream);
@@ -54,17 +54,17 @@ void check_backward(const Checks& check, const AttentionInputs& in, const Attent
                     const AttentionSides& sides, int64_t gate_block, const AttentionPieces& pieces, int64_t parts,
                     const TensorView& queue);
 
-// Writes the gradients behind a gate and `post_scale`: `grad_attended` and `grad_gate`.
+// Writes the gradients behind a gate and `post_scale`: `grad_attn_out` and `grad_gate`.
 void epilogue_backward(const AttentionInputs& in, const AttentionGradients& grads, const AttentionSides& sides,
                        int64_t gate_block, const Stream& stream);
-// Delta and share under softmax, from `grad_attended`, the gradient of A.
-void shares_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionSides& sides,
+// Delta and share under softmax, from `grad_attn_out`, the gradient of A.
+void shares_backward(const AttentionInputs& in, const TensorView& grad_attn_out, const AttentionSides& sides,
                      const AttentionPieces& pieces, const TensorView& queue, bool tf32, const Stream& stream);
 // dQ, and dK and dV, from the gradient of A, delta and share.
-void queries_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionGradients& grads,
+void queries_backward(const AttentionInputs& in, const TensorView& grad_attn_out, const AttentionGradients& grads,
                       const AttentionSides& sides, const AttentionPieces& pieces, int64_t parts,
                       const TensorView& queue, bool tf32, const Stream& stream);
-void keys_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionGradients& grads,
+void keys_backward(const AttentionInputs& in, const TensorView& grad_attn_out, const AttentionGradients& grads,
                    const AttentionSides& sides, const TensorView& queue, bool tf32, const Stream& stream);
 
 }  // namespace cuda

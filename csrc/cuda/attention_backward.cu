@@ -20,8 +20,8 @@ struct Backflow {
     AttentionProblem<T> problem;
     Heads<const T> grad_out{}, gate{};  // no gate: null
     Gate gating{};
-    const float* attended = nullptr;
-    T* grad_attended = nullptr;
+    const float* attn_out = nullptr;
+    T* grad_attn_out = nullptr;
     // Of the gate: its gradient, or, where it broadcasts, sums over blocks of tokens, over channels, or over neither.
     T* grad_gate = nullptr;
     float* gate_sums = nullptr;
@@ -32,7 +32,7 @@ struct Backflow {
 
 // Gradients of A and of the gate at one number.
 struct Flow {
-    float attended, gate;
+    float attn_out, gate;
 };
 
 template <typename T>
@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) epilogue_gradients(const __
             const int64_t at = place * channels + c;
             Flow flow{t < held ? widen(grad_out[c]) : 0.0f, 0.0f};
             if (t < held && gate != nullptr)
-                flow = flow_back(f, flow.attended, f.attended[at], widen(gate[c * f.gate.channel]));
-            f.grad_attended[at] = narrow<T>(flow.attended * p.inner_scale);
+                flow = flow_back(f, flow.attn_out, f.attn_out[at], widen(gate[c * f.gate.channel]));
+            f.grad_attn_out[at] = narrow<T>(flow.attn_out * p.inner_scale);
             if (gate == nullptr) continue;
             if (f.over_channels)
                 across += flow.gate;
@@ -103,12 +103,12 @@ Backflow<T> backflow_of(const AttentionInputs& in, const AttentionGradients& gra
     f.tokens = f.problem.query_tokens();
     f.grad_out = Heads<const T>(grads.grad_out);
     f.block = static_cast<int>(gate_block);
-    f.grad_attended = static_cast<T*>(sides.grad_attended->data);
+    f.grad_attn_out = static_cast<T*>(sides.grad_attn_out->data);
     if (!in.gate) return f;
     const TensorView& grad_gate = *grads.grad_gate;
     f.gating = in.gating;
     f.gate = Heads<const T>(*in.gate);
-    f.attended = static_cast<const float*>(grads.attended->data);
+    f.attn_out = static_cast<const float*>(grads.attn_out->data);
     f.over_channels = grad_gate.shape[grad_gate.axes - 1] != f.problem.value_channels;
     if (grad_gate.dtype == DType::float32)
         f.gate_sums = static_cast<float*>(grad_gate.data);
@@ -121,7 +121,7 @@ Backflow<T> backflow_of(const AttentionInputs& in, const AttentionGradients& gra
 
 void epilogue_backward(const AttentionInputs& in, const AttentionGradients& grads, const AttentionSides& sides,
                        int64_t gate_block, const Stream& stream) {
-    if (!sides.grad_attended) return;
+    if (!sides.grad_attn_out) return;
     with_element(in.k.dtype, [&](auto element) {
         using T = decltype(element);
         const Backflow<T> f = backflow_of<T>(in, grads, sides, gate_block);
@@ -136,10 +136,10 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
                         bool tf32, const Stream& stream) {
     check_backward(stream.checks(), in, grads, sides, gate_block, pieces, parts, queue);
     epilogue_backward(in, grads, sides, gate_block, stream);
-    const TensorView& grad_attended = sides.grad_attended ? *sides.grad_attended : grads.grad_out;
-    shares_backward(in, grad_attended, sides, pieces, queue, tf32, stream);
-    queries_backward(in, grad_attended, grads, sides, pieces, parts, queue, tf32, stream);
-    keys_backward(in, grad_attended, grads, sides, queue, tf32, stream);
+    const TensorView& grad_attn_out = sides.grad_attn_out ? *sides.grad_attn_out : grads.grad_out;
+    shares_backward(in, grad_attn_out, sides, pieces, queue, tf32, stream);
+    queries_backward(in, grad_attn_out, grads, sides, pieces, parts, queue, tf32, stream);
+    keys_backward(in, grad_attn_out, grads, sides, queue, tf32, stream);
 }
 
 }  // namespace cuda

@@ -109,20 +109,20 @@ void check_backward(const Checks& check, const AttentionInputs& in, const Attent
         check.gradient("grad_q", grads.grad_q, "q", in.q);
     }
     check_key_gradients(check, in, grads);
-    check_pair(check, "attended", gated, grads.attended);
+    check_pair(check, "attn_out", gated, grads.attn_out);
     check_per_query(check, in, "lse", softmax, sides.lse);
     check_per_query(check, in, "delta", softmax, sides.delta);
     check_per_query(check, in, "share", softmax, sides.share);
     const bool scaled = !softmax && in.post_scale != 1.0;
-    check_pair(check, "grad_attended", gated || scaled, sides.grad_attended);
-    if (sides.grad_attended) {
-        check_like_output(check, in, "grad_attended", *sides.grad_attended, dtype, value_axis(in));
-        check.contiguous("grad_attended", *sides.grad_attended);
+    check_pair(check, "grad_attn_out", gated || scaled, sides.grad_attn_out);
+    if (sides.grad_attn_out) {
+        check_like_output(check, in, "grad_attn_out", *sides.grad_attn_out, dtype, value_axis(in));
+        check.contiguous("grad_attn_out", *sides.grad_attn_out);
     }
     check_pair(check, "grad_gate", gated, grads.grad_gate);
     if (!gated) return;
-    check_like_output(check, in, "attended", *grads.attended, DType::float32, value_axis(in));
-    check.contiguous("attended", *grads.attended);
+    check_like_output(check, in, "attn_out", *grads.attn_out, DType::float32, value_axis(in));
+    check.contiguous("attn_out", *grads.attn_out);
     check_gate_gradient(check, in, *grads.grad_gate, gate_block);
 }
 

@@ -194,7 +194,7 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, co
         if (in.gate) epilogue.gate = Heads<const T>(*in.gate);
         if (to.residual) epilogue.residual = Heads<const T>(*to.residual);
         epilogue.out = static_cast<T*>(to.out.data);
-        if (to.attended) epilogue.attended = static_cast<float*>(to.attended->data);
+        if (to.attn_out) epilogue.attn_out = static_cast<float*>(to.attn_out->data);
         if (to.lse) epilogue.lse = static_cast<float*>(to.lse->data);
         Forward<T> f{AttentionProblem<T>(in), epilogue, Pieces(pieces), {}};
         with_width(in, [&](auto width) { start_attend<T, width.value>(f, queue, stream); });

@@ -159,12 +159,12 @@ void start_grad_keys(KeyGradient<T>& g, const TensorView& queue, const Stream& s
 
 }  // namespace
 
-void keys_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionGradients& grads,
+void keys_backward(const AttentionInputs& in, const TensorView& grad_attn_out, const AttentionGradients& grads,
                    const AttentionSides& sides, const TensorView& queue, bool tf32, const Stream& stream) {
     if (in.k.shape[0] == 0) return;
     with_element(in.k.dtype, tf32, [&](auto element) {
         using T = decltype(element);
-        KeyGradient<T> g(in, grad_attended, sides);
+        KeyGradient<T> g(in, grad_attn_out, sides);
         g.grad_k = static_cast<T*>(grads.grad_k.data);
         if (grads.grad_v) g.grad_v = static_cast<T*>(grads.grad_v->data);
         with_width(in, [&](auto width) { start_grad_keys<T, width.value>(g, queue, stream); });

@@ -146,13 +146,13 @@ void start_grad_queries(QueryGradient<T>& g, int64_t rows, const TensorView& que
 
 }  // namespace
 
-void queries_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionGradients& grads,
+void queries_backward(const AttentionInputs& in, const TensorView& grad_attn_out, const AttentionGradients& grads,
                       const AttentionSides& sides, const AttentionPieces& pieces, int64_t parts,
                       const TensorView& queue, bool tf32, const Stream& stream) {
     if (in.q.size() == 0) return;
     with_element(in.k.dtype, tf32, [&](auto element) {
         using T = decltype(element);
-        QueryGradient<T> g(in, grad_attended, sides);
+        QueryGradient<T> g(in, grad_attn_out, sides);
         const int64_t rows = g.problem.rows();
         with_width(in, [&](auto width) {
             if (in.layout != QueryLayout::shared) {

@@ -27,8 +27,8 @@ struct Gradient {
     float *lse = nullptr, *delta = nullptr, *share = nullptr;  // by query, as `AttentionSides` has them
     Plan plan{};
 
-    Gradient(const AttentionInputs& in, const TensorView& grad_attended, const AttentionSides& sides)
-        : problem(in), grad(grad_attended) {
+    Gradient(const AttentionInputs& in, const TensorView& grad_attn_out, const AttentionSides& sides)
+        : problem(in), grad(grad_attn_out) {
         if (sides.lse) lse = static_cast<float*>(sides.lse->data);
         if (sides.delta) delta = static_cast<float*>(sides.delta->data);
         if (sides.share) share = static_cast<float*>(sides.share->data);

@@ -1,4 +1,4 @@
-// What becomes of attended values: the log-sum-exp, the gate and the residual.
+// What becomes of attention outputs: the log-sum-exp, the gate and the residual.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct Epilogue {
     Heads<const T> gate, residual;  // null: none
     Gate gating;
     T* out;
-    float* attended;  // not to be kept: null
+    float* attn_out;  // not to be kept: null
     float* lse;       // without softmax: null
 };
 
@@ -72,7 +72,7 @@ __device__ inline void finish_query(const Epilogue<T>& e, const OutputPlace& at,
         // A mean is not beyond its values; rounded, it could be.
         if (averages && fabsf(x) <= kLargest<float>)
             y = y > kLargest<T> ? kLargest<T> : y < -kLargest<T> ? -kLargest<T> : y;
-        if (e.attended != nullptr) e.attended[at.place * channels + c] = y;
+        if (e.attn_out != nullptr) e.attn_out[at.place * channels + c] = y;
         if (gate != nullptr) {
             const float g = widen(gate[c * e.gate.channel]);
             const float x = activate(e.gating.inside ? y * g : g, e.gating.activation);

@@ -121,12 +121,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) add_shares(const __grid_con
 
 }  // namespace
 
-void shares_backward(const AttentionInputs& in, const TensorView& grad_attended, const AttentionSides& sides,
+void shares_backward(const AttentionInputs& in, const TensorView& grad_attn_out, const AttentionSides& sides,
                      const AttentionPieces& pieces, const TensorView& queue, bool tf32, const Stream& stream) {
     if (!in.score.softmax || in.q.size() == 0) return;
     with_element(in.k.dtype, tf32, [&](auto element) {
         using T = decltype(element);
-        Shares<T> g(in, grad_attended, sides);
+        Shares<T> g(in, grad_attn_out, sides);
         g.pieces = Pieces(pieces);
         const AttentionProblem<T>& p = g.problem;
         with_width(in, [&](auto width) {

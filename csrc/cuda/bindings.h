@@ -25,11 +25,11 @@ inline void bind_apply_rotary(py::handle x, py::handle offsets, py::handle cos, 
 }
 
 inline void bind_attention_forward(py::handle call, py::handle residual, py::handle out, py::handle lse,
-                                   py::handle attended, int64_t split, py::handle pieces, py::handle weights,
+                                   py::handle attn_out, int64_t split, py::handle pieces, py::handle weights,
                                    py::handle queue, bool tf32) {
     const Viewer view("attention_forward");
     const AttentionInputs in = attention_inputs(view, call);
-    const AttentionOutputs to = attention_outputs(view, residual, out, lse, attended);
+    const AttentionOutputs to = attention_outputs(view, residual, out, lse, attn_out);
     const AttentionPieces chunks{split, view.optional("pieces", pieces), view.optional("weights", weights)};
     const TensorView counter = view("queue", queue);
     const Stream stream("attention_forward", in.k, view.current_stream(out, in.k));
@@ -37,16 +37,16 @@ inline void bind_attention_forward(py::handle call, py::handle residual, py::han
     attention_forward(in, to, chunks, counter, tf32, stream);
 }
 
-inline void bind_attention_backward(py::handle call, py::handle grad_out, py::handle attended, py::handle lse,
-                                    py::handle delta, py::handle share, py::handle grad_attended, py::handle grad_q,
+inline void bind_attention_backward(py::handle call, py::handle grad_out, py::handle attn_out, py::handle lse,
+                                    py::handle delta, py::handle share, py::handle grad_attn_out, py::handle grad_q,
                                     py::handle grad_k, py::handle grad_v, py::handle grad_gate, int64_t gate_block,
                                     int64_t split, py::handle pieces, py::handle weights, int64_t parts,
                                     py::handle queue, bool tf32) {
     const Viewer view("attention_backward");
     const AttentionInputs in = attention_inputs(view, call);
-    const AttentionGradients grads = attention_gradients(view, grad_out, attended, grad_q, grad_k, grad_v, grad_gate);
+    const AttentionGradients grads = attention_gradients(view, grad_out, attn_out, grad_q, grad_k, grad_v, grad_gate);
     const AttentionSides sides{view.optional("lse", lse), view.optional("delta", delta), view.optional("share", share),
-                               view.optional("grad_attended", grad_attended)};
+                               view.optional("grad_attn_out", grad_attn_out)};
     const AttentionPieces chunks{split, view.optional("pieces", pieces), view.optional("weights", weights)};
     const TensorView counter = view("queue", queue);
     const Stream stream("attention_backward", in.k, view.current_stream(grad_out, in.k));

@@ -95,11 +95,11 @@ def _jagged(width: int, dtype: torch.dtype) -> None:
     x, offsets = _meta(4096, 4, width, dtype=dtype), _meta(129, dtype=torch.int64)
     masks = True, 64, -1, 0
     score = (*masks, False, *_MAPS[1:])
-    out, lse, attended = jagged_attention.forward(
+    out, lse, attn_out = jagged_attention.forward(
         x, x, x, offsets, None, None, None, None, None, x, x, _MAPS[0], *score, True
     )
     jagged_attention.backward(
-        out, attended, lse, x, x, x, offsets, None, None, None, None, None, x, _MAPS[0], *score
+        out, attn_out, lse, x, x, x, offsets, None, None, None, None, None, x, _MAPS[0], *score
     )  # fmt: skip
 
 
@@ -108,8 +108,8 @@ def _pooling(width: int, dtype: torch.dtype) -> None:
     seeds, k = _meta(2, 4, width, dtype=dtype), _meta(4096, 4, width, dtype=dtype)
     offsets = _meta(129, dtype=torch.int64)
     options = _MAPS[0], 0, *_MAPS[1:]
-    out, lse, attended = pma_pooling.forward(seeds, k, None, offsets, None, None, *options, dtype != torch.float32)
-    pma_pooling.backward(out, attended, lse, seeds, k, None, offsets, None, *options)
+    out, lse, attn_out = pma_pooling.forward(seeds, k, None, offsets, None, None, *options, dtype != torch.float32)
+    pma_pooling.backward(out, attn_out, lse, seeds, k, None, offsets, None, *options)
 
 
 def _crossed(width: int, dtype: torch.dtype) -> None:
@@ -117,8 +117,8 @@ def _crossed(width: int, dtype: torch.dtype) -> None:
     q, k = _meta(128, 32, 4, width, dtype=dtype), _meta(4096, 4, width, dtype=dtype)
     offsets = _meta(129, dtype=torch.int64)
     options = 0.125, "silu", 0.5, "self", "tanh"
-    out, lse, attended = gated_cross_attention.forward(q, k, k, offsets, None, q, q, *options, True)
-    gated_cross_attention.backward(out, attended, lse, q, k, k, offsets, None, q, *options)
+    out, lse, attn_out = gated_cross_attention.forward(q, k, k, offsets, None, q, q, *options, True)
+    gated_cross_attention.backward(out, attn_out, lse, q, k, k, offsets, None, q, *options)
 
 
 def _rotary(width: int, dtype: torch.dtype) -> None:

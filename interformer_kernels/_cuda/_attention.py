@@ -43,32 +43,32 @@ def _pieces(call: AttentionCall, split: int, numbers: int) -> Tensor | None:
     return call.k.new_empty((room, *call.q.shape[-3:-1], numbers), dtype=torch.float32)
 
 
-def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`(out, lse, attended)`; `lse` is empty without softmax, `attended` unless it is to be kept."""
+def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`(out, lse, attn_out)`; `lse` is empty without softmax, `attn_out` unless it is to be kept."""
     shape, softmax, k = call.out_shape(), call.score == "softmax", call.k
     out = k.new_empty(shape)
     lse = k.new_empty(shape[:-1] if softmax else (0,), dtype=torch.float32)
-    attended = k.new_empty(shape if keep_attended else (0,), dtype=torch.float32)
+    attn_out = k.new_empty(shape if keep_attn_out else (0,), dtype=torch.float32)
     if not out.numel():
-        return out, lse, attended
+        return out, lse, attn_out
     split = long_rows.split(call)
     _C.cuda_attention_forward(
         _made_ready(call),
         readable(residual),
         out,
         lse if softmax else None,
-        attended if keep_attended else None,
+        attn_out if keep_attn_out else None,
         split,
         _pieces(call, split, shape[-1]),
         _pieces(call, split, 2),
         k.new_empty(_QUEUE, dtype=torch.int64),
         allows_tf32(k.dtype),
     )
-    return out, lse, attended
+    return out, lse, attn_out
 
 
 def backward(
-    call: AttentionCall, grad_out: Tensor, attended: Tensor, lse: Tensor
+    call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
     q, k, v, gate, shape = call.q, call.k, call.v, call.gate, call.out_shape()
@@ -83,7 +83,7 @@ def backward(
     _C.cuda_attention_backward(
         _made_ready(call),
         readable(grad_out),
-        attended if gate is not None else None,
+        attn_out if gate is not None else None,
         lse if softmax else None,
         torch.empty_like(lse) if softmax else None,
         torch.empty_like(lse) if softmax else None,

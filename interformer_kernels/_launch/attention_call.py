@@ -58,11 +58,11 @@ class AttentionKernels(Protocol):
     """What a backend brings for the attention family."""
 
     def forward(
-        self, call: AttentionCall, residual: Tensor | None, keep_attended: bool
+        self, call: AttentionCall, residual: Tensor | None, keep_attn_out: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`(out, lse, attended)`; `lse` is empty without softmax, `attended` unless it is to be kept."""
+        """`(out, lse, attn_out)`; `lse` is empty without softmax, `attn_out` unless it is to be kept."""
 
     def backward(
-        self, call: AttentionCall, grad_out: Tensor, attended: Tensor, lse: Tensor
+        self, call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""

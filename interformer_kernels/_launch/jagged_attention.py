@@ -54,18 +54,18 @@ def launcher(kernels: AttentionKernels) -> tuple[Callable[..., Any], Callable[..
         post_scale: float,
         gate_form: str,
         gate_activation: str,
-        keep_attended: bool,
+        keep_attn_out: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`(out, lse, attended)`."""
+        """`(out, lse, attn_out)`."""
         rope = cos, sin, positions_q, positions_k, rope_interleaved
         masks = causal, window_left, window_right, num_prefix
         maps = scale, score, post_scale, gate_form, gate_activation
         call = _call(q, k, v, offsets, kv_offsets, gate, rope, masks, maps)
-        return kernels.forward(call, residual, keep_attended)
+        return kernels.forward(call, residual, keep_attn_out)
 
     def backward(
         grad_out: Tensor,
-        attended: Tensor,
+        attn_out: Tensor,
         lse: Tensor,
         q: Tensor,
         k: Tensor,
@@ -93,6 +93,6 @@ def launcher(kernels: AttentionKernels) -> tuple[Callable[..., Any], Callable[..
         masks = causal, window_left, window_right, num_prefix
         maps = scale, score, post_scale, gate_form, gate_activation
         call = _call(q, k, v, offsets, kv_offsets, gate, rope, masks, maps)
-        return kernels.backward(call, grad_out, attended, lse)
+        return kernels.backward(call, grad_out, attn_out, lse)
 
     return forward, backward

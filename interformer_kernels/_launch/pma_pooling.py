@@ -26,16 +26,16 @@ def launcher(kernels: AttentionKernels) -> tuple[Callable[..., Any], Callable[..
         post_scale: float,
         gate_form: str,
         gate_activation: str,
-        keep_attended: bool,
+        keep_attn_out: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`(out, lse, attended)`."""
+        """`(out, lse, attn_out)`."""
         maps = scale, score, post_scale, gate_form, gate_activation
         call = AttentionCall("shared", seeds, k, v, None, offsets, gate, *maps, skip_prefix=skip_prefix)
-        return kernels.forward(call, residual, keep_attended)
+        return kernels.forward(call, residual, keep_attn_out)
 
     def backward(
         grad_out: Tensor,
-        attended: Tensor,
+        attn_out: Tensor,
         lse: Tensor,
         seeds: Tensor,
         k: Tensor,
@@ -52,6 +52,6 @@ def launcher(kernels: AttentionKernels) -> tuple[Callable[..., Any], Callable[..
         """Gradients of `seeds, k, v, gate`."""
         maps = scale, score, post_scale, gate_form, gate_activation
         call = AttentionCall("shared", seeds, k, v, None, offsets, gate, *maps, skip_prefix=skip_prefix)
-        return kernels.backward(call, grad_out, attended, lse)
+        return kernels.backward(call, grad_out, attn_out, lse)
 
     return forward, backward

@@ -157,15 +157,15 @@ class _Problem:
         }
 
 
-def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`(out, lse, attended)`; `lse` is empty without softmax, `attended` unless it is to be kept."""
+def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`(out, lse, attn_out)`; `lse` is empty without softmax, `attn_out` unless it is to be kept."""
     problem, k, softmax = _Problem(call), call.k, call.score == "softmax"
     shape = problem.out_shape
     out = k.new_empty(shape)
     lse = k.new_empty(shape[:-1] if softmax else (0,), dtype=torch.float32)
-    attended = k.new_empty(shape if keep_attended else (0,), dtype=torch.float32)
+    attn_out = k.new_empty(shape if keep_attn_out else (0,), dtype=torch.float32)
     if not out.numel():
-        return out, lse, attended
+        return out, lse, attn_out
     gate = expanded(call.gate, shape)
     residual = readable(residual)
     found, split = problem.tiles("forward"), long_rows.split(call)
@@ -179,27 +179,27 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -
         "FORM": call.gate_form,
         "ACTIVATION": call.gate_activation,
         "RESIDUAL": residual is not None,
-        "KEEP": keep_attended,
+        "KEEP": keep_attn_out,
     }
     of_epilogue = *problem.strides(gate), 0 if gate is None else gate.stride(-1), *problem.strides(residual)
     _run.start(
         attention_forward, (chunks or problem.query_slots(found.queries, problem.rows)) * packs,
-        problem.q, problem.k, problem.v, gate, residual, out, lse, attended, pieces, weights,
+        problem.q, problem.k, problem.v, gate, residual, out, lse, attn_out, pieces, weights,
         problem.q_offsets, problem.kv_offsets, *problem.sizes(), call.scale, call.post_scale,
         *problem.strides(problem.q), *problem.k.stride()[:2], *problem.v.stride()[:2], *of_epilogue,
         **problem.constants(found), **epilogue, SPLIT=split, tiles=found,
     )  # fmt: skip
-    _start_short(problem, attention_forward_short, (gate, residual, out, lse, attended), of_epilogue, **epilogue)
+    _start_short(problem, attention_forward_short, (gate, residual, out, lse, attn_out), of_epilogue, **epilogue)
     if split:
         block = max(1, min(_NUMBERS // padded(shape[-1]), padded(problem.queries * problem.heads)))
         _run.start(
             attention_merge, (k.shape[0] // split + 1) * -(-problem.queries * problem.heads // block),
-            pieces, weights, gate, residual, out, lse, attended, problem.kv_offsets,
+            pieces, weights, gate, residual, out, lse, attn_out, problem.kv_offsets,
             problem.rows, k.shape[0], problem.queries, min(call.skip_prefix, k.shape[0]), *of_epilogue,
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, SCORE=call.score, **epilogue, SPLIT=split,
             BLOCK_Q=block, BLOCK_DV=padded(shape[-1]), tiles=Tiles(block, padded(shape[-1]), 4, 1),
         )  # fmt: skip
-    return out, lse, attended
+    return out, lse, attn_out
 
 
 def _start_short(
@@ -221,21 +221,21 @@ def _start_short(
 
 
 def backward(
-    call: AttentionCall, grad_out: Tensor, attended: Tensor, lse: Tensor
+    call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
     problem = _Problem(call)
     # Where A is missing, delta comes from the weights: never from an output, whose rounding a confident softmax shows.
-    problem.anew |= problem.softmax and not attended.numel()
-    grad_attended, delta, grad_gate = _through_epilogue(problem, readable(grad_out), attended)
+    problem.anew |= problem.softmax and not attn_out.numel()
+    grad_attn_out, delta, grad_gate = _through_epilogue(problem, readable(grad_out), attn_out)
     if call.post_scale != 1:
         # Before the products with values, which then overflow less; inside the kernels it would cost registers.
-        grad_attended = grad_attended * call.post_scale
-    sides = grad_attended, lse, delta
+        grad_attn_out = grad_attn_out * call.post_scale
+    sides = grad_attn_out, lse, delta
     grad_q = _grad_queries(problem, sides)
     grad_k, grad_v = _grad_keys(problem, sides)
-    of_grad = problem.strides(grad_attended)[1:]
-    _start_short(problem, attention_backward_short, (grad_attended, grad_q, grad_k, grad_v), of_grad)
+    of_grad = problem.strides(grad_attn_out)[1:]
+    _start_short(problem, attention_backward_short, (grad_attn_out, grad_q, grad_k, grad_v), of_grad)
     if call.cos is not None and call.sin is not None:
         tables = call.cos, call.sin
         grad_q = rotated(grad_q, problem.q_offsets, *tables, call.positions_q, call.rope_interleaved, backwards=True)
@@ -243,14 +243,14 @@ def backward(
     return grad_q, grad_k, grad_v, grad_gate
 
 
-def _through_epilogue(problem: _Problem, grad_out: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _through_epilogue(problem: _Problem, grad_out: Tensor, attn_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of A, delta, and gradient of the gate."""
     call, shape, softmax = problem.call, problem.out_shape, problem.softmax
     delta = grad_out.new_empty((*shape[:-1], 2) if softmax else (0,), dtype=torch.float32)
     if call.gate is None and (problem.anew or not softmax):
         return grad_out, delta, grad_out.new_empty(0)
     gate = expanded(call.gate, shape)
-    grad_attended = grad_out if gate is None else torch.empty_like(grad_out, memory_format=torch.contiguous_format)
+    grad_attn_out = grad_out if gate is None else torch.empty_like(grad_out, memory_format=torch.contiguous_format)
     block, wide = problem.epilogue_tokens, padded(shape[-1])
     sums, over_tokens, over_channels = grad_out.new_empty(0), False, False
     if call.gate is not None:
@@ -258,7 +258,7 @@ def _through_epilogue(problem: _Problem, grad_out: Tensor, attended: Tensor) -> 
     if grad_out.numel():
         _run.start(
             epilogue_backward, -(-problem.tokens // block) * problem.heads,
-            grad_out, attended, gate, grad_attended, delta, sums, problem.q_offsets,
+            grad_out, attn_out, gate, grad_attn_out, delta, sums, problem.q_offsets,
             problem.rows, problem.tokens, problem.queries, *problem.strides(grad_out), *problem.strides(gate),
             0 if gate is None else gate.stride(-1),
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, SOFTMAX=softmax and not problem.anew,
@@ -267,7 +267,7 @@ def _through_epilogue(problem: _Problem, grad_out: Tensor, attended: Tensor) -> 
             tiles=Tiles(block, wide, 8, 1),
         )  # fmt: skip
     grad_gate = sums if call.gate is None else gate_gradient(call.gate, sums, shape)
-    return grad_attended, delta, grad_gate
+    return grad_attn_out, delta, grad_gate
 
 
 def _over_queries(problem: _Problem, sides: _Sides, out: Tensor, runs: tuple[int, int, int] | None) -> None:

@@ -42,7 +42,7 @@ SIZES = ["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "pr
 
 @triton.jit(do_not_specialize=["rows", "q_tokens", "queries"])
 def epilogue_backward(
-    grad_out, attended, gate, grad_attended, delta, grad_gate, q_offsets,
+    grad_out, attn_out, gate, grad_attn_out, delta, grad_gate, q_offsets,
     rows, q_tokens, queries, grad_row, grad_token, grad_head, gate_row, gate_token, gate_head, gate_channel,
     HEADS: tl.constexpr, DV: tl.constexpr, LAYOUT: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr,
     FORM: tl.constexpr, ACTIVATION: tl.constexpr, SUM_TOKENS: tl.constexpr, SUM_CHANNELS: tl.constexpr,
@@ -69,7 +69,7 @@ def epilogue_backward(
     p_out = (t[:, None] * HEADS + head) * DV + o_v
     p_grad = row * grad_row + n[:, None] * grad_token + head * grad_head + o_v
     b_grad = tl.load(grad_out + p_grad, mask=m_load, other=0.0).to(tl.float32)
-    b_a = tl.load(attended + p_out, mask=m_load, other=0.0)
+    b_a = tl.load(attn_out + p_out, mask=m_load, other=0.0)
     if GATE:
         DTYPE: tl.constexpr = gate.dtype.element_ty
         p_gate = row * gate_row + n[:, None] * gate_token + head * gate_head + o_v.to(tl.int64) * gate_channel
@@ -81,8 +81,8 @@ def epilogue_backward(
             b_inner = b_grad * slope(b_a * b_gate, ACTIVATION, DTYPE)
             b_grad_gate = b_inner * b_a
             b_grad = b_inner * b_gate
-        b_grad = narrow(b_grad, grad_attended.dtype.element_ty)
-        tl.store(grad_attended + p_out, b_grad, mask=m_out)
+        b_grad = narrow(b_grad, grad_attn_out.dtype.element_ty)
+        tl.store(grad_attn_out + p_out, b_grad, mask=m_out)
         b_grad = b_grad.to(tl.float32)
         if SUM_TOKENS and SUM_CHANNELS:
             tl.store(grad_gate + block.to(tl.int64) * HEADS + head, tl.sum(tl.sum(b_grad_gate, 1), 0))
@@ -188,7 +188,7 @@ def _keep(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_grad_queries(
-    q, k, v, grad_attended, lse, delta, out, pieces, q_offsets, kv_offsets,
+    q, k, v, grad_attn_out, lse, delta, out, pieces, q_offsets, kv_offsets,
     rows, q_tokens, k_tokens, queries, skip, left, right, prefix, rows_of_run, parts, scale,
     q_row, q_token, q_head, k_token, k_head, v_token, v_head, grad_row, grad_token, grad_head,
     D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, PACKS: tl.constexpr,
@@ -250,7 +250,7 @@ def attention_grad_queries(
                 p_q = at(b, first, n, q_row, q_token, LAYOUT) + head * q_head
                 p_grad = at(b, first, n, grad_row, grad_token, LAYOUT) + head * grad_head
                 b_q = tl.load(q + p_q[:, None] + o_d, mask=m_in[:, None] & (o_d < D), other=0.0)
-                b_grad = tl.load(grad_attended + p_grad[:, None] + o_v, mask=m_in[:, None] & (o_v < DV), other=0.0)
+                b_grad = tl.load(grad_attn_out + p_grad[:, None] + o_v, mask=m_in[:, None] & (o_v < DV), other=0.0)
                 b_lse, b_total, b_delta = _softmax_of(
                     lse, delta, (out_first + n) * (PACKS * HEADS) + head, m_in, SCORE, EXACT, GRADIENT
                 )
@@ -280,7 +280,7 @@ def attention_grad_queries(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_grad_keys(
-    q, k, v, grad_attended, lse, delta, grad_k, grad_v, q_offsets, kv_offsets,
+    q, k, v, grad_attn_out, lse, delta, grad_k, grad_v, q_offsets, kv_offsets,
     rows, q_tokens, k_tokens, queries, skip, left, right, prefix, scale,
     q_row, q_token, q_head, k_token, k_head, v_token, v_head, grad_row, grad_token, grad_head,
     D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, PACKS: tl.constexpr,
@@ -340,7 +340,7 @@ def attention_grad_keys(
                     p_q = at(row, first, n, q_row, q_token, LAYOUT) + head * q_head
                     p_grad = at(row, first, n, grad_row, grad_token, LAYOUT) + head * grad_head
                     b_q = tl.load(q + p_q[:, None] + o_d, mask=m_q[:, None] & (o_d < D), other=0.0)
-                    b_grad = tl.load(grad_attended + p_grad[:, None] + o_v, mask=m_q[:, None] & (o_v < DV), other=0.0)
+                    b_grad = tl.load(grad_attn_out + p_grad[:, None] + o_v, mask=m_q[:, None] & (o_v < DV), other=0.0)
                     b_lse, b_total, b_delta = _softmax_of(
                         lse, delta, (first + n) * (PACKS * HEADS) + head, m_q, SCORE, EXACT, True
                     )

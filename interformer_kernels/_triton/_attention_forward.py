@@ -24,7 +24,7 @@ from interformer_kernels._triton._maps import dot, narrow
     do_not_specialize=["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "prefix"],
 )
 def attention_forward(
-    q, k, v, gate, residual, out, lse, attended, pieces, weights_of_pieces, q_offsets, kv_offsets,
+    q, k, v, gate, residual, out, lse, attn_out, pieces, weights_of_pieces, q_offsets, kv_offsets,
     rows, q_tokens, k_tokens, queries, skip, left, right, prefix, scale, post_scale,
     q_row, q_token, q_head, k_token, k_head, v_token, v_head,
     gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
@@ -101,7 +101,7 @@ def attention_forward(
             else:
                 some = sees_some(n, count, keys, left, right, prefix, CAUSAL, LEFT, RIGHT, PREFIX)
                 finish(
-                    sums, largest, total, keys, some, gate, residual, out, lse, attended,
+                    sums, largest, total, keys, some, gate, residual, out, lse, attn_out,
                     row, rows, first, queries_here, n, head,
                     gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
                     PACKS * HEADS, DV, LAYOUT, SCORE, GATE, FORM, ACTIVATION, RESIDUAL, KEEP, BLOCK_DV,

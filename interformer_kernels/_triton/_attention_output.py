@@ -1,4 +1,4 @@
-"""What becomes of attended values: the log-sum-exp, the epilogue's gate and residual, and the sums of split rows."""
+"""What becomes of attention outputs: the log-sum-exp, the epilogue's gate and residual, and the sums of split rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def gated(
     sums, residual, gate, p_gate, p_residual, m_out, FORM: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """`residual + G(A, gate)` of a tile of attended values."""
+    """`residual + G(A, gate)` of a tile of attention outputs."""
     if GATE:
         b_gate = tl.load(gate + p_gate, mask=m_out, other=0.0).to(tl.float32)
         if FORM == "multiply":
@@ -29,7 +29,7 @@ def gated(
 
 @triton.jit
 def finish(
-    sums, largest, total, keys, some, gate, residual, out, lse, attended, row, rows, first, count, n, head,
+    sums, largest, total, keys, some, gate, residual, out, lse, attn_out, row, rows, first, count, n, head,
     gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
     HEADS: tl.constexpr, DV: tl.constexpr, LAYOUT: tl.constexpr, SCORE: tl.constexpr, GATE: tl.constexpr,
     FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -45,7 +45,7 @@ def finish(
     if SCORE == "softmax":
         tl.store(lse + p_head, b_lse, mask=m_q)
     if KEEP:
-        tl.store(attended + p_out, sums, mask=m_out)
+        tl.store(attn_out + p_out, sums, mask=m_out)
     if GATE or RESIDUAL:
         p_gate = at(row, first, n, gate_row, gate_token, LAYOUT) + head * gate_head
         p_residual = at(row, first, n, residual_row, residual_token, LAYOUT) + head * residual_head
@@ -93,7 +93,7 @@ def split_row(
 
 @triton.jit(do_not_specialize=["rows", "k_tokens", "queries", "skip"])
 def attention_merge(
-    pieces, weights, gate, residual, out, lse, attended, kv_offsets, rows, k_tokens, queries, skip,
+    pieces, weights, gate, residual, out, lse, attn_out, kv_offsets, rows, k_tokens, queries, skip,
     gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
     HEADS: tl.constexpr, DV: tl.constexpr, LAYOUT: tl.constexpr, SCORE: tl.constexpr, GATE: tl.constexpr,
     FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr,
@@ -129,7 +129,7 @@ def attention_merge(
             sums += b_sums
     first = row.to(tl.int64) * queries
     finish(
-        sums, largest, total, keys, m_q, gate, residual, out, lse, attended, row, rows, first, queries, n, head,
+        sums, largest, total, keys, m_q, gate, residual, out, lse, attn_out, row, rows, first, queries, n, head,
         gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
         HEADS, DV, LAYOUT, SCORE, GATE, FORM, ACTIVATION, RESIDUAL, KEEP, BLOCK_DV,
     )  # fmt: skip

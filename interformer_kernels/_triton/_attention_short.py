@@ -81,7 +81,7 @@ def _tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_forward_short(
-    q, k, v, gate, residual, out, lse, attended, q_offsets, kv_offsets,
+    q, k, v, gate, residual, out, lse, attn_out, q_offsets, kv_offsets,
     rows, q_tokens, k_tokens, left, right, prefix, scale, post_scale,
     q_token, q_head, k_token, k_head, v_token, v_head,
     gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
@@ -115,7 +115,7 @@ def attention_forward_short(
                 sums = dot(narrow(weights, b_v.dtype), b_v, PRECISION)
                 bad = bad | not_numbers(sums)
                 finish(
-                    sums, largest, total, keys, some, gate, residual, out, lse, attended,
+                    sums, largest, total, keys, some, gate, residual, out, lse, attn_out,
                     i * 0, rows, q_first, queries, n, head,
                     gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
                     KV_HEADS * GROUP, DV, "packed", SCORE, GATE, FORM, ACTIVATION, RESIDUAL, KEEP, BLOCK_DV,
@@ -125,7 +125,7 @@ def attention_forward_short(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward_short(
-    q, k, v, grad_attended, grad_q, grad_k, grad_v, q_offsets, kv_offsets,
+    q, k, v, grad_attn_out, grad_q, grad_k, grad_v, q_offsets, kv_offsets,
     rows, q_tokens, k_tokens, left, right, prefix, scale, post_scale,
     q_token, q_head, k_token, k_head, v_token, v_head, grad_token, grad_head,
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, SCORE: tl.constexpr,
@@ -151,7 +151,7 @@ def attention_backward_short(
                 head = i_head * GROUP + g
                 b_q = _load(q, (q_first + n) * q_token + head * q_head, n < queries, D, BLOCK_D)
                 p_grad = (q_first + n) * grad_token + head * grad_head
-                b_grad = _load(grad_attended, p_grad, n < queries, DV, BLOCK_DV)
+                b_grad = _load(grad_attn_out, p_grad, n < queries, DV, BLOCK_DV)
                 s = dot(b_q, tl.trans(b_k), PRECISION)
                 grad = dot(b_grad, tl.trans(b_v), PRECISION)
                 nothing = tl.zeros([BLOCK], tl.float32)

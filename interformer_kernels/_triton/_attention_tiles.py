@@ -296,7 +296,7 @@ def fold(s, m_seen, largest, total, keys, scale, post_scale, SCORE: tl.constexpr
 
 @triton.jit
 def settle(sums, largest, total, keys, some, SCORE: tl.constexpr, DTYPE: tl.constexpr):
-    """The attended values and the log-sum-exp, from the sums under the last scale; `some`: queries that see any key."""
+    """Attention outputs and the log-sum-exp, from the sums under the last scale; `some`: queries that see any key."""
     if SCORE == "softmax":
         # A sum over no key is zero, and stays so.
         total = tl.where(total == 0.0, 1.0, total)

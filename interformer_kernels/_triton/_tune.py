@@ -44,18 +44,18 @@ def calls(kernel: str, width: int, dtype: torch.dtype, device: str) -> Call:
     options = (width**-0.5, False, -1, -1, 0, False, "softmax", 1.0, "multiply", "sigmoid")
     nothing = (None, None, None, None, None)
 
-    def forward(keep_attended: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(keep_attn_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         found: tuple[Tensor, Tensor, Tensor] = jagged_attention.forward(
-            q, k, v, offsets, *nothing, None, None, *options, keep_attended
+            q, k, v, offsets, *nothing, None, None, *options, keep_attn_out
         )
         return found
 
     if kernel == "forward":
         return forward
-    _, lse, attended = forward(dtype != torch.float32)
+    _, lse, attn_out = forward(dtype != torch.float32)
 
     def backward() -> object:
-        return jagged_attention.backward(q, attended, lse, q, k, v, offsets, *nothing, None, *options)
+        return jagged_attention.backward(q, attn_out, lse, q, k, v, offsets, *nothing, None, *options)
 
     return (lambda: (forward(), backward())) if kernel.startswith("short") else backward
 

@@ -164,9 +164,9 @@ def split_rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.stack([x.narrow(0, m * shape[0], shape[0]) for m in range(shape[1])], 1)
 
 
-def project_out(attention: Attention, attended: Tensor) -> Tensor:
+def project_out(attention: Attention, attn_out: Tensor) -> Tensor:
     """Heads `[..., H, D]` to `[..., E]`. As in PyTorch, `out_proj` lends its parameters and is not called."""
-    return F.linear(attended.flatten(-2), attention.out_proj.weight, attention.out_proj.bias)
+    return F.linear(attn_out.flatten(-2), attention.out_proj.weight, attention.out_proj.bias)
 
 
 # ---------------------------------------------------------------- the ops, and dropout's way round them

@@ -64,8 +64,8 @@ def attend_padded(
         q = shared.project_query(attention, query.flatten(0, 1))
         k, v = shared.project_keys(attention, flat, flat if value is key else value.flatten(0, 1))
     own, other = equal_offsets(rows, queries, query.device), equal_offsets(rows, keys, query.device)
-    attended = shared.alone(jagged_attention(q, k, v, own, kv_offsets=other, causal=causal))
-    return shared.project_out(attention, attended).view(rows, queries, attention.embed_dim)
+    attn_out = shared.alone(jagged_attention(q, k, v, own, kv_offsets=other, causal=causal))
+    return shared.project_out(attention, attn_out).view(rows, queries, attention.embed_dim)
 
 
 def _attend_packed_keys(
@@ -194,22 +194,22 @@ class FastTransformerEncoderLayer(nn.TransformerEncoderLayer):
             count_unserved(self, "TransformerEncoderLayer", "PyTorch's own path for nested tensors")
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         masks, before = (src_mask, src_key_padding_mask, is_causal), unserved_of((self.self_attn,))
-        attended = self._sa_block(self.norm1(src) if self.norm_first else src, *masks)
+        attn_out = self._sa_block(self.norm1(src) if self.norm_first else src, *masks)
         count_as(self, (self.self_attn,), before)
         if self.norm_first:
-            x = src + attended
+            x = src + attn_out
             return x + self._ff_block(self.norm2(x))
-        return self._behind_attention(src, attended)
+        return self._behind_attention(src, attn_out)
 
     def forward_packed(self, x: Tensor, offsets: Tensor) -> Tensor:
         """The layer for packed tokens `[T, E]`, normed after each block."""
         for module in (self, self.self_attn):
             count_served(module)
-        attended = shared.alone(jagged_attention(*shared.project_self(self.self_attn, x), offsets))
-        return self._behind_attention(x, self.dropout1(shared.project_out(self.self_attn, attended)))
+        attn_out = shared.alone(jagged_attention(*shared.project_self(self.self_attn, x), offsets))
+        return self._behind_attention(x, self.dropout1(shared.project_out(self.self_attn, attn_out)))
 
-    def _behind_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = self.norm1(x + attended)
+    def _behind_attention(self, x: Tensor, attn_out: Tensor) -> Tensor:
+        x = self.norm1(x + attn_out)
         out: Tensor = self.norm2(x + self._ff_block(x))
         return out
 

@@ -20,9 +20,9 @@ from interformer_kernels.nn.pma_pooling import pool_rows
 from interformer_kernels.ops.jagged_attention import jagged_attention
 
 
-def _after_attention(block: Any, x: Tensor, attended: Tensor) -> Tensor:
+def _after_attention(block: Any, x: Tensor, attn_out: Tensor) -> Tensor:
     """The rest of a `MultiheadAttentionBlock` behind its heads: projection, residual, norms, feed-forward."""
-    out = shared.project_out(block.attn, attended) + x
+    out = shared.project_out(block.attn, attn_out) + x
     out = out if block.layer_norm1 is None else block.layer_norm1(out)
     out = out + block.lin(out).relu()
     return out if block.layer_norm2 is None else block.layer_norm2(out)

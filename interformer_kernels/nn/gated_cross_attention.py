@@ -137,8 +137,8 @@ class GatedCrossAttention(shared.AttentionModule):
         gate = None if self.gate_proj is None else shared.split_heads(self, self.gate_proj(queries.tokens))
         activation = self.gate_activation or "identity"
         if shared.drops(self, self.dropout):
-            attended = shared.attend_dropping(q, k, v, queries.offsets, kv_offsets, self.dropout)
-            return reference.epilogue(attended, gate, None, self.gate_form, activation, None)
+            attn_out = shared.attend_dropping(q, k, v, queries.offsets, kv_offsets, self.dropout)
+            return reference.epilogue(attn_out, gate, None, self.gate_form, activation, None)
         options: dict[str, Any] = {"gate_form": self.gate_form, "gate_activation": activation, "backend": self.backend}
         found = gated_cross_attention(q, k, v, kv_offsets, q_offsets=queries.offsets, gate=gate, **options)
         return shared.alone(found)

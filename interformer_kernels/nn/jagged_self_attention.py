@@ -124,11 +124,11 @@ class JaggedSelfAttention(shared.AttentionModule):
         if shared.drops(self, self.dropout):
             if rope is not None:
                 q, k = (apply_rotary(side, where, rope, interleaved=self.rope_interleaved) for side in (q, k))
-            attended = shared.attend_dropping(q, k, v, where, where, self.dropout, **self.masks)
+            attn_out = shared.attend_dropping(q, k, v, where, where, self.dropout, **self.masks)
         else:
             rotary: dict[str, Any] = {"rope": rope, "rope_interleaved": self.rope_interleaved}
-            attended = shared.alone(jagged_attention(q, k, v, where, **self.masks, **rotary, backend=self.backend))
-        return rows.restore(self.out_proj(attended.flatten(-2)))
+            attn_out = shared.alone(jagged_attention(q, k, v, where, **self.masks, **rotary, backend=self.backend))
+        return rows.restore(self.out_proj(attn_out.flatten(-2)))
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, **options: Any) -> JaggedSelfAttention:

@@ -187,25 +187,25 @@ class PMAPooling(shared.AttentionModule):
         rows = rows_of(type(self).__name__, "x", x, self.kdim, offsets=offsets, batch_first=self.batch_first, **mask)
         query = shared.project_query(self, self.seeds)
         if shared.drops(self, self.dropout):
-            attended = self._pool_dropping(query, rows.tokens, rows.offsets)
+            attn_out = self._pool_dropping(query, rows.tokens, rows.offsets)
         else:
             options: dict[str, Any] = {"scale": self.scale, "fold": self.fold, "backend": self.backend}
-            attended = pool_rows(self, query, rows.tokens, rows.offsets, **options)
+            attn_out = pool_rows(self, query, rows.tokens, rows.offsets, **options)
         if self.set_transformer:
-            hidden = shared.merge_rows((query + attended).flatten(-2))
+            hidden = shared.merge_rows((query + attn_out).flatten(-2))
             hidden = hidden if self.attention_norm is None else self.attention_norm(hidden)
             out = hidden + F.relu(self.out_proj(hidden))
             out = out if self.out_norm is None else self.out_norm(out)
         else:
-            out = self.out_proj(shared.merge_rows(attended.flatten(-2)))
-        return rows.restore_rows(shared.split_rows(out, attended.shape[:2]))
+            out = self.out_proj(shared.merge_rows(attn_out.flatten(-2)))
+        return rows.restore_rows(shared.split_rows(out, attn_out.shape[:2]))
 
     def _pool_dropping(self, query: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
         rows = offsets.shape[0] - 1
         k, v = shared.project_keys(self, x, x)
         q, own = query.expand(rows, *query.shape).flatten(0, 1), equal_offsets(rows, self.num_seeds, x.device)
-        attended = shared.attend_dropping(q, k, v, own, offsets, self.dropout, scale=self.scale)
-        return attended.view(rows, self.num_seeds, *attended.shape[1:])
+        attn_out = shared.attend_dropping(q, k, v, own, offsets, self.dropout, scale=self.scale)
+        return attn_out.view(rows, self.num_seeds, *attn_out.shape[1:])
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, seeds: Tensor, **options: Any) -> PMAPooling:

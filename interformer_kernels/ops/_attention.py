@@ -11,20 +11,20 @@ from interformer_kernels.ops._registered import Bound, exact_dtype
 
 
 def empty_outputs(
-    like: Tensor, shape: tuple[int, ...], score: str, keep_attended: bool
+    like: Tensor, shape: tuple[int, ...], score: str, keep_attn_out: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised `(out, lse, attended)`; what is not asked for is an empty tensor.
+    """Uninitialised `(out, lse, attn_out)`; what is not asked for is an empty tensor.
 
-    `attended` is A before gate and residual, in the dtype of accumulation: rounded to 16 bits it could overflow where
+    `attn_out` is A before gate and residual, in the dtype of accumulation: rounded to 16 bits it could overflow where
     the output does not, and sums over many tokens would show the rounding.
     """
     exact = exact_dtype(like.dtype)
     lse_shape = shape[:-1] if score == "softmax" else (0,)
     out = like.new_empty(shape)
-    return out, like.new_empty(lse_shape, dtype=exact), like.new_empty(shape if keep_attended else (0,), dtype=exact)
+    return out, like.new_empty(lse_shape, dtype=exact), like.new_empty(shape if keep_attn_out else (0,), dtype=exact)
 
 
-def backward_reads_attended(
+def backward_reads_attn_out(
     op: str, backend: str, k: Tensor, v: Tensor | None, gate: Tensor | None, score: str
 ) -> bool:
     """Whether a call's backward needs A itself: for a gate's gradient, or for the softmax's `delta = <dA, A>`.
@@ -39,9 +39,9 @@ def backward_reads_attended(
     return (backend or _backend.choose(op, k.device.type, k.dtype, channels)) == "triton"
 
 
-def keeps_attended(op: str, bound: Bound) -> bool:
-    """`backward_reads_attended` of a call by its arguments' names."""
-    return backward_reads_attended(op, bound["backend"], bound["k"], bound["v"], bound["gate"], bound["score"])
+def keeps_attn_out(op: str, bound: Bound) -> bool:
+    """`backward_reads_attn_out` of a call by its arguments' names."""
+    return backward_reads_attn_out(op, bound["backend"], bound["k"], bound["v"], bound["gate"], bound["score"])
 
 
 def empty_gradients(

@@ -189,9 +189,9 @@ def _forward_kernel(op: RegisteredOp, args: tuple[Any, ...]) -> Any:
     for name, x in bound.items():
         if isinstance(x, Tensor) and x.requires_grad and name not in op.differentiable:
             raise ValueError(f"{op.name}: {name} must not require gradients, which it does not get; detach it")
-    asked = bound.get("keep_attended", True)
+    asked = bound.get("keep_attn_out", True)
     if not asked:
-        bound["keep_attended"] = op.keeps(op.name, bound)
+        bound["keep_attn_out"] = op.keeps(op.name, bound)
     with enable_single_level_autograd_function():
         outputs = _AtLevel.apply(op.name, True, *bound.values())  # type: ignore[attr-defined]
     if not op.extras:

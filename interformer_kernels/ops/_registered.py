@@ -110,10 +110,10 @@ class RegisteredOp:
             outputs = self.reference(*self._reference_arguments(bound))
         if isinstance(outputs, Tensor):
             return outputs.to(self._lead(bound).dtype)
-        out, lse, attended = outputs
+        out, lse, attn_out = outputs
         # No output of an op may be another one.
-        kept = attended.clone() if attended is out else attended
-        return out.to(self._lead(bound).dtype), lse, kept if bound["keep_attended"] else attended.new_empty(0)
+        kept = attn_out.clone() if attn_out is out else attn_out
+        return out.to(self._lead(bound).dtype), lse, kept if bound["keep_attn_out"] else attn_out.new_empty(0)
 
     def _run_backward(self, *args: Any) -> Any:
         bound = dict(zip(self.backward_names, args, strict=True))

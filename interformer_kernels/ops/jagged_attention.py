@@ -37,15 +37,15 @@ def forward_fake(
     post_scale: float,
     gate_form: str,
     gate_activation: str,
-    keep_attended: bool,
+    keep_attn_out: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return attention.empty_outputs(q, (*q.shape[:2], v.shape[2]), score, keep_attended)
+    return attention.empty_outputs(q, (*q.shape[:2], v.shape[2]), score, keep_attn_out)
 
 
 def backward_fake(
     grad_out: Tensor,
-    attended: Tensor,
+    attn_out: Tensor,
     lse: Tensor,
     q: Tensor,
     k: Tensor,
@@ -102,12 +102,12 @@ _op = RegisteredOp(
     backward_fake,
     reference.jagged_attention,
     differentiable=("q", "k", "v", "gate", "residual"),
-    extras=("lse", "attended"),
+    extras=("lse", "attn_out"),
     validate=_validate,
     rows_mask=lambda bound: reference.inside_rows(bound["offsets"], bound["q"].shape[0]),
     flops=_flops,
     backward_over_forward=attention.BACKWARD_OVER_FORWARD,
-    keeps=attention.keeps_attended,
+    keeps=attention.keeps_attn_out,
 )
 
 
@@ -229,7 +229,7 @@ def jagged_attention(
     factor, with_lse = checks.check_score(OP, score, post_scale, return_lse)
     scale = checks.default_scale(OP, scale, axes["D"])
     name = checks.backend_name(OP, backend)
-    keep = attention.backward_reads_attended(OP, name, k, v, gate, score)
+    keep = attention.backward_reads_attn_out(OP, name, k, v, gate, score)
     keep = keep and wants_gradients(q, k, v, gate, residual)
     masks = causal, left, right, num_prefix, rope_interleaved
     options = scale, *masks, score, factor, gate_form, gate_activation, keep, name

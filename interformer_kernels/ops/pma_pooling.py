@@ -28,16 +28,16 @@ def forward_fake(
     post_scale: float,
     gate_form: str,
     gate_activation: str,
-    keep_attended: bool,
+    keep_attn_out: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (any_number(offsets.shape[0] - 1), *seeds.shape[:2], (k if v is None else v).shape[2])
-    return attention.empty_outputs(k, shape, score, keep_attended)
+    return attention.empty_outputs(k, shape, score, keep_attn_out)
 
 
 def backward_fake(
     grad_out: Tensor,
-    attended: Tensor,
+    attn_out: Tensor,
     lse: Tensor,
     seeds: Tensor,
     k: Tensor,
@@ -72,12 +72,12 @@ _op = RegisteredOp(
     backward_fake,
     reference.pma_pooling,
     differentiable=("seeds", "k", "v", "gate", "residual"),
-    extras=("lse", "attended"),
+    extras=("lse", "attn_out"),
     validate=_validate,
     rows_mask=lambda bound: None,
     flops=_flops,
     backward_over_forward=attention.BACKWARD_OVER_FORWARD,
-    keeps=attention.keeps_attended,
+    keeps=attention.keeps_attn_out,
 )
 
 
@@ -167,7 +167,7 @@ def pma_pooling(
     factor, with_lse = checks.check_score(OP, score, post_scale, return_lse)
     scale = checks.default_scale(OP, scale, axes["D"])
     name = checks.backend_name(OP, backend)
-    keep = attention.backward_reads_attended(OP, name, k, v, gate, score)
+    keep = attention.backward_reads_attn_out(OP, name, k, v, gate, score)
     keep = keep and wants_gradients(seeds, k, v, gate, residual)
     options = scale, skip_prefix, score, factor, gate_form, gate_activation, keep, name
     out, lse, _ = _op(seeds, k, v, offsets, gate, residual, *options, shows_lse=with_lse)

@@ -52,10 +52,10 @@ class PMA(nn.Module):
 
     def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         query = self.query(self.seeds)  # [M, E]
-        attended = self._attend(query.unflatten(-1, (self.num_heads, -1)), tokens, offsets).flatten(-2)
+        attn_out = self._attend(query.unflatten(-1, (self.num_heads, -1)), tokens, offsets).flatten(-2)
         if not self.mab:
-            return self.out(attended)
-        hidden = self.attention_norm(query + attended)
+            return self.out(attn_out)
+        hidden = self.attention_norm(query + attn_out)
         return self.out_norm(hidden + torch.relu(self.out(hidden)))
 
     def _attend(self, seeds: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class GDPAFeedForward(nn.Module):
         # Copies whatever B is: whether a piece is contiguous would make an exported program one of many rows only.
         pieces = (piece.clone(memory_format=torch.contiguous_format) for piece in self.generate(x_sum))
         keys, values = (piece.view(-1, *heads) for piece in pieces)  # [B*F, H, D] each
-        attended = gated_cross_attention(
+        attn_out = gated_cross_attention(
             queries,
             keys,
             values,
@@ -123,8 +123,8 @@ class GDPAFeedForward(nn.Module):
             residual=queries if self.residual else None,
             backend=self.backend,
         )
-        assert isinstance(attended, Tensor)
-        return attended.flatten(1)
+        assert isinstance(attn_out, Tensor)
+        return attn_out.flatten(1)
 
 
 FEED_FORWARDS: dict[str, type[nn.Module]] = {

@@ -33,11 +33,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor, offsets: Tensor, rope: Rope | None = None) -> Tensor:
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [T, H, D] each
-        attended = jagged_attention(
+        attn_out = jagged_attention(
             q, k, v, offsets, window=self.window, num_prefix=self.num_prefix, rope=rope, backend=self.backend
         )
-        assert isinstance(attended, Tensor)
-        return self.out(attended.flatten(-2))
+        assert isinstance(attn_out, Tensor)
+        return self.out(attn_out.flatten(-2))
 
 
 class SequenceArch(nn.Module):
@@ -63,6 +63,6 @@ class SequenceArch(nn.Module):
             fed = self.feed_forward(self.feed_forward_norm(tokens), x_sum, offsets)
             tokens = fed if self.literal else tokens + fed
         if self.attention is not None:
-            attended = self.attention(self.attention_norm(tokens), offsets, rope)
-            tokens = attended if self.literal else tokens + attended
+            attn_out = self.attention(self.attention_norm(tokens), offsets, rope)
+            tokens = attn_out if self.literal else tokens + attn_out
         return tokens

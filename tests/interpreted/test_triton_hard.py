@@ -256,7 +256,7 @@ def test_equal_scores_of_a_million(op: str, dtype: torch.dtype) -> None:
     assert error <= 2 * torch.finfo(dtype).eps, error
 
 
-def test_attended_values_beyond_float16() -> None:
+def test_attention_outputs_beyond_float16() -> None:
     """A of 128 000 is no number of float16, though the output behind its gate is."""
     tokens = 64
     k, v = torch.ones(tokens, 1, 16).half(), torch.full((tokens, 1, 16), 2000.0).half()

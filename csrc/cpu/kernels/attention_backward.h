@@ -64,7 +64,7 @@ class AttentionBackward {
         grad_k_ = from.take<A>(p.most_keys * size_.head_stride);
         grad_v_ = p.v_is_k ? grad_k_ : from.take<A>(p.most_keys * size_.value_stride);
         extra_ = from.take<A>(channels);
-        attended_ = from.take<A>(channels);
+        attn_out_ = from.take<A>(channels);
         gate_ = from.take<A>(channels);
         if (kNumbers<X> > 1) {
             key_rows_ = from.take<X>(operands<X>(p.most_keys) * size_.head_stride);
@@ -206,9 +206,9 @@ class AttentionBackward {
         const int64_t channels = p.value_size;
         widen(row.at(p.grad_out, r), p.grad_out.channel, channels, extra_);
         if (p.gate.given) {
-            widen(row.template at<A>(p.attended, r), p.attended.channel, channels, attended_);
+            widen(row.template at<A>(p.attn_out, r), p.attn_out.channel, channels, attn_out_);
             widen(row.at(p.gate, r), p.gate.channel, channels, gate_);
-            back_through_gate(p.gating, attended_, gate_, extra_, channels);
+            back_through_gate(p.gating, attn_out_, gate_, extra_, channels);
             if (p.gate_summed)
                 add_gate_gradient(row.template at<double>(p.grad_gate, r) + run_ * p.gate_run);
             else
@@ -294,7 +294,7 @@ class AttentionBackward {
     S *keys_, *values_, *queries_, *grad_a_;
     X *packed_keys_, *packed_values_, *key_rows_ = nullptr, *query_rows_ = nullptr, *grad_a_rows_ = nullptr;
     A *scores_, *slopes_, *largest_, *sums_, *means_, *slope_columns_ = nullptr, *grad_q_, *grad_k_, *grad_v_, *extra_,
-                                                      *attended_, *gate_, *part_sums_ = nullptr;
+                                                      *attn_out_, *gate_, *part_sums_ = nullptr;
 };
 
 INTERFORMER_LEVEL_END

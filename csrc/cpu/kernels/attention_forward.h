@@ -31,7 +31,7 @@ class AttentionForward {
         scores_ = from.take<A>(size_.most_scores(p));
         largest_ = from.take<A>(round_up(block, kLanes<A>));
         sums_ = from.take<A>(round_up(block, kLanes<A>));
-        attended_ = from.take<A>(block * size_.value_stride);
+        attn_out_ = from.take<A>(block * size_.value_stride);
         extra_ = from.take<A>(most(size_.head_stride, size_.value_stride));
         bytes_ = from.bytes();
     }
@@ -55,7 +55,7 @@ class AttentionForward {
                    Matrix<const X> values) const {
         Columns runs[2];
         const int parts = row.columns(r, count, runs);
-        const Matrix<A> scores{scores_, row.score_stride}, attended{attended_, size_.value_stride};
+        const Matrix<A> scores{scores_, row.score_stride}, attn_out{attn_out_, size_.value_stride};
         const Matrix<const S> queries = row.queries(r, count, queries_);
         for (int i = 0; i < parts; ++i) keys.multiply(queries, count, runs[i], scores);
         row.weigh(r, count, scores, runs, parts, {largest_, sums_, nullptr});
@@ -66,10 +66,10 @@ class AttentionForward {
             }
         if (p.lse.given) write_log_sums(row, r, count);
         weighted_sums<X>({operands_in<X>(scores.data), scores.stride, 1}, values, runs, parts, row.keys, count,
-                         size_.value_stride, attended);
+                         size_.value_stride, attn_out);
         for (int64_t i = 0; i < count; ++i) {
-            if (p.score.softmax) divide(attended.from(i).data, A(1) / sums_[i]);
-            finish(row, r + i, attended.from(i).data);
+            if (p.score.softmax) divide(attn_out.from(i).data, A(1) / sums_[i]);
+            finish(row, r + i, attn_out.from(i).data);
         }
     }
 
@@ -97,7 +97,7 @@ class AttentionForward {
     // Gate, residual and output of one query.
     void finish(const AttentionRow<T>& row, int64_t r, A* a) const {
         const int64_t channels = p.value_size;
-        if (p.attended.given) narrow(a, channels, row.template at<A>(p.attended, r));
+        if (p.attn_out.given) narrow(a, channels, row.template at<A>(p.attn_out, r));
         if (p.gate.given) {
             widen(row.at(p.gate, r), p.gate.channel, channels, extra_);
             apply_gate(p.gating, a, extra_, channels);
@@ -114,7 +114,7 @@ class AttentionForward {
     int64_t bytes_;
     S *keys_, *values_, *queries_;
     X *packed_keys_, *value_rows_;
-    A *scores_, *largest_, *sums_, *attended_, *extra_;
+    A *scores_, *largest_, *sums_, *attn_out_, *extra_;
 };
 
 INTERFORMER_LEVEL_END

@@ -10,25 +10,25 @@ from interformer_kernels._launch.attention_call import AttentionCall
 from interformer_kernels._launch.tensors import accumulation_dtype, broadcast_axes_as_ones, resolved
 
 
-def forward(call: AttentionCall, residual: Tensor | None, keep_attended: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`(out, lse, attended)`; `lse` is empty without softmax, `attended` unless it is to be kept."""
+def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`(out, lse, attn_out)`; `lse` is empty without softmax, `attn_out` unless it is to be kept."""
     shape, softmax, k = call.out_shape(), call.score == "softmax", call.k
     out = k.new_empty(*shape)
     lse = k.new_empty(*(shape[:-1] if softmax else (0,)), dtype=accumulation_dtype(k.dtype))
-    attended = k.new_empty(*(shape if keep_attended else (0,)), dtype=accumulation_dtype(k.dtype))
+    attn_out = k.new_empty(*(shape if keep_attn_out else (0,)), dtype=accumulation_dtype(k.dtype))
     _C.attention_forward(
         call.fitted(shape),
         resolved(residual),
         out,
         lse if softmax else None,
-        attended if keep_attended else None,
+        attn_out if keep_attn_out else None,
         torch.get_num_threads(),
     )
-    return out, lse, attended
+    return out, lse, attn_out
 
 
 def backward(
-    call: AttentionCall, grad_out: Tensor, attended: Tensor, lse: Tensor
+    call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `q, k, v, gate`, empty where an input was not given; the weights are computed without `lse`."""
     q, k, v, gate = call.q, call.k, call.v, call.gate
@@ -41,7 +41,7 @@ def backward(
     _C.attention_backward(
         call.fitted(tuple(grad_out.shape)),
         resolved(grad_out),
-        None if gate is None else resolved(attended),
+        None if gate is None else resolved(attn_out),
         grad_q,
         grad_k,
         None if v is None else grad_v,

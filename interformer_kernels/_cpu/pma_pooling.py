@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from interformer_kernels._cpu import _attention
 from interformer_kernels._launch import pma_pooling
-from interformer_kernels._native import _attention
 
 forward, backward = pma_pooling.launcher(_attention)
