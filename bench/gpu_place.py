@@ -51,7 +51,7 @@ class Place:
 
     def why_not(self, op: str, backend: str, dtype: torch.dtype, channels: int = 0) -> str | None:
         """Why a named backend cannot serve an op here."""
-        reason = _backend.why_not(op, self.backend(backend), self.device, dtype, channels)
+        reason = _backend.unsupported_reason(op, self.backend(backend), self.device, dtype, channels)
         return None if reason is None else f"cannot serve: {reason}"
 
     def free_bytes(self) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from interformer_kernels._launch.attention_call import AttentionCall
+from interformer_kernels._calls import AttentionCall
 
 def build_info() -> dict[str, Any]:
     """Compiler, OpenMP, CPU instruction levels, and the CUDA part: built, for which GPUs, or why not."""

@@ -9,16 +9,17 @@ import os
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-_OPS = ("apply_rotary", "gated_cross_attention", "jagged_attention", "personalized_ffn", "pma_pooling")
-# The launcher modules of each kernel backend, by op: a module with `forward` and `backward`.
-_LAUNCHERS: dict[str, dict[str, str]] = {
-    "cpu": {op: f"interformer_kernels._cpu.{op}" for op in _OPS},
-    "triton": {op: f"interformer_kernels._triton.{op}" for op in _OPS},
-    "cuda": {op: f"interformer_kernels._cuda.{op}" for op in _OPS},
+# The kernels behind each public op: a module in every backend's folder, with `forward(call, ...)` and
+# `backward(call, ...)`.
+_KERNELS = {
+    "apply_rotary": "apply_rotary",
+    "gated_cross_attention": "attention",
+    "jagged_attention": "attention",
+    "personalized_ffn": "personalized_ffn",
+    "pma_pooling": "attention",
 }
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
@@ -76,12 +77,10 @@ def _cuda_missing() -> str | None:
     return None
 
 
-def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> str | None:
+def unsupported_reason(op: str, backend: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> str | None:
     """Why `backend` cannot serve this op on this device and dtype, or heads of so many channels; None where it can."""
     if backend == "reference":
         return None
-    if op not in _LAUNCHERS[backend]:
-        return f"there is no {backend} kernel for {op} in this version"
     if device_type != _DEVICES[backend] and not (backend == "triton" and device_type == "cpu" and interprets_triton()):
         also = ", or cpu tensors under TRITON_INTERPRET=1" if backend == "triton" else ""
         return f"it serves {_DEVICES[backend]} tensors{also}, found {device_type}"
@@ -101,7 +100,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> 
     """
     module, passed_over = native(), []
     for backend in _PREFERENCE.get(device_type, ()):
-        reason = why_not(op, backend, device_type, dtype, channels)
+        reason = unsupported_reason(op, backend, device_type, dtype, channels)
         if backend == "triton" and interprets_triton():
             reason = "its interpreter serves only where it is named"
         if reason is None:
@@ -115,27 +114,16 @@ def choose(op: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> 
 
 
 @functools.cache
-def launcher(op: str, backend: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> ModuleType | None:
+def kernels(op: str, backend: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> ModuleType | None:
     """The module whose `forward` and `backward` serve the call; None stands for the reference.
 
     `backend` is a name, which never falls back, or `""` for the fastest that can serve.
     """
     chosen = backend or choose(op, device_type, dtype, channels)
-    reason = why_not(op, chosen, device_type, dtype, channels)
+    reason = unsupported_reason(op, chosen, device_type, dtype, channels)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {chosen!r} cannot serve: {reason}")
-    return None if chosen == "reference" else importlib.import_module(_LAUNCHERS[chosen][op])
-
-
-def first_bad_offset(offsets: Tensor, total: int) -> int:
-    """Index of the first entry of `offsets` that breaks their contract (start, order, end); -1 where none does."""
-    module = native()
-    if module is not None and offsets.device.type == "cpu":
-        return int(module.first_bad_offset(offsets, total))
-    low = torch.cat((offsets.new_zeros(1), offsets[:-1]))
-    wrong = (offsets < low) | (offsets > total)
-    wrong[0] = offsets[0] != 0
-    return int(wrong.int().argmax()) if bool(wrong.any()) else -1
+    return None if chosen == "reference" else importlib.import_module(f"interformer_kernels._{chosen}.{_KERNELS[op]}")
 
 
 def report() -> dict[str, object]:

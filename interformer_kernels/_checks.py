@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _backend
+from interformer_kernels._calls import FFN_ACTIVATIONS as FFN_ACTIVATIONS
+from interformer_kernels._calls import GATE_ACTIVATIONS as GATE_ACTIVATIONS
+from interformer_kernels._calls import GATE_FORMS as GATE_FORMS
+from interformer_kernels._calls import SCORES as SCORES
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
-SCORES = ("softmax", "identity", "relu", "silu", "gelu")
-GATE_FORMS = ("multiply", "self")
-GATE_ACTIVATIONS = ("sigmoid", "tanh", "silu", "identity")
-FFN_ACTIVATIONS = ("identity", "relu", "silu", "gelu")
 VALIDATION_LEVELS = ("off", "default", "full")
 
 _validation = "default"
@@ -44,6 +44,16 @@ def validates(device: torch.device) -> bool:
 
 
 # ---------------------------------------------------------------- kinds, shapes, values
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Floating tensors cast to the autocast dtype where autocast is on (float64 is left, as PyTorch does)."""
+    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), "cpu")
+    if device == "meta" or not torch.is_autocast_enabled(device):  # of tensors without contents there is no autocast
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    eligible = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in eligible else x for x in tensors)
 
 
 _shortened = reprlib.Repr()
@@ -109,10 +119,16 @@ def check_floats(op: str, first: str, tensors: dict[str, object]) -> None:
             raise ValueError(f"{op}: {name} must be on {first}'s device {lead.device}, found {x.device}")
 
 
-def check_index(op: str, name: str, x: object, device: torch.device) -> Tensor:
-    """A one-dimensional int32 or int64 tensor on `device`."""
+def check_index_kind(op: str, name: str, x: object) -> Tensor:
+    """An int32 or int64 tensor."""
     if not isinstance(x, Tensor) or x.dtype not in INDEX_DTYPES or not is_dense(x):
         raise TypeError(f"{op}: {name} must be an int32 or int64 tensor, found {describe(x)}")
+    return x
+
+
+def check_index(op: str, name: str, x: object, device: torch.device) -> Tensor:
+    """A one-dimensional int32 or int64 tensor on `device`."""
+    x = check_index_kind(op, name, x)
     if x.dim() != 1:
         raise ValueError(f"{op}: {name} must have one axis, found shape {list(x.shape)}")
     if x.device != device:
@@ -126,14 +142,6 @@ def check_offsets(op: str, name: str, offsets: object, device: torch.device) -> 
     if x.shape[0] < 1:
         raise ValueError(f"{op}: {name} must be [B+1] with at least one entry, found shape {list(x.shape)}")
     return x.shape[0] - 1
-
-
-def check_row_offsets(op: str, name: str, offsets: object, other_name: str, other: object, device: torch.device) -> int:
-    """Offsets, and those of the other side where given (None is passed over), of one number of rows; returns `B`."""
-    rows = check_offsets(op, name, offsets, device)
-    if other is not None and (found := check_offsets(op, other_name, other, device)) != rows:
-        raise ValueError(f"{op}: {other_name} must be [B+1] with B = {rows} (from {name}), found B = {found}")
-    return rows
 
 
 class Axes:
@@ -257,8 +265,7 @@ def default_scale(op: str, scale: object, head_size: int) -> float:
 
 
 def check_score(op: str, score: object, post_scale: object, return_lse: object) -> tuple[float, bool]:
-    """The score's name, and that `lse` is asked of softmax alone; returns the factor and whether `lse` is asked."""
-    check_choice(op, "score", score, SCORES)
+    """`post_scale`, and whether `lse` is asked; both depend on the score, a name that has been checked."""
     asked = check_bool(op, "return_lse", return_lse)
     factor = check_number(op, "post_scale", post_scale)
     if score == "softmax" and factor != 1.0:
@@ -266,17 +273,6 @@ def check_score(op: str, score: object, post_scale: object, return_lse: object) 
     if asked and score != "softmax":
         raise ValueError(f'{op}: return_lse must be False unless score="softmax", found True with score={score!r}')
     return factor, asked
-
-
-def check_epilogue(
-    op: str, gate: Tensor | None, form: object, activation: object, residual: Tensor | None, shape: tuple[int, ...]
-) -> Tensor | None:
-    """The gate (form, activation, shape) and the residual against the output's shape; returns the residual in it."""
-    check_choice(op, "gate_form", form, GATE_FORMS)
-    check_choice(op, "gate_activation", activation, GATE_ACTIVATIONS)
-    if gate is not None:
-        check_broadcasts(op, "gate", gate, shape)
-    return check_residual(op, residual, shape)
 
 
 def check_residual(op: str, residual: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
@@ -300,11 +296,22 @@ def backend_name(op: str, backend: object) -> str:
 # ---------------------------------------------------------------- contents (data, so checked inside the ops)
 
 
+def first_bad_offset(offsets: Tensor, total: int) -> int:
+    """Index of the first entry of `offsets` that breaks their contract (start, order, end); -1 where none does."""
+    module = _backend.native()
+    if module is not None and offsets.device.type == "cpu":
+        return int(module.first_bad_offset(offsets, total))
+    low = torch.cat((offsets.new_zeros(1), offsets[:-1]))
+    wrong = (offsets < low) | (offsets > total)
+    wrong[0] = offsets[0] != 0
+    return int(wrong.int().argmax()) if bool(wrong.any()) else -1
+
+
 def check_offsets_content(op: str, name: str, offsets: Tensor, total: int) -> None:
     """Offsets start at 0, never decrease and stay within the `total` tokens."""
     if not validates(offsets.device):
         return
-    bad = _backend.first_bad_offset(offsets, total)
+    bad = first_bad_offset(offsets, total)
     if bad < 0:
         return
     value = int(offsets[bad])

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from interformer_kernels._calls import AttentionCall, FfnCall, RotaryCall
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "relu": torch.relu,
@@ -90,9 +92,23 @@ def positions_in_rows(offsets: Tensor, total: int) -> Tensor:
 # ---------------------------------------------------------------- attention
 
 
-def visible_keys(
-    queries: Tensor, keys: Tensor, size: tuple[int, int], causal: bool, window: tuple[int, int], num_prefix: int
-) -> Tensor:
+class Maps(NamedTuple):
+    """How products of queries and keys become weights: `post_scale * score(scale * <q, k>)`, or their softmax."""
+
+    scale: float
+    score: str
+    post_scale: float = 1.0
+
+
+class Masks(NamedTuple):
+    """Which keys a query sees: see `visible_keys`."""
+
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    num_prefix: int = 0
+
+
+def visible_keys(queries: Tensor, keys: Tensor, size: tuple[int, int], masks: Masks) -> Tensor:
     """Which key each query sees, `[B, N, L]`, for rows of `queries [B]` queries and `keys [B]` keys.
 
     Query `i` stands at `p = i + (keys - queries)`, so that the last query stands at the last key.
@@ -101,15 +117,15 @@ def visible_keys(
     i = torch.arange(size[0], device=device)[:, None]
     j = torch.arange(size[1], device=device)
     p = i + (keys - queries)[:, None, None]
-    left, right = window
+    left, right = masks.window
     seen = torch.ones_like(p + j, dtype=torch.bool)
-    if causal:
+    if masks.causal:
         seen &= j <= p
     if left >= 0:
         seen &= j >= p - left
     if right >= 0:
         seen &= j <= p + right
-    seen |= (j < num_prefix) | (i < num_prefix)
+    seen |= (j < masks.num_prefix) | (i < masks.num_prefix)
     return seen & (i < queries[:, None, None]) & (j < keys[:, None, None])
 
 
@@ -118,9 +134,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     visible: Tensor,
-    scale: float,
-    score: str,
-    post_scale: float,
+    maps: Maps,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Dense attention of `q [B, N, H, D]` over `k [B, L, Hk, D]`, `v [B, L, Hk, Dv]` where `visible [B, N, L]`.
@@ -131,18 +145,18 @@ def attend(
     """
     group = q.shape[2] // max(k.shape[2], 1)
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-    s = scale * torch.einsum("bnhd,blhd->bnhl", q, k)
+    s = maps.scale * torch.einsum("bnhd,blhd->bnhl", q, k)
     visible = visible[:, :, None, :]
-    if score != "softmax":
-        # Masked before and after: what is not seen has no gradient, whatever it holds.
-        a = F.dropout(ACTIVATIONS[score](s.where(visible, 0)).where(visible, 0), dropout)
-        return post_scale * torch.einsum("bnhl,blhe->bnhe", a, v), s.new_empty(0)
+    if maps.score != "softmax":
+        # Masked before and after: a hidden score has no gradient, whatever it holds.
+        a = F.dropout(ACTIVATIONS[maps.score](s.where(visible, 0)).where(visible, 0), dropout)
+        return maps.post_scale * torch.einsum("bnhl,blhe->bnhe", a, v), s.new_empty(0)
     # A query that sees no key has scores of 0: their softmax is finite, so no NaN reaches the gradients.
-    blind = ~visible.any(-1, keepdim=True)
-    s = s.masked_fill(blind, 0).masked_fill(~visible & ~blind, -torch.inf)
+    fully_masked = ~visible.any(-1, keepdim=True)
+    s = s.masked_fill(fully_masked, 0).masked_fill(~visible & ~fully_masked, -torch.inf)
     p = F.dropout((torch.softmax(s, -1) if s.shape[-1] else s).where(visible, 0), dropout)
     exact = s.detach() if s.dtype == torch.float64 else s.detach().float()
-    lse = torch.logsumexp(exact.masked_fill(blind, -torch.inf), -1)
+    lse = torch.logsumexp(exact.masked_fill(fully_masked, -torch.inf), -1)
     return torch.einsum("bnhl,blhe->bnhe", p, v), lse
 
 
@@ -152,12 +166,8 @@ def attend_rows(
     k: Tensor,
     v: Tensor,
     k_spans: Spans,
-    scale: float,
-    score: str,
-    post_scale: float,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    num_prefix: int = 0,
+    maps: Maps,
+    masks: Masks,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Row-wise attention of packed `q [Tq, H, D]` over packed `k [Tk, Hk, D]`, `v [Tk, Hk, Dv]`.
@@ -169,16 +179,16 @@ def attend_rows(
         here_q, here_k = (Spans(side.starts[rows], side.lengths[rows]) for side in (q_spans, k_spans))
         (index_q, held_q), (index_k, held_k) = token_index(here_q), token_index(here_k)
         size = index_q.shape[1], index_k.shape[1]
-        seen = visible_keys(here_q.lengths, here_k.lengths, size, causal, window, num_prefix)
+        seen = visible_keys(here_q.lengths, here_k.lengths, size, masks)
         row_q, row_k, row_v = keep(q[index_q], held_q), keep(k[index_k], held_k), keep(v[index_k], held_k)
-        a, lse = attend(row_q, row_k, row_v, seen, scale, score, post_scale, dropout)
+        a, lse = attend(row_q, row_k, row_v, seen, maps, dropout)
         tokens.append(index_q[held_q])
         outputs.append(a[held_q])
-        if score == "softmax":
+        if maps.score == "softmax":
             sums.append(lse[held_q])
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = scatter(q.new_zeros(q.shape[0], q.shape[1], v.shape[2]), tokens, outputs)
-    if score != "softmax":
+    if maps.score != "softmax":
         return out, q.new_empty(0, dtype=exact)
     return out, scatter(q.new_full(q.shape[:2], -torch.inf, dtype=exact), tokens, sums)
 
@@ -213,118 +223,59 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
     place = positions.long().clamp(0, cos.shape[0] - 1)
     c, s = cos[place][:, None, :], sin[place][:, None, :]
     half = cos.shape[1]
-    turned, passed = x[..., : 2 * half], x[..., 2 * half :]
-    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
+    rotating, passed = x[..., : 2 * half], x[..., 2 * half :]
+    a, b = (rotating[..., 0::2], rotating[..., 1::2]) if interleaved else (rotating[..., :half], rotating[..., half:])
     pair = a * c - b * s, a * s + b * c
     joined = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
     return torch.cat((joined.to(x.dtype), passed), -1)
 
 
 # ---------------------------------------------------------------- the operations
-# Each returns what its registered op returns: `(out, lse, attn_out)` for attention, where `attn_out` is the ungated A.
+# Each takes its call (`_calls.py`), and returns what the registered op returns.
 
 
-def jagged_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    kv_offsets: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions_q: Tensor | None,
-    positions_k: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    num_prefix: int,
-    rope_interleaved: bool,
-    score: str,
-    post_scale: float,
-    gate_form: str,
-    gate_activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of the tokens of each row over the tokens of the same row (or of the same row of another sequence)."""
-    key_offsets = offsets if kv_offsets is None else kv_offsets
-    if cos is not None and sin is not None:
-        at_q = positions_in_rows(offsets, q.shape[0]) if positions_q is None else positions_q
-        at_k = positions_in_rows(key_offsets, k.shape[0]) if positions_k is None else positions_k
-        q, k = rotate(q, cos, sin, at_q, rope_interleaved), rotate(k, cos, sin, at_k, rope_interleaved)
-    spans_q, spans_k = row_spans(offsets, q.shape[0]), row_spans(key_offsets, k.shape[0])
-    masks = causal, (window_left, window_right), num_prefix
-    attn_out, lse = attend_rows(q, spans_q, k, v, spans_k, scale, score, post_scale, *masks)
-    out = epilogue(attn_out, gate, residual, gate_form, gate_activation, inside_rows(offsets, q.shape[0]))
-    return out, lse, attn_out
+def attention(call: AttentionCall, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of each row's queries over the row's keys from `skip_prefix` on: `(out, lse, A)`, A before the gate."""
+    q, k, offsets = call.q, call.k, call.out_offsets()
+    if call.cos is not None and call.sin is not None:
+        q = rotate_rows(q, call.cos, call.sin, call.positions_q, offsets, call.rope_interleaved)
+        k = rotate_rows(k, call.cos, call.sin, call.positions_k, call.kv_offsets, call.rope_interleaved)
+    shape, keys = call.out_shape()[:-1], row_spans(call.kv_offsets, k.shape[0], call.skip_prefix)
+    if offsets is None:  # as many queries in every row
+        queries = equal_spans(shape[0], shape[1], k.device)
+        q = (q.expand(shape[0], *q.shape) if call.layout == "shared" else q).flatten(0, 1)
+    else:
+        queries = row_spans(offsets, q.shape[0])
+    maps = Maps(call.scale, call.score, call.post_scale)
+    masks = Masks(call.causal, (call.window_left, call.window_right), call.num_prefix)
+    attn_out, lse = attend_rows(q, queries, k, k if call.v is None else call.v, keys, maps, masks)
+    attn_out = attn_out.view(*shape, attn_out.shape[-1])
+    lse = lse.view(shape) if call.score == "softmax" else lse
+    inside = None if offsets is None else inside_rows(offsets, q.shape[0])
+    return epilogue(attn_out, call.gate, residual, call.gate_form, call.gate_activation, inside), lse, attn_out
 
 
-def gated_cross_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_offsets: Tensor,
-    q_offsets: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    scale: float,
-    score: str,
-    post_scale: float,
-    gate_form: str,
-    gate_activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of each row's queries, dense `[B, N, H, D]` or jagged `[Tq, H, D]`, over all keys of the row."""
-    spans_k = row_spans(kv_offsets, k.shape[0])
-    if q_offsets is not None:
-        spans_q, inside = row_spans(q_offsets, q.shape[0]), inside_rows(q_offsets, q.shape[0])
-        attn_out, lse = attend_rows(q, spans_q, k, v, spans_k, scale, score, post_scale)
-        return epilogue(attn_out, gate, residual, gate_form, gate_activation, inside), lse, attn_out
-    rows, queries = q.shape[:2]
-    spans_q = equal_spans(rows, queries, q.device)
-    packed, lse = attend_rows(q.flatten(0, 1), spans_q, k, v, spans_k, scale, score, post_scale)
-    attn_out = packed.unflatten(0, (rows, queries))
-    lse = lse.unflatten(0, (rows, queries)) if score == "softmax" else lse
-    return epilogue(attn_out, gate, residual, gate_form, gate_activation, None), lse, attn_out
-
-
-def pma_pooling(
-    seeds: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    offsets: Tensor,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    scale: float,
-    skip_prefix: int,
-    score: str,
-    post_scale: float,
-    gate_form: str,
-    gate_activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of the seeds `[M, H, D]`, the same for every row, over the row's keys from `skip_prefix` on."""
-    rows, num_seeds = offsets.shape[0] - 1, seeds.shape[0]
-    spans_q, spans_k = equal_spans(rows, num_seeds, k.device), row_spans(offsets, k.shape[0], skip_prefix)
-    q = seeds.expand(rows, *seeds.shape).flatten(0, 1)
-    packed, lse = attend_rows(q, spans_q, k, k if v is None else v, spans_k, scale, score, post_scale)
-    attn_out = packed.unflatten(0, (rows, num_seeds))
-    lse = lse.unflatten(0, (rows, num_seeds)) if score == "softmax" else lse
-    return epilogue(attn_out, gate, residual, gate_form, gate_activation, None), lse, attn_out
-
-
-def apply_rotary(
-    x: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
+def rotate_rows(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offsets: Tensor | None, interleaved: bool
 ) -> Tensor:
-    """`x [T, H, D]` rotated by each token's position (its index in the row where none is given); zero on the tail."""
-    at = positions_in_rows(offsets, x.shape[0]) if positions is None else positions
-    return keep(rotate(x, cos, sin, at, interleaved), inside_rows(offsets, x.shape[0]))
+    """`x [T, H, D]` rotated by each token's position, its index in the row where none is given."""
+    if positions is None:
+        assert offsets is not None  # only packed tokens are rotated
+        positions = positions_in_rows(offsets, x.shape[0])
+    return rotate(x, cos, sin, positions, interleaved)
 
 
-def personalized_ffn(
-    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
-) -> Tensor:
+def apply_rotary(call: RotaryCall) -> Tensor:
+    """`x [T, H, D]` rotated by each token's position; zero on the tail."""
+    x, offsets = call.x, call.offsets
+    rotated = rotate_rows(x, call.cos, call.sin, call.positions, offsets, call.interleaved)
+    return keep(rotated, inside_rows(offsets, x.shape[0]))
+
+
+def personalized_ffn(call: FfnCall, residual: Tensor | None) -> Tensor:
     """`y_t = act(x_t @ weight_b + bias_b) (+ residual_t)` for every token `t` of row `b`; zero on the tail."""
-    spans = row_spans(offsets, x.shape[0])
+    x, weight, bias = call.x, call.weight, call.bias
+    spans = row_spans(call.offsets, x.shape[0])
     tokens, outputs = [], []
     for rows in similar_rows(spans):
         index, held = token_index(Spans(spans.starts[rows], spans.lengths[rows]))
@@ -332,6 +283,6 @@ def personalized_ffn(
         # Padding takes no part, whatever the matrix holds.
         y = keep(y if bias is None else y + bias[rows, None], held)
         tokens.append(index[held])
-        outputs.append(ACTIVATIONS[activation](y)[held])
+        outputs.append(ACTIVATIONS[call.activation](y)[held])
     out = scatter(x.new_zeros(x.shape[0], weight.shape[2]), tokens, outputs)
-    return out if residual is None else keep(residual + out, inside_rows(offsets, x.shape[0]))
+    return out if residual is None else keep(residual + out, inside_rows(call.offsets, x.shape[0]))

@@ -13,7 +13,7 @@ ALL_CASES = [case for op in testing.OPS for case in testing.cases(op)]
 
 def backends(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[str]:
     """Names of the backends that can serve the op here; always at least the reference."""
-    return [name for name in _backend.BACKENDS if _backend.why_not(op, name, device, dtype) is None]
+    return [name for name in _backend.BACKENDS if _backend.unsupported_reason(op, name, device, dtype) is None]
 
 
 def case_ids(cases: list[testing.Case]) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from grid import backends
 
 import interformer_kernels as ik
-from interformer_kernels import _backend, testing
+from interformer_kernels import _backend, _checks, testing
 from interformer_kernels.testing import Case, offsets_of
 
 
@@ -22,13 +22,13 @@ def test_a_named_backend_serves_or_says_why_not(op: str, backend: str) -> None:
         return
     with pytest.raises(RuntimeError, match=f"{op}: backend '{backend}' cannot serve: ") as caught:
         testing.call(op, inputs, backend)
-    assert str(caught.value).endswith(_backend.why_not(op, backend, "cpu", torch.float32) or "?")
+    assert str(caught.value).endswith(_backend.unsupported_reason(op, backend, "cpu", torch.float32) or "?")
 
 
 def test_a_missing_native_module_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "_load_native", lambda: (None, "the native module cannot be imported: planted"))
     _backend.choose.cache_clear()
-    _backend.launcher.cache_clear()
+    _backend.kernels.cache_clear()
     try:
         k = torch.randn(4, 1, 4)
         with pytest.raises(RuntimeError, match="planted"):
@@ -38,7 +38,7 @@ def test_a_missing_native_module_is_the_reason(monkeypatch: pytest.MonkeyPatch) 
             ik.pma_pooling(k[:1], k, None, offsets_of((5,)))
     finally:
         _backend.choose.cache_clear()
-        _backend.launcher.cache_clear()
+        _backend.kernels.cache_clear()
 
 
 class _Built:
@@ -67,7 +67,7 @@ def test_why_the_cuda_kernels_cannot_serve(
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert _backend.why_not("apply_rotary", "cuda", "cuda", torch.bfloat16) == reason
+    assert _backend.unsupported_reason("apply_rotary", "cuda", "cuda", torch.bfloat16) == reason
 
 
 @pytest.mark.parametrize("op", ["jagged_attention", "gated_cross_attention", "pma_pooling"])
@@ -77,7 +77,7 @@ def test_heads_beyond_a_backend(op: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(_backend._PREFERENCE, "cpu", ("cuda", "reference"))
     monkeypatch.setattr(_backend, "_cuda_missing", lambda: None)
     _backend.choose.cache_clear()
-    _backend.launcher.cache_clear()
+    _backend.kernels.cache_clear()
     try:
         assert _backend.choose(op, "cpu", torch.float32, 256) == "cuda"
         for sizes in ({"head_size": 257}, {"value_size": 300}):
@@ -88,12 +88,12 @@ def test_heads_beyond_a_backend(op: str, monkeypatch: pytest.MonkeyPatch) -> Non
                 testing.call(op, inputs, "cuda")
     finally:
         _backend.choose.cache_clear()
-        _backend.launcher.cache_clear()
+        _backend.kernels.cache_clear()
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     _backend.choose.cache_clear()
-    _backend.launcher.cache_clear()
+    _backend.kernels.cache_clear()
     x = torch.randn(3, 4)
     with caplog.at_level(logging.INFO, logger="interformer_kernels"):
         for _ in range(3):
@@ -122,9 +122,9 @@ def test_validation_levels() -> None:
 def test_both_offset_scans_agree(offsets: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The native scan and the PyTorch one find the same first fault."""
     tensors = [torch.tensor(offsets, dtype=dtype) for dtype in (torch.int32, torch.int64)]
-    found = {_backend.first_bad_offset(x, 4) for x in tensors}
+    found = {_checks.first_bad_offset(x, 4) for x in tensors}
     monkeypatch.setattr(_backend, "_load_native", lambda: (None, "blocked"))
-    found |= {_backend.first_bad_offset(x, 4) for x in tensors}
+    found |= {_checks.first_bad_offset(x, 4) for x in tensors}
     assert len(found) == 1
 
 

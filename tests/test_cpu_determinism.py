@@ -13,7 +13,7 @@ from cpu_calls import all_ops, broadcast_shapes, differing, layouts, name_of, re
 from torch import Tensor
 
 import interformer_kernels
-from interformer_kernels import testing
+from interformer_kernels import _backend, testing
 from interformer_kernels.testing import Case, make_inputs, offsets_of
 
 pytest.importorskip("interformer_kernels._C", exc_type=ImportError)
@@ -90,17 +90,16 @@ def test_large_calls_take_threads_and_small_ones_none(case: Case, monkeypatch: p
     woken: list[int] = []
 
     def counting(half: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any) -> Any:
-            found, threads = threads_woken(lambda: half(*args))
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            found, threads = threads_woken(lambda: half(*args, **kwargs))
             woken.append(threads)
             return found
 
         return counted
 
-    module = f"interformer_kernels._cpu.{case.op}"
-    launcher = __import__(module, fromlist=["forward"])
+    kernels = _backend.kernels(case.op, "cpu", "cpu", torch.float32)
     for half in ("forward", "backward"):
-        monkeypatch.setattr(f"{module}.{half}", counting(getattr(launcher, half)))
+        monkeypatch.setattr(kernels, half, counting(getattr(kernels, half)))
     for lengths, expected in ((MANY, [2, 2]), ((2, 1), [0, 0])):
         sized = {"lengths": lengths, "query_lengths": lengths if case.query_lengths else None}
         results(case.op, make_inputs(Case(**{**vars(case), **sized}), torch.float32))

@@ -206,7 +206,7 @@ class Spy:
 @pytest.mark.parametrize("how", MEMORY_LAYOUTS)
 def test_strided_inputs_are_read_in_place(how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy()
-    for module in ("_attention", "personalized_ffn", "apply_rotary"):
+    for module in ("attention", "personalized_ffn", "apply_rotary"):
         monkeypatch.setattr(f"interformer_kernels._cpu.{module}._C", spy)
     for case in all_ops((5, 0, 70), kv_heads=2, head_size=8, value_size=16):
         gated = {"gate": "full", "residual": True} if case.op.endswith(("attention", "pooling")) else {}

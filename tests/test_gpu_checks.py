@@ -421,7 +421,7 @@ def test_a_lost_gpu_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_backend_that_cannot_serve_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("interformer_kernels._backend.why_not", lambda *_: "it was not built")
+    monkeypatch.setattr("interformer_kernels._backend.unsupported_reason", lambda *_: "it was not built")
     written: list[dict[str, Any]] = []
     assert not gpu_checks.check("side-stream.pma_pooling", Ground(PLACE, "pma_pooling", "cuda", served), written.append)
     assert [(one["ok"], one["problem"]) for one in written] == [(False, "cannot serve: it was not built")]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 _C = pytest.importorskip("interformer_kernels._C", exc_type=ImportError)
-AttentionCall = pytest.importorskip("interformer_kernels._cpu._attention", exc_type=ImportError).AttentionCall
+AttentionCall = pytest.importorskip("interformer_kernels._cpu.attention", exc_type=ImportError).AttentionCall
 
 FLOATS = "float32, float64, bfloat16 or float16"
 B, M, H, HK, D, DV, T = 2, 3, 4, 2, 5, 6, 7

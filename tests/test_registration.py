@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import interformer_kernels as ik
-from interformer_kernels import _backend, reference, testing
-from interformer_kernels.ops import _autograd
+from interformer_kernels import _backend, testing
+from interformer_kernels._calls import AttentionCall
+from interformer_kernels.ops import _autograd, _spec
 from interformer_kernels.testing import Case, offsets_of
 
 OPCHECKED = [case for op in testing.OPS for case in testing.cases(op) if case.name in {
@@ -79,26 +80,39 @@ def test_fake_outputs_match_real_ones(backend: str, case: Case) -> None:
 
 @pytest.mark.parametrize("op", testing.OPS)
 def test_signatures_agree(op: str) -> None:
-    """The public function, the schema, the reference and the launchers name the same arguments in the same order."""
-    registered = _autograd.OPS[op]
-    own = {"keep_attn_out", "backend"}
-    forward = [name for name in registered.forward_names if name not in own]
-    assert forward == list(inspect.signature(getattr(reference, op)).parameters)
-    schema = registered.forward_op._schema
-    assert [argument.name for argument in schema.arguments] == list(registered.forward_names)
+    """The public function, the schema and the kernels' modules name the arguments of the op's declaration."""
+    public = _spec.ALL[op]
+    spec = public.spec
+    registered = _autograd.OPS[spec.name]
+    for half, names in ((registered.forward_op, spec.forward_names), (registered.backward_op, spec.backward_names)):
+        assert tuple(argument.name for argument in half._schema.arguments) == names
+    assert spec.names == spec.call._fields
     expanded = {"rope": ["cos", "sin"], "window": ["window_left", "window_right"]}
     expanded["rope_positions"] = ["positions_q", "positions_k"]
-    public: set[str] = set()
-    for name in inspect.signature(getattr(ik, op)).parameters:
-        public |= set(expanded.get(name, [name]))
-    assert public - {"return_lse", "backend"} == set(forward)
+    parameters = inspect.signature(getattr(ik, op)).parameters
+    found = {one for name in parameters for one in expanded.get(name, [name])} - {"return_lse", "backend", "residual"}
+    assert found <= set(map(public.named, spec.names)) | {"kv_offsets"}
+    assert ("residual" in parameters) == spec.has_residual
     for backend in backends(op):
-        launcher = _backend.launcher(op, backend, "cpu", torch.float32)
-        if launcher is not None:
-            for half, names in (("forward", registered.forward_names), ("backward", registered.backward_names)):
-                assert list(inspect.signature(getattr(launcher, half)).parameters) == [
-                    n for n in names if n != "backend"
-                ]
+        kernels = _backend.kernels(op, backend, "cpu", torch.float32)
+        if kernels is not None:
+            others = [name for name in ("residual", "keep_attn_out") if name in spec.forward_names]
+            assert list(inspect.signature(kernels.forward).parameters) == ["call", *others]
+            assert set(inspect.signature(kernels.backward).parameters) == {"call", "grad_out", *spec.saved}
+
+
+@pytest.mark.skipif("cpu" not in backends("jagged_attention"), reason="needs the native module")
+def test_the_native_module_reads_the_declared_fields() -> None:
+    from interformer_kernels import _C
+
+    assert tuple(_C.attention_fields()) == AttentionCall._fields
+
+
+def test_an_unknown_public_op_is_refused() -> None:
+    rotate = torch.ops.interformer_kernels.apply_rotary_fwd
+    x, table = torch.ones(2, 1, 2), torch.ones(2, 1)
+    with pytest.raises(ValueError, match="apply_rotary: op must be one of apply_rotary; found 'pma_pooling'"):
+        rotate(x, torch.tensor([0, 2]), table, table, None, False, "pma_pooling", "")
 
 
 # ---------------------------------------------------------------- torch.compile
@@ -186,8 +200,9 @@ class Call(torch.nn.Module):
 
 run = {
     "public": Call,
-    "bare": lambda: lambda q, offsets: torch.ops.interformer_kernels.pma_pooling_fwd(
-        q[:1], q, q, offsets, None, None, 1.0, 0, "softmax", 1.0, "multiply", "sigmoid", False, "reference"
+    "bare": lambda: lambda q, offsets: torch.ops.interformer_kernels.attention_fwd(
+        "shared", q[:1], q, q, None, offsets, None, 1.0, "softmax", 1.0, "multiply", "sigmoid",
+        0, None, None, None, None, False, False, -1, -1, 0, None, False, "pma_pooling", "reference",
     ),
     "compiled": lambda: torch.compile(Call(), backend="eager"),
     "exported": lambda: torch.export.export(Call(), (q, offsets)).module(),
@@ -212,4 +227,4 @@ def test_the_first_count_of_a_process_is_right(way: str, mode: str) -> None:
 def test_formulas_are_registered_where_the_counter_came_first() -> None:
     code = "import torch.utils.flop_counter as c, interformer_kernels; "
     code += "print(len([op for op in c.flop_registry if 'interformer' in str(op)]))"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "10\n"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "6\n"

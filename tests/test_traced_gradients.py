@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import interformer_kernels as ik
 from interformer_kernels import testing
+from interformer_kernels.ops._spec import ALL
 from interformer_kernels.testing import Case, offsets_of
 
 SMALL: dict[str, Any] = {"lengths": (2, 0, 3), "tail": 1, "heads": 2, "kv_heads": 1, "head_size": 4, "value_size": 3}
@@ -126,7 +127,8 @@ def bare(call: Call) -> Any:
 
     graph = make_fx(run)(*parameters.values())
     assert any(
-        node.target is getattr(torch.ops.interformer_kernels, f"{call.op}_fwd").default for node in graph.graph.nodes
+        node.target is getattr(torch.ops.interformer_kernels, f"{ALL[call.op].spec.name}_fwd").default
+        for node in graph.graph.nodes
     )
     return run, graph, tuple(parameters.values())
 
@@ -179,7 +181,8 @@ def test_a_traced_gradient_can_be_differentiated(case: Case) -> None:
     grad_out = call.grad_out.clone().requires_grad_()
     graph = make_fx(lambda grad_out, *x: torch.autograd.grad(run(*x), x, grad_out))(grad_out, *asked)
     assert any(
-        node.target is getattr(torch.ops.interformer_kernels, f"{call.op}_bwd").default for node in graph.graph.nodes
+        node.target is getattr(torch.ops.interformer_kernels, f"{ALL[call.op].spec.name}_bwd").default
+        for node in graph.graph.nodes
     )
     wanted = torch.autograd.grad(run(*asked), asked, grad_out, create_graph=True)
     found = graph(grad_out, *asked)
@@ -251,7 +254,7 @@ def test_rotary_tables_of_bare_calls_that_require_gradients_are_refused() -> Non
     rotate = torch.ops.interformer_kernels.apply_rotary_fwd
     cos, sin = (table.clone().requires_grad_() for table in call.rope)
     with pytest.raises(ValueError, match="apply_rotary: cos must not require gradients"):
-        rotate(x, offsets, cos, sin, None, False, "")
+        rotate(x, offsets, cos, sin, None, False, "apply_rotary", "")
     with pytest.raises(ValueError, match="must not require gradients"):
         torch.func.grad(lambda cos: ik.apply_rotary(x.detach(), offsets, (cos, sin.detach())).sum())(cos.detach())
 

@@ -71,7 +71,7 @@ def _served(op: str, device: str) -> dict[str, dict[str, Any]]:
     """By dtype: the backend that `backend=None` takes, and why the others do not serve."""
     found = {}
     for dtype in FLOAT_DTYPES:
-        reasons = {backend: _backend.why_not(op, backend, device, dtype) for backend in _backend.BACKENDS}
+        reasons = {backend: _backend.unsupported_reason(op, backend, device, dtype) for backend in _backend.BACKENDS}
         cannot = {backend: reason for backend, reason in reasons.items() if reason is not None}
         name = str(dtype).removeprefix("torch.")
         found[name] = {"backend": _backend.choose(op, device, dtype), "cannot_serve": cannot}

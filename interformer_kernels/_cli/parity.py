@@ -133,7 +133,7 @@ def compare(
 
 def _served(op: str, backend: str, kind: str, places: Sequence[str]) -> tuple[list[str], str | None]:
     """The devices on which the backend can serve; and why there is none."""
-    reasons = {place: _backend.why_not(op, backend, place, _DTYPES[kind]) for place in places}
+    reasons = {place: _backend.unsupported_reason(op, backend, place, _DTYPES[kind]) for place in places}
     served = [place for place, reason in reasons.items() if reason is None]
     why = "; ".join(f"on {place}: {reason}" for place, reason in reasons.items())
     return served, None if served else f"cannot serve {why}"
@@ -176,7 +176,9 @@ def _judged(where: tuple[str, str, str, str, str], case: testing.Case, judge: _J
 
 
 def _serves_somewhere(op: str, backend: str, dtype: torch.dtype, device: str | None) -> bool:
-    return any(_backend.why_not(op, backend, place, dtype) is None for place in ([device] if device else devices()))
+    return any(
+        _backend.unsupported_reason(op, backend, place, dtype) is None for place in ([device] if device else devices())
+    )
 
 
 def worst(results: Iterable[Result]) -> list[Result]:

@@ -28,16 +28,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from interformer_kernels._calls import AttentionCall, FfnCall, RotaryCall
 from interformer_kernels._cli.arguments import count
 from interformer_kernels._cli.tables import print_table, status_line
-from interformer_kernels._triton import (
-    _run,
-    apply_rotary,
-    gated_cross_attention,
-    jagged_attention,
-    personalized_ffn,
-    pma_pooling,
-)
+from interformer_kernels._triton import _run, apply_rotary, attention, personalized_ffn
 from interformer_kernels._triton._run import Launch
 from interformer_kernels._triton._tiles import Target
 
@@ -93,23 +87,19 @@ _MAPS = (0.125, "softmax", 1.0, "multiply", "sigmoid")
 def _jagged(width: int, dtype: torch.dtype) -> None:
     """Self attention under a causal window, gated."""
     x, offsets = _meta(4096, 4, width, dtype=dtype), _meta(129, dtype=torch.int64)
-    masks = True, 64, -1, 0
-    score = (*masks, False, *_MAPS[1:])
-    out, lse, attn_out = jagged_attention.forward(
-        x, x, x, offsets, None, None, None, None, None, x, x, _MAPS[0], *score, True
-    )
-    jagged_attention.backward(
-        out, attn_out, lse, x, x, x, offsets, None, None, None, None, None, x, _MAPS[0], *score
-    )  # fmt: skip
+    call = AttentionCall("packed", x, x, x, None, offsets, x, *_MAPS)
+    call = call._replace(causal=True, window_left=64)
+    out, lse, attn_out = attention.forward(call, x, True)
+    attention.backward(call, out, attn_out, lse)
 
 
 def _pooling(width: int, dtype: torch.dtype) -> None:
     """Two seeds under four heads, keys as values."""
     seeds, k = _meta(2, 4, width, dtype=dtype), _meta(4096, 4, width, dtype=dtype)
     offsets = _meta(129, dtype=torch.int64)
-    options = _MAPS[0], 0, *_MAPS[1:]
-    out, lse, attn_out = pma_pooling.forward(seeds, k, None, offsets, None, None, *options, dtype != torch.float32)
-    pma_pooling.backward(out, attn_out, lse, seeds, k, None, offsets, None, *options)
+    call = AttentionCall("shared", seeds, k, None, None, offsets, None, *_MAPS)
+    out, lse, attn_out = attention.forward(call, None, dtype != torch.float32)
+    attention.backward(call, out, attn_out, lse)
 
 
 def _crossed(width: int, dtype: torch.dtype) -> None:
@@ -117,22 +107,23 @@ def _crossed(width: int, dtype: torch.dtype) -> None:
     q, k = _meta(128, 32, 4, width, dtype=dtype), _meta(4096, 4, width, dtype=dtype)
     offsets = _meta(129, dtype=torch.int64)
     options = 0.125, "silu", 0.5, "self", "tanh"
-    out, lse, attn_out = gated_cross_attention.forward(q, k, k, offsets, None, q, q, *options, True)
-    gated_cross_attention.backward(out, attn_out, lse, q, k, k, offsets, None, q, *options)
+    call = AttentionCall("dense", q, k, k, None, offsets, q, *options)
+    out, lse, attn_out = attention.forward(call, q, True)
+    attention.backward(call, out, attn_out, lse)
 
 
 def _rotary(width: int, dtype: torch.dtype) -> None:
     """All channels turned."""
     x, table = _meta(4096, 4, width, dtype=dtype), _meta(512, width // 2, dtype=torch.float32)
-    apply_rotary.forward(x, _meta(129, dtype=torch.int64), table, table, None, False)
+    apply_rotary.forward(RotaryCall(x, _meta(129, dtype=torch.int64), table, table, None, False))
 
 
 def _feed_forward(width: int, dtype: torch.dtype) -> None:
     """With a bias, a residual and gelu."""
     x, weight = _meta(4096, width, dtype=dtype), _meta(128, width, width, dtype=dtype)
     bias, offsets = _meta(128, width, dtype=dtype), _meta(129, dtype=torch.int64)
-    out = personalized_ffn.forward(x, weight, offsets, bias, x, "gelu")
-    personalized_ffn.backward(out, x, weight, offsets, bias, "gelu")
+    call = FfnCall(x, weight, offsets, bias, "gelu")
+    personalized_ffn.backward(call, personalized_ffn.forward(call, x))
 
 
 CALLS: dict[str, Callable[[int, torch.dtype], None]] = {

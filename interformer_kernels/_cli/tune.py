@@ -25,7 +25,7 @@ def why_not() -> str | None:
         return "needs a GPU that torch can use, found none"
     if _backend.interprets_triton():
         return "TRITON_INTERPRET must not be set: the interpreter's times say nothing of a GPU"
-    return _backend.why_not("jagged_attention", "triton", "cuda", torch.bfloat16)
+    return _backend.unsupported_reason("jagged_attention", "triton", "cuda", torch.bfloat16)
 
 
 def run(arguments: argparse.Namespace) -> int:

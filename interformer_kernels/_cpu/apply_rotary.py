@@ -6,17 +6,23 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _C
-from interformer_kernels._launch import apply_rotary
+from interformer_kernels._calls import RotaryCall
 from interformer_kernels._launch.tensors import readable, resolved
 
 
-def _rotated(
-    x: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, backwards: bool
-) -> Tensor:
+def _rotated(x: Tensor, call: RotaryCall, backwards: bool) -> Tensor:
     out = x.new_empty(x.shape)
-    tables = readable(cos), readable(sin)
-    _C.apply_rotary(resolved(x), offsets, *tables, positions, interleaved, backwards, out, torch.get_num_threads())
+    tables = readable(call.cos), readable(call.sin)
+    options = call.interleaved, backwards
+    _C.apply_rotary(resolved(x), call.offsets, *tables, call.positions, *options, out, torch.get_num_threads())
     return out
 
 
-forward, backward = apply_rotary.launcher(_rotated)
+def forward(call: RotaryCall) -> Tensor:
+    """The output `[T, H, D]`."""
+    return _rotated(call.x, call, backwards=False)
+
+
+def backward(call: RotaryCall, grad_out: Tensor) -> Tensor:
+    """The gradient of `x`: the output's, rotated back."""
+    return _rotated(grad_out, call, backwards=True)

@@ -6,16 +6,21 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _C
-from interformer_kernels._launch.personalized_ffn import FfnCall, FfnGradients, launcher
+from interformer_kernels._calls import FfnCall
+from interformer_kernels._launch.ffn import empty_gradients, viewed
 from interformer_kernels._launch.tensors import resolved
 
 
-def _write(call: FfnCall, residual: Tensor | None, out: Tensor) -> None:
-    _C.personalized_ffn_forward(*call.arguments(resolved), resolved(residual), out, torch.get_num_threads())
+def forward(call: FfnCall, residual: Tensor | None) -> Tensor:
+    """The output `[T, F]`."""
+    out = call.x.new_empty(call.out_shape())
+    _C.personalized_ffn_forward(*viewed(call, resolved), resolved(residual), out, torch.get_num_threads())
+    return out
 
 
-def _write_gradients(call: FfnCall, grad_out: Tensor, gradients: FfnGradients) -> None:
-    _C.personalized_ffn_backward(*call.arguments(resolved), resolved(grad_out), *gradients, torch.get_num_threads())
-
-
-forward, backward = launcher(_write, _write_gradients)
+def backward(call: FfnCall, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `x, weight, bias`; an empty one for a bias that was not given."""
+    grad_x, grad_weight, grad_bias = empty_gradients(call)
+    written = grad_x, grad_weight, None if call.bias is None else grad_bias
+    _C.personalized_ffn_backward(*viewed(call, resolved), resolved(grad_out), *written, torch.get_num_threads())
+    return grad_x, grad_weight, grad_bias

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from interformer_kernels import _C
-from interformer_kernels._launch import apply_rotary
+from interformer_kernels._calls import RotaryCall
 from interformer_kernels._launch.tensors import readable
 
 
@@ -18,4 +18,11 @@ def rotated(
     return out
 
 
-forward, backward = apply_rotary.launcher(rotated)
+def forward(call: RotaryCall) -> Tensor:
+    """The output `[T, H, D]`."""
+    return rotated(call.x, call.offsets, call.cos, call.sin, call.positions, call.interleaved, backwards=False)
+
+
+def backward(call: RotaryCall, grad_out: Tensor) -> Tensor:
+    """The gradient of `x`: the output's, rotated back."""
+    return rotated(grad_out, call.offsets, call.cos, call.sin, call.positions, call.interleaved, backwards=True)

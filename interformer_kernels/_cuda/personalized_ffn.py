@@ -6,17 +6,24 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _C
+from interformer_kernels._calls import FfnCall
 from interformer_kernels._launch import long_rows
-from interformer_kernels._launch.personalized_ffn import FfnCall, FfnGradients, launcher
+from interformer_kernels._launch.ffn import empty_gradients, viewed
 from interformer_kernels._launch.tensors import allows_tf32, readable
 
 
-def _write(call: FfnCall, residual: Tensor | None, out: Tensor) -> None:
+def forward(call: FfnCall, residual: Tensor | None) -> Tensor:
+    """The output `[T, F]`."""
+    out = call.x.new_empty(call.out_shape())
     tf32 = allows_tf32(call.x.dtype)
-    _C.cuda_personalized_ffn_forward(*call.arguments(readable), readable(residual), out, tf32)
+    _C.cuda_personalized_ffn_forward(*viewed(call, readable), readable(residual), out, tf32)
+    return out
 
 
-def _write_gradients(call: FfnCall, grad_out: Tensor, gradients: FfnGradients) -> None:
+def backward(call: FfnCall, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `x, weight, bias`; an empty one for a bias that was not given."""
+    grad_x, grad_weight, grad_bias = empty_gradients(call)
+    written = grad_x, grad_weight, None if call.bias is None else grad_bias
     before = None if call.activation == "identity" else grad_out.new_empty(grad_out.shape)
     tokens, split, pieces = call.x.shape[0], long_rows.TOKENS, None
     if tokens > split:
@@ -25,8 +32,6 @@ def _write_gradients(call: FfnCall, grad_out: Tensor, gradients: FfnGradients) -
         pieces = call.x.new_empty((long_rows.pieces(tokens, split), numbers), dtype=torch.float32)
     tf32 = allows_tf32(call.x.dtype)
     _C.cuda_personalized_ffn_backward(
-        *call.arguments(readable), readable(grad_out), before, *gradients, split, pieces, tf32
+        *viewed(call, readable), readable(grad_out), before, *written, split, pieces, tf32
     )
-
-
-forward, backward = launcher(_write, _write_gradients)
+    return grad_x, grad_weight, grad_bias

@@ -5,7 +5,7 @@ So there is work for a whole device, and no long row holds it up.
 
 from __future__ import annotations
 
-from interformer_kernels._launch.attention_call import AttentionCall
+from interformer_kernels._calls import AttentionCall
 
 SPLIT = 1024  # keys of a chunk
 TOKENS = 512  # of a chunk where gradients of a row's matrix are summed: more would be beyond the budget of rounding

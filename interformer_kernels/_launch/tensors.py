@@ -7,6 +7,8 @@ from typing import Optional, TypeVar
 import torch
 from torch import Tensor
 
+from interformer_kernels._calls import AttentionCall
+
 Given = TypeVar("Given", Tensor, Optional[Tensor])
 
 
@@ -43,6 +45,15 @@ def expanded(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     """`x` broadcast to `shape` by strides of 0."""
     x = resolved(x)
     return x if x is None or x.shape == shape else x.expand(shape)
+
+
+def fitted(call: AttentionCall, shape: tuple[int, ...]) -> AttentionCall:
+    """The call with its tensors as the kernels read them, and the gate of the output's `shape` by strides of 0."""
+    q, gate = resolved(call.q), expanded(call.gate, shape)
+    k, v, cos, sin = readable(call.k), readable(call.v), readable(call.cos), readable(call.sin)
+    if q is call.q and k is call.k and v is call.v and gate is call.gate and cos is call.cos and sin is call.sin:
+        return call
+    return call._replace(q=q, k=k, v=v, gate=gate, cos=cos, sin=sin)
 
 
 def broadcast_axes_as_ones(x: Tensor, axes: int) -> Tensor:

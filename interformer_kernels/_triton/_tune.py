@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from interformer_kernels._triton import _run, _tiles, jagged_attention, personalized_ffn
+from interformer_kernels._calls import AttentionCall, FfnCall
+from interformer_kernels._triton import _run, _tiles, attention, personalized_ffn
 from interformer_kernels._triton._tiles import Tiles
 
 Call = Callable[[], object]
@@ -36,26 +37,23 @@ def calls(kernel: str, width: int, dtype: torch.dtype, device: str) -> Call:
         return torch.randn(shape, device=device).to(dtype)
 
     if kernel in ("personalized_ffn", "grad_weight"):
-        x, weight = drawn(tokens, width), drawn(rows, width, width)
+        x = drawn(tokens, width)
+        ffn = FfnCall(x, drawn(rows, width, width), offsets, None, "identity")
         if kernel == "personalized_ffn":
-            return lambda: personalized_ffn.forward(x, weight, offsets, None, None, "identity")
-        return lambda: personalized_ffn.backward(x, x, weight, offsets, None, "identity")
+            return lambda: personalized_ffn.forward(ffn, None)
+        return lambda: personalized_ffn.backward(ffn, x)
     q, k, v = (drawn(tokens, _HEADS, width) for _ in range(3))
-    options = (width**-0.5, False, -1, -1, 0, False, "softmax", 1.0, "multiply", "sigmoid")
-    nothing = (None, None, None, None, None)
+    call = AttentionCall("packed", q, k, v, None, offsets, None, width**-0.5, "softmax", 1.0, "multiply", "sigmoid")
 
     def forward(keep_attn_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        found: tuple[Tensor, Tensor, Tensor] = jagged_attention.forward(
-            q, k, v, offsets, *nothing, None, None, *options, keep_attn_out
-        )
-        return found
+        return attention.forward(call, None, keep_attn_out)
 
     if kernel == "forward":
         return forward
     _, lse, attn_out = forward(dtype != torch.float32)
 
     def backward() -> object:
-        return jagged_attention.backward(q, attn_out, lse, q, k, v, offsets, *nothing, None, *options)
+        return attention.backward(call, q, attn_out, lse)
 
     return (lambda: (forward(), backward())) if kernel.startswith("short") else backward
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from interformer_kernels._launch import apply_rotary
+from interformer_kernels._calls import RotaryCall
 from interformer_kernels._launch.tensors import readable
 from interformer_kernels._triton import _run
 from interformer_kernels._triton._maps import narrow
@@ -82,4 +82,11 @@ def rotated(
     return out
 
 
-forward, backward = apply_rotary.launcher(rotated)
+def forward(call: RotaryCall) -> Tensor:
+    """The output `[T, H, D]`."""
+    return rotated(call.x, call.offsets, call.cos, call.sin, call.positions, call.interleaved, backwards=False)
+
+
+def backward(call: RotaryCall, grad_out: Tensor) -> Tensor:
+    """The gradient of `x`: the output's, rotated back."""
+    return rotated(grad_out, call.offsets, call.cos, call.sin, call.positions, call.interleaved, backwards=True)

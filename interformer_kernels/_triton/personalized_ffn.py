@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from interformer_kernels._calls import FfnCall
 from interformer_kernels._launch.tensors import readable, resolved
 from interformer_kernels._triton import _run
 from interformer_kernels._triton._maps import activate, dot, narrow, slope
@@ -118,20 +119,16 @@ def _products(
     return out
 
 
-def forward(
-    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
-) -> Tensor:
+def forward(call: FfnCall, residual: Tensor | None) -> Tensor:
     """The output `[T, F]`."""
-    x, weight, offsets = readable(x), resolved(weight), readable(offsets)
-    return _products(x, weight, offsets, readable(bias), readable(residual), None, activation)
+    x, weight, offsets = readable(call.x), resolved(call.weight), readable(call.offsets)
+    return _products(x, weight, offsets, readable(call.bias), readable(residual), None, call.activation)
 
 
-def backward(
-    grad_out: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: FfnCall, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `x, weight, bias`; an empty one for a bias that was not given."""
-    x, weight, offsets = readable(x), resolved(weight), readable(offsets)
-    grad, bias = readable(grad_out), readable(bias)
+    x, weight, offsets = readable(call.x), resolved(call.weight), readable(call.offsets)
+    grad, bias, activation = readable(grad_out), readable(call.bias), call.activation
     if activation != "identity":
         grad = _products(x, weight, offsets, bias, None, grad, activation)
     grad_x = _products(grad, weight.transpose(1, 2), offsets, None, None, None, "identity")

@@ -208,7 +208,9 @@ def attend_dropping(
     spans = reference.row_spans(q_offsets, q.shape[0]), reference.row_spans(kv_offsets, k.shape[0])
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     masks = causal, window, num_prefix
-    return reference.attend_rows(q, spans[0], k, v, spans[1], factor, "softmax", 1.0, *masks, dropout=dropout)[0]
+    return reference.attend_rows(
+        q, spans[0], k, v, spans[1], reference.Maps(factor, "softmax"), reference.Masks(*masks), dropout
+    )[0]
 
 
 def check_call(op: str, need_weights: object, attn_mask: object, is_causal: object, causal: bool) -> None:

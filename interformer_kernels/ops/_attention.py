@@ -1,75 +1,106 @@
-"""What the ops of the attention family share: output allocation, what the backward keeps, counting of visible pairs."""
+"""The declaration of attention, which three public ops share, and the end of their way to it."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from interformer_kernels import _backend
-from interformer_kernels.ops._registered import Bound, exact_dtype
+from interformer_kernels import _backend, reference
+from interformer_kernels import _checks as checks
+from interformer_kernels._calls import AttentionCall
+from interformer_kernels._launch.tensors import accumulation_dtype
+from interformer_kernels.ops._registered import RegisteredOp
+from interformer_kernels.ops._spec import OpSpec, PublicOp
 
 
-def empty_outputs(
-    like: Tensor, shape: tuple[int, ...], score: str, keep_attn_out: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised `(out, lse, attn_out)`; what is not asked for is an empty tensor.
+def _validate(op: PublicOp, call: AttentionCall) -> None:
+    sides = (
+        ("q_offsets", "positions_q", call.q, call.q_offsets),
+        ("kv_offsets", "positions_k", call.k, call.kv_offsets),
+    )
+    for name, _, x, offsets in sides:
+        if offsets is not None:
+            checks.check_offsets_content(op.name, op.offsets_name(call, name), offsets, x.shape[0])
+    if call.cos is None:
+        return
+    table_rows = call.cos.shape[0]
+    for name, positions_name, _, offsets in sides:
+        positions = getattr(call, positions_name)
+        if positions is not None:
+            rows = call.kv_offsets if offsets is None else offsets
+            named = f"rope_positions ({positions_name})"
+            checks.check_positions_content(op.name, named, positions, rows, table_rows)
+        elif offsets is not None:
+            checks.check_rows_fit_tables(op.name, op.offsets_name(call, name), offsets, table_rows)
+
+
+def _empty_saved(call: AttentionCall, out: Tensor, keep_attn_out: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised `lse` and `attn_out`; an empty tensor for what is not asked.
 
     `attn_out` is A before gate and residual, in the dtype of accumulation: rounded to 16 bits it could overflow where
     the output does not, and sums over many tokens would show the rounding.
     """
-    exact = exact_dtype(like.dtype)
-    lse_shape = shape[:-1] if score == "softmax" else (0,)
-    out = like.new_empty(shape)
-    return out, like.new_empty(lse_shape, dtype=exact), like.new_empty(shape if keep_attn_out else (0,), dtype=exact)
+    dtype = accumulation_dtype(out.dtype)
+    lse = out.new_empty(out.shape[:-1] if call.score == "softmax" else (0,), dtype=dtype)
+    return lse, out.new_empty(out.shape if keep_attn_out else (0,), dtype=dtype)
 
 
-def backward_reads_attn_out(
-    op: str, backend: str, k: Tensor, v: Tensor | None, gate: Tensor | None, score: str
-) -> bool:
+def _backward_reads_attn_out(op: str, backend: str, call: AttentionCall) -> bool:
     """Whether a call's backward needs A itself: for a gate's gradient, or for the softmax's `delta = <dA, A>`.
 
-    Kernels that have all weights of a query at hand find delta from those, or make a sum over them first.
+    Kernels that have all probabilities of a query at hand find delta from those, or make a sum over them first.
     """
-    if gate is not None:
+    if call.gate is not None:
         return True
-    if score != "softmax" or k.dtype not in (torch.bfloat16, torch.float16):
+    if call.score != "softmax" or call.k.dtype.itemsize != 2:
         return False
-    channels = max(k.shape[-1], 0 if v is None else v.shape[-1])
-    return (backend or _backend.choose(op, k.device.type, k.dtype, channels)) == "triton"
+    chosen = backend or _backend.choose(op, call.k.device.type, call.k.dtype, ATTENTION.channels(call))
+    return chosen == "triton"
 
 
-def keeps_attn_out(op: str, bound: Bound) -> bool:
-    """`backward_reads_attn_out` of a call by its arguments' names."""
-    return backward_reads_attn_out(op, bound["backend"], bound["k"], bound["v"], bound["gate"], bound["score"])
+def _flops(call: AttentionCall) -> int:
+    """Two multiply-adds of the scores and of the weighted sum, as `torch.utils.flop_counter` counts SDPA."""
+    value_size = (call.k if call.v is None else call.v).shape[2]
+    return int(2 * _pairs(call) * call.q.shape[-2] * (call.q.shape[-1] + value_size))
 
 
-def empty_gradients(
-    queries: Tensor, k: Tensor, v: Tensor | None, gate: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised contiguous gradients of the inputs; an empty tensor for an input that was not given."""
-
-    def empty(x: Tensor | None) -> Tensor:
-        return k.new_empty((0,) if x is None else x.shape)
-
-    return empty(queries), empty(k), empty(v), empty(gate)
-
-
-def row_pairs(kv_offsets: Tensor, total_keys: int, queries: int | Tensor, total_queries: int) -> int:
-    """Query-key pairs over all rows, masks not counted; `queries` is each row's number, or their offsets.
+def _pairs(call: AttentionCall) -> int:
+    """Query-key pairs over all rows, masks not counted.
 
     Without real offsets (fake tensors) every row is taken to have the mean length.
     """
-    rows = max(kv_offsets.shape[0] - 1, 1)
-    if isinstance(kv_offsets, FakeTensor) or kv_offsets.is_meta:
-        return int(total_keys) * int(total_queries) // rows
-    keys = kv_offsets.diff()
-    return int((keys * (queries.diff() if isinstance(queries, Tensor) else queries)).sum())
+    offsets, rows = call.kv_offsets, call.kv_offsets.shape[0] - 1
+    shape = call.out_shape()
+    if isinstance(offsets, FakeTensor) or offsets.is_meta:
+        queries = shape[0] if call.layout == "packed" else shape[0] * shape[1]
+        return int(call.k.shape[0]) * int(queries) // max(rows, 1)
+    keys = offsets.diff()
+    if call.layout == "packed":
+        return int((keys * (keys if call.q_offsets is None else call.q_offsets.diff())).sum())
+    return int(keys.sum()) * shape[1]
 
 
-def attention_flops(pairs: int, q_heads: int, head_size: int, value_size: int) -> int:
-    """Two multiply-adds of the scores and of the weighted sum, as `torch.utils.flop_counter` counts SDPA."""
-    return 2 * pairs * q_heads * (head_size + value_size)
+ATTENTION = OpSpec(
+    "attention",
+    AttentionCall,
+    {"packed": "Tq H Dv", "dense": "B N H Dv", "shared": "B M H Dv"},
+    reference=reference.attention,
+    validate=_validate,
+    flops=_flops,
+    backward_over_forward=2.5,  # five matrix products against two: scores again, dV, dP, dQ, dK
+    saved=("lse", "attn_out"),
+    empty_saved=_empty_saved,
+    reads_attn_out=_backward_reads_attn_out,
+)
+_registered = RegisteredOp(ATTENTION)
 
 
-BACKWARD_OVER_FORWARD = 2.5  # five matrix products against two: scores again, dV, dP, dQ, dK
+def attend(
+    op: PublicOp, call: AttentionCall, residual: Tensor | None, scale: object, return_lse: object, backend: object
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The output of a call whose tensors and masks are checked, and `lse` if asked."""
+    post_scale, with_lse = checks.check_score(op.name, call.score, call.post_scale, return_lse)
+    scale = checks.default_scale(op.name, scale, call.k.shape[2])
+    call = call._replace(scale=scale, post_scale=post_scale)
+    out, lse, _ = _registered(op, call, residual, checks.backend_name(op.name, backend), shows_lse=with_lse)
+    return (out, lse) if with_lse else out

@@ -6,25 +6,27 @@ halves, as exported and traced programs make them, reach it by their autograd ke
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
+from interformer_kernels import reference
+from interformer_kernels.ops._spec import Call
+
 if TYPE_CHECKING:
     from interformer_kernels.ops._registered import RegisteredOp
-
-Bound = dict[str, Any]
 
 OPS: dict[str, RegisteredOp] = {}
 LIBRARY = torch.library.Library("interformer_kernels", "DEF")
 
 
-def wants_gradients(*arguments: Any) -> bool:
+def wants_gradients(arguments: Iterable[Any]) -> bool:
     """Whether autograd will ask for a backward of a call with these arguments."""
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and _requires_grad(x) for x in arguments)
 
@@ -40,13 +42,13 @@ def _has_tangent(x: Any) -> bool:
     return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
-def refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
-    """Forward-mode differentiation is refused: no op has it."""
+def refuse_tangents(name: str, arguments: Iterable[Any]) -> None:
+    """Refuse forward-mode differentiation, which no op has."""
     if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in arguments):
         raise NotImplementedError(f"{name} has no forward-mode derivative (jvp); use reverse mode (vjp, grad)")
 
 
-def run(half: Any, *args: Any) -> Any:
+def run(half: Any, args: Iterable[Any]) -> Any:
     """Call a registered half whose gradients are seen to: past its autograd kernel, which would be a hop in Python.
 
     Inside a transform of `torch.func` that kernel is needed: an outer level may want what this one does not.
@@ -57,64 +59,117 @@ def run(half: Any, *args: Any) -> Any:
         return half(*args)
 
 
+class _Kept(NamedTuple):
+    """A call between its forward and its backward, without its tensors, which autograd saves."""
+
+    places: tuple[int, ...]  # of the saved tensors, among saved outputs and fields
+    options: tuple[Any, ...]  # saved outputs and fields; None where a tensor was
+    names: tuple[str, str]  # of the public op and the backend
+
+
 class Joined(torch.autograd.Function):
     """The two halves of an op as one differentiable call.
 
-    `shows_lse` says whether the caller hands on the log-sum-exp, whose gradient somebody might then ask for.
+    Its arguments are the registered op's name; whether the caller hands on the log-sum-exp, whose gradient somebody
+    might then ask for; the arguments of the forward, without the differentiable ones; and those. Few arguments make
+    this function cheap: autograd looks at each of them.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(name: str, shows_lse: bool, *args: Any) -> tuple[Tensor, ...]:
+    def forward(name: str, shows_lse: bool, rest: tuple[Any, ...], *inputs: Tensor | None) -> tuple[Tensor, ...]:
         op = OPS[name]
-        outputs = run(op.forward_op, *args)
-        return outputs if op.extras else (outputs,)
+        outputs = run(op.forward_op, op.spec.filled(rest, inputs))
+        return outputs if op.spec.saved else (outputs,)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        op = OPS[inputs[0]]
-        bound = dict(zip(op.forward_names, inputs[2:], strict=True))
-        bound.update(zip(op.extras, output[1:], strict=True))
-        kept = [name for name in op.backward_names if name != "grad_out"]
-        ctx.op_name = op.name
-        ctx.names = [n for n in kept if isinstance(bound[n], Tensor)]
-        ctx.options = {n: bound[n] for n in kept if not isinstance(bound[n], Tensor)}
-        ctx.save_for_backward(*(bound[n] for n in ctx.names))
-        ctx.mark_non_differentiable(*output[2 if inputs[1] else 1 :])
+        name, shows_lse, rest, *values = inputs
+        spec = OPS[name].spec
+        args = spec.filled(rest, values)
+        kept = (*output[1:], *args[: len(spec.names)])
+        places = tuple(place for place, x in enumerate(kept) if isinstance(x, Tensor))
+        ctx.save_for_backward(*(kept[place] for place in places))
+        ctx.op = name
+        ctx.kept = _Kept(places, tuple(None if isinstance(x, Tensor) else x for x in kept), tuple(args[-2:]))
+        ctx.mark_non_differentiable(*output[2 if shows_lse else 1 :])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        op = OPS[ctx.op_name]
-        bound = {**dict(zip(ctx.names, ctx.saved_tensors, strict=True)), **ctx.options, "grad_out": grad_out}
+        op, kept = OPS[ctx.op], list(ctx.kept.options)
+        spec = op.spec
+        for place, x in zip(ctx.kept.places, ctx.saved_tensors, strict=True):
+            kept[place] = x
+        saved = dict(zip(spec.saved, kept, strict=False))
+        public, backend = ctx.kept.names
         if grads and grads[0] is not None:
-            bound["lse"] = _without_lse_gradient(op.name, bound["lse"], grads[0])
+            saved["lse"] = _without_lse_gradient(public, saved["lse"], grads[0])
         if grad_out is None:
-            return (None,) * (2 + len(op.forward_names))
-        needed = dict(zip(op.forward_names, ctx.needs_input_grad[2:], strict=True))
-        found = _gradients(op, bound, tuple(name for name in op.differentiable if needed[name]))
-        return (None, None, *(found.get(name) if needed[name] else None for name in op.forward_names))
+            return (None,) * (3 + len(spec.differentiable))
+        needed = ctx.needs_input_grad[3:]
+        wanted = tuple(name for name, need in zip(spec.differentiable, needed, strict=True) if need)
+        pending = Pending(grad_out, saved, spec.call(*kept[len(saved) :]), public, backend)
+        found = _gradients(op, pending, wanted)
+        return (
+            None,
+            None,
+            None,
+            *(found.get(name) if need else None for name, need in zip(spec.differentiable, needed, strict=True)),
+        )
 
 
-def _gradients(op: RegisteredOp, bound: Bound, wanted: tuple[str, ...]) -> dict[str, Tensor]:
+class Pending(NamedTuple):
+    """A backward to be run."""
+
+    grad_out: Tensor
+    saved: dict[str, Tensor]
+    call: Call
+    public: str
+    backend: str
+
+    def args(self) -> tuple[Any, ...]:
+        """The arguments of `<name>_bwd`."""
+        return (self.grad_out, *self.saved.values(), *self.call, self.public, self.backend)
+
+
+def join(op: RegisteredOp, shows_lse: bool, args: list[Any], inputs: list[Tensor | None]) -> tuple[Tensor, ...]:
+    """`Joined` of a call of `<name>_fwd` with these arguments, of which `inputs` are differentiable."""
+    joined = (op.spec.name, shows_lse, op.spec.without_inputs(args), *inputs)
+    if torch._C._are_functorch_transforms_active():
+        outputs: tuple[Tensor, ...] = Joined.apply(*joined)  # type: ignore[no-untyped-call]
+    else:
+        # `Function.apply` binds its arguments by `inspect.signature`, which takes longer than a small call of an op.
+        apply: Any = super(torch.autograd.Function, Joined).apply
+        outputs = apply(*unwrap_dead_wrappers(joined))
+    return outputs
+
+
+def _gradients(op: RegisteredOp, pending: Pending, wanted: tuple[str, ...]) -> dict[str, Tensor]:
     """Gradients of the named inputs; through the reference where they shall be differentiable themselves."""
-    names = tuple(name for name in op.differentiable if name != "residual")
-    leaves = {}
+    spec, call, leaves = op.spec, pending.call, {}
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Views: two arguments may be one tensor, or one made from the other; each gets the gradient of its own place.
-        leaves = {n: bound[n].view_as(bound[n]) for n in names if n in wanted}
+        leaves = {name: getattr(call, name).view_as(getattr(call, name)) for name in spec.gradients if name in wanted}
     # Where nobody records, as when torch.func.vjp has left its level, the views do not ask for gradients either.
-    if wants_gradients(*leaves.values()):
-        found = op.reference_gradients({**bound, **leaves}, tuple(leaves), create_graph=True)
+    if wants_gradients(leaves.values()):
+        found = op.reference_gradients(call._replace(**leaves), pending.grad_out, tuple(leaves), create_graph=True)
     else:
-        results = run(op.backward_op, *(bound[name] for name in op.backward_names))
-        found = dict(zip(names, results if len(names) > 1 else (results,), strict=True))
+        results = run(op.backward_op, pending.args())
+        found = dict(zip(spec.gradients, results if len(spec.gradients) > 1 else (results,), strict=True))
     if "residual" in wanted:
-        inside = op.rows_mask(bound)
-        grad = bound["grad_out"]
-        found["residual"] = grad if inside is None else grad.where(inside.view(-1, *[1] * (grad.dim() - 1)), 0)
+        found["residual"] = _residual_gradient(call, pending.grad_out)
     return found
+
+
+def _residual_gradient(call: Call, grad_out: Tensor) -> Tensor:
+    """The output's own gradient, zero on the tail."""
+    offsets = call.out_offsets()
+    if offsets is None:
+        return grad_out
+    inside = reference.inside_rows(offsets, grad_out.shape[0])
+    return grad_out.where(inside.view(-1, *[1] * (grad_out.dim() - 1)), 0)
 
 
 # ---------------------------------------------------------------- the log-sum-exp, which has no gradient yet
@@ -162,56 +217,61 @@ class _AtLevel(torch.autograd.function._SingleLevelFunction):
     backward = Joined.backward
 
     @staticmethod
-    def forward(name: str, shows_lse: bool, *args: Any) -> tuple[Tensor, ...]:
+    def forward(name: str, shows_lse: bool, rest: tuple[Any, ...], *inputs: Tensor | None) -> tuple[Tensor, ...]:
         op = OPS[name]
         with torch.enable_grad():  # for the levels outside of this one
-            outputs = _below(op.forward_op, args)
-        return outputs if op.extras else (outputs,)
+            outputs = _below(op.forward_op, op.spec.filled(rest, inputs))
+        return outputs if op.spec.saved else (outputs,)
 
 
-def _below(half: Any, args: tuple[Any, ...]) -> Any:
+def _below(half: Any, args: Iterable[Any]) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return half(*args)
 
 
 def register(op: RegisteredOp) -> None:
     """Give both halves of an op their autograd kernels."""
-    LIBRARY.impl(f"{op.name}_fwd", lambda *args: _forward_kernel(op, args), "Autograd")
-    LIBRARY.impl(f"{op.name}_bwd", lambda *args: _backward_kernel(op, args), "Autograd")
+    OPS[op.spec.name] = op
+    LIBRARY.impl(f"{op.spec.name}_fwd", lambda *args: _forward_kernel(op, args), "Autograd")
+    LIBRARY.impl(f"{op.spec.name}_bwd", lambda *args: _backward_kernel(op, args), "Autograd")
 
 
 def _forward_kernel(op: RegisteredOp, args: tuple[Any, ...]) -> Any:
     """A program that was traced without gradients in mind did not ask for A: it is kept here, and not returned."""
-    refuse_tangents(op.name, args)
-    if not wants_gradients(*args):
+    spec = op.spec
+    refuse_tangents(args[-2], args)
+    if not wants_gradients(args):
         return _below(op.forward_op, args)
-    bound = dict(zip(op.forward_names, args, strict=True))
-    for name, x in bound.items():
-        if isinstance(x, Tensor) and x.requires_grad and name not in op.differentiable:
-            raise ValueError(f"{op.name}: {name} must not require gradients, which it does not get; detach it")
-    asked = bound.get("keep_attn_out", True)
+    call, others = spec.forward_call(args)
+    for name, x in zip(spec.names, call, strict=True):
+        if isinstance(x, Tensor) and x.requires_grad and name not in spec.gradients:
+            raise ValueError(f"{args[-2]}: {name} must not require gradients, which it does not get; detach it")
+    asked = others.get("keep_attn_out", True)
     if not asked:
-        bound["keep_attn_out"] = op.keeps(op.name, bound)
+        others["keep_attn_out"] = spec.reads_attn_out(others["op"], others["backend"], call)
+    inputs = [getattr(call, name) for name in spec.gradients]
+    if spec.has_residual:
+        inputs.append(others["residual"])
+    rest = spec.without_inputs([*call, *others.values()])
     with enable_single_level_autograd_function():
-        outputs = _AtLevel.apply(op.name, True, *bound.values())  # type: ignore[attr-defined]
-    if not op.extras:
+        outputs = _AtLevel.apply(spec.name, True, rest, *inputs)  # type: ignore[attr-defined]
+    if not spec.saved:
         return outputs[0]
     return outputs if asked else (*outputs[:2], outputs[2].new_empty(0))
 
 
 def _backward_kernel(op: RegisteredOp, args: tuple[Any, ...]) -> Any:
     """Gradients that are to be differentiated again come from the reference."""
-    refuse_tangents(op.name, args)
-    if not wants_gradients(*args):
+    spec = op.spec
+    refuse_tangents(args[-2], args)
+    if not wants_gradients(args):
         return _below(op.backward_op, args)
-    bound = dict(zip(op.backward_names, args, strict=True))
-    if is_fake(bound["grad_out"]):
-        raise NotImplementedError(f"{op.name}: second derivatives cannot be compiled; take them in eager mode")
-    names = tuple(name for name in op.differentiable if name != "residual")
-    leaves = {n: _leaf(bound[n]) for n in names if bound[n] is not None}
-    grads = op.reference_gradients({**bound, **leaves}, tuple(leaves), create_graph=True)
-    found = tuple(grads[n] if n in grads else bound["grad_out"].new_empty(0) for n in names)
-    return found[0] if len(found) == 1 else found
+    call, others = spec.backward_call(args)
+    if is_fake(others["grad_out"]):
+        raise NotImplementedError(f"{args[-2]}: second derivatives cannot be compiled; take them in eager mode")
+    leaves = {name: _leaf(x) for name in spec.gradients if (x := getattr(call, name)) is not None}
+    grads = op.reference_gradients(call._replace(**leaves), others["grad_out"], tuple(leaves), create_graph=True)
+    return op.gradient_outputs(call, grads)
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -8,33 +8,30 @@ import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
+from interformer_kernels.ops._spec import PublicOp
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def over_shards(out: str, **layouts: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let an op take DTensors; the axes of its output and of its arguments are named as in its docstring.
+def over_shards(op: PublicOp) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function that of a public op, one that takes DTensors, too."""
 
-    Args:
-        out: the output's axes, which gate and residual have, too.
-        layouts: those of every other floating argument, the leading one first; `|` parts the forms that it may have,
-            of which the number of axes tells.
-    """
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        names = tuple(inspect.signature(function).parameters)
+        op.take_signature(names)
+        layouts, out = op.shard_layouts(), op.shard_out()
 
-    def decorate(op: Callable[P, R]) -> Callable[P, R]:
-        names = tuple(inspect.signature(op).parameters)
-
-        @functools.wraps(op)
+        @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            # Nobody has a DTensor before this module was imported, which takes longer than all of ours.
+            # No DTensor exists before this module is imported, which takes longer than all of ours.
             module = sys.modules.get("torch.distributed.tensor")
             if module is None or not any(isinstance(x, module.DTensor) for x in (*args, *kwargs.values())):
-                return op(*args, **kwargs)
+                return function(*args, **kwargs)
             from interformer_kernels.ops import _dtensor
 
             arguments: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
-            found: Any = _dtensor.call_on_parts(op, arguments, layouts, out)
-            return cast(R, found)
+            return cast(R, _dtensor.call_on_parts(function, arguments, layouts, out))
 
         return call
 

@@ -2,65 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 from torch import Tensor
 
 from interformer_kernels import _checks as checks
 from interformer_kernels import reference
-from interformer_kernels.ops._registered import Bound, RegisteredOp, autocast
+from interformer_kernels._calls import RotaryCall
+from interformer_kernels.ops._registered import RegisteredOp
 from interformer_kernels.ops._sharding import over_shards
-
-OP = "apply_rotary"
-
-
-def forward_fake(
-    x: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor, positions: Optional[Tensor], interleaved: bool, backend: str
-) -> Tensor:
-    return x.new_empty(x.shape)
+from interformer_kernels.ops._spec import OpSpec, PublicOp
 
 
-def backward_fake(
-    grad_out: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Optional[Tensor],
-    interleaved: bool,
-    backend: str,
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _validate(bound: Bound) -> None:
-    offsets, table_rows = bound["offsets"], bound["cos"].shape[0]
-    checks.check_offsets_content(OP, "offsets", offsets, bound["x"].shape[0])
-    if bound["positions"] is None:
-        checks.check_rows_fit_tables(OP, "offsets", offsets, table_rows)
+def _validate(op: PublicOp, call: RotaryCall) -> None:
+    checks.check_offsets_content(op.name, "offsets", call.offsets, call.x.shape[0])
+    if call.positions is None:
+        checks.check_rows_fit_tables(op.name, "offsets", call.offsets, call.cos.shape[0])
     else:
-        checks.check_positions_content(OP, "positions", bound["positions"], offsets, table_rows)
+        checks.check_positions_content(op.name, "positions", call.positions, call.offsets, call.cos.shape[0])
 
 
-def _flops(bound: Bound) -> int:
-    tokens, heads, _ = bound["x"].shape
-    return int(tokens * heads * bound["cos"].shape[1] * 6)  # four products and two sums a pair of channels
+def _flops(call: RotaryCall) -> int:
+    tokens, heads, _ = call.x.shape
+    return int(tokens * heads * call.cos.shape[1] * 6)  # four products and two sums a pair of channels
 
 
-_op = RegisteredOp(
-    OP,
-    forward_fake,
-    backward_fake,
-    reference.apply_rotary,
-    differentiable=("x",),
+ROTARY = OpSpec(
+    "apply_rotary",
+    RotaryCall,
+    "T H D",
+    reference=reference.apply_rotary,
     validate=_validate,
-    rows_mask=lambda bound: reference.inside_rows(bound["offsets"], bound["x"].shape[0]),
     flops=_flops,
     backward_over_forward=1.0,
+    residual=False,
 )
+OP = PublicOp("apply_rotary", ROTARY)
+_registered = RegisteredOp(ROTARY)
 
 
-@over_shards("T H D", x="T H D")
+@over_shards(OP)
 def apply_rotary(
     x: Tensor,
     offsets: Tensor,
@@ -105,15 +84,11 @@ def apply_rotary(
 
     Source: RoFormer (Su et al., 2021), section 3.4.2.
     """
-    (x,) = autocast(x)
-    checks.check_floats(OP, "x", {"x": x})
-    axes = checks.Axes(OP)
-    axes.bind("x", x, ("T", "H", "D"))
-    checks.check_offsets(OP, "offsets", offsets, x.device)
-    cos, sin = checks.check_rope(OP, rope, axes["D"], x.device)
-    interleaved = checks.check_bool(OP, "interleaved", interleaved)
+    call, _ = OP.checked(RotaryCall(x, offsets, x, x, positions, interleaved))  # the tables need x's width: below
+    cos, sin = checks.check_rope(OP.name, rope, call.x.shape[2], call.x.device)
+    call = call._replace(cos=cos, sin=sin)
     if positions is not None:
-        axes.bind("positions", checks.check_index(OP, "positions", positions, x.device), ("T",))
-    out = _op(x, offsets, cos, sin, positions, interleaved, checks.backend_name(OP, backend))
-    assert isinstance(out, Tensor)
+        axes = checks.Axes(OP.name, T=call.x.shape[0])
+        axes.bind("positions", checks.check_index(OP.name, "positions", positions, call.x.device), ("T",))
+    out: Tensor = _registered(OP, call, None, checks.backend_name(OP.name, backend))
     return out

@@ -2,93 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 from torch import Tensor
 
-from interformer_kernels import _checks as checks
-from interformer_kernels import reference
-from interformer_kernels.ops import _attention as attention
-from interformer_kernels.ops._registered import Bound, RegisteredOp, autocast, wants_gradients
+from interformer_kernels._calls import AttentionCall
+from interformer_kernels.ops._attention import ATTENTION, attend
 from interformer_kernels.ops._sharding import over_shards
+from interformer_kernels.ops._spec import PublicOp
 
-OP = "gated_cross_attention"
-
-
-def forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_offsets: Tensor,
-    q_offsets: Optional[Tensor],
-    gate: Optional[Tensor],
-    residual: Optional[Tensor],
-    scale: float,
-    score: str,
-    post_scale: float,
-    gate_form: str,
-    gate_activation: str,
-    keep_attn_out: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return attention.empty_outputs(q, (*q.shape[:-1], v.shape[2]), score, keep_attn_out)
+OP = PublicOp("gated_cross_attention", ATTENTION, ("dense", "packed"), required=("v",))
 
 
-def backward_fake(
-    grad_out: Tensor,
-    attn_out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_offsets: Tensor,
-    q_offsets: Optional[Tensor],
-    gate: Optional[Tensor],
-    scale: float,
-    score: str,
-    post_scale: float,
-    gate_form: str,
-    gate_activation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return attention.empty_gradients(q, k, v, gate)
-
-
-def _validate(bound: Bound) -> None:
-    checks.check_offsets_content(OP, "kv_offsets", bound["kv_offsets"], bound["k"].shape[0])
-    if bound["q_offsets"] is not None:
-        checks.check_offsets_content(OP, "q_offsets", bound["q_offsets"], bound["q"].shape[0])
-
-
-def _rows_mask(bound: Bound) -> Tensor | None:
-    q_offsets = bound["q_offsets"]
-    return None if q_offsets is None else reference.inside_rows(q_offsets, bound["q"].shape[0])
-
-
-def _flops(bound: Bound) -> int:
-    q, k, v, kv_offsets, q_offsets = (bound[name] for name in ("q", "k", "v", "kv_offsets", "q_offsets"))
-    dense = q_offsets is None
-    queries, total = (q.shape[1], q.shape[0] * q.shape[1]) if dense else (q_offsets, q.shape[0])
-    pairs = attention.row_pairs(kv_offsets, k.shape[0], queries, total)
-    return attention.attention_flops(pairs, q.shape[-2], q.shape[-1], v.shape[2])
-
-
-_op = RegisteredOp(
-    OP,
-    forward_fake,
-    backward_fake,
-    reference.gated_cross_attention,
-    differentiable=("q", "k", "v", "gate", "residual"),
-    extras=("lse", "attn_out"),
-    validate=_validate,
-    rows_mask=_rows_mask,
-    flops=_flops,
-    backward_over_forward=attention.BACKWARD_OVER_FORWARD,
-    keeps=attention.keeps_attn_out,
-)
-
-
-@over_shards("B N H Dv | Tq H Dv", q="B N H D | Tq H D", k="Tk Hk D", v="Tk Hk Dv")
+@over_shards(OP)
 def gated_cross_attention(
     q: Tensor,
     k: Tensor,
@@ -160,21 +84,9 @@ def gated_cross_attention(
     Source: InterFormer (arXiv 2411.09852), section 4.3 and equation 10; generalised dot-product attention
     (arXiv 2602.10016).
     """
-    q, k, v, gate, residual = autocast(q, k, v, gate, residual)
-    checks.check_floats(OP, "q", {"q": q, "k": k, "v": v, "gate": gate, "residual": residual})
-    rows = checks.check_row_offsets(OP, "kv_offsets", kv_offsets, "q_offsets", q_offsets, q.device)
-    axes = checks.Axes(OP, B=rows)
-    layout = ("B", "N", "H", "D") if q_offsets is None else ("Tq", "H", "D")
-    axes.bind("q", q, layout)
-    axes.bind("k", k, ("Tk", "Hk", "D"))
-    axes.bind("v", v, ("Tk", "Hk", "Dv"))
-    checks.check_heads(OP, axes)
-    residual = checks.check_epilogue(OP, gate, gate_form, gate_activation, residual, (*q.shape[:-1], axes["Dv"]))
-    factor, with_lse = checks.check_score(OP, score, post_scale, return_lse)
-    scale = checks.default_scale(OP, scale, axes["D"])
-    name = checks.backend_name(OP, backend)
-    keep = attention.backward_reads_attn_out(OP, name, k, v, gate, score)
-    keep = keep and wants_gradients(q, k, v, gate, residual)
-    options = scale, score, factor, gate_form, gate_activation, keep, name
-    out, lse, _ = _op(q, k, v, kv_offsets, q_offsets, gate, residual, *options, shows_lse=with_lse)
-    return (out, lse) if with_lse else out
+    layout = "dense" if q_offsets is None else "packed"
+    call = AttentionCall(
+        layout, q, k, v, q_offsets, kv_offsets, gate, 1.0, score, post_scale, gate_form, gate_activation
+    )
+    call, residual = OP.checked(call, residual)
+    return attend(OP, call, residual, scale, return_lse, backend)

@@ -2,116 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 from torch import Tensor
 
 from interformer_kernels import _checks as checks
-from interformer_kernels import reference
-from interformer_kernels.ops import _attention as attention
-from interformer_kernels.ops._registered import Bound, RegisteredOp, autocast, wants_gradients
+from interformer_kernels._calls import AttentionCall
+from interformer_kernels.ops._attention import ATTENTION, attend
 from interformer_kernels.ops._sharding import over_shards
+from interformer_kernels.ops._spec import PublicOp
 
-OP = "jagged_attention"
-
-
-def forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    kv_offsets: Optional[Tensor],
-    cos: Optional[Tensor],
-    sin: Optional[Tensor],
-    positions_q: Optional[Tensor],
-    positions_k: Optional[Tensor],
-    gate: Optional[Tensor],
-    residual: Optional[Tensor],
-    scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    num_prefix: int,
-    rope_interleaved: bool,
-    score: str,
-    post_scale: float,
-    gate_form: str,
-    gate_activation: str,
-    keep_attn_out: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return attention.empty_outputs(q, (*q.shape[:2], v.shape[2]), score, keep_attn_out)
+OP = PublicOp("jagged_attention", ATTENTION, ("packed",), required=("v",), names={"q_offsets": "offsets"})
 
 
-def backward_fake(
-    grad_out: Tensor,
-    attn_out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    kv_offsets: Optional[Tensor],
-    cos: Optional[Tensor],
-    sin: Optional[Tensor],
-    positions_q: Optional[Tensor],
-    positions_k: Optional[Tensor],
-    gate: Optional[Tensor],
-    scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    num_prefix: int,
-    rope_interleaved: bool,
-    score: str,
-    post_scale: float,
-    gate_form: str,
-    gate_activation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return attention.empty_gradients(q, k, v, gate)
-
-
-def _validate(bound: Bound) -> None:
-    q, k, offsets, kv_offsets = bound["q"], bound["k"], bound["offsets"], bound["kv_offsets"]
-    checks.check_offsets_content(OP, "offsets", offsets, q.shape[0])
-    if kv_offsets is not None:
-        checks.check_offsets_content(OP, "kv_offsets", kv_offsets, k.shape[0])
-    if bound["cos"] is None:
-        return
-    table_rows = bound["cos"].shape[0]
-    sides = (("positions_q", "offsets", offsets), ("positions_k", "kv_offsets", kv_offsets))
-    for name, offsets_name, row_offsets in sides:
-        if bound[name] is not None:
-            rows = offsets if row_offsets is None else row_offsets
-            checks.check_positions_content(OP, f"rope_positions ({name})", bound[name], rows, table_rows)
-        elif row_offsets is not None:
-            checks.check_rows_fit_tables(OP, offsets_name, row_offsets, table_rows)
-
-
-def _flops(bound: Bound) -> int:
-    q, k, v, offsets = bound["q"], bound["k"], bound["v"], bound["offsets"]
-    kv_offsets = offsets if bound["kv_offsets"] is None else bound["kv_offsets"]
-    pairs = attention.row_pairs(kv_offsets, k.shape[0], offsets, q.shape[0])
-    return attention.attention_flops(pairs, q.shape[1], q.shape[2], v.shape[2])
-
-
-_op = RegisteredOp(
-    OP,
-    forward_fake,
-    backward_fake,
-    reference.jagged_attention,
-    differentiable=("q", "k", "v", "gate", "residual"),
-    extras=("lse", "attn_out"),
-    validate=_validate,
-    rows_mask=lambda bound: reference.inside_rows(bound["offsets"], bound["q"].shape[0]),
-    flops=_flops,
-    backward_over_forward=attention.BACKWARD_OVER_FORWARD,
-    keeps=attention.keeps_attn_out,
-)
-
-
-@over_shards("Tq H Dv", q="Tq H D", k="Tk Hk D", v="Tk Hk Dv")
+@over_shards(OP)
 def jagged_attention(
     q: Tensor,
     k: Tensor,
@@ -207,52 +109,51 @@ def jagged_attention(
     Source: Vaswani et al., 2017, section 3.2.1; rotary embedding: Su et al., 2021, section 3.4.2; scores other than
     softmax: generalised dot-product attention (arXiv 2602.10016); InterFormer (arXiv 2411.09852), equations 8 to 10.
     """
-    q, k, v, gate, residual = autocast(q, k, v, gate, residual)
-    checks.check_floats(OP, "q", {"q": q, "k": k, "v": v, "gate": gate, "residual": residual})
-    axes = checks.Axes(OP)
-    axes.bind("q", q, ("Tq", "H", "D"))
-    if kv_offsets is None:
-        axes.sizes["Tk"] = axes["Tq"]
-    axes.bind("k", k, ("Tk", "Hk", "D"))
-    axes.bind("v", v, ("Tk", "Hk", "Dv"))
-    checks.check_heads(OP, axes)
-    checks.check_row_offsets(OP, "offsets", offsets, "kv_offsets", kv_offsets, q.device)
-    residual = checks.check_epilogue(
-        OP, gate, gate_form, gate_activation, residual, (axes["Tq"], axes["H"], axes["Dv"])
+    checks.check_index_kind(OP.name, "offsets", offsets)
+    q_offsets, kv_offsets = (None, offsets) if kv_offsets is None else (offsets, kv_offsets)
+    call = AttentionCall(
+        "packed",
+        q,
+        k,
+        v,
+        q_offsets,
+        kv_offsets,
+        gate,
+        1.0,
+        score,
+        post_scale,
+        gate_form,
+        gate_activation,
+        rope_interleaved=rope_interleaved,
+        causal=causal,
+        num_prefix=num_prefix,
     )
-    causal = checks.check_bool(OP, "causal", causal)
-    left, right = checks.check_window(OP, window)
-    num_prefix = checks.check_count(OP, "num_prefix", num_prefix)
-    rope_interleaved = checks.check_bool(OP, "rope_interleaved", rope_interleaved)
-    tables = (None, None) if rope is None else checks.check_rope(OP, rope, axes["D"], q.device)
-    positions = _rope_positions(rope_positions, rope, kv_offsets, axes, q)
-    factor, with_lse = checks.check_score(OP, score, post_scale, return_lse)
-    scale = checks.default_scale(OP, scale, axes["D"])
-    name = checks.backend_name(OP, backend)
-    keep = attention.backward_reads_attn_out(OP, name, k, v, gate, score)
-    keep = keep and wants_gradients(q, k, v, gate, residual)
-    masks = causal, left, right, num_prefix, rope_interleaved
-    options = scale, *masks, score, factor, gate_form, gate_activation, keep, name
-    out, lse, _ = _op(q, k, v, offsets, kv_offsets, *tables, *positions, gate, residual, *options, shows_lse=with_lse)
-    return (out, lse) if with_lse else out
+    call, residual = OP.checked(call, residual)
+    left, right = checks.check_window(OP.name, window)
+    cos, sin = (None, None) if rope is None else checks.check_rope(OP.name, rope, q.shape[2], q.device)
+    positions_q, positions_k = _rope_positions(rope_positions, call, rope is not None)
+    call = call._replace(
+        cos=cos, sin=sin, positions_q=positions_q, positions_k=positions_k, window_left=left, window_right=right
+    )
+    return attend(OP, call, residual, scale, return_lse, backend)
 
 
-def _rope_positions(
-    given: object, rope: object, kv_offsets: Tensor | None, axes: checks.Axes, q: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _rope_positions(given: object, call: AttentionCall, has_rope: bool) -> tuple[Tensor | None, Tensor | None]:
     """`rope_positions` as the pair for queries and keys; `(None, None)` is the index in the row."""
+    op = OP.name
     if given is None:
-        if rope is not None and kv_offsets is not None:
+        if has_rope and not call.self_attention:
             wanted = "the pair (positions_q, positions_k) where rope and kv_offsets are given"
-            raise ValueError(f"{OP}: rope_positions must be {wanted}, found None")
+            raise ValueError(f"{op}: rope_positions must be {wanted}, found None")
         return None, None
-    if rope is None:
-        raise ValueError(f"{OP}: rope_positions must be None without rope, found {checks.describe(given)}")
-    if kv_offsets is None and isinstance(given, Tensor):
+    if not has_rope:
+        raise ValueError(f"{op}: rope_positions must be None without rope, found {checks.describe(given)}")
+    if call.self_attention and isinstance(given, Tensor):
         given = (given, given)
     if not isinstance(given, (tuple, list)) or len(given) != 2:
         wanted = "an int tensor [T], or the pair (positions_q [Tq], positions_k [Tk]), required with kv_offsets"
-        raise TypeError(f"{OP}: rope_positions must be {wanted}; found {checks.describe(given)}")
-    for name, x, axis in (("rope_positions[0]", given[0], "Tq"), ("rope_positions[1]", given[1], "Tk")):
-        axes.bind(name, checks.check_index(OP, name, x, q.device), (axis,))
+        raise TypeError(f"{op}: rope_positions must be {wanted}; found {checks.describe(given)}")
+    axes = checks.Axes(op, Tq=call.q.shape[0], Tk=call.k.shape[0])
+    for name, positions, axis in (("rope_positions[0]", given[0], "Tq"), ("rope_positions[1]", given[1], "Tk")):
+        axes.bind(name, checks.check_index(op, name, positions, call.q.device), (axis,))
     return given[0], given[1]

@@ -2,65 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 from torch import Tensor
 
 from interformer_kernels import _checks as checks
 from interformer_kernels import reference
-from interformer_kernels.ops._registered import Bound, RegisteredOp, autocast
+from interformer_kernels._calls import FfnCall
+from interformer_kernels.ops._registered import RegisteredOp
 from interformer_kernels.ops._sharding import over_shards
-
-OP = "personalized_ffn"
-
-
-def forward_fake(
-    x: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    bias: Optional[Tensor],
-    residual: Optional[Tensor],
-    activation: str,
-    backend: str,
-) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[2])
+from interformer_kernels.ops._spec import OpSpec, PublicOp
 
 
-def backward_fake(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    bias: Optional[Tensor],
-    activation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_bias = x.new_empty((0,) if bias is None else bias.shape)
-    return x.new_empty(x.shape), x.new_empty(weight.shape), grad_bias
+def _validate(op: PublicOp, call: FfnCall) -> None:
+    checks.check_offsets_content(op.name, "offsets", call.offsets, call.x.shape[0])
 
 
-def _validate(bound: Bound) -> None:
-    checks.check_offsets_content(OP, "offsets", bound["offsets"], bound["x"].shape[0])
+def _flops(call: FfnCall) -> int:
+    return int(2 * call.x.shape[0] * call.weight.shape[1] * call.weight.shape[2])
 
 
-def _flops(bound: Bound) -> int:
-    return int(2 * bound["x"].shape[0] * bound["weight"].shape[1] * bound["weight"].shape[2])
-
-
-_op = RegisteredOp(
-    OP,
-    forward_fake,
-    backward_fake,
-    reference.personalized_ffn,
-    differentiable=("x", "weight", "bias", "residual"),
+FFN = OpSpec(
+    "personalized_ffn",
+    FfnCall,
+    "T F",
+    reference=reference.personalized_ffn,
     validate=_validate,
-    rows_mask=lambda bound: reference.inside_rows(bound["offsets"], bound["x"].shape[0]),
     flops=_flops,
     backward_over_forward=2.0,
 )
+OP = PublicOp("personalized_ffn", FFN)
+_registered = RegisteredOp(FFN)
 
 
-@over_shards("T F", x="T E", weight="B E F", bias="B F")
+@over_shards(OP)
 def personalized_ffn(
     x: Tensor,
     weight: Tensor,
@@ -109,15 +82,6 @@ def personalized_ffn(
 
     Source: InterFormer (arXiv 2411.09852), equation 8.
     """
-    x, weight, bias, residual = autocast(x, weight, bias, residual)
-    checks.check_floats(OP, "x", {"x": x, "weight": weight, "bias": bias, "residual": residual})
-    axes = checks.Axes(OP, B=checks.check_offsets(OP, "offsets", offsets, x.device))
-    axes.bind("x", x, ("T", "E"))
-    axes.bind("weight", weight, ("B", "E", "F"))
-    if bias is not None:
-        axes.bind("bias", bias, ("B", "F"))
-    residual = checks.check_residual(OP, residual, (axes["T"], axes["F"]))
-    checks.check_choice(OP, "activation", activation, checks.FFN_ACTIVATIONS)
-    out = _op(x, weight, offsets, bias, residual, activation, checks.backend_name(OP, backend))
-    assert isinstance(out, Tensor)
+    call, residual = OP.checked(FfnCall(x, weight, offsets, bias, activation), residual)
+    out: Tensor = _registered(OP, call, residual, checks.backend_name(OP.name, backend))
     return out

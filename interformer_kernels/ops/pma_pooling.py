@@ -2,86 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 from torch import Tensor
 
-from interformer_kernels import _checks as checks
-from interformer_kernels import reference
-from interformer_kernels.ops import _attention as attention
-from interformer_kernels.ops._registered import Bound, RegisteredOp, any_number, autocast, wants_gradients
+from interformer_kernels._calls import AttentionCall
+from interformer_kernels.ops._attention import ATTENTION, attend
 from interformer_kernels.ops._sharding import over_shards
+from interformer_kernels.ops._spec import PublicOp
 
-OP = "pma_pooling"
-
-
-def forward_fake(
-    seeds: Tensor,
-    k: Tensor,
-    v: Optional[Tensor],
-    offsets: Tensor,
-    gate: Optional[Tensor],
-    residual: Optional[Tensor],
-    scale: float,
-    skip_prefix: int,
-    score: str,
-    post_scale: float,
-    gate_form: str,
-    gate_activation: str,
-    keep_attn_out: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (any_number(offsets.shape[0] - 1), *seeds.shape[:2], (k if v is None else v).shape[2])
-    return attention.empty_outputs(k, shape, score, keep_attn_out)
-
-
-def backward_fake(
-    grad_out: Tensor,
-    attn_out: Tensor,
-    lse: Tensor,
-    seeds: Tensor,
-    k: Tensor,
-    v: Optional[Tensor],
-    offsets: Tensor,
-    gate: Optional[Tensor],
-    scale: float,
-    skip_prefix: int,
-    score: str,
-    post_scale: float,
-    gate_form: str,
-    gate_activation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return attention.empty_gradients(seeds, k, v, gate)
-
-
-def _validate(bound: Bound) -> None:
-    checks.check_offsets_content(OP, "offsets", bound["offsets"], bound["k"].shape[0])
-
-
-def _flops(bound: Bound) -> int:
-    seeds, k, v = bound["seeds"], bound["k"], bound["v"]
-    rows = bound["offsets"].shape[0] - 1
-    pairs = attention.row_pairs(bound["offsets"], k.shape[0], seeds.shape[0], rows * seeds.shape[0])
-    return attention.attention_flops(pairs, seeds.shape[1], seeds.shape[2], (k if v is None else v).shape[2])
-
-
-_op = RegisteredOp(
-    OP,
-    forward_fake,
-    backward_fake,
-    reference.pma_pooling,
-    differentiable=("seeds", "k", "v", "gate", "residual"),
-    extras=("lse", "attn_out"),
-    validate=_validate,
-    rows_mask=lambda bound: None,
-    flops=_flops,
-    backward_over_forward=attention.BACKWARD_OVER_FORWARD,
-    keeps=attention.keeps_attn_out,
+OP = PublicOp(
+    "pma_pooling",
+    ATTENTION,
+    ("shared",),
+    lead="k",
+    names={"q": "seeds", "kv_offsets": "offsets", "Tk": "T"},
 )
 
 
-@over_shards("B M H Dv", seeds="M H D", k="T Hk D", v="T Hk Dv")
+@over_shards(OP)
 def pma_pooling(
     seeds: Tensor,
     k: Tensor,
@@ -150,25 +87,7 @@ def pma_pooling(
 
     Source: Set Transformer (Lee et al., 2019), section 3.2; InterFormer (arXiv 2411.09852), section 4.3.
     """
-    seeds, k, v, gate, residual = autocast(seeds, k, v, gate, residual)
-    checks.check_floats(OP, "k", {"seeds": seeds, "k": k, "v": v, "gate": gate, "residual": residual})
-    rows = checks.check_offsets(OP, "offsets", offsets, k.device)
-    axes = checks.Axes(OP)
-    axes.bind("k", k, ("T", "Hk", "D"))
-    axes.bind("seeds", seeds, ("M", "H", "D"))
-    if v is None:
-        axes.sizes["Dv"] = axes["D"]
-    else:
-        axes.bind("v", v, ("T", "Hk", "Dv"))
-    checks.check_heads(OP, axes)
-    shape = (rows, axes["M"], axes["H"], axes["Dv"])
-    residual = checks.check_epilogue(OP, gate, gate_form, gate_activation, residual, shape)
-    skip_prefix = checks.check_count(OP, "skip_prefix", skip_prefix)
-    factor, with_lse = checks.check_score(OP, score, post_scale, return_lse)
-    scale = checks.default_scale(OP, scale, axes["D"])
-    name = checks.backend_name(OP, backend)
-    keep = attention.backward_reads_attn_out(OP, name, k, v, gate, score)
-    keep = keep and wants_gradients(seeds, k, v, gate, residual)
-    options = scale, skip_prefix, score, factor, gate_form, gate_activation, keep, name
-    out, lse, _ = _op(seeds, k, v, offsets, gate, residual, *options, shows_lse=with_lse)
-    return (out, lse) if with_lse else out
+    maps = score, post_scale, gate_form, gate_activation
+    call = AttentionCall("shared", seeds, k, v, None, offsets, gate, 1.0, *maps, skip_prefix=skip_prefix)
+    call, residual = OP.checked(call, residual)
+    return attend(OP, call, residual, scale, return_lse, backend)

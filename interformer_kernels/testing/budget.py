@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -14,17 +13,13 @@ from torch import Tensor
 
 import interformer_kernels
 from interformer_kernels import reference
+from interformer_kernels._calls import AttentionCall, FfnCall, RotaryCall
+from interformer_kernels.ops._spec import ALL as PUBLIC_OPS
 from interformer_kernels.testing.grid import Case
 from interformer_kernels.testing.inputs import make_inputs
 
 # Inputs that get gradients, by op; a call may leave some out.
-DIFFERENTIABLE = {
-    "jagged_attention": ("q", "k", "v", "gate", "residual"),
-    "pma_pooling": ("seeds", "k", "v", "gate", "residual"),
-    "gated_cross_attention": ("q", "k", "v", "gate", "residual"),
-    "apply_rotary": ("x",),
-    "personalized_ffn": ("x", "weight", "bias", "residual"),
-}
+DIFFERENTIABLE = {name: tuple(map(op.named, op.spec.differentiable)) for name, op in PUBLIC_OPS.items()}
 
 
 class Row(NamedTuple):
@@ -72,23 +67,41 @@ def call(op: str, inputs: Mapping[str, Any], backend: str | None) -> tuple[Tenso
 
 
 def call_eager(op: str, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The definition itself, in the dtype of the inputs: the float64 truth, or the eager yardstick of a dtype."""
-    flat: dict[str, Any] = {"scale": None, "post_scale": 1.0, "score": "softmax", "skip_prefix": 0, "causal": False}
-    flat.update(gate_form="multiply", gate_activation="sigmoid", activation="identity", window=(-1, -1), num_prefix=0)
-    flat.update(inputs, interleaved=inputs.get("interleaved", False))
-    flat["rope_interleaved"] = inputs.get("rope_interleaved", False)
-    flat["window_left"], flat["window_right"] = flat["window"]
-    flat["cos"], flat["sin"] = inputs.get("rope") or (None, None)
-    positions = inputs.get("rope_positions")
-    pair = positions if isinstance(positions, tuple) else (positions, positions)
-    flat["positions_q"], flat["positions_k"] = pair
-    if flat["scale"] is None and "k" in inputs:
-        flat["scale"] = inputs["k"].shape[-1] ** -0.5
-    definition = getattr(reference, op)
-    result = definition(**{name: flat.get(name) for name in inspect.signature(definition).parameters})
-    if isinstance(result, Tensor):
-        return result, None
-    return result[0], result[1] if flat["score"] == "softmax" else None
+    """The definition itself, in the dtype of the inputs: the float64 truth, or the eager yardstick of a dtype.
+
+    The call is put together here, without the op's own code, so that a fault there shows.
+    """
+    given = {"bias": None, "positions": None, "activation": "identity", "interleaved": False, **inputs}
+    residual = given.get("residual")
+    if op == "personalized_ffn":
+        return reference.personalized_ffn(FfnCall(*map(given.__getitem__, FfnCall._fields)), residual), None
+    if op == "apply_rotary":
+        given["cos"], given["sin"] = given["rope"]
+        return reference.apply_rotary(RotaryCall(*map(given.__getitem__, RotaryCall._fields))), None
+    call = _attention_call(op, inputs)
+    out, lse, _ = reference.attention(call, residual)
+    return out, lse if call.score == "softmax" else None
+
+
+def _attention_call(op: str, inputs: Mapping[str, Any]) -> AttentionCall:
+    given: dict[str, Any] = {"v": None, "gate": None, "score": "softmax", "post_scale": 1.0, **inputs}
+    given = {"gate_form": "multiply", "gate_activation": "sigmoid", "q_offsets": None, "kv_offsets": None, **given}
+    given["layout"] = "packed"
+    if op == "pma_pooling":
+        given.update(layout="shared", q=given["seeds"], kv_offsets=given["offsets"])
+    elif op == "gated_cross_attention":
+        given["layout"] = "dense" if given["q_offsets"] is None else "packed"
+    elif given["kv_offsets"] is None:
+        given["kv_offsets"] = given["offsets"]
+    else:
+        given["q_offsets"] = given["offsets"]
+    if given.get("scale") is None:
+        given["scale"] = given["k"].shape[-1] ** -0.5
+    given["window_left"], given["window_right"] = given.get("window", (-1, -1))
+    given["cos"], given["sin"] = given.get("rope") or (None, None)
+    positions = given.get("rope_positions")
+    given["positions_q"], given["positions_k"] = positions if isinstance(positions, tuple) else (positions, positions)
+    return AttentionCall(**{name: given[name] for name in AttentionCall._fields if name in given})
 
 
 def evaluate(run: Callable[[], tuple[Tensor, Tensor | None]], op: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

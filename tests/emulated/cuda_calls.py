@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from interformer_kernels import _backend, testing
+from interformer_kernels import testing
 
-SERVED = [op for op in testing.OPS if op in _backend._LAUNCHERS["cuda"]]
+SERVED = list(testing.OPS)
 
 
 def results(op: str, inputs: dict[str, Any]) -> dict[str, Tensor]:

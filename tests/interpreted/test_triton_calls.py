@@ -20,7 +20,7 @@ from interformer_kernels.testing import Case, offsets_of
 
 def test_the_interpreter_serves_only_where_it_is_named() -> None:
     for op in testing.OPS:
-        assert _backend.why_not(op, "triton", "cpu", torch.float32) is None
+        assert _backend.unsupported_reason(op, "triton", "cpu", torch.float32) is None
         for device in ("cpu", "cuda"):
             assert _backend.choose(op, device, torch.float32) != "triton"
     x = torch.randn(3, 1, 4, dtype=torch.float64)
@@ -102,7 +102,7 @@ def test_opcheck(case: Case) -> None:
 def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """`backend=None` takes Triton, on the CPU too."""
     monkeypatch.setattr(_backend, "choose", lambda *_: "triton")
-    _backend.launcher.cache_clear()
+    _backend.kernels.cache_clear()
 
 
 def test_compile_without_a_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_compile_without_a_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(grads[1], grads[0])
         frames.append(counter.frame_count)
     assert frames == frames[:1] * len(frames)
-    _backend.launcher.cache_clear()
+    _backend.kernels.cache_clear()
 
 
 class _Model(torch.nn.Module):

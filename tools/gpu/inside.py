@@ -50,13 +50,13 @@ class Place:
 
     def serving(self, op: str) -> str:
         """The backend that is called in the name of `backend`; on the CPU it may be interpreted or emulated."""
-        if self.device == "cuda" or _backend.why_not(op, self.backend, self.device, torch.bfloat16) is None:
+        if self.device == "cuda" or _backend.unsupported_reason(op, self.backend, self.device, torch.bfloat16) is None:
             return self.backend
         return "cpu" if _backend.native() else "reference"
 
     def why_not(self, op: str) -> str | None:
         """Why the backend cannot serve an op here."""
-        return _backend.why_not(op, self.serving(op), self.device, torch.bfloat16)
+        return _backend.unsupported_reason(op, self.serving(op), self.device, torch.bfloat16)
 
     def served(self) -> list[str]:
         """The ops that it serves."""

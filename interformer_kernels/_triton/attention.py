@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interformer_kernels._calls import AttentionCall
 from interformer_kernels._launch import long_rows
-from interformer_kernels._launch.attention_call import AttentionCall
 from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
 from interformer_kernels._launch.tensors import expanded, readable
 from interformer_kernels._triton import _run

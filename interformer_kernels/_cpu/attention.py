@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _C
-from interformer_kernels._launch.attention_call import AttentionCall
-from interformer_kernels._launch.tensors import accumulation_dtype, broadcast_axes_as_ones, resolved
+from interformer_kernels._calls import AttentionCall
+from interformer_kernels._launch.tensors import accumulation_dtype, broadcast_axes_as_ones, fitted, resolved
 
 
 def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,7 +17,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
     lse = k.new_empty(*(shape[:-1] if softmax else (0,)), dtype=accumulation_dtype(k.dtype))
     attn_out = k.new_empty(*(shape if keep_attn_out else (0,)), dtype=accumulation_dtype(k.dtype))
     _C.attention_forward(
-        call.fitted(shape),
+        fitted(call, shape),
         resolved(residual),
         out,
         lse if softmax else None,
@@ -39,7 +39,7 @@ def backward(
     # A gate that broadcasts along every axis has no axis of its own.
     grad_gate = k.new_empty((0,) if gate is None else tuple(gate.shape), dtype=exact)
     _C.attention_backward(
-        call.fitted(tuple(grad_out.shape)),
+        fitted(call, tuple(grad_out.shape)),
         resolved(grad_out),
         None if gate is None else resolved(attn_out),
         grad_q,

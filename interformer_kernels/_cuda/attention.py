@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _C
+from interformer_kernels._calls import AttentionCall
 from interformer_kernels._cuda.apply_rotary import rotated
 from interformer_kernels._launch import long_rows
-from interformer_kernels._launch.attention_call import AttentionCall
 from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
-from interformer_kernels._launch.tensors import allows_tf32, readable
+from interformer_kernels._launch.tensors import allows_tf32, fitted, readable
 
 _QUEUE = 258  # int64 numbers that share work out: `kQueueSize` of csrc/cuda/queue.cuh
 _GATE_BLOCK = 32  # tokens over which gradients of a gate that all tokens share are summed at once
@@ -22,7 +22,7 @@ def _made_ready(call: AttentionCall) -> AttentionCall:
         q = _turned(call.q, call, backwards=False, queries=True)
         k = _turned(call.k, call, backwards=False, queries=False)
         call = call._replace(q=q, k=k, cos=None, sin=None, positions_q=None, positions_k=None)
-    return call._replace(q=readable(call.q)).fitted(call.out_shape())
+    return fitted(call._replace(q=readable(call.q)), call.out_shape())
 
 
 def _turned(x: Tensor, call: AttentionCall, backwards: bool, queries: bool) -> Tensor:

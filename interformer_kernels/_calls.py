@@ -1,0 +1,154 @@
+"""The arguments of every registered op, each declared once.
+
+A call is a named tuple. Its fields, in their order, are the registered op's schema and the tuple that the native module
+reads; reference, checks, fakes, autograd and DTensor rules follow from their annotations (`ops/_spec.py`). All
+backends take a call as it is.
+
+Axes: `B` rows, `Tq` and `Tk` packed tokens of queries and keys, `N` queries of a row, `M` seeds, `H` query heads, `Hk`
+key/value heads, `D` channels of a query or key head, `Dv` of a value head; `T` packed tokens, `E` input and `F` output
+channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, NamedTuple
+
+from torch import Tensor
+
+LAYOUTS = ("packed", "dense", "shared")
+SCORES = ("softmax", "identity", "relu", "silu", "gelu")
+GATE_FORMS = ("multiply", "self")
+GATE_ACTIVATIONS = ("sigmoid", "tanh", "silu", "identity")
+FFN_ACTIVATIONS = ("identity", "relu", "silu", "gelu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """A floating tensor, which gets a gradient: its axes, by layout where the layouts differ."""
+
+    axes: str | dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Broadcast:
+    """A floating tensor that broadcasts to the output, and gets a gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Offsets:
+    """The first token of each row, `[B+1]` int32 or int64, of the packed tensor whose name is `of`."""
+
+    of: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """The position of each token in the rotary tables, int32 or int64."""
+
+    axis: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A rotary table, float32 `[P, R/2]`, which gets no gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """One of a few names."""
+
+    choices: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class AtLeast:
+    """An int that is no less than a bound."""
+
+    bound: int
+
+
+class AttentionCall(NamedTuple):
+    """Attention of the queries of each row over the keys of the same row; the three public ops differ by `layout`.
+
+    Queries are "packed" `[Tq, H, D]` with offsets of their own (None: the keys'), "dense" `[B, N, H, D]`, or "shared"
+    by all rows, `[M, H, D]`. `v` None stands for `k`. Rotary embedding, causal masks, windows and prefixes are for
+    packed queries; a public op without an option leaves its neutral value here.
+    """
+
+    layout: Annotated[str, OneOf(LAYOUTS)]
+    q: Annotated[Tensor, Values({"packed": "Tq H D", "dense": "B N H D", "shared": "M H D"})]
+    k: Annotated[Tensor, Values("Tk Hk D")]
+    v: Annotated[Tensor | None, Values("Tk Hk Dv")]
+    q_offsets: Annotated[Tensor | None, Offsets("q")]
+    kv_offsets: Annotated[Tensor, Offsets("k")]
+    gate: Annotated[Tensor | None, Broadcast()]
+    scale: float
+    score: Annotated[str, OneOf(SCORES)]
+    post_scale: float
+    gate_form: Annotated[str, OneOf(GATE_FORMS)]
+    gate_activation: Annotated[str, OneOf(GATE_ACTIVATIONS)]
+    skip_prefix: Annotated[int, AtLeast(0)] = 0
+    cos: Annotated[Tensor | None, Table()] = None
+    sin: Annotated[Tensor | None, Table()] = None
+    positions_q: Annotated[Tensor | None, Positions("Tq")] = None
+    positions_k: Annotated[Tensor | None, Positions("Tk")] = None
+    rope_interleaved: bool = False
+    causal: bool = False
+    window_left: Annotated[int, AtLeast(-1)] = -1
+    window_right: Annotated[int, AtLeast(-1)] = -1
+    num_prefix: Annotated[int, AtLeast(0)] = 0
+
+    @property
+    def self_attention(self) -> bool:
+        """Whether queries and keys are the same tokens, with the same offsets."""
+        return self.layout == "packed" and self.q_offsets is None
+
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output: `[Tq, H, Dv]`, `[B, N, H, Dv]` or `[B, M, H, Dv]`."""
+        channels = (self.k if self.v is None else self.v).shape[2]
+        rows = (self.kv_offsets.shape[0] - 1,) if self.layout == "shared" else ()
+        return (*rows, *self.q.shape[:-1], channels)
+
+    def out_offsets(self) -> Tensor | None:
+        """Offsets of the output's rows; None where it has no tail, because every row has as many queries."""
+        if self.layout != "packed":
+            return None
+        return self.kv_offsets if self.q_offsets is None else self.q_offsets
+
+
+class FfnCall(NamedTuple):
+    """Every token times the weight matrix of its row."""
+
+    x: Annotated[Tensor, Values("T E")]
+    weight: Annotated[Tensor, Values("B E F")]
+    offsets: Annotated[Tensor, Offsets("x")]
+    bias: Annotated[Tensor | None, Values("B F")]
+    activation: Annotated[str, OneOf(FFN_ACTIVATIONS)]
+
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output, `[T, F]`."""
+        return self.x.shape[0], self.weight.shape[2]
+
+    def out_offsets(self) -> Tensor:
+        """Offsets of the output's rows."""
+        return self.offsets
+
+
+class RotaryCall(NamedTuple):
+    """Pairs of channels of every token, rotated by the angle of its position."""
+
+    x: Annotated[Tensor, Values("T H D")]
+    offsets: Annotated[Tensor, Offsets("x")]
+    cos: Annotated[Tensor, Table()]
+    sin: Annotated[Tensor, Table()]
+    positions: Annotated[Tensor | None, Positions("T")]
+    interleaved: bool
+
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output, `[T, H, D]`."""
+        return tuple(self.x.shape)
+
+    def out_offsets(self) -> Tensor:
+        """Offsets of the output's rows."""
+        return self.offsets

@@ -1,8 +1,0 @@
-"""Gated cross attention in Triton."""
-
-from __future__ import annotations
-
-from interformer_kernels._launch import gated_cross_attention
-from interformer_kernels._triton import _attention
-
-forward, backward = gated_cross_attention.launcher(_attention)
