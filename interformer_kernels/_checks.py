@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,14 +46,18 @@ def validates(device: torch.device) -> bool:
 # ---------------------------------------------------------------- kinds, shapes, values
 
 
-def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Floating tensors cast to the autocast dtype where autocast is on (float64 is left, as PyTorch does)."""
-    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), "cpu")
-    if device == "meta" or not torch.is_autocast_enabled(device):  # of tensors without contents there is no autocast
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
+def autocast_dtype(lead: object) -> torch.dtype | None:
+    """The dtype that floating tensors are cast to on `lead`'s device; None where autocast is off."""
+    device = lead.device.type if isinstance(lead, Tensor) else "cpu"
+    if device == "meta" or not torch.is_autocast_enabled(device):  # tensors without contents have no autocast
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def autocast(x: Any, dtype: torch.dtype) -> Any:
+    """A floating tensor in `dtype`; float64, and anything else, is left as it is, as PyTorch does."""
     eligible = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in eligible else x for x in tensors)
+    return x.to(dtype) if isinstance(x, Tensor) and x.dtype in eligible else x
 
 
 _shortened = reprlib.Repr()
@@ -171,7 +175,7 @@ class Axes:
         return self.sizes[axis]
 
 
-def check_heads(op: str, axes: Axes) -> None:
+def check_heads(op: str, axes: Mapping[str, int]) -> None:
     """Sizes that division rests on: at least one channel and head, query heads a multiple of key/value heads."""
     for axis in ("D", "Dv", "H", "Hk"):
         if axes[axis] < 1:

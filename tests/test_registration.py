@@ -115,6 +115,58 @@ def test_an_unknown_public_op_is_refused() -> None:
         rotate(x, torch.tensor([0, 2]), table, table, None, False, "pma_pooling", "")
 
 
+# ---------------------------------------------------------------- watchers
+# A call that nobody watches goes past the dispatcher; a watcher sees both halves.
+
+
+class _FunctionNames(torch.overrides.TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _pooled_and_back() -> None:
+    x = torch.randn(5, 2, 4, requires_grad=True)
+    ik.pma_pooling(x[:2], x, None, offsets_of((2, 3))).sum().backward()
+
+
+def test_a_profiler_sees_both_halves() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        _pooled_and_back()
+    seen = {event.key for event in profile.key_averages()}
+    assert {"interformer_kernels::attention_fwd", "interformer_kernels::attention_bwd"} <= seen
+
+
+def test_a_dispatch_mode_sees_both_halves() -> None:
+    with _Recorder() as recorder:
+        _pooled_and_back()
+    assert [str(func) for func, _ in recorder.calls] == [
+        "interformer_kernels.attention_fwd.default",
+        "interformer_kernels.attention_bwd.default",
+    ]
+
+
+def test_a_function_mode_sees_the_forward() -> None:
+    with _FunctionNames() as mode, torch.no_grad():
+        _pooled()
+    assert "interformer_kernels.attention_fwd.default" in mode.names
+
+
+def _pooled() -> Tensor:
+    x = torch.ones(5, 2, 4)
+    return ik.pma_pooling(x[:2], x, None, offsets_of((2, 3)))
+
+
+def test_a_tracer_sees_the_forward() -> None:
+    x, offsets = torch.randn(5, 2, 4), offsets_of((2, 3))
+    traced = torch.jit.trace(lambda x: ik.pma_pooling(x[:2], x, None, offsets), (x,), check_trace=False)
+    assert "interformer_kernels::attention_fwd" in str(traced.graph)
+
+
 # ---------------------------------------------------------------- torch.compile
 
 

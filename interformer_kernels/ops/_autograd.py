@@ -6,11 +6,12 @@ halves, as exported and traced programs make them, reach it by their autograd ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch._subclasses.fake_tensor import is_fake
@@ -23,12 +24,17 @@ if TYPE_CHECKING:
     from interformer_kernels.ops._registered import RegisteredOp
 
 OPS: dict[str, RegisteredOp] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
 LIBRARY = torch.library.Library("interformer_kernels", "DEF")
 
 
 def wants_gradients(arguments: Iterable[Any]) -> bool:
     """Whether autograd will ask for a backward of a call with these arguments."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and _requires_grad(x) for x in arguments)
+    if torch.is_grad_enabled():
+        for x in arguments:
+            if isinstance(x, Tensor) and _requires_grad(x):
+                return True
+    return False
 
 
 def _requires_grad(x: Tensor) -> bool:
@@ -48,15 +54,41 @@ def refuse_tangents(name: str, arguments: Iterable[Any]) -> None:
         raise NotImplementedError(f"{name} has no forward-mode derivative (jvp); use reverse mode (vjp, grad)")
 
 
-def run(half: Any, args: Iterable[Any]) -> Any:
-    """Call a registered half whose gradients are seen to: past its autograd kernel, which would be a hop in Python.
+def run(half: Any, implementation: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """Call a registered half whose gradients are seen to, past its autograd kernel, which would be a hop in Python.
 
-    Inside a transform of `torch.func` that kernel is needed: an outer level may want what this one does not.
+    Where nothing watches the dispatcher, its implementation is called at once: the way there costs as much as a small
+    call. Inside a transform of `torch.func` the autograd kernel is needed: an outer level may want what this one does
+    not.
     """
     if torch._C._are_functorch_transforms_active():
         return half(*args)
+    if _unwatched() and _are_plain(args):
+        return implementation(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return half(*args)
+
+
+def _unwatched() -> bool:
+    """Whether no mode, tracer or profiler would see the call of an op."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or torch.compiler.is_compiling()
+    )
+
+
+def _are_plain(args: Sequence[Any]) -> bool:
+    """Whether the dispatcher would hand all tensors on as they are."""
+    for x in args:
+        # A loop: a generator would double the time.
+        if isinstance(x, Tensor) and (
+            type(x) not in _PLAIN or x.is_neg() or not (x.is_cpu or x.is_cuda) or is_functorch_wrapped_tensor(x)
+        ):
+            return False
+    return True
 
 
 class _Kept(NamedTuple):
@@ -80,7 +112,7 @@ class Joined(torch.autograd.Function):
     @staticmethod
     def forward(name: str, shows_lse: bool, rest: tuple[Any, ...], *inputs: Tensor | None) -> tuple[Tensor, ...]:
         op = OPS[name]
-        outputs = run(op.forward_op, op.spec.filled(rest, inputs))
+        outputs = run(op.forward_op, op.run_forward, op.spec.filled(rest, inputs))
         return outputs if op.spec.saved else (outputs,)
 
     @staticmethod
@@ -156,7 +188,7 @@ def _gradients(op: RegisteredOp, pending: Pending, wanted: tuple[str, ...]) -> d
     if wants_gradients(leaves.values()):
         found = op.reference_gradients(call._replace(**leaves), pending.grad_out, tuple(leaves), create_graph=True)
     else:
-        results = run(op.backward_op, pending.args())
+        results = run(op.backward_op, op.run_backward, pending.args())
         found = dict(zip(spec.gradients, results if len(spec.gradients) > 1 else (results,), strict=True))
     if "residual" in wanted:
         found["residual"] = _residual_gradient(call, pending.grad_out)

@@ -27,8 +27,8 @@ class RegisteredOp:
 
     def __init__(self, spec: OpSpec) -> None:
         self.spec = spec
-        self.forward_op = self._register("fwd", spec.forward_schema, spec.forward_fake, self._run_forward)
-        self.backward_op = self._register("bwd", spec.backward_schema, spec.backward_fake, self._run_backward)
+        self.forward_op = self._register("fwd", spec.forward_schema, spec.forward_fake, self.run_forward)
+        self.backward_op = self._register("bwd", spec.backward_schema, spec.backward_fake, self.run_backward)
         _flops.register(self._packet("fwd"), self._forward_flops)
         _flops.register(self._packet("bwd"), self._backward_flops)
         autograd.register(self)
@@ -52,7 +52,8 @@ class RegisteredOp:
 
     # -------------------------------------------------------- implementations, with real tensors in hand
 
-    def _run_forward(self, *args: Any) -> Any:
+    def run_forward(self, *args: Any) -> Any:
+        """The implementation of `<name>_fwd`."""
         spec = self.spec
         call, others = spec.forward_call(args)
         public = public_op(spec, others.pop("op"))
@@ -70,7 +71,8 @@ class RegisteredOp:
         kept = attn_out.clone() if attn_out is out else attn_out
         return out.to(dtype), lse, kept if others["keep_attn_out"] else attn_out.new_empty(0)
 
-    def _run_backward(self, *args: Any) -> Any:
+    def run_backward(self, *args: Any) -> Any:
+        """The implementation of `<name>_bwd`."""
         spec = self.spec
         call, others = spec.backward_call(args)
         module = self._kernels(public_op(spec, others.pop("op")), call, others.pop("backend"))
@@ -122,7 +124,7 @@ class RegisteredOp:
     ) -> Any:
         """Run the op on a checked call; the graph is recorded where gradients are wanted."""
         spec = self.spec
-        inputs = [getattr(call, name) for name in spec.gradients]
+        inputs = spec.inputs(call)
         if spec.has_residual:
             inputs.append(residual)
         with_gradients = wants_gradients(inputs)
@@ -137,7 +139,7 @@ class RegisteredOp:
             return self.forward_op(*args)
         autograd.refuse_tangents(public.name, args)
         if not with_gradients:
-            return autograd.run(self.forward_op, args)
+            return autograd.run(self.forward_op, self.run_forward, args)
         outputs = autograd.join(self, shows_lse, args, inputs)
         return outputs if spec.saved else outputs[0]
 
