@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import interformer_kernels as ik
 from interformer_kernels import _backend, testing
 from interformer_kernels._calls import AttentionCall
-from interformer_kernels.ops import _autograd, _spec
+from interformer_kernels.ops import _autograd, _public
 from interformer_kernels.testing import Case, offsets_of
 
 OPCHECKED = [case for op in testing.OPS for case in testing.cases(op) if case.name in {
@@ -81,7 +81,7 @@ def test_fake_outputs_match_real_ones(backend: str, case: Case) -> None:
 @pytest.mark.parametrize("op", testing.OPS)
 def test_signatures_agree(op: str) -> None:
     """The public function, the schema and the kernels' modules name the arguments of the op's declaration."""
-    public = _spec.ALL[op]
+    public = _public.ALL[op]
     spec = public.spec
     registered = _autograd.OPS[spec.name]
     for half, names in ((registered.forward_op, spec.forward_names), (registered.backward_op, spec.backward_names)):

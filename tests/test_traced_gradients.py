@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import interformer_kernels as ik
 from interformer_kernels import testing
-from interformer_kernels.ops._spec import ALL
+from interformer_kernels.ops._public import ALL
 from interformer_kernels.testing import Case, offsets_of
 
 SMALL: dict[str, Any] = {"lengths": (2, 0, 3), "tail": 1, "heads": 2, "kv_heads": 1, "head_size": 4, "value_size": 3}

@@ -9,8 +9,9 @@ from interformer_kernels import _backend, reference
 from interformer_kernels import _checks as checks
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels._launch.tensors import accumulation_dtype
+from interformer_kernels.ops._public import PublicOp
 from interformer_kernels.ops._registered import RegisteredOp
-from interformer_kernels.ops._spec import OpSpec, PublicOp
+from interformer_kernels.ops._spec import OpSpec
 
 
 def _validate(op: PublicOp, call: AttentionCall) -> None:

@@ -19,7 +19,8 @@ from interformer_kernels._launch.tensors import accumulation_dtype
 from interformer_kernels.ops import _autograd as autograd
 from interformer_kernels.ops import _flops
 from interformer_kernels.ops._autograd import LIBRARY, wants_gradients
-from interformer_kernels.ops._spec import Call, OpSpec, PublicOp, public_op
+from interformer_kernels.ops._public import PublicOp, public_op
+from interformer_kernels.ops._spec import Call, OpSpec
 
 
 class RegisteredOp:

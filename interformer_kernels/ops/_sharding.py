@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
-from interformer_kernels.ops._spec import PublicOp
+from interformer_kernels.ops._public import PublicOp
 
 P = ParamSpec("P")
 R = TypeVar("R")

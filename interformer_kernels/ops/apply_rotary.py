@@ -7,9 +7,10 @@ from torch import Tensor
 from interformer_kernels import _checks as checks
 from interformer_kernels import reference
 from interformer_kernels._calls import RotaryCall
+from interformer_kernels.ops._public import PublicOp
 from interformer_kernels.ops._registered import RegisteredOp
 from interformer_kernels.ops._sharding import over_shards
-from interformer_kernels.ops._spec import OpSpec, PublicOp
+from interformer_kernels.ops._spec import OpSpec
 
 
 def _validate(op: PublicOp, call: RotaryCall) -> None:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels.ops._attention import ATTENTION, attend
+from interformer_kernels.ops._public import PublicOp
 from interformer_kernels.ops._sharding import over_shards
-from interformer_kernels.ops._spec import PublicOp
 
 OP = PublicOp("gated_cross_attention", ATTENTION, ("dense", "packed"), required=("v",))
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from interformer_kernels import _checks as checks
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels.ops._attention import ATTENTION, attend
+from interformer_kernels.ops._public import PublicOp
 from interformer_kernels.ops._sharding import over_shards
-from interformer_kernels.ops._spec import PublicOp
 
 OP = PublicOp("jagged_attention", ATTENTION, ("packed",), required=("v",), names={"q_offsets": "offsets"})
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import interformer_kernels
 from interformer_kernels import reference
 from interformer_kernels._calls import AttentionCall, FfnCall, RotaryCall
-from interformer_kernels.ops._spec import ALL as PUBLIC_OPS
+from interformer_kernels.ops._public import ALL as PUBLIC_OPS
 from interformer_kernels.testing.grid import Case
 from interformer_kernels.testing.inputs import make_inputs
 

@@ -1,0 +1,189 @@
+"""A public function of a registered op: what its calls may be, and the checks that follow from the op's declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interformer_kernels import _checks as checks
+from interformer_kernels._calls import AtLeast, Offsets, OneOf, Values
+from interformer_kernels.ops._spec import Field, OpSpec
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+ALL: dict[str, PublicOp] = {}  # every public function of a registered op, by its name
+
+
+class PublicOp:
+    """A public function of a registered op.
+
+    Args:
+        name: the function's.
+        spec: the declaration behind it.
+        layouts: those that its calls may have.
+        lead: the field whose dtype and device the other floating tensors must share.
+        required: fields that its calls must have, though they are optional in others.
+        names: its own names of fields and axes, where they differ.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: OpSpec,
+        layouts: tuple[str, ...] = ("",),
+        *,
+        lead: str = "",
+        required: tuple[str, ...] = (),
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name, self.spec, self.layouts = name, spec, layouts
+        self.lead, self.required, self.names = lead or spec.gradients[0], required, names or {}
+        values = [field.name for field in spec.fields if isinstance(field.note, Values)]
+        self.values = sorted(values, key=lambda name: name != self.lead)
+        self._axes = {
+            layout: tuple(
+                (spec.names.index(name), self.named(name), tuple(map(self.named, spec.axes(name, layout).split())))
+                for name in self.values
+            )
+            for layout in layouts
+        }
+        self.offsets = [field for field in spec.fields if isinstance(field.note, Offsets)]
+        self._lead_name, self._float_names = self.named(self.lead), (*map(self.named, spec.gradients), "residual")
+        self._lead_place = spec.names.index(self.lead)
+        self._rows_place = next(spec.names.index(field.name) for field in self.offsets if not field.optional)
+        self.options: list[Field] = []
+        ALL[name] = self
+
+    def named(self, name: str) -> str:
+        """The function's own name of a field or of an axis."""
+        return self.names.get(name, name)
+
+    def offsets_name(self, call: Any, name: str) -> str:
+        """The function's own name of offsets: in self attention one argument serves queries and keys."""
+        return self.named("q_offsets" if name == "kv_offsets" and call.self_attention else name)
+
+    def take_signature(self, parameters: Sequence[str]) -> None:
+        """Take the function's parameters: offsets are checked in their order, and options that are among them."""
+        places = {name: place for place, name in enumerate(parameters)}
+        self.offsets.sort(key=lambda field: places.get(self.named(field.name), len(places)))
+        checked = [
+            field for field in self.spec.fields if isinstance(field.note, (OneOf, AtLeast)) or field.type is bool
+        ]
+        self.options = [field for field in checked if self.named(field.name) in parameters]
+
+    def checked(self, call: Any, residual: Tensor | None = None) -> tuple[Any, Tensor | None]:
+        """The call and the residual after autocast, their kinds, dtypes, devices, axes and options checked."""
+        tensors = [*self.spec.inputs(call), residual]
+        cast = checks.autocast_dtype(call[self._lead_place])
+        if cast is not None:
+            *values, residual = tensors = [checks.autocast(x, cast) for x in tensors]
+            call = call._replace(**dict(zip(self.spec.gradients, values, strict=True)))
+        sizes = self._sizes(call, tensors)
+        if sizes is None:
+            checks.check_floats(self.name, self._lead_name, dict(zip(self._float_names, tensors, strict=True)))
+        self._check_offsets(call)
+        if sizes is None:
+            sizes = self._checked_axes(call)
+        if "Hk" in sizes:
+            sizes.setdefault("Dv", sizes["D"])  # v is k
+            checks.check_heads(self.name, sizes)
+        shape = call.out_shape()
+        gate = getattr(call, "gate", None)
+        if gate is not None:
+            checks.check_broadcasts(self.name, "gate", gate, shape)
+        return self._with_options(call), checks.check_residual(self.name, residual, shape)
+
+    def _check_offsets(self, call: Any) -> None:
+        device, rows, first = getattr(call, self.lead).device, None, ""
+        for field in self.offsets:
+            offsets, name = getattr(call, field.name), self.offsets_name(call, field.name)
+            if offsets is None and field.optional:
+                continue
+            found = checks.check_offsets(self.name, name, offsets, device)
+            if rows is not None and found != rows:
+                wanted = f"[B+1] with B = {rows} (from {first})"
+                raise ValueError(f"{self.name}: {name} must be {wanted}, found B = {found}")
+            rows, first = found, name
+
+    def _sizes(self, call: Any, tensors: Sequence[Any]) -> dict[str, int] | None:
+        """Sizes of the axes of a call whose floating tensors are plain and right; None for any other.
+
+        Most calls pass here, in a third of the time of the checks that can say what is wrong.
+        """
+        lead, offsets = call[self._lead_place], call[self._rows_place]
+        if not _is_plain(lead) or lead.dtype not in checks.FLOAT_DTYPES or not _is_plain(offsets):
+            return None
+        dtype, device = lead.dtype, lead.device
+        for x in tensors:
+            if x is not None and not (_is_plain(x) and x.dtype is dtype and x.device == device):
+                return None
+        sizes = {"B": offsets.shape[0] - 1} if offsets.dim() == 1 else {}
+        for place, name, axes in self._axes[getattr(call, "layout", "")]:
+            x = call[place]
+            if x is None:
+                if name in self.required:
+                    return None
+                continue
+            shape = x.shape
+            if len(shape) != len(axes):
+                return None
+            for axis, size in zip(axes, shape, strict=True):
+                if sizes.setdefault(axis, size) != size:
+                    return None
+            if name == "q" and call.self_attention:
+                sizes["Tk"] = sizes["Tq"]
+        return sizes
+
+    def _checked_axes(self, call: Any) -> dict[str, int]:
+        axes = checks.Axes(self.name, B=call[self._rows_place].shape[0] - 1)
+        for place, name, wanted in self._axes[getattr(call, "layout", "")]:
+            value = call[place]
+            if value is not None or name in self.required:
+                axes.bind(name, value, wanted)
+            if name == "q" and call.self_attention:
+                axes.sizes["Tk"] = axes["Tq"]
+        return axes.sizes
+
+    def _with_options(self, call: Any) -> Any:
+        changed = {}
+        for field in self.options:
+            value, name, note = getattr(call, field.name), self.named(field.name), field.note
+            if isinstance(note, OneOf):
+                checks.check_choice(self.name, name, value, note.choices)
+                continue
+            if field.type is bool:
+                checked = checks.check_bool(self.name, name, value)
+            else:
+                checked = checks.check_count(self.name, name, value, note.bound)
+            if checked is not value:
+                changed[field.name] = checked
+        return call._replace(**changed) if changed else call
+
+    def shard_layouts(self) -> dict[str, str]:
+        """Axes of the floating arguments, the leading one first, as the rules for DTensors read them."""
+        axes = {name: [self.spec.axes(name, layout) for layout in self.layouts] for name in self.values}
+        return {self.named(name): _alternatives(forms) for name, forms in axes.items()}
+
+    def shard_out(self) -> str:
+        """Axes of the output, as the rules for DTensors read them."""
+        return _alternatives([self.spec.out_axes(layout) for layout in self.layouts])
+
+
+def _is_plain(x: Any) -> bool:
+    return type(x) in _PLAIN and x.layout is torch.strided and not x.is_nested
+
+
+def _alternatives(forms: list[str]) -> str:
+    return " | ".join(dict.fromkeys(forms))
+
+
+def public_op(spec: OpSpec, name: str) -> PublicOp:
+    """The public function of this name, as the arguments of a registered op hold it."""
+    public = ALL.get(name)
+    if public is None or public.spec is not spec:
+        names = ", ".join(public.name for public in ALL.values() if public.spec is spec)
+        raise ValueError(f"{spec.name}: op must be one of {names}; found {checks.describe(name)}")
+    return public
