@@ -1,4 +1,4 @@
-"""Which backend serves a call, what is built, and if not, why."""
+"""The choice of the backend that serves a call, and the reasons against the others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 # Channels of a head, at most, in the ops of the attention family; no entry: any number.
 _MOST_CHANNELS = {"cuda": 256}
 _DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
-# What `backend=None` tries on a device, fastest first; the reference serves what none of them can.
+# Backends that `backend=None` tries on a device, fastest first; the reference serves all other calls.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 _log = logging.getLogger("interformer_kernels")
@@ -94,9 +94,9 @@ def unsupported_reason(op: str, backend: str, device_type: str, dtype: torch.dty
 
 @functools.cache
 def choose(op: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> str:
-    """The fastest backend that can serve; says once per op, device, dtype and head size what it is and why.
+    """The fastest backend that can serve; its name and the reason are logged once per op, device, dtype and head size.
 
-    `channels` are those of the widest head, of ops that attend; 0 else.
+    `channels` are those of the widest head, of ops that attend; 0 for others.
     """
     module, passed_over = native(), []
     for backend in _PREFERENCE.get(device_type, ()):
@@ -127,7 +127,7 @@ def kernels(op: str, backend: str, device_type: str, dtype: torch.dtype, channel
 
 
 def report() -> dict[str, object]:
-    """What is installed and built, for `interformer-kernels info` and bug reports."""
+    """The versions and builds of this installation, for `interformer-kernels info` and bug reports."""
     module = native()
     return {
         "torch": torch.__version__,

@@ -60,7 +60,7 @@ def token_index(spans: Spans) -> tuple[Tensor, Tensor]:
     return (spans.starts[:, None] + steps).where(held, 0), held
 
 
-def keep(x: Tensor, mask: Tensor) -> Tensor:
+def mask_rows(x: Tensor, mask: Tensor) -> Tensor:
     """`x` where the mask (on its leading axes) holds, else zero; what is left out is not read and has no gradient."""
     return x.where(mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), 0)
 
@@ -73,8 +73,8 @@ def similar_rows(*sides: Spans) -> Iterator[Tensor]:
     powers = 2 ** torch.arange(62, device=sides[0].lengths.device)
     size = sum(torch.bucketize(side.lengths, powers) * 64**i for i, side in enumerate(sides))
     assert isinstance(size, Tensor)
-    for one in size.unique() if len(size) else [0]:
-        yield (size == one).nonzero().squeeze(1)
+    for group in size.unique() if len(size) else [0]:
+        yield (size == group).nonzero().squeeze(1)
 
 
 def inside_rows(offsets: Tensor, total: int) -> Tensor:
@@ -101,7 +101,7 @@ class Maps(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Which keys a query sees: see `visible_keys`."""
+    """Masks by position: see `visible_keys`."""
 
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
@@ -109,7 +109,7 @@ class Masks(NamedTuple):
 
 
 def visible_keys(queries: Tensor, keys: Tensor, size: tuple[int, int], masks: Masks) -> Tensor:
-    """Which key each query sees, `[B, N, L]`, for rows of `queries [B]` queries and `keys [B]` keys.
+    """The keys that each query sees, `[B, N, L]`, for rows of `queries [B]` queries and `keys [B]` keys.
 
     Query `i` stands at `p = i + (keys - queries)`, so that the last query stands at the last key.
     """
@@ -180,7 +180,11 @@ def attend_rows(
         (index_q, held_q), (index_k, held_k) = token_index(here_q), token_index(here_k)
         size = index_q.shape[1], index_k.shape[1]
         seen = visible_keys(here_q.lengths, here_k.lengths, size, masks)
-        row_q, row_k, row_v = keep(q[index_q], held_q), keep(k[index_k], held_k), keep(v[index_k], held_k)
+        row_q, row_k, row_v = (
+            mask_rows(q[index_q], held_q),
+            mask_rows(k[index_k], held_k),
+            mask_rows(v[index_k], held_k),
+        )
         a, lse = attend(row_q, row_k, row_v, seen, maps, dropout)
         tokens.append(index_q[held_q])
         outputs.append(a[held_q])
@@ -205,11 +209,11 @@ def epilogue(
     out, act = attn_out, ACTIVATIONS[activation]
     if gate is not None:
         gate = gate.expand_as(attn_out)
-        gate = gate if inside is None else keep(gate, inside)
+        gate = gate if inside is None else mask_rows(gate, inside)
         out = out * act(gate) if form == "multiply" else act(out * gate)
     if residual is not None:
         out = residual + out
-    return out if inside is None else keep(out, inside)
+    return out if inside is None else mask_rows(out, inside)
 
 
 # ---------------------------------------------------------------- rotary embedding
@@ -269,7 +273,7 @@ def apply_rotary(call: RotaryCall) -> Tensor:
     """`x [T, H, D]` rotated by each token's position; zero on the tail."""
     x, offsets = call.x, call.offsets
     rotated = rotate_rows(x, call.cos, call.sin, call.positions, offsets, call.interleaved)
-    return keep(rotated, inside_rows(offsets, x.shape[0]))
+    return mask_rows(rotated, inside_rows(offsets, x.shape[0]))
 
 
 def personalized_ffn(call: FfnCall, residual: Tensor | None) -> Tensor:
@@ -279,10 +283,10 @@ def personalized_ffn(call: FfnCall, residual: Tensor | None) -> Tensor:
     tokens, outputs = [], []
     for rows in similar_rows(spans):
         index, held = token_index(Spans(spans.starts[rows], spans.lengths[rows]))
-        y = keep(x[index], held) @ weight[rows]
+        y = mask_rows(x[index], held) @ weight[rows]
         # Padding takes no part, whatever the matrix holds.
-        y = keep(y if bias is None else y + bias[rows, None], held)
+        y = mask_rows(y if bias is None else y + bias[rows, None], held)
         tokens.append(index[held])
         outputs.append(ACTIVATIONS[call.activation](y)[held])
     out = scatter(x.new_zeros(x.shape[0], weight.shape[2]), tokens, outputs)
-    return out if residual is None else keep(residual + out, inside_rows(call.offsets, x.shape[0]))
+    return out if residual is None else mask_rows(residual + out, inside_rows(call.offsets, x.shape[0]))

@@ -1,1 +1,1 @@
-"""What the backends' launchers share: calls as kernels take them, and tensors made fit to be read. Knows no backend."""
+"""Code that the kernels' modules of several backends share. It knows no backend."""

@@ -1,4 +1,4 @@
-"""What the adapters share: tensors made fit for a view of their raw memory."""
+"""Tensors as kernels read them, in raw memory."""
 
 from __future__ import annotations
 

@@ -60,14 +60,14 @@ class Rows:
     def like(self, x: Tensor) -> Tensor:
         """The tokens of another input of the same form (values beside keys), packed."""
         if self.dense is None:
-            return x if self.inside is None else reference.keep(x, self.inside)
+            return x if self.inside is None else reference.mask_rows(x, self.inside)
         x = x if self.batch_first else x.transpose(0, 1)
         return x.flatten(0, 1) if self.layout is None else self.layout.pack(x)
 
     def restore(self, values: Tensor) -> Tensor:
         """`values [T, F]`, one for each token, in the input's form; zero at padding and on the tail."""
         if self.dense is None:
-            return values if self.inside is None else reference.keep(values, self.inside)
+            return values if self.inside is None else reference.mask_rows(values, self.inside)
         out = values.unflatten(0, self.dense) if self.layout is None else self.layout.pad(values)
         return out if self.batch_first else out.transpose(0, 1)
 
@@ -131,4 +131,4 @@ def _packed(op: str, x: Tensor, offsets: Tensor, offsets_name: str) -> Rows:
         if int(offsets[-1]) == x.shape[0]:
             return Rows(x, offsets)
     inside = reference.inside_rows(offsets, x.shape[0])
-    return Rows(reference.keep(x, inside), offsets, inside=inside)
+    return Rows(reference.mask_rows(x, inside), offsets, inside=inside)

@@ -143,12 +143,15 @@ class Joined(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         wanted = tuple(name for name, need in zip(spec.differentiable, needed, strict=True) if need)
         pending = Pending(grad_out, saved, spec.call(*kept[len(saved) :]), public, backend)
-        found = _gradients(op, pending, wanted)
+        grads_by_name = _gradients(op, pending, wanted)
         return (
             None,
             None,
             None,
-            *(found.get(name) if need else None for name, need in zip(spec.differentiable, needed, strict=True)),
+            *(
+                grads_by_name.get(name) if need else None
+                for name, need in zip(spec.differentiable, needed, strict=True)
+            ),
         )
 
 
@@ -186,13 +189,13 @@ def _gradients(op: RegisteredOp, pending: Pending, wanted: tuple[str, ...]) -> d
         leaves = {name: getattr(call, name).view_as(getattr(call, name)) for name in spec.gradients if name in wanted}
     # Where nobody records, as when torch.func.vjp has left its level, the views do not ask for gradients either.
     if wants_gradients(leaves.values()):
-        found = op.reference_gradients(call._replace(**leaves), pending.grad_out, tuple(leaves), create_graph=True)
+        grads = op.reference_gradients(call._replace(**leaves), pending.grad_out, tuple(leaves), create_graph=True)
     else:
         results = run(op.backward_op, op.run_backward, pending.args())
-        found = dict(zip(spec.gradients, results if len(spec.gradients) > 1 else (results,), strict=True))
+        grads = dict(zip(spec.gradients, results if len(spec.gradients) > 1 else (results,), strict=True))
     if "residual" in wanted:
-        found["residual"] = _residual_gradient(call, pending.grad_out)
-    return found
+        grads["residual"] = _residual_gradient(call, pending.grad_out)
+    return grads
 
 
 def _residual_gradient(call: Call, grad_out: Tensor) -> Tensor:
@@ -210,8 +213,8 @@ def _residual_gradient(call: Call, grad_out: Tensor) -> Tensor:
 def _without_lse_gradient(name: str, lse: Tensor, grad_lse: Tensor) -> Tensor:
     """`lse` itself, for the backward, after a gradient of it other than zero has been refused."""
     wait = not (torch.compiler.is_compiling() or is_fake(grad_lse))
-    found: Tensor = torch.ops.interformer_kernels.without_lse_gradient.default(lse, grad_lse, name, wait)
-    return found
+    checked: Tensor = torch.ops.interformer_kernels.without_lse_gradient.default(lse, grad_lse, name, wait)
+    return checked
 
 
 def _check_lse_gradient(lse: Tensor, grad_lse: Tensor, name: str, wait: bool) -> Tensor:

@@ -32,17 +32,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-# What a mesh dimension can share out, and the axes that this cuts.
+# The kinds of axes that a mesh dimension can shard, and the axes that each of them cuts.
 _CUT = {
     "rows": ("B", "T", "Tq", "Tk"),
     "heads": ("H", "Hk"),
     "features": ("F",),
     "channels": ("E",),
 }
-_KEYS = ("k", "v")  # which may stay whole where heads are shared out
-_BROADCAST = ("gate", "residual")  # which broadcast to the output
+_KEYS = ("k", "v")  # may stay whole where heads are sharded
+_BROADCAST = ("gate", "residual")  # broadcast to the output
 _OFFSETS = ("offsets", "kv_offsets", "q_offsets")
-_TABLES = (*_OFFSETS, "rope_positions", "positions", "rope")  # what carries no gradient
+_TABLES = (*_OFFSETS, "rope_positions", "positions", "rope")  # carry no gradient
 
 
 def call_on_parts(
@@ -55,12 +55,12 @@ def call_on_parts(
         ValueError: the arguments lie on different meshes, or a placement would need something to be sent.
     """
     call = _Call(op.__name__, arguments, layouts, out)
-    found = op(**{name: call.own_part(name, x) for name, x in arguments.items()})
-    return tuple(map(call.as_global, found)) if isinstance(found, tuple) else call.as_global(found)
+    outputs = op(**{name: call.local_part(name, x) for name, x in arguments.items()})
+    return tuple(map(call.as_global, outputs)) if isinstance(outputs, tuple) else call.as_global(outputs)
 
 
 class _Call:
-    """One call: what each dimension of the mesh shares out, and so how every tensor lies."""
+    """One call: the kind of axes that each mesh dimension shards, and the placements that follow."""
 
     def __init__(self, op: str, arguments: dict[str, Any], layouts: dict[str, str], out: str) -> None:
         self.op, self.arguments = op, arguments
@@ -98,7 +98,7 @@ class _Call:
             raise ValueError(f"{self.op}: {name} must lie on {self.lead}'s mesh {self.mesh}, found {x.device_mesh}")
 
     def _shared_out(self, dim: int) -> str | None:
-        """What this dimension of the mesh shares out: the first sharded argument says so, offsets before all others."""
+        """The kind of axes that a mesh dimension shards, by the first sharded argument; offsets come first."""
         offsets = [x for name in _OFFSETS if isinstance(x := self.arguments.get(name), DTensor)]
         if any(x.placements[dim] == Shard(0) for x in offsets):
             return "rows"
@@ -121,7 +121,7 @@ class _Call:
         raise ValueError(f"{self.op}: {name} must be {wanted} on mesh dimension {dim}, found {x.placements[dim]}")
 
     def _check_linear(self) -> None:
-        """Parts of a sum over channels add up only where nothing is done to each of them."""
+        """Refuse whatever is not linear in the partial sums over channels."""
         if self.arguments.get("activation", "identity") != "identity":
             wanted = 'activation must be "identity" where channels are sharded'
             raise ValueError(f"{self.op}: {wanted}, found {self.arguments['activation']!r}")
@@ -130,20 +130,20 @@ class _Call:
                 wanted = "None where channels are sharded (add it to the reduced output)"
                 raise ValueError(f"{self.op}: {name} must be {wanted}, found {_kind(self.arguments[name])}")
 
-    # ------------------------------------------------------------ own parts
+    # ------------------------------------------------------------ local parts
 
-    def own_part(self, name: str, x: Any) -> Any:
-        """What this process reads of an argument."""
+    def local_part(self, name: str, x: Any) -> Any:
+        """The local part of an argument."""
         if name in self.layouts:
-            return self._own_floats(name, x)
+            return self._local_floats(name, x)
         if name in _TABLES:
             parts = x if isinstance(x, (tuple, list)) else (x,)
-            own = tuple(self._own_index(name, part) for part in parts)
-            return own if isinstance(x, (tuple, list)) else own[0]
+            local = tuple(self._local_index(name, part) for part in parts)
+            return local if isinstance(x, (tuple, list)) else local[0]
         return x
 
-    def _own_index(self, name: str, x: Any) -> Any:
-        """A process' own offsets or positions where rows are shared out; else, as rotary tables, the same in all."""
+    def _local_index(self, name: str, x: Any) -> Any:
+        """Local offsets or positions where rows are sharded; otherwise, and for tables, the same in all processes."""
         by_rows = name != "rope"
         if isinstance(x, DTensor):
             for dim, what in enumerate(self.shared):
@@ -156,7 +156,7 @@ class _Call:
             raise TypeError(f"{self.op}: {name} must be a DTensor with Shard(0), {because}; found {_kind(x)}")
         return x
 
-    def _own_floats(self, name: str, x: DTensor) -> Tensor:
+    def _local_floats(self, name: str, x: DTensor) -> Tensor:
         placements, gradients = self._placements(self.layouts[name]), []
         whole = name in _KEYS and all(
             x.placements[dim] == Replicate() for dim, what in enumerate(self.shared) if what == "heads"
@@ -168,16 +168,16 @@ class _Call:
                 self._refuse(name, x, dim, f"{wanted}{because}")
             gradients.append(Partial() if what and wanted == Replicate() else wanted)
         self._check_even(name, x, tuple(self.layouts[name]))
-        own = x.to_local(grad_placements=gradients)
-        return self._own_heads(name, own) if whole and "heads" in self.shared else own
+        local = x.to_local(grad_placements=gradients)
+        return self._local_heads(name, local) if whole and "heads" in self.shared else local
 
     def _placements(self, axes: tuple[str, ...]) -> list[Placement]:
-        """How a tensor with these axes lies."""
-        found: list[Placement] = []
+        """Placements of a tensor with these axes."""
+        placements: list[Placement] = []
         for what in self.shared:
             cut = [i for i, axis in enumerate(axes) if what and axis in _CUT[what]]
-            found.append(Shard(cut[0]) if cut else Replicate())
-        return found
+            placements.append(Shard(cut[0]) if cut else Replicate())
+        return placements
 
     def _check_even(self, name: str, x: DTensor, axes: tuple[str, ...]) -> None:
         for i, axis in enumerate(axes):
@@ -187,7 +187,7 @@ class _Call:
                 raise ValueError(f"{self.op}: axis {axis} of {name} must be {wanted}, found {x.shape[i]}")
 
     def _part(self, what: str) -> _Part:
-        """Which part of `what` is this process', of how many; dimensions of the mesh divide it one after another."""
+        """This process' part of `what`, of how many; mesh dimensions divide it one after another."""
         index, count = 0, 1
         for dim, shared in enumerate(self.shared):
             if shared == what:
@@ -195,23 +195,23 @@ class _Call:
                 index, count = index * size + self.mesh.get_local_rank(dim), count * size
         return _Part(index, count)
 
-    def _own_heads(self, name: str, x: Tensor) -> Tensor:
-        """Of whole keys or values, the heads that this process' queries read."""
+    def _local_heads(self, name: str, x: Tensor) -> Tensor:
+        """The heads of whole keys or values that this process' queries read."""
         heads, key_heads = self.arguments[self.lead].shape[-2], x.shape[1]
         part, group = self._part("heads"), max(heads // max(key_heads, 1), 1)
-        own = heads // part.parts
-        if own % group and group % max(own, 1):
-            wanted = f"such that the {own} query heads of a process read whole groups of {group}, or lie in one"
+        local_heads = heads // part.parts
+        if local_heads % group and group % max(local_heads, 1):
+            wanted = f"such that the {local_heads} query heads of a process read whole groups of {group}, or lie in one"
             raise ValueError(f"{self.op}: the heads of {name} must be {wanted}; found {key_heads} for {heads}")
-        return x.narrow(1, part.number * own // group, max(own // group, 1))
+        return x.narrow(1, part.number * local_heads // group, max(local_heads // group, 1))
 
     # ------------------------------------------------------------ results
 
-    def as_global(self, own: Tensor) -> DTensor:
-        """A result (or its log-sum-exp, which lacks the last axis) as the DTensor of which `own` is a part."""
-        axes = self.out[: own.dim()]
+    def as_global(self, local: Tensor) -> DTensor:
+        """A result (or its log-sum-exp, which lacks the last axis) as the DTensor of which `local` is a part."""
+        axes = self.out[: local.dim()]
         sizes = self._sizes()
-        shape = [sizes.get(axis, size) for axis, size in zip(axes, own.shape, strict=True)]
+        shape = [sizes.get(axis, size) for axis, size in zip(axes, local.shape, strict=True)]
         stride = [1]
         for size in reversed(shape[1:]):
             stride.insert(0, stride[0] * max(size, 1))
@@ -220,7 +220,7 @@ class _Call:
             for what, placement in zip(self.shared, self._placements(axes), strict=True)
         ]
         return DTensor.from_local(
-            own, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+            local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
         )
 
     def _sizes(self) -> dict[str, int]:
@@ -254,7 +254,7 @@ def _form(layout: str, axes: int | None) -> tuple[str, ...]:
 
 
 def _broadcast_axes(x: Tensor, out: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes of what broadcasts to the output; one of size 1 is nobody's."""
+    """The axes of what broadcasts to the output; an axis of size 1 has no name."""
     axes = (*["1"] * (x.dim() - len(out)), *out)[-x.dim() :] if x.dim() else ()
     return tuple("1" if size == 1 else axis for axis, size in zip(axes, x.shape, strict=True))
 

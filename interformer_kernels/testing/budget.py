@@ -107,26 +107,26 @@ def _attention_call(op: str, inputs: Mapping[str, Any]) -> AttentionCall:
 def evaluate(run: Callable[[], tuple[Tensor, Tensor | None]], op: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The output, the log-sum-exp and every gradient of one run, by name."""
     out, lse = run()
-    found = {"out": out.detach()}
+    results = {"out": out.detach()}
     if lse is not None:
-        found["lse"] = lse.detach()
+        results["lse"] = lse.detach()
     names = [name for name in DIFFERENTIABLE[op] if inputs.get(name) is not None]
     leaves = [inputs[name] for name in names]
     grads = torch.autograd.grad(out, leaves, inputs["grad_out"], allow_unused=True, materialize_grads=True)
-    found.update({f"d{name}": grad for name, grad in zip(names, grads, strict=True)})
-    return found
+    results.update({f"d{name}": grad for name, grad in zip(names, grads, strict=True)})
+    return results
 
 
 def cast_inputs(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The same numbers in another dtype, as new gradient leaves; indices and rotary tables are left as they are."""
-    found = dict(inputs)
+    cast = dict(inputs)
     for name, x in inputs.items():
         if isinstance(x, Tensor) and x.is_floating_point():
-            found[name] = x.detach().to(dtype).requires_grad_(x.requires_grad)
-    return found
+            cast[name] = x.detach().to(dtype).requires_grad_(x.requires_grad)
+    return cast
 
 
-NUMBERS = 1024  # of a quantity, at least, that are judged together
+NUMBERS = 1024  # fewest numbers of a quantity that are judged together
 
 Run = Callable[[Mapping[str, Any]], tuple[Tensor, Tensor | None]]
 
@@ -136,7 +136,7 @@ _Three = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Sums:
-    """Of one quantity over one draw or several: what its errors are made of.
+    """Sums over one draw or several from which the errors of one quantity follow.
 
     `numbers` are the true values that are not 0. The pairs below belong to the backend's differences to the truth, to
     eager PyTorch's, and to the truth itself where it is finite: sums of squares, and largest absolute values.
@@ -148,16 +148,16 @@ class Sums:
     largest: _Three
 
     @classmethod
-    def of(cls, found: Tensor, eager: Tensor, truth: Tensor) -> Sums:
-        """Of one draw."""
+    def of(cls, x: Tensor, eager: Tensor, truth: Tensor) -> Sums:
+        """The sums of one draw."""
         finite = truth.double().masked_fill(~truth.isfinite(), 0)
-        parts = (differences(found, truth), differences(eager, truth), finite.abs())
-        of_found, of_eager, of_truth = ((float(x.square().sum()), float(x.max()) if x.numel() else 0.0) for x in parts)
-        squares, largest = zip(of_found, of_eager, of_truth, strict=True)
-        return cls(found.dtype, int(finite.count_nonzero()), squares, largest)
+        errors = (differences(x, truth), differences(eager, truth), finite.abs())
+        pairs = ((float(e.square().sum()), float(e.max()) if e.numel() else 0.0) for e in errors)
+        squares, largest = zip(*pairs, strict=True)
+        return cls(x.dtype, int(finite.count_nonzero()), squares, largest)
 
     def __add__(self, other: Sums) -> Sums:
-        """Of both draws together."""
+        """The sums of both draws together."""
         squares, largest = _each(operator.add, self.squares, other.squares), _each(_larger, self.largest, other.largest)
         return Sums(self.dtype, self.numbers + other.numbers, squares, largest)
 
@@ -167,11 +167,11 @@ class Sums:
         # stands in for eager's, and is allowed once more, since the truth itself errs by as much.
         ratio, share = (2.0**-29, 3) if self.dtype == torch.float64 else (1.0, 2)
         unit = torch.finfo(self.dtype).eps
-        found, eager, truth = map(math.sqrt, self.squares)
+        error, eager, truth = map(math.sqrt, self.squares)
         scale = truth or 1.0
         budget = share * ratio * eager / scale + (unit if truth else 0.0)
-        most_found, most_eager, most_truth = self.largest
-        return Row(quantity, found / scale, budget, most_found, 6 * ratio * most_eager + 2 * unit * most_truth)
+        most, most_eager, most_truth = self.largest
+        return Row(quantity, error / scale, budget, most, 6 * ratio * most_eager + 2 * unit * most_truth)
 
 
 def _each(function: Callable[[float, float], float], a: _Three, b: _Three) -> _Three:
@@ -185,12 +185,12 @@ def _larger(a: float, b: float) -> float:
 Errors = dict[str, Sums]
 
 
-def differences(found: Tensor, truth: Tensor) -> Tensor:
+def differences(x: Tensor, truth: Tensor) -> Tensor:
     """Absolute differences in float64; equal infinities differ by nothing, and NaN stays NaN."""
-    if found.shape != truth.shape:
-        raise AssertionError(f"found shape {list(found.shape)}, wanted {list(truth.shape)}")
-    found, truth = found.double(), truth.double()
-    return (found - truth).abs().masked_fill(found == truth, 0)
+    if x.shape != truth.shape:
+        raise AssertionError(f"found shape {list(x.shape)}, wanted {list(truth.shape)}")
+    x, truth = x.double(), truth.double()
+    return (x - truth).abs().masked_fill(x == truth, 0)
 
 
 def compare(
@@ -218,8 +218,8 @@ def compare(
 def pooled(draw: Callable[[int], Errors], seed: int = 0, most_draws: int | None = None) -> Errors:
     """Errors over `draw(seed)`, `draw(seed + 1)`, ..., until every quantity has 1024 numbers; see `compare`.
 
-    A true value of 0 is not counted, unless it takes more than 1024 draws: few others may ever come. What a draw leaves
-    out is left out of the whole.
+    A true value of 0 is not counted, unless it takes more than 1024 draws: few others may ever come. A quantity
+    that one draw leaves out is left out of the whole.
     """
     total = draw(seed)
     draws = 1
@@ -234,13 +234,13 @@ def pooled(draw: Callable[[int], Errors], seed: int = 0, most_draws: int | None 
 
 def measure(run: Run, op: str, inputs: Mapping[str, Any]) -> Errors:
     """Errors of one run (the output, the log-sum-exp where it returns one, every gradient), and eager PyTorch's."""
-    found = evaluate(lambda: run(inputs), op, inputs)
+    results = evaluate(lambda: run(inputs), op, inputs)
     exact = cast_inputs(inputs, torch.float64)
     truth = evaluate(lambda: call_eager(op, exact), op, exact)
     double = inputs["grad_out"].dtype == torch.float64
     rough = cast_inputs(inputs, torch.float32) if double else inputs
     eager = evaluate(lambda: call_eager(op, rough), op, rough)
-    return {name: Sums.of(x, eager[name], truth[name]) for name, x in found.items()}
+    return {name: Sums.of(x, eager[name], truth[name]) for name, x in results.items()}
 
 
 def judge(errors: Errors) -> list[Row]:

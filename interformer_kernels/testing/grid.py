@@ -69,7 +69,7 @@ _GATE_SHAPES = ("full", "head", "channel", "scalar", "full", "token", "heads", "
 
 
 def _attention_cases(op: str, case: Callable[..., Case]) -> list[Case]:
-    """What every op of the attention family is asked."""
+    """The cases of every op of the attention family."""
     cases = [
         case(op, "plain"),
         case(op, "tile edges", lengths=TILE_EDGES, index_dtype=torch.int32),
@@ -104,23 +104,23 @@ def cases(op: str) -> list[Case]:
             {"lengths": ALL_EMPTY},
             {"strided": True},
         ]
-        found = []
+        grid = []
         for interleaved in (False, True):
             for extra in shapes:
                 name = ", ".join(["interleaved" if interleaved else "halves", *map(str, extra)])
-                found.append(Case(op, name, **{"rope": 16, **extra, "options": {"interleaved": interleaved}}))
-        return found
+                grid.append(Case(op, name, **{"rope": 16, **extra, "options": {"interleaved": interleaved}}))
+        return grid
     if op == "personalized_ffn":
-        found = [
+        grid = [
             Case(op, f"{act}, bias, residual", residual=True, options={"activation": act}) for act in FFN_ACTIVATIONS
         ]
-        found += [Case(op, "plain", bias=False), Case(op, "tile edges", lengths=TILE_EDGES)]
-        found += [Case(op, "all rows empty", lengths=ALL_EMPTY), Case(op, "no rows", lengths=NO_ROWS)]
-        found += [Case(op, "odd sizes, strided", head_size=7, value_size=10, strided=True, index_dtype=torch.int32)]
-        return found
-    found = _attention_cases(op, Case)
+        grid += [Case(op, "plain", bias=False), Case(op, "tile edges", lengths=TILE_EDGES)]
+        grid += [Case(op, "all rows empty", lengths=ALL_EMPTY), Case(op, "no rows", lengths=NO_ROWS)]
+        grid += [Case(op, "odd sizes, strided", head_size=7, value_size=10, strided=True, index_dtype=torch.int32)]
+        return grid
+    grid = _attention_cases(op, Case)
     if op == "pma_pooling":
-        found += [
+        grid += [
             Case(op, "v is k", shared_value=True, kv_heads=1),
             Case(op, "v is k, identity score", shared_value=True, options=_SCORES[0]),
             Case(op, "skip prefix", options={"skip_prefix": 2}),
@@ -128,7 +128,7 @@ def cases(op: str) -> list[Case]:
             Case(op, "many seeds", queries=33),
         ]
     elif op == "gated_cross_attention":
-        found += [
+        grid += [
             Case(op, "jagged queries", query_lengths=(2, 3, 0, 9, 1), gate="full", residual=True),
             Case(op, "one query", queries=1, gate="head"),
             Case(op, "no queries", queries=0),
@@ -141,12 +141,12 @@ def cases(op: str) -> list[Case]:
             {"window": (2, 0), "num_prefix": 2},
             {"causal": True, "num_prefix": 3, "score": "silu", "post_scale": 0.5},
         ]
-        found += [Case(op, f"mask {', '.join(map(str, m))}", options=m) for m in masks]
-        found += [Case(op, f"cross {', '.join(map(str, m))}", query_lengths=(2, 3, 40, 0, 9), options=m) for m in masks]
-        found += [Case(op, f"rotary interleaved={i}", rope=16, options={"rope_interleaved": i}) for i in (False, True)]
-        found += [
+        grid += [Case(op, f"mask {', '.join(map(str, m))}", options=m) for m in masks]
+        grid += [Case(op, f"cross {', '.join(map(str, m))}", query_lengths=(2, 3, 40, 0, 9), options=m) for m in masks]
+        grid += [Case(op, f"rotary interleaved={i}", rope=16, options={"rope_interleaved": i}) for i in (False, True)]
+        grid += [
             Case(op, "rotary on some channels, positions", rope=10, positions=True, kv_heads=2),
             Case(op, "rotary, cross, positions", rope=16, positions=True, query_lengths=(2, 3, 40, 0, 9)),
             Case(op, "rotary, window, gate", rope=16, gate="head", residual=True, options={"window": (3, 3)}),
         ]
-    return found
+    return grid

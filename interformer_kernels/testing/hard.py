@@ -4,9 +4,9 @@ Two kinds of check, for any backend:
 
 - `compare_hard` holds calls of `HARD_VALUES` (gates near 0, equal scores, a one-hot softmax, scores of a million, the
   dtype's largest numbers, ...) against the float64 truth, by the rule of `compare`.
-- `check_planted` puts one value in one place of one input. What must not notice keeps its very bits (other rows, other
-  key/value heads, other queries). What notices hides no NaN, and is finite where a finite value leaves eager PyTorch's
-  result finite.
+- `check_planted` puts one value in one place of one input. Numbers that must not notice it keep their bits (other rows,
+  other key/value heads, other queries). Numbers that notice it hide no NaN, and are finite where a finite value leaves
+  eager PyTorch's result finite.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def planted(inputs: Mapping[str, Any], plant: Plant) -> Inputs:
 
 
 def check_planted(case: Case, backend: str | None, inputs: Mapping[str, Any], chosen: Iterable[Plant]) -> list[str]:
-    """What is wrong with a backend's answers to the inputs, planted in turn; empty where nothing is."""
+    """The faults in a backend's answers to the inputs, planted in turn; empty where there is none."""
     clean = evaluate(lambda: call(case.op, inputs, backend), case.op, inputs)
     return [line for plant in chosen for line in _check_plant(case, backend, inputs, plant, clean)]
 
@@ -193,7 +193,7 @@ _SOFTMAX: tuple[dict[str, Any], ...] = ({},)
 _ALL_SCORES = (*_SOFTMAX, {"score": "gelu", "post_scale": 0.125}, {"score": "silu", "post_scale": 0.125})
 _TANH, _SIGMOID, _SILU = ({"gate_activation": activation} for activation in ("tanh", "sigmoid", "silu"))
 _SELF: dict[str, Any] = {"gate_form": "self"}
-# By name: what is made of a case's inputs, and the options that make it hard.
+# By name: the change of a case's inputs, and the options that make it hard.
 HARD_VALUES: dict[str, tuple[Callable[[Inputs], Inputs], tuple[dict[str, Any], ...]]] = {
     "gates of 1e-6": (lambda inputs: _scaled(inputs, gate=1e-6), (_TANH, {**_SELF, **_TANH}, {**_SELF, **_SILU})),
     "gates of 1e-3": (lambda inputs: _scaled(inputs, gate=1e-3), (_TANH, {**_SELF, **_TANH}, _SILU)),
@@ -208,7 +208,7 @@ HARD_VALUES: dict[str, tuple[Callable[[Inputs], Inputs], tuple[dict[str, Any], .
 
 
 def hard_value_cases(op: str) -> list[Case]:
-    """The calls that are made of hard numbers; their names are those of HARD_VALUES, and what else is peculiar."""
+    """The calls that are made of hard numbers; their names are those of HARD_VALUES with the case's other options."""
     sizes = {**_SIZES, "lengths": 3 * _LENGTHS}
     if op == "apply_rotary":
         return []

@@ -104,7 +104,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int =
     return {**case.options, **inputs, "grad_out": draw.leaf(*shape, rows=rows, gradient=False)}
 
 
-# What each maker returns: arguments, the output's shape, and its number of tokens before the tail (None: no tail).
+# The result of each maker: arguments, the output's shape, and its number of tokens before the tail (None: no tail).
 _Made = tuple[dict[str, Any], tuple[int, ...], int | None]
 
 
@@ -168,7 +168,7 @@ def _ffn_inputs(draw: _Draw, case: Case, offsets: Tensor) -> _Made:
 
 
 def row_of(x: Tensor, lengths: Sequence[int], b: int, end: int | None = None) -> Tensor:
-    """What a tensor of rows, or of their tokens, holds of row `b`; of rows `b .. end - 1`, where there is an end."""
+    """The part of a tensor of rows, or of their tokens, that belongs to row `b`, or to rows `b .. end - 1`."""
     end = b + 1 if end is None else end
     first = sum(lengths[:b])
     return x[b:end] if x.shape[0] == len(lengths) else x[first : first + sum(lengths[b:end])]

@@ -1,4 +1,4 @@
-"""Which numbers of a call may notice what stands at one place of an input: the contract of values that are not finite.
+"""The numbers of a call that may depend on one place of an input: the contract of values that are not finite.
 
 A query's own number reaches that query's output, and in the backward its own gradient and those of the keys and values
 of its row under its key/value head. A key or value reaches the queries of its row under the heads that read it. Sums
@@ -98,7 +98,7 @@ class _Attention:
         return found
 
     def _queries(self, name: str, place: tuple[int, ...]) -> Tensor:
-        """Queries under their heads, `[..., H]`, that what stands there reaches first."""
+        """Queries under their heads, `[..., H]`, that read the place directly."""
         x: Tensor = self.inputs[name]
         if name in ("k", "v"):
             of_row = (self.q_rows == self.k_rows[place[0]]) & (self.q_rows >= 0)
