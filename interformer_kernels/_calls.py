@@ -68,6 +68,11 @@ class AtLeast:
     bound: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Finite:
+    """A finite number."""
+
+
 class AttentionCall(NamedTuple):
     """Attention of the queries of each row over the keys of the same row; the three public ops differ by `layout`.
 
@@ -85,7 +90,7 @@ class AttentionCall(NamedTuple):
     gate: Annotated[Tensor | None, Broadcast()]
     scale: float
     score: Annotated[str, OneOf(SCORES)]
-    post_scale: float
+    post_scale: Annotated[float, Finite()]
     gate_form: Annotated[str, OneOf(GATE_FORMS)]
     gate_activation: Annotated[str, OneOf(GATE_ACTIVATIONS)]
     skip_prefix: Annotated[int, AtLeast(0)] = 0

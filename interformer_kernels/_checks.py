@@ -268,15 +268,12 @@ def default_scale(op: str, scale: object, head_size: int) -> float:
     return head_size**-0.5 if scale is None else check_number(op, "scale", scale)
 
 
-def check_score(op: str, score: object, post_scale: object, return_lse: object) -> tuple[float, bool]:
-    """`post_scale`, and whether `lse` is asked; both depend on the score, a name that has been checked."""
+def check_lse(op: str, score: str, return_lse: object) -> bool:
+    """Whether the log-sum-exp is asked, which only a softmax has."""
     asked = check_bool(op, "return_lse", return_lse)
-    factor = check_number(op, "post_scale", post_scale)
-    if score == "softmax" and factor != 1.0:
-        raise ValueError(f'{op}: post_scale must be 1 with score="softmax", found {factor}')
     if asked and score != "softmax":
         raise ValueError(f'{op}: return_lse must be False unless score="softmax", found True with score={score!r}')
-    return factor, asked
+    return asked
 
 
 def check_residual(op: str, residual: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

@@ -93,7 +93,7 @@ def positions_in_rows(offsets: Tensor, total: int) -> Tensor:
 
 
 class Maps(NamedTuple):
-    """How products of queries and keys become weights: `post_scale * score(scale * <q, k>)`, or their softmax."""
+    """The maps from products of queries and keys to weights; all but the softmax have a factor of their sum."""
 
     scale: float
     score: str

@@ -100,8 +100,9 @@ def attend(
     op: PublicOp, call: AttentionCall, residual: Tensor | None, scale: object, return_lse: object, backend: object
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The output of a call whose tensors and masks are checked, and `lse` if asked."""
-    post_scale, with_lse = checks.check_score(op.name, call.score, call.post_scale, return_lse)
-    scale = checks.default_scale(op.name, scale, call.k.shape[2])
-    call = call._replace(scale=scale, post_scale=post_scale)
+    with_lse = checks.check_lse(op.name, call.score, return_lse)
+    if call.score == "softmax" and call.post_scale != 1:
+        raise ValueError(f'{op.name}: post_scale must be 1 with score="softmax", found {call.post_scale}')
+    call = call._replace(scale=checks.default_scale(op.name, scale, call.k.shape[2]))
     out, lse, _ = _registered(op, call, residual, checks.backend_name(op.name, backend), shows_lse=with_lse)
     return (out, lse) if with_lse else out

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _checks as checks
-from interformer_kernels._calls import AtLeast, Offsets, OneOf, Values
+from interformer_kernels._calls import AtLeast, Finite, Offsets, OneOf, Values
 from interformer_kernels.ops._spec import Field, OpSpec
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -70,7 +70,9 @@ class PublicOp:
         places = {name: place for place, name in enumerate(parameters)}
         self.offsets.sort(key=lambda field: places.get(self.named(field.name), len(places)))
         checked = [
-            field for field in self.spec.fields if isinstance(field.note, (OneOf, AtLeast)) or field.type is bool
+            field
+            for field in self.spec.fields
+            if isinstance(field.note, (OneOf, AtLeast, Finite)) or field.type is bool
         ]
         self.options = [field for field in checked if self.named(field.name) in parameters]
 
@@ -155,7 +157,9 @@ class PublicOp:
                 checks.check_choice(self.name, name, value, note.choices)
                 continue
             if field.type is bool:
-                checked = checks.check_bool(self.name, name, value)
+                checked: Any = checks.check_bool(self.name, name, value)
+            elif isinstance(note, Finite):
+                checked = checks.check_number(self.name, name, value)
             else:
                 checked = checks.check_count(self.name, name, value, note.bound)
             if checked is not value:

@@ -190,7 +190,7 @@ def _far_apart(inputs: Inputs) -> Inputs:
 
 
 _SOFTMAX: tuple[dict[str, Any], ...] = ({},)
-_ALL_SCORES = (*_SOFTMAX, {"score": "gelu", "post_scale": 0.125}, {"score": "silu", "post_scale": 0.125})
+_ALL_SCORES = (*_SOFTMAX, *({"score": score, "post_scale": 0.125} for score in ("gelu", "silu")))
 _TANH, _SIGMOID, _SILU = ({"gate_activation": activation} for activation in ("tanh", "sigmoid", "silu"))
 _SELF: dict[str, Any] = {"gate_form": "self"}
 # By name: the change of a case's inputs, and the options that make it hard.
