@@ -10,7 +10,7 @@ from interformer_kernels._cli.errors import guarded
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command by its module's name; `interformer-kernels bench` is the same."""
+    """The same command as `interformer-kernels bench`, by its module's name."""
     parser = argparse.ArgumentParser(prog="python -m interformer_bench", description=command.__doc__)
     command.add_arguments(parser)
     chosen = parser.parse_args(arguments)

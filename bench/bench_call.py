@@ -1,4 +1,4 @@
-"""`pytest bench/bench_call.py`: what a call costs where there is next to nothing to compute, under pytest-benchmark."""
+"""`pytest bench/bench_call.py`: the cost of calls that compute next to nothing, under pytest-benchmark."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def test_tiny_call(benchmark: Any, op: str, name: str) -> None:
 
 
 def test_border(benchmark: Any) -> None:
-    call = calls.border()
-    if call is None:
+    crossing = calls.border()
+    if crossing is None:
         pytest.skip("the native module is not there")
-    benchmark.extra_info["tensors"] = call[0]
-    benchmark(call[1])
+    tensors, call = crossing
+    benchmark.extra_info["tensors"] = tensors
+    benchmark(call)

@@ -10,14 +10,14 @@ from interformer_bench.model import contenders
 from interformer_bench.model.cases import Case, cases
 from interformer_bench.model.measure import wrong
 
-_CASES = cases(shapes.laws())
+_CASES = cases(shapes.length_distributions())
 
 
-@pytest.mark.timeout(0)  # the limit of tests does not suit benches
+@pytest.mark.timeout(0)  # a bench may take longer than a test
 @pytest.mark.parametrize("case", _CASES, ids=[case.name for case in _CASES])
 @pytest.mark.parametrize("name", contenders.contenders(compile_too=True))
 def test_model(benchmark: Any, case: Case, name: str) -> None:
-    reason = contenders.why_not(name, case)
+    reason = contenders.unsupported_reason(name, case)
     if reason is not None:
         pytest.skip(reason)
     assert wrong(name, case.lengths()) is None

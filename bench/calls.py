@@ -1,4 +1,4 @@
-"""What a call costs where there is next to nothing to compute, and what the border to C++ has of it."""
+"""The cost of calls that compute next to nothing, and the share of it that is the crossing into C++."""
 
 from __future__ import annotations
 
@@ -16,46 +16,50 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import interformer_kernels
 from interformer_kernels import _backend
 
-# Of a tiny call, over padded SDPA's; and seconds of the border for eight tensors.
-MOST_RATIO, MOST_BORDER = 2.0, 1e-6
+# Limits: a tiny call over padded SDPA, and seconds of a crossing with eight tensors.
+MAX_RATIO, MAX_BORDER = 2.0, 1e-6
 OPS = ("jagged_attention", "pma_pooling", "gated_cross_attention")
 RUNNERS = (OURS, "padded SDPA", "SDPA alone, padded before")
 _LENGTHS, _SIZES = (10, 11), Sizes(heads=4, head_size=16, queries=2)
 
-Line = tuple[str, str, str]
+# A row of the table: the call, its time, and its target with the verdict.
+CostRow = tuple[str, str, str]
 
 
-def tiny(op: str) -> dict[str, timing.Run]:
-    """Eager calls without gradients on two rows of ten tokens: ours, padded SDPA, SDPA on what is padded already."""
+def tiny(op: str) -> dict[str, timing.TimedCall]:
+    """Eager calls without gradients on two rows of ten tokens: ours, padded SDPA, SDPA on already padded tensors."""
     arguments = workloads.inputs(op, _LENGTHS, _SIZES, torch.float32)
     queries = max(_LENGTHS) if op == "jagged_attention" else _SIZES.queries
     q, k, v = (torch.randn(len(_LENGTHS), _SIZES.heads, n, _SIZES.head_size) for n in (queries, *[max(_LENGTHS)] * 2))
-    held = torch.ones(len(_LENGTHS), 1, 1, max(_LENGTHS), dtype=torch.bool)
-    found = candidates(op, compile_too=False)
-    runs = {name: runner(op, found[name], arguments, PASSES[0]) for name in RUNNERS[:2]}
-    return {**runs, RUNNERS[2]: lambda: sdpa(q, k, v, attn_mask=held)}
+    mask = torch.ones(len(_LENGTHS), 1, 1, max(_LENGTHS), dtype=torch.bool)
+    peers = candidates(op, compile_too=False)
+    runs = {name: runner(op, peers[name], arguments, PASSES[0]) for name in RUNNERS[:2]}
+    return {**runs, RUNNERS[2]: lambda: sdpa(q, k, v, attn_mask=mask)}
 
 
-def border() -> tuple[int, timing.Run] | None:
-    """A call of the native module with nothing to compute, and how many tensors cross; None where it is not there."""
+def border() -> tuple[int, timing.TimedCall] | None:
+    """The number of tensors that cross into C++, and a call of the native module with nothing to compute.
+
+    None without a native module.
+    """
     native = _backend.native()
     if native is None:
         return None
-    whole, caught = native.attention_forward, []
+    original, recorded = native.attention_forward, []
 
-    def catch(*arguments: Any) -> Any:
-        caught.append(arguments)
-        return whole(*arguments)
+    def record(*arguments: Any) -> Any:
+        recorded.append(arguments)
+        return original(*arguments)
 
     empty, offsets = torch.empty(0, 4, 16), torch.zeros(1, dtype=torch.int64)
-    native.attention_forward = catch  # type: ignore[attr-defined]
+    native.attention_forward = record  # type: ignore[attr-defined]
     try:
         interformer_kernels.jagged_attention(
             empty, empty.clone(), empty.clone(), offsets, kv_offsets=offsets.clone(), gate=empty.clone(), backend="cpu"
         )
     finally:
-        native.attention_forward = whole  # type: ignore[attr-defined]
-    return sum(isinstance(x, Tensor) for x in _flat(caught[0])), lambda: whole(*caught[0])
+        native.attention_forward = original  # type: ignore[attr-defined]
+    return sum(isinstance(x, Tensor) for x in _flat(recorded[0])), lambda: original(*recorded[0])
 
 
 def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
@@ -63,35 +67,35 @@ def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
         yield from _flat(x) if isinstance(x, tuple) else (x,)
 
 
-def lines(seconds: float = 1.0) -> list[Line]:
-    """The table: what, the time found, and the target with its verdict; on one thread, there is no work for two."""
+def lines(seconds: float = 1.0) -> list[CostRow]:
+    """The rows of the table, measured on one thread: there is no work for two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [*_tiny_lines(seconds), *_border_lines(seconds)]
+        return [*_tiny_rows(seconds), *_border_rows(seconds)]
     finally:
         torch.set_num_threads(threads)
 
 
-def _tiny_lines(seconds: float) -> list[Line]:
-    found = []
+def _tiny_rows(seconds: float) -> list[CostRow]:
+    rows = []
     for op in OPS:
-        taken = timing.interleaved(tiny(op), seconds=seconds)
-        ours, padded = taken[OURS].median, taken[RUNNERS[1]].median
-        verdict = "pass" if ours <= MOST_RATIO * padded else "MISS"
-        target = f"<= {MOST_RATIO:g}x padded SDPA: {ours / padded:.2f}x {verdict}"
-        for name, timed in taken.items():
-            found.append((f"{op}, 2 rows of 10: {name}", _microseconds(timed.median), target if name == OURS else "-"))
-    return found
+        timings = timing.interleaved(tiny(op), seconds=seconds)
+        ours, padded = timings[OURS].median, timings[RUNNERS[1]].median
+        verdict = "pass" if ours <= MAX_RATIO * padded else "MISS"
+        target = f"<= {MAX_RATIO:g}x padded SDPA: {ours / padded:.2f}x {verdict}"
+        for name, time in timings.items():
+            rows.append((f"{op}, 2 rows of 10: {name}", _microseconds(time.median), target if name == OURS else "-"))
+    return rows
 
 
-def _border_lines(seconds: float) -> list[Line]:
-    call = border()
-    if call is None:
+def _border_rows(seconds: float) -> list[CostRow]:
+    crossing = border()
+    if crossing is None:
         return []
-    tensors, run = call
-    time = timing.interleaved({"border": run}, seconds=seconds)["border"].median
-    verdict = "pass" if time <= MOST_BORDER * tensors / 8 else "MISS"
+    tensors, call = crossing
+    time = timing.interleaved({"border": call}, seconds=seconds)["border"].median
+    verdict = "pass" if time <= MAX_BORDER * tensors / 8 else "MISS"
     target = f"<= 1 us for 8 tensors: {time / tensors * 8e6:.2f} us {verdict}"
     return [(f"native call with {tensors} tensors, nothing to compute", _microseconds(time), target)]
 

@@ -1,4 +1,4 @@
-"""Ways to call an op on a GPU that the grid of small calls does not take: each must give what a plain call gives."""
+"""Ways to call an op on a GPU that the grid of small calls does not cover; each must give what a plain call gives."""
 
 from __future__ import annotations
 
@@ -7,55 +7,56 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from interformer_bench.check_ground import (
+from interformer_bench.check_context import (
     DTYPES,
+    CheckContext,
     Finding,
-    Ground,
     Inputs,
-    by_definition,
-    drawn,
-    name_of,
+    dtype_name,
+    eager_and_truth,
+    random_lengths,
     same_bits,
     within_budget,
 )
-from interformer_bench.gpu_place import captured, told
+from interformer_bench.checks import error_line
+from interformer_bench.gpu_place import capture_graph
 from torch import Tensor
 
 import interformer_kernels
 from interformer_kernels import testing
 
-# Index arguments, by name: offsets and positions (a pair of them, where queries and keys have their own).
+# Index arguments by name: offsets and positions (a pair of tensors where queries and keys have their own).
 _OFFSETS = ("offsets", "kv_offsets", "q_offsets")
 _INDICES = (*_OFFSETS, "positions", "rope_positions")
-_SPIN = 10**9  # cycles: about half a second
+_SPIN_CYCLES = 10**9  # about half a second
 
 
-def middling(ground: Ground, seed: int = 0) -> list[int]:
-    """A batch of some work: short rows, an empty one, one that is cut into chunks. Permuted by the seed."""
-    found = [*drawn(8, 1, 12), 0, 40] if ground.place.tiny else [*drawn(250, 1, 200), 0, 1500]
-    random.Random(seed).shuffle(found)
-    return found
+def mixed_lengths(context: CheckContext, seed: int = 0) -> list[int]:
+    """A batch of moderate size: short rows, an empty one, and one that is split. The seed permutes the rows."""
+    lengths = [*random_lengths(8, 1, 12), 0, 40] if context.place.tiny else [*random_lengths(250, 1, 200), 0, 1500]
+    random.Random(seed).shuffle(lengths)
+    return lengths
 
 
-# ---------------------------------------------------------------- when it runs
+# ---------------------------------------------------------------- graphs and streams
 
 
-def graph_replay(ground: Ground) -> Iterator[Finding]:
-    """A call in a CUDA graph, forward and backward, replayed on other numbers and other lengths in the same tensors."""
+def graph_replay(context: CheckContext) -> Iterator[Finding]:
+    """A call in a CUDA graph, forward and backward, replayed on other contents and lengths in the same tensors."""
     for dtype in DTYPES:
-        contents = [ground.draw(ground.case(middling(ground, seed)), dtype, seed) for seed in range(4)]
-        static = _copied(contents[0])
-        replay, kept = captured(lambda: ground.run(static), ground.place)  # noqa: B023
+        contents = [context.draw(context.case(mixed_lengths(context, seed)), dtype, seed) for seed in range(4)]
+        static = _clone(contents[0])
+        replay, outputs = capture_graph(lambda: context.run(static), context.place)  # noqa: B023
         for number in (1, 2, 3, 0):
             _fill(static, contents[number])
             replay()
-            found = {name: x.clone() for name, x in kept.items()}
-            lengths = middling(ground, number)
-            yield same_bits(f"replay on contents {number}", dtype, found, ground.run(contents[number]), lengths)
+            replayed = {name: x.clone() for name, x in outputs.items()}
+            lengths = mixed_lengths(context, number)
+            yield same_bits(f"replay on contents {number}", dtype, replayed, context.run(contents[number]), lengths)
 
 
-def _copied(inputs: Inputs) -> dict[str, Any]:
-    """Tensors of their own with the same contents."""
+def _clone(inputs: Inputs) -> dict[str, Any]:
+    """New tensors with the same contents."""
     return {
         name: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
         for name, x in inputs.items()
@@ -69,62 +70,62 @@ def _fill(static: Inputs, contents: Inputs) -> None:
                 static[name].copy_(x)
 
 
-def side_stream(ground: Ground) -> Iterator[Finding]:
-    """Calls on a stream of their own while the default one is busy: they neither wait for it nor run on it."""
-    gpu = ground.place.gpu
+def side_stream(context: CheckContext) -> Iterator[Finding]:
+    """Calls on a side stream while the default one is busy: they neither wait for it nor run on it."""
+    gpu = context.place.gpu
     for dtype in DTYPES:
-        lengths = middling(ground)
-        inputs = ground.draw(ground.case(lengths), dtype)
-        wanted = ground.run(inputs)
+        lengths = mixed_lengths(context)
+        inputs = context.draw(context.case(lengths), dtype)
+        expected = context.run(inputs)
         stream = torch.cuda.Stream() if gpu else None
-        with ground.place.stream(stream):  # once before: it may load or compile
-            ground.run(inputs)
+        with context.place.stream(stream):  # a first call may load or compile
+            context.run(inputs)
         if gpu:
             torch.cuda.synchronize()
-            torch.cuda._sleep(_SPIN)
-        with ground.place.stream(stream):
-            found = {name: x.clone() for name, x in ground.run(inputs).items()}
+            torch.cuda._sleep(_SPIN_CYCLES)
+        with context.place.stream(stream):
+            actual = {name: x.clone() for name, x in context.run(inputs).items()}
         if stream is not None:
             stream.synchronize()
             waited = torch.cuda.default_stream().query()
             problem = "the default stream was idle again when the call was done" if waited else None
-            yield Finding("beside a busy stream: waits for nobody", name_of(dtype), not waited, problem)
-        yield same_bits("beside a busy stream", dtype, found, wanted, lengths)
+            yield Finding("beside a busy stream: waits for nobody", dtype_name(dtype), not waited, problem)
+        yield same_bits("beside a busy stream", dtype, actual, expected, lengths)
         if gpu:
             torch.cuda.synchronize()
 
 
-# ---------------------------------------------------------------- what it is given
+# ---------------------------------------------------------------- arguments
 
 
-def index_views(ground: Ground) -> Iterator[Finding]:
-    """Offsets and positions as int32 and int64, with a stride, at an odd place of their memory: the same bits.
+def index_views(context: CheckContext) -> Iterator[Finding]:
+    """Offsets and positions as int32 and int64, with a stride, at an odd storage offset: the same bits.
 
-    Each alone, so that one that is read right does not hide another.
+    Each index argument is changed alone, so that one that is read right does not hide another.
     """
-    inputs = ground.draw(_with_all_indices(ground), DTYPES[0])
+    inputs = context.draw(_with_all_indices(context), DTYPES[0])
     for dtype in DTYPES:
         arguments = testing.cast_inputs(inputs, dtype)
-        wanted = ground.run(arguments)
+        expected = context.run(arguments)
         for name in _INDICES:
             for kind in (torch.int32, torch.int64) if arguments.get(name) is not None else ():
                 for what, view in _VIEWS.items():
                     x = arguments[name]
                     changed = tuple(view(y.to(kind)) for y in x) if isinstance(x, tuple) else view(x.to(kind))
-                    found = ground.run({**arguments, name: changed})
-                    yield same_bits(f"{name} {name_of(kind)}, {what}", dtype, found, wanted)
+                    actual = context.run({**arguments, name: changed})
+                    yield same_bits(f"{name} {dtype_name(kind)}, {what}", dtype, actual, expected)
 
 
-def _with_all_indices(ground: Ground) -> testing.Case:
-    """A call with every index argument that the op takes."""
-    lengths = middling(ground)
-    own = {"query_lengths": tuple(reversed(lengths))}
-    more: dict[str, dict[str, Any]] = {
-        "jagged_attention": {**own, "rope": 32, "positions": True},
-        "gated_cross_attention": own,
+def _with_all_indices(context: CheckContext) -> testing.Case:
+    """A call with every index argument of the op."""
+    lengths = mixed_lengths(context)
+    own_offsets = {"query_lengths": tuple(reversed(lengths))}
+    options: dict[str, dict[str, Any]] = {
+        "jagged_attention": {**own_offsets, "rope": 32, "positions": True},
+        "gated_cross_attention": own_offsets,
         "apply_rotary": {"positions": True},
     }
-    return ground.case(lengths, **more.get(ground.op, {}))
+    return context.case(lengths, **options.get(context.op, {}))
 
 
 def _with_stride(x: Tensor) -> Tensor:
@@ -147,97 +148,98 @@ _VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def misaligned(ground: Ground) -> Iterator[Finding]:
-    """Tensors that begin one number behind a boundary of memory, in wide heads: right by the error budget.
+def misaligned(context: CheckContext) -> Iterator[Finding]:
+    """Tensors that begin one number after an aligned address, in wide heads: right by the error budget.
 
-    Not the same bits: who reads fewer numbers at once may add them in another order.
+    The bits may differ: narrower loads may add numbers in another order.
     """
-    lengths = middling(ground)
-    for size in (16,) if ground.place.tiny else (64, 128):
+    lengths = mixed_lengths(context)
+    for size in (16,) if context.place.tiny else (64, 128):
         for dtype in DTYPES:
-            case = ground.case(lengths, head_size=size, value_size=size, gate="full")
-            plain = ground.draw(case, dtype)
-            moved = {name: _moved(x) if isinstance(x, Tensor) else x for name, x in plain.items()}
-            eager, truth = by_definition(ground.op, plain)
-            yield within_budget(f"misaligned, {size} channels", dtype, ground.run(moved), eager, truth)
+            case = context.case(lengths, head_size=size, value_size=size, gate="full")
+            plain = context.draw(case, dtype)
+            moved = {name: _misaligned(x) if isinstance(x, Tensor) else x for name, x in plain.items()}
+            eager, truth = eager_and_truth(context.op, plain)
+            yield within_budget(f"misaligned, {size} channels", dtype, context.run(moved), eager, truth)
 
 
-def _moved(x: Tensor) -> Tensor:
-    """The same, one number further on in memory of its own; indices stay."""
+def _misaligned(x: Tensor) -> Tensor:
+    """A copy that begins one number after the start of its memory; indices are returned as they are."""
     if not x.is_floating_point():
         return x
-    room = x.new_empty(x.numel() + 1)
-    there = room[1:].view(x.shape)
+    storage = x.new_empty(x.numel() + 1)
+    copy = storage[1:].view(x.shape)
     with torch.no_grad():
-        there.copy_(x)
-    return there.detach().requires_grad_(x.requires_grad)
+        copy.copy_(x)
+    return copy.detach().requires_grad_(x.requires_grad)
 
 
-# ---------------------------------------------------------------- how it is called
+# ---------------------------------------------------------------- modes of calling
 
 
-def full_validation(ground: Ground) -> Iterator[Finding]:
-    """With contents checked: the same bits, and offsets out of order or beyond the tokens raise ValueError."""
-    lengths, dtype = middling(ground), DTYPES[0]
-    inputs = ground.draw(ground.case(lengths), dtype)
-    wanted = ground.run(inputs)
+def full_validation(context: CheckContext) -> Iterator[Finding]:
+    """Under full validation: the same bits, and offsets out of order or beyond the tokens raise ValueError."""
+    lengths, dtype = mixed_lengths(context), DTYPES[0]
+    inputs = context.draw(context.case(lengths), dtype)
+    expected = context.run(inputs)
     (name,) = (name for name in _OFFSETS if isinstance(inputs.get(name), Tensor))
     previous = interformer_kernels.set_validation("full")
     try:
-        yield same_bits("offsets checked", dtype, ground.run(inputs), wanted, lengths)
-        for what, place, value in (("out of order", 1, 10**6), ("beyond the tokens", -1, 10**6), ("negative", 1, -1)):
+        yield same_bits("offsets checked", dtype, context.run(inputs), expected, lengths)
+        for what, index, value in (("out of order", 1, 10**6), ("beyond the tokens", -1, 10**6), ("negative", 1, -1)):
             bad = inputs[name].clone()
-            bad[place] = value
+            bad[index] = value
             try:
-                ground.run({**inputs, name: bad})
+                context.run({**inputs, name: bad})
             except ValueError as error:
                 ok = name in str(error)
-                yield Finding(f"offsets {what}", name_of(dtype), ok, None if ok else f"the error names none: {error}")
+                yield Finding(
+                    f"offsets {what}", dtype_name(dtype), ok, None if ok else f"the error names none: {error}"
+                )
             else:
-                yield Finding(f"offsets {what}", name_of(dtype), False, "no error")
+                yield Finding(f"offsets {what}", dtype_name(dtype), False, "no error")
     finally:
         interformer_kernels.set_validation(previous)
 
 
-def autocast(ground: Ground) -> Iterator[Finding]:
-    """float32 arguments under autocast: what the call makes of them cast to bfloat16, and gradients cast back."""
-    lengths = middling(ground)
-    inputs = ground.draw(ground.case(lengths), torch.float32)
+def autocast(context: CheckContext) -> Iterator[Finding]:
+    """float32 arguments under autocast: the results of a call in bfloat16, with gradients cast back."""
+    lengths = mixed_lengths(context)
+    inputs = context.draw(context.case(lengths), torch.float32)
     narrow = testing.cast_inputs(inputs, torch.bfloat16)
-    device = ground.place.device
+    device = context.place.device
 
     def run(arguments: Inputs) -> tuple[Tensor, Tensor | None]:
         with torch.autocast(device, dtype=torch.bfloat16):
-            return ground.serve(ground.op, arguments)
+            return context.serve(context.op, arguments)
 
-    given = {**inputs, "grad_out": narrow["grad_out"]}
-    found = testing.evaluate(lambda: run(given), ground.op, given)
-    wanted = ground.run(narrow)
-    widened = {name: x.float() if name.startswith("d") else x for name, x in wanted.items()}
-    yield same_bits("autocast to bfloat16", torch.bfloat16, found, widened, lengths)
+    arguments = {**inputs, "grad_out": narrow["grad_out"]}
+    actual = testing.evaluate(lambda: run(arguments), context.op, arguments)
+    expected = {name: x.float() if name.startswith("d") else x for name, x in context.run(narrow).items()}
+    yield same_bits("autocast to bfloat16", torch.bfloat16, actual, expected, lengths)
 
 
-def compiled(ground: Ground) -> Iterator[Finding]:
+def compiled(context: CheckContext) -> Iterator[Finding]:
     """`torch.compile` of a model around the call, by inductor: within the error budget, forward and backward.
 
-    In rehearsals without inductor's compiler: what it finds depends on the machine.
+    Rehearsals do without inductor, whose results depend on the machine's compiler.
     """
-    backend = "aot_eager" if ground.place.tiny else "inductor"
-    torch.compiler.reset()  # of what other ops were compiled for
+    backend = "aot_eager" if context.place.tiny else "inductor"
+    torch.compiler.reset()  # drop the compilations of other ops
 
     @torch.compile(fullgraph=True, backend=backend)
-    def around(arguments: Inputs) -> tuple[Tensor, Tensor | None]:
-        return ground.serve(ground.op, arguments)
+    def model(arguments: Inputs) -> tuple[Tensor, Tensor | None]:
+        return context.serve(context.op, arguments)
 
-    lengths = middling(ground)
+    lengths = mixed_lengths(context)
     for dtype in DTYPES:
-        inputs = ground.draw(ground.case(lengths), dtype)
+        inputs = context.draw(context.case(lengths), dtype)
         arguments = {name: x for name, x in inputs.items() if name != "grad_out"}
         what = f"compiled by {backend}"
         try:
-            found = testing.evaluate(lambda: around(arguments), ground.op, inputs)  # noqa: B023
+            actual = testing.evaluate(lambda: model(arguments), context.op, inputs)  # noqa: B023
         except Exception as error:
-            yield Finding(what, name_of(dtype), False, f"failed: {told(error)}")
+            yield Finding(what, dtype_name(dtype), False, f"failed: {error_line(error)}")
             continue
-        eager, truth = by_definition(ground.op, inputs)
-        yield within_budget(what, dtype, found, eager, truth)
+        eager, truth = eager_and_truth(context.op, inputs)
+        yield within_budget(what, dtype, actual, eager, truth)

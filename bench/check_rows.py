@@ -1,7 +1,7 @@
-"""Large batches: a row's bits do not depend on the other rows, and rows are right wherever they lie.
+"""Large batches: a row's bits do not depend on the other rows, and every row is right wherever it lies.
 
-Persistent blocks, their queue, the list of long rows, rows cut into chunks and joined: only batches that fill a GPU
-many times over have all of them.
+Persistent blocks, their tile scheduler, the list of long rows, and rows split and combined all occur only in batches
+that fill a GPU many times over.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from interformer_bench import checks
-from interformer_bench.check_ground import (
+from interformer_bench.check_context import (
     DTYPES,
+    CheckContext,
     Finding,
-    Ground,
     Inputs,
     Results,
-    by_definition,
-    drawn,
-    name_of,
+    dtype_name,
+    eager_and_truth,
+    random_lengths,
     same_bits,
     within_budget,
 )
@@ -27,138 +27,138 @@ from interformer_bench.check_ground import (
 from interformer_kernels import testing
 
 _ROWS, _SLICES, _ALONE = 65536, 16, 64
-# Sums over rows and tokens: no row has them alone.
+# Gradients that are sums over rows: a single row does not have them.
 _SUMS = ("dseeds",)
-# So many tensors as large as k, in float64, is the most that the definition of pooling holds at once, gradients too.
-_DEFINITION = 64
+# Peak memory of the definition of pooling with its gradients, in float64 tensors of the size of k.
+_DEFINITION_TENSORS = 64
 
 
 def lengths_of(tiny: bool) -> list[int]:
-    """Many short rows, empty ones among them, some longer, and one of 5000 in the middle."""
+    """Many short rows, some of them empty, a few longer ones, and one of 5000 tokens in the middle."""
     if tiny:
-        found = drawn(12, 0, 16)
-        found[7] = 60
-        return found
-    found = drawn(_ROWS, 0, 32)
-    for place, length in zip(range(1000, _ROWS, 4000), drawn(16, 200, 1500, seed=1), strict=False):
-        found[place] = length
-    found[40_001] = 5000
-    return found
+        lengths = random_lengths(12, 0, 16)
+        lengths[7] = 60
+        return lengths
+    lengths = random_lengths(_ROWS, 0, 32)
+    for row, length in zip(range(1000, _ROWS, 4000), random_lengths(16, 200, 1500, seed=1), strict=False):
+        lengths[row] = length
+    lengths[40_001] = 5000
+    return lengths
 
 
-def large_batch(ground: Ground) -> Iterator[Finding]:
-    """Twice, in slices, and row by row: the same bits; and some rows against float64."""
-    lengths = lengths_of(ground.place.tiny)
-    for gate in ("", "full") if ground.op in testing.OPS[:3] else ("",):
-        case = ground.case(lengths, kv_heads=2, gate=gate)
+def large_batch(context: CheckContext) -> Iterator[Finding]:
+    """The same bits twice, in slices, and row by row; and some rows against float64."""
+    lengths = lengths_of(context.place.tiny)
+    for gate in ("", "full") if context.op in testing.OPS[:3] else ("",):
+        case = context.case(lengths, kv_heads=2, gate=gate)
         for dtype in DTYPES:
-            inputs = ground.draw(case, dtype)
-            whole = ground.run(inputs)
-            mark = ", gated" if gate else ""
-            yield same_bits(f"two runs{mark}", dtype, ground.run(inputs), whole, lengths)
-            yield _in_slices(ground, inputs, lengths, whole, mark)
+            inputs = context.draw(case, dtype)
+            whole = context.run(inputs)
+            suffix = ", gated" if gate else ""
+            yield same_bits(f"two runs{suffix}", dtype, context.run(inputs), whole, lengths)
+            yield _in_slices(context, inputs, lengths, whole, suffix)
             rows = chosen_rows(lengths)
-            yield _alone(ground, inputs, lengths, whole, rows, mark)
-            yield _exact(ground, inputs, lengths, whole, rows, mark)
+            yield _alone(context, inputs, lengths, whole, rows, suffix)
+            yield _against_float64(context, inputs, lengths, whole, rows, suffix)
             if any(name in whole for name in _SUMS):
-                yield _exact_sums(ground, inputs, whole, mark)
+                yield _sums_against_float64(context, inputs, whole, suffix)
 
 
 def chosen_rows(lengths: Sequence[int]) -> list[int]:
-    """The first, the last, the longest, and random ones."""
+    """The first row, the last, the longest, and random ones."""
     count = min(_ALONE, len(lengths))
     longest = sorted(range(len(lengths)), key=lambda b: -lengths[b])[: count // 8]
-    drawn_rows = random.Random(0).sample(range(len(lengths)), count)
-    return sorted(list(dict.fromkeys([0, len(lengths) - 1, *longest, *drawn_rows]))[:count])
+    random_rows = random.Random(0).sample(range(len(lengths)), count)
+    return sorted(list(dict.fromkeys([0, len(lengths) - 1, *longest, *random_rows]))[:count])
 
 
-def _in_slices(ground: Ground, inputs: Inputs, lengths: Sequence[int], whole: Results, mark: str) -> Finding:
-    """Every row: the batch in slices, each a call of its own."""
-    what, step = f"slices of the batch{mark}", -(-len(lengths) // _SLICES)
-    finding = Finding(what, name_of(inputs["grad_out"].dtype), True)
+def _in_slices(context: CheckContext, inputs: Inputs, lengths: Sequence[int], whole: Results, suffix: str) -> Finding:
+    """Every row, in slices of the batch that are one call each."""
+    what, step = f"slices of the batch{suffix}", -(-len(lengths) // _SLICES)
+    finding = Finding(what, dtype_name(inputs["grad_out"].dtype), True)
     for first in range(0, len(lengths), step):
         end = min(first + step, len(lengths))
-        finding = _compared(what, ground, inputs, lengths, whole, first, end)
+        finding = _compared(what, context, inputs, lengths, whole, first, end)
         if not finding.ok:
             break
     return finding
 
 
 def _alone(
-    ground: Ground, inputs: Inputs, lengths: Sequence[int], whole: Results, rows: Sequence[int], mark: str
+    context: CheckContext, inputs: Inputs, lengths: Sequence[int], whole: Results, rows: Sequence[int], suffix: str
 ) -> Finding:
-    """Single rows, each a call of its own."""
-    what = f"rows alone{mark}"
-    finding = Finding(what, name_of(inputs["grad_out"].dtype), True)
+    """Single rows, one call each."""
+    what = f"rows alone{suffix}"
+    finding = Finding(what, dtype_name(inputs["grad_out"].dtype), True)
     for b in rows:
-        finding = _compared(what, ground, inputs, lengths, whole, b, b + 1)
+        finding = _compared(what, context, inputs, lengths, whole, b, b + 1)
         if not finding.ok:
             break
     return finding
 
 
 def _compared(
-    what: str, ground: Ground, inputs: Inputs, lengths: Sequence[int], whole: Results, first: int, end: int
+    what: str, context: CheckContext, inputs: Inputs, lengths: Sequence[int], whole: Results, first: int, end: int
 ) -> Finding:
-    """Rows `first .. end - 1` by themselves against what the whole batch made of them."""
-    alone = ground.run(testing.alone(inputs, lengths, first, end))
-    found = {name: x for name, x in alone.items() if name not in _SUMS}
-    wanted = {name: testing.row_of(whole[name], lengths, first, end) for name in found}
-    finding = same_bits(what, inputs["grad_out"].dtype, found, wanted, lengths[first:end])
+    """Rows `first .. end - 1` in a call of their own against the same rows of the whole batch."""
+    alone = context.run(testing.alone(inputs, lengths, first, end))
+    actual = {name: x for name, x in alone.items() if name not in _SUMS}
+    expected = {name: testing.row_of(whole[name], lengths, first, end) for name in actual}
+    finding = same_bits(what, inputs["grad_out"].dtype, actual, expected, lengths[first:end])
     if finding.ok or finding.row is None:
         return finding
     return Finding(**{**vars(finding), "row": first + finding.row})
 
 
-def _exact(
-    ground: Ground, inputs: Inputs, lengths: Sequence[int], whole: Results, rows: Sequence[int], mark: str
+def _against_float64(
+    context: CheckContext, inputs: Inputs, lengths: Sequence[int], whole: Results, rows: Sequence[int], suffix: str
 ) -> Finding:
-    """Rows of the whole batch against float64; sums over rows are those of a call on these rows."""
-    held = [b for b in rows if lengths[b]]
-    few = checks.cut(inputs, lengths, held)
-    eager, truth = by_definition(ground.op, few)
-    found = {name: checks.of_rows(x, lengths, held) for name, x in whole.items() if name not in _SUMS}
-    sums = {name: x for name, x in ground.run(few).items() if name in _SUMS}
-    what = f"{len(held)} rows against float64{mark}"
-    return within_budget(what, inputs["grad_out"].dtype, {**found, **sums}, eager, truth)
+    """Rows of the whole batch against float64; sums over rows come from a call on these rows."""
+    not_empty = [b for b in rows if lengths[b]]
+    few = checks.call_on_rows(inputs, lengths, not_empty)
+    eager, truth = eager_and_truth(context.op, few)
+    actual = {name: checks.select_rows(x, lengths, not_empty) for name, x in whole.items() if name not in _SUMS}
+    sums = {name: x for name, x in context.run(few).items() if name in _SUMS}
+    what = f"{len(not_empty)} rows against float64{suffix}"
+    return within_budget(what, inputs["grad_out"].dtype, {**actual, **sums}, eager, truth)
 
 
-def _exact_sums(ground: Ground, inputs: Inputs, whole: Results, mark: str) -> Finding:
-    """Sums over all rows of the batch against float64, where there is memory for the definition of all of it."""
-    what, dtype = f"sums over rows against float64{mark}", inputs["grad_out"].dtype
-    needed, free = _DEFINITION * 8 * inputs["k"].numel(), ground.place.free_bytes()
+def _sums_against_float64(context: CheckContext, inputs: Inputs, whole: Results, suffix: str) -> Finding:
+    """Sums over all rows of the batch against float64, where memory suffices for the definition of the whole batch."""
+    what, dtype = f"sums over rows against float64{suffix}", inputs["grad_out"].dtype
+    needed, free = _DEFINITION_TENSORS * 8 * inputs["k"].numel(), context.place.free_bytes()
     if needed > free:
         problem = f"needs {needed / 2**30:.0f} GiB of memory, found {free / 2**30:.0f} free"
-        return Finding(what, name_of(dtype), None, problem)
-    eager, truth = by_definition(ground.op, inputs)
+        return Finding(what, dtype_name(dtype), None, problem)
+    eager, truth = eager_and_truth(context.op, inputs)
     return within_budget(what, dtype, {name: whole[name] for name in _SUMS}, eager, truth)
 
 
 # ---------------------------------------------------------------- beyond 2^31 numbers
 
-# Rows of so many tokens, and what a token has of q, k or x: heads and channels.
-_LENGTH, _HEADS, _CHANNELS, _FAR = 128, 16, 128, 4
+# Tokens of a row, heads and channels of q, k or x, and rows that are compared at each end.
+_LENGTH, _HEADS, _CHANNELS, _END_ROWS = 128, 16, 128, 4
 
 
-def beyond_int32(ground: Ground) -> Iterator[Finding]:
-    """Tensors of more than 2^31 numbers: rows at both ends have the bits that they have in a call of their own."""
+def beyond_int32(context: CheckContext) -> Iterator[Finding]:
+    """Tensors of more than 2^31 numbers: rows at both ends have the same bits in a call of their own."""
     dtype = torch.bfloat16
-    length = 8 if ground.place.tiny else _LENGTH
-    heads, channels = (2, 16) if ground.place.tiny else (_HEADS, _CHANNELS)
-    width = channels if ground.op == "personalized_ffn" else heads * channels
-    rows = 12 if ground.place.tiny else 2**31 // (length * width) + 2 * _FAR
-    # As many tensors as a call and its gradients have at once, some of them in float32, and the numbers drawn.
-    needed, free = 16 * rows * length * width * dtype.itemsize, ground.place.free_bytes()
+    length = 8 if context.place.tiny else _LENGTH
+    heads, channels = (2, 16) if context.place.tiny else (_HEADS, _CHANNELS)
+    width = channels if context.op == "personalized_ffn" else heads * channels
+    rows = 12 if context.place.tiny else 2**31 // (length * width) + 2 * _END_ROWS
+    # The tensors that a call and its gradients hold at once, some of them in float32, and the random_lengths numbers.
+    needed, free = 16 * rows * length * width * dtype.itemsize, context.place.free_bytes()
     if needed > free:
         problem = f"needs {needed / 2**30:.0f} GiB of memory, found {free / 2**30:.0f} free"
-        yield Finding("rows at both ends", name_of(dtype), None, problem)
+        yield Finding("rows at both ends", dtype_name(dtype), None, problem)
         return
     lengths = [length] * rows
     sizes = {"heads": heads, "kv_heads": heads, "head_size": channels, "value_size": channels, "queries": 2}
-    inputs = ground.draw(ground.case(lengths, **sizes), dtype)
-    whole = ground.run(inputs)
-    for first in (0, rows - _FAR):
-        finding = _compared("rows at both ends", ground, inputs, lengths, whole, first, first + _FAR)
+    inputs = context.draw(context.case(lengths, **sizes), dtype)
+    whole = context.run(inputs)
+    for first in (0, rows - _END_ROWS):
+        finding = _compared("rows at both ends", context, inputs, lengths, whole, first, first + _END_ROWS)
         if not finding.ok:
             break
     yield finding

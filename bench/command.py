@@ -1,7 +1,7 @@
 """This package against its peers on the named shapes; `--out DIR` writes the report.
 
-Torch alone is enough to measure and print; `--out` draws pictures, which needs matplotlib, and rich makes tables and
-bars on a terminal. Both come with the extra `bench`: `pip install 'interformer-kernels[bench]'`.
+Measuring and printing need torch alone. `--out` draws pictures, which needs matplotlib, and rich shows tables and bars
+on a terminal. Both come with the extra `bench`: `pip install 'interformer-kernels[bench]'`.
 """
 
 from __future__ import annotations
@@ -29,51 +29,53 @@ _EXTRA = "pip install 'interformer-kernels[bench]'"
 
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
-    """Which shapes, in which dtypes, on how many threads, and for how long."""
+    """The options that select shapes, dtypes, numbers of threads, and the time for each."""
     add = parser.add_argument
-    add("--op", action="append", choices=workloads.OPS, help="may be repeated; all where left out")
-    add("--law", action="append", choices=list(shapes.laws()), help="may be repeated; all where left out")
+    add("--op", action="append", choices=workloads.OPS, help="an op; may be repeated; default: all")
+    names = list(shapes.length_distributions())
+    add("--law", action="append", choices=names, help="a distribution of row lengths; may be repeated; default: all")
     add("--data", type=Path, help="directory with the length files")
-    add("--rows", type=count, help="rows of a batch, instead of each shape's own")
-    add("--dtype", action="append", choices=_DTYPES, help="may be repeated; each shape's own where left out")
-    add("--threads", action="append", type=count, help="of the CPU; may be repeated; 1 and 2 where left out")
+    add("--rows", type=count, help="number of rows of a batch, instead of each shape's own")
+    add("--dtype", action="append", choices=_DTYPES, help="a dtype; may be repeated; default: each shape's own")
+    add("--threads", action="append", type=count, help="number of CPU threads; may be repeated; default: 1 and 2")
     add("--seconds", type=duration, default=1.2, help="about how long each (shape, pass, threads) is timed")
     add(
         "--quick",
         action="store_true",
-        help="few shapes (or those of --law), float32, 2 threads, no compiled peers",
+        help="a few shapes (or those of --law), float32, 2 threads, no compiled peers",
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All of them."""
+    """All options of the command."""
     add_choice(parser)
     add = parser.add_argument
-    add("--device", default="cpu", choices=("cpu", "cuda"))
-    add("--backend", choices=_backend.BACKENDS, help="of this package; the fastest where left out")
-    add("--sweeps", action="store_true", help="the sweeps over length, batch and fill alone")
-    add("--no-compile", action="store_true", help="without the peers that torch.compile makes")
-    add("--json", type=Path, metavar="FILE")
-    add("--markdown", type=Path, metavar="FILE", help='"-" prints it')
-    add("--out", type=Path, metavar="DIR", help="report.md, report.json and pictures")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure; default: cpu")
+    add("--backend", choices=_backend.BACKENDS, help="backend of this package; default: the fastest")
+    add("--sweeps", action="store_true", help="only the sweeps over length, batch and fill")
+    add("--no-compile", action="store_true", help="leave out the peers that torch.compile makes")
+    add("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    add("--markdown", type=Path, metavar="FILE", help='write the tables to FILE; "-" prints them')
+    add("--out", type=Path, metavar="DIR", help="write report.md, report.json and pictures to DIR")
 
 
 def shapes_of(chosen: argparse.Namespace) -> list[grid.Shape]:
-    """The shapes that were chosen."""
-    return grid.shapes(shapes.laws(chosen.data), chosen.op or workloads.OPS, chosen.law, chosen.rows, chosen.quick)
+    """The selected shapes."""
+    distributions = shapes.length_distributions(chosen.data)
+    return grid.shapes(distributions, chosen.op or workloads.OPS, chosen.law, chosen.rows, chosen.quick)
 
 
 def dtypes_of(chosen: argparse.Namespace) -> tuple[str, ...] | None:
-    """The dtypes that were chosen; None: each shape's own."""
+    """The selected dtypes; None stands for each shape's own."""
     return tuple(chosen.dtype or ["float32"]) if chosen.dtype or chosen.quick else None
 
 
 def threads_of(chosen: argparse.Namespace) -> tuple[int, ...]:
-    """The numbers of threads that were chosen."""
+    """The selected numbers of threads."""
     return tuple(chosen.threads or ((2,) if chosen.quick else (1, 2)))
 
 
-def _measure(chosen: argparse.Namespace, found: Sequence[grid.Shape], shown: Progress) -> report.Report:
+def _measure(chosen: argparse.Namespace, selected: Sequence[grid.Shape], shown: Progress) -> report.Report:
     settings = bench.Settings(
         dtypes=dtypes_of(chosen),
         device=chosen.device,
@@ -87,31 +89,31 @@ def _measure(chosen: argparse.Namespace, found: Sequence[grid.Shape], shown: Pro
     measured: list[bench.Measurement] = []
     swept: dict[str, list[bench.Measurement]] = {}
     peaks: list[memory.Peak] = []
-    costs: list[calls.Line] = []
+    costs: list[calls.CostRow] = []
     whole = not chosen.quick and chosen.device == "cpu"
     try:
         if not chosen.sweeps:
-            _extend(measured, bench.measure(found, settings, machine))
+            _extend(measured, bench.measure(selected, settings, machine))
         if chosen.sweeps or (whole and chosen.law is None and chosen.rows is None):
             for sweep in sweeps.SWEEPS.values():
                 if chosen.op is None or sweep.op in chosen.op:
                     _extend(swept.setdefault(sweep.axis, []), sweeps.measure(sweep, settings))
         if whole and not chosen.sweeps:
-            why = memory.why_not()
-            if why is None:
-                _extend(peaks, memory.peaks(found, chosen.data, max(settings.threads), shown))
+            reason = memory.unsupported_reason()
+            if reason is None:
+                _extend(peaks, memory.peaks(selected, chosen.data, max(settings.threads), shown))
             else:
-                shown.say(why)
+                shown.say(reason)
             costs = calls.lines()
     except KeyboardInterrupt:
         shown.say("stopped: the report holds what was measured")
     return report.Report(measured, machine.rates(), peaks, costs, swept)
 
 
-def _extend(found: list[_T], more: Iterable[_T]) -> None:
-    """One by one, so that what is stopped leaves what it had."""
-    for one in more:
-        found.append(one)
+def _extend(items: list[_T], more: Iterable[_T]) -> None:
+    """Append one by one, so that an interrupted run keeps what it has measured."""
+    for item in more:
+        items.append(item)
 
 
 def _write(chosen: argparse.Namespace, made: report.Report) -> None:
@@ -128,17 +130,17 @@ def _write(chosen: argparse.Namespace, made: report.Report) -> None:
 
 
 def _draw(folder: Path, made: report.Report) -> list[str]:
-    """The pictures, by name."""
-    found = []
+    """Draw the pictures; their file names."""
+    names = []
     for axis, measured in made.sweeps.items():
-        found.append(f"{axis}.png")
-        curves.sweep(folder / found[-1], sweeps.SWEEPS[axis], measured)
+        names.append(f"{axis}.png")
+        curves.sweep(folder / names[-1], sweeps.SWEEPS[axis], measured)
     if made.measurements:
-        found += ["roofline.png", "ratios.png", "limits.png"]
+        names += ["roofline.png", "ratios.png", "limits.png"]
         curves.roofline(folder / "roofline.png", made.measurements, made.machine)
         plots.ratios(folder / "ratios.png", made.measurements)
         plots.limits(folder / "limits.png", made.measurements, made.machine)
-    return found
+    return names
 
 
 def _show(made: report.Report) -> None:
@@ -157,14 +159,14 @@ def _show(made: report.Report) -> None:
 
 
 def _missing(chosen: argparse.Namespace) -> str | None:
-    """What the pictures need and is not installed, found before anything is measured for them."""
+    """The packages that the pictures need and that are not installed, checked before anything is measured."""
     if chosen.out and importlib.util.find_spec("matplotlib") is None:
         return f"bench: --out draws pictures, which needs matplotlib: {_EXTRA}"
     return None
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Measure, print, write; 1 where this package itself is wrong somewhere."""
+    """Measure, print and write; 1 where this package itself is wrong somewhere."""
     reason = _missing(chosen)
     if reason is not None:
         print(reason, file=sys.stderr)
@@ -179,4 +181,4 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.markdown != Path("-"):
         _show(made)
     _write(chosen, made)
-    return 1 if any(one.problem and one.runner == OURS for one in made.everything()) else 0
+    return 1 if any(result.problem and result.runner == OURS for result in made.everything()) else 0

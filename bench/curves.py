@@ -1,4 +1,4 @@
-"""Pictures with two axes: time against length, batch and fill, and the roofline with the ceilings of the same run."""
+"""Line plots: time against length, batch and fill, and the roofline with the ceilings of the same run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from interformer_bench.run import PASSES, Measurement
 from interformer_bench.sweeps import Sweep
 
 
-def sweep(path: Path, about: Sweep, measured: Sequence[Measurement]) -> None:
+def sweep(path: Path, about: Sweep, measurements: Sequence[Measurement]) -> None:
     """Median and quartiles of every runner along the axis, a panel for each pass."""
-    names = list(dict.fromkeys(one.runner for one in measured))
+    names = list(dict.fromkeys(m.runner for m in measurements))
     figure, axes = plots.panels(len(PASSES), 5.2)
     for axis, direction in zip(axes[0], PASSES, strict=True):
         for name in names:
-            own = [one for one in measured if one.runner == name and one.direction == direction]
-            _curve(axis, about, name, own)
+            _curve(axis, about, name, [m for m in measurements if m.runner == name and m.direction == direction])
         _scales(axis, about)
         axis.set_title(direction)
         axis.set_xlabel(about.label)
@@ -30,17 +29,19 @@ def sweep(path: Path, about: Sweep, measured: Sequence[Measurement]) -> None:
     plots.save(path, figure)
 
 
-def _curve(axis: Any, about: Sweep, name: str, own: Sequence[Measurement]) -> None:
-    timed = [one for one in own if one.median is not None]
-    missing = f" (not timed at {len(own) - len(timed)} of {len(own)})" if len(timed) < len(own) else ""
-    middle = [(one.median or 0.0) * 1e3 for one in timed]
-    reach = [
-        [(one.median - one.low) * 1e3 for one in timed],  # type: ignore[operator]
-        [(one.high - one.median) * 1e3 for one in timed],  # type: ignore[operator]
+def _curve(axis: Any, about: Sweep, name: str, measurements: Sequence[Measurement]) -> None:
+    timed = [m for m in measurements if m.median is not None]
+    all_count, untimed_count = len(measurements), len(measurements) - len(timed)
+    missing = f" (not timed at {untimed_count} of {all_count})" if untimed_count else ""
+    medians = [(m.median or 0.0) * 1e3 for m in timed]
+    quartile_distances = [
+        [(m.median - m.low) * 1e3 for m in timed],  # type: ignore[operator]
+        [(m.high - m.median) * 1e3 for m in timed],  # type: ignore[operator]
     ]
-    ours = {"linewidth": 2.2, "color": "black", "zorder": 3} if name == OURS else {"linewidth": 1.2}
-    places = [about.at(one) for one in timed]
-    axis.errorbar(places, middle, yerr=reach, label=name + missing, marker="o", markersize=4, capsize=2, **ours)
+    style = {"linewidth": 2.2, "color": "black", "zorder": 3} if name == OURS else {"linewidth": 1.2}
+    places = [about.at(m) for m in timed]
+    bars = {"yerr": quartile_distances, "marker": "o", "markersize": 4, "capsize": 2}
+    axis.errorbar(places, medians, label=name + missing, **bars, **style)
 
 
 def _scales(axis: Any, about: Sweep) -> None:
@@ -64,35 +65,36 @@ def _plain_decades(axis: Any) -> None:
 
 
 def _legend_below(figure: Any, axes: Sequence[Any]) -> None:
-    """One legend for all panels, below them; what is the same in two panels stands once."""
-    found: dict[str, Any] = {}
+    """One legend below all panels; an entry that two panels share appears once."""
+    handles: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+            handles.setdefault(label, handle)
+    labels = list(handles)
+    figure.legend(list(handles.values()), labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
 
 
 # ---------------------------------------------------------------- the roofline
 
 
 def roofline(path: Path, measurements: Sequence[Measurement], machine: Machine) -> None:
-    """This package's FLOP/s over FLOPs per byte, below the rates of products and copies in the same run."""
-    most = max((one.threads for one in measurements), default=0)
-    ours = [one for one in measurements if one.runner == OURS and one.threads == most and one.median]
-    ops = list(dict.fromkeys(one.op for one in ours))
+    """This package's FLOP/s over FLOPs per byte, under the rates of products and copies in the same run."""
+    max_threads = max((m.threads for m in measurements), default=0)
+    ours = [m for m in measurements if m.runner == OURS and m.threads == max_threads and m.median]
+    ops = list(dict.fromkeys(m.op for m in ours))
     figure, axes = plots.panels(len(PASSES), 5.6)
     for axis, direction in zip(axes[0], PASSES, strict=True):
-        here = [one for one in ours if one.direction == direction]
+        of_pass = [m for m in ours if m.direction == direction]
         for dtype, style in (("float32", "-"), ("bfloat16", "--")):
-            _ceiling(axis, here, dtype, style, machine)
+            _ceiling(axis, [m for m in of_pass if m.dtype == dtype], dtype, style, machine)
         for at, op in enumerate(ops):
-            _points(axis, [one for one in here if one.op == op], f"C{at}")
+            _points(axis, [m for m in of_pass if m.op == op], f"C{at}")
         axis.set_xscale("log")
         axis.set_yscale("log")
         _plain_decades(axis.xaxis)
         _plain_decades(axis.yaxis)
         axis.grid(which="major", alpha=0.4)
-        axis.set_title(f"{direction}, {most} threads")
+        axis.set_title(f"{direction}, {max_threads} threads")
         axis.set_xlabel("FLOP / byte, of what must be computed and moved")
         axis.set_ylabel("GFLOP/s")
     figure.suptitle("Reached by this package, below what the machine did in the same run")
@@ -100,27 +102,26 @@ def roofline(path: Path, measurements: Sequence[Measurement], machine: Machine) 
     plots.save(path, figure)
 
 
-def _ceiling(axis: Any, here: Sequence[Measurement], dtype: str, style: str, machine: Machine) -> None:
-    """Copies up to the ridge, products from there on, as wide as the points and the ridge are."""
-    own = [one for one in here if one.dtype == dtype]
-    rates = report.ceilings(machine, dtype, own[0].threads) if own else None
+def _ceiling(axis: Any, measurements: Sequence[Measurement], dtype: str, style: str, machine: Machine) -> None:
+    """The copy rate up to the ridge, the GEMM rate from there on, as wide as the points and the ridge."""
+    rates = report.ceilings(machine, dtype, measurements[0].threads) if measurements else None
     if rates is None:
         return
     ridge = rates.gemm / rates.copy
-    densities = [one.flops / one.bytes for one in own]
+    densities = [m.flops / m.bytes for m in measurements]
     left, right = min(*densities, ridge) / 2, max(*densities, ridge) * 2
     heights = [min(rates.gemm, x * rates.copy) / 1e9 for x in (left, ridge, right)]
     label = f"{dtype}: products {rates.gemm / 1e9:.3g} GFLOP/s, copies {rates.copy / 1e9:.3g} GB/s"
     axis.plot([left, ridge, right], heights, style, color="black", linewidth=1.4, label=label)
 
 
-def _points(axis: Any, own: Sequence[Measurement], colour: str) -> None:
-    """Full for float32, hollow for other dtypes."""
-    for full in (True, False):
-        here = [one for one in own if (one.dtype == "float32") == full]
-        if here:
-            x = [one.flops / one.bytes for one in here]
-            y = [one.flops / (one.median or 1.0) / 1e9 for one in here]
-            fill = colour if full else "none"
-            label = here[0].op if full else f"{here[0].op}, 16 bits"
-            axis.scatter(x, y, s=26, facecolors=fill, edgecolors=colour, label=label, zorder=3)
+def _points(axis: Any, measurements: Sequence[Measurement], colour: str) -> None:
+    """Filled markers for float32, hollow ones for other dtypes."""
+    for filled in (True, False):
+        chosen = [m for m in measurements if (m.dtype == "float32") == filled]
+        if chosen:
+            x = [m.flops / m.bytes for m in chosen]
+            y = [m.flops / (m.median or 1.0) / 1e9 for m in chosen]
+            face = colour if filled else "none"
+            label = chosen[0].op if filled else f"{chosen[0].op}, 16 bits"
+            axis.scatter(x, y, s=26, facecolors=face, edgecolors=colour, label=label, zorder=3)

@@ -1,9 +1,10 @@
-"""`python -m interformer_bench.gpu_checks`: what only a GPU can show to be right, beside parity on small calls.
+"""`python -m interformer_bench.gpu_checks`: correctness checks that need a GPU, beyond parity on small calls.
 
-Large batches whose rows alone give the same bits, graph replays, side streams, other offsets, misaligned and very large
-tensors, full validation, autocast, torch.compile; of every op and backend. `--list` tells the checks, `--only` takes
-one of them (`large-batch.pma_pooling`) or all ops of one (`large-batch`). Every finding is a line of JSON at once. With
-`--device cpu --tiny` the same code runs on a few short rows with the CPU's kernels in the place of the GPU's.
+Large batches whose rows have the same bits alone, graph replays, side streams, other kinds of offsets, misaligned and
+very large tensors, full validation, autocast and torch.compile, for every op and backend. `--list` prints the checks;
+`--only` takes one of them (`large-batch.pma_pooling`) or one for all ops (`large-batch`). Every finding is appended at
+once as a line of JSON. With `--device cpu --tiny` the same code runs on a few short rows, and CPU kernels stand in for
+the GPU's.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from dataclasses import dataclass
 
 import torch
 from interformer_bench import check_calls, check_rows
-from interformer_bench.check_ground import DTYPES, Finding, Ground
+from interformer_bench.check_context import DTYPES, CheckContext, Finding
+from interformer_bench.checks import error_line
 from interformer_bench.gpu_place import (
     BACKENDS,
     Place,
     Record,
     Write,
     add_arguments,
-    list_them,
-    told,
-    want_names,
+    print_list,
+    require_known_names,
     writer,
 )
 
@@ -35,11 +36,11 @@ from interformer_kernels._cli.errors import guarded
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of check, asked of every op; `seconds` on a GPU, for one op and one backend."""
+    """A kind of check that every op gets; `seconds` is its time on a GPU for one op and one backend."""
 
     part: int
     seconds: float
-    ask: Callable[[Ground], Iterator[Finding]]
+    run: Callable[[CheckContext], Iterator[Finding]]
 
 
 # In order of value.
@@ -58,58 +59,58 @@ NAMES = [f"{kind}.{op}" for kind in KINDS for op in testing.OPS]
 
 
 def plain(name: str) -> Record:
-    """What `--list` tells of a check."""
+    """The entry of a check in `--list`."""
     kind = KINDS[name.partition(".")[0]]
     return {"name": name, "part": kind.part, "seconds": kind.seconds, "kind": "check"}
 
 
-def chosen_names(asked: Sequence[str] | None) -> list[str]:
-    """The checks that are asked for, in order of value."""
-    return [name for name in NAMES if asked is None or name in asked or name.partition(".")[0] in asked]
+def chosen_names(requested: Sequence[str] | None) -> list[str]:
+    """The requested checks, in order of value."""
+    return [name for name in NAMES if requested is None or {name, name.partition(".")[0]} & set(requested)]
 
 
-def check(name: str, ground: Ground, write: Write) -> bool:
-    """Ask one check of one backend; whether nothing was found wrong."""
+def check(name: str, context: CheckContext, write: Write) -> bool:
+    """Run one check on one backend; whether nothing was wrong."""
     start, right = time.perf_counter(), True
 
-    def tell(finding: Finding) -> None:
-        about = {"step": name, "op": ground.op, "backend": ground.backend, "seconds": time.perf_counter() - start}
+    def record(finding: Finding) -> None:
+        about = {"step": name, "op": context.op, "backend": context.backend, "seconds": time.perf_counter() - start}
         write({**finding.record(), **about})
 
-    reasons = [ground.place.why_not(ground.op, ground.backend, dtype) for dtype in DTYPES]
+    reasons = [context.place.unsupported_reason(context.op, context.backend, dtype) for dtype in DTYPES]
     reason = next(filter(None, reasons), None)
     if reason is not None:
-        tell(Finding("serves", "", False, reason))
+        record(Finding("serves", "", False, reason))
         return False
     try:
-        for finding in KINDS[name.partition(".")[0]].ask(ground):
-            tell(finding)
+        for finding in KINDS[name.partition(".")[0]].run(context):
+            record(finding)
             right &= finding.ok is not False
     except Exception as error:
         traceback.print_exc()
-        tell(Finding("runs", "", False, f"failed: {told(error)}"))
+        record(Finding("runs", "", False, f"failed: {error_line(error)}"))
         right = False
-    if ground.place.gpu and not ground.place.is_lost():
+    if context.place.gpu and not context.place.is_lost():
         torch.cuda.empty_cache()
     return right
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Ask what was chosen; 1 where something is wrong."""
+    """Run the selected checks; 1 where something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m interformer_bench.gpu_checks", description=__doc__)
     add_arguments(parser)
     chosen = parser.parse_args(arguments)
     if chosen.list:
-        return list_them(map(plain, NAMES))
-    want_names(parser, chosen.only, [*KINDS, *NAMES])
+        return print_list(map(plain, NAMES))
+    require_known_names(parser, chosen.only, [*KINDS, *NAMES])
     place = Place(chosen.device, chosen.tiny)
     write = writer(parser, chosen, place)
     right = True
     for name in chosen_names(chosen.only):
         for backend in chosen.backend or BACKENDS:
-            right &= check(name, Ground.of(place, name.partition(".")[2], backend), write)
+            right &= check(name, CheckContext.of(place, name.partition(".")[2], backend), write)
             if place.is_lost():
-                write({"kind": "failed", "step": name, "problem": "the GPU answers no more in this process"})
+                write({"kind": "failed", "step": name, "problem": "the GPU no longer responds in this process"})
                 return 1
     return 0 if right else 1
 

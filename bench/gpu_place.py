@@ -1,4 +1,4 @@
-"""Where the GPU's bench and checks run: on a GPU, or, for rehearsals, on the CPU; and what both commands share."""
+"""Where the GPU's bench and checks run: a GPU, or the CPU for rehearsals; and the options of both commands."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Write = Callable[[Record], None]
 
 @dataclass(frozen=True)
 class Place:
-    """Where it runs.
+    """The device that everything runs on.
 
     Attributes:
-        device: "cuda"; or "cpu", where the CPU's kernels stand in for those of every backend that is named.
-        tiny: a few short rows, few repetitions: a rehearsal, whose times say nothing.
+        device: "cuda", or "cpu", where CPU kernels stand in for every named backend.
+        tiny: whether this is a rehearsal: a few short rows, few repetitions, meaningless times.
     """
 
     device: str = "cuda"
@@ -40,26 +40,26 @@ class Place:
         return self.device == "cuda"
 
     def backend(self, named: str) -> str:
-        """What serves in the name of a backend."""
+        """The backend that actually runs under the name of a backend."""
         if self.gpu:
             return named
         return "cpu" if _backend.native() is not None else "reference"
 
     def about(self) -> Record:
-        """What every record says of the place."""
+        """The fields that every record has."""
         return {"device": self.device, "tiny": self.tiny}
 
-    def why_not(self, op: str, backend: str, dtype: torch.dtype, channels: int = 0) -> str | None:
+    def unsupported_reason(self, op: str, backend: str, dtype: torch.dtype, channels: int = 0) -> str | None:
         """Why a named backend cannot serve an op here."""
         reason = _backend.unsupported_reason(op, self.backend(backend), self.device, dtype, channels)
         return None if reason is None else f"cannot serve: {reason}"
 
     def free_bytes(self) -> float:
-        """Of the GPU's memory; unlimited on the CPU, where everything is tiny."""
+        """Bytes of free GPU memory; unlimited on the CPU, where everything is tiny."""
         return timing.free_bytes(self.device) if self.gpu else math.inf
 
     def is_lost(self) -> bool:
-        """Whether the GPU answers no more in this process, after an illegal access say."""
+        """Whether the GPU no longer responds in this process, after an illegal access for example."""
         try:
             timing.wait(self.device)
         except Exception:
@@ -67,49 +67,49 @@ class Place:
         return False
 
     def stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
-        """Work goes to this stream; nothing where there are none."""
+        """A context in which work goes to this stream; without effect on the CPU."""
         return torch.cuda.stream(stream) if self.gpu else contextlib.nullcontext()
 
 
-def captured(run: Callable[[], Any], place: Place, warm_up: int = 2) -> tuple[Callable[[], None], Any]:
-    """A run as a CUDA graph: what replays it, and what it returned (tensors that each replay writes anew).
+def capture_graph(call: Callable[[], Any], place: Place, warm_up: int = 2) -> tuple[Callable[[], None], Any]:
+    """A call as a CUDA graph: the function that replays it, and the call's result, whose tensors each replay rewrites.
 
-    Without a GPU the replay is a run, whose tensors are copied into those of the first one.
+    On the CPU a replay calls again and copies the new tensors into those of the first result.
     """
     if not place.gpu:
-        kept = run()
-        return lambda: _overwrite(kept, run()), kept
+        result = call()
+        return lambda: _overwrite(result, call()), result
     before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(warm_up):
-            run()
+            call()
     before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=stream):
-            kept = run()
+            result = call()
     finally:
-        torch.cuda.set_stream(before)  # a capture that fails does not give it back
-    return graph.replay, kept
+        torch.cuda.set_stream(before)  # a failed capture does not restore it
+    return graph.replay, result
 
 
-def _overwrite(kept: Any, made: Any) -> None:
-    if isinstance(kept, Mapping):
-        for name in kept:
-            _overwrite(kept[name], made[name])
-    elif isinstance(kept, torch.Tensor):
-        kept.data.copy_(made.detach())
+def _overwrite(target: Any, source: Any) -> None:
+    if isinstance(target, Mapping):
+        for name in target:
+            _overwrite(target[name], source[name])
+    elif isinstance(target, torch.Tensor):
+        target.data.copy_(source.detach())
 
 
-def why_not_captured(run: Callable[[], Any]) -> str | None:
-    """Why a run cannot become a CUDA graph, asked without trying: a capture that fails leaves torch's allocator unfit.
+def no_capture_reason(call: Callable[[], Any]) -> str | None:
+    """Why a call cannot become a CUDA graph, found without a capture: a failed one leaves torch's allocator unusable.
 
-    PyTorch tells whether a run waits for the device, which no graph can.
+    PyTorch reports whether a call synchronises with the device, which is impossible in a graph.
     """
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run()
+        call()
     except RuntimeError as error:
         if "synchronizing" not in str(error):
             raise
@@ -119,43 +119,36 @@ def why_not_captured(run: Callable[[], Any]) -> str | None:
     return None
 
 
-def told(error: Exception) -> str:
-    """An exception in a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "error:" in line]
-    return f"{type(error).__name__}: {(telling or lines or [''])[0][:200]}"
-
-
 # ---------------------------------------------------------------- the commands
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What both commands take."""
+    """The options that both commands have."""
     add = parser.add_argument
-    add("--list", action="store_true", help="what there is, in order of value: one JSON object a line")
-    add("--only", action="append", metavar="NAME", help="one of the list; may be repeated")
-    add("--backend", action="append", choices=BACKENDS, help="of this package; may be repeated; all where left out")
-    add("--results", type=Path, metavar="FILE", help="gets a line of JSON for each result, at once")
+    add("--list", action="store_true", help="print the entries in order of value, one JSON object a line")
+    add("--only", action="append", metavar="NAME", help="an entry of the list; may be repeated")
+    add("--backend", action="append", choices=BACKENDS, help="a backend of this package; may be repeated; default: all")
+    add("--results", type=Path, metavar="FILE", help="append each result to FILE at once, as a line of JSON")
     add("--device", default="cuda", choices=("cuda", "cpu"))
     add("--tiny", action="store_true", help="a few short rows and few repetitions, for rehearsals")
 
 
-def list_them(found: Iterable[Mapping[str, Any]]) -> int:
-    """Print them, a line each."""
-    for one in found:
-        print(json.dumps(one))
+def print_list(entries: Iterable[Mapping[str, Any]]) -> int:
+    """Print the entries, a line of JSON each."""
+    for entry in entries:
+        print(json.dumps(entry))
     return 0
 
 
-def want_names(parser: argparse.ArgumentParser, asked: Sequence[str] | None, known: Sequence[str]) -> None:
-    """Ends with status 2 where a name is unknown."""
-    for name in asked or ():
+def require_known_names(parser: argparse.ArgumentParser, names: Sequence[str] | None, known: Sequence[str]) -> None:
+    """End the command with status 2 where a name is unknown."""
+    for name in names or ():
         if name not in known:
             parser.error(f"--only: wanted a name of --list, found {name[:60]!r}")
 
 
 def writer(parser: argparse.ArgumentParser, chosen: argparse.Namespace, place: Place) -> Write:
-    """What appends a record to the results, with what every record says; ends the command where nothing can run."""
+    """A function that appends a record to the results; ends the command where nothing can run."""
     if chosen.results is None:
         parser.error("wanted --results FILE (or --list)")
     if place.gpu and not torch.cuda.is_available():

@@ -1,8 +1,8 @@
-"""The named shapes: which op on which law of lengths at which size, and which kind of target each belongs to.
+"""The named shapes: each is an op on a distribution of row lengths at one size, with its kind of target.
 
-Not every law at every size: every law for each op, and every size somewhere. A shape stays when it looks bad. Rows of a
-batch are chosen so that a call takes milliseconds to a second on one core; "all 104", 2048 rows, width 64 is the
-InterFormer paper's.
+Every op meets every distribution, and every size is used somewhere, but not in every combination. A shape stays when
+its result looks bad. The number of rows is chosen so that a call takes milliseconds to a second on one core. "all 104"
+with 2048 rows and width 64 is the shape of the InterFormer paper.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from interformer_bench import targets, workloads
-from interformer_bench.shapes import Law
+from interformer_bench.shapes import LengthDistribution
 from interformer_bench.workloads import Inputs, Sizes
 
 
@@ -21,15 +21,15 @@ class Shape:
     """One op on one batch.
 
     Attributes:
-        rows: of the batch, their lengths drawn from `law`.
-        kind: of target, one of `targets.KINDS`.
-        dtypes: in which it is measured where nothing else is asked for.
-        quick: it is one of the few that `--quick` measures.
-        memory: its peak memory is measured too.
+        rows: number of rows; their lengths are drawn from `distribution`.
+        kind: kind of target, one of `targets.KINDS`.
+        dtypes: dtypes it is measured in unless others are requested.
+        quick: whether `--quick` measures it.
+        memory: whether its peak memory is measured too.
     """
 
     op: str
-    law: Law
+    distribution: LengthDistribution
     rows: int
     sizes: Sizes = field(default_factory=Sizes)
     kind: str = "none"
@@ -38,111 +38,135 @@ class Shape:
     memory: bool = False
 
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each row."""
-        return self.law.lengths(self.rows)
+        """The number of tokens of each row."""
+        return self.distribution.lengths(self.rows)
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
-        """The arguments of one call, and its `grad_out`; the lengths are the same whatever the seed."""
+        """The arguments of one call, and its `grad_out`; the lengths do not depend on the seed."""
         return workloads.inputs(self.op, self.lengths(), self.sizes, dtype, device, seed)
 
     def target(self, dtype: str) -> targets.Target:
-        """What it shall reach."""
+        """The target of this shape in a dtype."""
         return targets.target(self.kind, dtype)
 
 
-# law, rows, heads, head size, queries, kind, marks: "b" also in bfloat16, "q" quick, "m" memory too, "g" gated
-_Line = tuple[str, int, int, int, int, str, str]
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """One line of the grid; `distribution` is the name of a length distribution.
 
-_JAGGED: tuple[_Line, ...] = (
-    ("movielens", 256, 4, 16, 1, "short rows", "bq"),
-    ("beauty", 1024, 4, 32, 1, "short rows", "b"),
-    ("grocery", 1024, 2, 32, 1, "short rows", ""),
-    ("diginetica", 2048, 4, 64, 1, "short rows", ""),
-    ("uniform 1..50", 1024, 2, 32, 1, "short rows", "bq"),
-    ("log-normal, mean 100", 256, 4, 32, 1, "middle rows", "bq"),
-    ("log-normal, mean 500", 64, 4, 64, 1, "long rows", "b"),
-    ("all 1024", 16, 8, 64, 1, "long rows", "b"),
-    ("all 104", 2048, 4, 16, 1, "full", "b"),
-    ("fill 0.1", 128, 4, 32, 1, "none", "m"),
-    ("fill 0.5", 64, 4, 32, 1, "none", ""),
-    ("fill 1.0", 32, 4, 32, 1, "full", "q"),
+    Attributes:
+        bfloat16: it is measured in bfloat16 besides float32.
+        gated: with a gate and a residual.
+    """
+
+    distribution: str = field(kw_only=False)
+    rows: int
+    heads: int
+    head_size: int
+    queries: int = 1
+    kind: str = "none"
+    bfloat16: bool = False
+    gated: bool = False
+    quick: bool = False
+    memory: bool = False
+
+    def shape(self, op: str, distribution: LengthDistribution) -> Shape:
+        width = self.heads * self.head_size if op in ("pma_folded", "personalized_ffn") else 0
+        sizes = Sizes(self.heads, self.head_size, self.queries, width, self.gated)
+        dtypes = ("float32", "bfloat16") if self.bfloat16 else ("float32",)
+        return Shape(op, distribution, self.rows, sizes, self.kind, dtypes, self.quick, self.memory)
+
+
+_JAGGED = (
+    _Row("movielens", rows=256, heads=4, head_size=16, kind="short rows", bfloat16=True, quick=True),
+    _Row("beauty", rows=1024, heads=4, head_size=32, kind="short rows", bfloat16=True),
+    _Row("grocery", rows=1024, heads=2, head_size=32, kind="short rows"),
+    _Row("diginetica", rows=2048, heads=4, head_size=64, kind="short rows"),
+    _Row("uniform 1..50", rows=1024, heads=2, head_size=32, kind="short rows", bfloat16=True, quick=True),
+    _Row("log-normal, mean 100", rows=256, heads=4, head_size=32, kind="middle rows", bfloat16=True, quick=True),
+    _Row("log-normal, mean 500", rows=64, heads=4, head_size=64, kind="long rows", bfloat16=True),
+    _Row("all 1024", rows=16, heads=8, head_size=64, kind="long rows", bfloat16=True),
+    _Row("all 104", rows=2048, heads=4, head_size=16, kind="full", bfloat16=True),
+    _Row("fill 0.1", rows=128, heads=4, head_size=32, memory=True),
+    _Row("fill 0.5", rows=64, heads=4, head_size=32),
+    _Row("fill 1.0", rows=32, heads=4, head_size=32, kind="full", quick=True),
 )
-_POOLING: tuple[_Line, ...] = (
-    ("movielens", 512, 4, 16, 2, "pooled", "bq"),
-    ("beauty", 2048, 4, 32, 4, "pooled", ""),
-    ("grocery", 2048, 2, 32, 1, "pooled", ""),
-    ("diginetica", 2048, 4, 16, 4, "pooled", ""),
-    ("uniform 1..50", 1024, 2, 32, 4, "pooled", "bq"),
-    ("log-normal, mean 100", 256, 4, 32, 4, "pooled", "b"),
-    ("log-normal, mean 500", 64, 4, 64, 2, "pooled", ""),
-    ("all 1024", 32, 8, 64, 4, "full", ""),
-    ("all 104", 2048, 4, 16, 4, "full", ""),
-    ("fill 0.1", 256, 4, 32, 4, "pooled", "m"),
-    ("fill 0.5", 128, 4, 32, 32, "pooled", ""),
-    ("fill 1.0", 64, 4, 32, 2, "full", ""),
+_POOLING = (
+    _Row("movielens", rows=512, heads=4, head_size=16, queries=2, kind="pooled", bfloat16=True, quick=True),
+    _Row("beauty", rows=2048, heads=4, head_size=32, queries=4, kind="pooled"),
+    _Row("grocery", rows=2048, heads=2, head_size=32, queries=1, kind="pooled"),
+    _Row("diginetica", rows=2048, heads=4, head_size=16, queries=4, kind="pooled"),
+    _Row("uniform 1..50", rows=1024, heads=2, head_size=32, queries=4, kind="pooled", bfloat16=True, quick=True),
+    _Row("log-normal, mean 100", rows=256, heads=4, head_size=32, queries=4, kind="pooled", bfloat16=True),
+    _Row("log-normal, mean 500", rows=64, heads=4, head_size=64, queries=2, kind="pooled"),
+    _Row("all 1024", rows=32, heads=8, head_size=64, queries=4, kind="full"),
+    _Row("all 104", rows=2048, heads=4, head_size=16, queries=4, kind="full"),
+    _Row("fill 0.1", rows=256, heads=4, head_size=32, queries=4, kind="pooled", memory=True),
+    _Row("fill 0.5", rows=128, heads=4, head_size=32, queries=32, kind="pooled"),
+    _Row("fill 1.0", rows=64, heads=4, head_size=32, queries=2, kind="full"),
 )
 # Heads times head size is the width of the tokens.
-_FOLDED: tuple[_Line, ...] = (
-    ("movielens", 256, 4, 16, 4, "folded", "q"),
-    ("beauty", 1024, 8, 16, 2, "folded", ""),
-    ("grocery", 1024, 4, 16, 2, "folded", ""),
-    ("diginetica", 2048, 4, 16, 2, "folded", ""),
-    ("uniform 1..50", 1024, 4, 16, 4, "folded", "bq"),
-    ("uniform 1..50", 1024, 8, 16, 2, "folded", ""),
-    ("log-normal, mean 100", 256, 4, 16, 4, "folded", "b"),
-    ("log-normal, mean 100", 256, 8, 16, 2, "folded", ""),
-    ("log-normal, mean 500", 64, 4, 16, 4, "folded", ""),
-    ("all 1024", 64, 4, 16, 4, "folded", ""),
-    ("all 104", 2048, 4, 16, 4, "folded", ""),
-    ("fill 0.1", 256, 4, 16, 4, "folded", "m"),
-    ("fill 0.5", 128, 4, 16, 2, "folded", ""),
-    ("fill 1.0", 64, 4, 16, 4, "folded", ""),
+_FOLDED = (
+    _Row("movielens", rows=256, heads=4, head_size=16, queries=4, kind="folded", quick=True),
+    _Row("beauty", rows=1024, heads=8, head_size=16, queries=2, kind="folded"),
+    _Row("grocery", rows=1024, heads=4, head_size=16, queries=2, kind="folded"),
+    _Row("diginetica", rows=2048, heads=4, head_size=16, queries=2, kind="folded"),
+    _Row("uniform 1..50", rows=1024, heads=4, head_size=16, queries=4, kind="folded", bfloat16=True, quick=True),
+    _Row("uniform 1..50", rows=1024, heads=8, head_size=16, queries=2, kind="folded"),
+    _Row("log-normal, mean 100", rows=256, heads=4, head_size=16, queries=4, kind="folded", bfloat16=True),
+    _Row("log-normal, mean 100", rows=256, heads=8, head_size=16, queries=2, kind="folded"),
+    _Row("log-normal, mean 500", rows=64, heads=4, head_size=16, queries=4, kind="folded"),
+    _Row("all 1024", rows=64, heads=4, head_size=16, queries=4, kind="folded"),
+    _Row("all 104", rows=2048, heads=4, head_size=16, queries=4, kind="folded"),
+    _Row("fill 0.1", rows=256, heads=4, head_size=16, queries=4, kind="folded", memory=True),
+    _Row("fill 0.5", rows=128, heads=4, head_size=16, queries=2, kind="folded"),
+    _Row("fill 1.0", rows=64, heads=4, head_size=16, queries=4, kind="folded"),
 )
-_CROSS: tuple[_Line, ...] = (
-    ("movielens", 512, 4, 16, 1, "pooled", "bq"),
-    ("beauty", 2048, 4, 32, 8, "pooled", "g"),
-    ("grocery", 2048, 2, 32, 4, "pooled", ""),
-    ("diginetica", 2048, 4, 16, 2, "pooled", "g"),
-    ("uniform 1..50", 1024, 2, 32, 16, "pooled", "bq"),
-    ("log-normal, mean 100", 256, 4, 32, 4, "pooled", "bg"),
-    ("log-normal, mean 500", 64, 4, 64, 16, "pooled", ""),
-    ("all 1024", 32, 8, 64, 4, "full", ""),
-    ("all 104", 2048, 4, 16, 4, "full", "g"),
-    ("fill 0.1", 256, 4, 32, 4, "pooled", "m"),
-    ("fill 0.5", 128, 4, 32, 8, "pooled", ""),
-    ("fill 1.0", 64, 4, 32, 1, "full", ""),
+_CROSS = (
+    _Row("movielens", rows=512, heads=4, head_size=16, queries=1, kind="pooled", bfloat16=True, quick=True),
+    _Row("beauty", rows=2048, heads=4, head_size=32, queries=8, kind="pooled", gated=True),
+    _Row("grocery", rows=2048, heads=2, head_size=32, queries=4, kind="pooled"),
+    _Row("diginetica", rows=2048, heads=4, head_size=16, queries=2, kind="pooled", gated=True),
+    _Row("uniform 1..50", rows=1024, heads=2, head_size=32, queries=16, kind="pooled", bfloat16=True, quick=True),
+    _Row("log-normal, mean 100", rows=256, heads=4, head_size=32, queries=4, kind="pooled", bfloat16=True, gated=True),
+    _Row("log-normal, mean 500", rows=64, heads=4, head_size=64, queries=16, kind="pooled"),
+    _Row("all 1024", rows=32, heads=8, head_size=64, queries=4, kind="full"),
+    _Row("all 104", rows=2048, heads=4, head_size=16, queries=4, kind="full", gated=True),
+    _Row("fill 0.1", rows=256, heads=4, head_size=32, queries=4, kind="pooled", memory=True),
+    _Row("fill 0.5", rows=128, heads=4, head_size=32, queries=8, kind="pooled"),
+    _Row("fill 1.0", rows=64, heads=4, head_size=32, queries=1, kind="full"),
 )
-# No target but the floor: a copy that turns numbers on its way. The queries and keys of attention inside rows.
-_ROTARY: tuple[_Line, ...] = (
-    ("movielens", 256, 4, 16, 1, "none", "bq"),
-    ("beauty", 1024, 4, 32, 1, "none", ""),
-    ("grocery", 1024, 2, 32, 1, "none", ""),
-    ("diginetica", 2048, 4, 64, 1, "none", ""),
-    ("uniform 1..50", 1024, 2, 32, 1, "none", "q"),
-    ("log-normal, mean 100", 256, 4, 32, 1, "none", "b"),
-    ("log-normal, mean 500", 64, 4, 64, 1, "none", ""),
-    ("all 1024", 16, 8, 64, 1, "none", ""),
-    ("all 104", 2048, 4, 16, 1, "none", ""),
-    ("fill 0.1", 128, 4, 32, 1, "none", "m"),
-    ("fill 0.5", 64, 4, 32, 1, "none", ""),
-    ("fill 1.0", 32, 4, 32, 1, "none", ""),
+# The queries and keys of self-attention. A memory-bound op: only the floor is a target.
+_ROTARY = (
+    _Row("movielens", rows=256, heads=4, head_size=16, bfloat16=True, quick=True),
+    _Row("beauty", rows=1024, heads=4, head_size=32),
+    _Row("grocery", rows=1024, heads=2, head_size=32),
+    _Row("diginetica", rows=2048, heads=4, head_size=64),
+    _Row("uniform 1..50", rows=1024, heads=2, head_size=32, quick=True),
+    _Row("log-normal, mean 100", rows=256, heads=4, head_size=32, bfloat16=True),
+    _Row("log-normal, mean 500", rows=64, heads=4, head_size=64),
+    _Row("all 1024", rows=16, heads=8, head_size=64),
+    _Row("all 104", rows=2048, heads=4, head_size=16),
+    _Row("fill 0.1", rows=128, heads=4, head_size=32, memory=True),
+    _Row("fill 0.5", rows=64, heads=4, head_size=32),
+    _Row("fill 1.0", rows=32, heads=4, head_size=32),
 )
-# One head: its size is the width E of the tokens, and F is as wide.
-_FFN: tuple[_Line, ...] = (
-    ("movielens", 256, 1, 64, 1, "row weights", "bq"),
-    ("beauty", 1024, 1, 64, 1, "row weights", ""),
-    ("grocery", 1024, 1, 64, 1, "row weights", ""),
-    ("diginetica", 2048, 1, 64, 1, "row weights", ""),
-    ("uniform 1..50", 1024, 1, 64, 1, "none", "q"),
-    ("log-normal, mean 100", 256, 1, 64, 1, "none", ""),
-    ("log-normal, mean 500", 64, 1, 64, 1, "none", ""),
-    ("all 1024", 32, 1, 64, 1, "full", ""),
-    ("all 104", 2048, 1, 64, 1, "full", ""),
-    ("fill 0.1", 256, 1, 64, 1, "none", "m"),
-    ("fill 0.5", 128, 1, 64, 1, "none", ""),
-    ("fill 1.0", 64, 1, 64, 1, "full", ""),
+# One head: its size is the width E of the tokens, and F equals E.
+_FFN = (
+    _Row("movielens", rows=256, heads=1, head_size=64, kind="row weights", bfloat16=True, quick=True),
+    _Row("beauty", rows=1024, heads=1, head_size=64, kind="row weights"),
+    _Row("grocery", rows=1024, heads=1, head_size=64, kind="row weights"),
+    _Row("diginetica", rows=2048, heads=1, head_size=64, kind="row weights"),
+    _Row("uniform 1..50", rows=1024, heads=1, head_size=64, quick=True),
+    _Row("log-normal, mean 100", rows=256, heads=1, head_size=64),
+    _Row("log-normal, mean 500", rows=64, heads=1, head_size=64),
+    _Row("all 1024", rows=32, heads=1, head_size=64, kind="full"),
+    _Row("all 104", rows=2048, heads=1, head_size=64, kind="full"),
+    _Row("fill 0.1", rows=256, heads=1, head_size=64, memory=True),
+    _Row("fill 0.5", rows=128, heads=1, head_size=64),
+    _Row("fill 1.0", rows=64, heads=1, head_size=64, kind="full"),
 )
-_GRID: Mapping[str, tuple[_Line, ...]] = {
+_GRID: Mapping[str, tuple[_Row, ...]] = {
     "jagged_attention": _JAGGED,
     "pma_pooling": _POOLING,
     "pma_folded": _FOLDED,
@@ -152,26 +176,23 @@ _GRID: Mapping[str, tuple[_Line, ...]] = {
 }
 
 
-def _shape(op: str, line: _Line, law: Law) -> Shape:
-    _, rows, heads, head_size, queries, kind, marks = line
-    width = heads * head_size if op in ("pma_folded", "personalized_ffn") else 0
-    sizes = Sizes(heads, head_size, queries, width, gated="g" in marks)
-    dtypes = ("float32", "bfloat16") if "b" in marks else ("float32",)
-    return Shape(op, law, rows, sizes, kind, dtypes, quick="q" in marks, memory="m" in marks)
-
-
 def shapes(
-    laws: Mapping[str, Law],
+    distributions: Mapping[str, LengthDistribution],
     ops: Iterable[str] = workloads.OPS,
     names: Iterable[str] | None = None,
     rows: int | None = None,
     quick: bool = False,
 ) -> list[Shape]:
-    """The grid of these ops and laws; on batches of `rows` rows where given.
+    """The grid of these ops and length distributions; `rows` replaces every shape's own number of rows.
 
-    Where it shall be quick and no law is named, a few shapes of each op.
+    `quick` selects a few shapes of each op, unless distributions are named.
     """
-    wanted = set(laws if names is None else names)
-    found = [_shape(op, line, laws[line[0]]) for op in ops for line in _GRID[op] if line[0] in wanted]
-    chosen = [shape for shape in found if shape.quick] if quick and names is None else found
+    selected = set(distributions if names is None else names)
+    matching = [
+        row.shape(op, distributions[row.distribution])
+        for op in ops
+        for row in _GRID[op]
+        if row.distribution in selected
+    ]
+    chosen = [shape for shape in matching if shape.quick] if quick and names is None else matching
     return [shape if rows is None else replace(shape, rows=rows) for shape in chosen]

@@ -1,6 +1,7 @@
-"""What a call must compute and move at least, whatever computes it: the one place that counts.
+"""The least that a call must compute and move, whatever implementation computes it: FLOPs and bytes.
 
-FLOPs are useful ones: no padding, no masks, a multiply-add is two. `L` is a row's length, `T` the sum of all.
+Only useful FLOPs count: no padding, no masks; a multiply-add is two. `L` is the length of a row, `T` the sum of all
+`L`.
 
 | op | forward | backward |
 |---|---|---|
@@ -10,9 +11,9 @@ FLOPs are useful ones: no padding, no masks, a multiply-add is two. `L` is a row
 | apply_rotary | `3 H D T` (a pair of channels: 4 products, 2 sums) | `3 H D T` |
 | personalized_ffn | `2 E F T` | `4 E F T` |
 
-Bytes: forward reads every input and writes the output, once; backward reads every input and `grad_out` and writes every
-gradient, once (`apply_rotary` turns `grad_out` back, and does not read x again). Offsets and rotary tables count as
-inputs. What stays in the cache between the two is not given away.
+Bytes: the forward reads every input and writes the output, once. The backward reads every input and `grad_out` and
+writes every gradient, once (`apply_rotary` rotates `grad_out` back, and does not read x again). Offsets and rotary
+tables count as inputs. Reuse of cached data between the two passes is not assumed.
 """
 
 from __future__ import annotations
@@ -26,50 +27,50 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs to be done and bytes to be moved."""
+    """The FLOPs and bytes of a call."""
 
     flops: int
     bytes: int
 
 
 def work(op: str, arguments: Inputs, lengths: Sequence[int], sizes: Sizes, direction: str) -> Work:
-    """Of one call with these arguments; `direction` is "forward" or "forward+backward"."""
-    there, back = flops(op, lengths, sizes)
+    """The work of one call with these arguments; `direction` is "forward" or "forward+backward"."""
+    forward_flops, backward_flops = flops(op, lengths, sizes)
     read, written = _bytes(op, arguments)
     if direction == "forward":
-        return Work(there, read + written)
-    if op == "apply_rotary":  # the gradient that is written is as large as x, which is not read
-        return Work(there + back, 2 * (read + written))
+        return Work(forward_flops, read + written)
+    if op == "apply_rotary":  # x is not read again, and its gradient has the same size
+        return Work(forward_flops + backward_flops, 2 * (read + written))
     gradients = sum(
         _size(arguments[name]) for name in DIFFERENTIABLE[op] if arguments.get(name) is not None and name != "residual"
     )
-    return Work(there + back, 2 * (read + written) + gradients)
+    return Work(forward_flops + backward_flops, 2 * (read + written) + gradients)
 
 
 def flops(op: str, lengths: Sequence[int], sizes: Sizes) -> tuple[int, int]:
-    """Of the forward and of the backward alone."""
+    """The FLOPs of the forward and of the backward alone."""
     tokens, rows = sum(lengths), len(lengths)
     if op == "jagged_attention":
         product = 2 * sizes.heads * sizes.head_size * sum(length * length for length in lengths)
         return 2 * product, 5 * product
     if op == "apply_rotary":
-        turned = 3 * sizes.heads * sizes.head_size * tokens
-        return turned, turned
+        rotation = 3 * sizes.heads * sizes.head_size * tokens
+        return rotation, rotation
     if op == "personalized_ffn":
         product = 2 * sizes.head_size * sizes.width * tokens
         return product, 2 * product
     if op == "pma_folded":
         product = 2 * sizes.queries * sizes.heads * sizes.width * tokens
-        around = 2 * sizes.queries * sizes.heads * sizes.head_size * sizes.width * (1 + rows)
-        return 2 * product + around, 5 * product + 2 * around
+        projections = 2 * sizes.queries * sizes.heads * sizes.head_size * sizes.width * (1 + rows)
+        return 2 * product + projections, 5 * product + 2 * projections
     product = 2 * sizes.queries * sizes.heads * sizes.head_size * tokens
     return 2 * product, 5 * product
 
 
 def _bytes(op: str, arguments: Inputs) -> tuple[int, int]:
-    """Of the inputs, and of the output (which is as large as `grad_out`)."""
-    given = [x for name, x in arguments.items() if name != "grad_out"]
-    tensors = [*given, *arguments.get("rope", ())]
+    """The bytes of the inputs, and of the output (which is as large as `grad_out`)."""
+    inputs = [x for name, x in arguments.items() if name != "grad_out"]
+    tensors = [*inputs, *arguments.get("rope", ())]
     return sum(_size(x) for x in tensors if isinstance(x, Tensor)), _size(arguments["grad_out"])
 
 

@@ -1,10 +1,10 @@
 """Peak memory of one call beyond its inputs and outputs, as the operating system counts it.
 
-A child process per (shape, runner), so that nothing is left over from another one. It makes the inputs, calls the
-runner once on two short rows (libraries, threads and kernels are loaded then), asks Linux to forget the peak
-(`/proc/self/clear_refs`), calls once, and reads the peak (`VmHWM`). That counts what PyTorch allocates and what the C++
-kernels allocate alike. Blocks of 64 KiB and more go back to the system when they are freed (the child's environment),
-so that a later block cannot hide in them. The output and the gradients are outputs: they are taken off.
+Every (shape, runner) gets a child process, so that no memory of another one is left over. The child makes the inputs,
+calls the runner once on two short rows (which loads libraries, threads and kernels), asks Linux to reset the peak
+(`/proc/self/clear_refs`), calls once, and reads the peak (`VmHWM`). This counts allocations of PyTorch and of the C++
+kernels alike. By the child's environment, blocks of 64 KiB and more return to the system when they are freed, so that
+no later block can hide in them. The output and the gradients are subtracted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,12 +23,13 @@ from interformer_bench.grid import Shape
 from interformer_bench.peers import OURS, candidates
 from interformer_bench.progress import Progress
 from interformer_bench.run import PASSES, runner
+from interformer_bench.timing import TimedCall
 from interformer_bench.workloads import Sizes
 from torch import Tensor
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-# Which peer's memory ours is held against, and who else is measured.
+# The peer that our memory is compared with, and the other peers that are measured.
 YARDSTICK = {
     "jagged_attention": "padded SDPA",
     "pma_pooling": "padded SDPA",
@@ -49,7 +50,10 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes beyond inputs and outputs at the peak of one call; `problem` says why they are not known."""
+    """Bytes beyond inputs and outputs at the peak of one call; `problem` says why they are unknown.
+
+    The fields are the keys of result files; `law` is the name of the distribution of row lengths.
+    """
 
     op: str
     law: str
@@ -60,16 +64,16 @@ class Peak:
     problem: str | None = None
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """Why peaks cannot be read on this system; None where they can."""
     return None if _CLEAR.exists() else "peak memory is read from Linux's /proc"
 
 
-def growth(run: Callable[[], object]) -> tuple[int, object]:
-    """How far this process's memory grew at the peak of a run, in bytes, and what the run returned."""
+def growth(call: TimedCall) -> tuple[int, object]:
+    """The growth of this process's memory at the peak of a call, in bytes, and the call's result."""
     _CLEAR.write_text("5")
     before = _kilobytes("VmRSS")
-    result = run()
+    result = call()
     return 1024 * (_kilobytes("VmHWM") - before), result
 
 
@@ -79,32 +83,32 @@ def _kilobytes(field: str) -> int:
 
 
 def peaks(chosen: Sequence[Shape], data: Path | None, threads: int, progress: Progress) -> Iterator[Peak]:
-    """Of the shapes that are marked for it, both passes, on so many threads."""
+    """The peaks of the shapes that are marked for it, in both passes."""
     marked = [shape for shape in chosen if shape.memory]
     jobs = [(shape, name) for shape in marked for name in (OURS, YARDSTICK[shape.op], *_OTHERS[shape.op])]
     progress.begin("memory", len(jobs))
     for shape, name in jobs:
-        progress.step(f"{shape.op}, {shape.law.name}: {name}")
+        progress.step(f"{shape.op}, {shape.distribution.name}: {name}")
         yield from _in_child(shape, name, data, threads)
 
 
 def _in_child(shape: Shape, name: str, data: Path | None, threads: int) -> list[Peak]:
-    about = shape.op, shape.law.name, str(shape.sizes)
-    asked = {
+    about = shape.op, shape.distribution.name, str(shape.sizes)
+    request = {
         "shape": {"op": shape.op, "rows": shape.rows},
-        "law": shape.law.name,
+        "distribution": shape.distribution.name,
         "data": str(data) if data else None,
         "sizes": asdict(shape.sizes),
         "runner": name,
         "threads": threads,
     }
-    command = [sys.executable, "-m", "interformer_bench.memory", json.dumps(asked)]
+    command = [sys.executable, "-m", "interformer_bench.memory", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         return [Peak(*about, direction, name, None, reason[:200]) for direction in PASSES]
-    found = json.loads(done.stdout.splitlines()[-1])
-    return [Peak(*about, direction, name, found[direction]) for direction in PASSES]
+    extra_bytes = json.loads(done.stdout.splitlines()[-1])
+    return [Peak(*about, direction, name, extra_bytes[direction]) for direction in PASSES]
 
 
 def extra(shape: Shape, name: str, direction: str) -> int:
@@ -114,17 +118,17 @@ def extra(shape: Shape, name: str, direction: str) -> int:
     runner(shape.op, peer, tiny, direction)()
     grown, result = growth(runner(shape.op, peer, arguments, direction))
     outputs = result.values() if isinstance(result, dict) else (result,)
-    kept = {x.data_ptr(): x.untyped_storage().nbytes() for x in outputs if isinstance(x, Tensor)}
-    return max(0, grown - sum(kept.values()))
+    output_bytes = {x.data_ptr(): x.untyped_storage().nbytes() for x in outputs if isinstance(x, Tensor)}
+    return max(0, grown - sum(output_bytes.values()))
 
 
-def main(asked: str) -> None:
-    """The child: prints the bytes of both passes as JSON."""
-    wanted = json.loads(asked)
-    torch.set_num_threads(wanted["threads"])
-    law = shapes.laws(wanted["data"])[wanted["law"]]
-    shape = Shape(**wanted["shape"], law=law, sizes=Sizes(**wanted["sizes"]))
-    print(json.dumps({direction: extra(shape, wanted["runner"], direction) for direction in PASSES}))
+def main(request: str) -> None:
+    """The child process: print the bytes of both passes as JSON."""
+    job = json.loads(request)
+    torch.set_num_threads(job["threads"])
+    distribution = shapes.length_distributions(job["data"])[job["distribution"]]
+    shape = Shape(**job["shape"], distribution=distribution, sizes=Sizes(**job["sizes"]))
+    print(json.dumps({direction: extra(shape, job["runner"], direction) for direction in PASSES}))
 
 
 if __name__ == "__main__":

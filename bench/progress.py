@@ -1,4 +1,4 @@
-"""What a long run is doing: bars on a terminal (by rich, where it is installed), plain lines elsewhere."""
+"""The progress of a long run: bars on a terminal (by rich, where it is installed), plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from interformer_kernels._cli.tables import status_line
 
 
 class Progress:
-    """Hears of stages, their steps, and what is done within a step; this one keeps it to itself."""
+    """Receives stages, their steps, and the activity within a step; this base class displays nothing."""
 
     def begin(self, stage: str, steps: int) -> None:
-        """A stage of so many steps begins."""
+        """A stage of `steps` steps begins."""
 
     def step(self, text: str) -> None:
         """The stage's next step begins."""
 
     def doing(self, text: str) -> None:
-        """What is going on within the step."""
+        """The current activity within the step."""
 
     def say(self, text: str) -> None:
-        """Something that shall be read, whatever comes next."""
+        """A message that stays visible, whatever follows."""
 
     def end(self) -> None:
-        """Nothing more is shown."""
+        """End the display."""
 
     def __enter__(self) -> Progress:
         return self
@@ -37,7 +37,7 @@ class Progress:
 
 
 class Lines(Progress):
-    """A line for each step, with the seconds since the start; for logs."""
+    """A line for each step with the seconds since the start, for logs."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -55,7 +55,7 @@ class Lines(Progress):
 
 
 class OneLine(Lines):
-    """One line of the terminal, written over and over."""
+    """One line of the terminal that is overwritten."""
 
     def step(self, text: str) -> None:
         self.done += 1
@@ -70,9 +70,9 @@ class OneLine(Lines):
 
 
 class Bars(Progress):
-    """The stage as a bar with its time, and below it the step and what is done in it.
+    """The stage as a bar with its time; below it the step and the current activity.
 
-    Drawn when something is heard, never by a thread of its own: that would run beside what is being timed.
+    Bars are redrawn when something is reported, never by a thread: it would run beside the calls that are timed.
     """
 
     def __init__(self, console: Any = None) -> None:
@@ -95,7 +95,7 @@ class Bars(Progress):
         self.task, self.begun = self.bar.add_task(stage, total=steps), 0
 
     def step(self, text: str) -> None:
-        # The step that begins is not done: the bar stands at those before it.
+        # The bar counts finished steps, and the step that begins now is not finished.
         self.bar.update(self.task, completed=self.begun)
         self.begun, self.text = self.begun + 1, text
         self.doing("")
@@ -115,7 +115,7 @@ class Bars(Progress):
 
 
 def shown() -> Progress:
-    """What suits whoever reads standard error."""
+    """The display that suits standard error."""
     if not sys.stderr.isatty():
         return Lines()
     return OneLine() if importlib.util.find_spec("rich") is None else Bars()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from interformer_bench import targets
+from interformer_bench.calls import CostRow
 from interformer_bench.memory import YARDSTICK, Peak
 from interformer_bench.peers import OURS
 from interformer_bench.run import PASSES, Measurement
@@ -18,9 +19,9 @@ from interformer_bench.timing import Rates
 from interformer_kernels import _backend
 from interformer_kernels._files import to_json, write_text
 
-# Two threads multiply large matrices faster than one, by this at least, where they have a core each.
-_SCALES = 1.4
-_FIGURE = re.compile(r"\b\d[\d.]*(?:e[-+]?\d+)?\b")
+# With a core each, two threads multiply large matrices at least this much faster than one.
+_MIN_SPEEDUP = 1.4
+_NUMBER = re.compile(r"\b\d[\d.]*(?:e[-+]?\d+)?\b")
 Group = dict[str, Measurement]
 Machine = Mapping[tuple[str, int], Rates]
 
@@ -46,78 +47,77 @@ MEMORY_COLUMNS = ("op", "lengths", "sizes", "pass", "runner", "peak", "of padded
 
 @dataclass(frozen=True)
 class Report:
-    """What a run of the bench has found; `sweeps` by their axis."""
+    """The results of a run of the bench; `sweeps` are by axis."""
 
     measurements: Sequence[Measurement]
     machine: Machine
     peaks: Sequence[Peak] = ()
-    calls: Sequence[tuple[str, str, str]] = ()
+    calls: Sequence[CostRow] = ()
     sweeps: Mapping[str, Sequence[Measurement]] = field(default_factory=dict)
 
     def everything(self) -> list[Measurement]:
-        """All that was timed, or was not."""
-        return [*self.measurements, *(one for swept in self.sweeps.values() for one in swept)]
+        """All measurements, of sweeps too, with a time or without."""
+        return [*self.measurements, *(measurement for swept in self.sweeps.values() for measurement in swept)]
 
 
 def groups(measurements: Iterable[Measurement]) -> list[Group]:
-    """The runners of each (op, shape, dtype, threads, pass), by name, in the order they were measured."""
-    found: dict[tuple[object, ...], Group] = {}
-    for one in measurements:
-        key = one.op, one.law, one.rows, one.sizes, one.dtype, one.device, one.threads, one.direction
-        found.setdefault(key, {})[one.runner] = one
-    return list(found.values())
+    """The runners of each (op, shape, dtype, threads, pass) by name, in the order they were measured."""
+    by_key: dict[tuple[object, ...], Group] = {}
+    for m in measurements:
+        key = m.op, m.law, m.rows, m.sizes, m.dtype, m.device, m.threads, m.direction
+        by_key.setdefault(key, {})[m.runner] = m
+    return list(by_key.values())
 
 
-def best_peer(group: Group, of: str = "") -> Measurement | None:
-    """The fastest right peer; where `of` is given, of that group."""
-    timed = [one for name, one in group.items() if name != OURS and one.median is not None and of in ("", one.group)]
-    return min(timed, key=lambda one: one.median or 0.0, default=None)
+def best_peer(group: Group, peer_group: str = "") -> Measurement | None:
+    """The fastest right peer, of all or of the named group of peers."""
+    peers = [m for name, m in group.items() if name != OURS and peer_group in ("", m.group)]
+    return min((m for m in peers if m.median is not None), key=lambda m: m.median or 0.0, default=None)
 
 
-def ratio(group: Group, of: str = "") -> float | None:
-    """How many times as long the best peer takes; None where either was not timed."""
-    mine, theirs = group[OURS].median, best_peer(group, of)
+def ratio(group: Group, peer_group: str = "") -> float | None:
+    """The best peer's time over ours; None where either was not timed."""
+    mine, theirs = group[OURS].median, best_peer(group, peer_group)
     return theirs.median / mine if mine and theirs and theirs.median else None
 
 
-def of_limit(one: Measurement, machine: Machine) -> tuple[str, float] | None:
+def of_limit(measurement: Measurement, machine: Machine) -> tuple[str, float] | None:
     """The nearer limit of the machine (products or copies), and the share of it that was reached."""
-    rates = ceilings(machine, one.dtype, one.threads)
-    if rates is None or not one.median:
+    rates = ceilings(machine, measurement.dtype, measurement.threads)
+    if rates is None or not measurement.median:
         return None
-    shares = {"GEMM": one.flops / rates.gemm / one.median, "copy": one.bytes / rates.copy / one.median}
+    seconds = measurement.median
+    shares = {"GEMM": measurement.flops / rates.gemm / seconds, "copy": measurement.bytes / rates.copy / seconds}
     return max(shares.items(), key=lambda item: item[1])
 
 
 def ceilings(machine: Machine, dtype: str, threads: int) -> Rates | None:
-    """The rates that limit a dtype: 16-bit numbers may be widened, so a slow product of theirs is no limit."""
+    """The rates that limit a dtype: 16-bit numbers can be widened, so their own product, if slow, is no limit."""
     rates, wide = machine.get((dtype, threads)), machine.get(("float32", threads))
     return rates if rates is None or wide is None else replace(rates, gemm=max(rates.gemm, wide.gemm))
 
 
-def of_gemm(one: Measurement, machine: Machine) -> float | None:
-    """The share of the rate of matrix products."""
-    rates = machine.get((one.dtype, one.threads))
-    return one.flops / rates.gemm / one.median if rates and one.median else None
+def of_gemm(measurement: Measurement, machine: Machine) -> float | None:
+    """The share of the rate of matrix products that was reached."""
+    rates = machine.get((measurement.dtype, measurement.threads))
+    return measurement.flops / rates.gemm / measurement.median if rates and measurement.median else None
 
 
-def back_over_forth(group: Group, measured: Mapping[tuple[object, ...], float]) -> float | None:
+def backward_over_forward(group: Group, forward_seconds: Mapping[tuple[object, ...], float]) -> float | None:
     """The time of the backward over that of the forward, from the two passes of this package."""
     ours = group[OURS]
-    forward = measured.get(_forward_key(ours))
+    forward = forward_seconds.get(_forward_key(ours))
     return (ours.median - forward) / forward if ours.direction != PASSES[0] and ours.median and forward else None
 
 
-def _forward_key(one: Measurement) -> tuple[object, ...]:
-    return one.op, one.law, one.rows, one.sizes, one.dtype, one.device, one.threads
+def _forward_key(m: Measurement) -> tuple[object, ...]:
+    return m.op, m.law, m.rows, m.sizes, m.dtype, m.device, m.threads
 
 
-def forwards(measurements: Iterable[Measurement]) -> dict[tuple[object, ...], float]:
+def forward_times(measurements: Iterable[Measurement]) -> dict[tuple[object, ...], float]:
     """Seconds of this package's forward, by shape."""
     return {
-        _forward_key(one): one.median
-        for one in measurements
-        if one.runner == OURS and one.direction == PASSES[0] and one.median
+        _forward_key(m): m.median for m in measurements if m.runner == OURS and m.direction == PASSES[0] and m.median
     }
 
 
@@ -125,44 +125,44 @@ def forwards(measurements: Iterable[Measurement]) -> dict[tuple[object, ...], fl
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One target of one line: what is wanted, what was found, and whether that is enough."""
+class JudgedTarget:
+    """One target of a row of the table: the target in words, the value reached, and whether it suffices."""
 
     text: str
-    found: float
+    value: float
     ok: bool
 
     def __str__(self) -> str:
-        return f"{self.text}: {self.found:.2f} {'pass' if self.ok else 'MISS'}"
+        return f"{self.text}: {self.value:.2f} {'pass' if self.ok else 'MISS'}"
 
 
-def judge(group: Group, machine: Machine, back: float | None) -> list[Judged]:
-    """The targets of a line; those of issue tables hold on `targets.THREADS` threads, the floor everywhere."""
+def judge(group: Group, machine: Machine, back: float | None) -> list[JudgedTarget]:
+    """The targets of a row: those of its kind hold on `targets.THREADS` threads, the floor everywhere."""
     ours = group[OURS]
     if ours.median is None:
         return []
-    found = []
-    plain = ratio(group)
-    if plain is not None:
-        found.append(Judged(f">= {targets.FLOOR:g}x", plain, plain >= targets.FLOOR))
+    judged = []
+    to_best = ratio(group)
+    if to_best is not None:
+        judged.append(JudgedTarget(f">= {targets.FLOOR:g}x", to_best, to_best >= targets.FLOOR))
     if ours.threads != targets.THREADS:
-        return found
+        return judged
     target = targets.target(ours.kind, ours.dtype)
-    for of, least in target.ratios(ours.direction).items():
-        reached = ratio(group, of)
+    for peer_group, minimum in target.ratios(ours.direction).items():
+        reached = ratio(group, peer_group)
         if reached is not None:
-            found.append(Judged(f">= {least:g}x {of}".rstrip(), reached, reached >= least))
+            judged.append(JudgedTarget(f">= {minimum:g}x {peer_group}".rstrip(), reached, reached >= minimum))
     share = of_gemm(ours, machine)
     if ours.direction == PASSES[0] and target.gemm is not None and share is not None:
-        found.append(Judged(f">= {target.gemm:g} of GEMM", share, share >= target.gemm))
+        judged.append(JudgedTarget(f">= {target.gemm:g} of GEMM", share, share >= target.gemm))
     if back is not None:
-        most = targets.BACKWARD_OVER_FORWARD
-        found.append(Judged(f"back / forth <= {most:g}", back, back <= most))
-    return found
+        maximum = targets.BACKWARD_OVER_FORWARD
+        judged.append(JudgedTarget(f"back / forth <= {maximum:g}", back, back <= maximum))
+    return judged
 
 
-def level() -> str:
-    """The instruction set that the kernels take on this machine."""
+def isa() -> str:
+    """The instruction set that the CPU kernels use on this machine."""
     native = _backend.native()
     return str(native.build_info()["cpu_level"]) if native is not None else "none: the native module is not there"
 
@@ -171,20 +171,20 @@ def level() -> str:
 
 
 def table(measurements: Sequence[Measurement], machine: Machine) -> list[tuple[str, ...]]:
-    """A line per (shape, dtype, threads, pass): this package against its best peer, and its targets.
+    """A row per (shape, dtype, threads, pass): this package against its best peer, and its targets.
 
-    The spread is that of the quartiles.
+    The spread is the distance of the quartiles.
     """
-    first = forwards(measurements)
-    lines: list[tuple[str, ...]] = []
+    forward_seconds = forward_times(measurements)
+    table_rows: list[tuple[str, ...]] = []
     for group in groups(measurements):
         ours, peer, times = group[OURS], best_peer(group), ratio(group)
         limit = of_limit(ours, machine)
-        back = back_over_forth(group, first)
+        back = backward_over_forward(group, forward_seconds)
         judged = judge(group, machine, back)
-        lines.append(
+        table_rows.append(
             (
-                law_of(ours.law, ours.source),
+                distribution_label(ours.law, ours.source),
                 f"{ours.rows} x {ours.tokens / max(ours.rows, 1):.0f} ({ours.longest})",
                 ours.sizes,
                 ours.dtype,
@@ -192,7 +192,7 @@ def table(measurements: Sequence[Measurement], machine: Machine) -> list[tuple[s
                 ours.direction,
                 f"{time_of(ours)} ({ours.backend})",
                 f"{time_of(peer)} ({peer.runner})" if peer else "none timed",
-                ", ".join(name for name, one in group.items() if one.median is None) or "-",
+                ", ".join(name for name, m in group.items() if m.median is None) or "-",
                 f"{times:.2f}x" if times else "-",
                 f"{limit[1]:.2f} {limit[0]}" if limit else "-",
                 f"{back:.2f}" if back is not None else "-",
@@ -200,117 +200,116 @@ def table(measurements: Sequence[Measurement], machine: Machine) -> list[tuple[s
                 "; ".join(map(str, judged)) or "-",
             )
         )
-    return lines
+    return table_rows
 
 
-def law_of(name: str, source: str) -> str:
-    """A law of lengths, and where it is from if it is of real histories."""
+def distribution_label(name: str, source: str) -> str:
+    """The name of a distribution of lengths, with its source unless it is synthetic."""
     return name if source == "synthetic" else f"{name} ({source})"
 
 
 def by_op(made: Report) -> dict[str, list[tuple[str, ...]]]:
     """The table of each op."""
-    ops = dict.fromkeys(one.op for one in made.measurements)
-    return {op: table([one for one in made.measurements if one.op == op], made.machine) for op in ops}
+    ops = dict.fromkeys(m.op for m in made.measurements)
+    return {op: table([m for m in made.measurements if m.op == op], made.machine) for op in ops}
 
 
 def sweep_table(about: Sweep, measured: Sequence[Measurement]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Columns, and a line for each pass and place: everybody's median, and the best peer's over ours."""
-    names = tuple(dict.fromkeys(one.runner for one in measured))
-    found = []
+    """Columns, and a row for each pass and place: every runner's median, and the best peer's over ours."""
+    names = tuple(dict.fromkeys(m.runner for m in measured))
+    table_rows = []
     for direction in PASSES:
-        for group in groups(one for one in measured if one.direction == direction):
+        for group in groups(m for m in measured if m.direction == direction):
             times = ratio(group)
             cells = (time_of(group[name]) if name in group else "-" for name in names)
-            found.append((direction, f"{about.at(group[OURS]):.4g}", *cells, f"{times:.2f}x" if times else "-"))
-    return ("pass", about.label, *names, "ratio"), found
+            place = f"{about.at(group[OURS]):.4g}"
+            table_rows.append((direction, place, *cells, f"{times:.2f}x" if times else "-"))
+    return ("pass", about.label, *names, "ratio"), table_rows
 
 
 def problems(measurements: Iterable[Measurement]) -> list[str]:
-    """What was not timed, and why: a line per op, runner and kind of reason, then the shapes with their figures."""
-    told: dict[tuple[str, str, str], dict[str, None]] = {}
-    for one in measurements:
-        if one.problem is None:
+    """Reasons for not timing runners: a line per op, runner and kind of reason, then the shapes with their numbers."""
+    shapes_by_reason: dict[tuple[str, str, str], dict[str, None]] = {}
+    for m in measurements:
+        if m.problem is None:
             continue
-        # Figures differ from shape to shape: they go with the shape.
-        kind = one.problem if one.runner == OURS else _FIGURE.sub("..", one.problem)
-        figures = " ".join(_FIGURE.findall(one.problem)) if kind != one.problem else ""
-        shape = f"{one.law}, {one.sizes}, {one.dtype}, {one.direction}"
-        told.setdefault((one.op, one.runner, kind), {})[f"{shape}: {figures}" if figures else shape] = None
-    return [f"{op}: {runner} {kind} ({'; '.join(shapes)})" for (op, runner, kind), shapes in told.items()]
+        # Numbers differ from shape to shape, so they are listed with the shape.
+        kind = m.problem if m.runner == OURS else _NUMBER.sub("..", m.problem)
+        numbers = " ".join(_NUMBER.findall(m.problem)) if kind != m.problem else ""
+        shape = f"{m.law}, {m.sizes}, {m.dtype}, {m.direction}"
+        shapes_by_reason.setdefault((m.op, m.runner, kind), {})[f"{shape}: {numbers}" if numbers else shape] = None
+    return [f"{op}: {runner} {kind} ({'; '.join(shapes)})" for (op, runner, kind), shapes in shapes_by_reason.items()]
 
 
 def missed(made: Report) -> list[str]:
-    """Every target of a line that was not reached."""
-    first = forwards(made.measurements)
-    found = []
+    """Every target of a row that was not reached."""
+    forward_seconds = forward_times(made.measurements)
+    texts = []
     for group in groups(made.measurements):
-        one = group[OURS]
-        for judged in judge(group, made.machine, back_over_forth(group, first)):
+        m = group[OURS]
+        for judged in judge(group, made.machine, backward_over_forward(group, forward_seconds)):
             if not judged.ok:
-                where = f"{one.op}, {one.law}, {one.sizes}, {one.dtype}, {one.threads} threads, {one.direction}"
-                found.append(f"{where}: {judged}")
-    return found
+                where = f"{m.op}, {m.law}, {m.sizes}, {m.dtype}, {m.threads} threads, {m.direction}"
+                texts.append(f"{where}: {judged}")
+    return texts
 
 
-def time_of(one: Measurement) -> str:
-    """Its median with a unit."""
-    if one.median is None:
+def time_of(measurement: Measurement) -> str:
+    """The median with its unit."""
+    if measurement.median is None:
         return "-"
-    return f"{one.median:.3g} s" if one.median >= 1 else f"{one.median * 1e3:.3g} ms"
+    return f"{measurement.median:.3g} s" if measurement.median >= 1 else f"{measurement.median * 1e3:.3g} ms"
 
 
-def _spread(one: Measurement) -> str:
-    """Of the quartiles, and of how many samples."""
-    if not one.median or one.low is None or one.high is None:
+def _spread(m: Measurement) -> str:
+    """The distance of the quartiles over the median, and the number of samples."""
+    if not m.median or m.low is None or m.high is None:
         return "-"
-    return f"{(one.high - one.low) / one.median:.0%} of {one.samples}" if one.samples > 2 else f"{one.samples} only"
+    return f"{(m.high - m.low) / m.median:.0%} of {m.samples}" if m.samples > 2 else f"{m.samples} only"
 
 
 def rates(machine: Machine) -> str:
-    """The machine in words."""
+    """The machine's rates in words."""
     parts = [
-        f"{dtype}, {threads} threads: GEMM {one.gemm / 1e9:.3g} GFLOP/s ({one.size}^3), copy {one.copy / 1e9:.1f} GB/s"
-        for (dtype, threads), one in machine.items()
+        f"{dtype}, {threads} threads: GEMM {r.gemm / 1e9:.3g} GFLOP/s ({r.size}^3), copy {r.copy / 1e9:.1f} GB/s"
+        for (dtype, threads), r in machine.items()
     ]
-    held = "targets hold" if level() in targets.LEVELS else f"targets are for {' and '.join(targets.LEVELS)}"
-    text = f"Kernels: {level()} ({held}; >= {targets.FLOOR:g}x the best peer is promised on AVX2 too)."
+    held = "targets hold" if isa() in targets.ISAS else f"targets are for {' and '.join(targets.ISAS)}"
+    text = f"Kernels: {isa()} ({held}; >= {targets.FLOOR:g}x the best peer is promised on AVX2 too)."
     return " ".join(["; ".join(["In the same run", *parts]) + ".", text, *_busy(machine)])
 
 
 def _busy(machine: Machine) -> list[str]:
-    """A warning where more threads did not multiply matrices faster: somebody else had the cores."""
-    found = []
-    for (dtype, threads), one in machine.items():
+    """A warning where more threads did not multiply matrices faster, which other load on the machine explains."""
+    warnings = []
+    for (dtype, threads), many in machine.items():
         single = machine.get((dtype, 1))
-        if single is not None and threads > 1 and one.gemm < _SCALES * single.gemm:
-            told = f"{threads} threads multiplied {dtype} at {one.gemm / single.gemm:.1f} times the rate of one"
-            found.append(f"THE CORES WERE BUSY: {told}; times on {threads} threads are not to be trusted.")
-    return found
+        if single is not None and threads > 1 and many.gemm < _MIN_SPEEDUP * single.gemm:
+            observed = f"{threads} threads multiplied {dtype} at {many.gemm / single.gemm:.1f} times the rate of one"
+            warnings.append(f"THE CORES WERE BUSY: {observed}; times on {threads} threads are not to be trusted.")
+    return warnings
 
 
 def memory_table(peaks: Sequence[Peak]) -> list[tuple[str, ...]]:
     """Peak memory beyond inputs and outputs, and its share of padded SDPA's."""
-    padded = {
-        (one.op, one.law, one.sizes, one.direction): one.extra for one in peaks if one.runner == YARDSTICK[one.op]
-    }
-    lines: list[tuple[str, ...]] = []
-    for one in peaks:
-        whole, share = padded.get((one.op, one.law, one.sizes, one.direction)), "-"
-        if one.extra is not None and whole:
-            share = f"{one.extra / whole:.0%}"
-            if one.runner == OURS:
-                share += " pass" if one.extra <= targets.MEMORY * whole else " MISS"
-        found = f"{one.extra / 2**20:.2f} MiB" if one.extra is not None else str(one.problem)
-        lines.append((one.op, one.law, one.sizes, one.direction, one.runner, found, share))
-    return lines
+    padded = {(p.op, p.law, p.sizes, p.direction): p.extra for p in peaks if p.runner == YARDSTICK[p.op]}
+    table_rows: list[tuple[str, ...]] = []
+    for peak in peaks:
+        padded_bytes, share = padded.get((peak.op, peak.law, peak.sizes, peak.direction)), "-"
+        if peak.extra is not None and padded_bytes:
+            share = f"{peak.extra / padded_bytes:.0%}"
+            if peak.runner == OURS:
+                share += " pass" if peak.extra <= targets.MEMORY * padded_bytes else " MISS"
+        size = f"{peak.extra / 2**20:.2f} MiB" if peak.extra is not None else str(peak.problem)
+        table_rows.append((peak.op, peak.law, peak.sizes, peak.direction, peak.runner, size, share))
+    return table_rows
 
 
 # ---------------------------------------------------------------- files
 
 
 def markdown(made: Report, pictures: Sequence[str] = ()) -> str:
-    """Everything in Markdown: a table per op, the machine's rates, memory, calls, targets missed, problems."""
+    """The whole report in Markdown: tables, the machine's rates, memory, costs of calls, missed targets, problems."""
     parts = []
     for op, lines in by_op(made).items():
         parts += [f"## {op}", rows(COLUMNS, lines)]
@@ -324,9 +323,9 @@ def markdown(made: Report, pictures: Sequence[str] = ()) -> str:
         parts += ["## The cost of a call", rows(CALL_COLUMNS, made.calls)]
     if pictures:
         parts += ["## Pictures", *(f"![{name}]({name})" for name in pictures)]
-    for title, found in (("Targets missed", missed(made)), ("Not timed", problems(made.everything()))):
-        if found:
-            parts += [f"## {title}", "\n".join(f"- {line}" for line in found)]
+    for title, items in (("Targets missed", missed(made)), ("Not timed", problems(made.everything()))):
+        if items:
+            parts += [f"## {title}", "\n".join(f"- {item}" for item in items)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -336,17 +335,17 @@ def rows(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def write_json(path: Path, made: Report) -> None:
-    """All of it."""
+    """Write the whole report as JSON."""
     write_text(path, to_json(plain(made)))
 
 
 def plain(made: Report) -> dict[str, Any]:
-    """All of it, as JSON has it."""
+    """The whole report as JSON values."""
     return {
-        "level": level(),
-        "machine": [{"dtype": name, "threads": n, **asdict(one)} for (name, n), one in made.machine.items()],
-        "measurements": [asdict(one) for one in made.measurements],
-        "memory": [asdict(one) for one in made.peaks],
+        "level": isa(),
+        "machine": [{"dtype": name, "threads": n, **asdict(r)} for (name, n), r in made.machine.items()],
+        "measurements": [asdict(measurement) for measurement in made.measurements],
+        "memory": [asdict(peak) for peak in made.peaks],
         "calls": made.calls,
-        "sweeps": {axis: [asdict(one) for one in swept] for axis, swept in made.sweeps.items()},
+        "sweeps": {axis: [asdict(measurement) for measurement in swept] for axis, swept in made.sweeps.items()},
     }

@@ -1,4 +1,4 @@
-"""What the `bench_<op>.py` suites share: every named shape, runner and pass of an op under pytest-benchmark."""
+"""The common part of `bench_<op>.py`: every named shape, runner and pass of an op under pytest-benchmark."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from interformer_bench.peers import candidates
 
 
 def _cases(op: str) -> list[Any]:
-    found = []
-    for shape in grid.shapes(shapes.laws(), [op]):
+    parameters = []
+    for shape in grid.shapes(shapes.length_distributions(), [op]):
         for name, peer in candidates(op).items():
             for direction in run.PASSES[: 2 if peer.trains else 1]:
-                label = f"{shape.law.name}, {shape.sizes}-{name}-{direction}"
-                found.append(pytest.param(shape, name, direction, id=label))
-    return found
+                label = f"{shape.distribution.name}, {shape.sizes}-{name}-{direction}"
+                parameters.append(pytest.param(shape, name, direction, id=label))
+    return parameters
 
 
 def suite(op: str) -> Callable[..., None]:
     """The test function of an op."""
 
-    @pytest.mark.timeout(0)  # the limit of tests does not suit benches
+    @pytest.mark.timeout(0)  # a bench may take longer than a test
     @pytest.mark.parametrize(("shape", "name", "direction"), _cases(op))
     def test(benchmark: Any, shape: Shape, name: str, direction: str) -> None:
         peer = candidates(op)[name]
@@ -36,8 +36,8 @@ def suite(op: str) -> Callable[..., None]:
         reason = run.too_large(peer, arguments, direction)
         if reason is not None:
             pytest.skip(reason)
-        benchmark.group = f"{shape.law.name}, {shape.sizes}, {direction}"
+        benchmark.group = f"{shape.distribution.name}, {shape.sizes}, {direction}"
         benchmark(run.runner(op, peer, arguments, direction))
 
-    whole: Callable[..., None] = test
-    return whole
+    test_function: Callable[..., None] = test
+    return test_function

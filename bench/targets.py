@@ -1,4 +1,4 @@
-"""What this package shall reach, per kind of shape: ratios to its best peer, shares of the machine's GEMM rate.
+"""The targets of this package by kind of shape: ratios to its best peer, and shares of the machine's GEMM rate.
 
 The targets are for AVX-512 and 2 threads. On AVX2 the promise is `FLOOR` times the best peer, everywhere.
 """
@@ -10,25 +10,25 @@ from dataclasses import dataclass, field
 
 from interformer_bench.peers.registry import FOLDS, PADDED_BMM, PROJECTS
 
-LEVELS = ("avx512", "avx512_bf16")
+ISAS = ("avx512", "avx512_bf16")
 THREADS = 2
 FLOOR = 0.95
-# Backward over forward, at most.
+# The largest ratio of backward to forward.
 BACKWARD_OVER_FORWARD = 2.8
-# Peak memory beyond inputs and outputs, at most, as a share of padded SDPA's where a tenth of its places is tokens.
+# The largest peak memory beyond inputs and outputs, as a share of padded SDPA's where a tenth of its places is tokens.
 MEMORY = 0.10
 
 
 @dataclass(frozen=True)
 class Target:
-    """Least ratios by the group of peers that they are to (`""`: all), and the least share of the GEMM rate."""
+    """Minimum ratios by group of peers (`""`: all peers), and the minimum share of the GEMM rate."""
 
     forward: Mapping[str, float] = field(default_factory=dict)
     training: Mapping[str, float] = field(default_factory=dict)
     gemm: float | None = None
 
     def ratios(self, direction: str) -> Mapping[str, float]:
-        """Of one pass."""
+        """The ratios of one pass."""
         return self.forward if direction == "forward" else self.training
 
 
@@ -36,7 +36,7 @@ def _best(forward: float, training: float, gemm: float | None = None) -> Target:
     return Target({"": forward}, {"": training}, gemm)
 
 
-# Kinds of shapes; those of attention inside rows have a target for each dtype.
+# Kinds with a target for each dtype: attention inside rows.
 TARGETS: dict[tuple[str, str], Target] = {
     ("long rows", "float32"): _best(1.25, 1.3, 0.95),
     ("middle rows", "float32"): _best(2.2, 2.2, 0.80),
@@ -56,5 +56,5 @@ KINDS = (*dict.fromkeys(kind for kind, _ in TARGETS), *_ANY_DTYPE)
 
 
 def target(kind: str, dtype: str) -> Target:
-    """Of shapes of this kind; none where nothing is promised for the dtype."""
+    """The target of a kind of shape; an empty one where nothing is promised for the dtype."""
     return _ANY_DTYPE[kind] if kind in _ANY_DTYPE else TARGETS.get((kind, dtype), Target())

@@ -1,4 +1,4 @@
-"""Timing that stands comparison: interleaved runs, medians with spread, and the machine's own rates in the same run."""
+"""Comparable timings: interleaved calls, medians with spread, and the machine's own rates in the same run."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from dataclasses import dataclass
 
 import torch
 
-Run = Callable[[], object]
-# A run more than so many times slower than the fastest is nobody's rival: one sample of it is enough.
-_HOPELESS = 3.0
-# The matrices of a GEMM, smaller where the machine would take longer than this for one; and the bytes of a copy.
+# A call whose arguments are bound, as it is timed.
+TimedCall = Callable[[], object]
+# A call this many times slower than the fastest gets one sample: more would not change the comparison.
+_SLOW_FACTOR = 3.0
+# Sizes of the matrices of a GEMM, the largest first; a smaller one is taken where a product would take longer than
+# this.
 _GEMM_SIZES, _GEMM_SECONDS = (2048, 1024, 512, 256), 3.0
 _COPY_BYTES = 256 * 2**20
-# On a GPU both are larger, and so many follow one another, or launching and waiting would be a part of their time. They
-# are smaller by halves where its memory is short.
-_GPU_GEMM_SIZES, _GPU_COPY_BYTES, _GPU_ROW = (8192, 4096, 2048, 1024, 512, 256), 4 * 2**30, 10
-# What is copied repeats after so many random bytes.
+# On a GPU matrices and copies are larger, unless its memory is short, and a sample is several in a row: otherwise
+# launch and synchronisation would be a part of the time.
+_GPU_GEMM_SIZES, _GPU_COPY_BYTES, _GPU_REPEATS = (8192, 4096, 2048, 1024, 512, 256), 4 * 2**30, 10
+# Period of the random bytes that are copied.
 _RANDOM_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one run: the median, and the quartiles around it, of `samples` samples."""
+    """Seconds of a call: the median of `samples` samples, and the quartiles around it."""
 
     median: float
     low: float
@@ -34,7 +36,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
-        """From single measurements."""
+        """The statistics of single measurements."""
         if len(seconds) < 2:
             return cls(seconds[0], seconds[0], seconds[0], len(seconds))
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
@@ -42,105 +44,105 @@ class Timing:
 
 
 def wait(device: str) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def once(run: Run, device: str = "cpu", repeats: int = 1) -> float:
-    """Seconds of one run, averaged over `repeats` in a row.
+def once(call: TimedCall, device: str = "cpu", repeats: int = 1) -> float:
+    """Seconds of one call, averaged over `repeats` in a row.
 
-    On a GPU by events of its own, so that the last wait does not count: what the device works, or what it waits for the
-    host between the first launch and the last.
+    A GPU is timed by events on the device, so the final synchronisation does not count: the time is that of the
+    kernels, or of the host where it delays them between the first launch and the last.
     """
     wait(device)
     if device == "cuda":
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
         for _ in range(repeats):
-            run()
+            call()
         last.record()
         last.synchronize()
         return float(first.elapsed_time(last)) / 1e3 / repeats
     start = time.perf_counter()
     for _ in range(repeats):
-        run()
+        call()
     return (time.perf_counter() - start) / repeats
 
 
-def quickest(run: Run, device: str = "cpu", calls: int = 3, enough: float = 0.3) -> float:
-    """Seconds of the quickest of a few calls; of fewer, where they take long."""
-    taken: list[float] = []
-    while len(taken) < calls and sum(taken) < enough:
-        taken.append(once(run, device))
-    return min(taken)
+def quickest(call: TimedCall, device: str = "cpu", max_calls: int = 3, enough: float = 0.3) -> float:
+    """Seconds of the fastest of a few calls; no further call is made once `enough` seconds have passed."""
+    seconds: list[float] = []
+    while len(seconds) < max_calls and sum(seconds) < enough:
+        seconds.append(once(call, device))
+    return min(seconds)
 
 
 def free_bytes(device: str) -> int:
-    """Of a GPU's memory: what nobody has, and what PyTorch's allocator keeps for this process."""
+    """Bytes of GPU memory that this process can allocate: free ones, and those cached by PyTorch's allocator."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
-# ---------------------------------------------------------------- runs side by side
+# ---------------------------------------------------------------- interleaved calls
 
 
 class _Series:
-    """The samples of one run."""
+    """The samples of one call."""
 
-    def __init__(self, run: Run, device: str, slow: float) -> None:
-        self.run, self.device = run, device
-        first = once(run, device)
-        self.samples: list[float] = [first] if first > slow else []  # a slow call is not made twice to warm up
-        self.typical = first if self.samples else once(run, device)
+    def __init__(self, call: TimedCall, device: str, slow: float) -> None:
+        self.call, self.device = call, device
+        first = once(call, device)
+        self.samples: list[float] = [first] if first > slow else []  # a slow call is not repeated to warm up
+        self.typical = first if self.samples else once(call, device)
         self.repeats = max(1, math.ceil(1e-3 / self.typical))
         self.spent = sum(self.samples)
 
     def sample(self) -> None:
-        taken = once(self.run, self.device, self.repeats)
-        self.samples.append(taken)
-        self.spent += taken * self.repeats
+        seconds = once(self.call, self.device, self.repeats)
+        self.samples.append(seconds)
+        self.spent += seconds * self.repeats
 
 
 def interleaved(
-    runs: Mapping[str, Run],
+    calls: Mapping[str, TimedCall],
     device: str = "cpu",
     seconds: float = 3.0,
-    least: int = 3,
-    most: int = 50,
+    min_samples: int = 3,
+    max_samples: int = 50,
     slow: float = 2.0,
 ) -> dict[str, Timing]:
-    """Time the runs by turns, so that whatever else the machine does falls on all alike.
+    """Time the calls in turn, one sample each, so that other load on the machine affects all of them alike.
 
     Args:
-        runs: by name; each is called before it is timed, and that call counts if it takes longer than `slow`.
+        calls: by name; each is called before it is timed, and that call counts if it takes longer than `slow`.
         device: "cpu" or "cuda".
-        seconds: about how long all of it may take; each run gets its share. Runs near the fastest get `least` samples
-            nevertheless, unless that takes ten times as long; the others at least one.
-        most: samples of one run.
-        slow: seconds of a call that does not need another one to warm up.
+        seconds: approximate time for all calls together, shared equally. Calls close to the fastest get `min_samples`
+            even beyond it, unless that takes ten times as long; every call gets at least one sample.
+        max_samples: samples of one call at most.
+        slow: a call that takes this many seconds needs no second one to warm up.
 
-    Runs faster than a millisecond are repeated within a sample, so that the clock does not show.
+    Calls faster than a millisecond are repeated within a sample, so that the clock's resolution does not matter.
     """
-    series = {name: _Series(run, device, slow) for name, run in runs.items()}
-    share = seconds / max(len(runs), 1)
+    series = {name: _Series(call, device, slow) for name, call in calls.items()}
+    share = seconds / max(len(calls), 1)
     start = time.perf_counter()
-    for _ in range(most):
+    for _ in range(max_samples):
         late = time.perf_counter() - start > 10 * seconds
-        fastest = min((one.typical for one in series.values()), default=0.0)
-        for one in series.values():
-            rival = one.typical <= _HOPELESS * fastest and len(one.samples) < least
-            if not one.samples or (not late and (rival or one.spent < share)):
-                one.sample()
-    return {name: Timing.of(one.samples) for name, one in series.items()}
+        fastest = min((single.typical for single in series.values()), default=0.0)
+        for single in series.values():
+            close = single.typical <= _SLOW_FACTOR * fastest and len(single.samples) < min_samples
+            if not single.samples or (not late and (close or single.spent < share)):
+                single.sample()
+    return {name: Timing.of(single.samples) for name, single in series.items()}
 
 
-# ---------------------------------------------------------------- what the machine does
+# ---------------------------------------------------------------- rates of the machine
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of the machine: matrix products of `size` squared (FLOP/s), and copies (bytes/s, read and written)."""
+    """The machine's rates: products of `size` x `size` matrices (FLOP/s) and copies (bytes/s, read and written)."""
 
     gemm: float
     copy: float
@@ -148,63 +150,64 @@ class Rates:
 
 
 class Machine:
-    """The rates of this machine by dtype and number of threads, sampled now and then; the medians stand.
+    """The machine's rates by dtype and number of threads: medians of samples that are taken between measurements.
 
-    Where it is `tiny`, products and copies are small, and the rates say nothing: for rehearsals.
+    `tiny` makes products and copies small, for rehearsals: the rates then mean nothing.
     """
 
     def __init__(self, device: str = "cpu", tiny: bool = False) -> None:
         self.device, self.tiny = device, tiny
         self._samples: dict[tuple[torch.dtype, int], list[tuple[float, float]]] = {}
-        self._runs: dict[torch.dtype, tuple[int, Run]] = {}
-        self._in_a_row = _GPU_ROW if device == "cuda" else 1
+        self._products: dict[torch.dtype, tuple[int, TimedCall]] = {}
+        self._repeats = _GPU_REPEATS if device == "cuda" else 1
 
     def sample(self, dtype: torch.dtype) -> None:
-        """A product and a copy more (a few in a row on a GPU), on torch's present number of threads."""
+        """Take one more sample of a product and of a copy on torch's current number of threads."""
         size, product = self._product(dtype)
-        taken = [once(run, self.device, self._in_a_row) for run in (product, self._copy)]
+        product_seconds, copy_seconds = (once(call, self.device, self._repeats) for call in (product, self._copy))
         key = dtype, torch.get_num_threads()
-        self._samples.setdefault(key, []).append((2 * size**3 / taken[0], 2 * self.copied_bytes() / taken[1]))
+        rates = 2 * size**3 / product_seconds, 2 * self.copied_bytes() / copy_seconds
+        self._samples.setdefault(key, []).append(rates)
 
     def samples(self, dtype: torch.dtype) -> list[tuple[float, float]]:
-        """All of a dtype on torch's present number of threads: FLOP/s and bytes/s."""
+        """All samples of a dtype on torch's current number of threads: FLOP/s and bytes/s."""
         return self._samples[dtype, torch.get_num_threads()]
 
     def rates(self) -> dict[tuple[str, int], Rates]:
-        """By dtype's name and threads."""
-        found = {}
+        """The median rates by name of dtype and number of threads."""
+        rates = {}
         for (dtype, threads), samples in self._samples.items():
-            gemm, copy = (statistics.median(one) for one in zip(*samples, strict=True))
-            found[str(dtype).removeprefix("torch."), threads] = Rates(gemm, copy, self._runs[dtype][0])
-        return found
+            gemm, copy = (statistics.median(values) for values in zip(*samples, strict=True))
+            rates[str(dtype).removeprefix("torch."), threads] = Rates(gemm, copy, self._products[dtype][0])
+        return rates
 
     def copied_bytes(self) -> int:
-        """Of one copy, which reads and writes as many."""
+        """Bytes of one copy: it reads and writes this many each."""
         self._make_copy()
         return self._source.numel()
 
     def _sizes(self, dtype: torch.dtype) -> tuple[int, ...]:
-        """Of products, the largest first: three matrices shall not take more than half of the memory."""
+        """Sizes of products, the largest first, whose three matrices fit into half of the memory."""
         if self.tiny or self.device != "cuda":
             return _GEMM_SIZES[-1:] if self.tiny else _GEMM_SIZES
         room = free_bytes(self.device) / 2
         fits = tuple(n for n in _GPU_GEMM_SIZES if 3 * n * n * dtype.itemsize <= room)
         return fits or _GPU_GEMM_SIZES[-1:]
 
-    def _product(self, dtype: torch.dtype) -> tuple[int, Run]:
-        """A product as large as `_GEMM_SECONDS` allow: PyTorch's 16-bit product is slow on some processors."""
-        if dtype not in self._runs:
+    def _product(self, dtype: torch.dtype) -> tuple[int, TimedCall]:
+        """The largest product that `_GEMM_SECONDS` allow: PyTorch's 16-bit product is slow on some processors."""
+        if dtype not in self._products:
             sizes = self._sizes(dtype)
             size = sizes[-1]
             once(self._multiply(size, dtype), self.device)
             rate = size**3 / once(self._multiply(size, dtype), self.device)
             size = next((n for n in sizes if n**3 / rate < _GEMM_SECONDS), size)
-            self._runs[dtype] = size, self._multiply(size, dtype)
-            once(self._runs[dtype][1], self.device)
-        return self._runs[dtype]
+            self._products[dtype] = size, self._multiply(size, dtype)
+            once(self._products[dtype][1], self.device)
+        return self._products[dtype]
 
-    def _multiply(self, size: int, dtype: torch.dtype) -> Run:
-        """Of random numbers: with equal ones a GPU needs less power, and runs faster."""
+    def _multiply(self, size: int, dtype: torch.dtype) -> TimedCall:
+        """A product of random matrices: with constant ones a GPU draws less power and runs faster."""
         a, b = (torch.randn(size, size, dtype=dtype, device=self.device) for _ in range(2))
         return lambda: a @ b
 

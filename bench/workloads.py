@@ -1,7 +1,7 @@
-"""What the bench runs: each op's inputs, its definition in eager PyTorch, and this package's way to compute it.
+"""The bench's workloads: each op's inputs, its definition in eager PyTorch, and this package's implementation.
 
 The ops are those of docs/ops.md, and `pma_folded`: pooling of projected tokens (`k = x W_k`, `v = x W_v`), which this
-package computes without projecting any of them.
+package computes without projecting them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import interformer_kernels
 from interformer_kernels import testing
 
 Inputs = Mapping[str, Any]
-Call = Callable[..., Tensor]
+# An op, called with its keyword arguments.
+OpFunction = Callable[..., Tensor]
 
 OPS = ("jagged_attention", "pma_pooling", "pma_folded", "gated_cross_attention", "apply_rotary", "personalized_ffn")
 DIFFERENTIABLE = {**testing.DIFFERENTIABLE, "pma_folded": ("seeds", "x", "key_weight", "value_weight")}
@@ -25,13 +26,13 @@ DIFFERENTIABLE = {**testing.DIFFERENTIABLE, "pma_folded": ("seeds", "x", "key_we
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a call beside its rows.
+    """The sizes of a call apart from its rows.
 
     Attributes:
         heads: query heads, and as many key/value heads.
-        head_size: of queries, keys and values; the width `E` of `personalized_ffn`. `apply_rotary` turns all of it.
-        queries: seeds, or dense queries of a row.
-        width: of the tokens before they are projected (`pma_folded`); the width `F` of `personalized_ffn`.
+        head_size: of queries, keys and values; the width `E` of `personalized_ffn`. `apply_rotary` rotates all of it.
+        queries: number of seeds, or of a row's dense queries.
+        width: width of the tokens before projection (`pma_folded`); the width `F` of `personalized_ffn`.
         gated: with a gate and a residual of the output's shape (`gated_cross_attention`).
     """
 
@@ -51,7 +52,7 @@ class Sizes:
 def inputs(
     op: str, lengths: Sequence[int], sizes: Sizes, dtype: torch.dtype, device: str = "cpu", seed: int = 0
 ) -> dict[str, Any]:
-    """The arguments of one call on rows of these lengths, gradient leaves among them, and its `grad_out`."""
+    """The arguments of one call on rows of these lengths, with gradient leaves, and its `grad_out`."""
     if op == "pma_folded":
         return _folded_inputs(lengths, sizes, dtype, device, seed)
     value_size = sizes.width if op == "personalized_ffn" else sizes.head_size
@@ -89,18 +90,18 @@ def _folded_inputs(lengths: Sequence[int], sizes: Sizes, dtype: torch.dtype, dev
     }
 
 
-def offsets_of(arguments: Inputs) -> Tensor:
-    """The offsets of the keys."""
-    found = arguments["kv_offsets"] if "kv_offsets" in arguments else arguments["offsets"]
-    assert isinstance(found, Tensor)
-    return found
+def key_offsets(arguments: Inputs) -> Tensor:
+    """The offsets of the keys, whichever name the op has for them."""
+    offsets = arguments["kv_offsets"] if "kv_offsets" in arguments else arguments["offsets"]
+    assert isinstance(offsets, Tensor)
+    return offsets
 
 
-# ---------------------------------------------------------------- definition, and this package's way
+# ---------------------------------------------------------------- the definition, and this package's implementation
 
 
 def definition(op: str, arguments: Inputs) -> Tensor:
-    """The output by the definition, in the dtype of the arguments."""
+    """The output of the definition, in the dtype of the arguments."""
     if op != "pma_folded":
         return testing.call_eager(op, arguments)[0]
     k, v = projected(arguments["x"], arguments["key_weight"], arguments["value_weight"])
@@ -115,17 +116,17 @@ def projected(x: Tensor, key_weight: Tensor, value_weight: Tensor) -> tuple[Tens
 
 
 def fold(seeds: Tensor, key_weight: Tensor) -> Tensor:
-    """The seeds that raw tokens are held against, `[M, H, E]`."""
+    """The seeds times the key weights, `[M, H, E]`: with raw tokens they have the scores of projected keys."""
     return torch.einsum("mhd,ehd->mhe", seeds, key_weight)
 
 
 def unfold(pooled: Tensor, value_weight: Tensor) -> Tensor:
-    """Pooled raw tokens `[B, M, H, E]` to pooled values `[B, M, H, D]`."""
+    """Turn pooled raw tokens `[B, M, H, E]` into pooled values `[B, M, H, D]`."""
     return torch.einsum("bmhe,ehd->bmhd", pooled, value_weight)
 
 
-def ours(op: str, backend: str | None = None) -> Call:
-    """This package's function of the op."""
+def ours(op: str, backend: str | None = None) -> OpFunction:
+    """This package's implementation of the op."""
 
     def folded(seeds: Tensor, x: Tensor, key_weight: Tensor, value_weight: Tensor, offsets: Tensor) -> Tensor:
         pooled = interformer_kernels.pma_pooling(
@@ -134,31 +135,31 @@ def ours(op: str, backend: str | None = None) -> Call:
         assert isinstance(pooled, Tensor)
         return unfold(pooled, value_weight)
 
-    def named(**arguments: Any) -> Tensor:
-        found = getattr(interformer_kernels, op)(**arguments, backend=backend)
-        assert isinstance(found, Tensor)
-        return found
+    def public(**arguments: Any) -> Tensor:
+        out = getattr(interformer_kernels, op)(**arguments, backend=backend)
+        assert isinstance(out, Tensor)
+        return out
 
-    return folded if op == "pma_folded" else named
+    return folded if op == "pma_folded" else public
 
 
 def kernel_of(op: str) -> str:
-    """The op of this package that does the work."""
+    """The op of this package whose kernel does the work."""
     return "pma_pooling" if op == "pma_folded" else op
 
 
 # ---------------------------------------------------------------- the two passes
 
 
-def forward(call: Call, arguments: Inputs) -> Tensor:
-    """The output, as inference asks for it."""
+def forward(function: OpFunction, arguments: Inputs) -> Tensor:
+    """The output without gradients, as in inference."""
     with torch.no_grad():
-        return call(**{name: x for name, x in arguments.items() if name != "grad_out"})
+        return function(**{name: x for name, x in arguments.items() if name != "grad_out"})
 
 
-def training(op: str, call: Call, arguments: Inputs) -> dict[str, Tensor]:
-    """The output and every gradient, as training asks for them."""
+def training(op: str, function: OpFunction, arguments: Inputs) -> dict[str, Tensor]:
+    """The output and every gradient, as in training."""
     names = [name for name in DIFFERENTIABLE[op] if arguments.get(name) is not None]
-    out = call(**{name: x for name, x in arguments.items() if name != "grad_out"})
+    out = function(**{name: x for name, x in arguments.items() if name != "grad_out"})
     grads = torch.autograd.grad(out, [arguments[name] for name in names], arguments["grad_out"])
     return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(names, grads, strict=True)}}

@@ -25,7 +25,7 @@ def quantiles(lengths: tuple[int, ...], *levels: float) -> list[float]:
     return torch.tensor(lengths).double().quantile(torch.tensor(levels, dtype=torch.float64)).tolist()
 
 
-# ---------------------------------------------------------------- laws
+# ---------------------------------------------------------------- distributions of lengths
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,9 @@ def quantiles(lengths: tuple[int, ...], *levels: float) -> list[float]:
 def test_fitted_laws_have_the_quantiles_of_the_real_ones(
     name: str, wanted: tuple[int, ...], mean: float, longest: int
 ) -> None:
-    law = shapes.laws(NOWHERE)[name]
-    assert law.source == "fitted"
-    lengths = law.lengths(50_000)
+    distribution = shapes.length_distributions(NOWHERE)[name]
+    assert distribution.source == "fitted"
+    lengths = distribution.lengths(50_000)
     assert quantiles(lengths, 0.1, 0.5, 0.9, 0.99) == pytest.approx(wanted, rel=0.08, abs=1)
     assert sum(lengths) / len(lengths) == pytest.approx(mean, rel=0.08)
     assert max(lengths) <= longest
@@ -64,7 +64,7 @@ def test_fitted_laws_have_the_quantiles_of_the_real_ones(
 def test_synthetic_laws_have_the_mean_and_bounds_of_their_names(
     name: str, mean: float, shortest: int, longest: int
 ) -> None:
-    lengths = shapes.laws(NOWHERE)[name].lengths(50_000)
+    lengths = shapes.length_distributions(NOWHERE)[name].lengths(50_000)
     assert sum(lengths) / len(lengths) == pytest.approx(mean, rel=0.05)
     assert shortest <= min(lengths) <= max(lengths) <= longest
 
@@ -73,28 +73,28 @@ def test_real_lengths_are_taken_where_their_file_is(tmp_path: Path) -> None:
     (tmp_path / "lengths").mkdir()
     (tmp_path / "lengths/5core_beauty.json").write_text("[7, 9]")
     for place in (tmp_path, tmp_path / "lengths", tmp_path / "beside"):
-        law = shapes.laws(place)["beauty"]
-        assert law.source == "real"
-        assert set(law.lengths(50)) == {7, 9}
+        distribution = shapes.length_distributions(place)["beauty"]
+        assert distribution.source == "real"
+        assert set(distribution.lengths(50)) == {7, 9}
 
 
 def test_lengths_come_from_the_seed() -> None:
-    law = shapes.laws(NOWHERE)["beauty"]
-    assert law.lengths(40, seed=1) == law.lengths(40, seed=1) != law.lengths(40, seed=2)
+    distribution = shapes.length_distributions(NOWHERE)["beauty"]
+    assert distribution.lengths(40, seed=1) == distribution.lengths(40, seed=1) != distribution.lengths(40, seed=2)
 
 
 # ---------------------------------------------------------------- the grid
 
 
 def test_every_op_meets_every_law() -> None:
-    laws = shapes.laws(NOWHERE)
-    assert set(laws) == set(LAWS)
+    distributions = shapes.length_distributions(NOWHERE)
+    assert set(distributions) == set(LAWS)
     for op in workloads.OPS:
-        assert {shape.law.name for shape in grid.shapes(laws, [op])} == set(LAWS)
+        assert {shape.distribution.name for shape in grid.shapes(distributions, [op])} == set(LAWS)
 
 
 def test_the_grid_has_every_size_that_is_promised() -> None:
-    found = grid.shapes(shapes.laws(NOWHERE))
+    found = grid.shapes(shapes.length_distributions(NOWHERE))
     attention = [shape for shape in found if shape.op in ("jagged_attention", "pma_pooling", "gated_cross_attention")]
     assert {shape.sizes.heads for shape in attention} >= {2, 4, 8}
     assert {shape.sizes.head_size for shape in attention} >= {16, 32, 64}
@@ -102,14 +102,14 @@ def test_the_grid_has_every_size_that_is_promised() -> None:
     assert {shape.sizes.queries for shape in attention if shape.op == "gated_cross_attention"} >= {1, 2, 4, 8, 16}
     folded = {(s.sizes.width, s.sizes.heads, s.sizes.queries) for s in found if s.op == "pma_folded"}
     assert folded == {(64, 4, 4), (128, 8, 2), (64, 4, 2)}
-    paper = [shape for shape in found if shape.law.name == "all 104"]
+    paper = [shape for shape in found if shape.distribution.name == "all 104"]
     assert all(
         shape.rows == 2048 and max(s.width, s.heads * s.head_size) == 64 for shape in paper for s in [shape.sizes]
     )
     for op in workloads.OPS:
         own = [shape for shape in found if shape.op == op]
         assert {dtype for shape in own for dtype in shape.dtypes} == {"float32", "bfloat16"}
-        assert any(shape.memory and shape.law.name == "fill 0.1" for shape in own)
+        assert any(shape.memory and shape.distribution.name == "fill 0.1" for shape in own)
         assert any(shape.quick for shape in own)
     assert {shape.kind for shape in found} == set(targets.KINDS)
 
@@ -124,17 +124,17 @@ def test_the_grid_has_every_size_that_is_promised() -> None:
     ],
 )
 def test_the_prototypes_cases_are_in_the_grid(law: str, rows: int, sizes: Sizes) -> None:
-    found = grid.shapes(shapes.laws(NOWHERE), ["jagged_attention"])
-    assert [(s.rows, s.sizes) for s in found if s.law.name == law] == [(rows, sizes)]
+    found = grid.shapes(shapes.length_distributions(NOWHERE), ["jagged_attention"])
+    assert [(s.rows, s.sizes) for s in found if s.distribution.name == law] == [(rows, sizes)]
 
 
 def test_shapes_are_chosen_by_op_law_and_size() -> None:
-    laws = shapes.laws(NOWHERE)
-    found = grid.shapes(laws, ["pma_pooling"], ["beauty"], rows=3)
-    assert [(s.op, s.law.name, s.rows) for s in found] == [("pma_pooling", "beauty", 3)]
-    assert 0 < len(grid.shapes(laws, quick=True)) < len(grid.shapes(laws)) / 3
-    named = grid.shapes(laws, ["pma_pooling"], ["diginetica"], quick=True)
-    assert [s.law.name for s in named] == ["diginetica"]  # a law that is asked for is measured
+    distributions = shapes.length_distributions(NOWHERE)
+    found = grid.shapes(distributions, ["pma_pooling"], ["beauty"], rows=3)
+    assert [(s.op, s.distribution.name, s.rows) for s in found] == [("pma_pooling", "beauty", 3)]
+    assert 0 < len(grid.shapes(distributions, quick=True)) < len(grid.shapes(distributions)) / 3
+    named = grid.shapes(distributions, ["pma_pooling"], ["diginetica"], quick=True)
+    assert [s.distribution.name for s in named] == ["diginetica"]  # a law that is asked for is measured
 
 
 # ---------------------------------------------------------------- peers
@@ -177,7 +177,7 @@ def test_a_wrong_peer_is_not_timed(wrong: Callable[..., Any], shown: str, monkey
     right = {name: found[name] for name in (peers.OURS, "padded SDPA")}
     broken = peers.Peer(wrong(found["per-row SDPA"].run))
     monkeypatch.setattr(run, "candidates", lambda *_: {**right, "broken": broken})
-    shape = grid.Shape("pma_pooling", shapes.laws(NOWHERE)["diginetica"], rows=8)
+    shape = grid.Shape("pma_pooling", shapes.length_distributions(NOWHERE)["diginetica"], rows=8)
     measured = list(run.measure([shape], run.Settings(threads=(1,), seconds=0.0)))
     assert [one.runner for one in measured if one.median is None] == ["broken"] * 2
     assert [one.direction for one in measured] == [d for d in run.PASSES for _ in range(3)]
@@ -187,7 +187,9 @@ def test_a_wrong_peer_is_not_timed(wrong: Callable[..., Any], shown: str, monkey
 
 
 def test_what_is_too_large_is_not_tried() -> None:
-    shape = grid.Shape("jagged_attention", shapes.laws(NOWHERE)["log-normal, mean 500"], 64, Sizes(4, 64))
+    shape = grid.Shape(
+        "jagged_attention", shapes.length_distributions(NOWHERE)["log-normal, mean 500"], 64, Sizes(4, 64)
+    )
     made = shape.inputs(torch.float32)
     eager, padded = (peers.candidates("jagged_attention")[name] for name in ("eager with mask", "padded SDPA"))
     # Scores alone: 64 rows, 4 heads, longest squared, 4 bytes, three times.
@@ -211,7 +213,7 @@ def test_a_peer_far_behind_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         run, "expected_seconds", lambda shape, peer, *_: next(expected[n] for n, p in chosen.items() if p is peer)
     )
-    shape = grid.Shape("pma_pooling", shapes.laws(NOWHERE)["diginetica"], rows=8)
+    shape = grid.Shape("pma_pooling", shapes.length_distributions(NOWHERE)["diginetica"], rows=8)
     measured = list(run.measure([shape], run.Settings(threads=(1,), seconds=0.0)))
     assert {(one.runner, one.problem) for one in measured if one.problem} == {("per-row SDPA", "would take about 11 s")}
     assert [one.runner for one in measured if one.median is None] == ["per-row SDPA"] * 2
@@ -223,11 +225,11 @@ def test_a_peer_far_behind_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
 def test_interleaved_runs_take_turns_and_report_medians() -> None:
     calls: list[str] = []
     runs = {name: lambda name=name: calls.append(name) for name in "ab"}
-    taken = timing.interleaved(runs, seconds=1.0, least=3, most=3)
+    taken = timing.interleaved(runs, seconds=1.0, min_samples=3, max_samples=3)
     assert {name: time.samples for name, time in taken.items()} == {"a": 3, "b": 3}
-    turns = "".join(calls[4:])  # after two calls of each before the timing
-    assert turns.lstrip("a").startswith("b")
-    assert "a" in turns.lstrip("a").lstrip("b")
+    order = "".join(calls[4:])  # after two calls of each before the timing
+    assert order.lstrip("a").startswith("b")
+    assert "a" in order.lstrip("a").lstrip("b")
     assert timing.interleaved(runs, seconds=0.0)["b"].samples == 1  # slow runs are not repeated for ever
     assert timing.Timing.of([3.0, 1.0, 2.0, 100.0]) == timing.Timing(2.5, 1.75, 27.25, 4)
     assert timing.Timing.of([2.0]) == timing.Timing(2.0, 2.0, 2.0, 1)

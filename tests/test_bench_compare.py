@@ -1,4 +1,4 @@
-"""Comparing two trees: the rule, turns, the build of the other ref, and the exit status; on planted times only."""
+"""Comparing two trees: the rule, interleaving, the build of the other ref, and the exit status; on planted times."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any, ClassVar
 
 import pytest
 from interformer_bench import grid, shapes
-from interformer_bench.compare import child, tree, turns, verdicts
+from interformer_bench.compare import child, interleaved, tree, verdicts
 from interformer_bench.compare.__main__ import main
 from interformer_bench.compare.tree import RefusedError, Tree
-from interformer_bench.compare.verdicts import Duel, Line, Side
+from interformer_bench.compare.verdicts import ComparedCase, Comparison, TreeTiming
 from interformer_bench.compare.worker import DiedError, Worker
 from interformer_bench.timing import Timing
 
 import interformer_kernels
 
-LINE = Line("pma_pooling", "beauty", "fitted", 2, 10, "H4 D16 M2", "float32", 2, "forward")
+LINE = ComparedCase("pma_pooling", "beauty", "fitted", 2, 10, "H4 D16 M2", "float32", 2, "forward")
 CHOSEN = ["--op", "personalized_ffn", "--law", "movielens", "--rows", "4", "--threads", "1", "--quick"]
 
 
-def timed(median: float, spread: float = 0.0, samples: int = 9) -> Side:
-    return Side(Timing(median, median - spread, median + spread, samples))
+def timed(median: float, spread: float = 0.0, samples: int = 9) -> TreeTiming:
+    return TreeTiming(Timing(median, median - spread, median + spread, samples))
 
 
 # ---------------------------------------------------------------- the rule
@@ -42,29 +42,29 @@ def timed(median: float, spread: float = 0.0, samples: int = 9) -> Side:
         (timed(1.0), timed(1.04), None, "same"),  # apart, but by too little
         (timed(1.0, samples=4), timed(1.5), None, "too few samples"),
         (timed(1.5, 0.1), timed(1.0, 0.1), (timed(1.5), timed(1.0)), "faster"),
-        (Side(problem="has no pma_pooling"), timed(1.0), None, "only new: old has no pma_pooling"),
-        (timed(1.0), Side(problem="wrong out"), None, "BROKEN: new wrong out"),
-        (timed(1.0), timed(1.5), (timed(1.0), Side(problem="died")), "BROKEN in the second run: died"),
-        (Side(problem="a"), Side(problem="b"), None, "neither: old a; new b"),
+        (TreeTiming(problem="has no pma_pooling"), timed(1.0), None, "only new: old has no pma_pooling"),
+        (timed(1.0), TreeTiming(problem="wrong out"), None, "BROKEN: new wrong out"),
+        (timed(1.0), timed(1.5), (timed(1.0), TreeTiming(problem="died")), "BROKEN in the second run: died"),
+        (TreeTiming(problem="a"), TreeTiming(problem="b"), None, "neither: old a; new b"),
     ],
 )
 def test_a_regression_is_what_the_spread_does_not_explain(
-    old: Side, new: Side, again: tuple[Side, Side] | None, wanted: str
+    old: TreeTiming, new: TreeTiming, again: tuple[TreeTiming, TreeTiming] | None, wanted: str
 ) -> None:
-    duel = Duel(LINE, old, new, again)
-    assert verdicts.verdict(duel) == wanted
-    assert verdicts.failed([duel]) == ([duel] if wanted.startswith(("REGRESSION", "BROKEN")) else [])
+    comparison = Comparison(LINE, old, new, again)
+    assert verdicts.verdict(comparison) == wanted
+    assert verdicts.failed([comparison]) == ([comparison] if wanted.startswith(("REGRESSION", "BROKEN")) else [])
 
 
 def test_the_table_shows_both_trees_and_both_runs() -> None:
-    duels = [
-        Duel(LINE, timed(0.010, 0.001), timed(0.020, 0.001), (timed(0.010), timed(0.021))),
-        Duel(LINE, Side(problem="has no pma_pooling"), timed(2.0)),
+    comparisons = [
+        Comparison(LINE, timed(0.010, 0.001), timed(0.020, 0.001), (timed(0.010), timed(0.021))),
+        Comparison(LINE, TreeTiming(problem="has no pma_pooling"), timed(2.0)),
     ]
-    first, second = (row[7:] for row in verdicts.table(duels))
+    first, second = (row[7:] for row in verdicts.table(comparisons))
     assert first == ("10 ms (9..11, 9)", "20 ms (19..21, 9)", "2.00, 2.10", "REGRESSION")
     assert second == ("-", "2 s (2..2, 9)", "-", "only new: old has no pma_pooling")
-    assert verdicts.summary(duels) == "2 lines: 1 REGRESSION, 1 only new."
+    assert verdicts.summary(comparisons) == "2 lines: 1 REGRESSION, 1 only new."
 
 
 # ---------------------------------------------------------------- turns
@@ -101,28 +101,28 @@ class Planted:
 def planted(monkeypatch: pytest.MonkeyPatch) -> type[Planted]:
     """Two planted trees instead of processes; nothing is built."""
     kind = type("Fresh", (Planted,), {"asked": [], "made": [], "dies": set()})
-    monkeypatch.setattr(turns, "Worker", kind)
-    monkeypatch.setattr(turns, "_REST", 0.0)
+    monkeypatch.setattr(interleaved, "Worker", kind)
+    monkeypatch.setattr(interleaved, "_PAUSE", 0.0)
     monkeypatch.setattr(tree, "this", lambda: Tree(Path(), "new"))
     monkeypatch.setattr(tree, "other", lambda root, ref, say: Tree(Path(), "old"))
     return kind
 
 
-def some_jobs() -> list[turns.Job]:
-    shape = grid.Shape("pma_pooling", shapes.laws("nowhere")["diginetica"], rows=8)
-    return turns.jobs([shape], None, (2, 1))
+def some_jobs() -> list[interleaved.Job]:
+    shape = grid.Shape("pma_pooling", shapes.length_distributions("nowhere")["diginetica"], rows=8)
+    return interleaved.jobs([shape], None, (2, 1))
 
 
 def test_every_pass_on_every_number_of_threads_is_a_job() -> None:
-    found = [(job.line.threads, job.line.direction) for job in some_jobs()]
+    found = [(job.case.threads, job.case.direction) for job in some_jobs()]
     assert found == [(2, "forward"), (2, "forward+backward"), (1, "forward"), (1, "forward+backward")]
-    asked = json.loads(json.dumps(some_jobs()[0].asked))
+    asked = json.loads(json.dumps(some_jobs()[0].request))
     assert asked["sizes"]["head_size"] == 16
-    assert sum(asked["lengths"]) == some_jobs()[0].line.tokens
+    assert sum(asked["lengths"]) == some_jobs()[0].case.tokens
 
 
 def test_trees_take_turns_and_neither_always_follows_the_other(planted: type[Planted]) -> None:
-    pair = turns.Pair(Tree(Path(), "old"), Tree(Path(), "new"))
+    pair = interleaved.Pair(Tree(Path(), "old"), Tree(Path(), "new"))
     old, new = pair.measure(some_jobs()[0], seconds=9.0)
     assert planted.asked == ["old", "new", "new", "old"] * 2 + ["old", "new"]
     assert old.time == new.time == Timing.of([1.0, 1.02, 1.01, 1.0, 1.02])
@@ -183,7 +183,7 @@ def test_a_tree_against_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_a_tree_lacks_or_gets_wrong_is_a_problem_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = some_jobs()[0].asked
+    asked = some_jobs()[0].request
     timer = child.Timer()
     monkeypatch.setattr(child.timing, "once", lambda run, device="cpu", repeats=1: 0.5)
     assert timer.prepare(asked) == {"seconds": 0.5}
@@ -243,7 +243,7 @@ def test_a_ref_is_built_once_and_only_its_package_stays(repository: Path, monkey
 
 
 def test_a_ref_that_does_not_build_leaves_nothing_behind(repository: Path) -> None:
-    with pytest.raises(RefusedError, match=r"HEAD \(\w+\): it does not build \(all that was said: .*\.log\)"):
+    with pytest.raises(RefusedError, match=r"HEAD \(\w+\): it does not build \(all of its output: .*\.log\)"):
         tree.other(repository, "HEAD", lambda text: None)  # it has no setup.py
     assert len(git(repository, "worktree", "list").splitlines()) == 1
     assert not list((repository / "build/compare").glob("*/site"))

@@ -29,7 +29,7 @@ SMALL = InterFormerConfig(
     head_hidden=(16,),
     max_history=40,
 )
-LAWS = shapes.laws(Path("nowhere"))
+LAWS = shapes.length_distributions(Path("nowhere"))
 TINY = cases.Case(LAWS["diginetica"], 3, cases.TRAINING, ratio=2.0, memory=0.5)
 ANSWER = cases.Case(LAWS["diginetica"], 2, cases.INFERENCE)
 
@@ -61,7 +61,7 @@ def test_padding_keeps_every_event_and_drops_the_tail() -> None:
 
 
 def test_long_histories_are_those_that_the_paper_speaks_of() -> None:
-    long = next(case.law for case in cases.cases(LAWS) if "513" in case.law.name)
+    long = next(case.distribution for case in cases.cases(LAWS) if "513" in case.distribution.name)
     lengths = torch.tensor(long.lengths(100_000)).double()
     assert lengths.mean() == pytest.approx(513, rel=0.02)
     assert lengths.quantile(0.95) == pytest.approx(1384, rel=0.02)
@@ -92,8 +92,8 @@ def test_a_wrong_contender_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_memory_does_not_hold_is_not_tried() -> None:
     huge = cases.Case(LAWS["movielens"], 100_000, cases.INFERENCE)
-    assert "would pad to" in (contenders.why_not(contenders.PADDED, huge) or "")
-    assert contenders.why_not(contenders.OURS, huge) is None
+    assert "would pad to" in (contenders.unsupported_reason(contenders.PADDED, huge) or "")
+    assert contenders.unsupported_reason(contenders.OURS, huge) is None
 
 
 def _measured(ours: float, theirs: float, peaks: tuple[int, int]) -> list[measure.Measured]:
@@ -145,7 +145,7 @@ def test_an_unknown_case_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_peaks_are_measured_in_a_process_of_their_own() -> None:
-    case = next(case for case in cases.cases(shapes.laws()) if case.name == "movielens x 1, inference")
+    case = next(case for case in cases.cases(shapes.length_distributions()) if case.name == "movielens x 1, inference")
     peak = measure._peak(case, contenders.OURS, None)
     assert isinstance(peak, int)
     assert peak < 64 * 2**20

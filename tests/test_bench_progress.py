@@ -40,7 +40,7 @@ def few_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_peers")
 def test_a_run_says_which_shape_is_checked_and_timed() -> None:
     heard = Heard()
-    shape = grid.Shape("pma_pooling", shapes.laws("nowhere")["diginetica"], rows=8)
+    shape = grid.Shape("pma_pooling", shapes.length_distributions("nowhere")["diginetica"], rows=8)
     list(run.measure([shape, shape], run.Settings(threads=(1,), seconds=0.0, progress=heard)))
     assert heard.told[0] == ("begin", "speed 2")
     assert [text for kind, text in heard.told if kind == "step"] == [

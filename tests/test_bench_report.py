@@ -192,7 +192,7 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- memory, calls
 
 
-needs_linux = pytest.mark.skipif(memory.why_not() is not None, reason=str(memory.why_not()))
+needs_linux = pytest.mark.skipif(memory.unsupported_reason() is not None, reason=str(memory.unsupported_reason()))
 
 
 @needs_linux
@@ -219,7 +219,7 @@ print(*memory.growth(run))
 @needs_linux
 def test_peaks_come_from_children_and_padding_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(memory._OTHERS, "pma_pooling", ())
-    shape = grid.Shape("pma_pooling", shapes.laws()["fill 0.1"], 64, Sizes(4, 32, 4), memory=True)
+    shape = grid.Shape("pma_pooling", shapes.length_distributions()["fill 0.1"], 64, Sizes(4, 32, 4), memory=True)
     unmarked = replace(shape, memory=False)
     peaks = list(memory.peaks([shape, unmarked], None, threads=1, progress=Progress()))
     assert [peak.problem for peak in peaks] == [None] * 4
@@ -237,7 +237,7 @@ def test_peaks_come_from_children_and_padding_shows(monkeypatch: pytest.MonkeyPa
 def test_a_child_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     died = subprocess.CompletedProcess([], returncode=1, stdout="", stderr="Traceback\nMemoryError: too much\n")
     monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: died)
-    shape = grid.Shape("personalized_ffn", shapes.laws()["diginetica"], 2, memory=True)
+    shape = grid.Shape("personalized_ffn", shapes.length_distributions()["diginetica"], 2, memory=True)
     peaks = list(memory.peaks([shape], None, threads=1, progress=Progress()))
     assert [(peak.extra, peak.problem) for peak in peaks] == [(None, "MemoryError: too much")] * 6
 

@@ -76,7 +76,16 @@ def planted(small: Sweep, **changes: Any) -> list[Measurement]:
     found = []
     for shape, direction, (name, times) in itertools.product(small.shapes, run.PASSES, names.items()):
         seconds = shape.rows * times * 1e-3
-        about = shape.law.name, "synthetic", shape.rows, 50 * shape.rows, 50, str(shape.sizes), "none", "float32"
+        about = (
+            shape.distribution.name,
+            "synthetic",
+            shape.rows,
+            50 * shape.rows,
+            50,
+            str(shape.sizes),
+            "none",
+            "float32",
+        )
         one = Measurement(
             shape.op, *about, "cpu", 2, direction, name, "", "cpu", 10**6, 10**6, seconds, seconds, seconds, 9
         )

@@ -219,7 +219,7 @@ def test_a_lost_gpu_ends_the_job_and_nobody_else_is_blamed(monkeypatch: pytest.M
     right, found = measured(monkeypatch, losing)
     assert not right
     assert {one["runner"] for one in found[:-1]} == {OURS}
-    assert found[-1]["problem"] == f"RuntimeError: the GPU answers no more since {OURS} (triton) ran"
+    assert found[-1]["problem"] == f"RuntimeError: the GPU no longer responds since {OURS} (triton) ran"
 
 
 def test_a_capture_that_fails_is_a_reason_and_gives_the_stream_back(fake: gpu_stand_in.FakeGpu) -> None:
@@ -258,11 +258,11 @@ def test_rows_of_the_whole_batch_are_cut_as_they_are_alone() -> None:
         ("personalized_ffn", Sizes(1, 8, width=6)),
     ):
         made = workloads.inputs(op, lengths, sizes, torch.float32)
-        few = checks.cut(made, lengths, [0, 2])
+        few = checks.call_on_rows(made, lengths, [0, 2])
         whole, part = (workloads.training(op, workloads.ours(op), x) for x in (made, few))
         for name, x in part.items():
-            assert torch.equal(x, checks.of_rows(whole[name], lengths, [0, 2])), name
-    assert checks.sample_rows(lengths, 2, most=2) == [2, 3]
+            assert torch.equal(x, checks.select_rows(whole[name], lengths, [0, 2])), name
+    assert checks.sample_rows(lengths, 2, max_rows=2) == [2, 3]
     assert checks.sample_rows((4096,) * 9, 8) != checks.sample_rows((64,) * 9, 8) == list(range(9))
     assert len(checks.sample_rows((10**6,), 8)) == 1  # one at least
 
@@ -330,9 +330,9 @@ def test_varlen_attention_is_told_what_is_known(monkeypatch: pytest.MonkeyPatch,
 def test_peers_of_a_gpu_may_take_half_of_its_free_memory(
     monkeypatch: pytest.MonkeyPatch, fake: gpu_stand_in.FakeGpu
 ) -> None:
-    assert registry.most_bytes("cuda:0") == 53 * 2**30  # 100 free, and 6 that torch keeps
-    assert registry.most_bytes("cpu") == 6 * 2**30
-    monkeypatch.setattr(workloads, "offsets_of", lambda arguments: SimpleNamespace(device="cuda:0"))
+    assert registry.max_peer_bytes("cuda:0") == 53 * 2**30  # 100 free, and 6 that torch keeps
+    assert registry.max_peer_bytes("cpu") == 6 * 2**30
+    monkeypatch.setattr(workloads, "key_offsets", lambda arguments: SimpleNamespace(device="cuda:0"))
     peer = SimpleNamespace(needs=lambda arguments: 40 * 2**30)
     assert run.too_large(peer, {}, run.PASSES[0]) is None  # type: ignore[arg-type]
     assert run.too_large(peer, {}, run.PASSES[1]) == "would allocate about 80 GiB"  # type: ignore[arg-type]
@@ -408,7 +408,7 @@ def test_ceilings_of_a_gpu_are_of_many_large_random_products(
 
 
 def test_graphs_are_captured_after_a_warm_up_on_a_stream_of_their_own(fake: gpu_stand_in.FakeGpu) -> None:
-    replay, kept = gpu_place.captured(lambda: fake.asked.append("call") or "kept", gpu_stand_in.Stand())
+    replay, kept = gpu_place.capture_graph(lambda: fake.asked.append("call") or "kept", gpu_stand_in.Stand())
     replay()
     assert kept == "kept"
     assert fake.asked == [
@@ -422,11 +422,11 @@ def test_what_waits_for_the_device_is_not_captured(fake: gpu_stand_in.FakeGpu) -
         assert fake.sync_mode == "error"
         raise RuntimeError("called a synchronizing CUDA operation")
 
-    assert "waits for the device" in str(gpu_place.why_not_captured(waiting))
+    assert "waits for the device" in str(gpu_place.no_capture_reason(waiting))
     assert fake.sync_mode == "default"
-    assert gpu_place.why_not_captured(lambda: None) is None
+    assert gpu_place.no_capture_reason(lambda: None) is None
     with pytest.raises(RuntimeError, match="other"):
-        gpu_place.why_not_captured(lambda: (_ for _ in ()).throw(RuntimeError("other")))
+        gpu_place.no_capture_reason(lambda: (_ for _ in ()).throw(RuntimeError("other")))
     assert fake.sync_mode == "default"
 
 
@@ -456,8 +456,8 @@ def test_every_runner_has_a_graph_or_a_reason(fake: gpu_stand_in.FakeGpu, monkey
     read_lengths: list[int] = []
     real = torch.Tensor.__int__
     monkeypatch.setattr(torch.Tensor, "__int__", lambda x: read_lengths.append(1) or real(x))
-    monkeypatch.setattr(gpu_measure, "captured", replayed)
-    monkeypatch.setattr(gpu_measure, "why_not_captured", reason)
+    monkeypatch.setattr(gpu_measure, "capture_graph", replayed)
+    monkeypatch.setattr(gpu_measure, "no_capture_reason", reason)
     found: list[Record] = []
     chosen = replace(job("pma-tiny-bf16"), dtype="float32")
     assert gpu_measure.measure(chosen, ["triton"], gpu_stand_in.Stand(), found.append)

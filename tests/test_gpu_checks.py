@@ -11,7 +11,7 @@ import gpu_stand_in
 import pytest
 import torch
 from interformer_bench import check_calls, check_rows, gpu_checks
-from interformer_bench.check_ground import Finding, Ground, Inputs, difference, row_at, same_bits
+from interformer_bench.check_context import CheckContext, Finding, Inputs, difference, row_at, same_bits
 from interformer_bench.gpu_place import Place
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def served(op: str, inputs: Inputs) -> Made:
 
 
 def ask(kind: str, op: str, serve: Serve = served, place: Place = PLACE) -> list[Finding]:
-    return list(gpu_checks.KINDS[kind].ask(Ground(place, op, "triton", serve)))
+    return list(gpu_checks.KINDS[kind].run(CheckContext(place, op, "triton", serve)))
 
 
 def found_wrong(kind: str, op: str, serve: Serve, place: Place = PLACE) -> list[Finding]:
@@ -182,7 +182,7 @@ def test_what_a_graph_keeps_of_its_first_contents_is_found(
         return served(op, {**inputs, changed: x + (first - x).detach() if x.requires_grad else first})
 
     if stale == "replay":
-        monkeypatch.setattr(check_calls, "captured", lambda run, place: (lambda: None, run()))
+        monkeypatch.setattr(check_calls, "capture_graph", lambda run, place: (lambda: None, run()))
         serve = served
     found = found_wrong("graph-replay", op, serve)
     assert {one.what for one in found} >= {f"replay on contents {number}" for number in (1, 2, 3)}
@@ -346,7 +346,7 @@ def test_bits_are_compared_and_the_first_difference_is_told() -> None:
 
 
 def test_differences_are_found_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("interformer_bench.check_ground._CHUNK", 4)
+    monkeypatch.setattr("interformer_bench.check_context._COMPARED_AT_ONCE", 4)
     x = torch.zeros(3, 5, dtype=torch.bfloat16)
     y = x.clone()
     y[1, 4] = y[2, 1] = 1
@@ -354,7 +354,7 @@ def test_differences_are_found_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_too_few_numbers_are_not_judged() -> None:
-    from interformer_bench.check_ground import within_budget
+    from interformer_bench.check_context import within_budget
 
     few, many = torch.randn(8), torch.randn(2000)
     found = within_budget("x", torch.float32, {"out": few}, {"out": few}, {"out": few.double() + 1})
@@ -383,10 +383,10 @@ def test_findings_are_lines_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {one["step"] for one in found} == {"index-views.pma_pooling", *(f"autocast.{op}" for op in OPS)}
     assert all(one["ok"] and one["kind"] == "check" and one["backend"] == "cuda" and one["tiny"] for one in found)
 
-    def faulty(place: Place, op: str, backend: str) -> Ground:
-        return Ground(place, op, backend, counted(lambda call, out: out + call))
+    def faulty(place: Place, op: str, backend: str) -> CheckContext:
+        return CheckContext(place, op, backend, counted(lambda call, out: out + call))
 
-    monkeypatch.setattr(Ground, "of", faulty)
+    monkeypatch.setattr(CheckContext, "of", faulty)
     assert gpu_checks.main(["--only", "side-stream.apply_rotary", *chosen]) == 1
     last = json.loads(file.read_text().splitlines()[-1])
     assert (last["ok"], last["what"], last["quantity"], last["device"]) == (False, "beside a busy stream", "out", "cpu")
@@ -400,7 +400,7 @@ def test_a_check_that_raises_is_a_finding_and_the_next_one_runs(
             raise RuntimeError("an illegal memory access was encountered")
         return served(op, inputs)
 
-    monkeypatch.setattr(Ground, "of", lambda place, op, backend: Ground(place, op, backend, raising))
+    monkeypatch.setattr(CheckContext, "of", lambda place, op, backend: CheckContext(place, op, backend, raising))
     file = tmp_path / "results.jsonl"
     chosen = ["--results", str(file), "--device", "cpu", "--tiny", "--backend", "triton"]
     assert gpu_checks.main(["--only", "side-stream", *chosen]) == 1
@@ -423,7 +423,9 @@ def test_a_lost_gpu_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_backend_that_cannot_serve_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("interformer_kernels._backend.unsupported_reason", lambda *_: "it was not built")
     written: list[dict[str, Any]] = []
-    assert not gpu_checks.check("side-stream.pma_pooling", Ground(PLACE, "pma_pooling", "cuda", served), written.append)
+    assert not gpu_checks.check(
+        "side-stream.pma_pooling", CheckContext(PLACE, "pma_pooling", "cuda", served), written.append
+    )
     assert [(one["ok"], one["problem"]) for one in written] == [(False, "cannot serve: it was not built")]
 
 

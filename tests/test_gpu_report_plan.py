@@ -31,9 +31,9 @@ JOBS = {
 }
 
 
-def found(why_not: dict[str, str] | None = None, native: Any = "no module") -> dict[str, Any]:
-    """What the first steps find; backends of `why_not` serve nothing."""
-    reasons = why_not or {}
+def found(reasons: dict[str, str] | None = None, native: Any = "no module") -> dict[str, Any]:
+    """What the first steps find; backends of `reasons` serve nothing."""
+    reasons = reasons or {}
     machine = {"kind": "machine", "gpu": "NVIDIA H200", "capability": [9, 0]}
     backends = [
         {"kind": "backend", "backend": name, "native": native, "why_not": dict.fromkeys(plan.OPS, reasons.get(name))}
@@ -99,7 +99,7 @@ def test_checks_of_an_op_share_a_process_and_huge_ones_are_alone() -> None:
 
 
 def test_what_is_missing_is_said() -> None:
-    stages = planned(tools={**TOOLS, "ncu": None, "compute-sanitizer": None}, why_not={"cuda": "no module"}).stages(
+    stages = planned(tools={**TOOLS, "ncu": None, "compute-sanitizer": None}, reasons={"cuda": "no module"}).stages(
         None
     )
     missing = {step.name: step.missing for stage in stages for step in stage.steps if step.missing}

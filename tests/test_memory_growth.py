@@ -22,7 +22,7 @@ from interformer_kernels import testing
 from interformer_kernels.testing import Case
 
 pytest.importorskip("interformer_kernels._C", exc_type=ImportError)
-pytestmark = pytest.mark.skipif(memory.why_not() is not None, reason=str(memory.why_not()))
+pytestmark = pytest.mark.skipif(memory.unsupported_reason() is not None, reason=str(memory.unsupported_reason()))
 
 MIB = 1 << 20
 WINDOW: dict[str, Any] = {"window": (64, 64)}

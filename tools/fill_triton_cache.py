@@ -36,7 +36,7 @@ def inputs_of(op: str, dtype: str) -> Iterator[Mapping[str, Any]]:
     """Inputs of parity cases, the bench's jobs with just the rows that long ones are split for, checks."""
     import torch
     from interformer_bench import gpu_jobs
-    from interformer_bench.check_ground import Ground
+    from interformer_bench.check_context import CheckContext
     from interformer_bench.gpu_place import Place
 
     from interformer_kernels import testing
@@ -48,12 +48,12 @@ def inputs_of(op: str, dtype: str) -> Iterator[Mapping[str, Any]]:
     for job in gpu_jobs.jobs():
         if job.shape is not None and job.shape.op == op and job.dtype == dtype:
             rows = 1
-            while sum(job.shape.law.lengths(rows)) <= long_rows.SPLIT:
+            while sum(job.shape.distribution.lengths(rows)) <= long_rows.SPLIT:
                 rows *= 2
             yield dataclasses.replace(job.shape, rows=rows).inputs(kind)
-    ground = Ground.of(Place("cpu", tiny=True), op, "triton")
+    context = CheckContext.of(Place("cpu", tiny=True), op, "triton")
     for sizes in ({}, {"kv_heads": 2}, {"kv_heads": 2, "gate": "full"}):
-        yield testing.make_inputs(ground.case((long_rows.SPLIT, 3), **sizes), kind)
+        yield testing.make_inputs(context.case((long_rows.SPLIT, 3), **sizes), kind)
 
 
 def compile_all(op: str, dtype: str, target: str) -> None:

@@ -1,6 +1,6 @@
-"""This tree against another git ref: built beside it, timed by turns, and told apart from noise by one rule.
+"""This tree against another git ref, which is built beside it: interleaved times, and one rule that tells noise apart.
 
 `tree.py` builds the other ref, `child.py` is the process that times one of the two packages, `worker.py` its handle,
-`turns.py` lets two of them take turns, `verdicts.py` has the rule. Shapes and timing are this tree's bench on both
-sides; only `interformer_kernels` differs.
+`interleaved.py` alternates between two of them, `verdicts.py` has the rule. Both sides are measured with this tree's
+shapes and timing; only `interformer_kernels` differs.
 """

@@ -1,7 +1,7 @@
 """`python -m interformer_bench.compare REF`: is this tree slower than another git ref? Exit status 1 where it is.
 
-The ref is built under `build/compare` (once; `make clean` removes it). Two processes, one for each tree, take turns
-call by call on this machine. Written: compare.md and compare.json.
+The ref is built once, under `build/compare` (`make clean` removes it). Two processes, one for each tree, alternate call
+by call on this machine. The result is printed and written to compare.md and compare.json.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from interformer_bench import command, progress
-from interformer_bench.compare import tree, turns, verdicts
-from interformer_bench.compare.verdicts import Duel
+from interformer_bench.compare import interleaved, tree, verdicts
+from interformer_bench.compare.verdicts import Comparison
 from interformer_bench.progress import Progress
 
 from interformer_kernels._cli.errors import guarded
@@ -23,53 +23,55 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m interformer_bench.compare", description=__doc__)
     parser.add_argument("ref", metavar="REF", help="a commit, branch or tag")
     command.add_choice(parser)
-    parser.add_argument("--out", type=Path, default=Path("bench/out"), metavar="DIR", help="bench/out where left out")
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), metavar="DIR", help="default: bench/out")
     return parser
 
 
-def measured(chosen: argparse.Namespace, trees: tuple[tree.Tree, tree.Tree], shown: Progress) -> tuple[str, list[Duel]]:
-    """A heading, and every line; what the first run saw differ is seen once more, by new processes."""
-    jobs = turns.jobs(command.shapes_of(chosen), command.dtypes_of(chosen), command.threads_of(chosen))
-    pair = turns.Pair(*trees)
+def measured(
+    chosen: argparse.Namespace, trees: tuple[tree.Tree, tree.Tree], shown: Progress
+) -> tuple[str, list[Comparison]]:
+    """A heading, and all comparisons; differences in the first run are measured again by new processes."""
+    jobs = interleaved.jobs(command.shapes_of(chosen), command.dtypes_of(chosen), command.threads_of(chosen))
+    pair = interleaved.Pair(*trees)
     kernels = [worker.kernels for worker in pair.workers]
     heading = f"{trees[1].name} against {trees[0].name}; kernels: {' | '.join(dict.fromkeys(kernels))}"
     if kernels[0] != kernels[1]:
         heading += ": NOT THE SAME (new | old)"
-    found: list[Duel] = []
+    comparisons: list[Comparison] = []
     try:
-        for duel in turns.measure(pair, jobs, chosen.seconds, "first run", shown):
-            found.append(duel)
+        for comparison in interleaved.measure(pair, jobs, chosen.seconds, "first run", shown):
+            comparisons.append(comparison)
         pair.close()
-        suspects = [at for at, duel in enumerate(found) if verdicts.differs(duel)]
+        suspects = [at for at, comparison in enumerate(comparisons) if verdicts.differs(comparison)]
         if suspects:
-            pair = turns.Pair(*trees)
-            second = turns.measure(pair, [jobs[at] for at in suspects], chosen.seconds, "second run", shown)
-            for at, again in zip(suspects, second, strict=True):
-                found[at] = dataclasses.replace(found[at], again=(again.old, again.new))
+            pair = interleaved.Pair(*trees)
+            second = interleaved.measure(pair, [jobs[at] for at in suspects], chosen.seconds, "second run", shown)
+            for at, repeated in zip(suspects, second, strict=True):
+                comparisons[at] = dataclasses.replace(comparisons[at], second_run=(repeated.old, repeated.new))
     except KeyboardInterrupt:
-        shown.say("stopped: shown is what was measured")
+        shown.say("stopped: the table holds what was measured")
     finally:
         pair.close()
-    return heading, found
+    return heading, comparisons
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build, measure, print, write; 1 where there is a regression, 2 where nothing can be compared."""
+    """Build, measure, print and write; 1 where there is a regression, 2 where nothing can be compared."""
     chosen = _parser().parse_args(arguments)
     try:
         here = tree.this()
         with progress.shown() as shown:
             there = tree.other(here.path, chosen.ref, shown.say)
-            heading, duels = measured(chosen, (there, here), shown)
+            heading, comparisons = measured(chosen, (there, here), shown)
     except tree.RefusedError as error:
         print(f"bench-compare: {error}", file=sys.stderr)
         return 2
-    verdicts.show(heading, duels)
-    verdicts.write(chosen.out, heading, duels)
-    if all(duel.old.problem and duel.new.problem for duel in duels):
+    verdicts.show(heading, comparisons)
+    verdicts.write(chosen.out, heading, comparisons)
+    if all(comparison.old.problem and comparison.new.problem for comparison in comparisons):
         print("bench-compare: neither tree could be timed on any line", file=sys.stderr)
         return 2
-    return 1 if verdicts.failed(duels) else 0
+    return 1 if verdicts.failed(comparisons) else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The process that times one `interformer_kernels`: it answers messages, a line of JSON each, until there are no more.
+"""The process that times one `interformer_kernels`: it answers messages, a line of JSON each, until its input ends.
 
-`prepare` checks and warms up a call, `sample` times it once. This tree's bench runs in it, beside whichever
-`interformer_kernels` comes first on the path.
+`prepare` checks and warms up a call, `sample` times it once. The bench is this tree's; `interformer_kernels` is the one
+that comes first on the path.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from interformer_bench.workloads import Sizes
 import interformer_kernels
 
 Answer = dict[str, Any]
-# A sample repeats calls until it takes this long. The other process had the caches since the last one: a call that is
-# not timed goes first, where it costs little.
+# A sample repeats calls until it takes this long. The other process has used the caches since the last sample, so an
+# untimed call goes first where calls are cheap.
 _SAMPLE_SECONDS, _CHEAP_SECONDS = 5e-3, 0.1
 
 
@@ -32,11 +32,11 @@ class Timer:
 
     def __init__(self) -> None:
         self.about: Answer = {}
-        self.call: timing.Run = lambda: None
+        self.call: timing.TimedCall = lambda: None
         self.typical, self.repeats = 0.0, 1
 
     def prepare(self, job: Answer) -> Answer:
-        """Make the job's inputs, check a few rows, warm up; says how long a call takes, or what is wrong."""
+        """Make the job's inputs, check a few rows and warm up; the seconds of a call, or the problem."""
         kernel = workloads.kernel_of(job["op"])
         if not hasattr(interformer_kernels, kernel):
             return {"problem": f"has no {kernel}"}
@@ -53,7 +53,7 @@ class Timer:
         return {"seconds": self.typical}
 
     def _inputs(self, job: Answer) -> str | None:
-        """New ones where the shape is another one; says whether this package is wrong there."""
+        """Make new inputs where the shape has changed; the problem of this package on this shape, if any."""
         about = {name: job[name] for name in ("op", "lengths", "sizes", "dtype")}
         if about != self.about:
             self.about = {}
@@ -66,7 +66,7 @@ class Timer:
         return self.problem
 
     def sample(self, job: Answer) -> Answer:
-        """Seconds of one call, and of all that was done for it."""
+        """Seconds of one call, and of all calls of this sample."""
         if self.typical < _CHEAP_SECONDS:
             self.call()
         seconds = timing.once(self.call, repeats=self.repeats)
@@ -75,8 +75,8 @@ class Timer:
 
 def main() -> None:
     """Answer until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks decides when it is over
-    # Standard output is for answers alone: what anybody else prints goes to standard error.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides when to stop
+    # Standard output carries answers only: everything else that is printed goes to standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -84,11 +84,11 @@ def main() -> None:
         print(json.dumps(content), file=answers, flush=True)
 
     timer = Timer()
-    serves: dict[str, Callable[[Answer], Answer]] = {"prepare": timer.prepare, "sample": timer.sample}
-    answer({"package": interformer_kernels.__file__, "kernels": report.level()})
+    handlers: dict[str, Callable[[Answer], Answer]] = {"prepare": timer.prepare, "sample": timer.sample}
+    answer({"package": interformer_kernels.__file__, "kernels": report.isa()})
     for line in sys.stdin:
-        asked = json.loads(line)
-        answer(serves[asked["do"]](asked))
+        request = json.loads(line)
+        answer(handlers[request["do"]](request))
 
 
 if __name__ == "__main__":

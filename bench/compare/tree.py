@@ -1,4 +1,4 @@
-"""The two trees: this one as it lies, and another git ref built in a place of its own under `build/compare`."""
+"""The two trees: this one with its uncommitted changes, and another git ref in its own folder under `build/compare`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 
 import interformer_kernels
 
-# What stays of an installed tree: the bench of the other one would hide ours.
-_KEPT = "interformer_kernels"
+# The part of an installed tree that is kept: the other tree's bench would hide ours.
+_KEPT_PACKAGE = "interformer_kernels"
 
 
 class RefusedError(Exception):
-    """Why there is nothing to compare, in words for whoever asked."""
+    """The reason why nothing can be compared, for the user."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A place that `interformer_kernels` is imported from, and what it holds, in words."""
+    """The folder that `interformer_kernels` is imported from, and its name in the report."""
 
     path: Path
     name: str
@@ -53,7 +53,7 @@ def commit_of(root: Path, ref: str) -> str:
 
 
 def other(root: Path, ref: str, say: Callable[[str], None]) -> Tree:
-    """The tree of another ref, built where it was not before."""
+    """The tree of another ref; it is built if it was not built before."""
     commit = commit_of(root, ref)
     place = root / "build" / "compare" / f"{commit[:12]}-{sys.implementation.cache_tag}"
     name = f"{ref} ({commit[:7]})"
@@ -68,23 +68,25 @@ def other(root: Path, ref: str, say: Callable[[str], None]) -> Tree:
 
 
 def _install(root: Path, commit: str, place: Path) -> None:
-    """Check the commit out, install it to `place/site`, leave nothing else; `site` is there only when it is whole."""
+    """Check out the commit and install it to `place/site`, which exists only when it is complete."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     checkout, partial = place / "tree", place / "partial"
-    _git(root, "worktree", "add", "--force", "--detach", str(checkout), commit)  # also where one was cut off before
+    _git(
+        root, "worktree", "add", "--force", "--detach", str(checkout), commit
+    )  # forced: an interrupted run may be there
     try:
         _pip(checkout, partial, place.with_suffix(".log"))
     finally:
         _git(root, "worktree", "remove", "--force", str(checkout))
     for entry in partial.iterdir():
-        if not entry.name.startswith(_KEPT):
+        if not entry.name.startswith(_KEPT_PACKAGE):
             shutil.rmtree(entry)
     partial.rename(place / "site")
 
 
 def _pip(source: Path, target: Path, log: Path) -> None:
-    """Install a tree by pip, with its own native module for the CPU; what it says is kept in a log."""
+    """Install a tree by pip with its native module for the CPU; pip's output goes to a log."""
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
     environment = {"INTERFORMER_CUDA": "0", **os.environ}
     with log.open("w") as file:
@@ -93,4 +95,4 @@ def _pip(source: Path, target: Path, log: Path) -> None:
         )
     if done.returncode:
         last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-5:])
-        raise RefusedError(f"it does not build (all that was said: {log}):\n{last}")
+        raise RefusedError(f"it does not build (all of its output: {log}):\n{last}")

@@ -1,4 +1,4 @@
-"""When a tree is slower than another: the one rule, and what of it is said."""
+"""The rule by which a tree is slower than another, and the report of a comparison."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from interformer_bench.report import law_of, rows
+from interformer_bench.report import distribution_label, rows
 from interformer_bench.timing import Timing
 
 from interformer_kernels._cli.tables import print_table
 from interformer_kernels._files import to_json, write_text
 
-# Medians of the same code differ by a few percent from process to process, by where its memory happens to lie.
-APART, LEAST_SAMPLES = 1.05, 5
+# Medians of the same code differ by a few percent between processes, which place their memory differently.
+APART, MIN_SAMPLES = 1.05, 5
 RULE = (
     f"REGRESSION: in both of two runs the lower quartile of the new times is above the upper quartile of the old ones, "
-    f"and the medians are {APART - 1:.0%} or more apart, of {LEAST_SAMPLES} samples or more on each side; the second "
-    f"run is made by new processes. faster: the same the other way round. BROKEN: the old tree computes it, this one "
+    f"and the medians are {APART - 1:.0%} or more apart, of {MIN_SAMPLES} samples or more on each side; the second "
+    f"and the medians are {APART - 1:.0%} or more apart, of {MIN_SAMPLES} samples or more on each side; the second "
     f"does not."
 )
 REGRESSION, BROKEN = "REGRESSION", "BROKEN"
@@ -26,8 +27,11 @@ COLUMNS = ("op", "lengths", "rows x mean", "sizes", "dtype", "threads", "pass", 
 
 
 @dataclass(frozen=True)
-class Line:
-    """What is compared: one pass of one shape."""
+class ComparedCase:
+    """A case that both trees run: one pass of one shape.
+
+    The fields are keys of compare.json; `law` is the name of the distribution of row lengths.
+    """
 
     op: str
     law: str
@@ -41,21 +45,21 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Side:
-    """One tree's times, or why there are none."""
+class TreeTiming:
+    """One tree's times, or the reason why there are none."""
 
     time: Timing | None = None
     problem: str | None = None
 
 
 @dataclass(frozen=True)
-class Duel:
-    """Both trees on one line; `again` is the second run, where the first saw a difference."""
+class Comparison:
+    """Both trees on one case; `second_run` repeats it where the first run saw a difference."""
 
-    line: Line
-    old: Side
-    new: Side
-    again: tuple[Side, Side] | None = None
+    case: ComparedCase
+    old: TreeTiming
+    new: TreeTiming
+    second_run: tuple[TreeTiming, TreeTiming] | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -63,11 +67,11 @@ class Duel:
         return self.new.time.median / self.old.time.median if self.new.time and self.old.time else None
 
 
-def difference(old: Side, new: Side) -> str:
-    """Of one run: "slower", "faster", "same", or "too few samples"."""
+def difference(old: TreeTiming, new: TreeTiming) -> str:
+    """The result of one run: "slower", "faster", "same", "too few samples" or "not timed"."""
     if old.time is None or new.time is None:
         return "not timed"
-    if min(old.time.samples, new.time.samples) < LEAST_SAMPLES:
+    if min(old.time.samples, new.time.samples) < MIN_SAMPLES:
         return "too few samples"
     if new.time.low > old.time.high and new.time.median >= APART * old.time.median:
         return "slower"
@@ -76,83 +80,99 @@ def difference(old: Side, new: Side) -> str:
     return "same"
 
 
-def differs(duel: Duel) -> bool:
-    """Whether a second run shall confirm what the first one saw."""
-    return difference(duel.old, duel.new) in ("slower", "faster")
+def differs(comparison: Comparison) -> bool:
+    """Whether a second run should confirm the difference of the first one."""
+    return difference(comparison.old, comparison.new) in ("slower", "faster")
 
 
-def verdict(duel: Duel) -> str:
-    """By the rule above."""
-    if duel.old.problem or duel.new.problem:
-        return _without_times(duel)
-    first = difference(duel.old, duel.new)
-    if not differs(duel):
+def verdict(comparison: Comparison) -> str:
+    """The verdict by the rule above."""
+    if comparison.old.problem or comparison.new.problem:
+        return _without_times(comparison)
+    first = difference(comparison.old, comparison.new)
+    if not differs(comparison):
         return first
-    if duel.again is None:
+    if comparison.second_run is None:
         return f"{first} once, not repeated"
-    if duel.again[1].problem:
-        return f"{BROKEN} in the second run: {duel.again[1].problem}"
-    if difference(*duel.again) != first:
+    if comparison.second_run[1].problem:
+        return f"{BROKEN} in the second run: {comparison.second_run[1].problem}"
+    if difference(*comparison.second_run) != first:
         return f"same: {first} once of twice"
     return REGRESSION if first == "slower" else first
 
 
-def _without_times(duel: Duel) -> str:
-    if duel.old.problem and duel.new.problem:
-        return f"neither: old {duel.old.problem}; new {duel.new.problem}"
-    return f"only new: old {duel.old.problem}" if duel.old.problem else f"{BROKEN}: new {duel.new.problem}"
+def _without_times(comparison: Comparison) -> str:
+    if comparison.old.problem and comparison.new.problem:
+        return f"neither: old {comparison.old.problem}; new {comparison.new.problem}"
+    return (
+        f"only new: old {comparison.old.problem}"
+        if comparison.old.problem
+        else f"{BROKEN}: new {comparison.new.problem}"
+    )
 
 
-def failed(duels: Iterable[Duel]) -> list[Duel]:
-    """Those that make the exit status 1."""
-    return [duel for duel in duels if verdict(duel).startswith((REGRESSION, BROKEN))]
+def failed(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """The comparisons that make the exit status 1."""
+    return [comparison for comparison in comparisons if verdict(comparison).startswith((REGRESSION, BROKEN))]
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- the report
 
 
-def table(duels: Iterable[Duel]) -> list[tuple[str, ...]]:
-    """A row for each line."""
-    found = []
-    for duel in duels:
-        line = duel.line
-        ratios = [duel.ratio, Duel(line, *duel.again).ratio if duel.again else None]
-        found.append((
-            line.op, law_of(line.law, line.source), f"{line.rows} x {line.tokens / max(line.rows, 1):.0f}",
-            line.sizes, line.dtype, str(line.threads), line.direction, _time(duel.old), _time(duel.new),
-            ", ".join(f"{ratio:.2f}" for ratio in ratios if ratio) or "-", verdict(duel),
+def table(comparisons: Iterable[Comparison]) -> list[tuple[str, ...]]:
+    """A row for each case."""
+    table_rows = []
+    for comparison in comparisons:
+        case = comparison.case
+        ratios = [comparison.ratio, Comparison(case, *comparison.second_run).ratio if comparison.second_run else None]
+        rows_and_mean = f"{case.rows} x {case.tokens / max(case.rows, 1):.0f}"
+        table_rows.append((
+            case.op, distribution_label(case.law, case.source), rows_and_mean, case.sizes, case.dtype,
+            str(case.threads), case.direction, _time(comparison.old), _time(comparison.new),
+            ", ".join(f"{ratio:.2f}" for ratio in ratios if ratio) or "-", verdict(comparison),
         ))  # fmt: skip
-    return found
+    return table_rows
 
 
-def _time(side: Side) -> str:
-    """Median, quartiles, and how many samples."""
-    if side.time is None:
+def _time(tree: TreeTiming) -> str:
+    """The median, the quartiles, and the number of samples."""
+    if tree.time is None:
         return "-"
-    unit, factor = ("s", 1.0) if side.time.median >= 1 else ("ms", 1e3)
-    low, median, high = (f"{x * factor:.3g}" for x in (side.time.low, side.time.median, side.time.high))
-    return f"{median} {unit} ({low}..{high}, {side.time.samples})"
+    unit, scale = ("s", 1.0) if tree.time.median >= 1 else ("ms", 1e3)
+    low, median, high = (f"{x * scale:.3g}" for x in (tree.time.low, tree.time.median, tree.time.high))
+    return f"{median} {unit} ({low}..{high}, {tree.time.samples})"
 
 
-def summary(duels: Sequence[Duel]) -> str:
-    """How many of each verdict."""
-    counts = Counter(verdict(duel).partition(":")[0] for duel in duels)
-    return f"{len(duels)} lines: {', '.join(f'{number} {name}' for name, number in counts.most_common())}."
+def summary(comparisons: Sequence[Comparison]) -> str:
+    """The number of cases with each verdict."""
+    counts = Counter(verdict(comparison).partition(":")[0] for comparison in comparisons)
+    return f"{len(comparisons)} lines: {', '.join(f'{number} {name}' for name, number in counts.most_common())}."
 
 
-def show(heading: str, duels: Sequence[Duel]) -> None:
-    """On the terminal."""
-    print_table(heading, COLUMNS, table(duels))
-    print(f"{RULE}\n{summary(duels)}")
+def show(heading: str, comparisons: Sequence[Comparison]) -> None:
+    """Print the table, the rule and the summary."""
+    print_table(heading, COLUMNS, table(comparisons))
+    print(f"{RULE}\n{summary(comparisons)}")
 
 
-def write(folder: Path, heading: str, duels: Sequence[Duel]) -> None:
-    """`compare.md` and `compare.json`."""
-    text = [f"# {heading}", summary(duels), rows(COLUMNS, table(duels)), RULE]
+def write(folder: Path, heading: str, comparisons: Sequence[Comparison]) -> None:
+    """Write `compare.md` and `compare.json`."""
+    text = [f"# {heading}", summary(comparisons), rows(COLUMNS, table(comparisons)), RULE]
     write_text(folder / "compare.md", "\n\n".join(text) + "\n")
     content = {
         "heading": heading,
         "rule": RULE,
-        "lines": [{**asdict(duel), "verdict": verdict(duel)} for duel in duels],
+        "lines": [_as_json(comparison) for comparison in comparisons],
     }
     write_text(folder / "compare.json", to_json(content))
+
+
+def _as_json(comparison: Comparison) -> dict[str, Any]:
+    second_run = comparison.second_run and [asdict(tree) for tree in comparison.second_run]
+    return {
+        "line": asdict(comparison.case),
+        "old": asdict(comparison.old),
+        "new": asdict(comparison.new),
+        "again": second_run,
+        "verdict": verdict(comparison),
+    }

@@ -1,4 +1,4 @@
-"""The handle of a process that times one tree (`child.py`)."""
+"""The handle of the process that times one tree (`child.py`)."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ class DiedError(Exception):
 
 
 class Worker:
-    """A process that lives until it is closed; it does something only while it is asked."""
+    """A process that lives until it is closed, and computes only while a request is pending."""
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the process)
-        # The tree comes first, as the current directory of `-m`; the bench and torch from where they are found here.
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the process)
+        # The tree comes first, as the current directory of `-m`; the bench and torch come from this process's path.
         paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "interformer_bench.compare.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.said,
+            stderr=self.stderr,
             text=True,
             cwd=tree.path,
             env={**os.environ, "PYTHONPATH": paths},
         )
         try:
-            self.kernels = self._greeted()
+            self.kernels = self._read_greeting()
         except BaseException:
             self.close()
             raise
 
-    def _greeted(self) -> str:
-        """The instruction set that its kernels take; it must have imported what it shall measure."""
+    def _read_greeting(self) -> str:
+        """The instruction set of its kernels; the process must have imported the package of its own tree."""
         try:
             greeting = self._answer()
         except DiedError as error:
             raise RefusedError(f"{self.tree.name} cannot be measured by this tree's bench: {error}") from error
-        found = Path(greeting["package"]).resolve().parents[1]
-        if found != self.tree.path.resolve():
-            raise RefusedError(f"{self.tree.name} lies in {self.tree.path}, but the package of {found} was imported")
+        imported = Path(greeting["package"]).resolve().parents[1]
+        if imported != self.tree.path.resolve():
+            raise RefusedError(f"{self.tree.name} lies in {self.tree.path}, but the package of {imported} was imported")
         return str(greeting["kernels"])
 
     def ask(self, do: str, **job: Any) -> dict[str, Any]:
-        """Its answer; this process waits."""
+        """Send a request and wait for its answer."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died, and reading its answer says how
+        with contextlib.suppress(BrokenPipeError):  # the process died, and reading its answer reports how
             print(json.dumps({"do": do, **job}), file=self.process.stdin, flush=True)
         return self._answer()
 
@@ -64,11 +64,11 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             status = self.process.wait()
-            self.said.seek(0)
-            last = (self.said.read().strip().splitlines() or [""])[-1]
+            self.stderr.seek(0)
+            last = (self.stderr.read().strip().splitlines() or [""])[-1]
             raise DiedError(f"its process ended with status {status}: {last}".rstrip(": "))
-        found: dict[str, Any] = json.loads(line)
-        return found
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def close(self) -> None:
         """End the process."""
@@ -78,4 +78,4 @@ class Worker:
                     pipe.close()
         self.process.terminate()
         self.process.wait()
-        self.said.close()
+        self.stderr.close()

@@ -1,1 +1,1 @@
-"""The whole model against itself on padded rows: speed, latency and memory of training and inference."""
+"""The whole model against the same model on padded rows: speed, latency and memory of training and inference."""

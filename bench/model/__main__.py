@@ -22,16 +22,14 @@ from interformer_kernels._files import write_text
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m interformer_bench.model", description=__doc__)
     add = parser.add_argument
-    add(
-        "--case", action="append", metavar="TEXT", help="those whose names hold it; may be repeated; all where left out"
-    )
+    add("--case", action="append", metavar="TEXT", help="cases whose names contain TEXT; may be repeated; default: all")
     add("--data", type=Path, help="directory with the length files")
-    add("--threads", type=count, default=2)
+    add("--threads", type=count, default=2, help="number of CPU threads; default: 2")
     add("--seconds", type=duration, default=20.0, help="about how long each case is timed")
-    add("--no-compile", action="store_true", help="without the models that torch.compile makes")
-    add("--profile", action="store_true", help="where the time goes, instead of how long it takes")
-    add("--list", action="store_true", help="the names of the cases")
-    add("--out", type=Path, metavar="DIR", help="model.md and model.json")
+    add("--no-compile", action="store_true", help="leave out the models that torch.compile makes")
+    add("--profile", action="store_true", help="show where the time goes, instead of how long it takes")
+    add("--list", action="store_true", help="print the names of the cases")
+    add("--out", type=Path, metavar="DIR", help="write model.md and model.json to DIR")
     return parser
 
 
@@ -42,17 +40,17 @@ def _profile(chosen: Sequence[Case], compile_too: bool) -> None:
             print()
 
 
-def _chosen(wanted: Sequence[str] | None, found: Sequence[Case]) -> list[Case]:
-    return [case for case in found if not wanted or any(text in case.name for text in wanted)]
+def _chosen(texts: Sequence[str] | None, known: Sequence[Case]) -> list[Case]:
+    return [case for case in known if not texts or any(text in case.name for text in texts)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write; 1 where our own model is wrong somewhere, 2 where no case has such a name."""
+    """Measure, print and write; 1 where our own model is wrong somewhere, 2 where no case has such a name."""
     options = _parser().parse_args(arguments)
-    found = cases(shapes.laws(options.data))
-    chosen = _chosen(options.case, found)
+    known = cases(shapes.length_distributions(options.data))
+    chosen = _chosen(options.case, known)
     if not chosen:
-        print(f"--case must be part of one of: {'; '.join(case.name for case in found)}", file=sys.stderr)
+        print(f"--case must be part of one of: {'; '.join(case.name for case in known)}", file=sys.stderr)
         return 2
     if options.list:
         print("\n".join(case.name for case in chosen))
@@ -67,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out:
         write_text(options.out / "model.md", report.markdown(measured))
         report.write_json(options.out / "model.json", measured)
-    return 1 if any(one.problem and one.contender == OURS for one in measured) else 0
+    return 1 if any(result.problem and result.contender == OURS for result in measured) else 0
 
 
 if __name__ == "__main__":

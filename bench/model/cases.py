@@ -10,10 +10,10 @@ from interformer import InterFormerConfig, Schema
 from interformer.batch import Batch
 from interformer.schema import Field
 from interformer.testing import random_batch
-from interformer_bench.shapes import Law, log_normal
+from interformer_bench.shapes import LengthDistribution, log_normal
 
 TRAINING, INFERENCE = "training step", "inference"
-# The default form at the paper's sizes (E 64, H 4, three layers), for histories as long as any law's.
+# The default form at the paper's sizes (E 64, H 4, three layers), for the longest histories of any distribution.
 CONFIG = InterFormerConfig(max_history=4096)
 _ITEM, _CATEGORY = Field("item", "item"), Field("category", "category")
 # Two scalars, three categorical fields, three fields of an event; tables of a public data set's size.
@@ -26,20 +26,20 @@ SCHEMA = Schema(
 )
 
 
-# Long histories: 95 % of them below 1384 events.
-_LONG = Law("log-normal, mean 513", "synthetic", log_normal(513, 4096, sigma=0.796))
+# Long histories: 95 % of them are shorter than 1384 events.
+_LONG = LengthDistribution("log-normal, mean 513", "synthetic", log_normal(513, 4096, sigma=0.796))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One batch and what is done with it.
+    """One batch and the pass that is measured on it.
 
     Attributes:
-        ratio: how many times as fast as the best padded model it shall be; None where nothing is asked.
-        memory: the largest share of the padded model's peak memory that it may take; None likewise.
+        ratio: how many times as fast as the best padded model it should be; None without a target.
+        memory: the largest acceptable share of the padded model's peak memory; None without a target.
     """
 
-    law: Law
+    distribution: LengthDistribution
     rows: int
     direction: str
     ratio: float | None = None
@@ -47,23 +47,23 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As `--case` takes it."""
-        return f"{self.law.name} x {self.rows}, {self.direction}"
+        """The name of the case for `--case`."""
+        return f"{self.distribution.name} x {self.rows}, {self.direction}"
 
     def lengths(self) -> tuple[int, ...]:
-        """Events of each row; a single row has the law's median."""
+        """Events of each row; a single row has the median length."""
         if self.rows == 1:
-            return (int(self.law.quantile(torch.tensor([0.5], dtype=torch.float64))),)
-        return self.law.lengths(self.rows)
+            return (int(self.distribution.quantile(torch.tensor([0.5], dtype=torch.float64))),)
+        return self.distribution.lengths(self.rows)
 
     def batch(self) -> Batch:
-        """The rows, with random ids and labels."""
+        """A batch with random ids and labels."""
         return random_batch(SCHEMA, self.lengths())
 
 
-def cases(laws: Mapping[str, Law]) -> list[Case]:
-    """All of them, training first."""
-    real, short, paper = (laws[name] for name in ("movielens", "beauty", "all 104"))
+def cases(distributions: Mapping[str, LengthDistribution]) -> list[Case]:
+    """All cases, training first."""
+    real, short, paper = (distributions[name] for name in ("movielens", "beauty", "all 104"))
     return [
         Case(real, 256, TRAINING, 2.5, 0.5),
         Case(short, 1024, TRAINING, 2.5, 0.5),

@@ -1,4 +1,4 @@
-"""The models that are measured side by side: one set of parameters, several ways to compute with it."""
+"""The models that are measured side by side: one set of parameters, several implementations."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from torch import nn
 OURS, COMPILED, REFERENCE = "interformer", "interformer, compiled", "reference"
 PADDED, PADDED_COMPILED = "padded SDPA", "padded SDPA, compiled"
 _ALL, _COMPILED = (OURS, COMPILED, REFERENCE, PADDED, PADDED_COMPILED), (COMPILED, PADDED_COMPILED)
-# Tokens of a padded batch that this machine's memory holds, in training and in inference.
-_MOST_TOKENS = {True: 400_000, False: 2_000_000}
+# Tokens of a padded batch that fit into this machine's memory, in training and in inference.
+_MAX_TOKENS = {True: 400_000, False: 2_000_000}
 
 
 class Contender(NamedTuple):
-    """A model as it is called, the model as it is made, and what is done to a batch before."""
+    """The model as it is called, the module whose parameters it has, and the batch in the model's form."""
 
     call: Callable[[Batch], torch.Tensor]
     model: nn.Module
@@ -38,23 +38,23 @@ def _state() -> dict[str, Any]:
 
 
 def contenders(compile_too: bool) -> tuple[str, ...]:
-    """Their names, ours first."""
+    """Names of the contenders, ours first."""
     return tuple(name for name in _ALL if compile_too or name not in _COMPILED)
 
 
-def why_not(name: str, case: Case) -> str | None:
-    """Why this one is not tried on the case; None where it is."""
+def unsupported_reason(name: str, case: Case) -> str | None:
+    """Why a contender is not measured on the case; None where it is."""
     lengths = case.lengths()
-    tokens, most = len(lengths) * max(lengths), _MOST_TOKENS[case.direction == TRAINING]
-    if name in (PADDED, PADDED_COMPILED) and tokens > most:
+    tokens, max_tokens = len(lengths) * max(lengths), _MAX_TOKENS[case.direction == TRAINING]
+    if name in (PADDED, PADDED_COMPILED) and tokens > max_tokens:
         return f"would pad to {tokens} tokens, which memory does not hold"
     return None
 
 
 def make(name: str, batch: Batch) -> Contender:
-    """The contender of this name, with the common parameters, and the batch in its form.
+    """The contender of this name with the common parameters, and the batch in its form.
 
-    Padded models are compiled for the batch's own sizes, as suits them best; ours for any sizes.
+    Padded models are compiled for the batch's own sizes, which suits them best; ours for any sizes.
     """
     if name in (PADDED, PADDED_COMPILED):
         lengths = batch.offsets.diff()

@@ -1,7 +1,7 @@
-"""InterFormer as one writes it without these kernels: padded rows, `scaled_dot_product_attention`, batched products.
+"""InterFormer as written without these kernels: padded rows, `scaled_dot_product_attention`, batched products.
 
-The same parameters under the same names, the same dense parts; what reads histories has its class changed, so that it
-works on `[B, S+L, E]` with a mask. Axes: `B` rows, `L` the longest history, `S` CLS tokens, `E` width, `H` heads.
+Parameters, their names and the dense parts are the same. The modules that read histories get another class, which works
+on `[B, S+L, E]` with a mask. Axes: `B` rows, `L` the longest history, `S` CLS tokens, `E` width, `H` heads.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from interformer.layers import Rope
 from interformer.sequence import SelfAttention
 from torch import Tensor
 
-# The form that is written here: the default.
+# The one form of the model that is implemented on padded rows: the default.
 _FORM = {"flow": "int", "cls": True, "summary": "selective", "pma": "bare", "pffn": "mlp", "window": ()}
 
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """What `interformer.batch.Layout` is to packed rows: CLS tokens first, padding behind.
+    """The counterpart of `interformer.batch.Layout` on padded rows: CLS tokens first, padding last.
 
     Args:
-        offsets: what attention is told of the rows: `[B, 1, 1, S+L]` bool, True at a token; None without any padding.
+        offsets: the attention mask in the place of offsets: `[B, 1, 1, S+L]` bool, True at a token; None without
+            padding.
         summary: `[B, S+K]`: places of the CLS tokens and of the last `K` events in their rows; 0 for missing ones.
-        held: `[B, S+K]` bool.
+        held: `[B, S+K]` bool, False for missing events.
     """
 
     offsets: Tensor | None
@@ -50,24 +51,24 @@ class PaddedLayout:
         return torch.cat((cls_tokens, events.unflatten(0, (len(cls_tokens), -1))), 1)
 
     def take_summary(self, tokens: Tensor) -> Tensor:
-        taken = tokens.gather(1, self.summary[..., None].expand(-1, -1, tokens.shape[-1]))
-        return taken.where(self.held[..., None], 0)
+        events = tokens.gather(1, self.summary[..., None].expand(-1, -1, tokens.shape[-1]))
+        return events.where(self.held[..., None], 0)
 
 
 class PaddedInterFormer(InterFormer):
-    """`Batch -> logits [B]` of a batch made by `padded`.
+    """`Batch -> logits [B]` for a batch made by `padded`.
 
     Args:
         full: whether all rows are as long as the longest, so that attention needs no mask.
 
     Raises:
-        ValueError: a form of the model that is not written here.
+        ValueError: a form of the model that is not implemented on padded rows.
     """
 
     def __init__(self, config: InterFormerConfig, schema: Schema, full: bool) -> None:
-        for name, wanted in _FORM.items():
-            if getattr(config, name) != wanted:
-                raise ValueError(f"{name} must be {wanted!r} on padded rows, found {getattr(config, name)!r}")
+        for name, required in _FORM.items():
+            if getattr(config, name) != required:
+                raise ValueError(f"{name} must be {required!r} on padded rows, found {getattr(config, name)!r}")
         super().__init__(config, schema)
         self.full = full
         for module in self.modules():
@@ -79,7 +80,7 @@ class PaddedInterFormer(InterFormer):
 
 
 def padded(batch: Batch) -> Batch:
-    """The batch with the events of every row padded behind to the longest: `sequences [B * L, k]`."""
+    """The batch with the events of every row padded at the end to the longest: `sequences [B * L, k]`."""
     lengths = batch.offsets.diff()
     longest = max(int(lengths.max()), 1)
     events = batch.sequences.new_zeros(len(lengths), longest, batch.sequences.shape[1])
@@ -88,7 +89,7 @@ def padded(batch: Batch) -> Batch:
 
 
 def _heads(x: Tensor, count: int, heads: int) -> tuple[Tensor, ...]:
-    """`[B, N, count * E]` to `count` times `[B, H, N, D]`."""
+    """Split `[B, N, count * E]` into `count` tensors `[B, H, N, D]`."""
     return x.unflatten(-1, (count, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 

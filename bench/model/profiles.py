@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 COLUMNS = ("lengths", "rows", "pass", "model", "work", "time", "share")
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl::_mkl_linear")
-# What an event's name has in it, by kind of work; the first that fits.
+# Kinds of work by parts of an event's name; the first match counts.
 _KINDS = {
     "kernels": ("interformer_kernels::",),
     "SDPA": ("scaled_dot_product", "_flash_attention"),
@@ -22,28 +22,28 @@ _KINDS = {
     "copies": ("aten::cat", "aten::copy_", "aten::index_copy", "aten::fill_", "aten::zero_", "aten::stack"),
     "elementwise and sums": ("add", "mul", "sub", "silu", "tanh", "where", "sum", "exp", "sigmoid", "neg", "mean"),
 }
-# Views, allocations, dispatch, Python: all that is no arithmetic.
+# Everything that is no arithmetic: views, allocations, dispatch, Python.
 BETWEEN = "between the ops"
 
 
 def shares(case: Case, contender: str, calls: int = 5) -> dict[str, float]:
     """Seconds of a call by kind of work, the largest first: `_KINDS`, products over tokens or over rows, the rest."""
     batch = case.batch()
-    run, tokens = runner(make(contender, batch), case.direction), batch.sequences.shape[0]
+    call, tokens = runner(make(contender, batch), case.direction), batch.sequences.shape[0]
     over_tokens = {tokens, tokens + case.rows * CONFIG.num_cls}
-    run()
+    call()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
         start = time.perf_counter()
         for _ in range(calls):
-            run()
+            call()
         wall = (time.perf_counter() - start) / calls
-    found: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)
     for event in recorded.key_averages(group_by_input_shape=True):
         kind = _kind(event, over_tokens)
         if kind is not None:
-            found[kind] += event.self_cpu_time_total * 1e-6 / calls
-    found[BETWEEN] = max(0.0, wall - sum(found.values()))
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+            seconds[kind] += event.self_cpu_time_total * 1e-6 / calls
+    seconds[BETWEEN] = max(0.0, wall - sum(seconds.values()))
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def _kind(event: Any, over_tokens: set[int]) -> str | None:
@@ -54,8 +54,8 @@ def _kind(event: Any, over_tokens: set[int]) -> str | None:
 
 
 def table(case: Case, contender: str) -> list[tuple[str, ...]]:
-    """Lines of `COLUMNS`."""
-    found = shares(case, contender)
-    whole = sum(found.values())
-    about = case.law.name, str(case.rows), case.direction, contender
-    return [(*about, kind, f"{time * 1e3:.2f} ms", f"{time / whole:.0%}") for kind, time in found.items()]
+    """Rows of the table, in the order of `COLUMNS`."""
+    by_kind = shares(case, contender)
+    whole = sum(by_kind.values())
+    about = case.distribution.name, str(case.rows), case.direction, contender
+    return [(*about, kind, f"{time * 1e3:.2f} ms", f"{time / whole:.0%}") for kind, time in by_kind.items()]

@@ -1,8 +1,9 @@
 """Compiled peers: one `torch.compile(dynamic=True)` per op, and FlexAttention. Compiling is not timed.
 
-The compiled kernels are told to take the threads they find (`cpp.dynamic_threads`), so that one serves 1 and 2 threads.
-FlexAttention's must not be: it has memory for the threads that it was compiled with and overruns it on more, and with
-that setting PyTorch's cache of compiled code does not tell them apart. Its first call must have the most threads.
+Kernels are compiled to use the threads they find at run time (`cpp.dynamic_threads`), so that one compilation serves 1
+and 2 threads. FlexAttention must not be: it allocates for the threads that it was compiled with and overruns that
+memory on more, and with that setting PyTorch's cache of compiled code does not distinguish the two. Its first call must
+have the most threads.
 """
 
 from __future__ import annotations
@@ -17,25 +18,26 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 # Rows of a mask's blocks; PyTorch's own default.
 _BLOCK = 128
-# Widths of padded keys for FlexAttention: with 104 and 120, compiled for sizes that vary, torch 2.13 is wrong on CPU.
+# Padded keys for FlexAttention get a multiple of this width: torch 2.13 is wrong on CPU at 104 and 120 with dynamic
+# sizes.
 FLEX_WIDTHS = 16
-# FlexAttention's index tables keep this many places, whatever the batch: with sizes that vary, torch 2.13 writes code
-# for the CPU that does not compile (a size named ks18 is taken for ks1).
+# Size of FlexAttention's index tables, whatever the batch: with dynamic sizes, torch 2.13 generates CPU code that does
+# not compile (it confuses the size ks18 with ks1).
 _CAPACITY = 1 << 18
 
 
 @functools.cache
 def compiled(function: Callable[..., Any], any_threads: bool = True) -> Callable[..., Any]:
-    """`torch.compile` of it, once; new sizes are not compiled again, and if there are too many after all, it raises.
+    """`torch.compile` of a function, once; new sizes do not recompile, and too many recompilations raise.
 
-    With `any_threads` it runs on any number of threads, else on no more than there are at its first call.
+    With `any_threads` the result runs on any number of threads, otherwise on at most those of its first call.
     """
     import torch._dynamo.config
     import torch.fx.experimental._config
 
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance are not one size
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance may differ later
     return torch.compile(function, dynamic=True, options={"cpp.dynamic_threads": any_threads})
 
 
@@ -48,7 +50,7 @@ def _fixed(values: Tensor) -> Tensor:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    # It refuses tensors that want gradients, also where none are recorded.
+    # FlexAttention refuses tensors that require gradients, even under `no_grad`.
     out: Tensor = compiled(flex_attention, any_threads=False)(
         *(x.detach() for x in (q, k, v)), block_mask=mask, scale=scale
     )
@@ -58,9 +60,9 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Ten
 def flex_jagged(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> Tensor:
     """Packed tokens as one row, with a document mask: no padding.
 
-    The block mask is made for every batch, as a user pays it, from the offsets: block `i` of queries meets the blocks
-    of keys from the start of its first token's row to the end of its last token's. (`create_block_mask` would evaluate
-    all pairs of tokens.)
+    The block mask is made from the offsets for every batch, as a user would have to: block `i` of queries meets the
+    blocks of keys from the start of its first token's row to the end of its last token's row. (`create_block_mask`
+    would evaluate all pairs of tokens.)
     """
     tokens = len(q)
     lengths = offsets.diff()
@@ -70,7 +72,7 @@ def flex_jagged(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) 
     last = (first + _BLOCK - 1).clamp(max=tokens - 1)
     low = offsets[row[first]] // _BLOCK
     count = (offsets[row[last] + 1] - 1) // _BLOCK - low + 1
-    found = (low[:, None] + torch.arange(blocks, device=q.device)).clamp(max=blocks - 1)
+    kv_blocks = (low[:, None] + torch.arange(blocks, device=q.device)).clamp(max=blocks - 1)
     table = _fixed(row)
 
     def same_row(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ def flex_jagged(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) 
 
     mask = BlockMask.from_kv_blocks(
         count.int()[None, None],
-        found.int()[None, None],
+        kv_blocks.int()[None, None],
         BLOCK_SIZE=_BLOCK,
         mask_mod=same_row,
         seq_lengths=(tokens, tokens),
@@ -88,24 +90,24 @@ def flex_jagged(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) 
     return _flex(queries, keys, values, mask, scale)[0].transpose(0, 1)
 
 
-def flex_padded(q: Tensor, k: Tensor, v: Tensor, held: Tensor, scale: float) -> Tensor:
-    """Padded tensors, each row with its own number of key blocks: what is behind them is not computed."""
-    lengths = held.sum(-1).flatten()
+def flex_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Padded tensors, each row with its own number of key blocks: blocks of padding are not computed."""
+    lengths = mask.sum(-1).flatten()
     rows, width, queries = len(lengths), k.shape[2], q.shape[2]
     blocks = -(-width // _BLOCK), -(-queries // _BLOCK)
     count = (-(-lengths // _BLOCK)).int()[:, None, None].expand(rows, 1, blocks[1])
-    found = torch.arange(blocks[0], dtype=torch.int32, device=q.device).expand(rows, 1, blocks[1], blocks[0])
+    kv_blocks = torch.arange(blocks[0], dtype=torch.int32, device=q.device).expand(rows, 1, blocks[1], blocks[0])
     table = _fixed(lengths)
 
     def inside(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return j < table[b]
 
-    mask = BlockMask.from_kv_blocks(
+    block_mask = BlockMask.from_kv_blocks(
         count.contiguous(),
-        found.contiguous(),
+        kv_blocks.contiguous(),
         BLOCK_SIZE=_BLOCK,
         mask_mod=inside,
         seq_lengths=(queries, width),
         compute_q_blocks=False,
     )
-    return _flex(q, k, v, mask, scale)
+    return _flex(q, k, v, block_mask, scale)

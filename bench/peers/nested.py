@@ -8,12 +8,12 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 
 def _nested(x: Tensor, offsets: Tensor, shortest: int, longest: int) -> Tensor:
-    """`[T, H, D]` to `[B, H, L*, D]`."""
+    """Convert `[T, H, D]` to `[B, H, L*, D]`."""
     nested = torch.nested.nested_tensor_from_jagged(x, offsets, min_seqlen=shortest, max_seqlen=longest)
     return nested.transpose(1, 2)
 
 
-# The shortest and the longest length: read from the tensor where the caller does not know them.
+# The shortest and the longest length; they are read from the tensor where the caller does not know them.
 Bounds = tuple[int, int]
 
 
@@ -35,7 +35,7 @@ def attend_jagged(
 def attend_dense(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float, bounds: Bounds | None = None
 ) -> Tensor:
-    """Queries `[B, N, H, D]` become rows of N."""
+    """Queries `[B, N, H, D]` become rows of N tokens."""
     bounds = _bounds(offsets) if bounds is None else bounds
     rows, queries = q.shape[:2]
     q_offsets = torch.arange(0, rows * queries + 1, queries, device=q.device)

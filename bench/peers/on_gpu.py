@@ -1,8 +1,8 @@
-"""The peers on a GPU: those that a user there would take, told what that user knows.
+"""The peers on a GPU: what a user would take there, with the longest length known.
 
-All but one are told how long the longest row is, since users know it, and who asks the device waits for it and cannot
-be captured in a graph. Where all rows are equally long nothing needs a mask: there PyTorch's attention is made to take
-its flash kernel, and cuDNN's.
+All but one are given the longest length, since users know it; reading it from the device would synchronise and prevent
+capture in a graph. Where all rows are equally long no mask is needed, and PyTorch's attention is restricted to its
+flash kernel, and to cuDNN's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 from interformer_bench.peers import nested, padded, rotary, varlen
 from interformer_bench.peers.registry import (
     PADDED_BMM,
-    Core,
+    AttentionCore,
     Peer,
     as_gated,
     as_jagged,
@@ -24,13 +24,13 @@ from interformer_bench.peers.registry import (
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-# Of rows that are all equally long.
+# Peers for rows that are all equally long, and the SDPA backend of each.
 FULL = {"SDPA flash, full rows": "FLASH_ATTENTION", "SDPA cuDNN, full rows": "CUDNN_ATTENTION"}
 _COMPILED = ("torch.compile", "FlexAttention")
 
 
 def gpu_peers(op: str, lengths: Sequence[int], compile_them: bool = False) -> dict[str, Peer]:
-    """Those of `op` on rows of these lengths, by name; or those that `torch.compile` makes, and no others."""
+    """The peers of `op` on rows of these lengths, by name; with `compile_them`, only those `torch.compile` makes."""
     if compile_them:
         return {name: peer for name, peer in peers_of(op).items() if name in _COMPILED}
     if op == "apply_rotary":
@@ -38,20 +38,20 @@ def gpu_peers(op: str, lengths: Sequence[int], compile_them: bool = False) -> di
     if op == "personalized_ffn":
         return _ffn(max(lengths, default=0))
     cores = _cores(lengths, packed=op == "jagged_attention")
-    take = {"jagged_attention": as_jagged, "pma_pooling": as_pooling, "gated_cross_attention": as_gated}[op]
-    found = {name: replace(peer, run=take(peer.run)) for name, peer in cores.items()}
+    adapt = {"jagged_attention": as_jagged, "pma_pooling": as_pooling, "gated_cross_attention": as_gated}[op]
+    peers = {name: replace(peer, run=adapt(peer.run)) for name, peer in cores.items()}
     by_sums = {"index-add": peers_of(op)["index-add"]} if op == "pma_pooling" else {}
-    return {**found, **by_sums}
+    return {**peers, **by_sums}
 
 
 def _cores(lengths: Sequence[int], packed: bool) -> dict[str, Peer]:
-    """Attention inside rows (packed queries), or of a row's dense queries: their `run` is a core."""
+    """Attention with packed queries, or with a row's dense queries, as peers whose `run` is an `AttentionCore`."""
     longest, shortest = max(lengths, default=0), min(lengths, default=0)
-    place = "jagged" if packed else "dense"
-    pad, flat, nest = (getattr(module, f"attend_{place}") for module in (padded, varlen, nested))
+    layout = "jagged" if packed else "dense"
+    pad, flat, nest = (getattr(module, f"attend_{layout}") for module in (padded, varlen, nested))
     tokens = 5 if packed else 4
 
-    def padding(attention: padded.Attention) -> Core:
+    def padding(attention: padded.PaddedAttention) -> AttentionCore:
         return lambda q, k, v, offsets, scale: pad(attention, q, k, v, offsets, longest, scale)
 
     full = {}
@@ -62,7 +62,7 @@ def _cores(lengths: Sequence[int], packed: bool) -> dict[str, Peer]:
         "varlen_attn, longest known": Peer(functools.partial(flat, longest=longest)),
         "varlen_attn": Peer(flat),
         "padded SDPA": Peer(padding(padded.sdpa_with_mask), tokens=tokens),
-        # Its kernels are told the shortest length, which an empty row would change: checked without any.
+        # Nested kernels are given the shortest length. An empty row would change it, so they are checked without any.
         "nested SDPA": Peer(
             functools.partial(nest, bounds=(shortest, longest)), tokens=tokens, scores=1, empty_rows=shortest == 0
         ),
@@ -70,8 +70,8 @@ def _cores(lengths: Sequence[int], packed: bool) -> dict[str, Peer]:
     }
 
 
-def _full(kind: str, length: int, packed: bool) -> Core:
-    """PyTorch's attention on rows of one length, no mask, by one kernel or not at all."""
+def _full(kind: str, length: int, packed: bool) -> AttentionCore:
+    """PyTorch's attention on rows of one length without a mask, by this kernel or an error."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel

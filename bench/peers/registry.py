@@ -1,4 +1,4 @@
-"""Which peers an op has, and what they would cost in memory."""
+"""The peers of each op, and the memory that each would take."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from dataclasses import dataclass, replace
 
 from interformer_bench import timing, workloads
 from interformer_bench.peers import compiled, nested, padded, rotary, rows, scatter, varlen
-from interformer_bench.workloads import Call, Inputs, offsets_of
+from interformer_bench.workloads import Inputs, OpFunction, key_offsets
 from torch import Tensor, cuda
 
-# The name this package's own way goes by among its peers.
+# Name of this package's own implementation.
 OURS = "interformer"
-# What a peer may allocate for one call on the CPU, forward; with gradients it is taken to need twice as much.
-MOST_BYTES = 6 * 2**30
-# Groups that targets name: ways to pool projected tokens, and the batched product.
+# Bytes that a peer may allocate for one forward call on the CPU; with gradients it is assumed to need twice as much.
+MAX_PEER_BYTES = 6 * 2**30
+# Groups of peers that have targets of their own: pooling of projected tokens, folded pooling, and the batched product.
 PROJECTS, FOLDS, PADDED_BMM = "that projects", "that folds", "padded bmm"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to compute an op, or (in `_dense_cores`) the attention in it.
+    """One implementation of an op, or (in `_dense_cores`) of the attention in it.
 
     Attributes:
-        run: takes the op's keyword arguments.
-        group: what targets call it; empty for most.
-        trains: it has a backward.
-        compiled: by `torch.compile`: its first calls compile.
-        empty_rows: it promises to be right where rows are empty.
-        tokens: padded tensors as wide as the keys that it holds at once.
-        scores: padded score matrices that it holds at once.
-        spread: tensors that it holds at once which have the keys' width for each seed and token.
+        run: the implementation; it takes the op's keyword arguments.
+        group: group of peers that targets refer to; empty for most.
+        trains: whether it has a backward.
+        compiled: whether `torch.compile` makes it, so that its first calls compile.
+        empty_rows: whether it should be right where rows are empty.
+        tokens: number of padded tensors, as wide as the keys, that it holds at once.
+        scores: number of padded score matrices that it holds at once.
+        spread: number of tensors with the keys' width for each seed and token that it holds at once.
     """
 
-    run: Call
+    run: OpFunction
     group: str = ""
     trains: bool = True
     compiled: bool = False
@@ -44,21 +44,23 @@ class Peer:
     spread: int = 0
 
     def needs(self, arguments: Inputs) -> int:
-        """About how many bytes a forward call allocates for what it pads or spreads out."""
-        lengths = offsets_of(arguments).diff()
+        """The approximate number of bytes that a forward call allocates for padding or spreading out."""
+        lengths = key_offsets(arguments).diff()
         longest, total = int(lengths.max()), int(lengths.sum())
-        lead: Tensor = next(arguments[name] for name in ("q", "seeds", "x") if name in arguments)
-        heads, width = (lead.shape[-2], lead.shape[-2] * lead.shape[-1]) if lead.dim() > 2 else (1, lead.shape[-1])
-        queries = longest  # of a row: itself, or the seeds, or its dense queries
+        queries_or_x: Tensor = next(arguments[name] for name in ("q", "seeds", "x") if name in arguments)
+        *_, heads, width = (1, *queries_or_x.shape)
+        heads, width = (heads, heads * width) if queries_or_x.dim() > 2 else (1, width)
+        queries = longest  # queries of a row: its tokens, unless there are seeds or dense queries
         if "seeds" in arguments:
-            queries = lead.shape[0]
-        elif lead.dim() == 4:
-            queries = lead.shape[1]
+            queries = queries_or_x.shape[0]
+        elif queries_or_x.dim() == 4:
+            queries = queries_or_x.shape[1]
         padded_numbers = len(lengths) * longest * (self.tokens * width + self.scores * heads * queries)
-        return int(lead.element_size() * (padded_numbers + self.spread * total * queries * width))
+        return int(queries_or_x.element_size() * (padded_numbers + self.spread * total * queries * width))
 
 
-Core = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+# Attention of queries to packed keys and values: q, k, v, offsets and scale to the output.
+AttentionCore = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 # ---------------------------------------------------------------- from a core to the op's arguments
@@ -68,12 +70,12 @@ def _scale(q: Tensor) -> float:
     return float(q.shape[-1] ** -0.5)
 
 
-def as_jagged(core: Core) -> Call:
+def as_jagged(core: AttentionCore) -> OpFunction:
     return lambda q, k, v, offsets: core(q, k, v, offsets, _scale(q))
 
 
-def as_gated(core: Core) -> Call:
-    """Dense queries, with the epilogue where the call has one."""
+def as_gated(core: AttentionCore) -> OpFunction:
+    """Dense queries, with gate and residual where the call has them."""
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, kv_offsets: Tensor, gate: Tensor | None = None, residual: Tensor | None = None
@@ -85,12 +87,12 @@ def as_gated(core: Core) -> Call:
     return run
 
 
-def as_pooling(core: Core) -> Call:
-    """Dense queries that are the same in every row."""
+def as_pooling(core: AttentionCore) -> OpFunction:
+    """Dense queries that are equal in every row."""
     return lambda seeds, k, v, offsets: core(seeds.expand(len(offsets) - 1, *seeds.shape), k, v, offsets, _scale(seeds))
 
 
-def _projecting(pooling: Call) -> Call:
+def _projecting(pooling: OpFunction) -> OpFunction:
     """Project every token, then pool."""
 
     def run(seeds: Tensor, x: Tensor, key_weight: Tensor, value_weight: Tensor, offsets: Tensor) -> Tensor:
@@ -100,8 +102,8 @@ def _projecting(pooling: Call) -> Call:
     return run
 
 
-def _folding(pooling: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Call:
-    """Fold the key weights into the seeds, pool raw tokens `[T, E]`, then apply the value weights."""
+def _folding(pooling: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> OpFunction:
+    """Fold the key weights into the seeds, pool raw tokens `[T, E]`, and apply the value weights."""
 
     def run(seeds: Tensor, x: Tensor, key_weight: Tensor, value_weight: Tensor, offsets: Tensor) -> Tensor:
         pooled = pooling(workloads.fold(seeds, key_weight), x, offsets, _scale(seeds))
@@ -110,12 +112,12 @@ def _folding(pooling: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Call
     return run
 
 
-def _with_width(core: Callable[..., Tensor], attention: padded.Attention, multiple: int = 1) -> Core:
-    """A core over padded tensors, as wide as the longest row needs, in multiples of `multiple`."""
+def _with_width(core: Callable[..., Tensor], attention: padded.PaddedAttention, multiple: int = 1) -> AttentionCore:
+    """A core over padded tensors that are as wide as the longest row, rounded up to a multiple of `multiple`."""
     return lambda q, k, v, offsets, scale: core(attention, q, k, v, offsets, padded.longest(offsets, multiple), scale)
 
 
-def _compiled_core(core: Callable[..., Tensor]) -> Core:
+def _compiled_core(core: Callable[..., Tensor]) -> AttentionCore:
     def run(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> Tensor:
         width = padded.longest(offsets)
         out: Tensor = compiled.compiled(core)(padded.eager_with_mask, q, k, v, offsets, width, scale)
@@ -124,21 +126,21 @@ def _compiled_core(core: Callable[..., Tensor]) -> Core:
     return run
 
 
-def most_bytes(device: str) -> int:
-    """What a peer may allocate for one call: on a GPU, half of the memory that is free."""
-    return timing.free_bytes(device) // 2 if device.startswith("cuda") else MOST_BYTES
+def max_peer_bytes(device: str) -> int:
+    """Bytes that a peer may allocate for one call: on a GPU, half of the free memory."""
+    return timing.free_bytes(device) // 2 if device.startswith("cuda") else MAX_PEER_BYTES
 
 
-# ---------------------------------------------------------------- the tables
+# ---------------------------------------------------------------- peers by op
 
 
-def _varlen(run: Call) -> dict[str, Peer]:
-    """PyTorch's own attention over packed rows, which needs a GPU."""
+def _varlen(run: OpFunction) -> dict[str, Peer]:
+    """PyTorch's own attention over packed rows, which only GPUs have."""
     return {"varlen_attn": Peer(run)} if cuda.is_available() else {}
 
 
 def _jagged_peers() -> dict[str, Peer]:
-    def with_width(attention: padded.Attention) -> Call:
+    def with_width(attention: padded.PaddedAttention) -> OpFunction:
         return as_jagged(_with_width(padded.attend_jagged, attention))
 
     return {
@@ -153,9 +155,9 @@ def _jagged_peers() -> dict[str, Peer]:
 
 
 def _dense_cores() -> dict[str, Peer]:
-    """Attention with dense queries: their `run` is a core."""
+    """Attention with dense queries, as peers whose `run` is an `AttentionCore`."""
 
-    def with_width(attention: padded.Attention, multiple: int = 1) -> Core:
+    def with_width(attention: padded.PaddedAttention, multiple: int = 1) -> AttentionCore:
         return _with_width(padded.attend_dense, attention, multiple)
 
     flex = with_width(compiled.flex_padded, compiled.FLEX_WIDTHS)
@@ -178,17 +180,17 @@ def _pooling_peers() -> dict[str, Peer]:
     def index_add(seeds: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
         return scatter.attend(seeds, k, v, offsets, _scale(seeds))
 
-    found = {name: replace(peer, run=as_pooling(peer.run)) for name, peer in _dense_cores().items()}
-    return {**found, "index-add": Peer(index_add, spread=3)}
+    dense = {name: replace(peer, run=as_pooling(peer.run)) for name, peer in _dense_cores().items()}
+    return {**dense, "index-add": Peer(index_add, spread=3)}
 
 
 def _folded_peers() -> dict[str, Peer]:
-    found = {
+    projected = {
         f"projected, {name}": replace(peer, run=_projecting(peer.run), group=PROJECTS)
         for name, peer in _pooling_peers().items()
     }
 
-    def one_head(core: Core) -> Call:
+    def one_head(core: AttentionCore) -> OpFunction:
         """Folded seeds as queries of one head over the raw tokens."""
 
         def pool(seeds: Tensor, x: Tensor, offsets: Tensor, scale: float) -> Tensor:
@@ -198,8 +200,8 @@ def _folded_peers() -> dict[str, Peer]:
         return _folding(pool)
 
     chosen = {name: _dense_cores()[name] for name in ("padded SDPA", "eager with mask", "torch.compile")}
-    found |= {f"folded, {n}": replace(peer, run=one_head(peer.run), group=FOLDS) for n, peer in chosen.items()}
-    return {**found, "folded, row by row": Peer(_folding(rows.folded), group=FOLDS)}
+    folded = {f"folded, {n}": replace(peer, run=one_head(peer.run), group=FOLDS) for n, peer in chosen.items()}
+    return {**projected, **folded, "folded, row by row": Peer(_folding(rows.folded), group=FOLDS)}
 
 
 def _rotary_peers() -> dict[str, Peer]:
@@ -234,7 +236,7 @@ def _ffn_peers() -> dict[str, Peer]:
 @functools.cache
 def peers_of(op: str) -> dict[str, Peer]:
     """The peers of an op, by name."""
-    tables = {
+    peers_by_op = {
         "jagged_attention": _jagged_peers,
         "pma_pooling": _pooling_peers,
         "pma_folded": _folded_peers,
@@ -242,10 +244,10 @@ def peers_of(op: str) -> dict[str, Peer]:
         "apply_rotary": _rotary_peers,
         "personalized_ffn": _ffn_peers,
     }
-    return tables[op]()
+    return peers_by_op[op]()
 
 
 def candidates(op: str, backend: str | None = None, compile_too: bool = True) -> dict[str, Peer]:
-    """This package's way, first, and its peers."""
+    """This package's implementation first, then its peers."""
     others = {name: peer for name, peer in peers_of(op).items() if compile_too or not peer.compiled}
     return {OURS: Peer(workloads.ours(op, backend)), **others}

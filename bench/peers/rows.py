@@ -1,4 +1,4 @@
-"""Row by row: one call of PyTorch per row, on pieces of `split` (whose backward is one concatenation)."""
+"""Row by row: one call of PyTorch per row, on views of `split`, whose backward is one concatenation."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 
 def _rows(x: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
-    """`[T, H, D]` to each row's `[1, H, L, D]`: with three axes, PyTorch takes a slower SDPA."""
+    """Split `[T, H, D]` into each row's `[1, H, L, D]`; with three axes, PyTorch would take a slower SDPA."""
     heads_first = x.transpose(0, 1)[None]
     return torch.split(heads_first, offsets.diff().tolist(), dim=2)
 
 
 def attend_jagged(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> Tensor:
-    """One SDPA per row, joined."""
+    """One SDPA per row, concatenated."""
     rows = zip(_rows(q, offsets), _rows(k, offsets), _rows(v, offsets), strict=True)
     outs = [sdpa(q_row, k_row, v_row, scale=scale) for q_row, k_row, v_row in rows if q_row.shape[2]]
     return torch.cat(outs, dim=2)[0].transpose(0, 1)
@@ -38,6 +38,6 @@ def folded(seeds: Tensor, x: Tensor, offsets: Tensor, scale: float) -> Tensor:
 
 
 def ffn(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
-    """One product per row, joined."""
+    """One product per row, concatenated."""
     rows = zip(bias.unbind(), x.split(offsets.diff().tolist()), weight.unbind(), strict=True)
     return torch.cat([torch.addmm(*row) for row in rows])

@@ -63,7 +63,7 @@ def _speed(arguments: argparse.Namespace, results: list[parity.Result]) -> int:
     from interformer_bench import grid, peers, plots, progress, report, shapes, timing
     from interformer_bench import run as bench
 
-    cases = grid.shapes(shapes.laws(arguments.data), names=_LAWS)
+    cases = grid.shapes(shapes.length_distributions(arguments.data), names=_LAWS)
     threads = torch.get_num_threads()
     machine = timing.Machine()
     with progress.shown() as shown:
