@@ -1,4 +1,4 @@
-"""What stands in for a GPU in tests: PyTorch's events, streams and memory, with a clock that only work moves on."""
+"""A stand-in for a GPU in tests: PyTorch's events, streams and memory, with a clock that only work advances."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from interformer_bench import gpu_jobs
 from interformer_bench.gpu_place import Place
+
+Record = dict[str, Any]
+REHEARSAL = Place("cpu", tiny=True)
+
+
+def rehearsal_job(name: str) -> gpu_jobs.Job:
+    """A tiny job by its name."""
+    return next(job for job in gpu_jobs.jobs(tiny=True) if job.name == name)
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class Stand(Place):
 
 @dataclass
 class FakeGpu:
-    """What was asked of the GPU, in order; its clock in milliseconds; what its default stream still has to do."""
+    """Requests to the GPU in order; its clock in milliseconds; the pending work of its default stream."""
 
     asked: list[str] = field(default_factory=list)
     clock: float = 0.0
@@ -39,11 +48,11 @@ class FakeGpu:
     memory: tuple[int, int] = (100 * 2**30, 139 * 2**30)
 
     def launch(self, milliseconds: float) -> None:
-        """Work that takes so long on the device, and returns at once."""
+        """Launch work of this duration, and return at once."""
         self.pending += milliseconds
 
     def wait(self, *_: object) -> None:
-        """Until everything is done."""
+        """Wait until all work is done."""
         self.asked.append("synchronize")
         self.clock += self.pending
         self.pending, self.busy = 0.0, False
@@ -57,7 +66,7 @@ class FakeGpu:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    """Put it in the place of `torch.cuda`."""
+    """Replace `torch.cuda` by a fake GPU."""
     gpu = FakeGpu()
 
     class Event:

@@ -54,13 +54,13 @@ class Place:
             return self.backend
         return "cpu" if _backend.native() else "reference"
 
-    def why_not(self, op: str) -> str | None:
+    def unsupported_reason(self, op: str) -> str | None:
         """Why the backend cannot serve an op here."""
         return _backend.unsupported_reason(op, self.serving(op), self.device, torch.bfloat16)
 
     def served(self) -> list[str]:
         """The ops that it serves."""
-        return [op for op in testing.OPS if self.why_not(op) is None]
+        return [op for op in testing.OPS if self.unsupported_reason(op) is None]
 
     def wait(self) -> None:
         """Until the device has nothing left to do."""
@@ -107,7 +107,7 @@ def backends(place: Place) -> int:
     native = module.build_info() if module else _backend._load_native()[1]
     for name in BACKENDS:
         one = replace(place, backend=name)
-        one.write("backend", why_not={op: one.why_not(op) for op in testing.OPS}, native=native)
+        one.write("backend", why_not={op: one.unsupported_reason(op) for op in testing.OPS}, native=native)
     return 0
 
 

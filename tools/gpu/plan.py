@@ -85,17 +85,17 @@ class Plan:
         """Versions, and the device."""
         return next(iter(self._records("machine", "machine")), {})
 
-    def _why_not(self, backend: str) -> Mapping[str, str | None]:
-        """By op, why it is not served; nothing where nobody could say."""
+    def _unsupported_reasons(self, backend: str) -> Mapping[str, str | None]:
+        """The reasons why ops are not served, by op; empty where they are unknown. The key `why_not` is a record's field."""
         records = self._records("backends", "backend")
         return next((record["why_not"] for record in records if record.get("backend") == backend), {})
 
     def _serves(self, backend: str, op: str) -> bool:
-        return self._why_not(backend).get(op) is None
+        return self._unsupported_reasons(backend).get(op) is None
 
     def _missing(self, backend: str) -> str | None:
         """Why a backend serves nothing here."""
-        reasons = self._why_not(backend)
+        reasons = self._unsupported_reasons(backend)
         return next(iter(reasons.values())) if reasons and None not in reasons.values() else None
 
     def _jobs(self, program: str, part: int, compiled: bool = False) -> Iterator[dict[str, Any]]:
