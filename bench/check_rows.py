@@ -147,7 +147,7 @@ def beyond_int32(context: CheckContext) -> Iterator[Finding]:
     heads, channels = (2, 16) if context.place.tiny else (_HEADS, _CHANNELS)
     width = channels if context.op == "personalized_ffn" else heads * channels
     rows = 12 if context.place.tiny else 2**31 // (length * width) + 2 * _END_ROWS
-    # The tensors that a call and its gradients hold at once, some of them in float32, and the random_lengths numbers.
+    # The tensors that a call and its gradients hold at once, some of them in float32, and the numbers drawn for it.
     needed, free = 16 * rows * length * width * dtype.itemsize, context.place.free_bytes()
     if needed > free:
         problem = f"needs {needed / 2**30:.0f} GiB of memory, found {free / 2**30:.0f} free"

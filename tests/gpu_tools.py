@@ -1,4 +1,4 @@
-"""What `make gpu-report`, `make gpu-kit` and `make gpu-rehearsal` are made of, for their tests."""
+"""The modules of `make gpu-report`, `make gpu-kit` and `make gpu-rehearsal`, for their tests."""
 
 from __future__ import annotations
 

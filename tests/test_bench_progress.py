@@ -1,4 +1,4 @@
-"""What the bench says while it runs: plain lines in a log, bars on a terminal, and every failure where it is read."""
+"""The bench's progress display: plain lines in a log, bars on a terminal, and every failure in both."""
 
 from __future__ import annotations
 

@@ -43,6 +43,21 @@ def test_flops_are_those_of_pytorchs_own_counter_where_nothing_is_padded() -> No
     assert counter.get_total_flops() == there + back
 
 
+@pytest.mark.parametrize("op", workloads.OPS)
+def test_flops_are_those_that_the_ops_register_with_pytorch(op: str) -> None:
+    """The bench has its own formulas, since it also measures other commits of the package; both must agree."""
+    lengths = (5, 0, 3, 17)
+    sizes = Sizes(2, 6, 3, width=12 if op in ("pma_folded", "personalized_ffn") else 0)
+    arguments = workloads.inputs(op, lengths, sizes, torch.float32)
+    forward, backward = limits.flops(op, lengths, sizes)
+    with FlopCounterMode(display=False) as counter:
+        workloads.forward(workloads.ours(op), arguments)
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        workloads.training(op, workloads.ours(op), arguments)
+    assert counter.get_total_flops() == forward + backward
+
+
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)], ids=str)
 def test_bytes_by_hand(dtype: torch.dtype, size: int) -> None:
     lengths, sizes = (3, 0, 2), Sizes(2, 4, 7)

@@ -1,4 +1,4 @@
-"""What needs a GPU says so without one, and what of it can be tried without one is right."""
+"""Commands that need a GPU report its absence, and their parts that run without one are right."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_tuned_tiles_are_the_fastest_measured_and_are_kept(tmp_path: Path, monke
     wanted = _tiles.Tiles(32, 16, 4, 2)
 
     def measure(call: Any) -> float:
-        """Of what would be started: fast with the wanted tiles alone."""
+        """The time of the launches that a call records: fast with the expected tiles alone."""
         with _run.written_down(target) as launches:
             call()
         return min(1.0 if launch.tiles == wanted else 2.0 for launch in launches)

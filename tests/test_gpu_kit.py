@@ -1,4 +1,4 @@
-"""What is taken along to a GPU machine: made whole or not at all, and used where it fits, never over a user's build."""
+"""The kit for a GPU machine: made whole or not at all, used where it fits, and never over a user's build."""
 
 from __future__ import annotations
 

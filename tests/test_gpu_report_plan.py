@@ -1,4 +1,4 @@
-"""What the report plans, in which order, for what it finds on a machine."""
+"""The steps that the report plans for a machine, and their order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ JOBS = {
 
 
 def found(reasons: dict[str, str] | None = None, native: Any = "no module") -> dict[str, Any]:
-    """What the first steps find; backends of `reasons` serve nothing."""
+    """The results of the first steps; backends of `reasons` serve nothing."""
     reasons = reasons or {}
     machine = {"kind": "machine", "gpu": "NVIDIA H200", "capability": [9, 0]}
     backends = [
@@ -53,7 +53,7 @@ def names(stages: Iterable[Any]) -> list[str]:
 
 
 def kinds(stages: Iterable[Any]) -> list[str]:
-    """Of the steps, in order, each once."""
+    """The kinds of the steps in order, each once."""
     return list(dict.fromkeys(name.partition("-")[0].partition(".")[0] for name in names(stages)))
 
 

@@ -19,7 +19,7 @@ APART, MIN_SAMPLES = 1.05, 5
 RULE = (
     f"REGRESSION: in both of two runs the lower quartile of the new times is above the upper quartile of the old ones, "
     f"and the medians are {APART - 1:.0%} or more apart, of {MIN_SAMPLES} samples or more on each side; the second "
-    f"and the medians are {APART - 1:.0%} or more apart, of {MIN_SAMPLES} samples or more on each side; the second "
+    f"run is made by new processes. faster: the same the other way round. BROKEN: the old tree computes it, this one "
     f"does not."
 )
 REGRESSION, BROKEN = "REGRESSION", "BROKEN"

@@ -25,7 +25,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def arguments() -> argparse.ArgumentParser:
-    """What the command takes."""
+    """The options of the command."""
     parser = argparse.ArgumentParser(prog="make gpu-report", description="see docs/gpu.md: First contact with a GPU")
     add = parser.add_argument
     add("--out", type=Path, default=OUT, metavar="DIR", help=f"where results go: {OUT.relative_to(ROOT)}")

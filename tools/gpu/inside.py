@@ -1,4 +1,4 @@
-"""What the report's steps run that needs torch: `python -m gpu.inside WHAT`, a process each.
+"""The parts of the report's steps that need torch: `python -m gpu.inside WHAT`, a process each.
 
 Every result is a line of JSON at once. On the CPU (`--device cpu`, for rehearsals) its kernels stand in for those of
 both backends.
@@ -102,7 +102,7 @@ def _version(name: str) -> str | None:
 
 
 def backends(place: Place) -> int:
-    """What the backends serve, and why not what they do not; what the native module was built from."""
+    """The ops that each backend serves, the reasons against the others, and the native module's build."""
     module = _backend.native()
     native = module.build_info() if module else _backend._load_native()[1]
     for name in BACKENDS:
@@ -112,7 +112,7 @@ def backends(place: Place) -> int:
 
 
 def jobs(place: Place) -> int:
-    """What the bench and the checks have to offer, in order of value."""
+    """The jobs of the bench and of the checks, in order of value."""
     for module in (BENCH, CHECKS):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
@@ -225,7 +225,7 @@ def heavy(place: Place) -> int:
 
 
 def ncu(place: Place, tool: str, target: Path) -> int:
-    """What Nsight Compute measures of the heaviest kernels; 1 where it measured nothing."""
+    """Measurements of the heaviest kernels by Nsight Compute; 1 where there are none."""
     driver = [sys.executable, "-m", "gpu.inside", "heavy", "--backend", place.backend, "--device", place.device]
     said = ""
     for command in (profiles.profiling(tool, place.backend, target, driver), profiles.telling(tool, target)):

@@ -34,7 +34,7 @@ KIT = ROOT / "build" / "gpu-kit"
 MOST_BYTES = 60 << 20
 _MANIFEST, _KERNELS = "kit.json", "triton-cache.tar.xz"
 _ARCHITECTURE = "9.0a"
-# What the native module and the kernels are made of.
+# The sources of the native module and of the kernels.
 _SOURCES = {
     "native": ("CMakeLists.txt", "setup.py", "cmake/**/*", "csrc/**/*"),
     "kernels": ("interformer_kernels/_triton/*.py", "interformer_kernels/_launch/*.py"),
@@ -51,7 +51,7 @@ print(json.dumps({"suffix": suffix, "torch": version("torch"), "triton": version
 
 
 def digest(kind: str) -> str:
-    """Of the sources of "native" or "kernels"."""
+    """The hash of the sources of "native" or "kernels"."""
     found = hashlib.sha256()
     for file in sorted({file for pattern in _SOURCES[kind] for file in ROOT.glob(pattern) if file.is_file()}):
         found.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
@@ -59,7 +59,7 @@ def digest(kind: str) -> str:
 
 
 def commit() -> str:
-    """Of the checkout, or why nobody knows."""
+    """The commit of the checkout, or the reason why it is unknown."""
     if shutil.which("git") is None:
         return "unknown: git is not installed"
     try:

@@ -1,4 +1,4 @@
-"""What a report does, in order of value, for a machine with one GPU that is at hand for minutes.
+"""The steps of a report in order of value, for a machine with one GPU that is available for minutes.
 
 Part 1 (330 s): is it right, and how fast is it on the shapes that matter. Part 2 (300 s, best at once after it): what
 failed or was cut off, the tools that see more, the other shapes, and last what takes minutes to compile.
@@ -54,7 +54,7 @@ def _find(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What steps are told.
+    """The settings of all steps.
 
     Attributes:
         file: the results.
@@ -86,7 +86,7 @@ class Plan:
         return next(iter(self._records("machine", "machine")), {})
 
     def _unsupported_reasons(self, backend: str) -> Mapping[str, str | None]:
-        """The reasons why ops are not served, by op; empty where they are unknown. The key `why_not` is a record's field."""
+        """Why ops are not served, by op; empty where it is unknown."""
         records = self._records("backends", "backend")
         return next((record["why_not"] for record in records if record.get("backend") == backend), {})
 
@@ -119,7 +119,7 @@ class Plan:
         return Stage([self._inside("machine", 60, "machine")], 60)
 
     def ask(self) -> Stage:
-        """Who serves what, and what there is to do."""
+        """Ask which backend serves which op, and which jobs there are."""
         return Stage([self._inside("backends", 60, "backends"), self._inside("jobs", 60, "jobs")], 60, 2)
 
     def write_down(self) -> Stage:
@@ -224,7 +224,7 @@ class Plan:
     # ------------------------------------------------------------ the parts
 
     def stages(self, part: int | None) -> list[Stage]:
-        """Of part 1 or 2, or of both; steps that are done well are passed over by whoever runs them."""
+        """The stages of part 1 or 2, or of both; the runner skips steps that ended well before."""
         one = () if part == 2 else self.part_1()
         two = () if part == 1 else self.part_2()
         return _once([*one, *two])
@@ -240,7 +240,7 @@ class Plan:
         yield Stage(list(self._bench(1)), 3600)
 
     def part_2(self) -> Iterator[Stage]:
-        """What part 1 has not done, then what sees more, then the rest."""
+        """The rest of part 1, then the tools that see more, then the other shapes."""
         everybody = os.cpu_count() or 1
         yield Stage(list(self._parity()), 110, everybody, _FOR_PART_2)
         yield Stage([*self._checks(1), *self._checks(2)], 80, everybody, _FOR_PART_2)
@@ -265,7 +265,7 @@ def _once(stages: Iterable[Stage]) -> list[Stage]:
 
 
 def environment(base: Mapping[str, str]) -> dict[str, str]:
-    """Of the steps: they import the checkout, and the bench under the name that it has where it is installed."""
+    """The environment of the steps: they import the checkout, and the bench under its installed name."""
     link = ROOT / "build" / "gpu-path" / "interformer_bench"
     link.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):

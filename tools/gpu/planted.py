@@ -9,7 +9,7 @@ from gpu.results import ROOT
 from gpu.run import Step
 
 _FILES = ROOT / "interformer_kernels" / "_files.py"
-# What a planted step may use: its results, a good record, and a grandchild that will not go when it is asked.
+# Helpers of planted steps: their results, a good record, and a grandchild that ignores SIGTERM.
 _TOOLS = f"""
 import importlib.util, os, pathlib, resource, signal, subprocess, sys, time
 spec = importlib.util.spec_from_file_location("files", {str(_FILES)!r})

@@ -57,7 +57,7 @@ class Running:
             Path(f"/proc/{self._process.pid}/oom_score_adj").write_text("1000")
 
     def fileno(self) -> int:
-        """Of what it says, for `select`."""
+        """The file descriptor of the step's output, for `select`."""
         return self._pipe
 
     def listen(self) -> None:
@@ -105,7 +105,7 @@ class Running:
         return End(code if by_itself else None, self._said(), len(left), stuck)
 
     def _left(self) -> set[int]:
-        """Who goes on without the first process; helpers that see its end are given a moment to go, too."""
+        """Processes that outlive the first one; helpers that notice its end get a moment to end, too."""
         end = time.monotonic() + _MOMENT
         while (left := set(marked(self.mark)) - {self._process.pid}) and time.monotonic() < end:
             time.sleep(0.05)

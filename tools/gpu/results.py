@@ -149,7 +149,7 @@ class Try:
 
 
 def tries(records: list[Record]) -> dict[str, Try]:
-    """Of every step the try that counts: the last that ended well, else the one that found most."""
+    """The try of every step that counts: the last that ended well, otherwise the one with most records."""
     found: dict[str, list[Try]] = {}
     running: dict[str, Try] = {}
     for record in records:

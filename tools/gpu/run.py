@@ -129,7 +129,7 @@ class Report:
                     watch.wait(10)
 
     def tries(self) -> dict[str, results.Try]:
-        """Of every step the try that counts, in this report or an earlier one."""
+        """The try of every step that counts, in this report or an earlier one."""
         return results.tries(results.read(self.file)[0])
 
     def record(self, record: results.Record) -> None:

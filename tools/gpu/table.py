@@ -1,4 +1,4 @@
-"""What was found, on one screen: what failed first. Only the last lines of a command may be seen of it."""
+"""The results on one screen, failures first. Only the last lines of a command may be visible."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def of_kind(records: Iterable[Record], kind: str) -> list[Record]:
 
 
 def header(records: Sequence[Record]) -> str:
-    """What it ran on."""
+    """The machine and the versions of the report."""
     machine = next(iter(of_kind(records, "machine")), {})
     report = next(iter(reversed(of_kind(records, "report"))), {})
     versions = [f"{name} {machine.get(name) or 'unknown'}" for name in ("torch", "triton", "cuda", "numpy", "python")]
@@ -132,7 +132,7 @@ def checks(records: Sequence[Record]) -> Iterator[str]:
 
 
 def ceilings(records: Sequence[Record]) -> Iterator[str]:
-    """Of products and copies."""
+    """The rates of products and copies."""
     for one in {one["dtype"]: one for one in of_kind(records, "ceiling")}.values():
         yield f"{one['dtype']:9} {one['gemm'] / 1e12:.4g} TFLOP/s, {one['copy'] / 1e9:.4g} GB/s"
 
