@@ -1,4 +1,4 @@
-"""Tiny models of transformers' classes, each from its own config with sizes made small by name."""
+"""Tiny models of transformers' classes, from their own configs with small sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-# Sizes by the names that configs have for them; a config takes those that it knows.
+# Sizes under all names that configs use; a config gets those that it has.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "emb_dim"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), 48),
@@ -34,7 +34,7 @@ SIZES: dict[str, Any] = {
 
 
 def config(kind: str) -> Any:
-    """The config of a model type, tiny."""
+    """A tiny config of a model type."""
     made = CONFIG_MAPPING[kind]
     known: set[str] = set()
     for parent in made.__mro__:
@@ -44,13 +44,13 @@ def config(kind: str) -> Any:
     for name, other in made.attribute_map.items():
         if name in sizes and other in sizes:
             del sizes[name]
-    found = made(**sizes)
-    found._experts_implementation = "eager"  # The grouped product of others has no float64.
-    return found
+    result = made(**sizes)
+    result._experts_implementation = "eager"  # The other implementations' grouped product has no float64.
+    return result
 
 
 def model_class(kind: str) -> Any:
-    """The class without a head of a model type."""
+    """The class of a model type without head."""
     name = MODEL_MAPPING_NAMES[kind]
     return getattr(transformers, name if isinstance(name, str) else name[0])
 
@@ -58,7 +58,7 @@ def model_class(kind: str) -> Any:
 def eager(kind: str, made: Any = None) -> Any:
     """A model with transformers' eager attention, its weights large enough to matter, in eval mode.
 
-    Of the class without a head, or of `made`.
+    The class is `made`, by default the one without head.
     """
     torch.manual_seed(0)
     model = (made or model_class(kind))._from_config(config(kind), attn_implementation="eager").eval()
@@ -69,18 +69,18 @@ def eager(kind: str, made: Any = None) -> Any:
 
 
 def parameters(kind: str) -> int:
-    """How many numbers a tiny model has: some configs have sizes of other names."""
+    """Number of parameters of a tiny model; some configs have sizes under other names."""
     with torch.device("meta"):
         return sum(p.numel() for p in model_class(kind)._from_config(config(kind)).parameters())
 
 
 def truth(model: Any) -> Any:
-    """In float64, with `sdpa` where the class has it: eager attention computes its softmax in float32."""
+    """The model in float64, with `sdpa` if the class has it: eager attention computes its softmax in float32."""
     return served(model.double(), "sdpa" if model._supports_sdpa else "eager")
 
 
 def served(model: Any, implementation: str = "interformer") -> Any:
-    """A model of the same class and weights, loaded with another attention."""
+    """A model of the same class and weights with another attention implementation."""
     settings = model.config.to_dict()
     settings.pop("_attn_implementation", None)
     settings = type(model.config).from_dict(settings)

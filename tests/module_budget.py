@@ -1,6 +1,6 @@
 """Two modules with the same parameters: outputs and gradients of the second within the first's budget (docs/ops.md).
 
-The first in float64 is the truth, the first in float32 is eager PyTorch, whose error the budget is made of.
+The first in float64 is the truth; the first in float32 is eager PyTorch, whose error determines the budget.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from interformer_kernels import testing
 Inputs = dict[str, Any]
 Run = Callable[[Any, Mapping[str, Any]], Tensor]
 
-# Padding masks of three rows of six places, True at padding.
+# Padding masks of three rows of six positions, True at padding.
 PADDINGS = {
     "right": ((0, 0, 0, 1, 1, 1), (0, 0, 0, 0, 0, 1), (0, 0, 0, 0, 0, 0)),
     "left": ((1, 1, 1, 0, 0, 0), (1, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0)),
@@ -33,12 +33,12 @@ ROWS, WIDTH = 3, 6
 
 
 def padding(kind: str) -> Tensor:
-    """The mask of this kind, bool `[3, 6]`."""
+    """The padding mask of this kind, bool `[3, 6]`."""
     return torch.tensor(PADDINGS[kind], dtype=torch.bool)
 
 
 def perturbed(module: Any, by: float = 0.2) -> Any:
-    """The module with all parameters moved from where they start: biases start at zero, and would hide."""
+    """The module with all parameters perturbed: biases are initialised to zero, which would hide errors."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += by * torch.randn_like(parameter)
@@ -46,14 +46,14 @@ def perturbed(module: Any, by: float = 0.2) -> Any:
 
 
 def swapped(module: Any) -> Any:
-    """A copy of the module, accelerated."""
-    found = copy.deepcopy(module)
-    interformer_kernels.accelerate(found)
-    return found
+    """An accelerated copy of the module."""
+    result = copy.deepcopy(module)
+    interformer_kernels.accelerate(result)
+    return result
 
 
 def draw(seed: int, **shapes: tuple[int, ...]) -> Inputs:
-    """Normal numbers of these shapes, as gradient leaves."""
+    """Normal random leaves of these shapes that require gradients."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator).requires_grad_() for name, shape in shapes.items()}
 
@@ -65,10 +65,10 @@ def assert_within_budget(
     run: Run,
     few: int = 24,
 ) -> None:
-    """`run(after, inputs)` and its gradients agree with those of `before`, over draws `make(seed)`.
+    """Check that `run(after, inputs)` and its gradients agree with those of `before`, over draws `make(seed)`.
 
-    As many as the rule of `testing.compare` asks for with EVERY=1; else quantities that `few` draws leave short of it
-    are not judged.
+    With EVERY=1 there are as many draws as the rule of `testing.compare` needs; else quantities for which `few` draws
+    are not enough are not judged.
     """
     rows = testing.judge(testing.pooled(lambda seed: _measure(before, after, make(seed), run), 0, most_draws(few)))
     assert rows
@@ -76,29 +76,29 @@ def assert_within_budget(
 
 
 def evaluate(module: nn.Module, inputs: Inputs, run: Run) -> dict[str, Tensor]:
-    """The output and the gradients of inputs and parameters, by name; all of them finite."""
+    """The output and the gradients of inputs and parameters, by name, checked to be finite."""
     out = run(module, inputs)
-    found = {"out": out.detach()}
+    result = {"out": out.detach()}
     generator = torch.Generator().manual_seed(7)
     weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
     named = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
     named.update((name, x) for name, x in module.named_parameters() if x.requires_grad)
     grads = torch.autograd.grad(out, list(named.values()), weights, allow_unused=True, materialize_grads=True)
-    found.update({f"d {name}": grad for name, grad in zip(named, grads, strict=True)})
-    for name, x in found.items():
+    result.update({f"d {name}": grad for name, grad in zip(named, grads, strict=True)})
+    for name, x in result.items():
         assert x.isfinite().all(), name
-    return found
+    return result
 
 
 def _measure(before: nn.Module, after: nn.Module, inputs: Inputs, run: Run) -> testing.Errors:
-    found, eager = evaluate(after, inputs, run), evaluate(before, inputs, run)
+    result, eager = evaluate(after, inputs, run), evaluate(before, inputs, run)
     truth = evaluate(copy.deepcopy(before).double(), testing.cast_inputs(inputs, torch.float64), run)
-    assert found.keys() == truth.keys()
-    return {name: testing.Sums.of(x, eager[name], truth[name]) for name, x in found.items()}
+    assert result.keys() == truth.keys()
+    return {name: testing.Sums.of(x, eager[name], truth[name]) for name, x in result.items()}
 
 
 def copies(module: nn.Module) -> dict[str, nn.Module]:
-    """The module, copied in every way that modules travel."""
+    """Copies of the module by deepcopy, pickle and `torch.save`."""
     saved = io.BytesIO()
     torch.save(module, saved)
     saved.seek(0)

@@ -1,4 +1,4 @@
-"""`accelerate` on PyTorch's own modules: the same numbers and gradients, the same parameters, and what it says."""
+"""`accelerate` on PyTorch's own modules: equal outputs and gradients, the same parameters, and its warnings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def encoder_layer(**options: Any) -> nn.TransformerEncoderLayer:
 
 
 def encoder(norm: bool = True, **options: Any) -> nn.TransformerEncoder:
-    nested = not options  # PyTorch warns where it cannot be had.
+    nested = not options  # PyTorch warns if it is not available.
     return nn.TransformerEncoder(encoder_layer(**options), 2, nn.LayerNorm(E) if norm else None, nested)
 
 
@@ -31,7 +31,7 @@ def encoder(norm: bool = True, **options: Any) -> nn.TransformerEncoder:
 
 
 def inputs_of(attention: nn.MultiheadAttention, shared: bool) -> Callable[[int], budget.Inputs]:
-    """Draws one input for self attention, or three."""
+    """Draw one input for self attention, or three."""
     lead = (budget.ROWS, budget.WIDTH) if attention.batch_first else (budget.WIDTH, budget.ROWS)
     if shared:
         return lambda seed: budget.draw(seed, x=(*lead, E))
@@ -50,7 +50,7 @@ def attend(module: Any, inputs: Mapping[str, Any], **masks: Any) -> Tensor:
 def test_attention_with_padding(
     kind: str, options: dict[str, Any], additive: bool, notices: Callable[[], list[str]]
 ) -> None:
-    """At every place, padding too; a row of padding alone gets zeros from its attention, and so the output's bias."""
+    """Outputs agree at padding too; a row of padding only gets zeros from its attention, and so the output's bias."""
     before = perturbed(nn.MultiheadAttention(E, H, **options))
     after = swapped(before)
     padding = budget.padding(kind)
@@ -95,7 +95,7 @@ def test_attention_without_masks() -> None:
 
 
 def test_inference_of_a_padded_row_is_finite() -> None:
-    """Where PyTorch's fused path answers NaN."""
+    """PyTorch's fused path returns NaN there."""
     before = perturbed(nn.MultiheadAttention(E, H, batch_first=True)).eval()
     x, padding = torch.randn(3, 6, E), budget.padding("a row of padding")
     with torch.no_grad():
@@ -109,9 +109,9 @@ X, BANDED = torch.randn(3, 6, E), torch.ones(6, 6, dtype=torch.bool).triu(2)
 CAUSAL = torch.ones(6, 6, dtype=torch.bool).triu(1)
 FLOATING = torch.zeros(3, 6).masked_fill(budget.padding("right"), -2.0)
 UNSERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "need_weights=True (its default)": ({}, {"need_weights": True}),
+    "need_weights=True (the default)": ({}, {"need_weights": True}),
     "dropout = 0.5 in training": ({"dropout": 0.5}, {}),
-    "a causal mask beside padding with holes": (
+    "a causal mask together with padding that has holes": (
         {},
         {"attn_mask": CAUSAL, "key_padding_mask": budget.padding("holes")},
     ),
@@ -122,22 +122,22 @@ UNSERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("why", UNSERVED)
 def test_calls_that_take_pytorchs_path_say_so_once(why: str, notices: Callable[[], list[str]]) -> None:
-    """And give PyTorch's bits."""
+    """They also give PyTorch's bits."""
     options, arguments = UNSERVED[why]
     before = perturbed(nn.MultiheadAttention(E, H, batch_first=True, **options))
     after = swapped(before)
-    found = []
+    result = []
     for module in (before, after, after):
         torch.manual_seed(5)
-        found.append(module(X, X, X, **{"need_weights": False, **arguments}))
-    assert torch.equal(found[0][0], found[1][0])
-    assert (found[1][1] is None) == (not arguments.get("need_weights"))
+        result.append(module(X, X, X, **{"need_weights": False, **arguments}))
+    assert torch.equal(result[0][0], result[1][0])
+    assert (result[1][1] is None) == (not arguments.get("need_weights"))
     (said,) = notices()
     assert said.startswith(f"MultiheadAttention takes PyTorch's own path for {why}")
 
 
 def test_pytorch_refuses_what_it_refused() -> None:
-    """Wrong calls reach PyTorch's own checks."""
+    """Invalid calls raise PyTorch's own errors."""
     after = swapped(nn.MultiheadAttention(E, H, batch_first=True))
     for arguments in ({"key_padding_mask": budget.padding("right")[:2]}, {"is_causal": True}):
         with pytest.raises((AssertionError, RuntimeError)):
@@ -161,7 +161,7 @@ def test_encoder_layer(kind: str, norm_first: bool) -> None:
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("kind", budget.PADDINGS)
 def test_encoder_is_packed(kind: str, norm: bool, notices: Callable[[], list[str]]) -> None:
-    """At tokens; its layers never see padding, where the output is that of zeros."""
+    """Outputs agree at tokens; the layers skip padding, where the output is that of zero inputs."""
     before, padding = perturbed(encoder(norm)), budget.padding(kind)
     after = swapped(before)
 
@@ -181,7 +181,7 @@ def test_encoder_is_packed(kind: str, norm: bool, notices: Callable[[], list[str
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", ["right", "a row of padding"])
 def test_encoder_at_inference(kind: str) -> None:
-    """Where PyTorch's own encoder goes nested, the outputs agree at padding, too."""
+    """If PyTorch's own encoder uses nested tensors, the outputs agree at padding too."""
     before, x = perturbed(encoder()).eval(), torch.randn(3, 6, E)
     padding = budget.padding(kind)
     with torch.no_grad():
@@ -191,7 +191,7 @@ def test_encoder_at_inference(kind: str) -> None:
 
 @pytest.mark.parametrize("case", ["causal", "hooks", "batch second", "norm first", "no padding", "dropout"])
 def test_encoders_that_are_not_packed(case: str) -> None:
-    """Their layers are served instead; at all places, padding too, their output is PyTorch's."""
+    """Their layers are served instead; the output equals PyTorch's everywhere, also at padding."""
     options = {"batch second": {"batch_first": False}, "norm first": {"norm_first": True}}.get(case, {})
     before = perturbed(encoder(**options))
     after, calls = swapped(before), []
@@ -200,7 +200,7 @@ def test_encoders_that_are_not_packed(case: str) -> None:
         masks["mask"] = CAUSAL
     if case == "hooks":
         after.layers[0].linear1.register_forward_hook(lambda *call: calls.append(call))
-    if case == "dropout":  # So little of it that nothing is dropped.
+    if case == "dropout":  # The dropout is so small that nothing is dropped.
         for module in (before, after):
             module.layers[1].self_attn.dropout = 1e-9
     shape = (6, 3, E) if case == "batch second" else (3, 6, E)
@@ -226,7 +226,7 @@ def test_nested_tensors_take_pytorchs_path(notices: Callable[[], list[str]]) -> 
 
 
 def test_compiled(notices: Callable[[], list[str]]) -> None:
-    """Without padding the ops serve in one graph; with it, PyTorch's own path does, and that is said."""
+    """Without padding the ops serve in one graph; with padding PyTorch's own path does, with a warning."""
     before = perturbed(nn.MultiheadAttention(E, H, batch_first=True))
     after = swapped(before)
     compiled = torch.compile(after, fullgraph=True, backend="eager")
@@ -234,8 +234,8 @@ def test_compiled(notices: Callable[[], list[str]]) -> None:
         assert torch.equal(attend(compiled, {"x": X}, **masks), attend(after, {"x": X}, **masks))
     assert not notices()
     padding = budget.padding("holes")
-    found = attend(compiled, {"x": X}, key_padding_mask=padding)
-    assert torch.equal(found, attend(before, {"x": X}, key_padding_mask=padding))
+    result = attend(compiled, {"x": X}, key_padding_mask=padding)
+    assert torch.equal(result, attend(before, {"x": X}, key_padding_mask=padding))
     (said,) = notices()
     assert "padding masks under torch.compile" in said
 
@@ -244,12 +244,12 @@ def test_compiled(notices: Callable[[], list[str]]) -> None:
 
 
 PER_CALL = (torch.arange(6) >= torch.tensor([1, 4, 6, 2, 3]).view(5, 1, 1)).expand(5, 2, 6)
-JVP = "forward-mode derivatives (jvp), which the ops have not"
+JVP = "forward-mode derivatives (jvp), which the ops do not have"
 VMAP = "masks that differ under vmap, where their contents cannot be read"
 
 
 def transforms() -> dict[str, tuple[str, Callable[[Any], Tensor]]]:
-    """What PyTorch's module serves under a transform, and why the swapped one leaves it to that."""
+    """Calls under a transform that PyTorch's module serves, and the swapped one's reason to leave them to it."""
     x = torch.randn(5, 2, 6, E, generator=torch.Generator().manual_seed(1))
 
     def out(module: Any, x: Tensor, padding: Tensor | None = None) -> Tensor:
@@ -277,7 +277,7 @@ def transforms() -> dict[str, tuple[str, Callable[[Any], Tensor]]]:
 
 @pytest.mark.parametrize("case", transforms())
 def test_transforms_that_the_ops_have_not_take_pytorchs_path(case: str, notices: Callable[[], list[str]]) -> None:
-    """With its bits, counted and said."""
+    """The bits are PyTorch's, and the calls are counted and logged."""
     why, run = transforms()[case]
     before = perturbed(nn.MultiheadAttention(E, H, batch_first=True))
     after = copy.deepcopy(before)
@@ -294,8 +294,8 @@ def test_one_mask_for_all_of_vmap_is_served() -> None:
     after = copy.deepcopy(before)
     calls = accelerate(after).calls()[""]
     x = torch.randn(5, 2, 6, E)
-    found = [torch.vmap(lambda x, m=m: attend(m, {"x": x}, key_padding_mask=PER_CALL[3]))(x) for m in (after, before)]
-    torch.testing.assert_close(*found)
+    result = [torch.vmap(lambda x, m=m: attend(m, {"x": x}, key_padding_mask=PER_CALL[3]))(x) for m in (after, before)]
+    torch.testing.assert_close(*result)
     assert (calls.served, calls.unserved) == (1, {})
 
 
@@ -315,11 +315,11 @@ def test_encoders_under_transforms(make: Callable[[], nn.Module]) -> None:
         assert (calls.served, calls.unserved) == (0, {VMAP: 1, JVP: 1})
 
 
-# ---------------------------------------------------------------- what the report says of calls
+# ---------------------------------------------------------------- calls in the report
 
 
 def test_the_report_counts_calls() -> None:
-    """A module whose callers never say need_weights=False is swapped, and serves nothing: the report says so."""
+    """A module whose callers never pass need_weights=False is swapped but serves no call; the report shows it."""
     model = nn.ModuleDict({"used": nn.MultiheadAttention(E, H), "careless": nn.MultiheadAttention(E, H)})
     dry = accelerate(model, dry_run=True)
     report = accelerate(model)
@@ -329,20 +329,20 @@ def test_the_report_counts_calls() -> None:
         model["used"](X, X, X, need_weights=False)
         model["careless"](X, X, X)
     calls = report.calls()
-    weights = "need_weights=True (its default): weights were asked for, which the ops do not return"
+    weights = "need_weights=True (the default), because the ops do not return attention weights"
     assert list(calls) == ["used", "careless"]
     assert (calls["used"].served, calls["used"].unserved) == (3, {})
     assert (calls["careless"].served, calls["careless"].unserved) == (0, {weights: 3})
     lines = str(report).splitlines()
     assert "    3 calls served" in lines
     assert f"    0 calls served; 3 not served: {weights}" in lines
-    copied = copy.deepcopy(model)  # Its calls are its own.
+    copied = copy.deepcopy(model)  # The copy counts its own calls.
     copied["used"](X, X, X, need_weights=False)
     assert calls["used"].served == 3
 
 
 def test_the_report_counts_calls_of_encoders() -> None:
-    """Packed, each of its parts is served; unpacked, an encoder is served as its layers are."""
+    """A packed encoder serves all its modules; an unpacked one is served if its layers are."""
     model = encoder()
     calls = accelerate(model).calls()
     model(X, src_key_padding_mask=budget.padding("right"))
@@ -350,5 +350,5 @@ def test_the_report_counts_calls_of_encoders() -> None:
     model(X)
     assert {name: (c.served, c.unserved) for name, c in calls.items()} == dict.fromkeys(calls, (2, {}))
     model(X, mask=BANDED)
-    why = "an attn_mask that is not the causal one (or cannot be told under torch.compile without is_causal)"
+    why = "an attn_mask that is not the causal one (or cannot be read under torch.compile without is_causal)"
     assert {name: (c.served, c.unserved) for name, c in calls.items()} == dict.fromkeys(calls, (2, {why: 1}))

@@ -18,7 +18,7 @@ from torch_geometric.nn.aggr import SetTransformerAggregation
 from torch_geometric.nn.aggr.utils import PoolingByMultiheadAttention
 
 E, H = 16, 4
-# Sets of 5, 0, 3, 1 and, behind the last element, 0 again.
+# Sets of 5, 0, 3, 1 elements, and an empty set after the last element.
 INDEX, SETS = torch.tensor([0, 0, 0, 0, 0, 2, 2, 2, 3]), 5
 
 
@@ -37,7 +37,7 @@ def aggregate(module: Any, inputs: Mapping[str, Any]) -> Tensor:
     ids=str,
 )
 def test_set_transformer(options: dict[str, Any], notices: Callable[[], list[str]]) -> None:
-    """Empty sets included; the first three pool with folded projections, the last without."""
+    """Empty sets are included; the first three cases pool with folded projections, the last without."""
     before = perturbed(SetTransformerAggregation(E, **options))
     budget.assert_within_budget(before, swapped(before), lambda seed: budget.draw(seed, x=(len(INDEX), E)), aggregate)
     assert not notices()
@@ -61,7 +61,7 @@ def test_pooling_without_a_mask() -> None:
 
 
 def test_other_ways_to_name_sets() -> None:
-    """One set where nothing is named, and sizes that a batch may be padded to."""
+    """The default is one set; sizes that a batch is padded to are accepted."""
     before, x = perturbed(SetTransformerAggregation(E, heads=H)), torch.randn(len(INDEX), E)
     after = swapped(before)
     torch.testing.assert_close(after(x), before(x))
@@ -103,7 +103,7 @@ def test_calls_that_take_the_original_path_say_so_once(case: str, notices: Calla
 
 
 def test_compiled(notices: Callable[[], list[str]]) -> None:
-    """Packed all through, so that nothing changes under the compiler."""
+    """Elements stay packed throughout, so that compiling changes nothing."""
     after = swapped(perturbed(SetTransformerAggregation(E, heads=H)))
     x = torch.randn(len(INDEX), E)
     compiled = torch.compile(after, backend="eager")
@@ -115,7 +115,7 @@ X, TOKENS = torch.randn(3, 6, E), ~budget.padding("holes")
 
 
 class Readout(nn.Module):
-    """A model around the aggregation, as graph models have it."""
+    """A graph model with the aggregation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,4 +147,4 @@ def test_what_cannot_be_served_is_left() -> None:
     model = SetTransformerAggregation(E)
     model.pma.mab.attn = nn.MultiheadAttention(E, 1, add_zero_attn=True, batch_first=True)
     why = {entry.name: entry.why for entry in ik.accelerate(model).left}
-    assert why[""] == why["pma"] == "add_bias_kv or add_zero_attn, which the ops have not"
+    assert why[""] == why["pma"] == "add_bias_kv or add_zero_attn, which the ops do not support"

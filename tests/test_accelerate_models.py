@@ -1,4 +1,4 @@
-"""`accelerate` on whole models: what it reports, what stays as it was, how models travel, adapters of one's own."""
+"""`accelerate` on whole models: its report, unchanged attributes, copying and saving, user-defined adapters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ E, H = 16, 4
 
 
 class Sub(nn.MultiheadAttention):
-    """Someone's own attention: its forward is not known."""
+    """A user's subclass of attention, whose forward is unknown."""
 
 
 class Model(nn.Module):
@@ -58,7 +58,7 @@ def test_the_report_lists_every_module() -> None:
     assert [entry.name for entry in report.swapped] == SWAPPED
     why = {entry.name: entry.why for entry in report.left}
     assert why["own"].startswith("a subclass of MultiheadAttention, whose forward may differ")
-    assert why["zero"] == "add_bias_kv or add_zero_attn, which the ops have not"
+    assert why["zero"] == "add_bias_kv or add_zero_attn, which the ops do not support"
     assert why["embed"] == why[""] == "no adapter is registered for this class"
     lines = str(report).splitlines()
     assert lines[0] == f"6 of {len(classes)} modules swapped"
@@ -71,7 +71,7 @@ def test_the_report_lists_every_module() -> None:
 
 
 def test_a_model_trains_as_before() -> None:
-    """Parameters, keys, hooks and the optimizer's hold on them stay, and a whole model's gradients agree."""
+    """Parameters, keys, hooks and the optimizer's references to them stay, and a whole model's gradients agree."""
     before = perturbed(Model())
     after = copy.deepcopy(before)
     parameters, keys = list(after.parameters()), list(after.state_dict())
@@ -117,11 +117,11 @@ def test_accelerated_models_travel_by_safetensors(tmp_path: Path) -> None:
     assert torch.equal(swapped(plain)(ids, padding), model(ids, padding))
 
 
-# ---------------------------------------------------------------- adapters of one's own
+# ---------------------------------------------------------------- user-defined adapters
 
 
 class Pool(nn.Module):
-    """Someone's pooling of padded sets."""
+    """A user's pooling of padded sets."""
 
     def __init__(self, scale: bool = False) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Pool(nn.Module):
 
 
 class FastPool(Pool):
-    """The same by the op."""
+    """The same pooling, computed by the op."""
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         values, offsets, _ = from_padded(x, padding_mask=padding)
@@ -171,5 +171,5 @@ def test_errors() -> None:
     with pytest.raises(TypeError, match="adapter must be callable, found 'no'"):
         ik.register_adapter(Pool, "no")  # type: ignore[arg-type]
     ik.register_adapter(Pool, lambda _: nn.Linear)
-    with pytest.raises(TypeError, match="the adapter of Pool must answer with a subclass of Pool, or a string"):
+    with pytest.raises(TypeError, match="the adapter of Pool must return a subclass of Pool, or a string"):
         ik.accelerate(Pool())

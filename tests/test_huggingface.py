@@ -1,4 +1,4 @@
-"""`attn_implementation="interformer"` in real models of transformers: logits and gradients against their own."""
+"""`attn_implementation="interformer"` in real models of transformers: logits and gradients compared with their own."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def answer(model: Any, **inputs: Any) -> Tensor:
 
 
 def compare(before: nn.Module, after: nn.Module, run: budget.Run, shape: tuple[int, ...] = (3, 6)) -> None:
-    """Over draws of the ids."""
+    """Compare over several draws of the ids."""
     budget.assert_within_budget(before, after, lambda seed: {"ids": ids(seed, *shape)}, run)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 @pytest.mark.parametrize("kind", budget.PADDINGS)
 def test_padded(name: str, kind: str, notices: Callable[[], list[str]]) -> None:
-    """At tokens; a row of padding alone gives finite outputs and gradients."""
+    """Outputs agree at tokens; a row of padding only gives finite outputs and gradients."""
     before, after = pair(name)
     padding = budget.padding(kind)
 
@@ -107,7 +107,7 @@ def test_without_padding(name: str, notices: Callable[[], list[str]]) -> None:
 
 @pytest.mark.parametrize("kind", ["left", "holes"])
 def test_encoder_and_decoder(kind: str, notices: Callable[[], list[str]]) -> None:
-    """Cross attention: the keys are padded, the queries are another sequence; of one length, and of another."""
+    """Cross attention: the keys are padded, and the queries are another sequence, of equal or different length."""
     before, after = pair("bart")
     padding = budget.padding(kind)
     for decoded in (IDS, IDS[:, :4]):
@@ -126,7 +126,7 @@ LENGTHS = (4, 1, 5)
 @pytest.mark.parametrize("told", ["position_ids", "cu_seq_lens"])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_packed(name: str, told: str, notices: Callable[[], list[str]]) -> None:
-    """Several rows in one: each as if it were alone. (Rows longer than a sliding window go by transformers' sdpa.)"""
+    """Each packed row is computed as if it were alone. (Rows longer than a sliding window use transformers' sdpa.)"""
     before, after = pair(name)
     rows: dict[str, Any] = {"position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
     if told == "cu_seq_lens":
@@ -143,7 +143,7 @@ def test_packed(name: str, told: str, notices: Callable[[], list[str]]) -> None:
 
 
 def test_generation_with_a_cache(notices: Callable[[], list[str]]) -> None:
-    """Prefill, then single queries over what is cached, of rows padded on the left."""
+    """Prefill, then single queries over the cache, of rows padded on the left."""
     before, after = pair("llama")
     arguments: dict[str, Any] = {"input_ids": IDS, "attention_mask": (~budget.padding("left")).long()}
     arguments.update(max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
@@ -154,14 +154,14 @@ def test_generation_with_a_cache(notices: Callable[[], list[str]]) -> None:
 
 
 def test_some_queries_over_a_cache() -> None:
-    """More than one query, fewer than keys: the last query stands at the last key."""
+    """More than one query and fewer than keys: the last query is aligned with the last key."""
     before, after = pair("llama")
-    found = []
+    result = []
     for model in (before.eval(), after.eval()):
         with torch.no_grad():
             cache = model(input_ids=IDS[:, :3], use_cache=True).past_key_values
-            found.append(model(input_ids=IDS[:, 3:], cache=cache).logits)
-    torch.testing.assert_close(found[1], found[0])
+            result.append(model(input_ids=IDS[:, 3:], cache=cache).logits)
+    torch.testing.assert_close(result[1], result[0])
 
 
 @pytest.mark.parametrize("case", ["a window", "a mask of pairs", "a static cache", "compiled with padding"])
@@ -197,7 +197,7 @@ def test_compiled_without_padding() -> None:
 
 
 def test_dropout_takes_the_reference_and_says_so(notices: Callable[[], list[str]]) -> None:
-    """Of one key per query its weight is one: some heads of some tokens are dropped, the others doubled."""
+    """With one key per query its weight is 1: some heads of some tokens are dropped, the others doubled."""
     out = huggingface.attention(nn.Identity(), *torch.ones(3, 5, 4, 1, 8).unbind(0), None, dropout=0.5, is_causal=True)[
         0
     ]
@@ -210,7 +210,7 @@ def test_dropout_takes_the_reference_and_says_so(notices: Callable[[], list[str]
 
 
 def test_a_layers_window() -> None:
-    """Where no mask was asked for, the layer's own `sliding_window` counts: so many keys, the query's own included."""
+    """Without a mask, the layer's own `sliding_window` applies: that many keys, the query's own included."""
     q, k = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
     out = huggingface.attention(nn.Identity(), q, k, k, None, sliding_window=3, is_causal=True)[0]
     band = torch.ones(6, 6, dtype=torch.bool).tril().triu(-2)
@@ -218,7 +218,7 @@ def test_a_layers_window() -> None:
 
 
 def test_a_mask_of_four_axes_says_all() -> None:
-    """The layer's window and causality are in it, so that a single query does not ask for them again."""
+    """A mask contains the layer's window and causality, so they are not applied a second time to a single query."""
     q, k = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 3, 8)
     seen = torch.tensor([[True, False, True], [False, False, True]])[:, None, None]
     out = huggingface.attention(nn.Identity(), q, k, k, seen, sliding_window=1, is_causal=True)[0]

@@ -44,7 +44,7 @@ def served(kind: str) -> Any:
     return models.served(models.eager(kind))
 
 
-# ---------------------------------------------------------------- classes that attend by their own code
+# ---------------------------------------------------------------- classes with their own attention code
 
 
 @pytest.mark.parametrize("kind", ["mpnet", "bloom", "rembert", "big_bird"])
@@ -53,7 +53,7 @@ def test_classes_that_attend_by_their_own_code_are_refused_when_loaded(kind: str
     with pytest.raises(ValueError, match=f"'interformer' cannot serve {type(model).__name__}: .* code of its own"):
         models.served(model)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="take 'eager', or name the parts to be served"):
+    with pytest.raises(ValueError, match="use 'eager', or name the parts to be served"):
         type(model).from_pretrained(tmp_path, attn_implementation="interformer")
     type(model).from_pretrained(tmp_path)
 
@@ -74,17 +74,17 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_code_that_reads_a_mask_gets_eagers_numbers(name: str, padding: Tensor | None) -> None:
     function = FUNCTIONS[name]
-    wanted = masking_utils.eager_mask(2, 6, 6, mask_function=function, attention_mask=padding)
+    expected = masking_utils.eager_mask(2, 6, 6, mask_function=function, attention_mask=padding)
     scores = torch.randn(2, 4, 6, 6)
-    assert torch.equal(scores + mask_of(function, padding), scores + wanted)
-    assert torch.equal(mask_of(function, padding)[:, :, 2:4, 1:], wanted[:, :, 2:4, 1:])
-    assert torch.equal(mask_of(function, padding) == 0, wanted == 0)
+    assert torch.equal(scores + mask_of(function, padding), scores + expected)
+    assert torch.equal(mask_of(function, padding)[:, :, 2:4, 1:], expected[:, :, 2:4, 1:])
+    assert torch.equal(mask_of(function, padding) == 0, expected == 0)
     q = torch.randn(2, 4, 6, 8)
-    found = F.scaled_dot_product_attention(q, q, q, mask_of(function, padding))
-    assert torch.equal(found, F.scaled_dot_product_attention(q, q, q, wanted))
+    actual = F.scaled_dot_product_attention(q, q, q, mask_of(function, padding))
+    assert torch.equal(actual, F.scaled_dot_product_attention(q, q, q, expected))
     whole = mask_of(function, padding)[:, :, :, :6]
     assert isinstance(whole, masks.PairMask)
-    assert whole.pairs.form is not None or name == "window"
+    assert whole.info.form is not None or name == "window"
 
 
 @pytest.mark.parametrize("view", [lambda m: m, lambda m: m[:, :, 2:3], lambda m: m[:, :, :, :6]])
@@ -92,25 +92,25 @@ def test_what_is_written_into_a_mask_counts(view: Callable[[Tensor], Tensor]) ->
     mask = mask_of(masking_utils.causal_mask_function)
     q = torch.randn(2, 4, 6, 8)
     view(mask).masked_fill_(torch.arange(6) == 1, -1e30)
-    wanted = masking_utils.eager_mask(2, 6, 6)
-    view(wanted).masked_fill_(torch.arange(6) == 1, -1e30)
+    expected = masking_utils.eager_mask(2, 6, 6)
+    view(expected).masked_fill_(torch.arange(6) == 1, -1e30)
     out = huggingface.attention(nn.Identity(), q, q, q, mask)[0]
-    torch.testing.assert_close(out.transpose(1, 2), F.scaled_dot_product_attention(q, q, q, wanted))
+    torch.testing.assert_close(out.transpose(1, 2), F.scaled_dot_product_attention(q, q, q, expected))
 
 
 def test_a_mask_in_another_precision_is_the_same_mask() -> None:
-    """As mixed precision casts the inputs of layers: its least number is that of its dtype, and the ops still serve."""
+    """Mixed precision casts the inputs of layers: the mask has its new dtype's minimum, and the ops still serve."""
     mask = mask_of(masking_utils.causal_mask_function, PADDING).to(torch.bfloat16)
     assert isinstance(mask, masks.PairMask)
-    assert mask.pairs.form is not None
-    wanted = masking_utils.eager_mask(2, 6, 6, attention_mask=PADDING, dtype=torch.bfloat16)
-    assert torch.equal(mask + torch.zeros((), dtype=torch.bfloat16), wanted)
+    assert mask.info.form is not None
+    expected = masking_utils.eager_mask(2, 6, 6, attention_mask=PADDING, dtype=torch.bfloat16)
+    assert torch.equal(mask + torch.zeros((), dtype=torch.bfloat16), expected)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(use_reentrant: bool) -> None:
-    """The same gradients, of padded rows in training."""
-    mask, found = torch.ones(2, LENGTH, dtype=torch.long), []
+    """Gradients agree for padded rows in training."""
+    mask, result = torch.ones(2, LENGTH, dtype=torch.long), []
     mask[0, :3] = 0
     for checkpointing in (False, True):
         model = served("llama").train()
@@ -118,8 +118,8 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         out = model(input_ids=ids(2), attention_mask=mask).last_hidden_state
         out[mask.bool()].square().sum().backward()
-        found.append([p.grad for p in model.parameters()])
-    for first, second in zip(*found, strict=True):
+        result.append([p.grad for p in model.parameters()])
+    for first, second in zip(*result, strict=True):
         torch.testing.assert_close(first, second)
 
 
@@ -130,47 +130,47 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text", "gpt_bigcode", "olmo3", "llama4_text"])
 def test_packed_rows_stand_alone(kind: str, use_cache: bool, told: str) -> None:
-    """Under windows shorter than the row and chunks, too; the other row may be anything."""
+    """This holds for windows shorter than the row and for chunks too, whatever the other row contains."""
     before = models.eager(kind)
     after, tokens = models.served(before), ids()
     rows = {**(ROWS if told != "position_ids" else {}), **({"position_ids": PLACES} if told != "cu_seq_lens" else {})}
     if kind == "llama4_text" and told == "cu_seq_lens":
-        with pytest.raises(ValueError, match="packed rows do not go with this mask"):
+        with pytest.raises(ValueError, match="packed rows are not supported with this mask"):
             hidden(after, tokens, use_cache=use_cache, **rows)
         return
-    found = hidden(after, tokens, use_cache=use_cache, **rows)
+    result = hidden(after, tokens, use_cache=use_cache, **rows)
     again = tokens.clone()
     again[0, :SPLIT] = 3 + (again[0, :SPLIT] + 7) % 57
     moved = hidden(after, again, use_cache=use_cache, **rows)
-    assert torch.equal(found[:, SPLIT:], moved[:, SPLIT:])
-    if told == "cu_seq_lens" and kind == "gpt_bigcode":  # Its positions are learned, and go on from row to row.
+    assert torch.equal(result[:, SPLIT:], moved[:, SPLIT:])
+    if told == "cu_seq_lens" and kind == "gpt_bigcode":  # Its positions are learned, and continue from row to row.
         return
     alone = torch.cat([hidden(before, row) for row in tokens.split((SPLIT, LENGTH - SPLIT), 1)], 1)
-    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_packed_rows_of_an_encoder() -> None:
     before = models.eager("modernbert")
     after = models.served(before)
-    found = hidden(after, ids(), position_ids=PLACES, **ROWS)
+    result = hidden(after, ids(), position_ids=PLACES, **ROWS)
     alone = torch.cat([hidden(before, row) for row in ids().split((SPLIT, LENGTH - SPLIT), 1)], 1)
-    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result, alone, rtol=1e-4, atol=1e-4)
     q = torch.randn(1, 4, LENGTH, 8)
     for mask in (None, mask_of(masking_utils.bidirectional_mask_function, size=(1, LENGTH))):
-        with pytest.raises(ValueError, match="position_ids start anew in bidirectional attention"):
+        with pytest.raises(ValueError, match="position_ids restart in bidirectional attention"):
             huggingface.attention(layer(is_causal=False), q, q, q, mask, position_ids=PLACES)
 
 
 def test_a_mask_of_ones_own_beside_packed_rows() -> None:
-    """Both hide: a mask `[1, 1, L, L]` that shows everything, and one that hides a key."""
+    """Masks `[1, 1, L, L]` without and with a masked key are combined with the packed rows."""
     q = torch.randn(1, 4, LENGTH, 8)
     same = (torch.arange(LENGTH) >= SPLIT)[:, None] == (torch.arange(LENGTH) >= SPLIT)
     for given in (torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), (torch.arange(LENGTH) != 1)[None, None, None]):
         shown = given.expand(1, 1, LENGTH, LENGTH)
         for mask in (given, torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)):
             out = huggingface.attention(nn.Identity(), q, q, q, mask, cu_seq_lens_q=OFFSETS, cu_seq_lens_k=OFFSETS)[0]
-            wanted = F.scaled_dot_product_attention(q, q, q, shown & same)
-            torch.testing.assert_close(out.transpose(1, 2), wanted)
+            expected = F.scaled_dot_product_attention(q, q, q, shown & same)
+            torch.testing.assert_close(out.transpose(1, 2), expected)
 
 
 def filled_cache(model: Any) -> Any:
@@ -178,14 +178,14 @@ def filled_cache(model: Any) -> Any:
 
 
 REFUSED: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "one of the pair": ("cu_seq_lens_k must go with", lambda m: hidden(m, ids(), cu_seq_lens_q=OFFSETS)),
+    "one of the pair": ("cu_seq_lens_k must be given with", lambda m: hidden(m, ids(), cu_seq_lens_q=OFFSETS)),
     "unequal": (
         "cu_seq_lens_k must be equal to cu_seq_lens_q",
         lambda m: hidden(m, ids(), cu_seq_lens_q=OFFSETS, cu_seq_lens_k=torch.tensor([0, 3, 9])),
     ),
     "too long": ("must be at most 9", lambda m: hidden(m, ids(), cu_seq_lens_q=OFFSETS + 0, cu_seq_lens_k=OFFSETS * 2)),
     "beside a mask": (
-        "position_ids start anew beside an attention_mask",
+        "position_ids restart beside an attention_mask",
         lambda m: hidden(m, ids(), position_ids=PLACES, attention_mask=torch.ones(1, LENGTH, dtype=torch.long)),
     ),
     "a gap": (
@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Any]]] = {
         lambda m: hidden(m, ids(), position_ids=PLACES + LENGTH, past_key_values=filled_cache(m)),
     ),
     "a token of a row in a cache": (
-        "position_ids behind a cache of 9 tokens must go on from there, found 5",
+        "position_ids after a cache of 9 tokens must continue from there, found 5",
         lambda m: hidden(m, ids()[:, :1], position_ids=torch.tensor([[5]]), past_key_values=filled_cache(m)),
     ),
     "cu_seq_lens behind a cache": (
@@ -217,10 +217,10 @@ def test_rows_that_cannot_be_kept_apart_are_refused(case: str) -> None:
 
 @pytest.mark.parametrize("kind", ["stablelm", "nemotron"])
 def test_models_that_keep_packed_rows_from_their_attention(kind: str) -> None:
-    """They take `cu_seq_lens` and do nothing with it; rows told by positions stand alone."""
+    """They accept `cu_seq_lens` and ignore it; rows given by positions are computed as if alone."""
     model = served(kind)
     with pytest.raises(
-        ValueError, match=f"{type(model).__name__} does not hand cu_seq_lens_q and cu_seq_lens_k to its"
+        ValueError, match=f"{type(model).__name__} does not pass cu_seq_lens_q and cu_seq_lens_k to its"
     ):
         hidden(model, ids(), **ROWS)
     hidden(model, ids())
@@ -228,19 +228,19 @@ def test_models_that_keep_packed_rows_from_their_attention(kind: str) -> None:
     assert torch.equal(
         first, hidden(model, ids().where(torch.arange(LENGTH) >= SPLIT, 5), position_ids=PLACES)[:, SPLIT:]
     )
-    with pytest.raises(ValueError, match="does not hand"):
+    with pytest.raises(ValueError, match="does not pass"):
         hidden(copy.deepcopy(model), ids(), **ROWS)
 
 
 def test_positions_under_the_compiler() -> None:
-    """In a graph, rows that start anew beside a cache stop the program."""
+    """In a graph, rows that restart beside a cache stop the program."""
     model = torch.compile(served("llama"), backend="eager")
     hidden(model, ids(), position_ids=torch.arange(LENGTH)[None])
     with pytest.raises(RuntimeError, match="position_ids must rise by 1"):
         hidden(model, ids(), position_ids=PLACES)
 
 
-# ---------------------------------------------------------------- layers that are told nothing
+# ---------------------------------------------------------------- layers without a mask
 
 
 def layer(**attributes: Any) -> Any:
@@ -250,7 +250,7 @@ def layer(**attributes: Any) -> Any:
 @pytest.mark.parametrize("keys", [5, 8, 3])
 @pytest.mark.parametrize("attributes", [{}, {"is_causal": False}, {"is_causal": True}], ids=str)
 def test_cross_attention_is_not_causal(attributes: dict[str, Any], keys: int) -> None:
-    """Where neither the call nor a mask says so; a causal layer's own attribute counts for as many keys as queries."""
+    """Without a mask or argument, a causal layer's own attribute applies if there are as many keys as queries."""
     q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 4, keys, 8)
     out = huggingface.attention(layer(**attributes), q, k, k, None)[0].transpose(1, 2)
     causal = attributes.get("is_causal", False) and keys == 5
@@ -258,7 +258,7 @@ def test_cross_attention_is_not_causal(attributes: dict[str, Any], keys: int) ->
 
 
 def test_a_call_that_says_causal() -> None:
-    """As `sdpa`: keys behind the queries are not seen; a single query sees all keys."""
+    """As in `sdpa`, keys after the queries are masked out; a single query sees all keys."""
     q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 8, 8)
     out = huggingface.attention(layer(), q, k, k, None, is_causal=True)[0].transpose(1, 2)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, k, is_causal=True))
@@ -297,7 +297,7 @@ def generated(model: Any, **how: Any) -> Any:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("kind", ["bart", "mistral", "llama4_text", "gpt2"])
 def test_generation(kind: str, cache: str) -> None:
-    """By beams, of rows padded on the left. A static cache counts on while its mask is in use."""
+    """Beam search with rows padded on the left. A static cache advances while its mask is in use."""
     with_head = {"bart": transformers.BartForConditionalGeneration, "gpt2": transformers.GPT2LMHeadModel}
     with_head.update(mistral=transformers.MistralForCausalLM, llama4_text=transformers.Llama4ForCausalLM)
     before = models.eager(kind, with_head[kind])
@@ -319,7 +319,7 @@ def test_padding_in_sixteen_bits(kind: str, how: str) -> None:
     mask, tokens = torch.ones(2, LENGTH, dtype=torch.long), ids(2)
     mask[0, :3] = 0
     with context:
-        found = hidden(model, tokens, attention_mask=mask)[mask.bool()]
+        result = hidden(model, tokens, attention_mask=mask)[mask.bool()]
         again = hidden(model, tokens.where(mask.bool(), 5), attention_mask=mask)[mask.bool()]
-    assert found.isfinite().all()
-    assert torch.equal(found, again)
+    assert result.isfinite().all()
+    assert torch.equal(result, again)

@@ -1,7 +1,7 @@
-"""Transformers' classes with `attn_implementation="interformer"`: padding and neighbours do not matter, or an error.
+"""Transformers' classes with `attn_implementation="interformer"` ignore padding and other rows, or raise an error.
 
-Every class is called as its users call it, with its default arguments (the cache that models make by themselves
-included). A fixed sample of classes; with EVERY=1 all of transformers' text models.
+Every class is called as by its users, with its default arguments (and the cache that models create by default). A
+fixed sample of classes is tested; with EVERY=1 all of transformers' text models.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ switch_transformers nllb-moe mvp led prophetnet""")
 SAMPLE = [*DECODERS, *ENCODERS, *BOTH]
 OTHERS = [kind for kind in MODEL_MAPPING_NAMES if kind not in SAMPLE] if EVERY else []
 # The sample's classes that are refused, and why; all others are served.
-OWN_CODE = "attends by code of its own"
+OWN_CODE = "has attention code of its own"
 REFUSED = {
     **dict.fromkeys(("bloom", "falcon", "mpt", "xglm", "openai-gpt", "deberta", "mpnet", "megatron-bert"), OWN_CODE),
     **dict.fromkeys(("rembert", "roformer", "convbert", "squeezebert", "ibert", "nystromformer", "big_bird"), OWN_CODE),
@@ -52,11 +52,11 @@ REFUSED = {
     **dict.fromkeys(("gemma2", "vaultgemma"), "does not support softcap"),
     **dict.fromkeys(("gpt_oss", "mimo_v2_flash"), "does not support s_aux"),
 }
-# These make an `attention_mask` of ones where there is none; beside it, positions do not tell packed rows apart.
+# These create an `attention_mask` of ones if none is given; with a mask, positions do not mark packed rows.
 MASKED = ("biogpt",)
-# These hand no `cu_seq_lens` to their attention.
+# These do not pass `cu_seq_lens` to their attention.
 KEEPS_ROWS = ("stablelm", "nemotron")
-# Layers other than attention carry something from row to row of a packed batch.
+# Layers other than attention carry state from row to row of a packed batch.
 CARRIES = ("lfm2", "minimax")
 LENGTH, SPLIT = 9, 4
 PADDED = {"left": (0, 0, 0, 0, 1, 1, 1, 1, 1), "right": (1, 1, 1, 1, 1, 0, 0, 0, 0)}
@@ -73,12 +73,12 @@ def ids(seed: int = 0) -> Tensor:
 
 
 def other(tokens: Tensor) -> Tensor:
-    """Other tokens, none of which is the same."""
+    """Ids that all differ from the given ones."""
     return 3 + (tokens - 3 + 7) % 57
 
 
 def call(model: Any, tokens: Tensor, **inputs: Any) -> Tensor:
-    """The last hidden states of a call with default arguments, apart from these."""
+    """The last hidden states of a call with these arguments and defaults otherwise."""
     if "decoder_input_ids" in signature(model):
         inputs.setdefault("decoder_input_ids", ids(1)[: len(tokens)])
     torch.manual_seed(3)  # For dropout.
@@ -91,19 +91,19 @@ def rms(x: Tensor) -> float:
 
 
 def assert_as_eager(before: Any, after: Any, run: Run, told: Run | None = None) -> None:
-    """The error budget, of a whole model: 2 x eager's error against float64, and a rounding unit for each layer."""
+    """The error budget of a whole model: 2 x eager's error against float64, plus a rounding unit for each layer."""
     truth = (told or run)(models.truth(before), ids())
     rough = (told or run)(before.float(), ids())
-    found = run(after, ids())
+    result = run(after, ids())
     units = 4 * torch.finfo(torch.float32).eps * rms(truth)
-    assert rms(found - truth) <= 2 * rms(rough - truth) + units, (rms(found - truth), rms(rough - truth), units)
+    assert rms(result - truth) <= 2 * rms(rough - truth) + units, (rms(result - truth), rms(rough - truth), units)
 
 
 def moved_and_allowed(model: Any, run: Run, place: Any) -> tuple[float, float]:
-    """How far other tokens at `place` move what `run` answers, and how far they may: not by one bit.
+    """The change of `run`'s result by other tokens at `place`, and the allowed change: not one bit.
 
-    Experts multiply the tokens that chose them in one product, whose rounding depends on how many these are: with them,
-    in float64, the answer may move by less than a rounding unit of float32.
+    Experts multiply all tokens routed to them in one product, whose rounding depends on their number: with experts, in
+    float64, the result may change by less than a rounding unit of float32.
     """
     experts = any("expert" in name for name, _ in model.named_modules())
     model = model.double() if experts else model
@@ -134,7 +134,7 @@ def padded(side: str, before: Any, after: Any) -> None:
 
 
 def full(before: Any, after: Any) -> None:
-    """Without a mask, and nobody sees the future."""
+    """Without a mask, a causal model's outputs do not depend on later tokens."""
     assert_as_eager(before, after, call)
     kind = before.config.model_type
     if kind in DECODERS:
@@ -142,26 +142,26 @@ def full(before: Any, after: Any) -> None:
 
 
 def cached(before: Any, after: Any) -> None:
-    """Some tokens, one, and two more at once, over a cache, of rows padded on the left."""
+    """Several tokens, then one, then two at once, with a cache and rows padded on the left."""
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[0, :2] = 0
 
     def run(model: Any, tokens: Tensor) -> Tensor:
-        cache, found = None, []
+        cache, result = None, []
         name = "cache" if "cache" in signature(model) else "past_key_values"
         for start, stop in ((0, 6), (6, 7), (7, 9)):
             with torch.no_grad():
                 out = model(tokens[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **{name: cache})
             cache = out.past_key_values
-            found.append(out[0])
-        return torch.cat(found, 1)[mask.bool()]
+            result.append(out[0])
+        return torch.cat(result, 1)[mask.bool()]
 
     assert_as_eager(before, after, run)
     assert_unmoved(after, run, ~mask.bool())
 
 
 def packed(told: str, before: Any, after: Any) -> None:
-    """Two rows in one, as if each were alone."""
+    """Two packed rows are computed as if each were alone."""
     lengths = (SPLIT, LENGTH - SPLIT)
     rows: dict[str, Any] = {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
     if told != "position_ids":
@@ -176,14 +176,14 @@ def packed(told: str, before: Any, after: Any) -> None:
     def alone(model: Any, tokens: Tensor) -> Tensor:
         return torch.cat([call(model, row) for row in tokens[:1].split(lengths, 1)], 1)
 
-    if told != "cu_seq_lens":  # Positions that are learned go on from row to row where they are not told.
+    if told != "cu_seq_lens":  # Learned positions continue from row to row unless they are given.
         assert_as_eager(before, after, run, alone)
     assert_unmoved(after, lambda model, tokens: run(model, tokens)[:, SPLIT:], (slice(None), slice(SPLIT)))
     assert_unmoved(after, lambda model, tokens: run(model, tokens)[:, :SPLIT], (slice(None), slice(SPLIT, None)))
 
 
 def trained(before: Any, after: Any) -> None:
-    """With dropout as the config has it."""
+    """The config's dropout is used."""
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[0, 5:] = 0
     after.train()
@@ -203,14 +203,17 @@ def check(kind: str) -> None:
         cached(before, after)
     if kind in BOTH or kind in CARRIES:
         return
-    refused = {**dict.fromkeys(KEEPS_ROWS, "does not hand cu_seq_lens_q"), "llama4_text": "do not go with this mask"}
+    refused = {
+        **dict.fromkeys(KEEPS_ROWS, "does not pass cu_seq_lens_q"),
+        "llama4_text": "not supported with this mask",
+    }
     if kind in refused:
         with pytest.raises(ValueError, match=refused[kind]):
             packed("cu_seq_lens", before, after)
     else:
         packed("cu_seq_lens", before, after)
     if kind in MASKED:
-        with pytest.raises(ValueError, match="position_ids start anew beside an attention_mask"):
+        with pytest.raises(ValueError, match="position_ids restart beside an attention_mask"):
             packed("position_ids", before, after)
     elif kind in DECODERS:
         packed("position_ids", before, after)
@@ -233,7 +236,7 @@ def test_the_sample_is_large_enough() -> None:
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_every_other_class(kind: str) -> None:
-    """As far as transformers' eager attention is right: layers of other kinds may look at padding and neighbours."""
+    """Only where transformers' eager attention is right: other layers may depend on padding and on other rows."""
     try:
         if models.parameters(kind) > 1e6:
             pytest.skip("not tiny by the names of sizes known here")

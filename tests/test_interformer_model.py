@@ -18,7 +18,7 @@ from interformer.testing import random_batch, rows_of, small_schema
 from module_budget import assert_within_budget, perturbed
 from torch import Tensor
 
-from interformer_kernels.nn.pma_pooling import pool_folded
+from interformer_kernels.ops.pma_folded import pool_folded
 
 SMALL = InterFormerConfig(
     embed_dim=8,
@@ -180,7 +180,7 @@ def test_literal_form_ends_with_the_last_layers_cross_arch() -> None:
 def test_literal_sequence_arch_is_attention_of_the_feed_forward_alone() -> None:
     model = _model(replace(SMALL, literal=True))
     arch = model.sequence[0]
-    layout = Layout.of(torch.tensor([0, 3, 3]), 3, SMALL.num_cls, SMALL.num_recent)
+    layout = Layout.from_offsets(torch.tensor([0, 3, 3]), 3, SMALL.num_cls, SMALL.num_recent)
     tokens, x_sum = torch.randn(3 + 2 * SMALL.num_cls, 8), torch.randn(2, SMALL.num_cls, 8)
     fed = arch.feed_forward(tokens, x_sum, layout.offsets)
     expected = arch.attention(fed, layout.offsets, model.rope())
@@ -207,7 +207,9 @@ def test_mask_net_is_equation_6() -> None:
 
 
 def test_layout_puts_cls_in_front_and_finds_the_last_events() -> None:
-    layout = Layout.of(torch.tensor([0, 3, 3, 4]), 6, num_cls=2, num_recent=2)  # rows of 3, 0 and 1, a tail of 2
+    layout = Layout.from_offsets(
+        torch.tensor([0, 3, 3, 4]), 6, num_cls=2, num_recent=2
+    )  # rows of 3, 0 and 1, a tail of 2
     behaviours = torch.arange(1.0, 7)[:, None]
     cls_tokens = torch.tensor([[-1.0, -2], [-3, -4], [-5, -6]])[..., None]
     tokens = layout.prepend(cls_tokens, behaviours)
@@ -220,7 +222,7 @@ def test_layout_puts_cls_in_front_and_finds_the_last_events() -> None:
 @pytest.mark.parametrize("gate", ["self_tanh", "self_sigmoid", "multiply_sigmoid"])
 def test_missing_recent_events_are_zero_after_the_gate(gate: str) -> None:
     config = replace(SMALL, gate=gate)
-    layout = Layout.of(torch.tensor([0, 1, 1]), 1, config.num_cls, config.num_recent)
+    layout = Layout.from_offsets(torch.tensor([0, 1, 1]), 1, config.num_cls, config.num_recent)
     summary = SelectiveSummary(config)(torch.randn(1 + 2 * config.num_cls, 8), layout)
     assert summary.shape == (2, config.num_cls + config.num_seeds + config.num_recent, 8)
     recent = summary[:, -config.num_recent :]

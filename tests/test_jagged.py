@@ -1,4 +1,4 @@
-"""Padded, nested and TorchRec batches to packed values and offsets, and back: every token keeps its place."""
+"""Padded, nested and TorchRec batches to packed values and offsets, and back: every token keeps its position."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def test_mask_round_trip_restores_every_token(mask: Tensor, trailing: tuple[int,
     assert torch.equal(values, x[mask])
     assert offsets.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
     back = layout.pad(values, padding_value=0)
-    wanted = torch.where(mask.reshape(*mask.shape, *[1] * len(trailing)), x, torch.zeros_like(x))
+    expected = torch.where(mask.reshape(*mask.shape, *[1] * len(trailing)), x, torch.zeros_like(x))
     assert back.dtype == dtype
-    assert torch.equal(back, wanted)
+    assert torch.equal(back, expected)
 
 
 @settings(deadline=None, max_examples=40)
 @given(mask=masks)
 def test_both_polarities_and_integer_masks_agree(mask: Tensor) -> None:
     x = numbered(*mask.shape, 2)
-    wanted = jagged.from_padded(x, mask=mask)
+    expected = jagged.from_padded(x, mask=mask)
     for same in ({"padding_mask": ~mask}, {"mask": mask.int()}, {"padding_mask": (~mask).to(torch.uint8)}):
-        found = jagged.from_padded(x, **same)
-        assert torch.equal(found.values, wanted.values)
-        assert torch.equal(found.offsets, wanted.offsets)
+        actual = jagged.from_padded(x, **same)
+        assert torch.equal(actual.values, expected.values)
+        assert torch.equal(actual.offsets, expected.offsets)
 
 
 @settings(deadline=None, max_examples=60)
@@ -186,7 +186,7 @@ def test_nested_errors() -> None:
 
 
 class WithOffsets:
-    """The part of torchrec.JaggedTensor that is used."""
+    """The methods of torchrec.JaggedTensor that are used."""
 
     def __init__(self, values: Tensor, offsets: Tensor) -> None:
         self._values, self._offsets = values, offsets
@@ -250,7 +250,7 @@ MASK = torch.ones(2, 3, dtype=torch.bool)
             "mask must hold 0 and 1 only, found values from 0 to 2",
             {"mask": MASK.int() * torch.tensor([0, 1, 2])},
         ),
-        (ValueError, "side goes with lengths", {"mask": MASK, "side": "left"}),
+        (ValueError, "side must be given with lengths", {"mask": MASK, "side": "left"}),
         (ValueError, "side must be one of right, left; found 'top'", {"lengths": torch.tensor([1, 2]), "side": "top"}),
         (ValueError, r"lengths\[1\] must be from 0 to L = 3, found 4", {"lengths": torch.tensor([1, 4])}),
         (ValueError, r"lengths\[0\] must be from 0 to L = 3, found -1", {"lengths": torch.tensor([-1, 2])}),

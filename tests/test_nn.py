@@ -1,4 +1,4 @@
-"""The modules: against PyTorch's, against their ops, packed and padded, folded and not, and how they travel."""
+"""The modules: compared with PyTorch's and with their ops, packed and padded, folded and not; copying and saving."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LENGTHS = (5, 0, 3)
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("kind", budget.PADDINGS)
 def test_self_attention_is_pytorchs(kind: str, batch_first: bool) -> None:
-    """At tokens; at padding it is zero."""
+    """Outputs agree at tokens and are zero at padding."""
     theirs = perturbed(nn.MultiheadAttention(E, H, batch_first=batch_first))
     ours = JaggedSelfAttention.from_torch(theirs)
     padding = budget.padding(kind)
@@ -109,7 +109,7 @@ def test_a_parameter_of_seeds_is_shared() -> None:
 
 
 def packed_and_padded() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Packed tokens with a NaN tail and their offsets; the same padded on the right, and where padding is."""
+    """Packed tokens with a NaN tail, their offsets, the same tokens padded on the right, and the padding mask."""
     offsets, x = offsets_of(LENGTHS), torch.randn(sum(LENGTHS) + 2, E)
     x[sum(LENGTHS) :] = torch.nan
     padding = torch.arange(max(LENGTHS)) >= torch.tensor(LENGTHS)[:, None]
@@ -142,7 +142,7 @@ CONTEXT = torch.randn(len(LENGTHS), E, generator=torch.Generator().manual_seed(0
 
 @pytest.mark.parametrize("name", MODULES)
 def test_padded_is_packed(name: str) -> None:
-    """Both polarities of the mask, packed rows with a tail of NaN, and padding of NaN: the same bits."""
+    """Both polarities of the mask, packed rows with a NaN tail, and NaN padding give the same bits."""
     make, call = MODULES[name]
     module = perturbed(make())
     x, offsets, padded, padding = packed_and_padded()
@@ -214,7 +214,7 @@ def test_masks_of_self_attention(options: dict[str, Any], hidden: Callable[[Tens
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary_self_attention_sees_distances(interleaved: bool) -> None:
-    """Rotated by the index in the row: other tokens of equal distance have equal scores."""
+    """Rotation depends on the index in the row: pairs of tokens at equal distance have equal scores."""
     module = perturbed(JaggedSelfAttention(E, 1, rope_interleaved=interleaved, batch_first=True))
     rope = rotary_tables(6, E)
     x = torch.randn(1, 1, E).expand(1, 6, E) + torch.zeros(1, 6, E)
@@ -229,7 +229,7 @@ def test_rotary_self_attention_sees_distances(interleaved: bool) -> None:
 @pytest.mark.parametrize("form", ["multiply", "self"])
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
 def test_gate(form: str, activation: str) -> None:
-    """`W_O G(A, W_G x)`, written with an ungated module whose output projection is left out."""
+    """`W_O G(A, W_G x)`, computed by an ungated module with the identity as output projection."""
     module = perturbed(GatedCrossAttention(E, H, gate_form=form, gate_activation=activation, batch_first=True)).double()
     query, key = torch.randn(3, M, E).double(), torch.randn(3, 6, E).double()
     plain = nn.MultiheadAttention(E, H, batch_first=True).double()
@@ -270,7 +270,7 @@ def test_a_linear_layer_is_where_it_starts(bias: bool) -> None:
 
 @pytest.mark.parametrize("name", ["JaggedSelfAttention", "GatedCrossAttention", "PMAPooling"])
 def test_dropout_takes_the_reference_and_says_so_once(name: str, notices: Callable[[], list[str]]) -> None:
-    """Of one key its weight is one: kept, it is doubled by dropout of one half, or the output is the bias alone."""
+    """One key has weight 1: dropout of 1/2 doubles it, or drops it, and the output is the bias alone."""
     make: dict[str, Callable[[], Any]] = {
         "JaggedSelfAttention": lambda: JaggedSelfAttention(E, 1, dropout=0.5),
         "GatedCrossAttention": lambda: GatedCrossAttention(E, 1, dropout=0.5, gate_activation=None),
@@ -317,13 +317,13 @@ DROPPING: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor]]] =
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_the_reference_computes_what_the_ops_do(name: str) -> None:
-    """With so little dropout that nothing is dropped; every option of the module is in it."""
+    """The dropout is so small that nothing is dropped; every option of the module is used."""
     make, call = DROPPING[name]
     module, x = perturbed(make()), torch.randn(sum(LENGTHS), E)
     torch.testing.assert_close(call(module, x), call(module.eval(), x))
 
 
-# ---------------------------------------------------------------- travelling, compiling
+# ---------------------------------------------------------------- copying, saving, compiling
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,4 +1,4 @@
-"""The modules as callers of `nn.MultiheadAttention` call them, and with lengths in place of a mask."""
+"""The modules called like `nn.MultiheadAttention`, and with lengths in place of a mask."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ CONTEXT, QUERY = torch.randn(3, 5), torch.randn(3, 2, E)
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_self_attention_is_called_as_pytorchs(causal: bool) -> None:
-    """By place and by name; the output comes alone."""
+    """Arguments are passed by position and by name; the result is the output without weights."""
     theirs = nn.MultiheadAttention(E, H, batch_first=True)
     ours = JaggedSelfAttention.from_torch(theirs, causal=causal)
     hidden = torch.ones(6, 6, dtype=torch.bool).triu(1) if causal else None
-    wanted = theirs(X, X, X, key_padding_mask=PADDING, attn_mask=hidden, need_weights=False)[0]
+    expected = theirs(X, X, X, key_padding_mask=PADDING, attn_mask=hidden, need_weights=False)[0]
     rest: dict[str, Any] = {"need_weights": False, "average_attn_weights": True, "is_causal": causal}
     calls: list[Callable[[], Tensor]] = [
         lambda: ours(X, X, X, key_padding_mask=PADDING),
@@ -32,7 +32,7 @@ def test_self_attention_is_called_as_pytorchs(causal: bool) -> None:
         lambda: ours(X, key_padding_mask=PADDING),
     ]
     for call in calls:
-        torch.testing.assert_close(call()[~PADDING], wanted[~PADDING])
+        torch.testing.assert_close(call()[~PADDING], expected[~PADDING])
 
 
 def test_cross_attention_is_called_as_pytorchs() -> None:
@@ -40,12 +40,12 @@ def test_cross_attention_is_called_as_pytorchs() -> None:
     ours = GatedCrossAttention.from_torch(theirs)
     some = PADDING.clone()
     some[1] = False
-    wanted = theirs(QUERY, X, X, key_padding_mask=some, need_weights=False)[0]
-    for found in (
+    expected = theirs(QUERY, X, X, key_padding_mask=some, need_weights=False)[0]
+    for actual in (
         ours(QUERY, X, X, some, False),
         ours(query=QUERY, key=X, value=X, key_padding_mask=some, need_weights=False, attn_mask=None, is_causal=False),
     ):
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(actual, expected)
 
 
 MODULES: dict[str, tuple[nn.Module, Callable[..., Tensor]]] = {
@@ -59,7 +59,7 @@ MODULES: dict[str, tuple[nn.Module, Callable[..., Tensor]]] = {
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_lengths(name: str, dtype: torch.dtype) -> None:
-    """Of a padded batch, what the mask of them says; of a packed one, what its offsets say."""
+    """Lengths equal a mask of a padded batch and the offsets of a packed one."""
     module, call = MODULES[name]
     lengths = LENGTHS.to(dtype)
     assert torch.equal(call(module, X, lengths=lengths), call(module, X, key_padding_mask=PADDING))
@@ -71,14 +71,14 @@ def test_lengths(name: str, dtype: torch.dtype) -> None:
 
 SELF = MODULES["self"][0]
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: SELF(X, QUERY, X), ValueError, "key must be x itself, for self attention"),
-    (lambda: SELF(X, X, X.clone()), ValueError, "value must be x itself, for self attention"),
-    (lambda: SELF(), TypeError, "exactly one of x and query, its name in PyTorch, must be given; found neither"),
+    (lambda: SELF(X, QUERY, X), ValueError, "key must be x itself"),
+    (lambda: SELF(X, X, X.clone()), ValueError, "value must be x itself"),
+    (lambda: SELF(), TypeError, "exactly one of x and query .PyTorch.s name for x. must be given; found neither"),
     (lambda: SELF(X, query=X), TypeError, "must be given; found both"),
-    (lambda: SELF(X, X, X, need_weights=True), ValueError, "need_weights must be False, for the ops return no"),
+    (lambda: SELF(X, X, X, need_weights=True), ValueError, "need_weights must be False, because the ops return no"),
     (lambda: SELF(X, X, X, need_weights=1), TypeError, "need_weights must be a bool, found 1"),
     (lambda: SELF(X, X, X, attn_mask=torch.ones(6, 6)), ValueError, "attn_mask must be None .* found a tensor"),
-    (lambda: SELF(X, X, X, is_causal=True), ValueError, "is_causal must be what the module is, False; found True"),
+    (lambda: SELF(X, X, X, is_causal=True), ValueError, "is_causal must be False, as in the constructor; found True"),
     (lambda: MODULES["cross"][0](QUERY, X, X, need_weights=True), ValueError, "need_weights must be False"),
     (lambda: SELF(X, lengths=torch.tensor([4, 0, 7])), ValueError, r"lengths\[2\] must be from 0 to L = 6, found 7"),
     (lambda: SELF(X, lengths=torch.tensor([4, 0])), ValueError, r"lengths must be \[B = 3\]"),

@@ -1,4 +1,4 @@
-"""What the modules refuse, by argument, wanted and found."""
+"""Errors of the modules name the argument, the expected value and the value found."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ MASK = torch.zeros(3, 6, dtype=torch.bool)
         (
             lambda: SELF.from_torch(nn.MultiheadAttention(E, H, add_zero_attn=True)),
             ValueError,
-            "add_zero_attn=False, which has no counterpart, found True",
+            "add_zero_attn=False .True is not supported., found True",
         ),
         (
             lambda: SELF.from_torch(nn.MultiheadAttention(E, H, kdim=3)),

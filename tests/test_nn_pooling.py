@@ -1,4 +1,4 @@
-"""`PMAPooling`: folded and unfolded, against PyTorch's attention and Set Transformer's, and the rule that chooses."""
+"""`PMAPooling`, folded and unfolded, compared with PyTorch's attention and Set Transformer's; the cost rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from module_budget import perturbed
 from torch import Tensor, nn
 
 from interformer_kernels.nn import PMAPooling
-from interformer_kernels.nn.pma_pooling import FOLDED_SHARE, folding_wins
+from interformer_kernels.ops.pma_folded import FOLDED_SHARE, folding_wins
 from interformer_kernels.testing import offsets_of
 
 E, H, M = 16, 4, 2
@@ -40,7 +40,7 @@ def test_pooling_is_pytorchs(kind: str, options: dict[str, Any], fold: bool) -> 
 
 
 class SetTransformerPMA(nn.Module):
-    """Set Transformer's PMA as its authors' code has it (`MAB` of the seeds), written anew for padded sets."""
+    """Set Transformer's PMA as in its authors' code (`MAB` of the seeds), reimplemented for padded sets."""
 
     def __init__(self, pooling: PMAPooling) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def test_set_transformers_form(layer_norm: bool, fold: bool) -> None:
 @pytest.mark.parametrize("set_transformer", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_folded_is_unfolded(set_transformer: bool, bias: bool) -> None:
-    """Also for rows without tokens, and with a value bias that is added to the others alone."""
+    """Rows without tokens included; the value bias is added to the other rows only."""
     pooling = perturbed(PMAPooling(E, H, M, bias=bias, set_transformer=set_transformer, fold=False))
     folded = PMAPooling(E, H, M, bias=bias, set_transformer=set_transformer, fold=True)
     folded.load_state_dict(pooling.state_dict())
@@ -89,7 +89,7 @@ def test_folded_is_unfolded(set_transformer: bool, bias: bool) -> None:
 
 
 def test_the_rule_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the crossing and behind it, `fold=None` is the one or the other, bit for bit."""
+    """At the threshold and above it, `fold=None` equals `fold=True` and `fold=False`, bit for bit."""
     most = int(FOLDED_SHARE * E) // H
     assert folding_wins(most * H, E)
     assert not folding_wins((most + 1) * H, E)

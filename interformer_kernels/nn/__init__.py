@@ -1,4 +1,4 @@
-"""Modules with parameters, made of the operations: drop-in for `torch.nn.MultiheadAttention` and its kin."""
+"""Modules with parameters, built on the ops: drop-in replacements for `torch.nn.MultiheadAttention` and others."""
 
 from interformer_kernels.nn.gated_cross_attention import GatedCrossAttention
 from interformer_kernels.nn.jagged_self_attention import JaggedSelfAttention

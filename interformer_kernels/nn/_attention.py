@@ -1,4 +1,4 @@
-"""What the attention modules share: the parameters of `torch.nn.MultiheadAttention`, and dropout's way round ops."""
+"""Shared by the attention modules: the parameters of `torch.nn.MultiheadAttention`, and attention with dropout."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from interformer_kernels import _checks as checks
 from interformer_kernels import reference
-from interformer_kernels.nn._notices import say_once
+from interformer_kernels.nn._notices import warn_once
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 
 PARAMETERS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
 
 
 class AttentionModule(nn.Module):
-    """Projections under the names, shapes and start of `torch.nn.MultiheadAttention`, so that state dicts are shared.
+    """Projections with the names, shapes and initialisation of `torch.nn.MultiheadAttention`: state dicts fit both.
 
     `in_proj_weight [3 E, E]` (`q_proj_weight [E, E]`, `k_proj_weight [E, kdim]`, `v_proj_weight [E, vdim]` where the
     keys or values have another width), `in_proj_bias [3 E]`, `out_proj`.
@@ -45,11 +45,11 @@ class AttentionModule(nn.Module):
     ) -> None:
         name = type(self).__name__
         sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
-        checked: Any = (
+        checked_sizes: Any = (
             None if size is None and argument in ("kdim", "vdim") else checks.check_count(name, argument, size, least=1)
             for argument, size in sizes.items()
         )
-        embed_dim, num_heads, kdim, vdim = checked
+        embed_dim, num_heads, kdim, vdim = checked_sizes
         checks.backend_name(name, backend)
         if embed_dim % num_heads:
             raise ValueError(f"{name}: embed_dim must be a multiple of num_heads = {num_heads}, found {embed_dim}")
@@ -60,19 +60,19 @@ class AttentionModule(nn.Module):
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
         self.dropout, self.batch_first, self.backend = dropout, batch_first, backend
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        together = self.kdim == self.vdim == embed_dim
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        one_matrix = self.kdim == self.vdim == embed_dim
         shapes: dict[str, tuple[int, ...] | None] = {
-            "in_proj_weight": (3 * embed_dim, embed_dim) if together else None,
-            "q_proj_weight": None if together else (embed_dim, embed_dim),
-            "k_proj_weight": None if together else (embed_dim, self.kdim),
-            "v_proj_weight": None if together else (embed_dim, self.vdim),
+            "in_proj_weight": (3 * embed_dim, embed_dim) if one_matrix else None,
+            "q_proj_weight": None if one_matrix else (embed_dim, embed_dim),
+            "k_proj_weight": None if one_matrix else (embed_dim, self.kdim),
+            "v_proj_weight": None if one_matrix else (embed_dim, self.vdim),
             "in_proj_bias": (3 * embed_dim,) if bias else None,
         }
         for parameter, shape in shapes.items():
-            value = None if shape is None else nn.Parameter(torch.empty(shape, **place))
+            value = None if shape is None else nn.Parameter(torch.empty(shape, **factory_kwargs))
             self.register_parameter(parameter, value)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **place)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory_kwargs)
         self._reset_projections()
 
     def _reset_projections(self) -> None:
@@ -84,16 +84,16 @@ class AttentionModule(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, as `torch.nn.MultiheadAttention` does."""
+        """Initialise all parameters again, as `torch.nn.MultiheadAttention` does."""
         self.out_proj.reset_parameters()
         self._reset_projections()
 
     def extra_repr(self) -> str:
-        """Sizes, as the module's `repr` shows them."""
+        """The sizes shown by the module's `repr`."""
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
 
 
-# What has these parameters: our modules and PyTorch's own.
+# A module with these parameters: one of this package or PyTorch's own.
 Attention = Union[AttentionModule, nn.MultiheadAttention]
 _Module = TypeVar("_Module", bound=AttentionModule)
 
@@ -105,17 +105,17 @@ def _weights(attention: Attention) -> tuple[Tensor, Tensor, Tensor]:
     if attention.in_proj_weight is not None:
         query, key, value = attention.in_proj_weight.chunk(3)
         return query, key, value
-    found = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
-    assert found[0] is not None
-    assert found[1] is not None
-    assert found[2] is not None
-    return found[0], found[1], found[2]
+    q_weight, k_weight, v_weight = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
+    assert q_weight is not None
+    assert k_weight is not None
+    assert v_weight is not None
+    return q_weight, k_weight, v_weight
 
 
-def weight_and_bias(attention: Attention, which: int) -> tuple[Tensor, Tensor | None]:
-    """Weight `[E, width]` and bias `[E]` of the query's (0), the key's (1) or the value's (2) projection."""
+def weight_and_bias(attention: Attention, index: int) -> tuple[Tensor, Tensor | None]:
+    """Weight `[E, width]` and bias `[E]` of the query (0), key (1) or value (2) projection."""
     bias = attention.in_proj_bias
-    return _weights(attention)[which], None if bias is None else bias.chunk(3)[which]
+    return _weights(attention)[index], None if bias is None else bias.chunk(3)[index]
 
 
 def split_heads(attention: Attention, x: Tensor) -> Tensor:
@@ -129,11 +129,11 @@ def project_query(attention: Attention, query: Tensor) -> Tensor:
 
 
 def project_keys(attention: Attention, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """`key [T, kdim]`, `value [T, vdim]` to heads `[T, H, D]` each; in one product where they are one tensor."""
+    """`key [T, kdim]`, `value [T, vdim]` to heads `[T, H, D]` each; one product if both are the same tensor."""
     if key is value and attention.in_proj_weight is not None:
         width, bias = attention.embed_dim, attention.in_proj_bias
-        both = F.linear(key, attention.in_proj_weight[width:], None if bias is None else bias[width:])
-        return split_heads(attention, both[:, :width]), split_heads(attention, both[:, width:])
+        kv = F.linear(key, attention.in_proj_weight[width:], None if bias is None else bias[width:])
+        return split_heads(attention, kv[:, :width]), split_heads(attention, kv[:, width:])
     k, v = (F.linear(x, *weight_and_bias(attention, i)) for i, x in ((1, key), (2, value)))
     return split_heads(attention, k), split_heads(attention, v)
 
@@ -142,54 +142,37 @@ def project_self(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tenso
     """`x [T, E]` to heads of queries, keys and values, `[T, H, D]` each, in one product."""
     if attention.in_proj_weight is None:
         return (project_query(attention, x), *project_keys(attention, x, x))
-    packed = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = (split_heads(attention, part) for part in packed.chunk(3, -1))
+    qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = (split_heads(attention, third) for third in qkv.chunk(3, -1))
     return q, k, v
 
 
-def merge_rows(x: Tensor) -> Tensor:
-    """`x [B, M, ...]` as `[B*M, ...]`; what is traced has the rows of each `m` together, which `split_rows` knows.
-
-    `flatten` asks whether B is 1, and a traced program would then refuse a single row; joining pieces asks nothing.
-    """
-    if not torch.compiler.is_compiling():
-        return x.flatten(0, 1)
-    return torch.cat(x.unbind(1))
-
-
-def split_rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Rows that `merge_rows` made, back as `[B, M, ...]`, of which `shape` is the beginning."""
-    if not torch.compiler.is_compiling():
-        return x.view(*shape, *x.shape[1:])
-    return torch.stack([x.narrow(0, m * shape[0], shape[0]) for m in range(shape[1])], 1)
-
-
 def project_out(attention: Attention, attn_out: Tensor) -> Tensor:
-    """Heads `[..., H, D]` to `[..., E]`. As in PyTorch, `out_proj` lends its parameters and is not called."""
+    """Heads `[..., H, D]` to `[..., E]`. As in PyTorch, `out_proj` is not called: only its parameters are used."""
     return F.linear(attn_out.flatten(-2), attention.out_proj.weight, attention.out_proj.bias)
 
 
-# ---------------------------------------------------------------- the ops, and dropout's way round them
+# ---------------------------------------------------------------- attention with dropout
 
 
-def alone(found: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """What an op returns that was not asked for its log-sum-exp, which its type does not say."""
-    assert isinstance(found, Tensor)
-    return found
+def output_only(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """The result of an op called without `return_lse`, narrowed to a tensor for type checkers."""
+    assert isinstance(result, Tensor)
+    return result
 
 
-def drops(module: nn.Module, dropout: float) -> bool:
-    """Whether this call drops attention weights; says once that the reference then takes the kernels' place."""
+def drops_weights(module: nn.Module, dropout: float) -> bool:
+    """Whether this call drops attention weights; if so, warns once that the reference replaces the kernels."""
     if not (module.training and dropout):
         return False
-    say_once(
+    warn_once(
         f"{type(module).__name__}: dropout = {dropout} in training: the reference (eager PyTorch) computes the "
-        "attention, for the kernels drop no attention weights; with dropout=0 or in eval() they serve"
+        "attention, because the kernels have no dropout; with dropout=0 or in eval() the kernels are used"
     )
     return True
 
 
-def attend_dropping(
+def attend_with_dropout(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -202,36 +185,34 @@ def attend_dropping(
     window: tuple[int, int] = (-1, -1),
     num_prefix: int = 0,
 ) -> Tensor:
-    """Softmax attention of packed `q [Tq, H, D]` over `k`, `v [Tk, H, D]` with dropped weights: `[Tq, H, D]`."""
-    if q.is_meta:  # the reference reads lengths; the op knows the shapes
-        return alone(gated_cross_attention(q, k, v, kv_offsets, q_offsets=q_offsets))
-    spans = reference.row_spans(q_offsets, q.shape[0]), reference.row_spans(kv_offsets, k.shape[0])
-    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    masks = causal, window, num_prefix
-    return reference.attend_rows(
-        q, spans[0], k, v, spans[1], reference.Maps(factor, "softmax"), reference.Masks(*masks), dropout
-    )[0]
+    """Softmax attention of packed `q [Tq, H, D]` over `k`, `v [Tk, H, D]` with dropout on the weights: `[Tq, H, D]`."""
+    if q.is_meta:  # The reference reads lengths, which meta tensors do not have; the op only computes shapes.
+        return output_only(gated_cross_attention(q, k, v, kv_offsets, q_offsets=q_offsets))
+    q_spans, kv_spans = reference.row_spans(q_offsets, q.shape[0]), reference.row_spans(kv_offsets, k.shape[0])
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    maps, masks = reference.Maps(scale, "softmax"), reference.Masks(causal, window, num_prefix)
+    return reference.attend_rows(q, q_spans, k, v, kv_spans, maps, masks, dropout)[0]
 
 
 def check_call(op: str, need_weights: object, attn_mask: object, is_causal: object, causal: bool) -> None:
-    """The arguments of PyTorch's call that are served by what they are at rest, or not at all."""
+    """Refuse arguments of PyTorch's call that differ from their neutral values, which alone are supported."""
     checks.check_bool(op, "need_weights", need_weights)
     checks.check_bool(op, "is_causal", is_causal)
     if need_weights:
-        wanted = "need_weights must be False, for the ops return no attention weights, and the output comes alone"
-        raise ValueError(f"{op}: {wanted}; found True")
+        expected = "need_weights must be False, because the ops return no attention weights"
+        raise ValueError(f"{op}: {expected}; found True")
     if attn_mask is not None:
-        wanted = "attn_mask must be None (masks are told to the constructor, padding by key_padding_mask)"
-        raise ValueError(f"{op}: {wanted}, found {checks.describe(attn_mask)}")
+        expected = "attn_mask must be None (masks are set in the constructor, padding by key_padding_mask)"
+        raise ValueError(f"{op}: {expected}, found {checks.describe(attn_mask)}")
     if is_causal and not causal:
-        raise ValueError(f"{op}: is_causal must be what the module is, False; found True")
+        raise ValueError(f"{op}: is_causal must be False, as in the constructor; found True")
 
 
 # ---------------------------------------------------------------- to and from PyTorch's module
 
 
 def adopt(module: _Module, source: Attention) -> _Module:
-    """Give `module` the very parameters of `source` (they are shared, not copied) and its mode."""
+    """Make `module` share the parameters of `source` (not copies of them), and take over its training mode."""
     _share(module, source)
     module.train(source.training)
     return module
@@ -243,26 +224,26 @@ def _share(target: Attention, source: Attention) -> None:
     target.out_proj.weight, target.out_proj.bias = source.out_proj.weight, source.out_proj.bias
 
 
-def check_torch(op: str, module: object) -> nn.MultiheadAttention:
-    """A `torch.nn.MultiheadAttention` whose every parameter has a counterpart here."""
+def check_convertible(op: str, module: object) -> nn.MultiheadAttention:
+    """`module`, if it is a `torch.nn.MultiheadAttention` whose every parameter has a counterpart here."""
     if not isinstance(module, nn.MultiheadAttention):
         raise TypeError(f"{op}.from_torch: module must be a torch.nn.MultiheadAttention, found {type(module).__name__}")
     for option, used in (("add_bias_kv", module.bias_k is not None), ("add_zero_attn", module.add_zero_attn)):
         if used:
-            raise ValueError(f"{op}.from_torch: module must have {option}=False, which has no counterpart, found True")
+            raise ValueError(f"{op}.from_torch: module must have {option}=False (True is not supported), found True")
     return module
 
 
 def torch_arguments(module: nn.MultiheadAttention) -> dict[str, Any]:
-    """The constructor arguments that the modules share with PyTorch's; on `meta`, since parameters are adopted."""
+    """The constructor arguments shared with PyTorch's module; on `meta`, since its parameters are taken over."""
     names = ("embed_dim", "num_heads", "dropout", "batch_first")
-    found = {name: getattr(module, name) for name in names}
-    return {**found, "bias": module.in_proj_bias is not None, "device": "meta"}
+    arguments = {name: getattr(module, name) for name in names}
+    return {**arguments, "bias": module.in_proj_bias is not None, "device": "meta"}
 
 
 def as_torch(module: AttentionModule) -> nn.MultiheadAttention:
-    """A `torch.nn.MultiheadAttention` with the very parameters of `module`."""
-    found = nn.MultiheadAttention(
+    """A `torch.nn.MultiheadAttention` that shares the parameters of `module`."""
+    converted = nn.MultiheadAttention(
         module.embed_dim,
         module.num_heads,
         module.dropout,
@@ -272,5 +253,5 @@ def as_torch(module: AttentionModule) -> nn.MultiheadAttention:
         batch_first=module.batch_first,
         device="meta",
     )
-    _share(found, module)
-    return found.train(module.training)
+    _share(converted, module)
+    return converted.train(module.training)

@@ -1,4 +1,4 @@
-"""How the calls of a swapped module went: which the ops served, and why others took the original path."""
+"""Counts of a swapped module's calls: how many the ops served, and why the others took the original path."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from interformer_kernels.nn._notices import say_once
+from interformer_kernels.nn._notices import warn_once
 
 _ATTRIBUTE = "_interformer_calls"
 
 
 @dataclass
 class Calls:
-    """The calls of one swapped module since it was swapped; those inside a compiled graph are not counted.
+    """The calls of one swapped module since it was swapped; calls inside a compiled graph are not counted.
 
     Attributes:
-        served: how many the ops served.
-        unserved: how many took the original path, by reason.
+        served: number of calls that the ops served.
+        unserved: number of calls that took the original path, by reason.
     """
 
     served: int = 0
     unserved: dict[str, int] = field(default_factory=dict)
-    _latest: str = field(default="", repr=False, compare=False)
+    _last_reason: str = field(default="", repr=False, compare=False)
 
-    def not_served(self, why: str) -> None:
-        """One more for this reason."""
-        self.unserved[why] = self.unserved.get(why, 0) + 1
-        self._latest = why
+    def add_unserved(self, reason: str) -> None:
+        """Count one more unserved call with this reason."""
+        self.unserved[reason] = self.unserved.get(reason, 0) + 1
+        self._last_reason = reason
 
     def __str__(self) -> str:
-        """As a line of the report."""
-        reasons = [f"{count} not served: {why}" for why, count in self.unserved.items()]
+        """The line of the report."""
+        reasons = [f"{count} not served: {reason}" for reason, count in self.unserved.items()]
         return "; ".join([f"{self.served} calls served", *reasons])
 
 
-def follow(module: nn.Module) -> Calls:
+def start_counting(module: nn.Module) -> Calls:
     """Begin to count the calls of a module."""
     calls = Calls()
     setattr(module, _ATTRIBUTE, calls)
@@ -46,58 +46,58 @@ def follow(module: nn.Module) -> Calls:
 
 
 def calls_of(module: nn.Module) -> Calls:
-    """The counts of a module; of one that is not followed, new ones."""
-    found = module.__dict__.get(_ATTRIBUTE)
-    return found if isinstance(found, Calls) else Calls()
+    """The counts of a module; fresh ones if its calls are not counted."""
+    calls = module.__dict__.get(_ATTRIBUTE)
+    return calls if isinstance(calls, Calls) else Calls()
 
 
 def count_served(module: nn.Module) -> None:
-    """A swapped module tells that the ops serve this call."""
+    """Count a call of a swapped module that the ops serve."""
     if not torch.compiler.is_compiling():
         calls_of(module).served += 1
 
 
-def count_unserved(module: nn.Module, name: str, why: str) -> None:
-    """A swapped module tells why this call takes the original path; the log says so the first time."""
-    say_once(f"{name} takes {why}")
+def count_unserved(module: nn.Module, name: str, path: str, reason: str) -> None:
+    """Count a call of a swapped module that takes `path` instead of the ops, and warn once per reason."""
+    warn_once(f"{name} takes {path} for {reason}")
     if not torch.compiler.is_compiling():
-        calls_of(module).not_served(why.split(" for ", 1)[-1])
+        calls_of(module).add_unserved(reason)
 
 
-def count_as(module: nn.Module, parts: Iterable[nn.Module], before: tuple[int, ...]) -> None:
-    """Count a call of a module whose parts did the work: served if all of theirs were.
+def count_by_children(module: nn.Module, children: Iterable[nn.Module], before: tuple[int, ...]) -> None:
+    """Count a call of a module whose children did the work: as served if all their calls were.
 
-    `before` are the numbers of calls that each part had not been served by then (`unserved_of`).
+    `before` holds the children's `unserved_counts` before the call.
     """
     if torch.compiler.is_compiling():
         return
-    for part, earlier in zip(parts, before, strict=True):
-        calls = calls_of(part)
-        if sum(calls.unserved.values()) > earlier:
-            calls_of(module).not_served(calls._latest)
+    for child, count_before in zip(children, before, strict=True):
+        calls = calls_of(child)
+        if sum(calls.unserved.values()) > count_before:
+            calls_of(module).add_unserved(calls._last_reason)
             return
     count_served(module)
 
 
-def unserved_of(parts: Iterable[nn.Module]) -> tuple[int, ...]:
-    """How many calls of each part have not been served."""
-    return tuple(sum(calls_of(part).unserved.values()) for part in parts)
+def unserved_counts(modules: Iterable[nn.Module]) -> tuple[int, ...]:
+    """The number of unserved calls of each module."""
+    return tuple(sum(calls_of(module).unserved.values()) for module in modules)
 
 
 # ---------------------------------------------------------------- transforms that the ops cannot serve
 
 
-def transformed(masks: Iterable[Tensor | None], tensors: Iterable[Tensor | None]) -> str:
-    """Why a call under `torch.func` cannot be served; empty where it can.
+def unsupported_transform(masks: Iterable[Tensor | None], tensors: Iterable[Tensor | None]) -> str:
+    """Why the ops cannot serve a call under `torch.func`; empty if they can.
 
-    Masks are data, which `vmap` does not let anyone look at; and the ops have no forward-mode derivative.
+    The contents of masks cannot be read under `vmap`, and the ops have no forward-mode derivative.
     """
     if torch.compiler.is_compiling():
         return ""
     if any(_batched(mask) for mask in masks if mask is not None):
         return "masks that differ under vmap, where their contents cannot be read"
     if _under_jvp() or (forward_ad._current_level >= 0 and any(_has_tangent(x) for x in tensors if x is not None)):
-        return "forward-mode derivatives (jvp), which the ops have not"
+        return "forward-mode derivatives (jvp), which the ops do not have"
     return ""
 
 
@@ -111,7 +111,7 @@ def _batched(x: Tensor) -> bool:
 
 
 def _under_jvp() -> bool:
-    """Whether one of the transforms around this call is `torch.func.jvp`, whose tangents inner ones may hide."""
+    """Whether one of the transforms around this call is `torch.func.jvp`; inner transforms may hide its tangents."""
     transforms = torch._C._functorch.get_interpreter_stack() or ()
     return any(transform.key() == torch._C._functorch.TransformType.Jvp for transform in transforms)
 

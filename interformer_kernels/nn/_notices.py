@@ -1,4 +1,4 @@
-"""What a module has to say once: why a call is served otherwise than its name promises."""
+"""Warnings that are logged once each: why a call was not served by the ops."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def _warn(message: str) -> None:
     _log.warning(message)
 
 
-def say_once(message: str) -> None:
-    """Log a warning, the first time this message comes."""
+def warn_once(message: str) -> None:
+    """Log `message` as a warning, the first time it is given."""
     _warn(message)
 
 
-# Under torch.compile this runs while the call is traced, instead of breaking the graph: the mark is what
-# torch.compiler.assume_constant_result sets, whose import alone would take a second.
-say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Under torch.compile the function runs while the call is traced, instead of breaking the graph. This is the mark that
+# torch.compiler.assume_constant_result sets; importing that function would take a second.
+warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,17 +1,17 @@
-"""What the modules take: packed rows with offsets, or a padded batch with a mask of either polarity; and the way back.
+"""Inputs of the modules: packed rows with offsets, or a padded batch with a mask of either polarity; and their inverse.
 
-The arguments have one meaning in every module:
+The arguments mean the same in every module:
 
 - `offsets [B+1]`: the input is packed, `x [T, E]`, row `b` is `x[offsets[b]:offsets[b+1]]`. Tokens from `offsets[B]` on
   (the tail) are not read, and come out zero.
 - `key_padding_mask [B, L]`: the input is padded, and True marks **padding** (as in `torch.nn.MultiheadAttention`).
 - `key_mask [B, L]`: the input is padded, and True marks a **token** (as Hugging Face's `attention_mask`).
-- `lengths [B]`: how many tokens each row has; padding stands behind them. With packed input, `x [T, E]`, rows follow
-  each other.
-- none of them: the input is padded and holds tokens alone.
+- `lengths [B]`: the number of tokens of each row; padding follows them. With packed input, `x [T, E]`, the rows follow
+  one another.
+- none of them: the input has the padded form and no padding.
 
-Masks are bool, or integers 0 and 1. Padding may stand right, left or in between; it is not read (it may hold NaN), and
-comes out zero. A padded batch is `[B, L, E]` with `batch_first=True`, `[L, B, E]` without.
+Masks are bool, or integers 0 and 1. Padding may be on the right, on the left or between tokens; it is not read (it may
+hold NaN), and comes out zero. A padded batch is `[B, L, E]` with `batch_first=True`, `[L, B, E]` without.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from interformer_kernels import reference
 from interformer_kernels.jagged import (
     PaddedLayout,
     as_bool_mask,
-    keep_by_lengths,
-    layout_of_tokens,
+    layout_of_mask,
+    mask_from_lengths,
     offsets_from_lengths,
 )
 
 
 def equal_offsets(rows: int, length: int, device: torch.device) -> Tensor:
-    """Offsets of `rows` rows of one length: a dense batch seen as a packed one."""
+    """Offsets of `rows` rows of equal `length`: a dense batch seen as a packed one."""
     return torch.arange(rows + 1, device=device) * length
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The tokens of a batch, packed, and how its results go back into the form that it came in.
+    """The packed tokens of a batch, and how to restore results to the input's form.
 
     Attributes:
         tokens: `[T, E]`.
         offsets: `[B+1]`.
-        dense: `(B, L)` of a padded input; None where it came packed.
-        layout: where the tokens of a padded input stood; None where all of it was tokens.
+        dense: `(B, L)` of a padded input; None for packed input.
+        layout: positions of the tokens in a padded input; None if it has no padding.
         batch_first: whether a padded input is `[B, L, E]` rather than `[L, B, E]`.
-        inside: which tokens of a packed input belong to rows, `[T]`; None where all do.
+        inside: bool `[T]`, which tokens of a packed input belong to rows; None if all do.
     """
 
     tokens: Tensor
@@ -58,25 +58,25 @@ class Rows:
     inside: Tensor | None = None
 
     def like(self, x: Tensor) -> Tensor:
-        """The tokens of another input of the same form (values beside keys), packed."""
+        """Another input of the same form (the values for given keys), packed in the same way."""
         if self.dense is None:
             return x if self.inside is None else reference.mask_rows(x, self.inside)
         x = x if self.batch_first else x.transpose(0, 1)
         return x.flatten(0, 1) if self.layout is None else self.layout.pack(x)
 
     def restore(self, values: Tensor) -> Tensor:
-        """`values [T, F]`, one for each token, in the input's form; zero at padding and on the tail."""
+        """`values [T, F]`, one per token, in the input's form; zero at padding and on the tail."""
         if self.dense is None:
             return values if self.inside is None else reference.mask_rows(values, self.inside)
         out = values.unflatten(0, self.dense) if self.layout is None else self.layout.pad(values)
         return out if self.batch_first else out.transpose(0, 1)
 
     def restore_rows(self, values: Tensor) -> Tensor:
-        """`values [B, N, F]`, some for each row: `[N, B, F]` where the padded input had the batch second."""
+        """`values [B, N, F]`, `N` per row; as `[N, B, F]` if the padded input had the batch second."""
         return values if self.dense is None or self.batch_first else values.transpose(0, 1)
 
 
-def rows_of(
+def read_rows(
     op: str,
     name: str,
     x: object,
@@ -89,13 +89,13 @@ def rows_of(
     lengths: Tensor | None = None,
     offsets_name: str = "offsets",
 ) -> Rows:
-    """Read one input; `width` is the size that its last axis must have, `op` the module that asks."""
+    """Check and pack one input; `width` is the required size of its last axis, `op` the module's name for errors."""
     given = {offsets_name: offsets, "key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
     named = [argument for argument, value in given.items() if value is not None]
     if len(named) > 1:
-        wanted = f"at most one of {', '.join(given)}"
         raise ValueError(
-            f"{op}: {wanted} can be given (the first says that {name} is packed), found {', '.join(named)}"
+            f"{op}: at most one of {', '.join(given)} can be given (the first means that {name} is packed), "
+            f"found {', '.join(named)}"
         )
     if lengths is not None and isinstance(x, Tensor) and x.dim() == 2:
         checks.check_index(op, "lengths", lengths, x.device)
@@ -113,18 +113,19 @@ def rows_of(
         return Rows(batch.flatten(0, 1), equal_offsets(rows, length, x.device), (rows, length), None, batch_first)
     if lengths is not None:
         checks.check_index(op, "lengths", lengths, x.device)
-        mask = keep_by_lengths(lengths, rows, length, "right", op)
+        mask = mask_from_lengths(lengths, rows, length, "right", op)
     else:
         mask = as_bool_mask(op, named[0], given[named[0]], rows, length)
     if mask.device != x.device:
         raise ValueError(f"{op}: {named[0]} must be on {name}'s device {x.device}, found {mask.device}")
-    layout = layout_of_tokens(~mask if key_padding_mask is not None else mask)
+    layout = layout_of_mask(~mask if key_padding_mask is not None else mask)
     return Rows(layout.pack(batch), layout.offsets, (rows, length), layout, batch_first)
 
 
 def _packed(op: str, x: Tensor, offsets: Tensor, offsets_name: str) -> Rows:
     checks.check_offsets(op, offsets_name, offsets, x.device)
-    # Whether there is a tail is data. Where reading it costs (a GPU waits, a graph breaks) one is taken to be there.
+    # Whether there is a tail depends on the offsets' values. Where reading them is expensive (it synchronises a GPU or
+    # breaks a graph), a tail is assumed.
     readable = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable:
         checks.check_offsets_content(op, offsets_name, offsets, x.shape[0])

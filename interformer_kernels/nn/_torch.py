@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interformer_kernels.jagged import layout_of_tokens
+from interformer_kernels.jagged import layout_of_mask
 from interformer_kernels.nn import _attention as shared
-from interformer_kernels.nn._calls import count_as, count_served, count_unserved, transformed, unserved_of
+from interformer_kernels.nn._calls import (
+    count_by_children,
+    count_served,
+    count_unserved,
+    unserved_counts,
+    unsupported_transform,
+)
 from interformer_kernels.nn._rows import equal_offsets
 from interformer_kernels.nn.accelerate import register_adapter
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
@@ -17,9 +23,11 @@ from interformer_kernels.ops.jagged_attention import jagged_attention
 
 # ---------------------------------------------------------------- masks
 
+_PATH = "PyTorch's own path"
 
-def as_padding(mask: Tensor) -> Tensor | None:
-    """A key padding mask as bool, True at padding; None for an additive one with numbers other than 0 and -inf."""
+
+def read_padding_mask(mask: Tensor) -> Tensor | None:
+    """A key padding mask as bool, True at padding; None if it is additive with numbers other than 0 and -inf."""
     if mask.dtype == torch.bool:
         return mask
     padding = mask == -torch.inf
@@ -27,19 +35,21 @@ def as_padding(mask: Tensor) -> Tensor | None:
 
 
 def has_holes(padding: Tensor) -> bool:
-    """Whether padding stands between two tokens of some row."""
+    """Whether some row has padding between two tokens."""
     token = ~padding
     starts = token[:, :1].sum(1) + (token[:, 1:] & padding[:, :-1]).sum(1)
     return bool((starts > 1).any())
 
 
 def is_causal_mask(mask: Tensor, length: int) -> bool:
-    """Whether an attention mask, bool or additive, hides just the later keys of `length` tokens."""
+    """Whether an attention mask, bool or additive, masks out exactly the later keys of `length` tokens."""
     if mask.shape != (length, length):
         return False
     later = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
-    hidden = mask if mask.dtype == torch.bool else mask == -torch.inf
-    return bool((hidden == later).all()) and (mask.dtype == torch.bool or bool((mask.where(~later, 0) == 0).all()))
+    masked_out = mask if mask.dtype == torch.bool else mask == -torch.inf
+    if not bool((masked_out == later).all()):
+        return False
+    return mask.dtype == torch.bool or bool((mask.where(~later, 0) == 0).all())
 
 
 # ---------------------------------------------------------------- attention of padded batches
@@ -48,10 +58,10 @@ def is_causal_mask(mask: Tensor, length: int) -> bool:
 def attend_padded(
     attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, causal: bool
 ) -> Tensor:
-    """What `MultiheadAttention` computes for `query [B, N, E]` over `key`, `value [B, L, ...]`: `[B, N, E]`.
+    """The output of `MultiheadAttention` for `query [B, N, E]` over `key`, `value [B, L, ...]`: `[B, N, E]`.
 
-    `padding [B, L]` marks keys that nobody sees; it is without holes where the attention is causal. Queries at padding
-    are answered, too, as PyTorch does.
+    `padding [B, L]` marks keys that are masked out; it has no holes if the attention is causal. Queries at padding get
+    outputs too, as in PyTorch.
     """
     if padding is not None and bool(padding.any()):
         attend = _attend_causal if causal else _attend_packed_keys
@@ -63,8 +73,8 @@ def attend_padded(
     else:
         q = shared.project_query(attention, query.flatten(0, 1))
         k, v = shared.project_keys(attention, flat, flat if value is key else value.flatten(0, 1))
-    own, other = equal_offsets(rows, queries, query.device), equal_offsets(rows, keys, query.device)
-    attn_out = shared.alone(jagged_attention(q, k, v, own, kv_offsets=other, causal=causal))
+    q_offsets, kv_offsets = equal_offsets(rows, queries, query.device), equal_offsets(rows, keys, query.device)
+    attn_out = shared.output_only(jagged_attention(q, k, v, q_offsets, kv_offsets=kv_offsets, causal=causal))
     return shared.project_out(attention, attn_out).view(rows, queries, attention.embed_dim)
 
 
@@ -72,10 +82,10 @@ def _attend_packed_keys(
     attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor
 ) -> Tensor:
     """All queries `[B, N, E]` over the keys that are not padding: `[B, N, H, D]`."""
-    layout = layout_of_tokens(~padding)
+    layout = layout_of_mask(~padding)
     packed = layout.pack(key)
     k, v = shared.project_keys(attention, packed, packed if value is key else layout.pack(value))
-    return shared.alone(gated_cross_attention(shared.project_query(attention, query), k, v, layout.offsets))
+    return shared.output_only(gated_cross_attention(shared.project_query(attention, query), k, v, layout.offsets))
 
 
 def _attend_causal(
@@ -83,24 +93,24 @@ def _attend_causal(
 ) -> Tensor:
     """Causal attention of as many queries as keys: `[B, L, H, D]`.
 
-    Tokens see tokens up to themselves. Queries at padding see what stands before them: all tokens where the padding is
-    on the right, none, and so nothing, where it is on the left.
+    Tokens see the tokens up to themselves. Queries at padding see the tokens before them: all tokens of the row if the
+    padding is on the right, none if it is on the left.
     """
-    tokens = layout_of_tokens(~padding)
-    after = layout_of_tokens(padding & ((~padding).cumsum(1) > 0))
+    tokens = layout_of_mask(~padding)
+    right_padding = layout_of_mask(padding & ((~padding).cumsum(1) > 0))
     packed = tokens.pack(key)
     k, v = shared.project_keys(attention, packed, packed if value is key else tokens.pack(value))
     q = shared.project_query(attention, query)
-    seen = jagged_attention(tokens.pack(q), k, v, tokens.offsets, causal=True)
-    rest = gated_cross_attention(after.pack(q), k, v, tokens.offsets, q_offsets=after.offsets)
-    return tokens.pad(shared.alone(seen)) + after.pad(shared.alone(rest))
+    at_tokens = jagged_attention(tokens.pack(q), k, v, tokens.offsets, causal=True)
+    at_padding = gated_cross_attention(right_padding.pack(q), k, v, tokens.offsets, q_offsets=right_padding.offsets)
+    return tokens.pad(shared.output_only(at_tokens)) + right_padding.pad(shared.output_only(at_padding))
 
 
 # ---------------------------------------------------------------- the modules
 
 
 class FastMultiheadAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` whose attention the ops compute, over the keys that are not padding."""
+    """`nn.MultiheadAttention` whose attention is computed by the ops, over the keys that are not padding."""
 
     serves = "calls with need_weights=False, with padding or causal masks, in training without dropout"
 
@@ -115,31 +125,31 @@ class FastMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention`; calls that the ops cannot serve take its own path, and say so once."""
-        why = self._why_not(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+        """As `nn.MultiheadAttention`; calls that the ops cannot serve take its original path, with one warning."""
+        reason = self._unsupported_call(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
         padding = None
-        if not why and key_padding_mask is not None:
-            padding = as_padding(key_padding_mask)
+        if not reason and key_padding_mask is not None:
+            padding = read_padding_mask(key_padding_mask)
             if padding is None:
-                why = "an additive key_padding_mask with numbers other than 0 and -inf"
+                reason = "an additive key_padding_mask with numbers other than 0 and -inf"
             elif attn_mask is not None and has_holes(padding):
-                why = "a causal mask beside padding with holes"
-        if why:
-            count_unserved(self, "MultiheadAttention", f"PyTorch's own path for {why}")
+                reason = "a causal mask together with padding that has holes"
+        if reason:
+            count_unserved(self, "MultiheadAttention", _PATH, reason)
             masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
             weights: dict[str, Any] = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
             return super().forward(query, key, value, is_causal=is_causal, **masks, **weights)
         count_served(self)
         if not self.batch_first:
-            # One tensor stays one: it is projected once.
-            one, same = query is key, key is value
+            # A tensor that is passed twice is transposed once, so that it is recognised and projected once.
+            same_query_key, same_key_value = query is key, key is value
             query = query.transpose(0, 1)
-            key = query if one else key.transpose(0, 1)
-            value = key if same else value.transpose(0, 1)
+            key = query if same_query_key else key.transpose(0, 1)
+            value = key if same_key_value else value.transpose(0, 1)
         out = attend_padded(self, query, key, value, padding, attn_mask is not None)
         return out if self.batch_first else out.transpose(0, 1), None
 
-    def _why_not(
+    def _unsupported_call(
         self,
         query: Tensor,
         key: Tensor,
@@ -149,38 +159,38 @@ class FastMultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> str:
-        """Why the ops cannot serve this call, as far as it shows without the padding's contents; empty if they can."""
+        """Why the ops cannot serve this call, judged without the padding's contents; empty if they can."""
         batch = 0 if self.batch_first else 1
         compiling = torch.compiler.is_compiling()
         if need_weights:
-            return "need_weights=True (its default): weights were asked for, which the ops do not return"
+            return "need_weights=True (the default), because the ops do not return attention weights"
         if self.training and self.dropout:
-            return f"dropout = {self.dropout} in training, for the ops drop no attention weights"
+            return f"dropout = {self.dropout} in training, because the ops have no dropout"
         if query.is_nested or key.is_nested or value.is_nested:
             return "nested tensors"
         if query.dim() != 3 or key.dim() != 3 or key.shape[:2] != value.shape[:2]:
             return "inputs that are not three tensors of three axes"
-        if why := transformed((key_padding_mask, attn_mask), (query, key, value, *self.parameters())):
-            return why
+        if reason := unsupported_transform((key_padding_mask, attn_mask), (query, key, value, *self.parameters())):
+            return reason
         rows, keys = key.shape[batch], key.shape[1 - batch]
         if query.shape[batch] != rows or (key_padding_mask is not None and key_padding_mask.shape != (rows, keys)):
             return "inputs of unequal batch sizes"
         if key_padding_mask is not None and compiling:
-            return "padding masks under torch.compile, where the number of tokens would be data"
+            return "padding masks under torch.compile, where the number of tokens would depend on data"
         if attn_mask is None:
             return "is_causal=True without an attn_mask" if is_causal else ""
         length = query.shape[1 - batch]
-        # As PyTorch does, the hint is trusted where it alone decides.
+        # PyTorch trusts the hint is_causal in these calls without looking at the mask.
         trusted = is_causal and key_padding_mask is None and length == keys
         if not trusted and (compiling or length != keys or not is_causal_mask(attn_mask, keys)):
-            return "an attn_mask that is not the causal one (or cannot be told under torch.compile without is_causal)"
+            return "an attn_mask that is not the causal one (or cannot be read under torch.compile without is_causal)"
         return ""
 
 
 class FastTransformerEncoderLayer(nn.TransformerEncoderLayer):
-    """`nn.TransformerEncoderLayer` that calls its attention at inference, too, instead of its fused path."""
+    """`nn.TransformerEncoderLayer` that calls its attention at inference too, instead of its fused path."""
 
-    serves = "what its attention serves"
+    serves = "the calls that its attention serves"
 
     def forward(
         self,
@@ -191,24 +201,24 @@ class FastTransformerEncoderLayer(nn.TransformerEncoderLayer):
     ) -> Tensor:
         """As `nn.TransformerEncoderLayer`."""
         if src.is_nested:
-            count_unserved(self, "TransformerEncoderLayer", "PyTorch's own path for nested tensors")
+            count_unserved(self, "TransformerEncoderLayer", _PATH, "nested tensors")
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        masks, before = (src_mask, src_key_padding_mask, is_causal), unserved_of((self.self_attn,))
+        masks, before = (src_mask, src_key_padding_mask, is_causal), unserved_counts((self.self_attn,))
         attn_out = self._sa_block(self.norm1(src) if self.norm_first else src, *masks)
-        count_as(self, (self.self_attn,), before)
+        count_by_children(self, (self.self_attn,), before)
         if self.norm_first:
             x = src + attn_out
             return x + self._ff_block(self.norm2(x))
-        return self._behind_attention(src, attn_out)
+        return self._after_attention(src, attn_out)
 
     def forward_packed(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """The layer for packed tokens `[T, E]`, normed after each block."""
+        """The layer (post-norm) for packed tokens `[T, E]`."""
         for module in (self, self.self_attn):
             count_served(module)
-        attn_out = shared.alone(jagged_attention(*shared.project_self(self.self_attn, x), offsets))
-        return self._behind_attention(x, self.dropout1(shared.project_out(self.self_attn, attn_out)))
+        attn_out = shared.output_only(jagged_attention(*shared.project_self(self.self_attn, x), offsets))
+        return self._after_attention(x, self.dropout1(shared.project_out(self.self_attn, attn_out)))
 
-    def _behind_attention(self, x: Tensor, attn_out: Tensor) -> Tensor:
+    def _after_attention(self, x: Tensor, attn_out: Tensor) -> Tensor:
         x = self.norm1(x + attn_out)
         out: Tensor = self.norm2(x + self._ff_block(x))
         return out
@@ -217,7 +227,7 @@ class FastTransformerEncoderLayer(nn.TransformerEncoderLayer):
 class FastTransformerEncoder(nn.TransformerEncoder):
     """`nn.TransformerEncoder` that packs a padded batch once, before its layers."""
 
-    serves = "what its layers serve; padded batches without other masks are packed once for all of them"
+    serves = "the calls that its layers serve; padded batches without other masks are packed once for all layers"
 
     def forward(
         self,
@@ -226,17 +236,17 @@ class FastTransformerEncoder(nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        """As `nn.TransformerEncoder`; at padding, the output is that of zeros, as it is at PyTorch's inference."""
+        """As `nn.TransformerEncoder`; at padding, the output is that of zero inputs, as in PyTorch's inference path."""
         padding = None
         if mask is None and src_key_padding_mask is not None and self._packs(src, src_key_padding_mask):
-            padding = as_padding(src_key_padding_mask)
-        if padding is None:  # The layers, served or not, say what there is to say.
-            before = unserved_of(self.layers)
-            found: Tensor = super().forward(src, mask, src_key_padding_mask, is_causal)
-            count_as(self, self.layers, before)
-            return found
+            padding = read_padding_mask(src_key_padding_mask)
+        if padding is None:  # The layers decide by themselves, and warn.
+            before = unserved_counts(self.layers)
+            unpacked_out: Tensor = super().forward(src, mask, src_key_padding_mask, is_causal)
+            count_by_children(self, self.layers, before)
+            return unpacked_out
         count_served(self)
-        layout = layout_of_tokens(~padding)
+        layout = layout_of_mask(~padding)
         x = layout.pack(src)
         for layer in self.layers:
             assert isinstance(layer, FastTransformerEncoderLayer)
@@ -245,10 +255,10 @@ class FastTransformerEncoder(nn.TransformerEncoder):
         return out if self.norm is None else self.norm(out)
 
     def _packs(self, src: Tensor, padding: Tensor) -> bool:
-        """Whether this call can go packed through layers that are not called as modules."""
+        """Whether the layers can take this call packed; `forward_packed` runs neither hooks nor dropout of weights."""
         if torch.compiler.is_compiling() or src.is_nested or src.dim() != 3 or padding.shape != src.shape[:2]:
             return False
-        if transformed((padding,), (src, *self.parameters())):
+        if unsupported_transform((padding,), (src, *self.parameters())):
             return False
         for module in self.layers.modules():
             if isinstance(module, nn.MultiheadAttention) and module.training and module.dropout:
@@ -265,39 +275,40 @@ class FastTransformerEncoder(nn.TransformerEncoder):
         )
 
 
-# ---------------------------------------------------------------- which modules they serve
+# ---------------------------------------------------------------- adapters
 
 
-def why_left(attention: nn.Module) -> str:
-    """Why this attention cannot be served; empty where it can."""
+def unsupported_reason(attention: nn.Module) -> str:
+    """Why this attention module cannot be swapped; empty if it can."""
     if not isinstance(attention, nn.MultiheadAttention):
         return f"its attention is a {type(attention).__name__}"
     if type(attention) not in (nn.MultiheadAttention, FastMultiheadAttention):
         return f"its attention is a {type(attention).__name__}, a subclass whose forward may differ"
     if attention.bias_k is not None or attention.add_zero_attn:
-        return "add_bias_kv or add_zero_attn, which the ops have not"
+        return "add_bias_kv or add_zero_attn, which the ops do not support"
     return ""
 
 
-def _attention(module: nn.Module) -> type[nn.Module] | str:
-    return why_left(module) or FastMultiheadAttention
+def _adapt_attention(module: nn.Module) -> type[nn.Module] | str:
+    return unsupported_reason(module) or FastMultiheadAttention
 
 
-def _layer(module: nn.Module) -> type[nn.Module] | str:
+def _adapt_layer(module: nn.Module) -> type[nn.Module] | str:
     assert isinstance(module, nn.TransformerEncoderLayer)
-    return why_left(module.self_attn) or FastTransformerEncoderLayer
+    return unsupported_reason(module.self_attn) or FastTransformerEncoderLayer
 
 
-def _encoder(module: nn.Module) -> type[nn.Module] | str:
+def _adapt_encoder(module: nn.Module) -> type[nn.Module] | str:
     assert isinstance(module, nn.TransformerEncoder)
     if not module.use_nested_tensor:
-        return "enable_nested_tensor is off or cannot be had, so its outputs at padding matter; its layers are swapped"
+        return "enable_nested_tensor is off or unavailable, so its outputs at padding matter; its layers are swapped"
     for layer in module.layers:
-        if type(layer) not in (nn.TransformerEncoderLayer, FastTransformerEncoderLayer) or why_left(layer.self_attn):
-            return "a layer of it cannot be swapped"
+        known = type(layer) in (nn.TransformerEncoderLayer, FastTransformerEncoderLayer)
+        if not known or unsupported_reason(layer.self_attn):
+            return "one of its layers cannot be swapped"
     return FastTransformerEncoder
 
 
-register_adapter(nn.MultiheadAttention, _attention)
-register_adapter(nn.TransformerEncoderLayer, _layer)
-register_adapter(nn.TransformerEncoder, _encoder)
+register_adapter(nn.MultiheadAttention, _adapt_attention)
+register_adapter(nn.TransformerEncoderLayer, _adapt_layer)
+register_adapter(nn.TransformerEncoder, _adapt_encoder)

@@ -1,4 +1,4 @@
-"""Adapters of torch_geometric's Set Transformer: nothing is padded, and its pooling folds its projections."""
+"""Adapters of torch_geometric's Set Transformer, without padding and with folded projections in its pooling."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from torch import Tensor, nn
 from torch_geometric.nn.aggr import SetTransformerAggregation
 from torch_geometric.nn.aggr.utils import PoolingByMultiheadAttention
 
-from interformer_kernels.jagged import layout_of_tokens
+from interformer_kernels.jagged import layout_of_mask
 from interformer_kernels.nn import _attention as shared
-from interformer_kernels.nn._calls import count_served, count_unserved, transformed
+from interformer_kernels.nn._calls import count_served, count_unserved, unsupported_transform
 from interformer_kernels.nn._rows import equal_offsets
-from interformer_kernels.nn._torch import why_left
+from interformer_kernels.nn._torch import unsupported_reason
 from interformer_kernels.nn.accelerate import register_adapter
 from interformer_kernels.nn.pma_pooling import pool_rows
 from interformer_kernels.ops.jagged_attention import jagged_attention
 
+_PATH = "torch_geometric's own path"
+
 
 def _after_attention(block: Any, x: Tensor, attn_out: Tensor) -> Tensor:
-    """The rest of a `MultiheadAttentionBlock` behind its heads: projection, residual, norms, feed-forward."""
+    """The part of a `MultiheadAttentionBlock` after its heads: projection, residual, norms, feed-forward."""
     out = shared.project_out(block.attn, attn_out) + x
     out = out if block.layer_norm1 is None else block.layer_norm1(out)
     out = out + block.lin(out).relu()
@@ -30,7 +32,8 @@ def _after_attention(block: Any, x: Tensor, attn_out: Tensor) -> Tensor:
 
 def _attend_block(block: Any, x: Tensor, offsets: Tensor) -> Tensor:
     """A `SetAttentionBlock`'s inner block on packed tokens `[T, E]`."""
-    return _after_attention(block, x, shared.alone(jagged_attention(*shared.project_self(block.attn, x), offsets)))
+    attn_out = shared.output_only(jagged_attention(*shared.project_self(block.attn, x), offsets))
+    return _after_attention(block, x, attn_out)
 
 
 def _pool(pooling: Any, x: Tensor, offsets: Tensor) -> Tensor:
@@ -40,37 +43,37 @@ def _pool(pooling: Any, x: Tensor, offsets: Tensor) -> Tensor:
     return _after_attention(pooling.mab, seeds, pool_rows(pooling.mab.attn, query, F.relu(pooling.lin(x)), offsets))
 
 
-def _why_not(attention: nn.MultiheadAttention, mask: Tensor | None, *tensors: Tensor | None) -> str:
-    """Why the ops cannot serve a call, as far as it shows before the sets are looked at; empty if they can."""
+def _unsupported_call(attention: nn.MultiheadAttention, mask: Tensor | None, *tensors: Tensor | None) -> str:
+    """Why the ops cannot serve a call, judged without the sets' contents; empty if they can."""
     if attention.training and attention.dropout:
         return f"dropout = {attention.dropout} in training"
-    return transformed((mask,), tensors)
+    return unsupported_transform((mask,), tensors)
 
 
 class FastPoolingByMultiheadAttention(PoolingByMultiheadAttention):
-    """`PoolingByMultiheadAttention` of the elements that the mask leaves, packed."""
+    """`PoolingByMultiheadAttention` of the packed elements where the mask is True."""
 
     serves = "calls in training without dropout"
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """As `PoolingByMultiheadAttention`."""
-        why = _why_not(self.mab.attn, mask, x, *self.parameters())
-        if not why and mask is not None and torch.compiler.is_compiling():
-            why = "masks under torch.compile"
-        if why:
-            count_unserved(self, "PoolingByMultiheadAttention", f"torch_geometric's own path for {why}")
+        reason = _unsupported_call(self.mab.attn, mask, x, *self.parameters())
+        if not reason and mask is not None and torch.compiler.is_compiling():
+            reason = "masks under torch.compile"
+        if reason:
+            count_unserved(self, "PoolingByMultiheadAttention", _PATH, reason)
             return super().forward(x, mask)
         count_served(self)
         if mask is None:
             return _pool(self, x.flatten(0, 1), equal_offsets(x.shape[0], x.shape[1], x.device))
-        layout = layout_of_tokens(mask)
+        layout = layout_of_mask(mask)
         return _pool(self, layout.pack(x), layout.offsets)
 
 
 class FastSetTransformerAggregation(SetTransformerAggregation):
-    """`SetTransformerAggregation` on the packed elements that it is given."""
+    """`SetTransformerAggregation` that leaves its elements packed, as it is given them."""
 
-    serves = "calls in training without dropout, unless max_num_elements cuts a set"
+    serves = "calls in training without dropout, unless max_num_elements truncates a set"
 
     def forward(
         self,
@@ -82,42 +85,41 @@ class FastSetTransformerAggregation(SetTransformerAggregation):
         max_num_elements: int | None = None,
     ) -> Tensor:
         """As `SetTransformerAggregation`."""
-        if why := _why_not(self.pma.mab.attn, index, x, *self.parameters()):
-            count_unserved(self, "SetTransformerAggregation", f"torch_geometric's own path for {why}")
+        if reason := _unsupported_call(self.pma.mab.attn, index, x, *self.parameters()):
+            count_unserved(self, "SetTransformerAggregation", _PATH, reason)
             return super().forward(x, index, ptr, dim_size, dim, max_num_elements=max_num_elements)
         self.assert_index_present(index)
         self.assert_sorted_index(index)
         self.assert_two_dimensional_input(x, dim)
         assert index is not None
-        assert dim_size is not None  # `Aggregation.__call__` sees to it.
+        assert dim_size is not None  # `Aggregation.__call__` ensures it.
         offsets = torch.searchsorted(index, torch.arange(dim_size + 1, device=index.device, dtype=index.dtype))
         if int(offsets[-1]) < len(index):
-            raise IndexError(f"index must lie below dim_size = {dim_size}, found {int(index[-1])}")
+            raise IndexError(f"index must be below dim_size = {dim_size}, found {int(index[-1])}")
         if max_num_elements is not None and dim_size and int(offsets.diff().max()) > max_num_elements:
-            why = "a set that max_num_elements cuts"
-            count_unserved(self, "SetTransformerAggregation", f"torch_geometric's own path for {why}")
+            count_unserved(self, "SetTransformerAggregation", _PATH, "a set that max_num_elements truncates")
             return super().forward(x, index, ptr, dim_size, dim, max_num_elements=max_num_elements)
         count_served(self)
         for encoder in self.encoders:
             x = _attend_block(encoder.mab, x, offsets)
         x = _pool(self.pma, x, offsets)
         rows, seeds = x.shape[:2]
-        flat, own = x.flatten(0, 1), equal_offsets(rows, seeds, x.device)
+        flat, seed_offsets = x.flatten(0, 1), equal_offsets(rows, seeds, x.device)
         for decoder in self.decoders:
-            flat = _attend_block(decoder.mab, flat, own)
+            flat = _attend_block(decoder.mab, flat, seed_offsets)
         x = flat.unflatten(0, (rows, seeds)).nan_to_num()
         return x.flatten(1, 2) if self.concat else x.mean(dim=1)
 
 
-def _pooling(module: Any) -> type[nn.Module] | str:
-    return why_left(module.mab.attn) or FastPoolingByMultiheadAttention
+def _adapt_pooling(module: Any) -> type[nn.Module] | str:
+    return unsupported_reason(module.mab.attn) or FastPoolingByMultiheadAttention
 
 
-def _aggregation(module: Any) -> type[nn.Module] | str:
+def _adapt_aggregation(module: Any) -> type[nn.Module] | str:
     blocks = [*module.encoders, module.pma, *module.decoders]
-    found = next((why for block in blocks if (why := why_left(block.mab.attn))), "")
-    return found or FastSetTransformerAggregation
+    reasons = filter(None, (unsupported_reason(block.mab.attn) for block in blocks))
+    return next(reasons, FastSetTransformerAggregation)
 
 
-register_adapter(PoolingByMultiheadAttention, _pooling)
-register_adapter(SetTransformerAggregation, _aggregation)
+register_adapter(PoolingByMultiheadAttention, _adapt_pooling)
+register_adapter(SetTransformerAggregation, _adapt_aggregation)

@@ -1,4 +1,4 @@
-"""`accelerate`: existing models served by the ops, in place; which modules, by what adapter, why others are left."""
+"""`accelerate`: swaps modules of an existing model, in place, for subclasses that the ops serve; and its report."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Union
 from torch import nn
 
 from interformer_kernels import _checks as checks
-from interformer_kernels.nn._calls import Calls, count_served, count_unserved, follow
+from interformer_kernels.nn._calls import Calls, count_served, count_unserved, start_counting
 
-# Given a module of its class: the subclass whose `forward` serves it, or why the module is left as it is.
+# From a module of its class to the subclass whose `forward` serves it, or to the reason for leaving the module.
 Adapter = Callable[[nn.Module], Union[type[nn.Module], str]]
 
-# Classes known by name, and the file that registers their adapters: imported when a model has such a class.
+# Class names, and the file that registers their adapters: it is imported when a model has such a class.
 _KNOWN = {
     "torch.nn.modules.activation.MultiheadAttention": "interformer_kernels.nn._torch",
     "torch.nn.modules.transformer.TransformerEncoderLayer": "interformer_kernels.nn._torch",
@@ -32,12 +32,12 @@ class Entry:
     """One module of the model.
 
     Attributes:
-        name: its path in the model, as `named_modules` has it; empty for the model itself.
-        kind: the name of its class before.
-        swapped: whether it is served by the ops now (with `dry_run`: would be).
-        why: why it is left; empty where it is swapped.
-        serves: which calls a swapped module's class serves, where that class says so (its attribute ``serves``).
-        calls: how its calls went since it was swapped; kept up to date. With `dry_run` there are none.
+        name: its path in the model, as in `named_modules`; empty for the model itself.
+        kind: the name of its original class.
+        swapped: whether its class was swapped (with `dry_run`: would be).
+        why: the reason for leaving it; empty if it is swapped.
+        serves: the calls that the swapped class serves, from its attribute ``serves`` if it has one.
+        calls: counts of its calls since it was swapped, kept up to date; none with `dry_run`.
     """
 
     name: str
@@ -50,10 +50,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`accelerate` did with each module; ``print`` it, before the model is used and after.
+    """The result of :func:`accelerate` for each module; ``print`` it before and after the model is used.
 
-    That a module is swapped does not say that the ops serve its calls: callers may ask for attention weights (PyTorch's
-    default), or train with dropout. :meth:`calls` counts those served and those not, with the reasons.
+    A swapped module is not yet a served one: callers may ask for attention weights (PyTorch's default), or train with
+    dropout. :meth:`calls` counts the calls that were served and those that were not, with reasons.
 
     Attributes:
         entries: every module of the model, in the order of `named_modules`.
@@ -65,23 +65,23 @@ class Report:
 
     @property
     def swapped(self) -> tuple[Entry, ...]:
-        """The modules whose class is another now (with ``dry_run``: would be), and serves what it can."""
+        """The modules whose class was swapped (with ``dry_run``: would be)."""
         return tuple(entry for entry in self.entries if entry.swapped)
 
     @property
     def left(self) -> tuple[Entry, ...]:
-        """The modules that are as they were, each with its reason."""
+        """The modules that were not changed, each with the reason."""
         return tuple(entry for entry in self.entries if not entry.swapped)
 
     def calls(self) -> dict[str, Calls]:
-        """By the name of each swapped module, how many calls the ops have served by now, and how many not and why.
+        """Counts of served and unserved calls so far, by the name of each swapped module.
 
-        Modules of a class of yours count when they say so: ``served(self)``, ``unserved(self, why)`` in their forward.
+        The ``forward`` of your own subclass counts its calls by ``served(self)`` and ``unserved(self, why)``.
         """
         return {entry.name: entry.calls for entry in self.swapped}
 
     def __str__(self) -> str:
-        """Each swapped module, what it serves and has served; then the classes that are left, how many, and why."""
+        """Each swapped module, the calls it serves and has served; then the classes that are left, with reasons."""
         verb = "would be swapped" if self.dry_run else "swapped"
         lines = [f"{len(self.swapped)} of {len(self.entries)} modules {verb}"]
         for entry in self.swapped:
@@ -94,13 +94,13 @@ class Report:
 
 
 def register_adapter(kind: type[nn.Module], adapter: Adapter) -> None:
-    """Teach :func:`accelerate` a class of modules.
+    """Make :func:`accelerate` swap modules of a class.
 
-    An adapter answers for one module of just this class: with the subclass of it whose ``forward`` serves the module,
-    or with a string: why this module is left. The module's class is then changed, and counts of its calls are hung on
-    it, nothing else: parameters, buffers, hooks, ``state_dict`` keys and whatever holds the module stay. So the
-    subclass must compute what its parent does, from the attributes that its parent's ``__init__`` made (its own is not
-    run), and it should stand at the top level of a file, so that it can be pickled::
+    An adapter takes one module of exactly this class, and returns the subclass whose ``forward`` serves the module, or
+    a string with the reason for leaving it. Swapping changes the module's ``__class__`` and attaches counts of its
+    calls, nothing else: parameters, buffers, hooks, ``state_dict`` keys and references to the module stay. The
+    subclass must therefore compute the same as its parent, from the attributes that the parent's ``__init__`` made (its
+    own is not run). Define it at the top level of a file, so that it can be pickled::
 
         class FastPool(Pool):
             def forward(self, x, mask):
@@ -110,12 +110,12 @@ def register_adapter(kind: type[nn.Module], adapter: Adapter) -> None:
         register_adapter(Pool, lambda pool: "it has a bias" if pool.bias else FastPool)
 
     Args:
-        kind: the class; modules of its subclasses are not meant, their ``forward`` may differ. A later adapter for the
+        kind: the class. Its subclasses are not included, since their ``forward`` may differ. A later adapter for the
             same class replaces the earlier one.
-        adapter: from the module to a subclass of ``kind``, or to the reason for leaving it.
+        adapter: a function from the module to a subclass of ``kind``, or to the reason for leaving it.
 
     Raises:
-        TypeError: ``kind`` is not a class of modules, or the adapter cannot be called.
+        TypeError: ``kind`` is not a class of modules, or the adapter is not callable.
     """
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise TypeError(f"register_adapter: kind must be a subclass of torch.nn.Module, found {checks.describe(kind)}")
@@ -125,66 +125,66 @@ def register_adapter(kind: type[nn.Module], adapter: Adapter) -> None:
 
 
 def accelerate(model: nn.Module, *, dry_run: bool = False) -> Report:
-    """Let the ops serve, in place, those modules of a model that they can serve exactly.
+    """Swap, in place, the modules of a model that the ops can serve exactly.
 
-    Outputs and gradients stay what they were, within rounding; parameters, buffers, hooks, ``state_dict`` keys and
-    ``isinstance`` stay as they are: a swapped module's class becomes a subclass of the one it had. Known are
+    Outputs and gradients stay equal within rounding. Parameters, buffers, hooks, ``state_dict`` keys and ``isinstance``
+    are not affected, because a swapped module's class becomes a subclass of its original class. These classes are
+    swapped:
 
-    - ``torch.nn.MultiheadAttention``: key padding masks (padding left, right or with holes), causal masks, other keys
-      and values than queries. Rows whose keys are all padding get zeros from the attention (where PyTorch's inference
-      path gives NaN), and finite gradients.
-    - ``torch.nn.TransformerEncoderLayer``: the same, and its fused inference path is no longer taken.
-    - ``torch.nn.TransformerEncoder``, where PyTorch itself would drop padding at inference (``enable_nested_tensor``
-      and what it asks for): the batch is packed once, goes through all layers, and is padded again. At padding its
-      output is that of zeros then, in training too, as PyTorch's is at inference.
-    - torch_geometric's ``SetTransformerAggregation`` and ``PoolingByMultiheadAttention``: nothing is padded inside.
-    - what :func:`register_adapter` was told.
+    - ``torch.nn.MultiheadAttention``: key padding masks (padding left, right or with holes), causal masks, cross
+      attention. Rows whose keys are all padding get zeros from the attention (where PyTorch's inference path gives
+      NaN), and finite gradients.
+    - ``torch.nn.TransformerEncoderLayer``: the same; its fused inference path is no longer taken.
+    - ``torch.nn.TransformerEncoder``, if PyTorch itself would drop padding at inference (``enable_nested_tensor`` and
+      its conditions): the batch is packed once for all layers and padded again at the end. At padding, its output is
+      then that of zero inputs, as in PyTorch's inference path, in training too.
+    - torch_geometric's ``SetTransformerAggregation`` and ``PoolingByMultiheadAttention``: they run without padding.
+    - classes given to :func:`register_adapter`.
 
-    A call that a swapped module cannot serve takes the original path, which is still there, says so once in the log,
-    and is counted in the report: ``need_weights=True`` (PyTorch's default), dropout in training, causal masks beside
-    padding with holes, other masks, nested tensors, padding masks under ``torch.compile``, where the number of tokens
-    would be data, masks that differ under ``vmap``, and forward-mode derivatives.
+    A call that a swapped module cannot serve takes the original path, logs one warning, and is counted in the report:
+    ``need_weights=True`` (PyTorch's default), dropout in training, causal masks together with padding that has holes,
+    other masks, nested tensors, padding masks under ``torch.compile`` (the number of tokens would depend on data),
+    masks that differ under ``vmap``, and forward-mode derivatives.
 
     Args:
-        model: any module; it may be one of these itself. Accelerate it before it is compiled, sharded or wrapped.
-        dry_run: only report; the model is left untouched.
+        model: any module, also one of these classes itself. Accelerate it before it is compiled, sharded or wrapped.
+        dry_run: only report; the model is not changed.
 
     Returns:
-        The :class:`Report`: each module, swapped, or left and why.
+        The :class:`Report`: each module, swapped, or left with the reason.
 
     Raises:
-        TypeError: ``model`` is not a module, or an adapter answers with something else than a subclass or a reason.
+        TypeError: ``model`` is not a module, or an adapter returns neither a subclass nor a string.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, found {checks.describe(model)}")
     checks.check_bool("accelerate", "dry_run", dry_run)
     entries = []
     for name, module in list(model.named_modules()):
-        kind, answer = type(module), _answer(module)
-        swapped = not isinstance(answer, str)
-        if isinstance(answer, str):
-            entries.append(Entry(name, kind.__name__, swapped, answer))
+        kind, subclass_or_reason = type(module), _subclass_or_reason(module)
+        if isinstance(subclass_or_reason, str):
+            entries.append(Entry(name, kind.__name__, False, subclass_or_reason))
             continue
         calls = Calls()
         if not dry_run:
-            module.__class__ = answer
-            calls = follow(module)
-        entries.append(Entry(name, kind.__name__, swapped, "", getattr(answer, "serves", ""), calls))
+            module.__class__ = subclass_or_reason
+            calls = start_counting(module)
+        entries.append(Entry(name, kind.__name__, True, "", getattr(subclass_or_reason, "serves", ""), calls))
     return Report(tuple(entries), dry_run)
 
 
 def served(module: nn.Module) -> None:
-    """For the ``forward`` of a swapped class of yours: count this call as served by the ops."""
+    """Count this call as served by the ops; for the ``forward`` of your own subclass."""
     count_served(module)
 
 
 def unserved(module: nn.Module, why: str) -> None:
-    """For the ``forward`` of a swapped class of yours: count this call as not served, and say so once in the log."""
-    count_unserved(module, type(module).__name__, f"its original path for {why}")
+    """Count this call as not served, and log one warning; for the ``forward`` of your own subclass."""
+    count_unserved(module, type(module).__name__, "its original path", why)
 
 
-def _answer(module: nn.Module) -> type[nn.Module] | str:
-    """The class that shall serve this module, or why there is none."""
+def _subclass_or_reason(module: nn.Module) -> type[nn.Module] | str:
+    """The subclass that serves this module, or the reason for leaving it."""
     kind = type(module)
     adapter = _adapter(kind)
     if adapter is None:
@@ -197,8 +197,8 @@ def _answer(module: nn.Module) -> type[nn.Module] | str:
     answer = adapter(module)
     if isinstance(answer, str) or (isinstance(answer, type) and issubclass(answer, kind)):
         return answer
-    wanted = f"a subclass of {kind.__name__}, or a string that says why the module is left"
-    raise TypeError(f"accelerate: the adapter of {kind.__name__} must answer with {wanted}; found {answer!r}")
+    expected = f"a subclass of {kind.__name__}, or a string with the reason for leaving the module"
+    raise TypeError(f"accelerate: the adapter of {kind.__name__} must return {expected}; found {answer!r}")
 
 
 def _adapter(kind: type) -> Adapter | None:

@@ -10,35 +10,35 @@ from torch import Tensor, nn
 from interformer_kernels import _checks as checks
 from interformer_kernels import reference
 from interformer_kernels.nn import _attention as shared
-from interformer_kernels.nn._rows import Rows, rows_of
+from interformer_kernels.nn._rows import Rows, read_rows
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 
 
 class GatedCrossAttention(shared.AttentionModule):
-    r"""Multi-head attention of each row's queries over all keys of the row, its heads gated by the query.
+    r"""Multi-head attention of each row's queries over all keys of the row, with heads gated by the query.
 
     .. math:: y = W_O\, G(A, W_G x + b_G) + b_O, \qquad
               A = \mathrm{concat}_h\, \mathrm{softmax}\!\left(\frac{q_h k_h^\top}{\sqrt{D}}\right) v_h
 
     with ``q`` from the query ``x``, ``k`` from the key, ``v`` from the value, and ``G(A, g) = A * act(g)`` or
-    ``act(A * g)``. Without a gate this is ``torch.nn.MultiheadAttention``, whose parameter names, shapes and start it
-    has. A row without keys has ``A = 0``.
+    ``act(A * g)``. Without a gate this is ``torch.nn.MultiheadAttention``, with the same parameter names, shapes and
+    initialisation. A row without keys has ``A = 0``.
 
     Args:
         embed_dim: ``E``, the width of queries and output.
         num_heads: ``H``, a divisor of ``E``; heads have ``D = E / H`` channels.
-        dropout: of the attention weights. The ops have none: above 0, the reference (eager PyTorch) computes the
-            attention in training, and says so once in the log.
-        bias: of all projections.
-        kdim, vdim: widths of keys and values; None is ``E``.
-        batch_first: padded batches are ``[B, L, E]``; without, ``[L, B, E]``, which is PyTorch's default.
-        device, dtype: of the parameters.
-        gate_activation: ``"sigmoid"``, ``"tanh"``, ``"silu"``, ``"identity"``; None is no gate.
+        dropout: dropout of the attention weights. The kernels have none: above 0, the reference (eager PyTorch)
+            computes the attention in training, which is logged once.
+        bias: whether the projections have biases.
+        kdim, vdim: widths of keys and values; None means ``E``.
+        batch_first: padded batches are ``[B, L, E]``; else ``[L, B, E]``, PyTorch's default.
+        device, dtype: device and dtype of the parameters.
+        gate_activation: ``"sigmoid"``, ``"tanh"``, ``"silu"``, ``"identity"``; None means no gate.
         gate_form: ``"multiply"``: ``A * act(g)``; ``"self"``: ``act(A * g)``.
-        backend: of the op; None takes the fastest that can serve.
+        backend: backend of the op; None chooses the fastest that can serve.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind, or ``embed_dim`` is no multiple of ``num_heads``.
+        TypeError, ValueError: an argument is of the wrong kind, or ``embed_dim`` is not a multiple of ``num_heads``.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class GatedCrossAttention(shared.AttentionModule):
         self.gate_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype) if gated else None
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
+        """Initialise all parameters again."""
         super().reset_parameters()
         if self.gate_proj is not None:
             self.gate_proj.reset_parameters()
@@ -93,33 +93,41 @@ class GatedCrossAttention(shared.AttentionModule):
             query: dense ``[B, N, E]`` (``[N, B, E]`` without ``batch_first``), or packed ``[Tq, E]`` with
                 ``q_offsets``.
             key: packed ``[Tk, kdim]`` with ``kv_offsets``, or padded ``[B, L, kdim]`` (``[L, B, kdim]``).
-            value: of the key's form, width ``vdim``; None is the key.
-            need_weights, attn_mask, average_attn_weights, is_causal: arguments of PyTorch's call, for callers that pass
-                them as they are at rest: no weights are returned, and all keys of a row are seen.
+            value: in the form of ``key``, of width ``vdim``; None means ``key``.
+            need_weights, attn_mask, average_attn_weights, is_causal: arguments of PyTorch's call, which must have
+                these defaults: no weights are returned, and all keys of a row are visible.
             q_offsets, kv_offsets: ``[B+1]`` int32 or int64. Tokens from ``[B]`` on are not read and come out zero.
             key_padding_mask: ``[B, L]`` bool, or integers 0 and 1: True marks **padding**.
-            key_mask: ``[B, L]``, likewise: True marks a **token**. Padding may stand anywhere.
-            lengths: ``[B]`` int32 or int64: how many tokens each row has; padding stands behind them.
+            key_mask: ``[B, L]``, likewise: True marks a **token**. Padding may be anywhere.
+            lengths: ``[B]`` int32 or int64: the number of tokens of each row; padding follows them.
 
         Returns:
-            The shape of ``query``. It comes alone, where PyTorch's module returns a pair.
+            A tensor of the shape of ``query``, where PyTorch's module returns a pair.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong kind, shape or value, or two of ``kv_offsets``,
                 ``key_padding_mask``, ``key_mask`` and ``lengths`` are given.
         """
-        name, first = type(self).__name__, self.batch_first
+        name, batch_first = type(self).__name__, self.batch_first
         shared.check_call(name, need_weights, attn_mask, is_causal, False)
-        mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
-        keys = rows_of(
-            name, "key", key, self.kdim, offsets=kv_offsets, batch_first=first, offsets_name="kv_offsets", **mask
-        )
-        none: dict[str, Any] = {"key_padding_mask": None, "key_mask": None}
-        queries = rows_of(
-            name, "query", query, self.embed_dim, offsets=q_offsets, batch_first=first, offsets_name="q_offsets", **none
-        )
-        if (found := queries.offsets.shape[0]) != (wanted := keys.offsets.shape[0]):
-            raise ValueError(f"{name}: query must have the key's {wanted - 1} rows, found {found - 1}")
+        key_options: dict[str, Any] = {
+            "offsets": kv_offsets,
+            "offsets_name": "kv_offsets",
+            "key_padding_mask": key_padding_mask,
+            "key_mask": key_mask,
+            "lengths": lengths,
+        }
+        query_options: dict[str, Any] = {
+            "offsets": q_offsets,
+            "offsets_name": "q_offsets",
+            "key_padding_mask": None,
+            "key_mask": None,
+        }
+        keys = read_rows(name, "key", key, self.kdim, batch_first=batch_first, **key_options)
+        queries = read_rows(name, "query", query, self.embed_dim, batch_first=batch_first, **query_options)
+        q_rows, kv_rows = queries.offsets.shape[0] - 1, keys.offsets.shape[0] - 1
+        if q_rows != kv_rows:
+            raise ValueError(f"{name}: query must have the key's {kv_rows} rows, found {q_rows}")
         values = keys.tokens if value is None else self._values(value, key, keys)
         k, v = shared.project_keys(self, keys.tokens, values)
         return queries.restore(self.out_proj(self._attend(queries, k, v, keys.offsets).flatten(-2)))
@@ -132,44 +140,46 @@ class GatedCrossAttention(shared.AttentionModule):
         return keys.like(value)
 
     def _attend(self, queries: Rows, k: Tensor, v: Tensor, kv_offsets: Tensor) -> Tensor:
-        """Attended and gated heads `[Tq, H, D]`, one for each query."""
+        """Gated attention output `[Tq, H, D]` of the queries."""
         q = shared.project_query(self, queries.tokens)
         gate = None if self.gate_proj is None else shared.split_heads(self, self.gate_proj(queries.tokens))
         activation = self.gate_activation or "identity"
-        if shared.drops(self, self.dropout):
-            attn_out = shared.attend_dropping(q, k, v, queries.offsets, kv_offsets, self.dropout)
+        if shared.drops_weights(self, self.dropout):
+            attn_out = shared.attend_with_dropout(q, k, v, queries.offsets, kv_offsets, self.dropout)
             return reference.epilogue(attn_out, gate, None, self.gate_form, activation, None)
         options: dict[str, Any] = {"gate_form": self.gate_form, "gate_activation": activation, "backend": self.backend}
-        found = gated_cross_attention(q, k, v, kv_offsets, q_offsets=queries.offsets, gate=gate, **options)
-        return shared.alone(found)
+        return shared.output_only(
+            gated_cross_attention(q, k, v, kv_offsets, q_offsets=queries.offsets, gate=gate, **options)
+        )
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, **options: Any) -> GatedCrossAttention:
-        """The same attention, without a gate, with the very parameters of ``module`` (shared, not copied).
+        """The same attention, without a gate, sharing the parameters of ``module`` (they are not copied).
 
         Args:
             module: a ``torch.nn.MultiheadAttention`` without ``add_bias_kv`` and ``add_zero_attn``.
-            options: further arguments of the constructor; ``gate_activation="sigmoid"`` adds a gate with parameters of
-                its own, drawn anew.
+            options: further arguments of the constructor; ``gate_activation="sigmoid"`` adds a gate with newly
+                initialised parameters.
 
         Raises:
-            TypeError: not such a module. ValueError: it has what has no counterpart here.
+            TypeError: ``module`` is not such a module.
+            ValueError: the module has an option without counterpart here.
         """
-        shared.check_torch(cls.__name__, module)
+        shared.check_convertible(cls.__name__, module)
         widths = {"kdim": module.kdim, "vdim": module.vdim, "gate_activation": None}
-        made = cls(**{**shared.torch_arguments(module), **widths, **options})
-        if made.gate_proj is not None:
+        converted = cls(**{**shared.torch_arguments(module), **widths, **options})
+        if converted.gate_proj is not None:
             weight = module.out_proj.weight
-            made.gate_proj.to_empty(device=weight.device).to(weight.dtype).reset_parameters()
-        return shared.adopt(made, module)
+            converted.gate_proj.to_empty(device=weight.device).to(weight.dtype).reset_parameters()
+        return shared.adopt(converted, module)
 
     def to_torch(self) -> nn.MultiheadAttention:
-        """A ``torch.nn.MultiheadAttention`` with the very parameters of this module.
+        """A ``torch.nn.MultiheadAttention`` that shares the parameters of this module.
 
         Raises:
-            ValueError: the module has a gate, which PyTorch's has not.
+            ValueError: the module has a gate, which PyTorch's module lacks.
         """
         if self.gate_proj is not None:
-            wanted = "gate_activation must be None, for torch.nn.MultiheadAttention has no gate"
-            raise ValueError(f"{type(self).__name__}.to_torch: {wanted}; found {self.gate_activation!r}")
+            expected = "gate_activation must be None, because torch.nn.MultiheadAttention has no gate"
+            raise ValueError(f"{type(self).__name__}.to_torch: {expected}; found {self.gate_activation!r}")
         return shared.as_torch(self)

@@ -1,4 +1,4 @@
-"""Personalised feed-forward as a module: a linear layer whose weights each row makes from a context of its own."""
+"""Personalised feed-forward as a module: a linear layer whose weights are generated from a context of each row."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import torch
 from torch import Tensor, nn
 
 from interformer_kernels import _checks as checks
-from interformer_kernels.nn._rows import rows_of
+from interformer_kernels.nn._rows import read_rows
 from interformer_kernels.ops.personalized_ffn import personalized_ffn
 
 
 class PersonalizedFFN(nn.Module):
-    r"""A linear layer for every row of a packed or padded batch, its weights a linear function of the row's context.
+    r"""A linear layer for each row of a packed or padded batch; its weights are a linear function of the row's context.
 
     .. math:: y_t = act(x_t W_b + \beta_b) \;(+\; x_t), \qquad W_b = \mathrm{reshape}(P c_b + p), \;
               \beta_b = R c_b + r, \qquad b = \text{row of token } t
 
-    It starts as one linear layer for all rows: the contexts' part of the weights is smaller by ``sqrt(E)``.
+    At initialisation the rows' layers are nearly equal: the contexts' part of the weights is smaller by ``sqrt(E)``.
 
     Args:
         embed_dim: ``E``, the width of the tokens.
         context_dim: ``C``, the width of a row's context (a user's features, a summary of the row).
-        out_dim: ``F``, the output's width; None is ``E``.
+        out_dim: ``F``, the output's width; None means ``E``.
         bias: whether rows have biases ``beta_b``.
-        batch_first: padded batches are ``[B, L, E]``; without, ``[L, B, E]``.
-        device, dtype: of the parameters.
+        batch_first: padded batches are ``[B, L, E]``; else ``[L, B, E]``.
+        device, dtype: device and dtype of the parameters.
         activation: ``"identity"``, ``"relu"``, ``"silu"`` or ``"gelu"`` (by erf).
-        residual: add the tokens to the result (``F == E``).
-        backend: of the op; None takes the fastest that can serve.
+        residual: add the tokens to the result (needs ``F == E``).
+        backend: backend of the op; None chooses the fastest that can serve.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or there is a residual and ``F`` is not ``E``.
@@ -60,14 +60,14 @@ class PersonalizedFFN(nn.Module):
         super().__init__()
         self.embed_dim, self.context_dim, self.out_dim, self.batch_first = embed_dim, context_dim, out_dim, batch_first
         self.activation, self.residual, self.backend = activation, residual, backend
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight_proj = nn.Linear(context_dim, embed_dim * out_dim, **place)
-        self.bias_proj = nn.Linear(context_dim, out_dim, **place) if bias else None
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight_proj = nn.Linear(context_dim, embed_dim * out_dim, **factory_kwargs)
+        self.bias_proj = nn.Linear(context_dim, out_dim, **factory_kwargs) if bias else None
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
+        """Initialise all parameters again."""
         self.weight_proj.reset_parameters()
         self.weight_proj.weight /= self.embed_dim**0.5
         nn.init.uniform_(self.weight_proj.bias, -(self.embed_dim**-0.5), self.embed_dim**-0.5)
@@ -75,7 +75,7 @@ class PersonalizedFFN(nn.Module):
             self.bias_proj.reset_parameters()
 
     def row_weights(self, context: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The layers of rows of these contexts ``[B, C]``: weights ``[B, E, F]`` and biases ``[B, F]``."""
+        """The layers for contexts ``[B, C]``: weights ``[B, E, F]`` and biases ``[B, F]``."""
         weight = self.weight_proj(context).unflatten(-1, (self.embed_dim, self.out_dim))
         return weight, None if self.bias_proj is None else self.bias_proj(context)
 
@@ -89,7 +89,7 @@ class PersonalizedFFN(nn.Module):
         key_mask: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Send every token through the layer of its row.
+        """Apply the layer of its row to every token.
 
         Args:
             x: packed ``[T, E]`` with ``offsets``, or padded ``[B, L, E]`` (``[L, B, E]`` without ``batch_first``).
@@ -97,11 +97,11 @@ class PersonalizedFFN(nn.Module):
             offsets: ``[B+1]`` int32 or int64: row ``b`` is ``x[offsets[b]:offsets[b+1]]``. Tokens from ``offsets[B]``
                 on are not read and come out zero.
             key_padding_mask: ``[B, L]`` bool, or integers 0 and 1: True marks **padding**.
-            key_mask: ``[B, L]``, likewise: True marks a **token**. Padding may stand anywhere.
-            lengths: ``[B]`` int32 or int64: how many tokens each row has; padding stands behind them.
+            key_mask: ``[B, L]``, likewise: True marks a **token**. Padding may be anywhere.
+            lengths: ``[B]`` int32 or int64: the number of tokens of each row; padding follows them.
 
         Returns:
-            The form of ``x``, width ``F``; zero at padding.
+            A tensor in the form of ``x``, of width ``F``; zero at padding.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong kind, shape or value, or two of ``offsets``,
@@ -109,7 +109,7 @@ class PersonalizedFFN(nn.Module):
         """
         name = type(self).__name__
         mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
-        rows = rows_of(name, "x", x, self.embed_dim, offsets=offsets, batch_first=self.batch_first, **mask)
+        rows = read_rows(name, "x", x, self.embed_dim, offsets=offsets, batch_first=self.batch_first, **mask)
         if not isinstance(context, Tensor):
             raise TypeError(f"{name}: context must be a tensor [B, C], found {checks.describe(context)}")
         checks.Axes(name, B=rows.offsets.shape[0] - 1, C=self.context_dim).bind("context", context, ("B", "C"))
@@ -122,7 +122,7 @@ class PersonalizedFFN(nn.Module):
 
     @classmethod
     def from_torch(cls, module: nn.Linear, context_dim: int, **options: Any) -> PersonalizedFFN:
-        """A module that starts as ``module`` for every row: its weights are copied, contexts have no weight yet.
+        """A module that computes ``module`` for every row: its weights are copied, the contexts' weights are zero.
 
         Args:
             module: a ``torch.nn.Linear``.
@@ -130,43 +130,43 @@ class PersonalizedFFN(nn.Module):
             options: further arguments of the constructor (``batch_first=True``).
 
         Raises:
-            TypeError: not such a module.
+            TypeError: ``module`` is not a ``torch.nn.Linear``.
         """
         if not isinstance(module, nn.Linear):
             raise TypeError(
                 f"{cls.__name__}.from_torch: module must be a torch.nn.Linear, found {type(module).__name__}"
             )
         bias, weight = module.bias, module.weight
-        place: dict[str, Any] = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
-        made = cls(module.in_features, context_dim, module.out_features, **place, **options)
+        like: dict[str, Any] = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
+        converted = cls(module.in_features, context_dim, module.out_features, **like, **options)
         with torch.no_grad():
-            made.weight_proj.weight.zero_()
-            made.weight_proj.bias.copy_(weight.T.flatten())
-            if made.bias_proj is not None:
-                made.bias_proj.weight.zero_()
-                made.bias_proj.bias.copy_(bias)
-        return made.train(module.training)
+            converted.weight_proj.weight.zero_()
+            converted.weight_proj.bias.copy_(weight.T.flatten())
+            if converted.bias_proj is not None:
+                converted.bias_proj.weight.zero_()
+                converted.bias_proj.bias.copy_(bias)
+        return converted.train(module.training)
 
     def to_torch(self, context: Tensor) -> nn.Linear:
-        """The linear layer that a row of this context ``[C]`` has, copied: without activation and residual.
+        """A copy of the linear layer for a context ``[C]``, without activation and residual.
 
         Raises:
             ValueError: the context has another shape, or the module has an activation or a residual, which a
-                ``torch.nn.Linear`` has not.
+                ``torch.nn.Linear`` lacks.
         """
         name = f"{type(self).__name__}.to_torch"
         if self.activation != "identity" or self.residual:
-            wanted = "activation must be 'identity' and residual False, for torch.nn.Linear has neither"
-            raise ValueError(f"{name}: {wanted}; found {self.activation!r} and {self.residual}")
+            expected = "activation must be 'identity' and residual False, because torch.nn.Linear has neither"
+            raise ValueError(f"{name}: {expected}; found {self.activation!r} and {self.residual}")
         checks.Axes(name, C=self.context_dim).bind("context", context, ("C",))
         with torch.no_grad():
             weights, biases = self.row_weights(context[None])
-        made = nn.Linear(self.embed_dim, self.out_dim, bias=biases is not None, device="meta")
-        made.weight = nn.Parameter(weights[0].T.contiguous())
+        linear = nn.Linear(self.embed_dim, self.out_dim, bias=biases is not None, device="meta")
+        linear.weight = nn.Parameter(weights[0].T.contiguous())
         if biases is not None:
-            made.bias = nn.Parameter(biases[0].clone())
-        return made.train(self.training)
+            linear.bias = nn.Parameter(biases[0].clone())
+        return linear.train(self.training)
 
     def extra_repr(self) -> str:
-        """Sizes, as the module's `repr` shows them."""
+        """The sizes shown by the module's `repr`."""
         return f"embed_dim={self.embed_dim}, context_dim={self.context_dim}, out_dim={self.out_dim}"

@@ -1,4 +1,4 @@
-"""The Cross Arch (docs/interformer.md, section 3): what the two sides tell each other.
+"""The Cross Arch (docs/interformer.md, section 3): summaries of each side that the other side consumes.
 
 Axes: `B` rows, `n` non-sequence tokens, `T` tokens of all rows in the jagged layout (CLS tokens in front of each row),
 `E` model width, `H` heads of `D = E / H`, `S` CLS tokens, `M` PMA seeds, `K` recent tokens.
@@ -14,13 +14,13 @@ from interformer.config import InterFormerConfig
 from interformer.layers import MLP, Gating, TokenLCE
 from interformer.sequence import SelfAttention
 from interformer_kernels import pma_pooling
-from interformer_kernels.nn.pma_pooling import folding_wins, pool_folded
+from interformer_kernels.ops.pma_folded import folding_wins, pool_folded
 
 
 def pool_mean(tokens: Tensor, offsets: Tensor, backend: str | None) -> Tensor:
     """The mean of every row, zero for an empty one: `tokens [T, E] -> [B, E]`.
 
-    Pooling by a query of zeros, whose scores are all equal: one pass, and deterministic gradients.
+    It is pooling by a query of zeros, whose scores are all equal: one pass, with deterministic gradients.
     """
     pooled = pma_pooling(tokens.new_zeros(1, 1, tokens.shape[1]), tokens[:, None], None, offsets, backend=backend)
     assert isinstance(pooled, Tensor)
@@ -34,8 +34,8 @@ class PMA(nn.Module):
     residual and norm. Form `mab`, Set Transformer's (Lee et al., 2019, as its authors' code has it): scale
     `1/sqrt(E)`, the projected queries as residual, `H = norm(q + A)`, `out = norm(H + relu(W_O H))`, with biases.
 
-    The kernels pool raw tokens where that is cheaper, `W_K` folded into the queries and `W_V` applied to what was
-    pooled; the reference always projects, as the formula says.
+    Where it is cheaper, the kernels pool raw tokens, with `W_K` folded into the queries and `W_V` applied to the pooled
+    tokens; the reference always projects, as in the formula.
     """
 
     def __init__(self, config: InterFormerConfig, num_seeds: int) -> None:
@@ -73,8 +73,8 @@ class PMA(nn.Module):
 class SeedProducts(nn.Module):
     """Kunlun's hierarchical seed pooling (arXiv 2602.10016), its second level: `out = sum_r L_r P R_r`.
 
-    `P [B, M', E]`, pooled by more seeds than are wanted, becomes `[B, M, E]` by a few products of a small matrix on the
-    left, `L_r [M, M']`, and one on the right, `R_r [E, E]`.
+    It reduces `P [B, M', E]`, pooled by `M' > M` seeds, to `[B, M, E]` by a few products with small matrices
+    `L_r [M, M']` on the left and `R_r [E, E]` on the right.
     """
 
     def __init__(self, config: InterFormerConfig) -> None:
@@ -87,13 +87,13 @@ class SeedProducts(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         left = (self.left.flatten(0, 1) @ pooled).unflatten(1, self.left.shape[:2])  # [B, products, M, E]
-        return left.transpose(1, 2).flatten(2) @ self.right.flatten(0, 1)  # products side by side: one sum over both
+        return left.transpose(1, 2).flatten(2) @ self.right.flatten(0, 1)  # One product sums over channels and `r`.
 
 
 class SelectiveSummary(nn.Module):
-    """Equation 11: `S_sum = Gating([CLS | PMA | recent])`, `tokens [T, E] -> [B, S+M+K, E]`; each part may be left out.
+    """Equation 11: `S_sum = Gating([CLS | PMA | recent])`, `tokens [T, E] -> [B, S+M+K, E]`; each part is optional.
 
-    Slots of recent behaviours that a row does not have are zero, also after the gate.
+    Missing recent behaviours are zero, also after the gate.
     """
 
     def __init__(self, config: InterFormerConfig) -> None:
@@ -104,20 +104,20 @@ class SelectiveSummary(nn.Module):
         self.gate = Gating(config)
 
     def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
-        taken, held = layout.take_summary(tokens), layout.held
+        summary, valid = layout.take_summary(tokens), layout.valid
         if self.pma is not None:
             pooled = self.pma(tokens, layout.offsets)
             pooled = pooled if self.products is None else self.products(pooled)
-            at = taken.shape[1] - self.num_recent
-            taken = torch.cat((taken[:, :at], pooled, taken[:, at:]), 1)
-            held = torch.cat((held[:, :at], held.new_ones(pooled.shape[:2]), held[:, at:]), 1)
-        return self.gate(taken).where(held[..., None], 0)
+            recent = summary.shape[1] - self.num_recent  # index of the first recent behaviour
+            summary = torch.cat((summary[:, :recent], pooled, summary[:, recent:]), 1)
+            valid = torch.cat((valid[:, :recent], valid.new_ones(pooled.shape[:2]), valid[:, recent:]), 1)
+        return self.gate(summary).where(valid[..., None], 0)
 
 
 class MeanSummary(nn.Module):
     """The paper's simpler summaries: `S_sum = Gating(mean(f(tokens)))`, `tokens [T, E] -> [B, 1, E]`.
 
-    `f` is nothing (`mean`), an MLP of every token (`mlp`), or self-attention inside the row (`mha`).
+    `f` is the identity (`mean`), an MLP of every token (`mlp`), or self-attention inside the row (`mha`).
     """
 
     def __init__(self, config: InterFormerConfig) -> None:
@@ -146,27 +146,27 @@ SUMMARIES: dict[str, type[SelectiveSummary] | type[MeanSummary]] = {
 
 
 class CrossArch(nn.Module):
-    """One layer's Cross Arch: `forward(x [B, n, E])` is what the sequence side hears, `X_sum [B, S, E]`;
-    `summarize(tokens [T, E], layout)` is what the static side hears, `S_sum`.
+    """One layer's Cross Arch: `forward(x [B, n, E])` returns `X_sum [B, S, E]`, which the sequence side consumes;
+    `summarize(tokens [T, E], layout)` returns `S_sum`, which the static side consumes.
 
-    `X_sum = Gating(lce_x(X))`; where the flow has no way from the static side to the sequence, learned tokens, the same
-    for all rows, stand in its place. Only what somebody hears is made; the other is None.
+    `X_sum = Gating(lce_x(X))`; if the static side does not feed the sequence, learned tokens, the same for all rows,
+    replace it. A summary that nothing consumes is not computed: it is None.
 
     Args:
         first: whether its `X_sum` become the CLS tokens.
-        last: whether it is the one that the head hears, and nobody else.
+        last: whether only the head consumes its summaries.
     """
 
     def __init__(self, config: InterFormerConfig, num_tokens: int, first: bool, last: bool) -> None:
         super().__init__()
-        personalises = config.pffn != "none" and not last
-        heard = config.has_sequence and (personalises or (first and config.cls))
+        feeds_pffn = config.pffn != "none" and not last
+        feeds_sequence = config.has_sequence and (feeds_pffn or (first and config.cls))
         self.lce: TokenLCE | None = None
         self.tokens: nn.Parameter | None = None
         self.sequence_summary: nn.Module | None = None
-        if last or (heard and config.to_sequence):
+        if last or (feeds_sequence and config.to_sequence):
             self.lce, self.gate = TokenLCE(num_tokens, config.num_cls), Gating(config)
-        elif heard:
+        elif feeds_sequence:
             self.tokens = nn.Parameter(torch.randn(config.num_cls, config.embed_dim))
         if config.has_sequence and (last or config.to_static):
             self.sequence_summary = SUMMARIES[config.summary](config)
