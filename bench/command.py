@@ -21,7 +21,7 @@ from interformer_bench.progress import Progress
 from interformer_kernels import _backend
 from interformer_kernels._cli.arguments import count, duration
 from interformer_kernels._cli.tables import print_table
-from interformer_kernels._files import want_writable, write_text
+from interformer_kernels._files import check_writable, write_text
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _T = TypeVar("_T")
@@ -173,7 +173,7 @@ def run(chosen: argparse.Namespace) -> int:
         return 1
     for target in (chosen.json, chosen.markdown, chosen.out / "report.md" if chosen.out else None):
         if target not in (None, Path("-")):
-            want_writable(target)
+            check_writable(target)
     with progress.shown() as shown:
         if sys.stderr.isatty() and importlib.util.find_spec("rich") is None:
             shown.say(f"tables and progress are plain without rich: {_EXTRA}")

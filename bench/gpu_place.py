@@ -15,7 +15,7 @@ import torch
 from interformer_bench import timing
 
 from interformer_kernels import _backend
-from interformer_kernels._files import append_line, want_writable
+from interformer_kernels._files import append_line, check_writable
 
 BACKENDS = ("triton", "cuda")
 Record = dict[str, Any]
@@ -153,7 +153,7 @@ def writer(parser: argparse.ArgumentParser, chosen: argparse.Namespace, place: P
         parser.error("wanted --results FILE (or --list)")
     if place.gpu and not torch.cuda.is_available():
         parser.exit(1, f"{parser.prog}: needs a GPU that torch can use, found none\n")
-    want_writable(chosen.results)
+    check_writable(chosen.results)
 
     def write(record: Record) -> None:
         append_line(chosen.results, {**record, **place.about()})

@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all, and JSON that tells when a byte of it has changed.
+"""Atomic writes of files, and JSON files with a checksum.
 
-A write goes to a neighbour with a name that nobody can guess, is flushed to the disk, and takes the target's place by a
-rename: readers see the old file or the new one, and so does whoever comes after a kill or a full disk.
+A write goes to a temporary file beside the target, with a random name. It is flushed to disk and then renamed over the
+target, so readers see the old file or the new one, also after a kill or a full disk.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import IO, Any
 
 try:
     import fcntl
-except ImportError:  # no POSIX: left-overs of killed writers stay
+except ImportError:  # Without POSIX locks, temporary files of killed writers are not removed.
     fcntl = None  # type: ignore[assignment]
 
-_ENDING = ".interformer.tmp"
+_SUFFIX = ".interformer.tmp"
 _SEAL = "sha256"
 
 
 class DamagedFileError(ValueError):
-    """A file that does not hold what was written there; the message is one line and names it."""
+    """A file whose content is not what was written; the message is one line and names the file."""
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An `OSError` of what is done inside, a full disk say, names `path` where it names no file."""
+    """Add `path` to an `OSError` raised inside (a full disk, for example) that names no file."""
     try:
         yield
     except OSError as error:
@@ -45,15 +45,15 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to that takes the place of `path` at the end, or is gone where anything raises.
+    """A file to write to that replaces `path` at the end, or is removed if an exception is raised.
 
-    Safe for threads and processes: of several writers, each one's file is whole, and the last one's stays. The mode is
-    that of the file it replaces, or what `open` would give. Where `path` is a symbolic link, the link is replaced and
-    what it points to stays as it was. What is no regular file (`/dev/stdout`, a pipe) is written to directly.
-    Neighbours that killed writers of `path` left are removed.
+    Safe for threads and processes: with several writers, `path` is always one writer's whole file, in the end the last
+    one's. The mode is that of the file it replaces, or the default of `open`. If `path` is a symbolic link, the link is
+    replaced and its target is not changed. A special file (`/dev/stdout`, a pipe) is written to directly. Temporary
+    files left by killed writers of `path` are removed.
 
     Raises:
-        OSError: naming `path` (a full disk, no right to write, a directory).
+        OSError: with the file name `path` (a full disk, no permission, a directory).
     """
     path = Path(path)
     with naming(path):
@@ -65,8 +65,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 yield special
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left_over(path)
-        neighbour, descriptor = _claim(path)
+        _remove_leftovers(path)
+        temporary, descriptor = _create_locked(path)
         try:
             if mode is not None and not path.is_symlink():
                 os.fchmod(descriptor, stat.S_IMODE(mode))
@@ -74,74 +74,74 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(neighbour, path)  # still locked: nobody takes it for a left-over
+                os.replace(temporary, path)  # It is still locked, so no other process removes it as a leftover.
         except BaseException:
-            neighbour.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """`text` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8, atomically."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """`record` as one line of JSON at the end of `path`, by one write: lines of several processes do not mix, and what
-    is there stands, whatever becomes of the writer.
+    """Append `record` to `path` as one line of JSON, by one write: lines of several processes do not mix, and earlier
+    lines survive a kill of the writer.
     """
     line = json.dumps(finite(record), allow_nan=False) + "\n"
     with naming(path), open(path, "ab", buffering=0) as file:
         file.write(line.encode())
 
 
-def want_writable(path: Path) -> None:
-    """Raises the `OSError` that writing `path` would: better before a long computation than after it."""
+def check_writable(path: Path) -> None:
+    """Raise the `OSError` that writing `path` would raise; to be called before a long computation."""
     mode = _mode_of(path)
     if mode is None or stat.S_ISREG(mode):
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            neighbour, descriptor = _claim(path)
+            temporary, descriptor = _create_locked(path)
             os.close(descriptor)
-            neighbour.unlink()
+            temporary.unlink()
     elif stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "wanted a file, found a directory", str(path))
 
 
 def _mode_of(path: Path) -> int | None:
-    """Of what `path` leads to; None where there is nothing yet."""
+    """The mode of the file behind `path`; None if it does not exist."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:
         return None
 
 
-def _claim(path: Path) -> tuple[Path, int]:
-    """A new neighbour of `path`, locked for as long as it is open: the sign that its writer lives."""
+def _create_locked(path: Path) -> tuple[Path, int]:
+    """A new temporary file beside `path`, locked while it is open: the lock shows that its writer is alive."""
     while True:
-        neighbour = path.with_name(f"{_stem(path)}.{secrets.token_hex(8)}{_ENDING}")
-        # By `os.open`, which gives the mode of a plain `open`; O_EXCL follows no link and takes no file that is there.
-        descriptor = os.open(neighbour, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        temporary = path.with_name(f"{_stem(path)}.{secrets.token_hex(8)}{_SUFFIX}")
+        # `os.open` gives it the default mode of `open`; O_EXCL follows no link and opens no existing file.
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         if _lock(descriptor) is not False and os.fstat(descriptor).st_nlink:
-            return neighbour, descriptor
-        os.close(descriptor)  # another writer looked at it before it was locked, and took it for a left-over
+            return temporary, descriptor
+        os.close(descriptor)  # Another writer saw it before it was locked, and removed it as a leftover.
 
 
-def _remove_left_over(path: Path) -> None:
-    """Removes the neighbours of killed writers."""
-    pattern = re.compile(re.escape(_stem(path)) + r"\.[0-9a-f]{16}" + re.escape(_ENDING))
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of killed writers of `path`."""
+    pattern = re.compile(re.escape(_stem(path)) + r"\.[0-9a-f]{16}" + re.escape(_SUFFIX))
     for name in os.listdir(path.parent):
         if pattern.fullmatch(name):
-            is_in_work(path.with_name(name), remove=True)
+            is_being_written(path.with_name(name), remove=True)
 
 
-def is_in_work(path: Path, remove: bool = False) -> bool:
-    """Whether a writer that lives has made `path` to write to; if not, and so it is wished, a left-over is removed."""
-    if not path.name.endswith(_ENDING):
+def is_being_written(path: Path, remove: bool = False) -> bool:
+    """Whether `path` is the temporary file of a living writer; with `remove`, a dead writer's file is removed."""
+    if not path.name.endswith(_SUFFIX):
         return False
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:  # gone already, or another user's
+    except OSError:  # The file is gone, or belongs to another user.
         return True
     try:
         free = _lock(descriptor)
@@ -155,7 +155,7 @@ def is_in_work(path: Path, remove: bool = False) -> bool:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Whether the lock was free, and is ours now; None where the file system has no locks."""
+    """Whether the lock was acquired; None if the file system has no locks."""
     if fcntl is None:
         return None
     try:
@@ -168,7 +168,7 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _stem(path: Path) -> str:
-    """The name, short enough to take an ending: a file system's names have 255 bytes."""
+    """The file name, cut so that a suffix fits: names have at most 255 bytes."""
     return os.fsdecode(os.fsencode(path.name)[:200])
 
 
@@ -176,30 +176,30 @@ def _stem(path: Path) -> str:
 
 
 def to_json(content: Any) -> str:
-    """JSON with an indent and a line's end; numbers that are not finite are null, as JSON has none."""
+    """Indented JSON with a final newline; numbers that are not finite become null, since JSON has none."""
     return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for every NaN and infinity."""
+    """`value` with None in place of every NaN and infinity."""
     if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """`content` as JSON with its checksum beside it, for programs to read back by `read_sealed`."""
+    """Write `content` as JSON with a checksum, to be read by `read_sealed`."""
     write_text(path, to_json({**content, _SEAL: _digest(content)}))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote to `path`.
+    """The content that `write_sealed` wrote to `path`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedFileError: it holds something else.
+        DamagedFileError: the file has another content.
     """
     with naming(path):
         data = path.read_bytes()
@@ -208,9 +208,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path}: damaged: wanted JSON, found {error}") from error
     if not isinstance(content, dict) or _SEAL not in content:
-        raise DamagedFileError(f"{path}: damaged: wanted what this program wrote, found no checksum in it")
+        raise DamagedFileError(f"{path}: damaged: wanted a file written by this program, found no checksum in it")
     if content.pop(_SEAL) != _digest(content):
-        raise DamagedFileError(f"{path}: damaged: its checksum is another one")
+        raise DamagedFileError(f"{path}: damaged: its checksum does not match")
     return content
 
 

@@ -1,4 +1,4 @@
-"""The command line: what it prints and writes, what it needs, and the exit status that other people's CI sees."""
+"""The command line: its output, its files, its requirements, and its exit status for CI."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = ["--op", "personalized_ffn", "--dtype", "float32"]
 
 
 def run(*arguments: str, before: str = "", blocked: str = "") -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own; `before` runs first, and modules named in `blocked` cannot be imported."""
+    """Run the command in its own process; `before` runs first, and modules named in `blocked` cannot be imported."""
     block = f"import sys\nfor name in {blocked.split()!r}: sys.modules[name] = None\n"
     program = f"{block}{before}\nfrom interformer_kernels.cli import main\nraise SystemExit(main(sys.argv[1:]))"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
@@ -35,8 +35,8 @@ def run(*arguments: str, before: str = "", blocked: str = "") -> subprocess.Comp
 
 
 def results(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(path.read_text())
-    return found
+    result: list[dict[str, Any]] = json.loads(path.read_text())
+    return result
 
 
 # ---------------------------------------------------------------- info
@@ -45,10 +45,10 @@ def results(path: Path) -> list[dict[str, Any]]:
 def test_info_as_json_names_versions_and_backends() -> None:
     done = run("info", "--json")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["versions"]["torch"] == torch.__version__
-    assert set(found["backends"]) == set(testing.OPS)
-    ffn = found["backends"]["personalized_ffn"]["cpu"]["float64"]
+    result = json.loads(done.stdout)
+    assert result["versions"]["torch"] == torch.__version__
+    assert set(result["backends"]) == set(testing.OPS)
+    ffn = result["backends"]["personalized_ffn"]["cpu"]["float64"]
     assert ffn["cannot_serve"]["triton"]
     assert ffn["backend"] not in ffn["cannot_serve"]
 
@@ -107,20 +107,20 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_parts_of_parity_make_the_whole(parts: int, tmp_path: Path) -> None:
-    """And append to one file, each line with the step's name."""
+    """They append to one file, each line with the step's name."""
     lines, whole = tmp_path / "made" / "lines.jsonl", tmp_path / "whole.json"
     asked = ["parity", *SMALL, "--backend", "reference"]
     assert main([*asked, "--json", str(whole)]) == 0
     for k in range(1, parts + 1):
         assert main([*asked, "--part", f"{k}/{parts}", "--lines", str(lines), "--step", f"piece {k}"]) == 0
-    found = lines_of(lines)
-    assert {one.pop("step") for one in found} == {f"piece {k}" for k in range(1, parts + 1)}
-    assert {one.pop("kind") for one in found} == {"parity"}
-    assert found == results(whole)
+    result = lines_of(lines)
+    assert {one.pop("step") for one in result} == {f"piece {k}" for k in range(1, parts + 1)}
+    assert {one.pop("kind") for one in result} == {"parity"}
+    assert result == results(whole)
 
 
 def test_lines_of_parity_stand_whatever_becomes_of_it(tmp_path: Path) -> None:
-    """Those of cases that were compared before the process died."""
+    """Results of cases compared before the process was killed remain."""
     plant = """
 import os
 from interformer_kernels import testing
@@ -240,7 +240,7 @@ def test_the_bench_names_a_length_file_that_is_damaged(tmp_path: Path, capsys: p
 
 # ---------------------------------------------------------------- bench
 
-# Small enough for a test: one op on one law, four rows, timed for next to nothing.
+# Small enough for a test: one op on one distribution of lengths, four rows, timed very briefly.
 TINY = ["bench", "--op", "personalized_ffn", "--law", "movielens", "--rows", "4", "--seconds", "0", "--threads", "1"]
 
 
@@ -280,7 +280,7 @@ def test_bench_has_the_options_of_the_module() -> None:
 def test_bench_says_that_it_is_not_installed_and_others_do_without_it() -> None:
     done = run(*TINY, blocked="interformer_bench")
     assert done.returncode == 1
-    assert done.stderr.endswith("interformer_bench is not there; pip install . brings both\n")
+    assert done.stderr.endswith("interformer_bench is not installed; pip install . installs both\n")
     assert run("info", blocked="interformer_bench").returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: by threads and processes at once, under SIGKILL, on a full disk."""
+"""Atomic writes of files: by threads and processes at once, under SIGKILL, on a full disk."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ import pytest
 from interformer_kernels import _files
 from interformer_kernels._files import (
     DamagedFileError,
+    check_writable,
     read_sealed,
     replacing,
-    want_writable,
     write_sealed,
     write_text,
 )
 
 ROUNDS = 12 * int(os.environ.get("INTERFORMER_FIRE", "1"))  # kills; `INTERFORMER_FIRE=20` is the larger campaign
-# The module by its file: in a process of its own it needs no torch, which takes seconds to import.
+# The module is loaded by its path, so that its processes do not spend seconds on importing torch.
 LOADED = f"""
 import importlib.util, sys, os, resource
 from pathlib import Path
@@ -55,9 +55,9 @@ def test_threads_write_one_file_at_once(tmp_path: Path) -> None:
 
     def write(number: int) -> None:
         write_text(path, str(number) * 5000)
-        found = path.read_text()
-        assert len(set(found)) == 1
-        assert len(found) == 5000
+        result = path.read_text()
+        assert len(set(result)) == 1
+        assert len(result) == 5000
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, [number % 10 for number in range(300)]))
@@ -70,9 +70,9 @@ def test_processes_write_one_file_at_once(tmp_path: Path) -> None:
     for process in processes:
         assert process.communicate(timeout=60)[1] == ""
         assert process.returncode == 0
-    found = (tmp_path / "x").read_text()
-    assert len(found) == 4000
-    assert len(set(found)) == 1
+    result = (tmp_path / "x").read_text()
+    assert len(result) == 4000
+    assert len(set(result)) == 1
     assert os.listdir(tmp_path) == ["x"]
 
 
@@ -81,12 +81,12 @@ def test_processes_append_whole_lines_to_one_file(tmp_path: Path) -> None:
     processes = [_start(program, tmp_path / "x") for _ in range(4)]
     for process in processes:
         assert process.communicate(timeout=60)[1] == ""
-    found = [json.loads(line) for line in (tmp_path / "x").read_text().splitlines()]
+    result = [json.loads(line) for line in (tmp_path / "x").read_text().splitlines()]
     for process in processes:
-        assert [one for one in found if one["pid"] == process.pid] == [
+        assert [one for one in result if one["pid"] == process.pid] == [
             {"pid": process.pid, "n": n, "nan": None} for n in range(300)
         ]
-    assert len(found) == 1200
+    assert len(result) == 1200
 
 
 def test_a_kill_leaves_the_old_file_or_the_new_and_the_next_writer_clears_up(tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_a_kill_leaves_the_old_file_or_the_new_and_the_next_writer_clears_up(tmp
             time.sleep(rng.random() * 0.05)
             process.send_signal(signal.SIGKILL)
         if path.exists():
-            found = path.read_text()
-            assert found in ("a" * 3_000_000, "b" * 3_000_000)
+            result = path.read_text()
+            assert result in ("a" * 3_000_000, "b" * 3_000_000)
         left += len(os.listdir(tmp_path)) - path.exists()
     assert left, "the kills must have cut off a write"
     write_text(path, "whole")
@@ -110,9 +110,9 @@ def test_a_kill_leaves_the_old_file_or_the_new_and_the_next_writer_clears_up(tmp
 
 def test_what_a_living_writer_holds_is_not_cleared_up(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    (tmp_path / f"x.{'0' * 16}.interformer.tmp").touch()  # nobody holds it
-    (tmp_path / "x.backup.tmp").touch()  # nobody's business
-    (tmp_path / f"xy.{'0' * 16}.interformer.tmp").touch()  # another file's
+    (tmp_path / f"x.{'0' * 16}.interformer.tmp").touch()  # without a lock
+    (tmp_path / "x.backup.tmp").touch()  # not a temporary file
+    (tmp_path / f"xy.{'0' * 16}.interformer.tmp").touch()  # of another file
     with replacing(path) as slow:
         slow.write(b"slow")
         write_text(path, "quick")
@@ -166,7 +166,7 @@ def test_what_is_no_regular_file_is_written_to_and_stays(tmp_path: Path) -> None
     (tmp_path / "null").symlink_to("/dev/null")
     write_text(tmp_path / "null", "x")
     assert (tmp_path / "null").is_symlink()
-    for write in (want_writable, lambda path: write_text(path, "x")):
+    for write in (check_writable, lambda path: write_text(path, "x")):
         with pytest.raises(IsADirectoryError, match="wanted a file, found a directory"):
             write(tmp_path)
 
@@ -206,11 +206,11 @@ def test_names_as_long_as_a_file_system_takes(tmp_path: Path) -> None:
 
 
 def test_whether_a_file_can_be_written_is_known_before(tmp_path: Path) -> None:
-    want_writable(tmp_path / "made" / "x")
+    check_writable(tmp_path / "made" / "x")
     assert os.listdir(tmp_path / "made") == []
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="Not a directory|File exists"):
-        want_writable(tmp_path / "file" / "x")
+        check_writable(tmp_path / "file" / "x")
 
 
 # ---------------------------------------------------------------- JSON with its checksum
@@ -230,7 +230,7 @@ def test_sealed_json_comes_back_and_flipped_bits_of_it_are_seen(tmp_path: Path) 
             path.write_bytes(damaged)
             said = None
             try:
-                assert read_sealed(path) == expected  # one kind of white space for another
+                assert read_sealed(path) == expected  # one kind of white space replaced by another
             except DamagedFileError as error:
                 said = str(error)
             assert said is None or (said.startswith(f"{path}: damaged: ") and "\n" not in said)

@@ -167,7 +167,7 @@ def test_no_process_of_parity_compiles_more_than_60_kernels(op: str, monkeypatch
         }
         compiled.append(kernels)
     parts = plan.PARITY_PARTS["triton"][op]
-    counts = [len(set().union(*Part(k, parts).of(compiled))) for k in range(1, parts + 1)]
+    counts = [len(set().union(*Part(k, parts).select(compiled))) for k in range(1, parts + 1)]
     assert 20 < max(counts) <= 60, counts
     assert len(set().union(*compiled)) > 60  # in one process they would be
 

@@ -1,4 +1,4 @@
-"""Kinds of arguments that several commands take: argparse says what is wrong, with exit status 2."""
+"""Argument types shared by several commands; argparse reports their errors with exit status 2."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
-_MOST = 2**31 - 1
+_MAX_COUNT = 2**31 - 1
 _T = TypeVar("_T")
 
 
 def count(text: str) -> int:
     """A whole number of at least 1."""
-    if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) <= _MOST:
+    if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) <= _MAX_COUNT:
         raise argparse.ArgumentTypeError(f"wanted a whole number of at least 1, found {text[:40]!r}")
     return int(text)
 
@@ -31,19 +31,19 @@ def duration(text: str) -> float:
 
 
 class Part(NamedTuple):
-    """The `number`-th, from 1 on, of `parts` parts of something."""
+    """Part `number`, counted from 1, of `parts` parts."""
 
     number: int
     parts: int
 
-    def of(self, whole: Sequence[_T]) -> Sequence[_T]:
-        """This part of `whole`: neighbours stay together, and all parts make the whole."""
-        return whole[len(whole) * (self.number - 1) // self.parts : len(whole) * self.number // self.parts]
+    def select(self, items: Sequence[_T]) -> Sequence[_T]:
+        """This part of `items`: a contiguous slice; all parts together cover the items once."""
+        return items[len(items) * (self.number - 1) // self.parts : len(items) * self.number // self.parts]
 
 
 def part(text: str) -> Part:
     """`K/N`, with K from 1 to N."""
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"wanted K/N, K from 1 to N, found {text[:40]!r}")
-    return Part(int(found[1]), int(found[2]))
+    return Part(int(match[1]), int(match[2]))

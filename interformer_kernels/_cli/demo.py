@@ -19,7 +19,7 @@ import torch
 from interformer_kernels._cli import info, parity
 from interformer_kernels._cli.arguments import count
 from interformer_kernels._cli.tables import heading, print_table, status_line
-from interformer_kernels._files import want_writable
+from interformer_kernels._files import check_writable
 
 _NEEDED = ("interformer_bench", "interformer", "filelock", "matplotlib", "numpy", "rich", "sklearn")
 # Real histories from long to short; a demo is not a bench.
@@ -43,11 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"demo needs {', '.join(missing)}: pip install 'interformer-kernels[bench,train]'", file=sys.stderr)
         return 1
     start = time.perf_counter()
-    want_writable(arguments.out / "parity.json")
+    check_writable(arguments.out / "parity.json")
     heading("What is here")
     info.show(info.collect())
     heading("Is it right")
-    results = list(parity.compare(parity.Asked(), most_draws=8, tell=status_line))
+    results = list(parity.compare(parity.Selection(), most_draws=8, log=status_line))
     status = parity.show(results)
     parity.write_json(arguments.out / "parity.json", results)
     heading("How fast is it")

@@ -1,7 +1,7 @@
-"""How commands end: what a user can cause is one line on standard error and exit status 2, for every command alike.
+"""Exit of all commands: an error that a user can cause is one line on standard error, with exit status 2.
 
-Such are the errors that these packages raise in words of their own, those of the system (files, disks, rights), and
-memory that is not there. Everything else is a mistake of the program and keeps its traceback.
+These are the errors raised explicitly by these packages, errors of the system (files, disks, permissions), and lack of
+memory. Everything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,46 +15,48 @@ from types import TracebackType
 import torch
 
 _PACKAGES = ("interformer", "interformer_kernels", "interformer_bench")
-_IN_WORDS = (ValueError, TypeError, RuntimeError, LookupError)
-_LONGEST = 1000  # of a line
+_USER_ERRORS = (ValueError, TypeError, RuntimeError, LookupError)
+_MAX_LINE = 1000
 _RAISE = dis.opmap["RAISE_VARARGS"]
-# PyTorch's own words for memory of the CPU that is not there, or that no machine has.
+# PyTorch's messages for a failed allocation on the CPU.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """The exit status of `command`; 2, with a line on standard error, for what its user can put right."""
+    """The exit status of `command`; 2, with one line on standard error, for errors that a user can cause."""
     try:
         status = command()
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # `... | head`: whoever reads has seen enough, and closing stdout must not complain again
+    except BrokenPipeError:  # The reader (`| head`) has closed the pipe; the flush at exit must not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        line = in_a_line(error)
+        line = one_line_error(error)
         if line is None:
             raise
         print(line, file=sys.stderr)
         return 2
 
 
-def in_a_line(error: Exception) -> str | None:
-    """The error for its user; None where it is a mistake of the program."""
-    said = " ".join(str(error).split())
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in said for words in _NO_MEMORY):
-        said = f"not enough memory for these sizes: {said}"
-    elif not isinstance(error, OSError) and not (isinstance(error, _IN_WORDS) and _raised_here(error.__traceback__)):
+def one_line_error(error: Exception) -> str | None:
+    """The error as one line for the user; None if it is a bug."""
+    message = " ".join(str(error).split())
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in message for text in _NO_MEMORY):
+        message = f"not enough memory for these sizes: {message}"
+    elif not isinstance(error, OSError) and not (
+        isinstance(error, _USER_ERRORS) and _raised_by_us(error.__traceback__)
+    ):
         return None
-    line = f"{type(error).__name__}: {said}"
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 4]} ..."
+    line = f"{type(error).__name__}: {message}"
+    return line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE - 4]} ..."
 
 
-def _raised_here(trace: TracebackType | None) -> bool:
-    """Whether the error comes of a `raise` in these packages, and not of a call or an operation that failed."""
+def _raised_by_us(trace: TracebackType | None) -> bool:
+    """Whether the error comes from a `raise` statement in these packages, not from a call or operation that failed."""
     if trace is None:
         return False
     while trace.tb_next is not None:

@@ -1,4 +1,4 @@
-"""`interformer-kernels info`: versions, what is built and why not, the machine, which backend each op takes."""
+"""`interformer-kernels info`: versions, the machine, the backends that are report or missing, each op's backend."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what `collect` finds."""
-    found = collect()
+    """Print the result of `collect`."""
+    info = collect()
     if arguments.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(info, indent=1))
     else:
-        show(found)
+        show(info)
     return 0
 
 
 def version_of(distribution: str) -> str | None:
-    """The installed version of a distribution; None where it is not installed."""
+    """The installed version of a distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -39,14 +39,14 @@ def version_of(distribution: str) -> str | None:
 
 
 def devices() -> tuple[str, ...]:
-    """The device types of this machine that backends serve."""
+    """The device types of this machine that some backend serves."""
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 def collect() -> dict[str, Any]:
     """Everything, ready for JSON: `versions`, `machine`, `native`, `missing` and `backends[op][device][dtype]`."""
-    built = _backend.report()
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    report = _backend.report()
+    gpu_names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": {
             "interformer-kernels": version_of("interformer-kernels"),
@@ -56,48 +56,51 @@ def collect() -> dict[str, Any]:
         },
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
-            "cpus": built["cpu_count"],
-            "threads": built["threads"],
-            "cpu_features": built["cpu_features"],
-            "gpus": names,
+            "cpus": report["cpu_count"],
+            "threads": report["threads"],
+            "cpu_features": report["cpu_features"],
+            "gpus": gpu_names,
         },
-        "native": built["native"],
-        "missing": built["missing"],
+        "native": report["native"],
+        "missing": report["missing"],
         "backends": {op: {device: _served(op, device) for device in devices()} for op in testing.OPS},
     }
 
 
 def _served(op: str, device: str) -> dict[str, dict[str, Any]]:
-    """By dtype: the backend that `backend=None` takes, and why the others do not serve."""
-    found = {}
+    """By dtype: the backend that `backend=None` chooses, and why others cannot serve."""
+    by_dtype = {}
     for dtype in FLOAT_DTYPES:
         reasons = {backend: _backend.unsupported_reason(op, backend, device, dtype) for backend in _backend.BACKENDS}
         cannot = {backend: reason for backend, reason in reasons.items() if reason is not None}
         name = str(dtype).removeprefix("torch.")
-        found[name] = {"backend": _backend.choose(op, device, dtype), "cannot_serve": cannot}
-    return found
+        by_dtype[name] = {"backend": _backend.choose(op, device, dtype), "cannot_serve": cannot}
+    return by_dtype
 
 
-def show(found: dict[str, Any]) -> None:
-    """The tables for people."""
-    versions = {name: version or "not installed" for name, version in found["versions"].items()}
-    machine = {**found["machine"], "cpu_features": " ".join(found["machine"]["cpu_features"]) or "unknown"}
+def show(info: dict[str, Any]) -> None:
+    """Print `info` as tables."""
+    versions = {name: version or "not installed" for name, version in info["versions"].items()}
+    machine = {**info["machine"], "cpu_features": " ".join(info["machine"]["cpu_features"]) or "unknown"}
     machine["gpus"] = ", ".join(machine["gpus"]) or "none that torch can use"
-    native = found["native"] if isinstance(found["native"], dict) else {"not there": found["native"]}
-    parts = {"": versions, "machine": machine, "native module": native}
+    native = info["native"] if isinstance(info["native"], dict) else {"missing": info["native"]}
+    sections = {"": versions, "machine": machine, "native module": native}
     lines = [
-        (f"{part}: {name}" if part else name, _text(value)) for part, of in parts.items() for name, value in of.items()
+        (f"{section}: {name}" if section else name, _text(value))
+        for section, entries in sections.items()
+        for name, value in entries.items()
     ]
-    lines += [(f"backend: {name}", f"missing: {why}" if why else "there") for name, why in found["missing"].items()]
-    print_table("interformer-kernels", ("what", "found"), lines)
+    for name, reason in info["missing"].items():
+        lines.append((f"backend: {name}", f"missing: {reason}" if reason else "available"))
+    print_table("interformer-kernels", ("item", "value"), lines)
     print()
     columns = ("op", "device", *(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES))
     served = [
         (op, device, *(dtype["backend"] for dtype in dtypes.values()))
-        for op, by_device in found["backends"].items()
+        for op, by_device in info["backends"].items()
         for device, dtypes in by_device.items()
     ]
-    print_table("What backend=None takes", columns, served)
+    print_table("The choice of backend=None", columns, served)
 
 
 def _text(value: object) -> str:

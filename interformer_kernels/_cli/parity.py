@@ -1,13 +1,13 @@
-"""`interformer-kernels parity`: every backend of this machine against the float64 truth; exit status 1 on any breach.
+"""`interformer-kernels parity`: compares every backend of this machine with float64; exit status 1 on any breach.
 
-With `--hard` also values that are extreme or not finite in one place of every input in turn: what must not notice keeps
-its bits; and calls whose numbers cancel or overflow.
+`--hard` adds extreme and non-finite values, planted at one element of each input at a time (outputs that do not depend
+on the element must keep their bits), and calls whose numbers cancel or overflow.
 
-For other people's CI: name what you rely on (`--backend cpu --op pma_pooling --dtype float32`), and the command also
-fails where a named backend cannot serve. What is not named is tried wherever it can serve.
+In your own CI, name the configuration that you rely on (`--backend cpu --op pma_pooling --dtype float32`): the command
+then also fails if a named backend cannot serve. Backends that are not named are tested wherever they can serve.
 
-Long comparisons can be cut into processes (`--part 2/4`), which may append to the same `--lines FILE`: what a process
-had compared stands there, whatever became of it.
+A long comparison can be divided among processes (`--part 2/4`), which may append to the same `--lines FILE`: results
+of a process that was killed remain there.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from interformer_kernels._checks import FLOAT_DTYPES
 from interformer_kernels._cli.arguments import Part, count, part
 from interformer_kernels._cli.info import devices
 from interformer_kernels._cli.tables import print_table, status_line
-from interformer_kernels._files import append_line, to_json, want_writable, write_text
+from interformer_kernels._files import append_line, check_writable, to_json, write_text
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
 @dataclass(frozen=True)
 class Result:
-    """One compared quantity of one case; or, with `problem`, why there was nothing to compare."""
+    """One compared quantity of one case; or, with `problem`, the reason why nothing was compared."""
 
     op: str
     backend: str
@@ -50,7 +50,7 @@ class Result:
 
     @property
     def share(self) -> float:
-        """The larger of both errors over what they may be (`testing.Row`); infinite for problems."""
+        """The larger of both errors relative to its limit (`testing.Row`); infinite for problems."""
         row = testing.Row(self.quantity, self.error, self.budget, self.largest, self.limit)
         return row.share if self.problem is None else math.inf
 
@@ -65,29 +65,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", action="append", choices=_backend.BACKENDS, help="may be repeated")
     parser.add_argument("--dtype", action="append", choices=tuple(_DTYPES), help="may be repeated")
     parser.add_argument("--op", action="append", choices=testing.OPS, help="may be repeated")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where left out: every one there is")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: every one of this machine")
     parser.add_argument(
         "--most-draws",
         type=count,
         metavar="N",
-        help="no more draws of a case; quantities that they leave short of 1024 numbers are not judged",
+        help="at most N draws of a case; quantities with fewer than 1024 numbers are then not judged",
     )
-    parser.add_argument("--hard", action="store_true", help="also values that are extreme, or not finite in one place")
+    parser.add_argument("--hard", action="store_true", help="also extreme values, and non-finite values in one element")
     parser.add_argument("--part", type=part, metavar="K/N", help="the K-th of N parts of each op's cases")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every compared quantity as JSON")
     parser.add_argument(
         "--lines", type=Path, metavar="FILE", help="also append every quantity, case by case, as a line of JSON"
     )
-    parser.add_argument("--step", metavar="NAME", help='every line of --lines gets it as its "step"')
+    parser.add_argument("--step", metavar="NAME", help='the "step" of every line of --lines')
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, print the worst case of every quantity, and return the exit status."""
     for file in filter(None, (arguments.json, arguments.lines)):
-        want_writable(file)
-    asked = Asked(arguments.op, arguments.backend, arguments.dtype, arguments.device, arguments.part)
+        check_writable(file)
+    selection = Selection(arguments.op, arguments.backend, arguments.dtype, arguments.device, arguments.part)
     results = []
-    for result in compare(asked, arguments.most_draws, arguments.hard, tell=status_line):
+    for result in compare(selection, arguments.most_draws, arguments.hard, log=status_line):
         results.append(result)
         if arguments.lines:
             append_line(arguments.lines, {"kind": "parity", "step": arguments.step, **plain(result)})
@@ -97,8 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
-class Asked(NamedTuple):
-    """What is named; what is not (None) is everything that can serve. Of each op's cases only a part may be asked."""
+class Selection(NamedTuple):
+    """The named ops, backends, dtypes and device; None means all that can serve. `part` restricts each op's cases."""
 
     ops: list[str] | None = None
     backends: list[str] | None = None
@@ -108,38 +108,41 @@ class Asked(NamedTuple):
 
 
 def compare(
-    asked: Asked, most_draws: int | None = None, hard: bool = False, tell: Callable[[str], None] = lambda line: None
+    selection: Selection,
+    most_draws: int | None = None,
+    hard: bool = False,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Result]:
-    """Results of all cases of what is asked.
+    """Results of all cases of the selection.
 
-    A named backend that cannot serve any one of the ops, dtypes or devices is a breach; `tell` hears what is going on.
+    A named backend that cannot serve one of the ops, dtypes or devices is a breach. `log` gets lines of progress.
     """
-    ops, backends, dtypes, device, share = asked
+    ops, backends, dtypes, device, part = selection
     for op in ops or testing.OPS:
         for backend in backends or _backend.BACKENDS:
             kinds = dtypes or [name for name, dtype in _DTYPES.items() if _serves_somewhere(op, backend, dtype, device)]
             for kind in kinds or [next(iter(_DTYPES))]:
-                places = [device] if device else devices()
-                served, problem = _served(op, backend, kind, places)
+                candidates = [device] if device else devices()
+                served, problem = _served(op, backend, kind, candidates)
                 if problem and backends is not None:
-                    yield Result(op, backend, kind, "/".join(places), "-", "-", problem=problem)
-                for place in served:
-                    tell(f"{op} {backend} {kind} {place}")
+                    yield Result(op, backend, kind, "/".join(candidates), "-", "-", problem=problem)
+                for name in served:
+                    log(f"{op} {backend} {kind} {name}")
                     cases = list(_cases(op, most_draws, hard))
-                    for case, judge in share.of(cases) if share else cases:
-                        yield from _judged((op, backend, kind, place, case.name), case, judge)
-    tell("")
+                    for case, judge in part.select(cases) if part else cases:
+                        yield from _judged((op, backend, kind, name, case.name), case, judge)
+    log("")
 
 
-def _served(op: str, backend: str, kind: str, places: Sequence[str]) -> tuple[list[str], str | None]:
-    """The devices on which the backend can serve; and why there is none."""
-    reasons = {place: _backend.unsupported_reason(op, backend, place, _DTYPES[kind]) for place in places}
-    served = [place for place, reason in reasons.items() if reason is None]
-    why = "; ".join(f"on {place}: {reason}" for place, reason in reasons.items())
-    return served, None if served else f"cannot serve {why}"
+def _served(op: str, backend: str, kind: str, candidates: Sequence[str]) -> tuple[list[str], str | None]:
+    """The devices on which the backend can serve; and the reason if there is none."""
+    reasons = {device: _backend.unsupported_reason(op, backend, device, _DTYPES[kind]) for device in candidates}
+    served = [device for device, reason in reasons.items() if reason is None]
+    reason = "; ".join(f"on {device}: {reason}" for device, reason in reasons.items())
+    return served, None if served else f"cannot serve {reason}"
 
 
-# From a case, backend, dtype and device to what was found.
+# From a case, backend, dtype and device to rows of errors and budgets.
 _Judge = Callable[[testing.Case, str, torch.dtype, str], list[testing.Row]]
 
 
@@ -155,7 +158,7 @@ def _cases(op: str, most_draws: int | None, hard: bool) -> Iterator[tuple[testin
 
 
 def _compare_planted(case: testing.Case, backend: str, dtype: torch.dtype, device: str) -> list[testing.Row]:
-    """One row for each value that is planted; raises where something noticed it, or hid it, that must not."""
+    """One row for each planted value; raises if it changed independent outputs, or did not reach dependent ones."""
     inputs = testing.make_inputs(case, dtype, device)
     plants = list(testing.plants(inputs))
     if problems := testing.check_planted(case, backend, inputs, plants):
@@ -168,7 +171,7 @@ def _judged(where: tuple[str, str, str, str, str], case: testing.Case, judge: _J
     try:
         rows = judge(case, backend, _DTYPES[kind], device)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        # A kernel that raises is a breach to report beside the others, not the end of the comparison.
+        # A kernel that raises is reported as a breach beside the others, and the comparison continues.
         yield Result(*where, "-", problem=f"{type(error).__name__}: {error}")
         return
     for row in rows:
@@ -176,45 +179,43 @@ def _judged(where: tuple[str, str, str, str, str], case: testing.Case, judge: _J
 
 
 def _serves_somewhere(op: str, backend: str, dtype: torch.dtype, device: str | None) -> bool:
-    return any(
-        _backend.unsupported_reason(op, backend, place, dtype) is None for place in ([device] if device else devices())
-    )
+    candidates = [device] if device else devices()
+    return any(_backend.unsupported_reason(op, backend, name, dtype) is None for name in candidates)
 
 
 def worst(results: Iterable[Result]) -> list[Result]:
-    """Of every (op, backend, dtype, device, quantity): the result nearest to its budget, or farthest beyond."""
-    found: dict[tuple[str, ...], Result] = {}
+    """For each (op, backend, dtype, device, quantity) the result with the largest share of its budget."""
+    by_key: dict[tuple[str, ...], Result] = {}
     for result in results:
         key = result.op, result.backend, result.dtype, result.device, result.quantity
-        if key not in found or result.share > found[key].share:
-            found[key] = result
-    return list(found.values())
+        if key not in by_key or result.share > by_key[key].share:
+            by_key[key] = result
+    return list(by_key.values())
 
 
 def show(results: list[Result]) -> int:
-    """Print the table and the verdict; returns the exit status: 1 on any breach, or where nothing was compared."""
+    """Print the table and the verdict; returns the exit status: 1 on any breach, or if nothing was compared."""
     columns = ("op", "backend", "dtype", "device", "quantity", "error", "budget", "worst case", "verdict")
     lines = []
-    for one in worst(results):
-        numbers = ("-", "-") if one.problem else (f"{one.error:.1e}", f"{one.budget:.1e}")
-        verdict = "ok" if one.ok else "BREACH"
-        lines.append((one.op, one.backend, one.dtype, one.device, one.quantity, *numbers, one.case, verdict))
+    for r in worst(results):
+        numbers = ("-", "-") if r.problem else (f"{r.error:.1e}", f"{r.budget:.1e}")
+        verdict = "ok" if r.ok else "BREACH"
+        lines.append((r.op, r.backend, r.dtype, r.device, r.quantity, *numbers, r.case, verdict))
     print_table("Error against float64 (root mean square, relative), and its budget", columns, lines)
-    breaches = [one for one in results if not one.ok]
-    for one in breaches:
-        errors = f"error {one.error:.3e}, budget {one.budget:.3e}; largest {one.largest:.3e}, limit {one.limit:.3e}"
-        what = one.problem or errors
-        print(f"BREACH: {one.op} {one.backend} {one.dtype} {one.device}, case {one.case!r}, {one.quantity}: {what}")
-    compared = sum(one.problem is None for one in results)
+    breaches = [result for result in results if not result.ok]
+    for r in breaches:
+        errors = f"error {r.error:.3e}, budget {r.budget:.3e}; largest {r.largest:.3e}, limit {r.limit:.3e}"
+        print(f"BREACH: {r.op} {r.backend} {r.dtype} {r.device}, case {r.case!r}, {r.quantity}: {r.problem or errors}")
+    compared = sum(result.problem is None for result in results)
     print(f"{compared} quantities compared, {len(breaches)} breaches")
     return 1 if breaches or not compared else 0
 
 
 def write_json(path: Path, results: list[Result]) -> None:
-    """Every result; numbers that are not finite become null, as JSON has none."""
-    write_text(path, to_json([plain(one) for one in results]))
+    """Write every result; numbers that are not finite become null, since JSON has none."""
+    write_text(path, to_json([plain(result) for result in results]))
 
 
 def plain(result: Result) -> dict[str, object]:
-    """A result as JSON has it."""
+    """A result as a dictionary for JSON."""
     return {**asdict(result), "share": result.share, "ok": result.ok}

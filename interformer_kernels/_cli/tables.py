@@ -1,4 +1,4 @@
-"""Tables and headings on the terminal: by rich where it is installed and somebody is looking, else in plain text."""
+"""Tables and headings on standard output: by rich on a terminal if it is installed, else in plain text."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ def _has_rich() -> bool:
 
 
 def heading(text: str) -> None:
-    """A line that parts what follows from what came before."""
+    """Print a heading line."""
     print(f"\n== {text}", flush=True)
 
 
 def status_line(text: str) -> None:
-    """What is going on, on one line of the terminal that the next one overwrites; silent where nobody is looking."""
+    """Show progress on one line of the terminal, which the next call overwrites; silent without a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text[:100]}", end="" if text else "\r", file=sys.stderr, flush=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table with a title; a row whose last cell begins with a capital letter (BREACH) is shown as bad."""
+    """Print a table with a title; a row whose last cell begins with a capital letter (BREACH) is highlighted."""
     lines = [tuple(row) for row in rows]
     if _has_rich():
         _print_rich(title, columns, lines)

@@ -1,7 +1,7 @@
-"""`interformer-kernels tune`: measures the Triton kernels' tile sizes on this machine's GPU, and keeps the fastest.
+"""`interformer-kernels tune`: measures the Triton kernels' tile sizes on this machine's GPU, and saves the fastest.
 
-They are kept in the user's cache directory ($XDG_CACHE_HOME, or ~/.cache) and read by later processes; nothing is
-measured, and nothing compiled anew, while a model trains. Remove the file to go back to the package's own table.
+They are saved in the user's cache directory ($XDG_CACHE_HOME, or ~/.cache) and read by later processes, so that nothing
+is measured or recompiled while a model trains. Remove the file to return to the package's own table.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command has no arguments of its own."""
 
 
-def why_not() -> str | None:
-    """Why nothing can be measured here; None where it can."""
+def unsupported_reason() -> str | None:
+    """Why nothing can be measured on this machine; None if it can."""
     if not torch.cuda.is_available():
         return "needs a GPU that torch can use, found none"
     if _backend.interprets_triton():
-        return "TRITON_INTERPRET must not be set: the interpreter's times say nothing of a GPU"
+        return "TRITON_INTERPRET must not be set: the interpreter's times say nothing about a GPU"
     return _backend.unsupported_reason("jagged_attention", "triton", "cuda", torch.bfloat16)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Tune, keep, and print what was found."""
-    reason = why_not()
+    """Tune, save and print the fastest tiles."""
+    reason = unsupported_reason()
     if reason is not None:
         print(f"interformer-kernels tune: {reason}", file=sys.stderr)
         return 1
     from interformer_kernels._triton import _tune
 
-    found, file = _tune.tune_and_keep(status_line)
+    tiles_by_key, file = _tune.tune_and_keep(status_line)
     status_line("")
-    lines = [(key, *map(str, tiles)) for key, tiles in found.items()]
-    print_table(f"Tiles, kept in {file}", ("kernel/width/bits", "queries", "keys", "warps", "stages"), lines)
+    lines = [(key, *map(str, tiles)) for key, tiles in tiles_by_key.items()]
+    print_table(f"Tiles, saved in {file}", ("kernel/width/bits", "queries", "keys", "warps", "stages"), lines)
     return 0

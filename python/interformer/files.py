@@ -1,25 +1,25 @@
-"""Files that are written whole or not at all: `interformer_kernels`' own, by the names that this package uses."""
+"""Atomic writes of files and sealed JSON, from `interformer_kernels._files`."""
 
 from interformer_kernels._files import (
     DamagedFileError,
-    is_in_work,
+    check_writable,
+    is_being_written,
     naming,
     read_sealed,
     replacing,
     to_json,
-    want_writable,
     write_sealed,
     write_text,
 )
 
 __all__ = [
     "DamagedFileError",
-    "is_in_work",
+    "check_writable",
+    "is_being_written",
     "naming",
     "read_sealed",
     "replacing",
     "to_json",
-    "want_writable",
     "write_sealed",
     "write_text",
 ]

@@ -1,6 +1,6 @@
-"""Train one model on clicks and say how good it became.
+"""Train one model on clicks and report its metrics.
 
-Stops when validation AUC does; the test part is measured once, at the end, at the best epoch.
+Training stops when validation AUC no longer improves; the test part is measured once, at the end, at the best epoch.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from interformer import checks
 from interformer import train as training
 from interformer.config import InterFormerConfig
 from interformer.data import Splits, SyntheticLaw, read_movielens, synthesize
-from interformer.distributed import World, joined
-from interformer.files import to_json, want_writable, write_text
+from interformer.distributed import World, process_group
+from interformer.files import check_writable, to_json, write_text
 from interformer.metrics import Metrics
 from interformer.models import MODELS
 from interformer.presets import MOVIELENS, SYNTHETIC
 from interformer.settings import add_options, read_options
 
-MOST_THREADS = 1024  # of PyTorch
-# Settings of the law that are options of the model and the training: runs of different seeds see the same data.
-NOT_OF_THE_DATA = ("seed", "max_history")
+MAX_THREADS = 1024
+# Settings of `SyntheticLaw` without options of their own: `--seed` is that of training, so that runs of different seeds
+# see the same data, and `--max-history` is the model's.
+SKIPPED_DATA_OPTIONS = ("seed", "max_history")
 
 
 class Bars(training.Progress):
-    """A bar an epoch with loss and speed, and a line for each epoch that is over, on standard error."""
+    """A progress bar per epoch with loss and speed, and a line for each finished epoch, on standard error."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -56,7 +57,7 @@ class Bars(training.Progress):
 
     def step(self, impressions: int, tokens: int, loss: float) -> None:
         self.tokens += tokens
-        # A single batch's loss jumps about: the bar shows its running mean over some twenty batches.
+        # The loss of a single batch is noisy: the bar shows a running mean over about twenty batches.
         self.loss = loss if self.loss != self.loss else 0.95 * self.loss + 0.05 * loss
         self.bars.update(self.task, advance=impressions, loss=self.loss, speed=self._speed())
 
@@ -82,38 +83,39 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", type=Path, metavar="PATH", help=data_help)
     command.add_argument("--model", choices=MODELS, default="interformer", help="(default: %(default)s)")
     command.add_argument("--checkpoint", type=Path, metavar="FILE", help="write the run here after every epoch")
-    command.add_argument("--resume", action="store_true", help="go on from --checkpoint")
+    command.add_argument("--resume", action="store_true", help="resume from --checkpoint")
     command.add_argument("--json", metavar="FILE|-", help="write the report as JSON, - for standard output")
     command.add_argument("--device", default="cpu", help="(default: cpu)")
-    # The presets' operations are too small to share, and on a busy machine waiting for a second thread costs tenfold.
+    # The presets' operations are too small for several threads, and on a busy machine waiting for a second thread makes
+    # them ten times slower.
     command.add_argument("--threads", type=int, default=1, metavar="INT", help="threads of PyTorch (default: 1)")
     for title, index in (("model", 0), ("training", 1)):
         add_options(command, title, {"synthetic": SYNTHETIC[index], "--data": MOVIELENS[index]})
-    add_options(command, "synthetic data", {"": SyntheticLaw()}, skip=NOT_OF_THE_DATA)
+    add_options(command, "synthetic data", {"": SyntheticLaw()}, skip=SKIPPED_DATA_OPTIONS)
 
 
 def load(options: argparse.Namespace, max_history: int) -> Splits:
-    """The data that the options name, histories cut to their last `max_history` events."""
+    """The data chosen by the options, with histories truncated to their last `max_history` events."""
     if options.data is not None:
         return read_movielens(options.data, max_history=max_history)
-    law = read_options(options, SyntheticLaw(), skip=NOT_OF_THE_DATA)
+    law = read_options(options, SyntheticLaw(), skip=SKIPPED_DATA_OPTIONS)
     return synthesize(replace(law, max_history=max_history))
 
 
 def run(options: argparse.Namespace) -> int:
     checks.whole("threads", options.threads, 1)
-    checks.whole("threads", options.threads, 1, MOST_THREADS)
+    checks.whole("threads", options.threads, 1, MAX_THREADS)
     for target in (options.checkpoint, options.json):
         if target is not None and target != "-":
-            want_writable(Path(target))
+            check_writable(Path(target))
     torch.set_num_threads(options.threads)
-    with joined(options.device) as device:
+    with process_group(options.device) as device:
         return _run(options, device)
 
 
 def _run(options: argparse.Namespace, device: torch.device) -> int:
-    first = World.here().rank == 0
-    console = Console(stderr=True, quiet=not first)
+    is_main = World.here().rank == 0
+    console = Console(stderr=True, quiet=not is_main)
     preset = SYNTHETIC if options.data is None else MOVIELENS
     config, train_config = read_options(options, preset.model), read_options(options, preset.training)
     splits = load(options, config.max_history)
@@ -139,7 +141,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
     progress.say(f"{best}, {report.parameters:,} parameters, {cost}")
     progress.say(f"valid {report.valid}")
     progress.say(f"test  {report.test}")
-    if options.json is not None and first:
+    if options.json is not None and is_main:
         write_json(options.json, describe(splits, options.model, config, train_config, report))
     return 0
 
@@ -147,7 +149,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
 def describe(
     splits: Splits, kind: str, config: InterFormerConfig, train_config: training.TrainConfig, report: training.Report
 ) -> dict[str, Any]:
-    """The whole run in plain numbers and strings."""
+    """The settings and results of a run as plain numbers and strings."""
     sizes = {name: len(part) for name, part in splits.parts().items()}
     return {
         "data": {"name": splits.name, "clicks": sizes, **splits.facts},
@@ -159,7 +161,7 @@ def describe(
 
 
 def write_json(target: str, content: dict[str, Any]) -> None:
-    """Write to the file `target`, whole or not at all, or to standard output for `-`."""
+    """Write to the file `target`, atomically, or to standard output for `-`."""
     if target == "-":
         sys.stdout.write(to_json(content))
     else:

@@ -1,8 +1,8 @@
-"""One run of a grid on disk: what it is, whether it is finished, and what it brought.
+"""One run of a grid on disk: its identity, its state and its report.
 
 OUT/NAME/runs/<variant>-seed<k>.json         a finished run: its identity and its report
-OUT/NAME/unfinished/<variant>-seed<k>.*      one that goes on or was killed: its job, its checkpoint, its log
-OUT/NAME/tune/...                            the same of `--tune`
+OUT/NAME/unfinished/<variant>-seed<k>.*      a running or killed run: its job, its checkpoint, its log
+OUT/NAME/tune/...                            the same for `--tune`
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from filelock import FileLock, Timeout
 
 from interformer.checkpoint import differences
 from interformer.experiments.plan import Plan, Variant
-from interformer.files import DamagedFileError, is_in_work, read_sealed, write_sealed
+from interformer.files import DamagedFileError, is_being_written, read_sealed, write_sealed
 
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run's step time hangs on."""
+    """The device and the number of threads, on which a run's step time depends."""
 
     device: str = "cpu"
     threads: int = 1
@@ -33,7 +33,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Job:
-    """A run: its name, the folder of the experiment, and its identity: all that its result follows from."""
+    """A run: its name, the folder of the experiment, and its identity, which holds all that determines its result."""
 
     name: str
     folder: Path
@@ -44,42 +44,42 @@ class Job:
         return self.folder / "runs" / f"{self.name}.json"
 
     def unfinished(self, ending: str) -> Path:
-        """A file that is there until the run is finished: `json` (the job), `pt` (the checkpoint), `log`."""
+        """A file that exists until the run is finished: `json` (the job), `pt` (the checkpoint), `log` or `lock`."""
         return self.folder / "unfinished" / f"{self.name}.{ending}"
 
     def finished(self) -> bool:
         return self.result.exists()
 
     def conflict(self) -> str | None:
-        """How a run of this name that is on disk, finished or not, differs from this one; None where it does not."""
+        """The differences of a run on disk with this name, finished or not, from this run; None if there are none."""
         for path in (self.result, self.unfinished("json")):
             try:
-                found = differences(read_sealed(path).get("identity"), self.identity)
+                different = differences(read_sealed(path).get("identity"), self.identity)
             except FileNotFoundError:
                 continue
             except DamagedFileError as error:
                 return str(error)
-            return f"{path}: {'; '.join(found)}" if found else None
+            return f"{path}: {'; '.join(different)}" if different else None
         return None
 
     def lock(self) -> FileLock:
-        """Held by the process that runs this job: another one waits, and then finds it finished or goes on with it."""
+        """The lock held by the process that runs this job; the next holder finds it finished, or resumes it."""
         path = self.unfinished("lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path)
 
     def write(self) -> None:
-        """Leave its identity beside its checkpoint, for whoever comes with another one of this name."""
+        """Write its identity beside its checkpoint, so that `conflict` detects another job of this name."""
         content = {"name": self.name, "folder": str(self.folder), "identity": self.identity}
         write_sealed(self.unfinished("json"), content)
 
     def finish(self, report: Mapping[str, Any], facts: Mapping[str, float]) -> None:
-        """Leave the report, and nothing else."""
+        """Write the report, and remove all other files."""
         write_sealed(self.result, {"identity": self.identity, "report": dict(report), "facts": dict(facts)})
         self.forget_unfinished()
 
     def forget(self) -> None:
-        """Remove whatever there is of a run of this name.
+        """Remove all files of a run of this name.
 
         Raises:
             ValueError: another process is running it.
@@ -92,14 +92,18 @@ class Job:
             raise ValueError(f"{self.unfinished('json')}: another process is running it: wait, or stop it") from error
 
     def forget_unfinished(self) -> None:
-        """Remove what goes on with a run that is finished, its lock too: whoever waits for that finds the result."""
+        """Remove the files of an unfinished run, also the lock: a process that waits for it then finds the result."""
         self._remove()
 
     def _remove(self, keep: str | None = None) -> None:
         folder = self.unfinished("json").parent
         for path in list(folder.iterdir()) if folder.exists() else ():
-            if path.name.startswith(f"{self.name}.") and path != self.unfinished(keep or "") and not is_in_work(path):
-                path.unlink(missing_ok=True)  # also what a kill in the middle of a write left
+            if (
+                path.name.startswith(f"{self.name}.")
+                and path != self.unfinished(keep or "")
+                and not is_being_written(path)
+            ):
+                path.unlink(missing_ok=True)  # This includes temporary files of killed writers.
 
 
 def jobs_of(
@@ -111,8 +115,8 @@ def jobs_of(
     clicks: Mapping[str, int] | None,
     measure_test: bool = True,
 ) -> list[Job]:
-    """A job for each variant under each of its seeds; `clicks` are the sizes of the data's parts."""
-    found = []
+    """A job for each variant and each of its seeds; `clicks` are the sizes of the data's parts."""
+    jobs = []
     for variant in variants:
         for seed in variant.seeds:
             identity = {
@@ -125,16 +129,16 @@ def jobs_of(
                 "machine": asdict(machine),
                 "versions": versions(),
             }
-            # Through JSON, so that it compares equal to what is read back.
-            found.append(Job(f"{variant.name}-seed{seed}", folder, json.loads(json.dumps(identity))))
-    return found
+            # The round trip through JSON makes it comparable with an identity read from a file.
+            jobs.append(Job(f"{variant.name}-seed{seed}", folder, json.loads(json.dumps(identity))))
+    return jobs
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a result follows from."""
-    found = {"torch": version("torch")}
+    """Versions of the packages that influence a result."""
+    torch_version = version("torch")
     try:
-        found["interformer-kernels"] = version("interformer-kernels")
+        kernels_version = version("interformer-kernels")
     except PackageNotFoundError:
-        found["interformer-kernels"] = "not installed"
-    return found
+        kernels_version = "not installed"
+    return {"torch": torch_version, "interformer-kernels": kernels_version}

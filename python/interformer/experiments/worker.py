@@ -1,4 +1,4 @@
-"""What the process of one run does."""
+"""The work of a run's own process."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from interformer.data import registry
 from interformer.data.clicks import Splits
 from interformer.experiments.runs import Job
 from interformer.train import EpochRecord, Progress, TrainConfig, train
-from interformer_kernels._cli.errors import in_a_line
+from interformer_kernels._cli.errors import one_line_error
 
-Tell = Callable[[dict[str, Any]], None]
+Send = Callable[[dict[str, Any]], None]
 
 
-class NotMeasured:
-    """Stands for a test part that a run must not look at: any use of it is an error."""
+class ForbiddenTest:
+    """Placeholder for a test part that a run must not read: any use of it is an error."""
 
     def __getattr__(self, name: str) -> Any:
-        raise AssertionError(f"the test part must not be looked at, and was asked for {name}")
+        raise AssertionError(f"the test part must not be read, but its attribute {name} was")
 
     def __len__(self) -> int:
-        raise AssertionError("the test part must not be looked at, and was asked for its length")
+        raise AssertionError("the test part must not be read, but its length was")
 
 
-class Telling(Progress):
-    """Tells every epoch, and twice a second how far it is."""
+class ProgressSender(Progress):
+    """Sends every epoch's result, and the progress twice a second."""
 
-    def __init__(self, tell: Tell, epochs: int) -> None:
-        self.tell, self.epochs = tell, epochs
-        self.epoch, self.impressions, self.done, self.told = 0, 1, 0, 0.0
+    def __init__(self, send: Send, epochs: int) -> None:
+        self.send, self.epochs = send, epochs
+        self.epoch, self.impressions, self.done, self.last_sent = 0, 1, 0, 0.0
 
     def start_epoch(self, epoch: int, impressions: int) -> None:
         self.epoch, self.impressions, self.done = epoch, impressions, 0
@@ -47,16 +47,16 @@ class Telling(Progress):
     def step(self, impressions: int, tokens: int, loss: float) -> None:
         self.done += impressions
         now = time.monotonic()
-        if now - self.told > 0.5:
-            self.told = now
-            self.tell({"epoch": self.epoch, "epochs": self.epochs, "done": self.done / self.impressions})
+        if now - self.last_sent > 0.5:
+            self.last_sent = now
+            self.send({"epoch": self.epoch, "epochs": self.epochs, "done": self.done / self.impressions})
 
     def end_epoch(self, record: EpochRecord) -> None:
-        self.tell({"epoch": record.epoch, "epochs": self.epochs, "done": 1.0, "valid_auc": record.valid["auc"]})
+        self.send({"epoch": record.epoch, "epochs": self.epochs, "done": 1.0, "valid_auc": record.valid["auc"]})
 
 
 def read_data(data: Mapping[str, Any], root: Path) -> Splits:
-    """What a plan's `data` names; its `path`, and a reader's `cache`, are taken from `root`."""
+    """The data named by a plan's `data`; its `path` and a reader's `cache` are relative to `root`."""
     options = {name: value for name, value in data.items() if name not in ("reader", "clicks")}
     for name in ("path", "cache"):
         if name in options:
@@ -65,19 +65,19 @@ def read_data(data: Mapping[str, Any], root: Path) -> Splits:
     return registry.read(data["reader"], options.pop("path", None), **options)
 
 
-def cut(splits: Splits, max_history: int, measure_test: bool) -> Splits:
-    """`splits` with the last `max_history` events of every history, and with no test part unless it is measured."""
-    test: Any = splits.test.latest(max_history) if measure_test else NotMeasured()
+def truncate(splits: Splits, max_history: int, measure_test: bool) -> Splits:
+    """`splits` with the last `max_history` events of every history, and without test part unless it is measured."""
+    test: Any = splits.test.latest(max_history) if measure_test else ForbiddenTest()
     return replace(splits, train=splits.train.latest(max_history), valid=splits.valid.latest(max_history), test=test)
 
 
-def run(job: Job, root: Path, tell: Tell) -> None:
-    """Train `job` from where its checkpoint stands, and leave its report."""
+def run(job: Job, root: Path, send: Send) -> None:
+    """Train `job`, from its checkpoint if there is one, and write its report."""
     identity = job.identity
     torch.set_num_threads(identity["machine"]["threads"])
     config, train_config = InterFormerConfig.from_dict(identity["model"]), TrainConfig(**identity["training"])
     measure_test = identity["measure_test"]
-    splits = cut(read_data(identity["data"], root), config.max_history, measure_test)
+    splits = truncate(read_data(identity["data"], root), config.max_history, measure_test)
     report = train(
         splits,
         config,
@@ -86,22 +86,22 @@ def run(job: Job, root: Path, tell: Tell) -> None:
         checkpoint=job.unfinished("pt"),
         resume=True,
         device=identity["machine"]["device"],
-        progress=Telling(tell, train_config.epochs),
+        progress=ProgressSender(send, train_config.epochs),
         measure_test=measure_test,
     )
     job.finish(report.to_dict(), splits.facts)
 
 
 def describe(data: Mapping[str, Any], root: Path, measure_test: bool) -> dict[str, int]:
-    """How many clicks each part holds; of the test part nothing unless it is measured."""
+    """Number of clicks in each part; the test part is left out unless it is measured."""
     parts = read_data(data, root).parts()
     return {name: len(part) for name, part in parts.items() if measure_test or name != "test"}
 
 
 def work(job: Job, root: Path, connection: Connection) -> None:
-    """The process of a job: its progress goes to `connection`, what is printed to its log."""
+    """Run a job in this process: its progress goes to `connection`, its output to its log."""
     with job.lock():
-        if job.finished():  # by another process, which had the lock
+        if job.finished():  # Another process held the lock and finished it.
             job.forget_unfinished()
             return
         job.write()
@@ -109,15 +109,15 @@ def work(job: Job, root: Path, connection: Connection) -> None:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
                 os.dup2(log.fileno(), stream.fileno())
-        run(job, root, connection.send)  # a runner that is gone breaks the pipe, and this process ends too
+        run(job, root, connection.send)  # If the parent is gone, the pipe is broken and this process ends too.
 
 
-def look(data: Mapping[str, Any], root: Path, measure_test: bool, connection: Connection) -> None:
-    """The process that tells the sizes of the data, or why it cannot be read."""
+def send_sizes(data: Mapping[str, Any], root: Path, measure_test: bool, connection: Connection) -> None:
+    """Send the sizes of the data, or the error of reading it, from this process."""
     try:
         connection.send({"clicks": describe(data, root, measure_test)})
     except Exception as error:
-        line = in_a_line(error)
+        line = one_line_error(error)
         if line is None:
             raise
         connection.send({"error": line})
