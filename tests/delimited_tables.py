@@ -1,4 +1,4 @@
-"""Tables for the tests of `read_csv`: tiny files in its layouts, and what must come out, computed row by row."""
+"""Tables for the tests of `read_csv`: tiny files in its layouts, and the expected result, computed row by row."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYOUTS = {
 
 
 def layout_rows(name: str, seed: int, count: int) -> list[Row]:
-    """Rows of a shipped layout, histories of up to 120 events, ids of a long-tailed law."""
+    """Rows of a shipped layout, with histories of up to 120 events and long-tailed ids."""
     rng = random.Random(seed)
     rows = []
     for i in range(count):
@@ -41,7 +41,7 @@ def layout_rows(name: str, seed: int, count: int) -> list[Row]:
 
 
 def write_table(path: Path, rows: Sequence[Row], separator: str = ",", header: bool = True) -> Path:
-    """Writes rows as the standard library does."""
+    """Write rows by the standard library."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter=separator)
         writer.writerows([list(rows[0])] if header else [])
@@ -51,14 +51,14 @@ def write_table(path: Path, rows: Sequence[Row], separator: str = ",", header: b
 
 @dataclass(frozen=True)
 class Expected:
-    """One part as the schema defines it: texts where the reader has ids."""
+    """One part as defined by the schema, with texts in place of the reader's ids."""
 
     rows: Sequence[Row]
     schema: CsvSchema
     max_length: int
 
     def history(self, row: Row) -> list[tuple[str, ...]]:
-        """Events of a row, oldest first, each with its text in every column; "" where one is none."""
+        """Events of a row, oldest first, each with its text in every column; "" for a missing one."""
         how = self.schema.sequences
         columns = []
         for ids in how.fields:
@@ -69,7 +69,7 @@ class Expected:
         return list(zip(*([""] * (longest - len(texts)) + texts for texts in columns), strict=True))
 
     def counts(self) -> dict[str, Counter[str]]:
-        """How often each text of each table stands in this part."""
+        """The number of occurrences of each text in this part, by table."""
         counts: dict[str, Counter[str]] = {table: Counter() for table in self.schema.tables}
         for row in self.rows:
             for ids in self.schema.categorical:
@@ -81,14 +81,14 @@ class Expected:
 
 
 def check(splits: Splits, parts: dict[str, Sequence[Row]], schema: CsvSchema, max_length: int) -> None:
-    """Every row, every id: equal ids for equal texts of one table, 0 for those that training does not know enough."""
+    """Check every id of every row: equal texts of a table have equal ids, and texts rare in training have id 0."""
     counts = Expected(parts["train"], schema, max_length).counts()
     seen: dict[str, dict[str, int]] = {table: {} for table in schema.tables}
 
-    def same(table: str, text: str, found: int) -> None:
+    def same(table: str, text: str, actual: int) -> None:
         rare = not text or counts[table][text] < schema.tables[table]
-        assert (found == 0) == rare, (table, text, found, counts[table][text])
-        assert seen[table].setdefault(text, found) == found
+        assert (actual == 0) == rare, (table, text, actual, counts[table][text])
+        assert seen[table].setdefault(text, actual) == actual
 
     users: dict[str, int] = {}
     for name, part in splits.parts().items():
@@ -99,13 +99,13 @@ def check(splits: Splits, parts: dict[str, Sequence[Row]], schema: CsvSchema, ma
             assert batch.sequences.dtype == batch.categorical.dtype == batch.user.dtype == torch.int64
             assert batch.label.item() == float(row[schema.label])
             assert users.setdefault(row[schema.user], int(batch.user)) == int(batch.user)
-            for ids, found in zip(schema.categorical, batch.categorical[0].tolist(), strict=True):
-                same(ids.table, row[ids.column], found)
+            for ids, actual in zip(schema.categorical, batch.categorical[0].tolist(), strict=True):
+                same(ids.table, row[ids.column], actual)
             history = expected.history(row)
             assert len(history) == len(batch.sequences)
             for event, numbers in zip(history, batch.sequences.tolist(), strict=True):
-                for ids, text, found in zip(schema.sequences.fields, event, numbers, strict=True):
-                    same(ids.table, text, found)
+                for ids, text, actual in zip(schema.sequences.fields, event, numbers, strict=True):
+                    same(ids.table, text, actual)
     assert len(set(users.values())) == len(users)
     for table, numbers in seen.items():
         known = sorted(number for number in numbers.values() if number)

@@ -1,4 +1,4 @@
-"""What the processes of `test_interformer_fire.py` do; each is a fork of a server that has imported PyTorch."""
+"""Work of the processes of `test_interformer_fire.py`; each is a fork of a server that has imported PyTorch."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def write_files(directory: Path, rows: int) -> Path:
 
 
 def read(directory: Path) -> Splits:
-    """By way of the cache beside the files."""
+    """Read through the cache beside the files."""
     return read_csv(directory, load_schema(LAYOUT), cache=directory / "cache")
 
 
 def same(one: Splits, two: Splits) -> bool:
-    """Bit by bit."""
+    """Whether the splits are equal, bit by bit."""
     pairs = zip(one.parts().values(), two.parts().values(), strict=True)
     return one.schema == two.schema and all(torch.equal(getattr(a, x), getattr(b, x)) for a, b in pairs for x in ARRAYS)
 
@@ -50,19 +50,19 @@ def start(target: Callable[..., None], *arguments: object) -> tuple[BaseProcess,
 
 
 def answers(started: list[tuple[BaseProcess, Any]]) -> list[Any]:
-    """What each process sent; None of one that ended without a word."""
-    found = []
+    """The message of each process; None for one that ended without a message."""
+    result = []
     for process, connection in started:
         try:
-            found.append(connection.recv() if connection.poll(100) else "no answer")
+            result.append(connection.recv() if connection.poll(100) else "no answer")
         except EOFError:
-            found.append(None)
+            result.append(None)
         process.join(100)
-    return found
+    return result
 
 
 def read_again_and_again(directory: Path, times: int, touch: bool, connection: Any) -> None:
-    """Reads and compares with what was read before; `touch`: a new time of change before each reading."""
+    """Read repeatedly and compare with `expected`; `touch` changes the modification time before each reading."""
     warnings.simplefilter("ignore")
     wrong, expected = 0, None
     try:
@@ -70,13 +70,13 @@ def read_again_and_again(directory: Path, times: int, touch: bool, connection: A
             if touch:
                 (directory / "train.csv").touch()
             try:
-                found = read(directory)
+                actual = read(directory)
             except ValueError as error:
-                if not (touch and "stay as they are" in str(error)):
+                if not (touch and "do not change" in str(error)):
                     raise
                 continue
-            expected = expected or found
-            wrong += not same(found, expected)
+            expected = expected or actual
+            wrong += not same(actual, expected)
     except BaseException as error:
         connection.send(f"{type(error).__name__}: {error}")
         return
@@ -84,14 +84,14 @@ def read_again_and_again(directory: Path, times: int, touch: bool, connection: A
 
 
 def build(directory: Path, connection: Any) -> None:
-    """Builds, slowly enough to be killed anywhere in it."""
+    """Build slowly, so that a kill can hit any point."""
     connection.send("go")
     read(directory)
     connection.send("done")
 
 
 def build_on_a_full_disk(directory: Path, room: int, connection: Any) -> None:
-    """With files of `room` bytes at most."""
+    """Build with files limited to `room` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     try:
         read(directory)
@@ -102,7 +102,7 @@ def build_on_a_full_disk(directory: Path, room: int, connection: Any) -> None:
 
 
 def generation(directory: Path) -> Path:
-    """The only one of the only data set in the cache."""
+    """The only generation of the only data set in the cache."""
     (place,) = (directory / "cache").iterdir()
-    (found,) = (path for path in place.iterdir() if path.name != store.LOCK)
-    return found
+    (result,) = (path for path in place.iterdir() if path.name != store.LOCK)
+    return result

@@ -1,4 +1,4 @@
-"""Where real data sets lie, for the tests that need one."""
+"""Directories of real data sets, for the tests that need one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def real_data(folder: str, file: str) -> Path:
-    """The directory of the data set called `folder`; skips the test where no directory holds a file like `file`.
+    """The directory of the data set called `folder`; skips the test if no directory holds a file like `file`.
 
     `INTERFORMER_DATA` names that directory, or one with `folder` in it.
     """

@@ -1,4 +1,4 @@
-"""The baselines compute what their papers say, learn from all their parameters, and do not see neighbouring rows."""
+"""The baselines compute their papers' formulas, learn all parameters, and their rows are independent."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_din_is_a_sum_weighed_by_event_and_candidate() -> None:
     batch = random_batch(small_schema(), LENGTHS)
     x = model.embedding.tokens(batch)
     events = model.lce(model.embedding.events(batch))
-    item, category = x[:, 2], x[:, 3]  # after the dense token and the user
+    item, category = x[:, 2], x[:, 3]  # The candidate follows the dense token and the user.
     candidate = model.candidate(torch.cat((item, category), 1))
     pooled = []
     for row in range(len(LENGTHS)):

@@ -1,4 +1,4 @@
-"""Settings of the model and of a schema: what is refused, and how."""
+"""Errors of the model's and the schema's settings."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from interformer.testing import small_schema
         ({"event_fields": ["item"]}, TypeError, r"event_fields must be a tuple of names, found \['item'\]"),
         ({"pffn_tau": 0.0}, ValueError, "pffn_tau must lie in .*, found 0.0"),
         ({"cls": False, "num_seeds": 0, "num_recent": 0}, ValueError, "summary 'selective' must have cls, num_seeds"),
-        ({"literal": True, "num_layers": 1, "flow": "sep"}, ValueError, "one X_sum, .*: not flow 'sep'"),
-        ({"cls": False, "pffn": "none"}, ValueError, "flow 'int' must reach the sequence by cls or pffn"),
+        ({"literal": True, "num_layers": 1, "flow": "sep"}, ValueError, "flow must not be 'sep' for literal"),
+        ({"cls": False, "pffn": "none"}, ValueError, "flow 'int' must feed the sequence by cls or pffn"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], error: type[Exception], message: str) -> None:

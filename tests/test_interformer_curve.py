@@ -41,7 +41,7 @@ class Losses(Progress):
 
 
 def _losses(config: InterFormerConfig) -> list[float]:
-    # Four fifths of the users are trained on.
+    # Four fifths of the users are in the training part.
     users = STEPS * TRAINING.batch_size // 4
     law = SyntheticLaw(num_users=users, impressions_per_user=5, mean_length=6, max_history=config.max_history)
     losses = Losses()
@@ -56,7 +56,7 @@ SERVING = set.intersection(*(set(backends(op)) for op in OPS)) - {"reference"}
 @pytest.mark.parametrize("pffn", ["mlp", "gdpa"])
 @pytest.mark.parametrize("backend", sorted(SERVING))
 def test_a_backend_gives_the_references_losses(backend: str, pffn: str) -> None:
-    """Float32, one seed, 100 steps: within the 1e-4 that the project promises."""
+    """Float32, one seed, 100 steps: losses agree within the 1e-4 that the project promises."""
     fast, reference = (_losses(replace(MODEL, pffn=pffn, backend=name)) for name in (backend, "reference"))
     assert max(abs(a - b) for a, b in zip(fast, reference, strict=True)) <= 1e-4
-    assert fast != reference  # bit by bit: two backends did compute
+    assert fast != reference  # Different bits show that two backends were used.

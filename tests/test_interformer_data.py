@@ -1,4 +1,4 @@
-"""Readers and clicks, on files that the tests write; the real MovieLens-100k where it is at hand."""
+"""Readers and clicks, on files written by the tests, and on the real MovieLens-100k if it is available."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _write(directory: Path, ratings: list[Rating], users: int = 6, items: int = 
 
 
 def _random_ratings(seed: int, users: int = 6, items: int = 9) -> list[Rating]:
-    """Every user rates most items, several in the same second; split in fifths, no part is empty."""
+    """Every user rates most items, several in the same second; after a split in fifths, no part is empty."""
     rng = random.Random(seed)
     pairs = [(u, i) for u in range(users) for i in range(items) if rng.random() < 0.9]
     rng.shuffle(pairs)
@@ -92,7 +92,7 @@ def test_the_split_is_by_time_within_the_user_and_keeps_a_second_together(tmp_pa
 
 @pytest.mark.parametrize("seed", range(3))
 def test_an_impression_is_blind_to_its_own_and_to_later_labels(tmp_path: Path, seed: int) -> None:
-    """Turning over all ratings from the impression's second on changes none of its inputs."""
+    """Reversing all ratings from the impression's second on changes none of its inputs."""
     ratings = _random_ratings(seed)
     now = 1003
     changed = [(u, i, 6 - rating if time >= now else rating, time) for u, i, rating, time in ratings]
@@ -113,7 +113,7 @@ def test_an_impression_is_blind_to_its_own_and_to_later_labels(tmp_path: Path, s
             if times[one.user.item(), one.categorical[0, 4].item()] > now:
                 continue
             assert torch.equal(one.sequences, two.sequences)
-            # The prior of item_liked is one number for all impressions, from the whole training part.
+            # The prior of item_liked is one number for all impressions, computed from the whole training part.
             keep = [i for i in range(one.dense.shape[1]) if i != prior]
             assert torch.equal(one.dense[:, keep], two.dense[:, keep])
             flipped += bool(one.label.item() != two.label.item())
@@ -137,7 +137,7 @@ def test_popularity_counts_earlier_training_ratings_alone(tmp_path: Path) -> Non
 
 
 def test_features_of_people_and_films(tmp_path: Path) -> None:
-    others = [("u0", "i3", 5, 100), ("u0", "i4", 5, 200)]  # so that there are other parts
+    others = [("u0", "i3", 5, 100), ("u0", "i4", 5, 200)]  # so that the other parts are not empty
     ratings = [(f"u{u}", "i2", 5, 10 * u) for u in range(6)] + others
     splits = read_movielens(_write(tmp_path, ratings), valid=0.4, test=0.4)
     part = splits.train
@@ -189,7 +189,7 @@ def _replace_line(path: Path, number: int, text: bytes) -> None:
         ("inter", 1, b"user_id:token\titem_id:token\trating:float", "1:3", "wanted a column 'timestamp', found only"),
         ("inter", 1, b"user_id\titem_id:token\trating:float\ttimestamp:float", "1:1", "wanted a header cell name:type"),
         ("inter", 1, b"user_id:token\titem_id:token\trating:token\ttimestamp:float", "1:3", "must be of type float"),
-        ("inter", 1, b"user_id:token\tuser_id:token\trating:float\ttimestamp:float", "1:2", "stands twice"),
+        ("inter", 1, b"user_id:token\tuser_id:token\trating:float\ttimestamp:float", "1:2", "is twice"),
         ("user", 3, b"u1\told\tF\tjob\t0", "3:2", "column 'age' wanted an age in years, found 'old'"),
         ("user", 3, b"u0\t30\tF\tjob\t0", "3:1", "column 'user_id' names 'u0' a second time"),
         ("item", 2, b"i0\tFilm \xff\t1990\tDrama", "2:2", "wanted UTF-8 text, found the bytes"),

@@ -1,4 +1,4 @@
-"""Amazon Beauty as next-item clicks, on files that the tests write; the real file where it is at hand."""
+"""Amazon Beauty as next-item clicks, on files written by the tests, and on the real file if it is available."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _write(path: Path, streams: Streams) -> Path:
 
 
 def _random_streams(seed: int, users: int = 30, items: int = 40) -> Streams:
-    """Numbers with gaps, users out of order, streams of 1 to 12 items, some of them twice."""
+    """Ids with gaps, users out of order, streams of 1 to 12 items, some of them repeated."""
     rng = random.Random(seed)
     numbers = rng.sample(range(1, 500), items)
     popular = [numbers[min(int(rng.expovariate(0.1)), items - 1)] for _ in range(200)]
@@ -44,7 +44,7 @@ def _rows(clicks: Clicks) -> list[tuple[int, int, bool, list[int]]]:
 
 
 def _numbered(streams: Streams) -> Streams:
-    """The streams with users and items numbered from 0, as the reader numbers them."""
+    """The streams with users and items numbered from 0, as by the reader."""
     users = {user: i for i, user in enumerate(sorted(streams))}
     items = {item: i for i, item in enumerate(sorted({item for stream in streams.values() for item in stream}))}
     return {users[user]: [items[item] for item in stream] for user, stream in streams.items()}
@@ -83,12 +83,12 @@ def test_negatives_are_items_of_others_with_the_history_of_their_positive(tmp_pa
 
 
 def test_negatives_follow_the_counts_of_positives_in_their_part(tmp_path: Path) -> None:
-    """Two items of a thousand users, three times as often the one as the other: so are the negatives of the others."""
+    """Two items occur at 3 to 1 among a thousand users, and so do the other users' negatives."""
     streams = {user: [1, 4, 5, 2 if user % 4 else 3] for user in range(1000)}
     streams |= {user: [6, 7, 8, 9] for user in range(1000, 3000)}
     splits = read_beauty(_write(tmp_path, streams))
     drawn = Counter(item for user, item, label, _ in _rows(splits.test) if user >= 1000 and not label)
-    two, three = drawn[1], drawn[2]  # the items 2 and 3, from 0
+    two, three = drawn[1], drawn[2]  # items 2 and 3, numbered from 0
     assert two + three == 2000
     assert abs(two - 1500) < 5 * math.sqrt(2000 * 0.75 * 0.25)  # five standard deviations
 
@@ -163,7 +163,7 @@ def test_malformed_files_are_named_with_line_and_column(tmp_path: Path, text: by
 
 
 def test_what_cannot_be_learned_from_is_said(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"Beauty\.txt: no such file; wanted one line a user"):
+    with pytest.raises(FileNotFoundError, match=r"Beauty\.txt: no such file; wanted one line per user"):
         read_beauty(tmp_path)
     with pytest.raises(ValueError, match="wanted at least one user with four items"):
         read_beauty(_write(tmp_path, {1: [2, 3, 4], 2: [3]}))

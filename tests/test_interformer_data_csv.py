@@ -1,4 +1,4 @@
-"""`read_csv` on files that the tests write, in the shipped layouts and others."""
+"""`read_csv` on files written by the tests, in the shipped layouts and others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ THREE_FILES = {part: f"{part}.csv" for part in spec.PARTS}
 
 
 def _schema(**changes: object) -> CsvSchema:
-    """Columns y, u, i, h, g: label, user, item, and the histories of items and of marks; three files."""
+    """Columns y, u, i, h, g: label, user, item, and the histories of items and marks; three files."""
     plain = CsvSchema(
         name="tiny",
         files=THREE_FILES,
@@ -50,7 +50,7 @@ def _write_parts(directory: Path, **parts: list[Row]) -> Path:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_shipped_layouts(tmp_path: Path, name: str) -> None:
-    """Both files of the benchmark, and no others; the validation part is drawn as the schema says."""
+    """The schema uses exactly the two files of the benchmark, and draws the validation part as described."""
     train, test = layout_rows(name, 0, 90), layout_rows(name, 1, 20)
     write_table(tmp_path / "train.csv", train)
     write_table(tmp_path / "test.csv", test)
@@ -71,7 +71,7 @@ def test_the_shipped_schemas_are_those_of_the_layouts() -> None:
         assert set(load_schema(name).columns()) <= set(columns.split())
 
 
-# ---------------------------------------------------------------- what a schema can say
+# ---------------------------------------------------------------- options of a schema
 
 TEXT = st.text(st.sampled_from(["a", "b", "c", "é", ",", '"', "\n", " ", "本"]), max_size=2)
 EVENT = st.text(st.sampled_from(["a", "b", "é", ",", '"', "\n"]), min_size=1, max_size=2)
@@ -112,7 +112,7 @@ def test_chunks_and_steps_change_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         one, two = getattr(whole, part), getattr(pieces, part)
         for array in ("dense", "label", "first", "last"):
             assert torch.equal(getattr(one, array), getattr(two, array))
-    # Texts are numbered chunk by chunk, so ids differ; what they stand for does not.
+    # Texts are numbered chunk by chunk, so ids differ, but not their meaning.
     assert whole.schema == pieces.schema
     before, after = whole.train.events.T, pieces.train.events.T
     for one, two in zip((*before, *whole.train.categorical.T), (*after, *pieces.train.categorical.T), strict=True):
@@ -121,7 +121,7 @@ def test_chunks_and_steps_change_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_file_without_header_with_other_separators(tmp_path: Path) -> None:
-    """Newest event first, empty numbers, a byte order mark, empty lines, Windows' line ends."""
+    """Newest event first, empty numbers, a byte order mark, empty lines, Windows line ends."""
     text = "\ufeff1;ann;a;m|n|o;2.5\r\n\r\n0;bob;b;;\r\n"
     for file in ("a.txt", "b.txt"):
         (tmp_path / file).write_bytes(text.encode())
@@ -143,7 +143,7 @@ def test_a_file_without_header_with_other_separators(tmp_path: Path) -> None:
     assert sorted(first.sequences[:, 0].tolist()) == [known["m"], known["n"]]
     assert first.sequences[-1, 0] != first.sequences[0, 0]
     alone = read_csv(tmp_path, schema, max_history=1).train.batch(torch.tensor([0]))
-    assert alone.sequences.tolist() == [[1]]  # m, the newest: the only text left
+    assert alone.sequences.tolist() == [[1]]  # m, the newest event, is the only text left
     assert len(second.sequences) == 0
 
 
@@ -168,7 +168,7 @@ def test_unequal_histories_are_aligned_at_their_latest_events(tmp_path: Path) ->
 
 
 def test_rare_and_unseen_texts_are_unknown(tmp_path: Path) -> None:
-    """Counts are those of the training part: of cells and histories together, as far as they are kept."""
+    """Counts cover the training part: cells and histories together, after truncation."""
     train = [_row(i="a", h="b^c", g="p^p"), _row(i="a", h="b^b", g="p^p"), _row(i="c", h="", g="")]
     held_out = [_row(i="d", h="a^b^c^d", g="p^p^p^p")]
     directory = _write_parts(tmp_path, train=train, test=held_out)
@@ -177,7 +177,7 @@ def test_rare_and_unseen_texts_are_unknown(tmp_path: Path) -> None:
     assert splits.test.categorical.tolist() == [[0]]
     assert sorted(splits.test.batch(torch.tensor([0])).sequences[:, 0].tolist()) == [0, 1, 2, 3]
     short = read_csv(directory, _schema(min_counts={"item": 2}), max_history=1)
-    assert short.schema.tables == {"item": 3, "mark": 2}  # b is seen once
+    assert short.schema.tables == {"item": 3, "mark": 2}  # b occurs once
     rarer = read_csv(directory, _schema(min_counts={"item": 3}), max_history=1)
     assert rarer.schema.tables == {"item": 1, "mark": 2}
 
@@ -196,8 +196,8 @@ def _where(directory: Path, split: Split) -> list[list[int]]:
     """The items of each part; item `n` is the n-th of the file."""
     schema = _schema(files={"train": "train.csv"}, split=split, time="t", categorical=(Ids("i", "item"), Ids("t", "t")))
     parts = read_csv(directory, schema).parts().values()
-    found = [part.user.tolist() for part in parts]
-    return [[user - 1 for user in users] for users in found]  # users are numbered from 1 in the file's order
+    result = [part.user.tolist() for part in parts]
+    return [[user - 1 for user in users] for users in result]  # Users are numbered from 1 in the file's order.
 
 
 def test_a_split_by_time_keeps_one_time_together(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_part_without_rows_is_said(tmp_path: Path) -> None:
     ("line", "text", "place", "message"),
     [
         (1, b"y,u,i,h,x", "1:5", "wanted a column 'g', found only y, u, i, h, x"),
-        (1, b"y,u,i,h,g,u,x", "1:6", "column 'u' stands twice in the header"),
+        (1, b"y,u,i,h,g,u,x", "1:6", "column 'u' is twice in the header"),
         (3, b"1,ann,a,p,q", "3:5", "wanted 6 cells, as in the header, found 5"),
         (3, b"1,ann,a,p,q,1,2", "3:7", "wanted 6 cells, as in the header, found 7"),
         (3, b"1,ann,a,p,q,one", "3:6", "column 'x' wanted a finite number, found 'one'"),

@@ -1,4 +1,4 @@
-"""The compact form that `read_csv` keeps, and the YAML that describes files."""
+"""The cache of `read_csv`, and the YAML of schemas."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_stale_cache_is_built_anew_and_said(directory: Path, change: str) -> N
         write_table(file, layout_rows(LAYOUT, 2, 11))
     else:
         os.utime(file, ns=(1, 1))
-    with pytest.warns(UserWarning, match="is stale: its files have changed since; it is built anew"):
+    with pytest.warns(UserWarning, match="is stale: its files have changed since; it is rebuilt"):
         again = _read(directory)
     assert len(again.test) == (11 if change == "content" else 10)
     with warnings.catch_warnings():
@@ -111,7 +111,7 @@ def test_a_broken_cache_is_built_anew_and_said(
     (place,) = (directory / "cache").glob("*/*-*")
     damaged = (place / "dense.npy" if content == "dense.npy" else place / file).read_bytes()
     damaged = damaged[:-100] if content == "half" else content if isinstance(content, bytes) else damaged
-    (place / file).unlink()  # not written over: `before` has it mapped
+    (place / file).unlink()  # It must not be overwritten, because `before` has mapped it.
     if content is not None:
         (place / file).write_bytes(damaged)
     with pytest.warns(UserWarning, match=f"is broken: {reason}"):
@@ -162,7 +162,7 @@ def test_a_schema_from_yaml(tmp_path: Path) -> None:
     [
         ("label: y", "labels: y", r"x\.yaml: wanted keys among name, .* found 'labels'"),
         ("label: y", "", r"x\.yaml: wanted the key 'label'; found only name, files"),
-        ("label: y", "label: 3", r"x\.yaml\.label: wanted a text; found 3"),
+        ("label: y", "label: 3", r"x\.yaml\.label: wanted a string; found 3"),
         ("label: y", "label: [", "x.yaml: wanted YAML; found"),
         ("min_count: 2", "min_count: yes", r"\.min_count: wanted a whole number; found True"),
         ("min_count: 2", "min_count: 0", "wanted min_count to be at least 1; found 0"),
@@ -183,8 +183,8 @@ def test_a_schema_from_yaml(tmp_path: Path) -> None:
         ("[i, {column: j, table: i}]", "[]", "wanted categorical to name at least one column"),
         ("{train: a.csv}", "{valid: a.csv}", "wanted files to name one for train; found 'valid'"),
         ("{train: a.csv}", "{train: a, dev: b}", "wanted files to be of train, valid, test; found 'dev'"),
-        ("{train: a.csv}", "{train: a, test: b}", r"wanted split\.test to be 0, for it has a file; found 0.1"),
-        ("test: 0.1}", "test: 0}", r"wanted split\.test to be above 0, for it has no file; found 0.0"),
+        ("{train: a.csv}", "{train: a, test: b}", r"wanted split\.test to be 0, since it has a file; found 0.1"),
+        ("test: 0.1}", "test: 0}", r"wanted split\.test to be above 0, since it has no file; found 0.0"),
         ("test: 0.1}", "test: 0.9}", r"wanted split\.valid \+ split\.test to be below 1; found 1.0"),
         ("by: users", "by: chance", r"wanted split\.by to be one of rows, users, time; found 'chance'"),
         ("by: users", "by: time", "wanted time to name a column to split by; found None"),
@@ -206,6 +206,6 @@ def test_a_schema_that_does_not_hold_together_is_named(tmp_path: Path, old: str,
 def test_a_schema_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match="schema: wanted a mapping; found None"):
         parse_schema(None)
-    wanted = "wanted a YAML file or one of amazon_electronics_x1, kuai_video_x1, taobao_ad_x1; found neither"
-    with pytest.raises(FileNotFoundError, match=f"nothing: {wanted}"):
+    expected = "wanted a YAML file or one of amazon_electronics_x1, kuai_video_x1, taobao_ad_x1; found neither"
+    with pytest.raises(FileNotFoundError, match=f"nothing: {expected}"):
         load_schema("nothing")

@@ -1,4 +1,4 @@
-"""Two processes train as one does: the same losses and gradients, under DDP, FSDP2 and torchrun."""
+"""Two processes train like one: equal losses and gradients, under DDP, FSDP2 and torchrun."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ MODEL = InterFormerConfig(
     embedding_std=0.5,
     max_history=12,
 )
-# 192 impressions to train on in batches of 50: the last one has fewer, and an odd number is shared unevenly.
+# 192 training impressions in batches of 50: the last batch is smaller, and an odd number is divided unevenly.
 TRAINING = TrainConfig(epochs=2, batch_size=49, lr=5e-3, weight_decay=0.1, embedding_weight_decay=0.1)
 LENGTHS = (3, 0, 12, 1, 7, 5, 2)
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of `WORKS` returns in each of the processes."""
+    """The result of each of `WORKS` in each process."""
     return run_together(WORKS, tmp_path_factory.mktemp("together"))
 
 
@@ -51,13 +51,13 @@ def _curve() -> list[list[float]]:
 
 
 def test_data_parallel_training_has_the_curve_of_one_process(together: list[dict[str, Any]]) -> None:
-    first, second = (found["_curve"] for found in together)
+    first, second = (result["_curve"] for result in together)
     assert first == second
     torch.testing.assert_close(torch.tensor(first), torch.tensor(_curve()), rtol=1e-4, atol=1e-5)
 
 
 def _logits_of_equal_rows() -> list[float]:
-    """What the model says of this process' rows in a step; all rows are one, so that only dropout tells them apart."""
+    """The logits of this process' rows in a step; all rows are equal, so that only dropout makes them differ."""
     splits = synthesize(LAW)
     same = splits.train.select(torch.zeros(4, dtype=torch.int64))
     splits = replace(splits, train=replace(same, label=torch.tensor([0.0, 1.0, 0.0, 1.0])))
@@ -69,12 +69,12 @@ def _logits_of_equal_rows() -> list[float]:
 
 
 def test_every_process_drops_what_it_likes(together: list[dict[str, Any]]) -> None:
-    first, second = (found["_logits_of_equal_rows"] for found in together)
+    first, second = (result["_logits_of_equal_rows"] for result in together)
     assert len({*first, *second}) == 4
 
 
 def _sharded_gradients() -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss of the whole batch and gradients under FSDP2; one process' without a process group."""
+    """Loss of the whole batch and gradients under FSDP2, or of one process without a process group."""
     torch.manual_seed(0)
     model = InterFormer(MODEL, small_schema())
     batch, rank, world = random_batch(model.schema, LENGTHS), 0, 1
@@ -97,15 +97,15 @@ WORKS = (_curve, _logits_of_equal_rows, _sharded_gradients)
 
 def test_sharded_parameters_get_the_gradients_of_one_process(together: list[dict[str, Any]]) -> None:
     loss, expected = _sharded_gradients()
-    for found_loss, found in (found["_sharded_gradients"] for found in together):
+    for found_loss, actual in (actual["_sharded_gradients"] for actual in together):
         assert found_loss == pytest.approx(loss, rel=1e-6)
-        assert found.keys() == expected.keys()
-        for name, grad in found.items():
+        assert actual.keys() == expected.keys()
+        for name, grad in actual.items():
             torch.testing.assert_close(grad, expected[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
-    """One report, one checkpoint and one log, and the losses of one process."""
+    """There is one report, one checkpoint and one log, and the losses equal those of one process."""
     options = ["--num-users=40", "--mean-length=8", "--epochs=1", "--dropout=0", "--embedding-dropout=0"]
     options += ["--num-layers=1", "--embed-dim=8", "--num-heads=2", "--max-history=12"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""The grid's runs: finished once, taken up after a kill, refused when they are others, shown when they fail."""
+"""The grid's runs are finished once, resumed after a kill, refused under other settings, and reported on failure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from interformer.experiments import worker
 from interformer.experiments.grid import Grid, Watch
 from interformer.experiments.plan import read
 from interformer.experiments.runs import Job, Machine, jobs_of
-from interformer.experiments.worker import NotMeasured
+from interformer.experiments.worker import ForbiddenTest
 
 SMALL = "{embed_dim: 4, num_heads: 1, num_layers: 1, cross_rank: 2, interaction_hidden: [4], pffn_hidden: [4], "
 PLAN = f"""
@@ -51,13 +51,13 @@ def _results(folder: Path) -> dict[str, Any]:
 
 
 def _outcome(result: dict[str, Any]) -> dict[str, Any]:
-    """What does not hang on the clock."""
+    """The part of a report that does not depend on time."""
     report = {name: result["report"][name] for name in ("best_epoch", "valid", "test", "parameters")}
     return {**report, "curve": [(record["loss"], record["valid"]) for record in result["report"]["history"]]}
 
 
 class Ran:
-    """A whole grid that has run once: its folder, its exit status and what it said."""
+    """A whole grid that has run once: its folder, exit status and output."""
 
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder = folder
@@ -79,7 +79,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def grid(ran: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Path:
-    """A copy of the results of the whole grid, to go on from."""
+    """A copy of the results of the whole grid, to continue from."""
     shutil.copytree(ran(capsys).folder, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -140,7 +140,7 @@ def test_a_run_of_another_identity_is_refused(grid: Path, capsys: pytest.Capture
     changed = _plan(grid, "num_seeds: 0", "num_seeds: 1")
     assert _run(changed, "--out", grid, "--only", "no_pma") == 2
     told = capsys.readouterr().err
-    assert "runs of another identity are in the way; --overwrite runs them anew" in told
+    assert "runs with other settings exist under these names; --overwrite repeats them" in told
     for seed in (1, 2):
         assert f"{grid / 'trial' / 'runs' / f'no_pma-seed{seed}.json'}: model.num_seeds was 0 and is 1" in told
     assert _results(grid) == before
@@ -178,7 +178,7 @@ def test_a_report_runs_nothing(grid: Path, monkeypatch: pytest.MonkeyPatch, caps
     ("arguments", "message"),
     [
         (["--only", "all"], "ValueError: --only must name variants among diverges, no_pma, whole; found 'all'"),
-        (["--only", "no_pma", "--tune"], "ValueError: trial: --tune wants a variant with a search, found none"),
+        (["--only", "no_pma", "--tune"], "ValueError: trial: --tune needs a variant with a search, found none"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -200,13 +200,13 @@ def test_data_that_cannot_be_read_is_told_once(tmp_path: Path, capsys: pytest.Ca
 
 
 class KillAfterEpochs(Watch):
-    """SIGKILL to the grid's processes when the second epoch is over, so that the first one's checkpoint is there."""
+    """Kill the grid's processes after the second epoch, when the first one's checkpoint exists."""
 
     def __init__(self) -> None:
         self.grid = Grid(Path(), 1, self)
         self.told_error: str | None = None
 
-    def told(self, job: Job, message: Mapping[str, Any]) -> None:
+    def progressed(self, job: Job, message: Mapping[str, Any]) -> None:
         if "valid_auc" in message and message["epoch"] == 1:
             for process in self.grid.processes:
                 process.kill()
@@ -228,7 +228,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert killer.told_error == reason
     assert not job.finished()
     assert job.conflict() is None
-    job.unfinished("pt.1.tmp").touch()  # a write that the kill cut off
+    job.unfinished("pt.1.tmp").touch()  # a temporary file of a killed write
     done = len(torch.load(job.unfinished("pt"))["history"])
     assert 1 <= done < 60
 
@@ -260,8 +260,10 @@ def test_tuning_ranks_by_validation_and_shows_nothing_else(tmp_path: Path, capsy
 
 
 def test_tuning_cannot_read_the_test_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reader gives a test part of which any use is an error: tuning does not notice, measuring does."""
-    splits = replace(synthesize(SyntheticLaw(num_users=40, impressions_per_user=4, mean_length=5)), test=NotMeasured())
+    """Any use of the reader's test part raises: tuning succeeds, measuring fails."""
+    splits = replace(
+        synthesize(SyntheticLaw(num_users=40, impressions_per_user=4, mean_length=5)), test=ForbiddenTest()
+    )
     assert isinstance(splits, Splits)
     monkeypatch.setattr("interformer.data.registry.read", lambda *_, **__: splits)
     plan = read(_plan(tmp_path))
@@ -271,11 +273,11 @@ def test_tuning_cannot_read_the_test_part(tmp_path: Path, monkeypatch: pytest.Mo
             plan, plan.choose(("whole",), (1,)), tmp_path, Machine(), clicks=clicks, measure_test=measure_test
         )
         if measure_test:
-            with pytest.raises(AssertionError, match="test part must not be looked at"):
+            with pytest.raises(AssertionError, match="test part must not be read"):
                 worker.run(job, Path(), lambda message: None)
         else:
             worker.run(job, Path(), lambda message: None)
             assert job.finished()
             job.forget()
-    with pytest.raises(AssertionError, match="test part must not be looked at"):
+    with pytest.raises(AssertionError, match="test part must not be read"):
         worker.describe(plan.data, Path(), measure_test=True)

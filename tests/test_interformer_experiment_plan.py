@@ -1,4 +1,4 @@
-"""What an experiment's YAML asks for, how mistakes in it are told, and that the shipped files work."""
+"""Plans read from an experiment's YAML, their error messages, and the shipped files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of an experiment's table against NumPy, and the table and pictures they go to."""
+"""The figures of an experiment's table compared with NumPy; its table and plots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from interformer import InterFormerConfig
 from interformer.experiments.plan import Variant
 from interformer.experiments.plots import by_epoch, draw, groups
 from interformer.experiments.summary import Estimate, Row, summarize
-from interformer.experiments.table import estimate, table
+from interformer.experiments.table import format_estimate, table
 from interformer.train import TrainConfig
 
 AUC = {
@@ -65,7 +65,7 @@ def test_means_and_standard_errors(rows: list[Row]) -> None:
 def test_differences_are_paired_by_seed(rows: list[Row]) -> None:
     whole, less, alone = rows
     assert whole.difference is None
-    paired = np.array([0.80 - 0.81, 0.825 - 0.83])  # seeds 1 and 2; seed 5 has no partner
+    paired = np.array([0.80 - 0.81, 0.825 - 0.83])  # Seeds 1 and 2 are paired; seed 5 is not.
     assert less.difference is not None
     assert less.difference.mean == pytest.approx(paired.mean())
     assert less.difference.error == pytest.approx(paired.std(ddof=1) / np.sqrt(2))
@@ -76,7 +76,7 @@ def test_differences_are_paired_by_seed(rows: list[Row]) -> None:
 
 def test_costs(rows: list[Row]) -> None:
     whole, *_ = rows
-    assert whole.step_ms == pytest.approx(8.1)  # median of 8.1, 8.3, 8.0
+    assert whole.step_ms == pytest.approx(8.1)  # the median of 8.1, 8.3, 8.0
     assert whole.peak_mib == pytest.approx(83)
     assert (whole.seconds, whole.parameters) == (6.0, 1234)
 
@@ -98,12 +98,12 @@ def test_the_table_has_a_line_a_variant(rows: list[Row]) -> None:
     columns = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [cells[0] for cells in columns] == ["variant", "---", "whole", "less", "alone"]
     assert {len(cells) for cells in columns} == {13}
-    found = dict(zip(columns[0], columns[3], strict=True))
-    assert found["group"] == "pieces"
-    assert found["seeds"] == "3"
-    assert found["AUC - reference"] == "-0.0075 +- 0.0025"
-    assert found["NE"] == "-"
-    assert found["parameters"] == "1,234"
+    result = dict(zip(columns[0], columns[3], strict=True))
+    assert result["group"] == "pieces"
+    assert result["seeds"] == "3"
+    assert result["AUC - reference"] == "-0.0075 +- 0.0025"
+    assert result["NE"] == "-"
+    assert result["parameters"] == "1,234"
     assert dict(zip(columns[0], columns[2], strict=True))["AUC - reference"] == "-"
     assert "All runs: 14 s" in text
 
@@ -118,7 +118,7 @@ def test_the_table_has_a_line_a_variant(rows: list[Row]) -> None:
     ],
 )
 def test_an_estimate_in_words(found: Estimate | None, signed: bool, text: str) -> None:
-    assert estimate(found, signed=signed) == text
+    assert format_estimate(found, signed=signed) == text
 
 
 def test_the_reference_is_beside_every_group(rows: list[Row]) -> None:

@@ -1,4 +1,4 @@
-"""The exported model: one program that scores any number of impressions, from a file, as the model does."""
+"""The exported model: one program, loaded from a file, that scores any number of impressions like the model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_program_scores_as_its_model(form: str, tmp_path: Path) -> None:
-    """Single rows, no histories and single events among them, all from one file."""
+    """One file serves all sizes, including single rows, empty histories and single events."""
     torch.manual_seed(0)
     model = InterFormer(replace(CONFIG, **FORMS[form]), SCHEMA).eval()
     torch.export.save(export(model, SCHEMA), tmp_path / "model.pt2")
@@ -43,8 +43,8 @@ def test_a_program_scores_as_its_model(form: str, tmp_path: Path) -> None:
         batch = random_batch(SCHEMA, lengths, seed=len(lengths))
         with torch.no_grad():
             expected = model(batch)
-        found = program(batch.dense, batch.categorical, batch.sequences, batch.offsets)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        actual = program(batch.dense, batch.categorical, batch.sequences, batch.offsets)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 SERVER = """

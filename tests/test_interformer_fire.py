@@ -1,6 +1,6 @@
-"""Cache, checkpoints and experiments under fire: processes at once, SIGKILL, full disks, flipped bytes.
+"""Stress tests of cache, checkpoints and experiments: parallel processes, SIGKILL, full disks, flipped bytes.
 
-`INTERFORMER_FIRE=20` makes the larger campaign of it.
+`INTERFORMER_FIRE=20` runs the larger campaign.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from interformer.experiments.grid import Grid, Watch
 from interformer.experiments.plan import read
 from interformer.experiments.runs import Job, Machine, jobs_of
 from interformer.files import DamagedFileError
-from interformer.train import Progress, Run, TrainConfig, write_atomically
+from interformer.train import Progress, Run, TrainConfig, write_checkpoint
 
 MORE = int(os.environ.get("INTERFORMER_FIRE", "1"))
 SMALL = InterFormerConfig(
@@ -45,14 +45,14 @@ TRAINING = TrainConfig(epochs=2, batch_size=64)
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """Files and cache, to damage."""
+    """Files and a cache to be damaged."""
     fire.write_files(tmp_path / "data", 60)
     fire.read(tmp_path / "data")
     return tmp_path / "data"
 
 
 def _flipped(whole: bytes, some: int) -> Iterator[bytes]:
-    """The contents of a file with one bit of it flipped: at its ends, around headers, and in places drawn."""
+    """The contents of a file with one bit flipped: at its ends, around headers, and at random places."""
     size, rng = len(whole), random.Random(len(whole))
     fixed = {0, 1, 5, 8, 9, 10, 40, 127, 128, 129, size // 2, size - 2, size - 1} & set(range(size))
     for position in [*sorted(fixed), *(rng.randrange(size) for _ in range(some))]:
@@ -64,7 +64,7 @@ def _flipped(whole: bytes, some: int) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("touch", [False, True])
 def test_processes_that_want_one_cache_at_once(tmp_path: Path, touch: bool) -> None:
-    """With `touch` the files change all the time, so that generations come and go under the readers."""
+    """With `touch` the files change all the time, so that generations are replaced while they are read."""
     for round_ in range(2 * MORE):
         directory = fire.write_files(tmp_path / str(round_), 60)
         started = [fire.start(fire.read_again_and_again, directory, 4, touch) for _ in range(4)]
@@ -82,7 +82,7 @@ def test_a_kill_leaves_nothing_wrong_and_the_next_reader_clears_up(tmp_path: Pat
     longest = 1.2 * (time.perf_counter() - began)
     left = 0
     for round_ in range(8 * MORE):
-        os.utime(directory / "train.csv", ns=(round_, round_))  # what is there is stale
+        os.utime(directory / "train.csv", ns=(round_, round_))  # The existing generation is stale.
         process, connection = fire.start(fire.build, directory)
         assert connection.recv() == "go"
         time.sleep(rng.random() * longest)
@@ -92,7 +92,7 @@ def test_a_kill_leaves_nothing_wrong_and_the_next_reader_clears_up(tmp_path: Pat
     assert left, "the kills must have cut off a build"
     os.utime(directory / "train.csv", ns=(1, 99))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the last kill may have left an older generation
+        warnings.simplefilter("ignore")  # The last kill may have left an older generation.
         assert fire.same(fire.read(directory), expected)
     assert {path.name for path in fire.generation(directory).iterdir()} == {
         "about.json",
@@ -116,7 +116,7 @@ def test_every_damaged_byte_of_a_generation_is_seen(directory: Path) -> None:
         whole = path.read_bytes()
         cut = [whole[:-1], whole[: len(whole) // 2], b"", whole + b"\0"]
         for damaged in (*cut, *_flipped(whole, 8 * MORE)):
-            path.unlink()  # not written over: `expected` has it mapped
+            path.unlink()  # It must not be overwritten, because `expected` has mapped it.
             path.write_bytes(damaged)
             tried += 1
             said = None
@@ -168,7 +168,7 @@ def test_files_that_change_while_they_are_read_are_told(tmp_path: Path, monkeypa
     monkeypatch.setattr(store.Target, "array", change)
     for options in ({}, {"cache": directory / "cache"}):
         os.utime(directory / "train.csv", ns=(2, 2))
-        with pytest.raises(ValueError, match="wanted files that stay as they are while they are read"):
+        with pytest.raises(ValueError, match="wanted files that do not change while they are read"):
             read_csv(directory, fire.LAYOUT, **options)  # type: ignore[arg-type]
     assert {path.name for path in (directory / "cache").glob("*/*")} == {store.LOCK}
 
@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_is_one_line_and_changes_nothing(splits: Splits, tm
             fresh.load(path)
         said = str(caught.value)
         assert said.startswith(f"{path}: ")
-        assert said.endswith("; remove it to start anew")
+        assert said.endswith("; remove it to start again")
         assert "\n" not in said
         assert fresh.history == []
         assert _equal(fresh.model.state_dict(), untouched)
@@ -255,7 +255,7 @@ def test_a_checkpoint_of_other_contents_is_one_line(splits: Splits, tmp_path: Pa
     run.save(path)
     state = torch.load(path)
     change(state)
-    write_atomically(path, state)
+    write_checkpoint(path, state)
     fresh = Run(splits, SMALL, TRAINING)
     untouched = {name: value.clone() for name, value in fresh.model.state_dict().items()}
     with pytest.raises(ValueError, match=reason) as caught:
@@ -281,7 +281,7 @@ def _one_line(capsys: pytest.CaptureFixture[str]) -> str:
     [
         (
             ["--device=nonsense"],
-            "ValueError: device must be one that PyTorch knows, as cpu or cuda:0; found 'nonsense'",
+            "ValueError: device must be one that PyTorch knows, like cpu or cuda:0; found 'nonsense'",
         ),
         (["--device=cuda:99"], "ValueError: device must be one that PyTorch can use here; found 'cuda:99'"),
         (["--device=meta"], "ValueError: device must be one that PyTorch can use here; found 'meta'"),
@@ -324,7 +324,7 @@ def test_a_damaged_checkpoint_ends_the_command_with_one_line(
     assert line.startswith(
         f"DamagedFileError: {path}: wanted a checkpoint of this program, with its checksum at the end"
     )
-    assert line.endswith("; remove it to start anew")
+    assert line.endswith("; remove it to start again")
 
 
 @pytest.mark.parametrize("mistake", [lambda: 1 / 0, lambda: None + 1, lambda: int("x"), lambda: [][1]])  # type: ignore[operator]
@@ -349,13 +349,13 @@ variants: {whole: {}}
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An experiment that two grids have run at once."""
+    """An experiment run by two grids at once."""
     folder = tmp_path_factory.mktemp("experiment")
     (folder / "plan.yaml").write_text(PLAN)
     plan = read(folder / "plan.yaml")
     clicks = {"train": 128, "valid": 16, "test": 16}
     jobs = jobs_of(plan, plan.variants, folder / "trial", Machine(), clicks=clicks)
-    with ThreadPoolExecutor(2) as pool:  # each of them starts a process for every job
+    with ThreadPoolExecutor(2) as pool:  # Each grid starts a process for every job.
         assert list(pool.map(lambda _: Grid(Path(), 2, Watch()).run(jobs), range(2))) == [{}, {}]
     assert main(["experiment", str(folder / "plan.yaml"), "--out", str(folder), "--report"]) == 0
     return folder
@@ -379,10 +379,10 @@ def test_a_damaged_result_is_told_left_out_and_run_anew(
     command = ["experiment", str(tmp_path / "plan.yaml"), "--out", str(tmp_path)]
     assert main([*command, "--report"]) == 0
     said = capsys.readouterr()
-    assert f"left out of the table: {path}: damaged: its checksum is another one" in said.err
+    assert f"left out of the table: {path}: damaged: its checksum does not match" in said.err
     assert "| whole |  | 1 |" in said.out
     assert main(command) == 2
-    assert f"--overwrite runs them anew: {path}: damaged" in _one_line(capsys)
+    assert f"--overwrite repeats them: {path}: damaged" in _one_line(capsys)
     assert main([*command, "--overwrite"]) == 0
     assert json.loads(path.read_text())["report"]["best_epoch"] == json.loads(before)["report"]["best_epoch"]
 

@@ -1,4 +1,4 @@
-"""Each published form is what its formula says, and the identities that tie the forms together hold."""
+"""Each published form equals its formula, and the identities between the forms hold."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _x_sum() -> Tensor:
 
 
 def _close(found: Tensor, expected: Tensor) -> None:
-    """Equal but for the order of sums in float64, for which `assert_close` itself would grant 1e-7."""
+    """Check equality up to the order of float64 sums, more strictly than the 1e-7 of `assert_close`."""
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
 
 
@@ -77,7 +77,7 @@ def test_two_layer_feed_forward_is_its_formula() -> None:
 
 
 def test_two_layer_without_norm_is_gdpa_of_one_head() -> None:
-    """With biases of zero: the columns of `W1` are the keys, the rows of `W2` the values, and tau is 1."""
+    """With zero biases and tau = 1, the columns of `W1` are the keys and the rows of `W2` the values."""
     one_head = replace(SMALL, num_heads=1)
     two_layer, gdpa = TwoLayerFeedForward(one_head).double(), GDPAFeedForward(one_head).double()
     two_layer.norm = nn.Identity()
@@ -101,7 +101,7 @@ def test_two_layer_without_norm_is_gdpa_of_one_head() -> None:
 
 @pytest.mark.parametrize("literal", [False, True])
 def test_gdpa_feed_forward_is_its_formula(literal: bool) -> None:
-    """Per head `gelu(s W1 / tau) W2`; the residual is the module's own only where the Sequence Arch has none."""
+    """Per head `gelu(s W1 / tau) W2`; the module adds the residual only if the Sequence Arch has none."""
     layer = GDPAFeedForward(replace(SMALL, pffn_tau=2.0, literal=literal)).double()
     tokens, x_sum = _tokens(), _x_sum()
     keys, values = (piece.view(3, 5, 2, 4) for piece in layer.generate.mlp(x_sum.flatten(1)).split((40, 40), 1))
@@ -126,7 +126,7 @@ def test_pma_is_cross_attention_with_broadcast_queries() -> None:
 
 
 def test_mab_is_set_transformers() -> None:
-    """Against the formula, row by row; an empty row attends to nothing."""
+    """Comparison with the formula, row by row; an empty row has zero output."""
     pma, tokens = PMA(replace(SMALL, pma="mab"), 3).double(), _tokens()
     query = pma.query(pma.seeds)
     rows = []
@@ -150,7 +150,7 @@ def test_hierarchical_seeds_are_a_sum_of_products() -> None:
 def test_simple_summaries_are_gated_means(kind: str) -> None:
     summary = MeanSummary(replace(SMALL, summary=kind)).double()
     tokens = _tokens()
-    layout = Layout.of(torch.tensor([0, 2, 2, 7]), 7, num_cls=0, num_recent=0)
+    layout = Layout.from_offsets(torch.tensor([0, 2, 2, 7]), 7, num_cls=0, num_recent=0)
     inner = {"mean": lambda x: x, "mlp": getattr(summary, "mlp", None), "mha": None}[kind]
     mapped = summary.attention(tokens, OFFSETS) if inner is None else inner(tokens)
     means = [mapped[OFFSETS[b] : OFFSETS[b + 1]].sum(0) / max(int(OFFSETS[b + 1] - OFFSETS[b]), 1) for b in range(3)]
@@ -180,7 +180,7 @@ def test_under_a_window_only_neighbours_and_the_prefix_are_seen() -> None:
         assert moved.tolist() == sees
 
 
-# ---------------------------------------------------------------- what the sides tell each other
+# ---------------------------------------------------------------- exchange between the sides
 
 
 def _heard(flow: str, change: Batch, base: Batch) -> tuple[bool, bool]:

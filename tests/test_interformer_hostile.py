@@ -1,4 +1,4 @@
-"""Values that nobody should write, in files, schemas, plans and settings: each is one line that names it."""
+"""Absurd values in files, schemas, plans and settings: each gives one line that names it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from interformer import InterFormer, InterFormerConfig, Schema
 from interformer.baselines import LogisticRegression
-from interformer.checks import shown
+from interformer.checks import short_repr
 from interformer.data import (
     MalformedFileError,
     SchemaError,
@@ -56,7 +56,7 @@ def _csv(directory: Path, cell: str, schema: str = SCHEMA) -> Any:
     return read_csv(directory, directory / "x.yaml")
 
 
-# ---------------------------------------------------------------- numbers that float32 has no room for
+# ---------------------------------------------------------------- numbers outside float32
 
 
 @pytest.mark.parametrize("cell", ["1e39", "-3.5e38", "1e308", "inf", "nan", "1e999"])
@@ -124,20 +124,20 @@ def test_movielens_wants_rows_in_each_part(tmp_path: Path, ratings: int, part: s
 
 
 def test_one_hot_item_costs_no_more_than_others(tmp_path: Path) -> None:
-    """Nearly every draw of a negative hits what the user has: the draws that are left are made among the others."""
+    """Nearly every drawn negative is an item of the user, so most are drawn exactly instead of by rejection."""
     lines = [f"{user} 1 1 1 1 1 {2 + user % 2 if user % 50 == 0 else 1} 1" for user in range(1, 6000)]
     lines += [f"{user} 4 5 4 {4 + user % 2} {4 + user // 2 % 2}" for user in range(6000, 6004)]
     (tmp_path / "Beauty.txt").write_text("\n".join(lines))
     began = time.process_time()
     splits = read_beauty(tmp_path)
-    assert time.process_time() - began < 8  # by rejection alone minutes
+    assert time.process_time() - began < 8  # Rejection alone would take minutes.
     for part in splits.parts().values():
         drawn = part.categorical[part.label == 0]
-        assert ((drawn[:, 1] == 0) <= (drawn[:, 0] >= 5999)).all()  # item 1 for none but those who never had it
+        assert ((drawn[:, 1] == 0) <= (drawn[:, 0] >= 5999)).all()  # Item 1 is drawn only for users without it.
 
 
 def test_draws_among_others_are_in_proportion_to_the_counts() -> None:
-    """Every ticket once: each item comes as often as it is counted, and the user's own never."""
+    """With every ticket once, each item is drawn as often as its count, and the user's own items never."""
     rng = np.random.default_rng(1)
     for _ in range(200):
         users, items = rng.integers(1, 5), rng.integers(2, 9)
@@ -156,8 +156,8 @@ def test_draws_among_others_are_in_proportion_to_the_counts() -> None:
                     return np.arange(left.sum())  # noqa: B023
 
             asked = np.full(left.sum(), user)
-            found = beauty_reader._draw_among_others(owned, asked, np.cumsum(count), count, Tickets())  # type: ignore[arg-type]
-            assert np.bincount(found, minlength=items).tolist() == left.tolist()
+            result = beauty_reader._draw_exactly(owned, asked, np.cumsum(count), count, Tickets())  # type: ignore[arg-type]
+            assert np.bincount(result, minlength=items).tolist() == left.tolist()
 
 
 # ---------------------------------------------------------------- schemas, plans
@@ -183,7 +183,7 @@ def test_draws_among_others_are_in_proportion_to_the_counts() -> None:
         ("name: x", "name: ..", "wanted a name without a dot in front for its name; found '..'"),
         ("name: x", f"name: {'x' * 300}", "wanted a name of at most 100 bytes for its name; found 'xxx"),
         ("name: x", "name: ''", "wanted letters, digits and . _ - for its name; found ''"),
-        ("label: y", "separator: '\"'\nlabel: y", "wanted separator to be no quote and no line's end"),
+        ("label: y", "separator: '\"'\nlabel: y", "wanted separator to be neither a quote nor a line end"),
         ("label: y", f"label: {'[' * 3000}{']' * 3000}", "wanted YAML; found nested too deeply"),
         ("label: y", "label: !!timestamp x", "wanted YAML; found"),
         ("label: y", "label: 2001-99-99", "wanted YAML; found month must be in 1..12"),
@@ -191,8 +191,8 @@ def test_draws_among_others_are_in_proportion_to_the_counts() -> None:
         ("label: y", "label: !!python/object/apply:os.getpid []", "wanted YAML; found line 4, column 8"),
         ("label: y", f"label: {'9' * 5000}", "wanted YAML; found"),
         ("label: y", "? [a, b]\n: y", "wanted YAML; found"),
-        ("label: y", "label: &a [*a]", "x.yaml.label: wanted a text; found"),
-        ("label: y", f"label: {list(range(9999))}", "x.yaml.label: wanted a text; found [0, 1, 2"),
+        ("label: y", "label: &a [*a]", "x.yaml.label: wanted a string; found"),
+        ("label: y", f"label: {list(range(9999))}", "x.yaml.label: wanted a string; found [0, 1, 2"),
         ("label: y", "label: \0", "wanted YAML; found"),
     ],
 )
@@ -244,8 +244,8 @@ def test_plans_name_what_cannot_be(tmp_path: Path, change: str, message: str) ->
 def test_plans_name_seeds_and_folders_that_cannot_be(tmp_path: Path, seeds: str, name: str) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(f"name: {name}\ndata: {{reader: synthetic}}\nseeds: {seeds}\nvariants: {{v: {{}}}}\n")
-    wanted = "seeds: wanted seeds of 0 to 4294967295" if name == "x" else "name: wanted a name without a dot in front"
-    with pytest.raises(PlanError, match=wanted):
+    expected = "seeds: wanted seeds of 0 to 4294967295" if name == "x" else "name: wanted a name without a dot in front"
+    with pytest.raises(PlanError, match=expected):
         read_plan(path)
 
 
@@ -263,7 +263,7 @@ def test_plans_name_seeds_and_folders_that_cannot_be(tmp_path: Path, seeds: str,
         ("movielens", {"valid": "0.1"}, TypeError, "valid must be a number, found '0.1'"),
         ("movielens", {"valid": float("nan")}, ValueError, "wanted max_history >= 1, valid > 0"),
         ("movielens", {"max_history": 2**63}, ValueError, "wanted max_history >= 1"),
-        ("csv", {"schema": 5}, ValueError, "wanted a schema, or a text that names one; found 5"),
+        ("csv", {"schema": 5}, ValueError, "wanted a schema, or a string that names one; found 5"),
         ("csv", {"schema": "x", "progress": 5}, ValueError, "options must be among schema, max_history, cache"),
     ],
 )
@@ -294,7 +294,7 @@ def test_kinds_of_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="SyntheticLaw: mean_length must be above 0, found nan"):
         SyntheticLaw(mean_length=float("nan"))
     assert Dense("x", empty=0.0).empty == 0
-    assert len(shown(10**10_000)) < 200
+    assert len(short_repr(10**10_000)) < 200
 
 
 # ---------------------------------------------------------------- names of fields

@@ -1,4 +1,4 @@
-"""The metrics against scikit-learn and against numbers made by hand."""
+"""The metrics compared with scikit-learn and with hand-computed numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 
 def _impressions(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, scores with many ties, and users of very different numbers of impressions (some with one class)."""
+    """Labels, scores with many ties, and users with very different numbers of impressions (some with one class)."""
     rng = np.random.default_rng(seed)
     user = rng.geometric(0.15, 400)
     score = np.round(rng.normal(size=400), 1)
@@ -40,10 +40,10 @@ def test_grouped_auc_by_hand() -> None:
 
 def test_logloss_and_auc_are_those_of_scikit_learn() -> None:
     label, score, user = _impressions(5)
-    found = metrics.evaluate(label, score, user, train_rate=0.3)
-    assert found.auc == pytest.approx(roc_auc_score(label, score))
-    assert found.logloss == pytest.approx(log_loss(label, 1 / (1 + np.exp(-score))))
-    assert found.ne == pytest.approx(found.logloss / -(0.3 * math.log(0.3) + 0.7 * math.log(0.7)))
+    result = metrics.evaluate(label, score, user, train_rate=0.3)
+    assert result.auc == pytest.approx(roc_auc_score(label, score))
+    assert result.logloss == pytest.approx(log_loss(label, 1 / (1 + np.exp(-score))))
+    assert result.ne == pytest.approx(result.logloss / -(0.3 * math.log(0.3) + 0.7 * math.log(0.7)))
 
 
 def test_predicting_the_mean_rate_has_ne_one() -> None:

@@ -1,4 +1,4 @@
-"""The model: every form runs and learns from all its parameters, rows do not see their neighbours, identities hold."""
+"""The model: every form runs and learns all parameters, rows are independent, identities hold."""
 
 from __future__ import annotations
 
@@ -146,13 +146,13 @@ def _logits_and_loss(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     return torch.cat((logits, loss[None]))
 
 
-# In CI, every other one: each takes some seconds.
+# CI runs every second case: each takes some seconds.
 COMPARED = sorted(FORMS.keys() - {"dropout"})[:: 1 if EVERY else 2]
 
 
 @pytest.mark.parametrize("form", COMPARED)
 def test_the_kernels_give_the_references_numbers(form: str) -> None:
-    """Logits, loss and every parameter's gradient, by the rule of the ops; one state for both."""
+    """Logits, loss and every parameter's gradient stay within the budget of the ops, with one state for both."""
     reference = perturbed(_model(replace(SMALL, backend="reference", **FORMS[form])), by=0.1)
     fastest = _model(replace(SMALL, **FORMS[form]), seed=1)
     assert list(reference.state_dict()) == list(fastest.state_dict())
@@ -164,10 +164,10 @@ def test_pma_folds_its_projections_where_that_is_cheaper(monkeypatch: pytest.Mon
     folded = []
     monkeypatch.setattr(cross, "pool_folded", lambda *args, **kwargs: folded.append(1) or pool_folded(*args, **kwargs))
     batch = random_batch(small_schema(), LENGTHS)
-    for backend, num_seeds, wanted in ((None, 1, True), (None, 2, False), ("reference", 1, False)):
+    for backend, num_seeds, expected in ((None, 1, True), (None, 2, False), ("reference", 1, False)):
         folded.clear()
         _model(replace(SMALL, num_seeds=num_seeds, backend=backend))(batch)
-        assert bool(folded) is wanted
+        assert bool(folded) is expected
 
 
 def test_literal_form_ends_with_the_last_layers_cross_arch() -> None:

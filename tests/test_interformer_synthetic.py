@@ -1,4 +1,4 @@
-"""The synthetic law: what its docstring says of it."""
+"""The claims of the synthetic data's docstring."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_users_are_in_one_part_and_the_oracle_is_good_but_not_perfect() -> None:
 
 
 def test_what_the_label_depends_on(train: Clicks) -> None:
-    """Content, the order of opinions, and the last event each tell of the label; a bag's view of opinion tells less."""
+    """Content, the order of opinions and the last event each inform about the label; unordered opinions do less."""
     scores: dict[str, list[float]] = {"share": [], "last opinion": [], "mean opinion": [], "next": []}
     batch = train.batch(torch.arange(len(train)))
     for b in range(len(batch)):
@@ -61,11 +61,11 @@ def test_what_the_label_depends_on(train: Clicks) -> None:
         scores["mean opinion"].append(sum(said) / len(said) if said else 0)
         follows = len(history) and (history[-1, 1] + 1) % LAW.num_categories == category
         scores["next"].append(float(follows))
-    found = {name: auc(train.label, score) for name, score in scores.items()}
-    assert found["share"] > 0.53
-    assert found["next"] > 0.56
-    assert found["last opinion"] > 0.7
-    assert found["last opinion"] > found["mean opinion"] + 0.05
+    result = {name: auc(train.label, score) for name, score in scores.items()}
+    assert result["share"] > 0.53
+    assert result["next"] > 0.56
+    assert result["last opinion"] > 0.7
+    assert result["last opinion"] > result["mean opinion"] + 0.05
 
 
 def test_histories_are_prefixes_of_the_users_stream(train: Clicks) -> None:

@@ -1,4 +1,4 @@
-"""The model in PyTorch's hands: one graph for all lengths, copies, saved files, autocast, checkpoints, functions."""
+"""The model under PyTorch's systems: compile, copies, saved files, autocast, activation checkpoints, torch.func."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def test_gradients_of_the_compiled_model() -> None:
     torch._dynamo.reset()
     model, rows = made(), batch()
     expected = torch.autograd.grad(loss_of(model(rows), rows), list(model.parameters()))
-    # As inductor does, it decomposes the backward of layer norm, whose fake result has other strides than the true one.
+    # Like inductor, it decomposes the backward of layer norm, whose fake result has other strides than the real one.
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager_decomp_partition")
-    found = torch.autograd.grad(loss_of(compiled(rows), rows), list(model.parameters()))
-    torch.testing.assert_close(found, expected)
+    actual = torch.autograd.grad(loss_of(compiled(rows), rows), list(model.parameters()))
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "safetensors"])
@@ -96,8 +96,8 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     model, rows = made(), batch()
     expected = torch.autograd.grad(loss_of(model(rows), rows), list(model.parameters()))
     logits = checkpoint(model, rows, use_reentrant=False)
-    found = torch.autograd.grad(loss_of(logits, rows), list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    actual = torch.autograd.grad(loss_of(logits, rows), list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_gradients_by_torch_func() -> None:
@@ -107,7 +107,7 @@ def test_gradients_by_torch_func() -> None:
     def loss(values: dict[str, Tensor]) -> Tensor:
         return loss_of(torch.func.functional_call(model, values, (rows,)), rows)
 
-    found = torch.func.grad(loss)({name: value.detach() for name, value in parameters.items()})
+    actual = torch.func.grad(loss)({name: value.detach() for name, value in parameters.items()})
     expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
     for name, gradient in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(found[name], gradient)
+        torch.testing.assert_close(actual[name], gradient)

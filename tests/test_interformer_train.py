@@ -1,4 +1,4 @@
-"""Training learns, stops, and goes on after a kill; the command line does what it says."""
+"""Training learns, stops early and resumes after a kill; the command line works as documented."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from interformer import Batch, InterFormerConfig, Schema
 from interformer.__main__ import build_parser, main
 from interformer._cli.train import load, write_json
 from interformer.data import Splits, SyntheticLaw, synthesize
-from interformer.experiments.worker import NotMeasured
+from interformer.experiments.worker import ForbiddenTest
 from interformer.models import MODELS
-from interformer.train import EpochRecord, Progress, Run, TrainConfig, make_optimizer, train, write_atomically
+from interformer.train import EpochRecord, Progress, Run, TrainConfig, make_optimizer, train, write_checkpoint
 from torch import nn
 
 MODEL = InterFormerConfig(
@@ -57,11 +57,11 @@ def splits() -> Splits:
 
 
 class Killed(Exception):  # noqa: N818
-    """Stands for the signal."""
+    """Raised in place of the signal."""
 
 
 class KillAfter(Progress):
-    """Ends the run in the middle of an epoch."""
+    """Interrupts the run in the middle of an epoch."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch, self.now, self.steps = epoch, -1, 0
@@ -95,7 +95,7 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one(tmp_path: Path, split
     checkpoint = tmp_path / "runs" / "run.pt"
     with pytest.raises(Killed):
         train(splits, MODEL, TRAINING, checkpoint=checkpoint, progress=KillAfter(killed_in))
-    torch.rand(5)  # another process would have another random state
+    torch.rand(5)  # The resuming process would have another random state.
     resumed = train(splits, MODEL, TRAINING, checkpoint=checkpoint, resume=True)
     assert resumed.resumed_at == killed_in
     assert _curve(resumed.history) == _curve(whole.history)
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, splits: Splits) 
 
 
 def test_resuming_needs_a_checkpoint_and_starts_where_there_is_none_yet(tmp_path: Path, splits: Splits) -> None:
-    with pytest.raises(ValueError, match="resume wants a checkpoint to go on from, found None"):
+    with pytest.raises(ValueError, match="resume needs a checkpoint to resume from, found None"):
         train(splits, MODEL, TRAINING, resume=True)
 
     said: list[str] = []
@@ -156,9 +156,9 @@ def test_resuming_needs_a_checkpoint_and_starts_where_there_is_none_yet(tmp_path
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
-    write_atomically(path, {"epoch": 1})
+    write_checkpoint(path, {"epoch": 1})
     with pytest.raises(AttributeError):
-        write_atomically(path, {"epoch": 2, "cannot": lambda: None})
+        write_checkpoint(path, {"epoch": 2, "cannot": lambda: None})
     assert torch.load(path) == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [path]
 
@@ -193,7 +193,7 @@ def test_every_parameter_is_in_one_group_of_its_own_decay(splits: Splits) -> Non
 
 
 def test_a_model_of_tables_and_vectors_alone_is_trained(monkeypatch: pytest.MonkeyPatch, splits: Splits) -> None:
-    """Any model of the registry will do; its tables are its `nn.Embedding`s, wherever they are."""
+    """Any model of the registry works; its tables are its `nn.Embedding`s, at any depth."""
 
     class Floor(nn.Module):
         def __init__(self, config: InterFormerConfig, schema: Schema) -> None:
@@ -227,8 +227,8 @@ def test_the_kind_of_model_is_part_of_a_checkpoint(tmp_path: Path, splits: Split
 
 def test_without_measuring_the_test_part_is_not_looked_at(tmp_path: Path, splits: Splits) -> None:
     whole = train(splits, MODEL, TRAINING)
-    blind = replace(splits, test=NotMeasured())
-    with pytest.raises(AssertionError, match="must not be looked at"):
+    blind = replace(splits, test=ForbiddenTest())
+    with pytest.raises(AssertionError, match="must not be read"):
         train(blind, MODEL, TRAINING)
     report = train(blind, MODEL, TRAINING, measure_test=False, checkpoint=tmp_path / "run.pt")
     assert (_curve(report.history), report.valid, report.test) == (_curve(whole.history), whole.valid, None)
@@ -315,7 +315,7 @@ def test_movielens_is_trained_on_its_directory(tmp_path: Path, capsys: pytest.Ca
         (["--data", "/no/such/place"], "FileNotFoundError: /no/such/place: wanted a directory"),
         (["--embed-dim=10"], "ValueError: embed_dim must be a multiple of 2 * num_heads"),
         (["--threads=0"], "ValueError: threads must be at least 1, found 0"),
-        (["--resume"], "ValueError: train: resume wants a checkpoint"),
+        (["--resume"], "ValueError: train: resume needs a checkpoint"),
         (["--num-users=2"], "ValueError: SyntheticLaw: num_users must be at least 10, found 2"),
     ],
 )
@@ -325,7 +325,7 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
 
 
 def test_a_process_killed_by_a_signal_is_resumed(tmp_path: Path) -> None:
-    """SIGKILL in the third epoch or later, then `--resume`: the same report as of a run that was never killed."""
+    """SIGKILL in the third epoch or later, then `--resume`: the report equals that of an uninterrupted run."""
     checkpoint = tmp_path / "run.pt"
     arguments = ["train", *OPTIONS, "--patience=50"]
     command = [sys.executable, "-m", "interformer", *arguments, f"--checkpoint={checkpoint}", "--epochs=50"]
@@ -342,12 +342,12 @@ def test_a_process_killed_by_a_signal_is_resumed(tmp_path: Path) -> None:
     def report(*extra: str) -> dict[str, Any]:
         target = tmp_path / "report.json"
         assert main([*arguments, f"--epochs={done + 1}", f"--json={target}", *extra]) == 0
-        found: dict[str, Any] = json.loads(target.read_text())
-        for record in (found, *found["history"]):
+        result: dict[str, Any] = json.loads(target.read_text())
+        for record in (result, *result["history"]):
             del record["seconds"]
-        assert found.pop("step_ms") > 0
-        assert found.pop("peak_mib") > 0
-        return found
+        assert result.pop("step_ms") > 0
+        assert result.pop("peak_mib") > 0
+        return result
 
     resumed, whole = report(f"--checkpoint={checkpoint}", "--resume"), report()
     assert resumed.pop("resumed_at") == done

@@ -1,4 +1,4 @@
-"""TorchRec's own tensors and tables in front of the operations, and of InterFormer."""
+"""TorchRec's tensors and tables as inputs of the ops and of InterFormer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from interformer_kernels import jagged, pma_pooling
 
 try:
     import torchrec
-except (ImportError, OSError) as error:  # OSError: fbgemm's library is that of another torch
+except (ImportError, OSError) as error:  # OSError: fbgemm's library was built for another torch
     pytest.skip(f"needs torchrec (tests/requirements-torchrec.txt): {error}", allow_module_level=True)
 
 SCHEMA = small_schema()
@@ -22,7 +22,7 @@ CONFIG = InterFormerConfig(embed_dim=WIDTH, num_heads=2, num_layers=1, pffn_hidd
 
 
 def keyed_ids() -> torchrec.KeyedJaggedTensor:
-    """Clicks and carts of three users, of whom one has no clicks and one no carts."""
+    """Clicks and carts of three users; one has no clicks and one no carts."""
     lengths = torch.tensor([2, 0, 3, 1, 2, 0])
     return torchrec.KeyedJaggedTensor.from_lengths_sync(
         ["click", "cart"], torch.tensor([3, 1, 4, 1, 5, 2, 6, 0]), lengths
@@ -35,9 +35,9 @@ def config_of(kind: type, name: str, size: int, features: list[str], **options: 
 
 def test_one_key_of_a_keyed_tensor() -> None:
     for key, values, offsets in (("click", [3, 1, 4, 1, 5], [0, 2, 2, 5]), ("cart", [2, 6, 0], [0, 1, 3, 3])):
-        found = jagged.from_torchrec(keyed_ids()[key])
-        assert found.values.tolist() == values
-        assert found.offsets.tolist() == offsets
+        result = jagged.from_torchrec(keyed_ids()[key])
+        assert result.values.tolist() == values
+        assert result.offsets.tolist() == offsets
     with pytest.raises(TypeError, match="the tensor of one key"):
         jagged.from_torchrec(keyed_ids())
 
@@ -53,7 +53,7 @@ def test_round_trip() -> None:
 
 
 def test_pooling_of_a_collection_is_torchrecs() -> None:
-    """Equal scores are a mean: the same rows, and the same gradients of the table, as an `EmbeddingBagCollection`'s."""
+    """Equal scores give a mean: rows and table gradients equal those of an `EmbeddingBagCollection`."""
     features = ["click", "cart"]
     mean = torchrec.PoolingType.MEAN
     bags = torchrec.EmbeddingBagCollection(
@@ -63,22 +63,22 @@ def test_pooling_of_a_collection_is_torchrecs() -> None:
     table = bags.embedding_bags["item"].weight
     rows.embeddings["item"].weight.data.copy_(table.data)
     pooled, tokens = bags(keyed_ids()), rows(keyed_ids())
-    weights, expected, found = torch.randn(2, 3, WIDTH), [], []
+    weights, expected, actual = torch.randn(2, 3, WIDTH), [], []
     for key in features:
         values, offsets = jagged.from_torchrec(tokens[key])
-        found.append(pma_pooling(values.new_zeros(1, 1, WIDTH), values[:, None], None, offsets).flatten(1))
+        actual.append(pma_pooling(values.new_zeros(1, 1, WIDTH), values[:, None], None, offsets).flatten(1))
         expected.append(pooled[key])
-    torch.testing.assert_close(found, expected)
-    (torch.stack(found) * weights).sum().backward()
+    torch.testing.assert_close(actual, expected)
+    (torch.stack(actual) * weights).sum().backward()
     (torch.stack(expected) * weights).sum().backward()
     torch.testing.assert_close(rows.embeddings["item"].weight.grad, table.grad)
 
 
 class TorchRecEmbedding(nn.Module):
-    """What InterFormer asks of its embedding, from TorchRec's tables: `tokens(batch)` and `events(batch)`.
+    """The interface of InterFormer's embedding on TorchRec's tables: `tokens(batch)` and `events(batch)`.
 
     Static fields are bags of one id each, so that the collection's `KeyedTensor` holds their tokens by name; dense
-    scalars stay as they were.
+    scalars are unchanged.
     """
 
     def __init__(self, like: nn.Module) -> None:
@@ -98,7 +98,7 @@ class TorchRecEmbedding(nn.Module):
         return [config_of(kind, t, SCHEMA.tables[t], [f for f in fields if fields[f] == t]) for t in tables]
 
     def parameters_of(self, table: str) -> list[Tensor]:
-        """The two copies of a table (TorchRec shares none between bags and rows), where there are both."""
+        """The two copies of a table, which TorchRec does not share between bags and rows, if there are both."""
         collections = self.bags.embedding_bags, self.rows.embeddings
         return [tables[table].weight for tables in collections if table in tables]
 
@@ -116,15 +116,15 @@ class TorchRecEmbedding(nn.Module):
 
 
 def test_interformer_over_torchrecs_tables() -> None:
-    """The same logits as over its own tables, and the same gradients, for those of a table's copies add up."""
+    """Logits equal those with its own tables; gradients too, after those of a table's copies are added."""
     batch = random_batch(SCHEMA, (3, 0, 9, 1))
     model = InterFormer(CONFIG, SCHEMA).eval()
     expected = model(batch)
     expected.square().sum().backward()
     wanted = {name: table.weight.grad for name, table in model.embedding.tables.items()}
     model.embedding = own = TorchRecEmbedding(model.embedding)
-    found = model(batch)
-    torch.testing.assert_close(found, expected)
-    found.square().sum().backward()
+    actual = model(batch)
+    torch.testing.assert_close(actual, expected)
+    actual.square().sum().backward()
     for name, gradient in wanted.items():
         torch.testing.assert_close(sum(weight.grad for weight in own.parameters_of(name)), gradient)

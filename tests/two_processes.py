@@ -1,4 +1,4 @@
-"""Processes of one process group on the CPU, two by default: what each returns of several works, in one start."""
+"""Processes of one process group on the CPU, two by default, that run several functions in one start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORLD = 2
 
 
 def run_together(works: Sequence[Callable[[], Any]], folder: Path, world: int = WORLD) -> list[dict[str, Any]]:
-    """What every work returns, by its name, in each of the processes; starting one takes seconds."""
+    """The result of every function, by its name, in each process; starting a process takes seconds."""
     torch.multiprocessing.spawn(_process, (works, folder, world), nprocs=world)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 

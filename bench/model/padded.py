@@ -31,12 +31,12 @@ class PaddedLayout:
         offsets: the attention mask in the place of offsets: `[B, 1, 1, S+L]` bool, True at a token; None without
             padding.
         summary: `[B, S+K]`: places of the CLS tokens and of the last `K` events in their rows; 0 for missing ones.
-        held: `[B, S+K]` bool, False for missing events.
+        valid: `[B, S+K]` bool, False for missing events.
     """
 
     offsets: Tensor | None
     summary: Tensor
-    held: Tensor
+    valid: Tensor
 
     @classmethod
     def of(cls, lengths: Tensor, longest: int, full: bool, config: InterFormerConfig) -> PaddedLayout:
@@ -44,15 +44,15 @@ class PaddedLayout:
         mask = torch.arange(num_cls + longest) < num_cls + lengths[:, None]
         cls_places = torch.arange(num_cls).expand(len(lengths), -1)
         summary = torch.cat((cls_places, num_cls + lengths[:, None] - num_recent + torch.arange(num_recent)), 1)
-        held = (summary >= num_cls) | (torch.arange(num_cls + num_recent) < num_cls)
-        return cls(None if full else mask[:, None, None], summary.where(held, 0), held)
+        valid = (summary >= num_cls) | (torch.arange(num_cls + num_recent) < num_cls)
+        return cls(None if full else mask[:, None, None], summary.where(valid, 0), valid)
 
     def prepend(self, cls_tokens: Tensor, events: Tensor) -> Tensor:
         return torch.cat((cls_tokens, events.unflatten(0, (len(cls_tokens), -1))), 1)
 
     def take_summary(self, tokens: Tensor) -> Tensor:
         events = tokens.gather(1, self.summary[..., None].expand(-1, -1, tokens.shape[-1]))
-        return events.where(self.held[..., None], 0)
+        return events.where(self.valid[..., None], 0)
 
 
 class PaddedInterFormer(InterFormer):

@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; mistakes in arguments or data end in one line on standard error and exit status 2."""
+    """Run one command; errors in arguments or data print one line on standard error and exit with status 2."""
     options = build_parser().parse_args(arguments)
     return guarded(lambda: options.run(options))
 

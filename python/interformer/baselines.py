@@ -1,7 +1,8 @@
-"""Models to compare InterFormer with, on the same features, widths and batches (jagged, nothing padded).
+"""Baselines for InterFormer, on the same features, widths and jagged batches.
 
-Each is `Batch -> logits [B]`, made from `InterFormerConfig` (of which it reads what it has a use for) and a `Schema`.
-Where a paper pads, truncates or one-hot encodes, the form here is the jagged one; "-like" where it differs in more.
+Each is `Batch -> logits [B]`, made from `InterFormerConfig` (it ignores settings that do not apply) and a `Schema`.
+Padding, truncation and one-hot encoding of the papers are replaced by the jagged form; a model that differs in more is
+called "-like".
 Axes: `B` rows, `T` events, `n` non-sequence tokens, `E` width, `H` heads of `D = E / H`.
 """
 
@@ -23,7 +24,7 @@ from interformer_kernels import pma_pooling
 
 
 class LogisticRegression(nn.Module):
-    """One weight for every id of the categorical fields and for every dense scalar; no history, no products."""
+    """One weight for every id of the categorical fields and every dense scalar; no history, no feature interactions."""
 
     def __init__(self, config: InterFormerConfig, schema: Schema) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class LogisticRegression(nn.Module):
 
 
 class _WithEvents(nn.Module, ABC):
-    """What the deep baselines share: tokens `X`, events `e_t = lce(Sc_t) [T, E]`, and a head over `X` and more."""
+    """Base of the deep baselines: tokens `X`, events `e_t = lce(Sc_t) [T, E]`, a head over `X` and pooled events."""
 
     def __init__(self, config: InterFormerConfig, schema: Schema, num_pooled: int) -> None:
         super().__init__()
@@ -67,11 +68,11 @@ class _WithEvents(nn.Module, ABC):
 
     @abstractmethod
     def pool(self, x: Tensor, events: Tensor, batch: Batch) -> Tensor:
-        """What the head reads of the history: `x [B, n, E]`, `events [T, E]` -> `[B, num_pooled * E]`."""
+        """The head's input from the history: `x [B, n, E]`, `events [T, E]` -> `[B, num_pooled * E]`."""
 
 
 class MeanPooling(_WithEvents):
-    """The mean of the events beside the other features, and an MLP."""
+    """The mean of the events concatenated with the other features, and an MLP."""
 
     def __init__(self, config: InterFormerConfig, schema: Schema) -> None:
         super().__init__(config, schema, num_pooled=1)
@@ -81,10 +82,10 @@ class MeanPooling(_WithEvents):
 
 
 class DIN(_WithEvents):
-    """Deep Interest Network (Zhou et al., 2018): events weighed by an MLP of event and candidate, then summed.
+    """Deep Interest Network (Zhou et al., 2018): a sum of events weighted by an MLP of event and candidate.
 
-    `a_t = mlp([e_t | c | e_t - c | e_t * c])`, `u = sum_t a_t e_t`, not normalised; `c` is the candidate's fields
-    through one linear map. The MLP has the hidden widths `interaction_hidden` and SiLU (where the paper has Dice).
+    `a_t = mlp([e_t | c | e_t - c | e_t * c])`, `u = sum_t a_t e_t`, not normalised; `c` is a linear map of the
+    candidate's fields. The MLP has the hidden widths `interaction_hidden` and SiLU (the paper has Dice).
     """
 
     def __init__(self, config: InterFormerConfig, schema: Schema) -> None:
@@ -96,10 +97,10 @@ class DIN(_WithEvents):
         candidate = self.candidate(self.embedding.candidate_of(x))  # [B, E]
         c = candidate.index_select(0, row_of_tokens(batch.offsets, events.shape[0]))  # [T, E]
         weights = self.weigh(torch.cat((events, c, events - c, events * c), 1))  # [T, 1]
-        # A sum with given weights is pooling with identity score, by a query of one channel that is 1.
-        one = weights.new_ones(1, 1, 1)
+        # A weighted sum is pooling with identity score, one-channel keys that are the weights, and the query 1.
+        query = weights.new_ones(1, 1, 1)
         summed = pma_pooling(
-            one, weights[:, None], events[:, None], batch.offsets, score="identity", backend=self.config.backend
+            query, weights[:, None], events[:, None], batch.offsets, score="identity", backend=self.config.backend
         )
         assert isinstance(summed, Tensor)
         return torch.cat((summed.flatten(1), candidate), 1)
@@ -108,9 +109,10 @@ class DIN(_WithEvents):
 class BST(_WithEvents):
     """Like the Behavior Sequence Transformer (Chen et al., 2019): a transformer over the events and the candidate.
 
-    `num_layers` encoder layers (post-norm, feed-forward of four widths) over each row with its candidate as one more
-    token; the head reads the candidate's output and the mean of all. Positions by rotary embedding, where the paper
-    adds embeddings of time gaps; the paper's head reads all outputs, which needs rows of one length.
+    `num_layers` encoder layers (post-norm, feed-forward of width `4 E`) over each row with its candidate prepended; the
+    head reads the candidate's output and the mean of all outputs. Differences from the paper: positions enter by rotary
+    embedding instead of embeddings of time gaps, and the paper's head reads all outputs, which needs rows of one
+    length.
     """
 
     def __init__(self, config: InterFormerConfig, schema: Schema) -> None:
@@ -120,7 +122,7 @@ class BST(_WithEvents):
         self.layers = nn.ModuleList(_EncoderLayer(config) for _ in range(config.num_layers))
 
     def pool(self, x: Tensor, events: Tensor, batch: Batch) -> Tensor:
-        layout = Layout.of(batch.offsets, events.shape[0], num_cls=1, num_recent=0)
+        layout = Layout.from_offsets(batch.offsets, events.shape[0], num_cls=1, num_recent=0)
         tokens = layout.prepend(self.candidate(self.embedding.candidate_of(x))[:, None], events)
         for layer in self.layers:
             tokens = layer(tokens, layout.offsets, self.rope())

@@ -1,4 +1,4 @@
-"""A batch of impressions with jagged histories, and where its tokens lie once the CLS tokens stand in front.
+"""A batch of impressions with jagged histories, and the layout of its tokens with CLS tokens prepended to each row.
 
 Axes: `B` rows (impressions), `T` behaviour tokens of all rows, `S` CLS tokens of a row, `K` recent tokens, `k` fields
 of an event, `E` model width.
@@ -19,10 +19,10 @@ class Batch:
     Args:
         dense: `[B, n_dense]` float; `n_dense` may be 0.
         categorical: `[B, n_cat]` int64 ids.
-        sequences: `[T, k]` int64 ids, one row an event, oldest event of an impression first.
-        offsets: `[B+1]` int64: the history of impression `b` is `sequences[offsets[b]:offsets[b+1]]`, maybe empty.
+        sequences: `[T, k]` int64 ids, one row per event, the oldest event of an impression first.
+        offsets: `[B+1]` int64: the history of impression `b` is `sequences[offsets[b]:offsets[b+1]]`; it may be empty.
         label: `[B]` float, 0 or 1.
-        user: `[B]` int64, for gAUC; the model reads users only through `categorical`.
+        user: `[B]` int64, for gAUC; the model sees users only through `categorical`.
     """
 
     dense: Tensor
@@ -42,40 +42,40 @@ class Batch:
 
 @dataclass(frozen=True)
 class Layout:
-    """Index maps between behaviour tokens `[T]` and tokens with CLS in front `[T + B*S]`.
+    """Index maps between behaviour tokens `[T]` and tokens with prepended CLS tokens `[T + B*S]`.
 
-    Made on the device, without host synchronisation.
+    They are computed on the device, without host synchronisation.
 
     Args:
-        offsets: `[B+1]`: rows of the tokens with their `S` CLS tokens in front.
-        cls: `[B, S]`: places of the CLS tokens.
-        events: `[T]`: places of the behaviours.
-        summary: `[B, S+K]`: places of the CLS tokens and of the last `K` behaviours, oldest first; 0 for missing ones.
-        held: `[B, S+K]` bool: whether that place is the row's.
+        offsets: `[B+1]`: offsets of the rows with their `S` prepended CLS tokens.
+        cls: `[B, S]`: indices of the CLS tokens.
+        events: `[T]`: indices of the behaviours.
+        summary: `[B, S+K]`: indices of the CLS tokens and of the last `K` behaviours, oldest first; 0 for missing ones.
+        valid: `[B, S+K]` bool: False for missing behaviours.
     """
 
     offsets: Tensor
     cls: Tensor
     events: Tensor
     summary: Tensor
-    held: Tensor
+    valid: Tensor
 
     @classmethod
-    def of(cls, offsets: Tensor, tokens: int, num_cls: int, num_recent: int) -> Layout:
-        """The layout of rows `offsets [B+1]` over `tokens = T` behaviours. Tail tokens stay a tail."""
+    def from_offsets(cls, offsets: Tensor, tokens: int, num_cls: int, num_recent: int) -> Layout:
+        """The layout of rows `offsets [B+1]` over `tokens = T` behaviours. A tail stays a tail."""
         rows, device = offsets.shape[0] - 1, offsets.device
         offsets = offsets.long()
         with_cls = offsets + num_cls * torch.arange(rows + 1, device=device)
         first, end = with_cls[:-1, None], with_cls[1:, None]
-        cls_places = first + torch.arange(num_cls, device=device)
+        cls_index = first + torch.arange(num_cls, device=device)
         events = torch.arange(tokens, device=device) + num_cls * (row_of_tokens(offsets, tokens) + 1).clamp(max=rows)
         recent = end - num_recent + torch.arange(num_recent, device=device)
-        summary = torch.cat((cls_places, recent), 1)
-        held = torch.cat((torch.ones_like(cls_places, dtype=torch.bool), recent >= first + num_cls), 1)
-        return cls(with_cls, cls_places, events, summary.where(held, 0), held)
+        summary = torch.cat((cls_index, recent), 1)
+        valid = torch.cat((torch.ones_like(cls_index, dtype=torch.bool), recent >= first + num_cls), 1)
+        return cls(with_cls, cls_index, events, summary.where(valid, 0), valid)
 
     def prepend(self, cls_tokens: Tensor, behaviours: Tensor) -> Tensor:
-        """`cls_tokens [B, S, E]` in front of every row of `behaviours [T, E]`: `[T + B*S, E]`, each written once."""
+        """`cls_tokens [B, S, E]` prepended to the rows of `behaviours [T, E]`: `[T + B*S, E]`."""
         tokens = behaviours.new_empty(self.cls.numel() + behaviours.shape[0], behaviours.shape[1])
         cls_tokens = cls_tokens.to(tokens.dtype).flatten(0, 1)
         return tokens.index_copy_(0, self.events, behaviours).index_copy_(0, self.cls.flatten(), cls_tokens)
@@ -85,16 +85,16 @@ class Layout:
         return tokens.index_select(0, self.cls.flatten()).unflatten(0, self.cls.shape)
 
     def take_summary(self, tokens: Tensor) -> Tensor:
-        """CLS tokens and the last `K` behaviours of every row, zero where there are fewer: `[B, S+K, E]`."""
-        if torch.compiler.is_exporting():  # one program for all sizes: there shall be something to index
+        """CLS tokens and the last `K` behaviours of every row, zero for missing ones: `[B, S+K, E]`."""
+        if torch.compiler.is_exporting():  # The program serves all sizes, so index 0 must exist even without tokens.
             tokens = tokens if self.cls.shape[1] else torch.nn.functional.pad(tokens, (0, 0, 0, 1))
-        elif not tokens.shape[0]:  # no rows, nothing to index
+        elif not tokens.shape[0]:  # Without tokens, index 0 does not exist.
             return tokens.new_zeros(*self.summary.shape, tokens.shape[1])
         taken = tokens.index_select(0, self.summary.flatten()).unflatten(0, self.summary.shape)
-        return taken.where(self.held[..., None], 0)
+        return taken.where(self.valid[..., None], 0)
 
 
 def row_of_tokens(offsets: Tensor, tokens: int) -> Tensor:
-    """The row of each of `tokens` tokens, `[T]`; those of a tail count to the last row."""
+    """The row of each of `tokens` tokens, `[T]`; tokens of a tail get the last row."""
     token = torch.arange(tokens, device=offsets.device)
     return torch.searchsorted(offsets[1:].contiguous(), token, right=True).clamp(max=max(offsets.shape[0] - 2, 0))

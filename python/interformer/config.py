@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from interformer import checks
-from interformer.checks import shown
+from interformer.checks import short_repr
+from interformer_kernels._backend import BACKENDS
 
 BACKBONES = ("dot", "dcnv2", "dhen")
 PFFN_MODES = ("mlp", "rank", "two_layer", "gdpa", "none")
@@ -16,7 +17,6 @@ MASK_OUTPUTS = ("identity", "sigmoid", "none")
 FLOWS = ("int", "n2s", "s2n", "sep", "sole")
 SUMMARIES = ("selective", "mean", "mlp", "mha")
 PMA_FORMS = ("bare", "mab")
-BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,22 @@ class InterFormerConfig:
 
     Args:
         embed_dim: `E`, width of every token.
-        num_heads: `H`; `E / H` must be a whole even number (rotary turns pairs of channels).
+        num_heads: `H`; `E / H` must be an even whole number (rotary embedding rotates pairs of channels).
         num_layers: layers of the loop (section 6).
         num_cls: `S`, summary tokens of the non-sequence side, which are also the CLS tokens.
         num_seeds: `M`, learned queries of PMA; 0 leaves PMA out.
         num_recent: `K`, recent behaviours in the sequence summary; 0 leaves them out.
-        cls: whether the summary tokens stand in front of every row, and in the sequence summary, as CLS tokens.
-        flow: what the two sides tell each other: `int` everything; `n2s` only the static side to the sequence (CLS,
-            PFFN), `s2n` only the sequence to the static side (its summary in the interaction), `sep` nothing: the head
-            alone reads both. `sole` has no sequence side. Where the static side does not speak, learned tokens, the
-            same for all rows, take the place of its summary.
-        summary: of a row: `selective` (equation 11: CLS, PMA, recent), or the mean of its tokens, `mean`, after an MLP
-            of each, `mlp`, or after self-attention, `mha`.
+        cls: whether the summary tokens are prepended to every row, and are part of the sequence summary, as CLS tokens.
+        flow: exchange between the two sides: `int` both ways; `n2s` only the static side feeds the sequence (CLS,
+            PFFN); `s2n` only the sequence feeds the static side (its summary in the interaction); `sep` none, only the
+            head consumes both. `sole` has no sequence side. If the static side does not feed the sequence, learned
+            tokens, the same for all rows, replace its summary.
+        summary: summary of a row: `selective` (equation 11: CLS, PMA, recent), or the mean of its tokens: as they are
+            (`mean`), after an MLP of each (`mlp`), or after self-attention (`mha`).
         pma: `bare`, or `mab`, Set Transformer's form with residual, norms and feed-forward (section 3).
-        pool_seeds: Kunlun's hierarchical seed pooling: PMA pools by so many seeds, and a sum of small products makes
-            `num_seeds` tokens of them; 0 is without.
-        pool_products: how many products there are in that sum.
+        pool_seeds: Kunlun's hierarchical seed pooling: PMA pools by this many seeds, and a sum of small matrix products
+            reduces them to `num_seeds` tokens; 0 turns it off.
+        pool_products: number of products in that sum.
         backbone: interaction of the Interaction Arch: `dot`, `dcnv2` or `dhen` (section 4).
         backbone_layers: 1 to 3: stacked DHEN layers, or cross layers of DCNv2; `dot` has one.
         cross_rank: low rank of DCNv2's matrices.
@@ -50,22 +50,23 @@ class InterFormerConfig:
         pffn_inner: `F`, inner width of `two_layer`, number of keys of `gdpa`.
         pffn_tau: temperature of `gdpa`'s scores.
         attention: whether the Sequence Arch has its attention.
-        window: neighbours on the left and on the right that a token sees, besides the CLS tokens; none: the whole row.
+        window: `(left, right)` neighbours that a token sees, besides the CLS tokens; empty: the whole row.
         gate: mode of all gates (section 2), or `none`.
         mask_output: activation on MaskNet's mask: `identity` or `sigmoid` (section 1); `none` has no mask.
-        event_fields: names of the fields of an event that the model reads; none are all that the schema has.
+        event_fields: names of the fields of an event that the model reads; empty: all fields of the schema.
         head_hidden: hidden widths of the head.
         rope_base: base of the rotary embedding.
-        max_history: longest history the rotary tables serve, CLS tokens not counted.
-        literal: the printed form: no residual and norm in the Sequence Arch, and no Cross Arch after the loop.
+        max_history: longest history that the rotary tables cover, CLS tokens not counted.
+        literal: the form printed in the paper: no residual and norm in the Sequence Arch, and no Cross Arch after the
+            loop.
         dropout: on the hidden activations of the head and of the interaction MLPs.
         embedding_dropout: on the embedded tokens of both sides, whole channels independently.
-        embedding_std: standard deviation of the embedding tables at the start.
-        backend: backend of the ops; None takes the fastest that can serve.
+        embedding_std: standard deviation of the embedding tables at initialisation.
+        backend: backend of the ops; None chooses the fastest that can serve.
 
     Raises:
-        ValueError: naming the setting, what it must be and what was found.
-        TypeError: a setting of a wrong kind.
+        ValueError: a setting has a wrong value; the message names it, the allowed values and the value found.
+        TypeError: a setting is of the wrong type.
     """
 
     embed_dim: int = 64
@@ -127,13 +128,13 @@ class InterFormerConfig:
         self._number("pffn_tau", 1e-6, float("inf"))
         for name in ("literal", "cls", "attention"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, found {shown(getattr(self, name))}")
+                raise TypeError(f"{name} must be a bool, found {short_repr(getattr(self, name))}")
         if not isinstance(self.event_fields, tuple) or not all(isinstance(name, str) for name in self.event_fields):
-            raise TypeError(f"event_fields must be a tuple of names, found {shown(self.event_fields)}")
-        self._check_together()
+            raise TypeError(f"event_fields must be a tuple of names, found {short_repr(self.event_fields)}")
+        self._check_combinations()
 
-    def _check_together(self) -> None:
-        """Settings that are right by themselves and wrong beside one another."""
+    def _check_combinations(self) -> None:
+        """Check combinations of settings."""
         if self.embed_dim % (2 * self.num_heads):
             found = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
             raise ValueError(f"embed_dim must be a multiple of 2 * num_heads; found {found}")
@@ -146,33 +147,35 @@ class InterFormerConfig:
         if self.summary == "selective" and not (self.cls or self.num_seeds or self.num_recent):
             raise ValueError("summary 'selective' must have cls, num_seeds or num_recent; found none of them")
         if self.literal and self.num_layers == 1 and self.flow in ("s2n", "sep") and self.cls:
-            raise ValueError(f"literal with num_layers=1 has one X_sum, for head and CLS alike: not flow {self.flow!r}")
+            raise ValueError(
+                f"flow must not be {self.flow!r} for literal with num_layers=1, whose one X_sum feeds head and CLS"
+            )
         if self.to_sequence and not self.cls and self.pffn == "none":
-            raise ValueError(f"flow {self.flow!r} must reach the sequence by cls or pffn; found neither of them")
+            raise ValueError(f"flow {self.flow!r} must feed the sequence by cls or pffn; found neither of them")
 
     @property
     def has_sequence(self) -> bool:
-        """Whether the model reads histories at all."""
+        """Whether the model reads histories."""
         return self.flow != "sole"
 
     @property
     def to_sequence(self) -> bool:
-        """Whether the static side speaks to the sequence."""
+        """Whether the static side feeds the sequence."""
         return self.flow in ("int", "n2s")
 
     @property
     def to_static(self) -> bool:
-        """Whether the sequence speaks to the static side."""
+        """Whether the sequence feeds the static side."""
         return self.flow in ("int", "s2n")
 
     @property
     def cls_tokens(self) -> int:
-        """Tokens in front of every row: `S`, or none."""
+        """Number of CLS tokens prepended to every row: `S`, or 0."""
         return self.num_cls if self.cls else 0
 
     @property
     def num_summary(self) -> int:
-        """Tokens of the sequence summary: CLS, PMA and recent, or one mean; none without a sequence side."""
+        """Number of tokens of the sequence summary: CLS, PMA and recent, or one mean; 0 without a sequence side."""
         if not self.has_sequence:
             return 0
         return self.cls_tokens + self.num_seeds + self.num_recent if self.summary == "selective" else 1
@@ -183,7 +186,7 @@ class InterFormerConfig:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> InterFormerConfig:
-        """The inverse of `to_dict`; settings left out keep their defaults, unknown ones are an error."""
+        """The inverse of `to_dict`; missing settings keep their defaults, unknown ones are an error."""
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(plain) - known)
         if unknown:
@@ -193,14 +196,14 @@ class InterFormerConfig:
     def _wholes(self, name: str, low: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, tuple):
-            raise TypeError(f"{name} must be a tuple of ints, found {shown(value)}")
+            raise TypeError(f"{name} must be a tuple of ints, found {short_repr(value)}")
         for i, entry in enumerate(value):
             checks.whole(f"{name}[{i}]", entry, low)
 
     def _choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}; found {shown(value)}")
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; found {short_repr(value)}")
 
     def _number(self, name: str, low: float, high: float) -> None:
         checks.number(name, getattr(self, name), low, high)

@@ -1,4 +1,4 @@
-"""Training by several processes: each takes its rows of every batch, and a step is that of one process."""
+"""Data-parallel training: each process takes its share of every batch, and a step equals that of one process."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from interformer.checks import shown
+from interformer.checks import short_repr
 
 Items = TypeVar("Items", Tensor, Sequence[Any])
 
 
 class World(NamedTuple):
-    """The processes of a run, and which of them this is; one process alone needs no process group."""
+    """The rank of this process and the number of processes; a single process needs no process group."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def here(cls) -> World:
-        """The default process group, where one was made."""
-        together = dist.is_available() and dist.is_initialized()
-        return cls(dist.get_rank(), dist.get_world_size()) if together else cls()
+        """The default process group if there is one, else a single process."""
+        has_group = dist.is_available() and dist.is_initialized()
+        return cls(dist.get_rank(), dist.get_world_size()) if has_group else cls()
 
     def share(self, items: Items) -> Items:
-        """Every `size`-th of `items`, from this process' own on."""
+        """Every `size`-th of `items`, starting at this process' rank."""
         return items[self.rank :: self.size]
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model whose gradients are means over the processes."""
+        """The model with gradients averaged over the processes."""
         return model if self.size == 1 else DistributedDataParallel(model)
 
     def mean(self, value: Tensor) -> Tensor:
@@ -45,47 +45,51 @@ class World(NamedTuple):
         return value / self.size
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """The items of all processes."""
+        """The items of all processes, ordered by rank."""
         if self.size == 1:
             return items
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, items)
-        return [item for part in found for item in part]
+        by_rank: list[Any] = [None] * self.size
+        dist.all_gather_object(by_rank, items)
+        return [item for rank_items in by_rank for item in rank_items]
 
 
-def usable(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
     """The device called `name`.
 
     Raises:
-        ValueError: there is none, or no model can be trained on it.
+        ValueError: there is no such device, or PyTorch cannot compute on it.
     """
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device must be one that PyTorch knows, as cpu or cuda:0; found {shown(name)}") from error
+        raise ValueError(
+            f"device must be one that PyTorch knows, like cpu or cuda:0; found {short_repr(name)}"
+        ) from error
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise ValueError(f"device must be one that PyTorch can use here; found {shown(name)}, and {count} GPUs")
+            raise ValueError(
+                f"device must be one that PyTorch can use here; found {short_repr(name)}, and {count} GPUs"
+            )
         return device
     try:
         torch.zeros(1, device=device).item()
-    except Exception as error:  # every kind of device has its own
-        raise ValueError(f"device must be one that PyTorch can use here; found {shown(name)}") from error
+    except Exception as error:  # The type of the error depends on the device.
+        raise ValueError(f"device must be one that PyTorch can use here; found {short_repr(name)}") from error
     return device
 
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[torch.device]:
-    """Among the processes that `torchrun` started, if it did; gives this one's device: of `cuda` its own GPU."""
+def process_group(device: str) -> Iterator[torch.device]:
+    """Join the process group of `torchrun`, if it started this process; yields its device (for `cuda`, its own GPU)."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield usable(device)
+        yield usable_device(device)
         return
-    own = usable(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    local_device = usable_device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
+    if local_device.type == "cuda":
+        torch.cuda.set_device(local_device)
+    dist.init_process_group("nccl" if local_device.type == "cuda" else "gloo")
     try:
-        yield own
+        yield local_device
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Ids and dense scalars as tokens (docs/interformer.md, section 1); every model begins with it."""
+"""Embedding of ids and dense scalars as tokens (docs/interformer.md, section 1), the first layer of every model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from interformer.schema import Field, Schema
 
 
 class Embedding(nn.Module):
-    """The batch's fields as tokens. Fields of one table share its rows; tables that no field reads are not made.
+    """The batch's fields as tokens. Fields that name one table share it; a table that no field reads is not created.
 
-    `tokens(batch)` is `X [B, n, E]`: one token of all dense scalars together (where there are any), then one a
-    categorical field; `candidate_of(tokens)` picks the candidate's. `events(batch)` is `Sc [T, kE]`, the `k` fields of
-    `config.event_fields`, or all. No norm, no bias.
+    `tokens(batch)` is `X [B, n, E]`: one token for all dense scalars together (if there are any), then one for each
+    categorical field; `candidate_of(tokens)` selects the candidate's. `events(batch)` is `Sc [T, kE]`, the `k` fields
+    of `config.event_fields`, or all. There is no norm and no bias.
 
     Args:
         with_events: whether the model reads histories.
@@ -42,40 +42,40 @@ class Embedding(nn.Module):
     def _look_up(self, side: str, ids: Tensor) -> list[Tensor]:
         fields: tuple[Field, ...] = getattr(self.schema, side)
         if ids.dim() != 2 or ids.shape[1] != len(fields):
-            wanted = f"batch.{side} must have one column for each of {', '.join(field.name for field in fields)}"
-            raise ValueError(f"InterFormer: {wanted}; found shape {list(ids.shape)}")
+            expected = f"one column for each of {', '.join(field.name for field in fields)}"
+            raise ValueError(f"InterFormer: batch.{side} must have {expected}; found shape {list(ids.shape)}")
         columns = range(len(fields)) if side == "categorical" else self.columns
         return [self.tables[self.key_of[fields[i].table]](ids[:, i]) for i in columns]
 
     def tokens(self, batch: Batch) -> Tensor:
-        found = self._look_up("categorical", batch.categorical)
+        tokens = self._look_up("categorical", batch.categorical)
         if self.dense is not None:
-            found.insert(0, self.dense(batch.dense.to(self.dense.weight.dtype)))
-        return self.dropout(torch.stack(found, 1))
+            tokens.insert(0, self.dense(batch.dense.to(self.dense.weight.dtype)))
+        return self.dropout(torch.stack(tokens, 1))
 
     def events(self, batch: Batch) -> Tensor:
         return self.dropout(torch.cat(self._look_up("sequences", batch.sequences), 1))
 
     def candidate_of(self, tokens: Tensor) -> Tensor:
-        """The candidate's fields among `tokens(batch) [B, n, E]`, side by side: `[B, cE]`."""
+        """The candidate's fields among `tokens(batch) [B, n, E]`, concatenated: `[B, cE]`."""
         names = [field.name for field in self.schema.categorical]
         first = self.dense is not None
         return tokens[:, [first + names.index(name) for name in self.schema.candidate]].flatten(1)
 
 
 def module_key(name: str) -> str:
-    """The name of a table as a key of `nn.ModuleDict`, which takes no dots, no empty names and none of its attributes.
+    """A table's name as a key of `nn.ModuleDict`, which allows no dots, no empty names and no names of its attributes.
 
-    Other names stay as they are; of these, dots and percent signs are written as in URLs, and a percent sign ends what
-    would be an attribute, so that no two names come to one key.
+    Dots and percent signs are escaped as in URLs, and a percent sign is appended to empty names and names of
+    attributes, so that different names have different keys. Other names stay as they are.
     """
     key = name.replace("%", "%25").replace(".", "%2E")
     return f"{key}%" if not key or hasattr(nn.ModuleDict(), key) else key
 
 
-def _columns(schema: Schema, wanted: tuple[str, ...]) -> tuple[int, ...]:
+def _columns(schema: Schema, event_fields: tuple[str, ...]) -> tuple[int, ...]:
     names = [field.name for field in schema.sequences]
-    for name in wanted:
+    for name in event_fields:
         if name not in names:
             raise ValueError(f"event_fields must be among {', '.join(names)}; found {name!r}")
-    return tuple(names.index(name) for name in wanted) or tuple(range(len(names)))
+    return tuple(names.index(name) for name in event_fields) or tuple(range(len(names)))

@@ -1,4 +1,4 @@
-"""The model for serving: one program of plain tensors, for any number of impressions and events."""
+"""Export of a model for serving: one program on plain tensors, for any number of impressions and events."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from interformer.batch import Batch
+from interformer.example import random_batch
 from interformer.schema import Schema
-from interformer.testing import random_batch
 
 
 class Scorer(nn.Module):
-    """A model as a function of what is known when an impression is to be scored: `logits [B]`.
+    """A model as a function of the inputs known when an impression is scored: `logits [B]`.
 
-    It takes `dense`, `categorical`, `sequences` and `offsets` of a `Batch`: neither label nor user, nor a class of ours
-    that every process which loads the program would have to import and to trust.
+    It takes `dense`, `categorical`, `sequences` and `offsets` of a `Batch`, neither label nor user. Inputs are plain
+    tensors, so that a process that loads the program need not import a class of this package.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -32,13 +32,13 @@ class Scorer(nn.Module):
 def export(model: nn.Module, schema: Schema) -> ExportedProgram:
     """The model as a `torch.export` program: `program.module()(dense, categorical, sequences, offsets) -> logits [B]`.
 
-    Rows and events are free: one impression, no history, many. `torch.export.save` and `load` keep it in a file; the
-    process that loads it needs `import interformer_kernels`, whose operations the program calls (they choose their
-    backend there), and nothing of this package. The logits are the model's.
+    The numbers of rows and events are dynamic, 0 and 1 included. `torch.export.save` writes it to a file and `load`
+    reads it; the loading process needs `import interformer_kernels`, whose ops the program calls (they choose their
+    backend there), and nothing of this package. The logits equal the model's.
 
     Args:
         model: `InterFormer`, or a baseline, in `eval()`.
-        schema: the one it was made with.
+        schema: the schema that the model was made with.
 
     Raises:
         ValueError: the model is in training.
@@ -48,6 +48,6 @@ def export(model: nn.Module, schema: Schema) -> ExportedProgram:
     device = next(model.parameters()).device
     example = random_batch(schema, (3, 0, 5)).to(device)
     inputs = example.dense, example.categorical, example.sequences, example.offsets
-    # By default PyTorch takes a size for two at least, and refuses a single row or event later.
+    # By default PyTorch assumes sizes of at least 2, and the program would refuse a single row or event.
     with torch.no_grad(), shapes.patch(backed_size_oblivious=True):
         return torch.export.export(Scorer(model), inputs, dynamic_shapes=[{0: Dim.AUTO}] * len(inputs))

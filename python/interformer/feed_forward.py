@@ -1,6 +1,6 @@
-"""The personalised feed-forward (docs/interformer.md, section 5): every mode that the authors published.
+"""The personalised feed-forward (docs/interformer.md, section 5), in every mode that the authors published.
 
-Each takes `tokens [T, E]`, `x_sum [B, S, E]` and `offsets [B+1]`, and gives `[T, E]`.
+Each mode maps `tokens [T, E]`, `x_sum [B, S, E]` and `offsets [B+1]` to `[T, E]`.
 Axes: `B` rows, `T` tokens of all rows, `S` summary tokens, `E` model width, `H` heads of `D = E / H`, `F` inner width.
 """
 
@@ -17,10 +17,10 @@ from interformer_kernels import gated_cross_attention, personalized_ffn
 
 
 class WeightGenerator(nn.Module):
-    """`x_sum [B, S, E]` to the weights of a row: an MLP of `vec x_sum`, its output cut into pieces of `sizes`.
+    """Generates each row's weights: an MLP of `vec x_sum`, whose output is split into matrices of `sizes` entries.
 
-    A piece is a matrix's entries, not activations: they start with the standard deviation `stds` names for it, the same
-    for all rows, and each row's own part starts smaller by `sqrt(E)`.
+    At initialisation the entries of a matrix have its standard deviation in `stds` and are nearly the same for all
+    rows: the part that depends on `x_sum` is smaller by `sqrt(E)`.
     """
 
     def __init__(self, config: InterFormerConfig, sizes: Sequence[int], stds: Sequence[float]) -> None:
@@ -52,9 +52,9 @@ class MLPFeedForward(nn.Module):
 
 
 class RankFeedForward(nn.Module):
-    """Mode `rank`, Appendix A.2.2: `out_t = (s_t @ W) @ X_sum_b`, learned `W [E, S]`.
+    """Mode `rank`, Appendix A.2.2: `out_t = (s_t @ W) @ X_sum_b`, with learned `W [E, S]`.
 
-    The same as attention with identity score and scale 1, keys `W`, values `X_sum_b`.
+    It equals attention with identity score, scale 1, keys `W` and values `X_sum_b`.
     """
 
     def __init__(self, config: InterFormerConfig) -> None:
@@ -82,20 +82,18 @@ class TwoLayerFeedForward(nn.Module):
         self.norm: nn.Module = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor, x_sum: Tensor, offsets: Tensor) -> Tensor:
-        into, into_bias, out_of, out_of_bias = self.generate(x_sum)
+        w1, b1, w2, b2 = self.generate(x_sum)
         width = tokens.shape[1]
-        into, out_of = into.unflatten(1, (width, -1)), out_of.unflatten(1, (-1, width))
-        hidden = personalized_ffn(
-            tokens, into, offsets, bias=into_bias, activation="gelu", backend=self.backend
-        )  # [T, F]
-        return self.norm(personalized_ffn(hidden, out_of, offsets, bias=out_of_bias, backend=self.backend))
+        w1, w2 = w1.unflatten(1, (width, -1)), w2.unflatten(1, (-1, width))
+        hidden = personalized_ffn(tokens, w1, offsets, bias=b1, activation="gelu", backend=self.backend)  # [T, F]
+        return self.norm(personalized_ffn(hidden, w2, offsets, bias=b2, backend=self.backend))
 
 
 class GDPAFeedForward(nn.Module):
     """Mode `gdpa` (arXiv 2602.10016): per head `gelu(s_t W1_b / tau) W2_b`, attention without softmax.
 
-    The columns of `W1_b [D, F]` are `F` keys and the rows of `W2_b [F, D]` their values, for every head, from an MLP of
-    `vec X_sum_b`. Its residual is the Sequence Arch's; in the literal form, which has none there, it is added here.
+    For every head, the columns of `W1_b [D, F]` are `F` keys and the rows of `W2_b [F, D]` their values, from an MLP of
+    `vec X_sum_b`. The residual is added by the Sequence Arch, but in the literal form, which has none there, here.
     """
 
     def __init__(self, config: InterFormerConfig) -> None:
@@ -109,9 +107,9 @@ class GDPAFeedForward(nn.Module):
     def forward(self, tokens: Tensor, x_sum: Tensor, offsets: Tensor) -> Tensor:
         heads = (self.num_heads, tokens.shape[1] // self.num_heads)
         queries = tokens.unflatten(1, heads)  # [T, H, D]
-        # Copies whatever B is: whether a piece is contiguous would make an exported program one of many rows only.
-        pieces = (piece.clone(memory_format=torch.contiguous_format) for piece in self.generate(x_sum))
-        keys, values = (piece.view(-1, *heads) for piece in pieces)  # [B*F, H, D] each
+        # Always copied: a copy only of non-contiguous slices would specialise an exported program to more than one row.
+        matrices = (entries.clone(memory_format=torch.contiguous_format) for entries in self.generate(x_sum))
+        keys, values = (entries.view(-1, *heads) for entries in matrices)  # [B*F, H, D] each
         attn_out = gated_cross_attention(
             queries,
             keys,

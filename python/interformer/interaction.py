@@ -1,7 +1,7 @@
 """The Interaction Arch (docs/interformer.md, section 4, equation 7): `X' = mlp(interaction([X | S_sum]))`.
 
-Axes: `B` rows, `m` tokens that go in (`n` of the non-sequence side and the sequence summary), `n` tokens that come out,
-`E` model width.
+Axes: `B` rows, `m` input tokens (`n` of the non-sequence side and the sequence summary), `n` output tokens, `E` model
+width.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class DotInteraction(nn.Module):
 class CrossInteraction(nn.Module):
     """Backbone `dcnv2`: cross layers `x_{l+1} = x_0 * (W x_l + b) + x_l` on `x_0 = vec z`, `[B, m, E] -> [B, mE]`.
 
-    `W = up @ down` of low rank.
+    `W = up @ down` has low rank.
     """
 
     def __init__(self, num_in: int, config: InterFormerConfig, num_layers: int) -> None:
@@ -51,7 +51,7 @@ class CrossInteraction(nn.Module):
 
 
 class Backbone(nn.Module):
-    """One interaction and the MLP behind it: `z [B, m, E] -> [B, n, E]`."""
+    """One interaction followed by an MLP: `z [B, m, E] -> [B, n, E]`."""
 
     def __init__(self, interaction: DotInteraction | CrossInteraction, num_out: int, config: InterFormerConfig) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class DHENLayer(nn.Module):
 
 
 class InteractionArch(nn.Module):
-    """Section 4: `x [B, n, E]`, `s_sum [B, S+M+K, E]`, or None where the static side is alone -> `X' [B, n, E]`."""
+    """Section 4: `x [B, n, E]` and `s_sum [B, S+M+K, E]` (None without a sequence side) -> `X' [B, n, E]`."""
 
     def __init__(self, config: InterFormerConfig, num_tokens: int, num_summary: int) -> None:
         super().__init__()

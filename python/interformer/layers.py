@@ -1,4 +1,4 @@
-"""What both sides of InterFormer are made of; sections are those of docs/interformer.md.
+"""Layers used on both sides of InterFormer; sections refer to docs/interformer.md.
 
 Axes: `n` non-sequence tokens, `T` tokens of all rows in the jagged layout, `E` model width, `k` fields of an event.
 """
@@ -31,7 +31,7 @@ class MLP(nn.Sequential):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer whose output is the MLP's: initialisation often concerns it alone."""
+        """The output layer, which often is initialised differently."""
         layer = self[-1]
         assert isinstance(layer, nn.Linear)
         return layer
@@ -40,7 +40,7 @@ class MLP(nn.Sequential):
 class MaskNet(nn.Module):
     """Section 1, equation 6: `S0 = lce(Sc * mask(Sc))`, `Sc [T, kE] -> S0 [T, E]`.
 
-    `mask` is a two-layer MLP `kE -> kE -> kE`, its output as it is or through a sigmoid; or there is none.
+    `mask` is a two-layer MLP `kE -> kE -> kE`, followed by a sigmoid or not; or there is none.
     """
 
     def __init__(self, config: InterFormerConfig, num_sequences: int) -> None:
@@ -50,7 +50,7 @@ class MaskNet(nn.Module):
         self.sigmoid = config.mask_output == "sigmoid"
         self.lce = nn.Linear(width, config.embed_dim)
         if self.mask is not None:
-            # An identity mask starts at one, so that the start is a plain linear map of the events.
+            # Without a sigmoid, the mask starts at one, so that MaskNet starts as a linear map of the events.
             nn.init.constant_(self.mask.last.bias, 0.0 if self.sigmoid else 1.0)
 
     def forward(self, events: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ _SELF_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Gating(nn.Module):
     """Section 2, equation 10: `sigma(Z * g(Z))`, or `Z * sigmoid(g(Z))` for `multiply_sigmoid`; `[..., E] -> [..., E]`.
 
-    `g` is an MLP `E -> E -> E` on the feature axis, the same for all tokens; its output starts around one, so that the
-    gate starts as `sigma(Z)` rather than as the square of something small. Mode `none` passes everything.
+    `g` is an MLP `E -> E -> E` on the feature axis, the same for all tokens. Its output starts near one, so that the
+    gate starts as `sigma(Z)` rather than as a product of two small numbers. Mode `none` is the identity.
     """
 
     def __init__(self, config: InterFormerConfig) -> None:
@@ -104,7 +104,7 @@ class TokenLCE(nn.Module):
 class RotaryTables(nn.Module):
     """Tables `cos, sin [P, D/2]` of the rotary embedding (section 5) for positions `0 .. P-1`, always float32.
 
-    They are made anew, not cast, when the model changes its dtype, and are not part of the state dict.
+    When the model changes its dtype they are recomputed, not cast. They are not part of the state dict.
     """
 
     cos: Tensor

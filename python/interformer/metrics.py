@@ -29,7 +29,7 @@ class Metrics:
 
 
 def evaluate(label: ArrayLike, logit: ArrayLike, user: ArrayLike, train_rate: float) -> Metrics:
-    """All metrics of impressions `label [N]` in {0, 1}, `logit [N]`, `user [N]`; `train_rate` of training."""
+    """All metrics of impressions `label [N]` in {0, 1}, `logit [N]`, `user [N]`; `train_rate`: training mean label."""
     loss = logloss(label, logit)
     return Metrics(auc(label, logit), grouped_auc(label, logit, user), loss, loss / entropy(train_rate))
 
@@ -45,8 +45,8 @@ def auc(label: ArrayLike, score: ArrayLike) -> float:
 def grouped_auc(label: ArrayLike, score: ArrayLike, user: ArrayLike) -> float:
     """gAUC: the AUC of every user, weighted by impressions; users with one class of label are left out.
 
-    `sum_u n_u AUC_u / sum_u n_u`, after the ranks of all users at once: ties count half, as in AUC.
-    NaN where no user has both classes.
+    `sum_u n_u AUC_u / sum_u n_u`, computed from ranks for all users at once; ties count half, as in AUC. NaN if no user
+    has both classes.
     """
     labels, scores = np.asarray(label, np.float64), np.asarray(score, np.float64)
     _, group = np.unique(np.asarray(user), return_inverse=True)
@@ -84,7 +84,7 @@ def logloss(label: ArrayLike, logit: ArrayLike) -> float:
 
 
 def entropy(rate: float) -> float:
-    """Cross entropy of always predicting `rate` where the labels' mean is `rate`: the unit of NE.
+    """Cross entropy of the constant prediction `rate` for labels of mean `rate`: the unit of NE.
 
     Raises:
         ValueError: `rate` is not strictly between 0 and 1, where the entropy is 0 and NE undefined.

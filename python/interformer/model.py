@@ -1,4 +1,4 @@
-"""InterFormer (arXiv 2411.09852), jagged throughout; sections are those of docs/interformer.md."""
+"""InterFormer (arXiv 2411.09852), jagged throughout; sections refer to docs/interformer.md."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class InterFormer(nn.Module):
     """The whole model: `Batch -> logits [B]`; the click probability is their sigmoid.
 
     1. `X`, `Sc` from the embeddings; `S0 = MaskNet(Sc)` (section 1).
-    2. `X_sum` of the first Cross Arch in front of every row as CLS tokens, once (section 6).
+    2. `X_sum` of the first Cross Arch is prepended to every row as CLS tokens, once (section 6).
     3. Each layer: Cross Arch, then Interaction and Sequence Arch side by side (sections 3 to 5).
     4. One more Cross Arch, head `mlp([X_sum | S_sum]) -> 1` (section 6).
 
-    In the printed form (`config.literal`) the head reads the last layer's Cross Arch, so that the last layer's two
-    arches reach nothing: that layer is made without them. `config.flow` says who hears whom; what nobody hears is not
-    made, so that every parameter learns.
-    Histories may be empty: such a row keeps its CLS tokens. Nothing is padded, and a row's logit does not depend on
-    its neighbours. Parameters and their names are the same whatever `config.backend`.
+    In the printed form (`config.literal`) the head reads the last layer's Cross Arch. Nothing would consume the last
+    layer's Interaction and Sequence Arch, so that layer has none. `config.flow` decides which side feeds the other;
+    modules whose output nothing consumes are not created, so every parameter gets gradients.
+    A row with an empty history keeps its CLS tokens. Nothing is padded, and a row's logit does not depend on other
+    rows. Parameters and their names are the same for every `config.backend`.
     """
 
     def __init__(self, config: InterFormerConfig, schema: Schema) -> None:
@@ -35,10 +35,10 @@ class InterFormer(nn.Module):
         self.config, self.schema = config, schema
         width, n = config.embed_dim, schema.num_tokens
         depth = config.num_layers - config.literal
-        heard = config.num_summary if config.to_static else 0
+        num_summary = config.num_summary if config.to_static else 0
         self.embedding = Embedding(config, schema, config.has_sequence)
         self.cross = nn.ModuleList(CrossArch(config, n, i == 0, i == depth) for i in range(depth + 1))
-        self.interaction = nn.ModuleList(InteractionArch(config, n, heard) for _ in range(depth))
+        self.interaction = nn.ModuleList(InteractionArch(config, n, num_summary) for _ in range(depth))
         if config.has_sequence:
             self.mask_net = MaskNet(config, len(self.embedding.columns))
             positions = config.cls_tokens + config.max_history
@@ -58,7 +58,8 @@ class InterFormer(nn.Module):
         return self.cross[-1](x)
 
     def _layout(self, batch: Batch) -> Layout:
-        return Layout.of(batch.offsets, batch.sequences.shape[0], self.config.cls_tokens, self.config.num_recent)
+        num_cls, num_recent = self.config.cls_tokens, self.config.num_recent
+        return Layout.from_offsets(batch.offsets, batch.sequences.shape[0], num_cls, num_recent)
 
     def _both_sides(self, x: Tensor, batch: Batch) -> Tensor:
         """`[X_sum | S_sum]` of the last Cross Arch, `[B, S + (S+M+K), E]`."""
@@ -69,7 +70,7 @@ class InterFormer(nn.Module):
         tokens = self.mask_net(self.embedding.events(batch))  # [T, E]
         if config.cls:
             tokens = layout.prepend(x_sum, tokens)  # [T + B*S, E]
-        s_sum = first.summarize(tokens, layout)  # [B, S+M+K, E], None where nobody hears it
+        s_sum = first.summarize(tokens, layout)  # [B, S+M+K, E], or None if nothing consumes it
         for interaction, sequence, cross in zip(self.interaction, self.sequence, rest, strict=True):
             x, tokens = interaction(x, s_sum), sequence(tokens, x_sum, layout.offsets, rope)
             x_sum, s_sum = cross(x), cross.summarize(tokens, layout)

@@ -1,4 +1,4 @@
-"""The models by their names: what `--model` and experiments choose from. All read the same `Batch` and settings."""
+"""Registry of models, for `--model` and experiments. All read the same `Batch` and settings."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from interformer.train import TrainConfig
 
 
 class Preset(NamedTuple):
-    """What `python -m interformer train` takes where its options say nothing."""
+    """The default settings of `python -m interformer train`."""
 
     model: InterFormerConfig
     training: TrainConfig
@@ -26,13 +26,15 @@ _SMALL = InterFormerConfig(
     max_history=50,
 )
 
-# Synthetic clicks are many against few ids, and the law lies in products of embeddings: wide tables and no decay.
+# Synthetic data has many clicks for few ids, and labels that depend on products of embeddings: large initial
+# embeddings and no weight decay.
 SYNTHETIC = Preset(
     replace(_SMALL, embedding_std=0.5),
     TrainConfig(epochs=6, lr=5e-3, weight_decay=0.0, embedding_weight_decay=0.0),
 )
 
-# MovieLens-100k overfits within two passes: narrow tables, dropout on both sides, decay, a halving learning rate.
+# MovieLens-100k overfits within two epochs: narrow embeddings, dropout on both sides, weight decay, a halving learning
+# rate.
 MOVIELENS = Preset(
     replace(_SMALL, embed_dim=8, dropout=0.2, embedding_dropout=0.2),
     TrainConfig(epochs=4, lr=4e-3, lr_decay=0.5, weight_decay=0.5, embedding_weight_decay=1.0),

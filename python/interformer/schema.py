@@ -1,4 +1,4 @@
-"""What an impression consists of: named fields and the embedding tables they read."""
+"""The schema of impressions: named fields and the embedding tables they read."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Schema:
 
     Args:
         tables: number of ids of every embedding table; ids are `0 .. size - 1`.
-        dense: names of the dense scalars, in the order of `Batch.dense`. All of them together give one token.
+        dense: names of the dense scalars, in the order of `Batch.dense`. All of them together make one token.
         categorical: the fields of `Batch.categorical`, one token each; the candidate item is one of them.
-        sequences: the fields of `Batch.sequences`: what is known of one event, aligned.
+        sequences: the fields of `Batch.sequences`, the columns of an event.
         candidate: names of the categorical fields that describe the candidate item, for models that compare it with
-            the events (DIN, say). InterFormer does not need it.
+            the events (DIN, for example). InterFormer does not need it.
 
     Raises:
-        ValueError: a field reads a table that is not there, a table has no ids, no field at all on one of the sides,
-            a candidate field that is not categorical.
+        ValueError: a field reads an unknown table, a table has no ids, a side has no field, or a candidate field is not
+            categorical.
     """
 
     tables: Mapping[str, int]
@@ -48,8 +48,8 @@ class Schema:
                 raise ValueError(f"Schema: {side} must name at least one field, found none")
             for field in fields:
                 if field.table not in self.tables:
-                    wanted = f"Schema: {side} field {field.name!r} must read one of {', '.join(self.tables)}"
-                    raise ValueError(f"{wanted}; found {field.table!r}")
+                    expected = f"must read one of {', '.join(self.tables)}"
+                    raise ValueError(f"Schema: {side} field {field.name!r} {expected}; found {field.table!r}")
         names = [field.name for field in self.categorical]
         for name in self.candidate:
             if name not in names:
@@ -57,7 +57,7 @@ class Schema:
 
     @property
     def num_tokens(self) -> int:
-        """`n`: non-sequence tokens of an impression."""
+        """`n`, the number of non-sequence tokens of an impression."""
         return len(self.categorical) + bool(self.dense)
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from interformer_kernels import jagged_attention
 class SelfAttention(nn.Module):
     """Equation 9: multi-head attention inside each row, softmax, both directions; `tokens [T, E] -> [T, E]`.
 
-    Rotary where tables are given; position is the index in the row, the CLS tokens first. `W_Q, W_K, W_V` in one
-    matrix, and `W_O`, no biases. Under `config.window = (left, right)` a token sees so many neighbours and the first
-    `num_prefix` tokens of its row, which see the whole row.
+    Rotary embedding is applied if tables are given; a token's position is its index in the row, CLS tokens first.
+    `W_Q, W_K, W_V` are one matrix; neither it nor `W_O` has a bias. Under `config.window = (left, right)` a token sees
+    that many neighbours and the first `num_prefix` tokens of its row, which see the whole row.
     """
 
     def __init__(self, config: InterFormerConfig, num_prefix: int) -> None:
@@ -41,9 +41,9 @@ class SelfAttention(nn.Module):
 
 
 class SequenceArch(nn.Module):
-    """Equations 8 and 9: `S' = MHA(PFFN(X_sum, S))`, `tokens [T, E] -> [T, E]`; each half may be left out.
+    """Equations 8 and 9: `S' = MHA(PFFN(X_sum, S))`, `tokens [T, E] -> [T, E]`; each half is optional.
 
-    By default both halves are pre-norm with a residual; literally, neither norm nor residual.
+    By default both halves are pre-norm with a residual; the literal form has neither norm nor residual.
     """
 
     def __init__(self, config: InterFormerConfig) -> None:
@@ -60,8 +60,8 @@ class SequenceArch(nn.Module):
 
     def forward(self, tokens: Tensor, x_sum: Tensor | None, offsets: Tensor, rope: Rope) -> Tensor:
         if self.feed_forward is not None:
-            fed = self.feed_forward(self.feed_forward_norm(tokens), x_sum, offsets)
-            tokens = fed if self.literal else tokens + fed
+            ffn_out = self.feed_forward(self.feed_forward_norm(tokens), x_sum, offsets)
+            tokens = ffn_out if self.literal else tokens + ffn_out
         if self.attention is not None:
             attn_out = self.attention(self.attention_norm(tokens), offsets, rope)
             tokens = attn_out if self.literal else tokens + attn_out

@@ -1,4 +1,4 @@
-"""Command-line options made from the dataclasses that hold settings, so that no setting is listed twice."""
+"""Command-line options generated from the dataclasses of settings, so that no setting is listed twice."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ Settings = TypeVar("Settings")
 def add_options(
     parser: argparse.ArgumentParser, title: str, presets: dict[str, object], skip: tuple[str, ...] = ()
 ) -> None:
-    """One option `--name-of-field` for each field of a settings dataclass, but those in `skip`.
+    """Add an option `--name-of-field` for each field of a settings dataclass, except those in `skip`.
 
-    `presets` are instances of that dataclass by the case in which their values hold; what the user does not say is left
-    out of the namespace, so that `read_options` can take the preset of the case at hand.
+    `presets` are instances of that dataclass, by the case in which they are the defaults. An option that is not given
+    is left out of the namespace, so that `read_options` can use the preset of the actual case.
     """
     group = parser.add_argument_group(title)
-    some = next(iter(presets.values()))
-    kinds = typing.get_type_hints(type(some))
-    for field in dataclasses.fields(some):  # type: ignore[arg-type]
+    any_preset = next(iter(presets.values()))
+    kinds = typing.get_type_hints(type(any_preset))
+    for field in dataclasses.fields(any_preset):  # type: ignore[arg-type]
         if field.name in skip:
             continue
-        shown = {case: _show(getattr(preset, field.name)) for case, preset in presets.items()}
-        defaults = shown if len(set(shown.values())) > 1 else {"": next(iter(shown.values()))}
+        texts = {case: _show(getattr(preset, field.name)) for case, preset in presets.items()}
+        defaults = texts if len(set(texts.values())) > 1 else {"": next(iter(texts.values()))}
         text = ", ".join(f"{case} {value}".strip() for case, value in defaults.items())
         option = "--" + field.name.replace("_", "-")
         parse, metavar = _parser_of(kinds[field.name])
@@ -42,7 +42,7 @@ def _show(value: object) -> str:
 
 
 def read_options(options: argparse.Namespace, preset: Settings, skip: tuple[str, ...] = ()) -> Settings:
-    """`preset` with what the options say of fields other than those in `skip`."""
+    """`preset` with the given options, except for fields in `skip`."""
     names = [field.name for field in dataclasses.fields(preset) if field.name not in skip]  # type: ignore[arg-type]
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
     return dataclasses.replace(preset, **given)  # type: ignore[type-var]

@@ -1,8 +1,8 @@
 """Training with early stopping, and resuming after a kill.
 
-All randomness of a run comes from its seed: parameters, dropout, and the batches of epoch `e` from `(seed, e)`. A
-checkpoint is written after every epoch, so a run that was killed and resumed passes through the same states as one that
-was not. Under `torchrun` (a default process group) processes share every batch; gradients are those of the whole batch.
+All randomness of a run follows from its seed: parameters, dropout, and the batches of epoch `e` from `(seed, e)`. A
+checkpoint is written after every epoch, and a killed and resumed run passes through the same states as an uninterrupted
+one. Under `torchrun` (a default process group) processes share every batch; gradients are those of the whole batch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interformer import checks
-from interformer.checkpoint import read_checkpoint, write_atomically
+from interformer.checkpoint import read_checkpoint, write_checkpoint
 from interformer.config import InterFormerConfig
 from interformer.data.clicks import Clicks, Splits
-from interformer.distributed import World, usable
+from interformer.distributed import World, usable_device
 from interformer.metrics import Metrics, entropy, evaluate
 from interformer.models import build_model
 
@@ -33,14 +33,15 @@ class TrainConfig:
     """Settings of a training run.
 
     Args:
-        epochs: at most so many.
-        patience: stop after so many epochs in a row without a better validation AUC.
-        batch_size: impressions of a step; evaluation takes batches of four times as many.
-        lr: of Adam, in the first epoch.
+        epochs: maximal number of epochs.
+        patience: number of epochs in a row without a better validation AUC after which training stops.
+        batch_size: impressions per step; evaluation uses batches four times as large.
+        lr: Adam's learning rate in the first epoch.
         lr_decay: factor of the learning rate from one epoch to the next.
-        weight_decay: decoupled, of matrices outside the embedding tables; a step takes `lr * weight_decay` of them.
-        embedding_weight_decay: the same, of the embedding tables.
-        seed: of everything random.
+        weight_decay: decoupled weight decay of matrices other than embedding tables; a step subtracts
+            `lr * weight_decay` times the matrix.
+        embedding_weight_decay: the same for the embedding tables.
+        seed: seed of all random numbers.
     """
 
     epochs: int = 10
@@ -62,13 +63,13 @@ class TrainConfig:
             if not (value > 0 if above else value >= 0):
                 raise ValueError(f"{name} must be {'above' if above else 'at least'} 0, found {value}")
             if not checks.finite_in_float32(value):
-                raise ValueError(f"{name} must be finite in float32, found {checks.shown(value)}")
+                raise ValueError(f"{name} must be finite in float32, found {checks.short_repr(value)}")
         checks.seed("seed", self.seed)
 
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch brought: mean training loss, metrics on the validation part, seconds of training."""
+    """The results of one epoch: mean training loss, metrics on the validation part, seconds of training."""
 
     epoch: int
     loss: float
@@ -78,17 +79,18 @@ class EpochRecord:
 
 @dataclass
 class Report:
-    """The outcome of a run: the curve, and both held-out parts under the parameters of the best validation AUC.
+    """The outcome of a run: the learning curve, and metrics of both held-out parts at the best epoch.
 
     Args:
-        history: one record an epoch.
-        best_epoch: the one of the best validation AUC.
-        valid, test: under its parameters; no test where it was not to be measured.
-        parameters: numbers in the model's parameters.
+        history: one record per epoch.
+        best_epoch: the epoch of the best validation AUC.
+        valid, test: metrics under its parameters; `test` is None if the test part was not measured.
+        parameters: number of the model's parameters.
         step_ms: median milliseconds of a training step: batch to device, forward, backward, optimiser.
-        seconds: of all epochs with their validation, those before a resume included, and of the last measurement.
-        peak_mib: peak memory: of the device's allocator on CUDA, else the process' resident set (data included).
-        resumed_at: epochs that a checkpoint brought.
+        seconds: duration of all epochs with their validation, those before a resume included, and of the final
+            evaluation.
+        peak_mib: peak memory: of the device's allocator on CUDA, else of the process' resident set (data included).
+        resumed_at: number of epochs restored from a checkpoint.
     """
 
     history: list[EpochRecord]
@@ -106,7 +108,7 @@ class Report:
 
 
 class Progress:
-    """What a run tells while it goes on; the default says nothing."""
+    """Callbacks of a running training; the default does nothing."""
 
     def start_epoch(self, epoch: int, impressions: int) -> None: ...
 
@@ -118,15 +120,15 @@ class Progress:
 
 
 class Run:
-    """A model in training, its optimiser and its curve: all that a checkpoint holds.
+    """A model in training, its optimiser and its learning curve: all that a checkpoint holds.
 
     Args:
-        splits: the data; only their schema, and the training part's mean label, become part of the run.
+        splits: the data.
         config: settings of the model.
-        train_config: the training.
-        device: where the model lives.
-        model: which of `interformer.models` it is.
-        measure_test: whether the test part may be looked at; without, not even its size is.
+        train_config: settings of the training.
+        device: device of the model.
+        model: its name in `interformer.models`.
+        measure_test: whether the test part may be read; otherwise not even its size is.
     """
 
     FORMAT = 2
@@ -153,7 +155,7 @@ class Run:
         self.stepped = self.world.wrap(self.model)
         self.optimizer = make_optimizer(self.model, train_config)
         self.train_rate = splits.train.rate()
-        entropy(self.train_rate)  # a training part of one class has no NE: better known now than after an epoch
+        entropy(self.train_rate)  # It raises for a training part of one class, which has no NE, before any epoch runs.
         self.history: list[EpochRecord] = []
         self.best: dict[str, Tensor] = {}
         self.best_epoch = -1
@@ -161,7 +163,7 @@ class Run:
         self.seconds = 0.0
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a checkpoint to be this run's: everything but the number of epochs and the backend."""
+        """The settings that a checkpoint must share with this run: all but the number of epochs and the backend."""
         model, training = self.config.to_dict(), asdict(self.train_config)
         del model["backend"], training["epochs"]
         sizes = {name: len(part) for name, part in self.parts.items()}
@@ -181,25 +183,25 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * config.lr_decay**epoch
         self.model.train()
-        total, seed = 0.0, config.seed * 1_000_003 + epoch
+        loss_sum, seed = 0.0, config.seed * 1_000_003 + epoch
         if self.world.size > 1:
-            torch.manual_seed(seed * self.world.size + self.world.rank)  # dropout of other rows is another one
+            torch.manual_seed(seed * self.world.size + self.world.rank)  # Dropout differs between the processes.
         for rows in train.batch_rows(config.batch_size, seed=seed):
             batch = train.batch(self.world.share(rows))
             step_began = time.perf_counter()
             batch = batch.to(self.device)
-            # The mean over the processes of this is the mean over the batch, however many rows each has.
+            # Its mean over the processes is the mean over the batch, for any distribution of rows.
             summed = F.binary_cross_entropy_with_logits(self.stepped(batch), batch.label, reduction="sum")
             loss = summed / len(rows) * self.world.size
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
-            now = float(self.world.mean(loss.detach()))  # waits for the device, so that the clock is right
+            mean_loss = float(self.world.mean(loss.detach()))  # `float` synchronises, so that the step time is right.
             self.step_seconds.append(time.perf_counter() - step_began)
-            total += now * len(rows)
-            progress.step(len(rows), batch.sequences.shape[0], now)
+            loss_sum += mean_loss * len(rows)
+            progress.step(len(rows), batch.sequences.shape[0], mean_loss)
         seconds = time.perf_counter() - began
-        record = EpochRecord(epoch, total / len(train), self.evaluate(self.splits.valid).to_dict(), seconds)
+        record = EpochRecord(epoch, loss_sum / len(train), self.evaluate(self.splits.valid).to_dict(), seconds)
         self.history.append(record)
         if self.best_epoch < 0 or record.valid["auc"] > self.history[self.best_epoch].valid["auc"]:
             self.best_epoch = epoch
@@ -227,7 +229,7 @@ class Run:
         )
 
     def evaluate(self, clicks: Clicks) -> Metrics:
-        """Metrics of `clicks` under the present parameters."""
+        """Metrics of `clicks` under the current parameters."""
         label, logit, user = predict(self.model, clicks, 4 * self.train_config.batch_size, self.device, self.world)
         if not logit.isfinite().all():
             raise ValueError("Input contains NaN or infinity: the model's logits are not finite; a smaller lr may help")
@@ -236,11 +238,11 @@ class Run:
     # ------------------------------------------------------------ checkpoints
 
     def save(self, path: Path) -> None:
-        """Write the run to `path`: whole, or not at all."""
-        write_atomically(path, self.state())
+        """Write the run to `path`, atomically."""
+        write_checkpoint(path, self.state())
 
     def state(self) -> dict[str, Any]:
-        """All that a checkpoint holds."""
+        """The content of a checkpoint."""
         return {
             "identity": self.identity(),
             "model": self.model.state_dict(),
@@ -255,11 +257,11 @@ class Run:
         }
 
     def load(self, path: Path) -> None:
-        """Go on where the run in `path` stood; where anything is wrong with it, this run stays as it is.
+        """Restore the run in `path`; if an exception is raised, this run is unchanged.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: that run had other settings or other data, or the file is damaged or no checkpoint.
+            ValueError: that run had other settings or data, or the file is damaged or not a checkpoint.
         """
         shapes = [parameter.shape for group in self.optimizer.param_groups for parameter in group["params"]]
         state = read_checkpoint(path, self.state(), shapes, self.device)
@@ -287,14 +289,14 @@ def train(
 ) -> Report:
     """Train on `splits.train`, stop on `splits.valid`, and measure `splits.test` once, at the end, at the best epoch.
 
-    `model` is one of `interformer.models`. Without `measure_test` the test part is never touched: for tuning.
-    With `checkpoint` the run is written there after every epoch; with `resume` it goes on from there (and starts,
-    saying so, where the file does not exist yet). The caller's random state is left as it was.
+    `model` is one of `interformer.models`. Without `measure_test`, for tuning, the test part is never read. With
+    `checkpoint` the run is written there after every epoch; `resume` continues from that file, or starts from the
+    beginning, with a message, if it does not exist. The caller's random state is not changed.
     """
     if resume and checkpoint is None:
-        raise ValueError("train: resume wants a checkpoint to go on from, found None")
+        raise ValueError("train: resume needs a checkpoint to resume from, found None")
     progress = progress or Progress()
-    device = usable(device) if isinstance(device, str) else device
+    device = usable_device(device) if isinstance(device, str) else device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         run = Run(splits, config, train_config, device, model=model, measure_test=measure_test)
         if resume and checkpoint is not None:
@@ -312,7 +314,7 @@ def train(
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak of the device's allocator on CUDA, of this process' resident set elsewhere."""
+    """Peak memory of the device's allocator on CUDA, of this process' resident set elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -329,7 +331,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         {"params": [parameter for parameter in rest if parameter.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [parameter for parameter in rest if parameter.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)  # one pass over a table instead of ten
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)  # `fused` needs one pass over a table instead of ten.
 
 
 def predict(
@@ -337,7 +339,7 @@ def predict(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(label, logit, user)`, each `[N]` on the CPU, of all clicks, in batches from short histories to long ones.
 
-    The processes of `world` take turns in batches, and each gets the answers of all, one process' after another's.
+    The batches are divided among the processes of `world`, and each process gets all results, ordered by process.
     """
     world = world or World()
     was_training = model.training

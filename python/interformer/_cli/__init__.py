@@ -1,1 +1,1 @@
-"""The commands behind `python -m interformer`, a file each."""
+"""The commands of `python -m interformer`, one file each."""

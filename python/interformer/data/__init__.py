@@ -1,4 +1,4 @@
-"""Data readers: each returns `Splits`, the clicks of one data set in three parts."""
+"""Data readers: each returns `Splits`, the clicks of one data set in three parts (train, valid, test)."""
 
 from interformer.data.beauty import read_beauty
 from interformer.data.clicks import Clicks, Splits

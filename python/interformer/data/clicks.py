@@ -1,4 +1,4 @@
-"""Impressions with histories, held compactly, and batches of them.
+"""Impressions with histories, stored compactly, and batches of them.
 
 Axes: `N` impressions, `V` events of all users, `k` fields of an event, `B` rows and `T` tokens of a batch.
 """
@@ -20,13 +20,13 @@ class Clicks:
     """`N` impressions whose histories are spans of one table of events, so that no history is stored twice.
 
     Args:
-        schema: what the columns mean.
+        schema: the meaning of the columns.
         dense: `[N, n_dense]` float32.
-        categorical: `[N, n_cat]` int64, or int32 to hold more of them; batches are int64.
-        events: `[V, k]` likewise: every user's events together (or every impression's), oldest first.
-        first, last: `[N]` int64: the history of impression `i` is `events[first[i]:last[i]]`, maybe empty.
+        categorical: `[N, n_cat]` int64, or int32 to save memory; batches are int64.
+        events: `[V, k]` int64 or int32: the events of each user (or each impression) in a row, oldest first.
+        first, last: `[N]` int64: the history of impression `i` is `events[first[i]:last[i]]`; it may be empty.
         label: `[N]` float32, 0 or 1.
-        user: `[N]` likewise.
+        user: `[N]` int64 or int32.
     """
 
     schema: Schema
@@ -56,7 +56,7 @@ class Clicks:
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     def batch(self, rows: Tensor) -> Batch:
-        """The impressions `rows [B]` as a batch: histories gathered by one index map."""
+        """The impressions `rows [B]` as a batch."""
         first, length = self.first[rows], self.lengths[rows]
         offsets = torch.zeros(len(rows) + 1, dtype=torch.int64)
         torch.cumsum(length, 0, out=offsets[1:])
@@ -71,11 +71,11 @@ class Clicks:
         return replace(self, first=torch.maximum(self.first, self.last - length))
 
     def without_history(self) -> Clicks:
-        """The same impressions with empty histories: what a model without sequences sees."""
+        """The same impressions with empty histories, as for a model without sequences."""
         return replace(self, first=self.last)
 
     def with_shuffled_history(self, seed: int) -> Clicks:
-        """The same impressions, each history in an order of its own: a bag of events. Copies the histories."""
+        """The same impressions with each history shuffled independently; copies the histories."""
         batch = self.batch(torch.arange(len(self)))
         row = torch.repeat_interleave(torch.arange(len(self)), self.lengths)
         keys = torch.rand(len(row), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -83,29 +83,29 @@ class Clicks:
         return replace(self, events=batch.sequences[order], first=batch.offsets[:-1], last=batch.offsets[1:])
 
     def batches(self, size: int, *, seed: int | None = None, pool: int = 16) -> Iterator[Batch]:
-        """All impressions in batches of `size` (the last may be smaller), rows of similar length together.
+        """All impressions in batches of `size` (the last may be smaller) of rows of similar length.
 
-        With a seed the order is random and depends on nothing else: impressions are shuffled, sorted by length inside
-        pools of `pool` batches, and the batches shuffled. Without one, batches go from short histories to long ones.
+        With a seed the order is random: impressions are shuffled, sorted by length inside pools of `pool` batches, and
+        the batches shuffled. It depends on the seed alone. Without one, batches go from short histories to long ones.
         """
         for rows in self.batch_rows(size, seed=seed, pool=pool):
             yield self.batch(rows)
 
     def batch_rows(self, size: int, *, seed: int | None = None, pool: int = 16) -> list[Tensor]:
-        """Which impressions stand in each batch of `batches`."""
+        """The indices of the impressions in each batch of `batches`."""
         if seed is None:
             return list(torch.argsort(self.lengths, stable=True).split(size))
         generator = torch.Generator().manual_seed(seed)
         shuffled = torch.randperm(len(self), generator=generator)
         rows: list[Tensor] = []
-        for some in shuffled.split(size * pool):
-            rows.extend(some[torch.argsort(self.lengths[some], stable=True)].split(size))
+        for pooled in shuffled.split(size * pool):
+            rows.extend(pooled[torch.argsort(self.lengths[pooled], stable=True)].split(size))
         return [rows[i] for i in torch.randperm(len(rows), generator=generator)]
 
 
 @dataclass(frozen=True)
 class Splits:
-    """One data set in three parts; `facts` holds what is known of it and worth reporting (an oracle's AUC, say)."""
+    """One data set in three parts; `facts` holds figures of it to report (an oracle's AUC, for example)."""
 
     name: str
     train: Clicks
@@ -121,8 +121,8 @@ class Splits:
         return {"train": self.train, "valid": self.valid, "test": self.test}
 
 
-def want_rows(place: object, name: str, sizes: Mapping[str, int]) -> None:
-    """Raises where a part of the data set `name` has no rows; `place` begins the message."""
+def check_not_empty(path: object, name: str, sizes: Mapping[str, int]) -> None:
+    """Raise if a part of the data set `name` has no rows; `path` begins the message."""
     for part, size in sizes.items():
         if not size:
-            raise ValueError(f"{place}: wanted rows in each part of {name!r}; {part} has none")
+            raise ValueError(f"{path}: wanted rows in each part of {name!r}; {part} has none")

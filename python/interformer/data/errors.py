@@ -1,4 +1,4 @@
-"""What readers raise for a data file that cannot be read."""
+"""The error of readers for an invalid data file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class MalformedFileError(ValueError):
-    """A data file that cannot be read; the message begins with `file:line:column`."""
+    """An invalid data file; the message begins with `file:line:column`."""
 
     def __init__(self, path: Path, line: int, column: int, message: str) -> None:
         super().__init__(f"{path}:{line}:{column}: {message}")

@@ -1,4 +1,4 @@
-"""The readers by their names: what experiments choose from."""
+"""Registry of the readers, for experiments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from interformer.checks import shown
+from interformer.checks import short_repr
 from interformer.data.beauty import read_beauty
 from interformer.data.clicks import Splits
 from interformer.data.delimited import read_csv
@@ -29,33 +29,34 @@ READERS: dict[str, Callable[..., Splits]] = {
 
 
 def read(reader: str, path: Path | str | None = None, **options: Any) -> Splits:
-    """The clicks that the reader called `reader` makes of `path` with `options`: its own keyword arguments.
+    """Call the reader called `reader` with `path` and `options`, its keyword arguments.
 
     `synthetic` has no path; its options are the fields of `SyntheticLaw`.
 
     Raises:
-        ValueError: no such reader, an option that it does not have or does not go without, a path too many or too few.
-        Exception: whatever the reader raises.
+        ValueError: there is no such reader, an option is unknown or missing, or a path is missing or not allowed.
+        Exception: the errors of the reader.
     """
     if reader not in READERS:
         raise ValueError(f"reader must be one of {', '.join(READERS)}; found {reader!r}")
     has_path = reader != "synthetic"
     if has_path != (path is not None):
-        raise ValueError(f"reader {reader!r}: wanted {'a' if has_path else 'no'} path, found {shown(path)}")
+        raise ValueError(f"reader {reader!r}: wanted {'a' if has_path else 'no'} path, found {short_repr(path)}")
     known = _options(reader)
     for name in options:
         if name not in known:
-            raise ValueError(f"reader {reader!r}: options must be among {', '.join(known)}; found {shown(name)}")
-    for name, needed in known.items():
-        if needed and name not in options:
+            raise ValueError(f"reader {reader!r}: options must be among {', '.join(known)}; found {short_repr(name)}")
+    for name, required in known.items():
+        if required and name not in options:
             raise ValueError(f"reader {reader!r}: wanted the option {name!r}; found {', '.join(options) or 'none'}")
     return READERS[reader](*([path] if has_path else []), **options)
 
 
 def _options(reader: str) -> dict[str, bool]:
-    """The options of a reader, and whether it does not go without."""
+    """The options of a reader, and whether they are required."""
     if reader == "synthetic":
         return {field.name: False for field in dataclasses.fields(SyntheticLaw)}
     _, *parameters = inspect.signature(READERS[reader]).parameters.values()
-    known = {parameter.name: parameter.default is parameter.empty for parameter in parameters}
-    return {name: needed for name, needed in known.items() if name != "progress"}  # which no file can name
+    required = {parameter.name: parameter.default is parameter.empty for parameter in parameters}
+    required.pop("progress", None)  # an object, which no configuration file can hold
+    return required

@@ -1,22 +1,23 @@
-r"""Synthetic clicks: seeded, nothing to download, with a law in which histories matter, and their order.
+r"""Synthetic clicks: seeded, nothing to download, with labels that depend on histories and on their order.
 
 **Events.** A catalogue of items, each in one of `C` categories, with a quality `q_i ~ N(0, 1)`. Each user has a stream
-of events (item, category, opinion): the category stays as it was (30 %), moves to its successor `c + 1 mod C` (20 %),
-or is drawn from the user's four favourite categories (50 %); the item is drawn from the category; the opinion, liked or
-disliked, is a fair coin of its own.
+of events (item, category, opinion): the category stays the same (30 %), moves to its successor `c + 1 mod C` (20 %), or
+is drawn from the user's four favourite categories (50 %); the item is drawn from the category; the opinion, liked or
+disliked, is an independent fair coin.
 
-**Impressions.** Each user has `impressions_per_user`; each sees a prefix of the user's stream. Prefix lengths follow
-the exponential law that fits the history lengths of MovieLens-100k: `floor(Exp(mean 100))`, at most 736, which has the
-quantiles 10/50/90/99 % = 10/69/230/460 against 10/70/233/451 measured, and 1 % empty histories against 0.9 %. The
-candidate's category is one of the user's favourites (60 %), the successor of the last event's category (20 %), or any.
+**Impressions.** Each user has `impressions_per_user`; the history of each is a prefix of the user's stream. Prefix
+lengths follow the exponential distribution that fits the history lengths of MovieLens-100k: `floor(Exp(mean 100))`, at
+most 736, with the quantiles 10/50/90/99 % = 10/69/230/460 (measured: 10/70/233/451) and 1 % empty histories (measured:
+0.9 %). The candidate's category is one of the user's favourites (60 %), the successor of the last event's category
+(20 %), or any.
 
 **Label.** Bernoulli of `sigmoid(z)`, where
 
     z = 0.7 q_i + 4 (share - 0.2) + 1.8 opinion + 1.8 next - 0.4
 
-`share` is the part of the history in the candidate's category (content); `opinion` is +1 or -1 as the *most recent*
-event in that category was liked or not, 0 without one (order: a bag knows only how many were); `next` is 1 if the
-category is the successor of the last event's (order). Without a history only `q_i` is left to learn.
+`share` is the fraction of the history in the candidate's category (it depends on content only); `opinion` is +1 or -1
+if the *most recent* event in that category was liked or not, 0 without one, and `next` is 1 if the category is the
+successor of the last event's (both depend on order). Without a history only `q_i` can be learned.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ import torch
 from torch import Tensor
 
 from interformer import checks
-from interformer.checks import shown
+from interformer.checks import short_repr
 from interformer.data.clicks import Clicks, Splits
 from interformer.metrics import auc
 from interformer.schema import Field, Schema
 
 MAX_LENGTH = 736  # the longest history of MovieLens-100k
-MOST_MEAN = 1e9  # of the law of lengths; far below it nearly every history has MAX_LENGTH
+MAX_MEAN = 1e9  # mean length; far below it nearly every history has MAX_LENGTH already
 NO_CATEGORY = -1
 
 
 @dataclass(frozen=True)
 class SyntheticLaw:
-    """Sizes of the synthetic data. The defaults train in about a minute on two cores."""
+    """Parameters of the synthetic data. The defaults train in about a minute on two cores."""
 
     num_users: int = 2500
     impressions_per_user: int = 8
@@ -50,26 +51,26 @@ class SyntheticLaw:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (
+        for name, minimum in (
             ("num_users", 10),
             ("impressions_per_user", 1),
             ("num_categories", 5),
             ("num_items", self.num_categories),
             ("max_history", 1),
         ):
-            checks.whole(f"SyntheticLaw: {name}", getattr(self, name), least)
+            checks.whole(f"SyntheticLaw: {name}", getattr(self, name), minimum)
         checks.kind("SyntheticLaw: mean_length", self.mean_length, int, float)
-        if not 0 < self.mean_length <= MOST_MEAN:
-            wanted = f"at most {MOST_MEAN:g}" if self.mean_length > 0 else "above 0"
-            raise ValueError(f"SyntheticLaw: mean_length must be {wanted}, found {shown(self.mean_length)}")
+        if not 0 < self.mean_length <= MAX_MEAN:
+            expected = f"at most {MAX_MEAN:g}" if self.mean_length > 0 else "above 0"
+            raise ValueError(f"SyntheticLaw: mean_length must be {expected}, found {short_repr(self.mean_length)}")
         checks.seed("SyntheticLaw: seed", self.seed)
 
 
 def synthesize(law: SyntheticLaw | None = None) -> Splits:
-    """Clicks of `law`, split by user: 80 % train, 10 % validate, 10 % test.
+    """Clicks with the parameters `law`, split by user: 80 % train, 10 % validate, 10 % test.
 
-    `facts["oracle_auc"]` is the test AUC of the true `z`: no model can be better but by luck. The same law gives the
-    same bits on every machine with the same torch version.
+    `facts["oracle_auc"]` is the test AUC of the true `z`: a model can exceed it only by chance. The same parameters
+    give the same bits on every machine with the same torch version.
     """
     law = law or SyntheticLaw()
     g = torch.Generator().manual_seed(law.seed)
@@ -98,7 +99,7 @@ def synthesize(law: SyntheticLaw | None = None) -> Splits:
     ).latest(law.max_history)
     ends = law.num_users * 8 // 10, law.num_users * 9 // 10
     part = (user >= ends[0]).long() + (user >= ends[1])
-    train, valid, test = (clicks.select(part == which) for which in range(3))
+    train, valid, test = (clicks.select(part == p) for p in range(3))
     oracle = auc(test.label, z.flatten()[part == 2])
     return Splits("synthetic", train, valid, test, facts={"oracle_auc": oracle})
 
@@ -111,19 +112,19 @@ def _schema(law: SyntheticLaw) -> Schema:
 
 
 def _history_lengths(law: SyntheticLaw, g: torch.Generator) -> Tensor:
-    """Lengths `[users, impressions]`, increasing along a user's impressions."""
+    """Lengths `[users, impressions]`, ascending along a user's impressions."""
     uniform = torch.rand(law.num_users, law.impressions_per_user, generator=g, dtype=torch.float64)
     lengths = (-law.mean_length * torch.log1p(-uniform)).long()
     return lengths.clamp(max=MAX_LENGTH).sort(1).values
 
 
-def _one_of_category(category: Tensor, catalogue: Tensor, num_categories: int, g: torch.Generator) -> Tensor:
-    """An item of each given category, drawn evenly."""
+def _draw_items(category: Tensor, catalogue: Tensor, num_categories: int, g: torch.Generator) -> Tensor:
+    """An item of each given category, drawn uniformly."""
     by_category = torch.argsort(catalogue, stable=True)
     size = torch.bincount(catalogue, minlength=num_categories)
     start = size.cumsum(0) - size
-    share = torch.rand(category.shape, generator=g, dtype=torch.float64)
-    return by_category[start[category] + (share * size[category]).long()]
+    uniform = torch.rand(category.shape, generator=g, dtype=torch.float64)
+    return by_category[start[category] + (uniform * size[category]).long()]
 
 
 def _streams(
@@ -137,7 +138,7 @@ def _streams(
         before = categories[:, t - 1]
         moved = torch.where(chance[:, t] < 0.5, (before + 1) % law.num_categories, drawn[:, t])
         categories[:, t] = torch.where(chance[:, t] < 0.3, before, moved)
-    items = _one_of_category(categories, catalogue, law.num_categories, g)
+    items = _draw_items(categories, catalogue, law.num_categories, g)
     return categories, items, torch.randint(2, categories.shape, generator=g)
 
 
@@ -157,22 +158,22 @@ def _candidates(
     successor = torch.where(last == NO_CATEGORY, anything, (last + 1) % law.num_categories)
     chance = torch.rand(lengths.shape, generator=g)
     category = torch.where(chance < 0.6, favourite, torch.where(chance < 0.8, successor, anything))
-    return _one_of_category(category, catalogue, law.num_categories, g)
+    return _draw_items(category, catalogue, law.num_categories, g)
 
 
 def _logit(
     law: SyntheticLaw, quality: Tensor, category: Tensor, categories: Tensor, opinions: Tensor, lengths: Tensor
 ) -> Tensor:
-    """The true `z [users, impressions]` of the module's law."""
+    """The true `z [users, impressions]` of the module's docstring."""
     share = torch.zeros(lengths.shape, dtype=torch.float64)
     opinion = torch.zeros(lengths.shape, dtype=torch.float64)
     place = torch.arange(categories.shape[1])
-    for i in range(lengths.shape[1]):  # one impression of every user at a time, to hold [users, longest] at most
+    for i in range(lengths.shape[1]):  # One impression per user at a time bounds the memory to [users, longest].
         same = (categories == category[:, i : i + 1]) & (place < lengths[:, i : i + 1])
         share[:, i] = same.sum(1) / lengths[:, i].clamp(min=1)
         latest = torch.where(same, place, -1).amax(1)
-        said = opinions.gather(1, latest.clamp(min=0)[:, None]).squeeze(1) * 2 - 1
-        opinion[:, i] = torch.where(latest >= 0, said, 0)
+        latest_opinion = opinions.gather(1, latest.clamp(min=0)[:, None]).squeeze(1) * 2 - 1
+        opinion[:, i] = torch.where(latest >= 0, latest_opinion, 0)
     last = _last_category(categories, lengths)
-    follows = (last != NO_CATEGORY) & (category == (last + 1) % law.num_categories)
-    return 0.7 * quality + 4 * (share - 0.2) + 1.8 * opinion + 1.8 * follows - 0.4
+    is_next = (last != NO_CATEGORY) & (category == (last + 1) % law.num_categories)
+    return 0.7 * quality + 4 * (share - 0.2) + 1.8 * opinion + 1.8 * is_next - 0.4

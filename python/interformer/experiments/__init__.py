@@ -1,1 +1,1 @@
-"""Grids of models and seeds from a YAML file: every run in a process of its own, a table and plots of what came out."""
+"""Grids of models and seeds from YAML files: every run in its own process, with a table and plots of the results."""

@@ -1,4 +1,4 @@
-"""Runs jobs, a process each, several at once."""
+"""Run jobs in parallel, each in its own process."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from typing import Any
 from interformer.experiments import worker
 from interformer.experiments.runs import Job
 
-# Importing PyTorch takes seconds: a server imports once, and every process is a fork of it, with memory of its own.
-# The optimizer's first step imports torch._dynamo.
+# Importing PyTorch takes seconds: a fork server imports it once, and every process is a fork of the server.
+# torch._dynamo is preloaded because the optimizer's first step imports it.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOAD = ["interformer.experiments.worker", "torch._dynamo"]
-# Starting a process asks after all others: without the lock two threads may read one exit status, and one gets none.
+# Starting a process polls all others: without the lock two threads may collect one exit status, and one gets none.
 _LOCK = threading.Lock()
 
 
 class Watch:
-    """What a grid tells while it goes on; the default says nothing. Called from several threads."""
+    """Callbacks of a running grid, called from several threads; the default does nothing."""
 
     def started(self, job: Job) -> None: ...
 
-    def told(self, job: Job, message: Mapping[str, Any]) -> None: ...
+    def progressed(self, job: Job, message: Mapping[str, Any]) -> None: ...
 
     def ended(self, job: Job, error: str | None) -> None: ...
 
 
 class Grid:
-    """Jobs in processes of their own, so that the memory each needs is its own.
+    """Runs jobs in separate processes, so that their peak memory is measured separately.
 
     Args:
-        root: the folder that the data's paths start from.
-        at_once: how many processes.
-        watch: is told of every run's beginning, progress and end.
+        root: the folder that the data's paths are relative to.
+        at_once: number of parallel processes.
+        watch: callbacks for every run's start, progress and end.
     """
 
     def __init__(self, root: Path, at_once: int, watch: Watch) -> None:
@@ -45,7 +45,7 @@ class Grid:
         self.processes: set[BaseProcess] = set()
 
     def run(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """Runs every job, and returns the errors of those that failed. Where this is interrupted, so are they."""
+        """Run every job; returns the errors of failed ones, by name. An interrupt terminates the running processes."""
         failed = {}
         with ThreadPoolExecutor(self.at_once) as pool:
             futures = {pool.submit(self._run_one, job): job for job in jobs}
@@ -66,50 +66,50 @@ class Grid:
         process, messages = start(worker.work, job, self.root)
         self.processes.add(process)
         for message in messages:
-            self.watch.told(job, message)
+            self.watch.progressed(job, message)
         with _LOCK:
             process.join()
         self.processes.discard(process)
-        error = None if process.exitcode == 0 else _reason(process.exitcode, job.unfinished("log"))
+        error = None if process.exitcode == 0 else _failure_reason(process.exitcode, job.unfinished("log"))
         self.watch.ended(job, error)
         return error
 
 
 def start(target: Callable[..., None], *arguments: object) -> tuple[BaseProcess, Iterator[Any]]:
-    """A process that calls `target(*arguments, connection)`, and what it sends there until it ends."""
+    """A process that calls `target(*arguments, connection)`, and the messages that it sends until it ends."""
     _CONTEXT.set_forkserver_preload(_PRELOAD)
-    ours, theirs = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=target, args=(*arguments, theirs))
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=target, args=(*arguments, sender))
     with _LOCK:
         process.start()
-    theirs.close()
+    sender.close()
 
     def messages() -> Iterator[Any]:
-        with ours:
+        with receiver:
             while True:
                 try:
-                    yield ours.recv()
+                    yield receiver.recv()
                 except EOFError:
                     return
 
     return process, messages()
 
 
-def _reason(status: int | None, log: Path) -> str:
-    """Why a process ended: its last word, or the signal that killed it."""
-    said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    lines = [line for line in said.splitlines() if line.strip()]
-    word = lines[-1] if lines and status == 1 else f"ended with status {status}"
-    return f"{word} (see {log})"
+def _failure_reason(status: int | None, log: Path) -> str:
+    """Why a process failed: the last line of its log, or its exit status."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    reason = lines[-1] if lines and status == 1 else f"ended with status {status}"
+    return f"{reason} (see {log})"
 
 
-def sizes_of(data: Mapping[str, Any], root: Path, *, measure_test: bool) -> dict[str, int]:
-    """Clicks of each part of the data, read in a process of its own: this one stays small.
+def part_sizes(data: Mapping[str, Any], root: Path, *, measure_test: bool) -> dict[str, int]:
+    """Number of clicks in each part of the data, read in a separate process to keep this one small.
 
     Raises:
-        ValueError: the data cannot be read, in the reader's own words.
+        ValueError: the data cannot be read; with the reader's message.
     """
-    process, messages = start(worker.look, dict(data), root, measure_test)
+    process, messages = start(worker.send_sizes, dict(data), root, measure_test)
     answer = next(messages, {"error": "the process that reads it was killed"})
     process.join()
     if "error" in answer:

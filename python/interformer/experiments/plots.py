@@ -1,4 +1,4 @@
-"""The summary as pictures: for each group its learning curves, and bars beside the reference variant."""
+"""Plots of the summary: for each group, learning curves and a bar chart with the reference variant."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NO_GROUP = "all"
 
 
 def draw(rows: Sequence[Row], reference: str, folder: Path) -> list[Path]:
-    """Writes `curves-<group>.png` and `bars-<group>.png`; the reference variant is in every group."""
-    drawn = []
+    """Write `curves-<group>.png` and `bars-<group>.png`; the reference variant is in every group."""
+    paths = []
     for group, members in groups(rows, reference).items():
         for kind, picture in (("curves", _curves), ("bars", _bars)):
             figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -30,27 +30,30 @@ def draw(rows: Sequence[Row], reference: str, folder: Path) -> list[Path]:
             with replacing(path) as file:
                 figure.savefig(file, dpi=120, format="png")
             plt.close(figure)
-            drawn.append(path)
-    return drawn
+            paths.append(path)
+    return paths
 
 
 def groups(rows: Sequence[Row], reference: str) -> dict[str, list[Row]]:
-    """Rows by group; rows without one (the reference aside) are a group of their own."""
-    found: dict[str, list[Row]] = {}
+    """Rows by group, the reference first; rows without a group (except the reference) form a group of their own."""
+    by_group: dict[str, list[Row]] = {}
     for row in rows:
         if row.group is not None or row.name != reference:
-            found.setdefault(row.group or NO_GROUP, []).append(row)
-    against = [row for row in rows if row.name == reference]
-    return {group: against + [row for row in members if row not in against] for group, members in found.items()} or {
-        NO_GROUP: list(rows)
+            by_group.setdefault(row.group or NO_GROUP, []).append(row)
+    if not by_group:
+        return {NO_GROUP: list(rows)}
+    reference_rows = [row for row in rows if row.name == reference]
+    return {
+        group: reference_rows + [row for row in members if row not in reference_rows]
+        for group, members in by_group.items()
     }
 
 
 def _curves(axes: plt.Axes, rows: Sequence[Row], reference: str) -> None:
     for row in rows:
-        means = [Estimate.of(values) for values in by_epoch(row.curves)]
-        epoch, mean = np.arange(1, len(means) + 1), np.array([found.mean for found in means])
-        error = np.array([0.0 if math.isnan(found.error) else found.error for found in means])
+        estimates = [Estimate.from_values(values) for values in by_epoch(row.curves)]
+        epoch, mean = np.arange(1, len(estimates) + 1), np.array([estimate.mean for estimate in estimates])
+        error = np.array([0.0 if math.isnan(estimate.error) else estimate.error for estimate in estimates])
         (line,) = axes.plot(epoch, mean, marker="o", linewidth=2.5 if row.name == reference else 1.2, label=row.name)
         axes.fill_between(epoch, mean - error, mean + error, alpha=0.2, color=line.get_color())
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -60,7 +63,7 @@ def _curves(axes: plt.Axes, rows: Sequence[Row], reference: str) -> None:
 
 
 def by_epoch(curves: Sequence[Sequence[float]]) -> list[list[float]]:
-    """The values of each epoch, of those seeds that were still in training then."""
+    """The values of each epoch, over the seeds that were still in training."""
     longest = max(map(len, curves))
     return [[curve[epoch] for curve in curves if epoch < len(curve)] for epoch in range(longest)]
 

@@ -1,4 +1,4 @@
-"""Writes what came out of an experiment: `results.json`, `table.md` and the pictures."""
+"""Write the results of an experiment: `results.json`, `table.md` and the plots."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from interformer.experiments.table import table
 from interformer.files import DamagedFileError, read_sealed, to_json, write_text
 from interformer.metrics import Metrics
 
-# Of a finished run's identity, what the plan does not say: a report takes it as it was.
+# Entries of a finished run's identity that the plan does not determine; a report accepts any value of theirs.
 NOT_IN_THE_PLAN = ("machine", "versions")
 
 
 def write(plan: Plan, folder: Path) -> Iterator[str]:
-    """Writes everything from the finished runs of the plan's settings; yields what is to be said."""
+    """Write the results of finished runs with the plan's settings; yields messages for the user."""
     jobs, reports = jobs_of(plan, plan.variants, folder, Machine(), clicks=None), {}
     for variant in plan.variants:
-        mine = [job for job in jobs if job.name.rpartition("-seed")[0] == variant.name and job.finished()]
-        stale = {job.name: found for job in mine if (found := _stale(job))}
-        yield from (
-            f"left out of the table: {job.result}: {'; '.join(stale[job.name])}" for job in mine if job.name in stale
-        )
-        reports[variant.name] = reports_of(job for job in mine if job.name not in stale)
+        finished = [job for job in jobs if job.name.rpartition("-seed")[0] == variant.name and job.finished()]
+        stale = {job.name: reasons for job in finished if (reasons := _stale_reasons(job))}
+        for job in finished:
+            if job.name in stale:
+                yield f"left out of the table: {job.result}: {'; '.join(stale[job.name])}"
+        reports[variant.name] = reports_of(job for job in finished if job.name not in stale)
     rows = summarize(plan.variants, reports, plan.reference)
     write_text(
         folder / "results.json",
@@ -36,13 +36,13 @@ def write(plan: Plan, folder: Path) -> Iterator[str]:
     write_text(folder / "table.md", table(plan.name, rows, plan.reference))
     yield f"{folder / 'table.md'}: {len(rows)} of {len(plan.variants)} variants"
     if rows:
-        from interformer.experiments.plots import draw  # takes a second to import
+        from interformer.experiments.plots import draw  # Importing matplotlib takes a second.
 
         yield f"drawn: {', '.join(path.name for path in draw(rows, plan.reference, folder))}"
 
 
-def _stale(job: Job) -> list[str]:
-    """How a finished run's settings differ from the plan's, or that it cannot be read."""
+def _stale_reasons(job: Job) -> list[str]:
+    """The differences of a finished run's settings from the plan's, or the error of reading it; empty if none."""
     try:
         theirs = dict(read_sealed(job.result)["identity"])
     except DamagedFileError as error:
@@ -54,8 +54,8 @@ def _stale(job: Job) -> list[str]:
     return differences(theirs, ours)
 
 
-def in_words(job: Job) -> str:
-    """What a finished run brought, on a line."""
+def one_line_result(job: Job) -> str:
+    """The result of a finished run on one line."""
     report: dict[str, Any] = read_sealed(job.result)["report"]
     parts = [f"valid AUC {number(report['valid']['auc']):.4f}"]
     if report["test"] is not None:

@@ -13,12 +13,12 @@ HEADER = ("variant", "group", "seeds", *METRIC_TITLES.values(), "valid AUC", "AU
 
 
 def table(name: str, rows: Sequence[Row], reference: str) -> str:
-    """The whole page: what is in it, and a line a variant; groups follow each other as in the plan."""
+    """The whole page: an explanation and a line per variant, in the order of the plan."""
     lines = [
         f"# {name}",
         "",
-        "Mean over seeds +- standard error. The difference of test AUC is paired: to the run of "
-        f"`{reference}` under the same seed. Step: median of the training steps; peak: of the process' resident set "
+        "Mean over seeds +- standard error. The difference of test AUC is paired with the run of "
+        f"`{reference}` with the same seed. Step: median of the training steps; peak: of the process' resident set "
         "(CUDA: of the allocator); total: all seeds, validation included.",
         "",
         _line(HEADER),
@@ -39,9 +39,9 @@ def _cells(row: Row) -> list[str]:
         row.name,
         row.group or "",
         str(len(row.seeds)),
-        *(estimate(row.test.get(metric)) for metric in METRIC_TITLES),
-        estimate(row.valid_auc),
-        estimate(row.difference, signed=True),
+        *(format_estimate(row.test.get(metric)) for metric in METRIC_TITLES),
+        format_estimate(row.valid_auc),
+        format_estimate(row.difference, signed=True),
         f"{row.parameters:,}",
         f"{row.step_ms:.2f}",
         f"{row.peak_mib:.0f}",
@@ -49,9 +49,9 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def estimate(found: Estimate | None, *, signed: bool = False) -> str:
-    """`0.7512 +- 0.0008`; without an error where there is one seed, `-` where there is nothing."""
-    if found is None or math.isnan(found.mean):
+def format_estimate(estimate: Estimate | None, *, signed: bool = False) -> str:
+    """`0.7512 +- 0.0008`, without an error for one seed; `-` without an estimate."""
+    if estimate is None or math.isnan(estimate.mean):
         return "-"
-    mean = f"{found.mean:{'+' if signed else ''}.4f}"
-    return mean if math.isnan(found.error) else f"{mean} +- {found.error:.4f}"
+    mean = f"{estimate.mean:{'+' if signed else ''}.4f}"
+    return mean if math.isnan(estimate.error) else f"{mean} +- {estimate.error:.4f}"

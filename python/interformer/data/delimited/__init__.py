@@ -1,4 +1,4 @@
-"""Impressions from delimited files whose columns a schema explains: one row an impression, histories in its cells."""
+"""Impressions from delimited files described by a schema: one row per impression, with histories in its cells."""
 
 from __future__ import annotations
 
@@ -28,29 +28,28 @@ def read_csv(
 ) -> Splits:
     """The three parts of the data set in `directory`.
 
-    Files are streamed: in memory are the vocabularies and a few numbers a row. Every id is numbered from 1 within its
-    table; 0 stands for what is empty, was never seen in the training part, or less often than the schema's `min_count`.
-    Vocabularies and counts come from the training part alone. Item embeddings in files of their own, as KuaiVideo_x1
-    has, are not read: models learn their own.
+    Files are streamed: memory holds the vocabularies and a few numbers per row. The ids of a table are numbered from 1;
+    0 stands for empty cells and for ids seen in the training part never, or less often than the schema's `min_count`.
+    Vocabularies and counts come from the training part alone. Item embeddings in separate files, as in KuaiVideo_x1,
+    are not read: models learn their own.
 
     Args:
         schema: a `CsvSchema`, its YAML file, or the name of a shipped one: `amazon_electronics_x1`, `taobao_ad_x1`,
             `kuai_video_x1`.
-        max_history: histories keep their latest so many events, if that is fewer than the schema's `max_length`.
-        cache: where compact forms of data sets are kept, each in a directory of its own. They are read once against
-            their checksums and mapped into memory, and built anew, with a warning, where they are damaged or a file's
-            size, time of change or inode differs. Of several processes that want one, one builds and the others wait.
-            Without a cache everything is held in memory in the end, by way of temporary files without a name.
-        progress: where to show the bytes read; by default on the terminal, if standard error is one.
+        max_history: number of latest events that histories keep, if it is below the schema's `max_length`.
+        cache: directory of compact forms of data sets, each in a subdirectory. They are checked against their
+            checksums and memory-mapped. A damaged form, or one of files whose size or modification time has changed, is
+            rebuilt with a warning. Of several processes, one builds and the others wait. Without a cache, all data is
+            held in memory in the end, and passes through unnamed temporary files.
+        progress: progress bars for the bytes read; by default on standard error, if it is a terminal.
 
     Raises:
-        FileNotFoundError: no such file or schema.
-        MalformedFileError: naming file, line and column (counted in cells): a column missing or there twice, a wrong
-            number of cells, a number that is none or not finite where it is kept (in float32), a label other than 0
-            and 1, a user that is empty, histories of one row that differ in length, quotes that do not close, bytes
-            that are not UTF-8.
-        SchemaError: a schema that does not hold together.
-        ValueError: a bad argument, a part without rows, or a file that was changed while it was read.
+        FileNotFoundError: there is no such file or schema.
+        MalformedFileError: a column is missing or duplicate, a row has a wrong number of cells, a cell is not a number
+            or not finite in float32, a label is not 0 or 1, a user is empty, the histories of a row differ in length,
+            a quote is not closed, or bytes are not UTF-8; with file, line and column (counted in cells).
+        SchemaError: the schema is inconsistent.
+        ValueError: a wrong argument, a part without rows, or a file that changed while it was read.
     """
     schema = load_schema(schema)
     if max_history is not None:

@@ -1,11 +1,12 @@
-"""The compact form of one data set on disk: written whole or not at all, checked and mapped into memory when loaded.
+"""The compact form of one data set on disk: written atomically, verified and memory-mapped when loaded.
 
-CACHE/NAME-WHAT/lock             held by who builds
-CACHE/NAME-WHAT/STATE-TOKEN/     one generation: a file for each array, and what was written there, about.json
-CACHE/NAME-WHAT/building-TOKEN/  one that is not finished, or that a kill left; the next builder removes it
+CACHE/NAME-ID/lock             held by the process that builds
+CACHE/NAME-ID/STATE-TOKEN/     one generation: a file for each array, and about.json, which describes them
+CACHE/NAME-ID/building-TOKEN/  an unfinished generation, or one left by a kill; the next builder removes it
 
-A generation gets its name when all of it is on the disk, and is never written to again: what a reader has mapped stays
-as it is, and arrays of two generations never meet. Readers take no lock; who finds nothing to read takes it and builds.
+A generation gets its name when it is completely on disk, and is never written to again: mapped arrays do not change,
+and arrays of two generations are never mixed. Readers take no lock; a process that finds no generation takes the lock
+and builds one.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from interformer.data.delimited.spec import CsvSchema
 from interformer.files import DamagedFileError, naming, read_sealed, write_sealed
 from interformer.schema import Schema
 
-FORMAT = 2  # of a generation; another one makes it stale
+FORMAT = 2  # format of a generation; generations of other formats are stale
 ABOUT = "about.json"
 LOCK = "lock"
 BUILDING = "building-"
-# The arrays: what kind of number each has, and on which side of the schema it has its columns (axis 1), if any.
+# The arrays: dtype, and the field of the schema that describes its columns (axis 1), if any.
 KINDS = {
     "dense": ("<f4", "dense"),
     "categorical": ("<i4", "categorical"),
@@ -52,20 +53,20 @@ KINDS = {
 
 
 class BrokenStoreError(ValueError):
-    """A generation that does not hold what was written there."""
+    """A generation whose content is not what was written."""
 
 
-class NoStoreError(LookupError):
+class MissingStoreError(LookupError):
     """There is no generation of this state of the files."""
 
 
 def bytes_of(values: NDArray[Any], kind: Any) -> memoryview:
-    """The numbers as `kind`, as they lie in memory."""
+    """The memory of the numbers, converted to `kind`."""
     return np.ascontiguousarray(values, kind).reshape(-1).view(np.uint8).data
 
 
 class InMemory:
-    """Arrays of known sizes that are filled from the front, in memory."""
+    """An array of known size in memory, filled from the front."""
 
     def __init__(self, kind: str, shape: tuple[int, ...]) -> None:
         self.values = np.empty(shape, kind)
@@ -83,11 +84,11 @@ class InMemory:
 class InFile(InMemory):
     """The same in a `.npy` file, with the checksum of the whole file.
 
-    By plain writes: a full disk is then an error, where memory that is mapped to a file would end the process.
+    It uses plain writes, so that a full disk raises an error; with a memory-mapped file it would kill the process.
     """
 
     def __init__(self, path: Path, kind: str, shape: tuple[int, ...]) -> None:
-        self.values = np.broadcast_to(np.empty((), kind), shape)  # for its kind and shape alone
+        self.values = np.broadcast_to(np.empty((), kind), shape)  # holds dtype and shape, without memory
         self.filled = self.checksum = 0
         self.path = path
         self.file = path.open("xb")
@@ -110,28 +111,28 @@ class InFile(InMemory):
 
 
 class Target:
-    """Where the arrays of a data set are written: to files in `folder`, or to memory without one."""
+    """The destination of a data set's arrays: files in `folder`, or memory without a folder."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self.arrays: dict[str, Any] = {}
 
     def array(self, name: str, shape: tuple[int, ...]) -> InMemory:
-        """A new array, to append to and to close."""
+        """A new array; the caller appends to it and closes it."""
         kind, _ = KINDS[name]
-        new = InMemory(kind, shape) if self.folder is None else InFile(self.folder / f"{name}.npy", kind, shape)
-        self.arrays[name] = new
-        return new
+        array = InMemory(kind, shape) if self.folder is None else InFile(self.folder / f"{name}.npy", kind, shape)
+        self.arrays[name] = array
+        return array
 
     def close(self) -> None:
-        """Lets go of files that an error left open."""
+        """Close files that an error left open."""
         for array in self.arrays.values():
             if isinstance(array, InFile):
-                with contextlib.suppress(OSError):  # of a full disk, which was told already
+                with contextlib.suppress(OSError):  # A full disk has been reported by a write already.
                     array.file.close()
 
     def about(self) -> dict[str, Any]:
-        """What must be found when the files are read."""
+        """The dtype, shape and checksum of each array, to verify its file."""
         return {
             name: {"kind": array.values.dtype.str, "shape": list(array.values.shape), "crc32": array.checksum}
             for name, array in self.arrays.items()
@@ -139,26 +140,26 @@ class Target:
 
 
 class About(NamedTuple):
-    """What is written beside the arrays: the model's schema, rows of each part, and each array's kind and checksum."""
+    """The content of about.json: the model's schema, rows of each part, and dtype, shape and checksum of each array."""
 
     schema: Schema
     sizes: tuple[int, int, int]
     arrays: dict[str, dict[str, Any]]
 
 
-# Writes the arrays to the target; returns the model's schema and the rows of each part, by these names.
+# A function that writes the arrays to the target, and returns the entries `schema` and `sizes` of about.json.
 Build = Callable[[Target], dict[str, Any]]
 
 
 def identify(schema: CsvSchema, directory: Path, max_length: int) -> str:
-    """What the compact form is of: schema and place."""
+    """The id of a compact form, which depends on schema, directory and `max_length`."""
     return _digest(
         {"schema": dataclasses.asdict(schema), "directory": str(directory.resolve()), "max_length": max_length}
     )
 
 
 def state_of(schema: CsvSchema, directory: Path) -> str:
-    """The state of the files that the compact form is made from."""
+    """The state of the source files: their sizes and modification times."""
     state = {part: (directory / file).stat() for part, file in schema.files.items()}
     files = {part: [stat.st_size, stat.st_mtime_ns] for part, stat in state.items()}
     return _digest({"format": FORMAT, "files": files})
@@ -168,80 +169,80 @@ def _digest(plain: object) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_or_build(name: str, what: str, state: Callable[[], str], cache: Path, build: Build) -> Splits:
-    """The data set `name` from its place under `cache`, built anew where that is missing, stale or broken.
+def load_or_build(name: str, identity: str, state: Callable[[], str], cache: Path, build: Build) -> Splits:
+    """The data set `name` from its place under `cache`, rebuilt if it is missing, stale or broken.
 
-    The last two are said by a warning. Of several processes one builds, and the others wait for it.
+    A stale or broken one is reported by a warning. Of several processes one builds, and the others wait.
     """
-    place = cache / f"{name}-{what}"
+    place = cache / f"{name}-{identity}"
     try:
         return _newest(name, place, state())
-    except (NoStoreError, BrokenStoreError):
-        pass  # perhaps about to be replaced, which under the lock it is not
+    except (MissingStoreError, BrokenStoreError):
+        pass  # Another process may be replacing it, so look again under the lock.
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(place / LOCK):
         now = state()
         try:
             return _newest(name, place, now)
-        except NoStoreError:
-            if any(not entry.name.startswith(BUILDING) for entry in _others(place)):
-                warnings.warn(f"{place} is stale: its files have changed since; it is built anew", stacklevel=3)
+        except MissingStoreError:
+            if any(not entry.name.startswith(BUILDING) for entry in _entries(place)):
+                warnings.warn(f"{place} is stale: its files have changed since; it is rebuilt", stacklevel=3)
         except BrokenStoreError as error:
-            warnings.warn(f"{place} is broken: {error}; it is built anew", stacklevel=3)
-        for entry in _others(place):  # nobody else builds: what is not finished never will be
+            warnings.warn(f"{place} is broken: {error}; it is rebuilt", stacklevel=3)
+        for entry in _entries(place):  # Under the lock no other process builds, so unfinished entries are leftovers.
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         token = secrets.token_hex(8)
-        fresh = place / f"{BUILDING}{token}"
-        fresh.mkdir()
+        unfinished = place / f"{BUILDING}{token}"
+        unfinished.mkdir()
         try:
-            _write(fresh, build, now, state)
-            whole = place / f"{now}-{token}"
-            os.rename(fresh, whole)
+            _write(unfinished, build, now, state)
+            generation = place / f"{now}-{token}"
+            os.rename(unfinished, generation)
         except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        return load(name, whole)
+        return load(name, generation)
 
 
-def _others(place: Path) -> list[Path]:
+def _entries(place: Path) -> list[Path]:
     return [entry for entry in place.iterdir() if entry.name != LOCK]
 
 
 def _newest(name: str, place: Path, state: str) -> Splits:
-    """The generation of this state of the files."""
+    """The generation for this state of the source files."""
     reason: BrokenStoreError | None = None
     for generation in place.glob(f"{state}-*"):
         try:
             return load(name, generation)
         except BrokenStoreError as error:
             reason = error
-    raise reason or NoStoreError(state)
+    raise reason or MissingStoreError(state)
 
 
-def _write(fresh: Path, build: Build, now: str, state: Callable[[], str]) -> None:
-    target = Target(fresh)
+def _write(folder: Path, build: Build, now: str, state: Callable[[], str]) -> None:
+    target = Target(folder)
     with contextlib.closing(target):
         about = build(target)
-    _want_unchanged(now, state)
-    write_sealed(fresh / ABOUT, {**about, "arrays": target.about()})
-    descriptor = os.open(fresh, os.O_RDONLY)
+    _check_unchanged(now, state)
+    write_sealed(folder / ABOUT, {**about, "arrays": target.about()})
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _want_unchanged(before: str, state: Callable[[], str]) -> None:
+def _check_unchanged(before: str, state: Callable[[], str]) -> None:
     if state() != before:
-        raise ValueError("read_csv: wanted files that stay as they are while they are read, found one that was changed")
+        raise ValueError("read_csv: wanted files that do not change while they are read, found one that was changed")
 
 
 def build_in_memory(name: str, state: Callable[[], str], build: Build) -> Splits:
-    """The data set `name`, of which nothing is kept."""
+    """The data set `name` in memory, without a cache."""
     target, before = Target(), state()
     about = build(target)
-    _want_unchanged(before, state)
-    arrays = {array: torch.from_numpy(made.values) for array, made in target.arrays.items()}
+    _check_unchanged(before, state)
+    arrays = {array: torch.from_numpy(in_memory.values) for array, in_memory in target.arrays.items()}
     return _splits(name, Schema.from_dict(about["schema"]), about["sizes"], arrays)
 
 
@@ -249,7 +250,7 @@ def build_in_memory(name: str, state: Callable[[], str], build: Build) -> Splits
 
 
 def read_about(place: Path) -> About:
-    """What is written beside the arrays."""
+    """Read about.json."""
     try:
         about = read_sealed(place / ABOUT)
         train, valid, test = map(int, about["sizes"])
@@ -261,12 +262,10 @@ def read_about(place: Path) -> About:
 
 
 def load(name: str, place: Path) -> Splits:
-    """The splits whose arrays lie in `place`; arrays stay on disk until they are used.
-
-    All of them are read once, for their checksums.
+    """The splits whose arrays are in `place`, memory-mapped after a pass over all of them for their checksums.
 
     Raises:
-        BrokenStoreError: an array is missing, or has another byte than what was written.
+        BrokenStoreError: an array is missing or damaged.
     """
     schema, sizes, written = read_about(place)
     arrays = {}
@@ -289,28 +288,26 @@ def _map(path: Path, written: dict[str, Any]) -> NDArray[Any]:
     except OSError as error:
         raise BrokenStoreError(f"{path.name} cannot be read ({error})") from error
     if checksum != written["crc32"]:
-        raise BrokenStoreError(f"{path.name} cannot be read (it has another checksum than what was written)")
-    # Copy on write, for torch takes no memory that cannot be written; nothing ever reaches the file.
+        raise BrokenStoreError(f"{path.name} cannot be read (its checksum does not match)")
+    # Copy on write, because torch needs writable memory; nothing is written to the file.
     array: NDArray[Any] = np.load(path, mmap_mode="c" if np.prod(written["shape"]) else None, allow_pickle=False)
     return array
 
 
 def _splits(name: str, schema: Schema, sizes: tuple[int, int, int], arrays: dict[str, torch.Tensor]) -> Splits:
-    """The parts, which follow one another in the arrays.
+    """The parts, which are consecutive slices of the arrays.
 
     Raises:
-        ValueError: an array is not of its kind or shape, or holds a number that no builder writes.
+        ValueError: an array has a wrong dtype or shape, or holds an invalid number.
     """
     total = sum(sizes)
     for array, (kind, side) in KINDS.items():
         rows = int(arrays["last"].max()) if array == "events" else total
         shape = (rows,) if side is None else (rows, len(getattr(schema, side)))
-        found = arrays[array]
-        if tuple(found.shape) != shape or found.numpy().dtype != np.dtype(kind):
-            raise ValueError(
-                f"{array} is {found.numpy().dtype.str} of shape {tuple(found.shape)}, wanted {kind} of {shape}"
-            )
-    _want_ranges(schema, arrays)
+        values = arrays[array].numpy()
+        if values.shape != shape or values.dtype != np.dtype(kind):
+            raise ValueError(f"{array} is {values.dtype.str} of shape {values.shape}, wanted {kind} of {shape}")
+    _check_ranges(schema, arrays)
     events = arrays.pop("events")
     train, valid, test = (
         Clicks(schema=schema, events=events, **{array: values[start:stop] for array, values in arrays.items()})
@@ -319,8 +316,8 @@ def _splits(name: str, schema: Schema, sizes: tuple[int, int, int], arrays: dict
     return Splits(name, train, valid, test)
 
 
-def _want_ranges(schema: Schema, arrays: dict[str, torch.Tensor]) -> None:
-    """Raises unless every id has its row of a table, every history its events, and every number is one."""
+def _check_ranges(schema: Schema, arrays: dict[str, torch.Tensor]) -> None:
+    """Raise unless every id is in its table, every history is a span of events, and every number is valid."""
     for array, side in (("categorical", schema.categorical), ("events", schema.sequences)):
         for column, field in enumerate(side):
             ids = arrays[array][:, column]
@@ -328,7 +325,7 @@ def _want_ranges(schema: Schema, arrays: dict[str, torch.Tensor]) -> None:
                 raise ValueError(f"{array} has an id of {field.name!r} outside 0 to {schema.tables[field.table] - 1}")
     first, last = arrays["first"], arrays["last"]
     if first.min() < 0 or (last < first).any():
-        raise ValueError("first and last are no spans of events")
+        raise ValueError("first and last are not spans of events")
     if not arrays["dense"].isfinite().all():
         raise ValueError("dense holds a number that is not finite")
     if ((arrays["label"] != 0) & (arrays["label"] != 1)).any():
