@@ -1,4 +1,4 @@
-"""What holds for every test: uninitialised memory is NaN, algorithms are deterministic, contents are validated."""
+"""Fixtures of all tests: uninitialised memory is NaN, algorithms are deterministic, contents are validated."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ hypothesis.settings.load_profile("short")
 def _strict_torch() -> Iterator[None]:
     """`torch.empty` yields NaN (so an output that a kernel forgets to write shows) and seeds are fixed.
 
-    One thread: the calls are tiny, and two test runs side by side would spin for each other's cores. Tests about
-    threads set their own number.
+    One thread is used, because the calls are tiny, and the idle threads of parallel test runs would spin on each
+    other's cores. Tests of threading set their own number.
     """
     torch.manual_seed(0)
     threads = torch.get_num_threads()
@@ -41,7 +41,7 @@ def _strict_torch() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _default_validation() -> Iterator[None]:
-    """Every test starts and leaves with the default validation."""
+    """Every test starts and ends with the default validation."""
     previous = interformer_kernels.set_validation("default")
     yield
     interformer_kernels.set_validation(previous)
@@ -49,7 +49,7 @@ def _default_validation() -> Iterator[None]:
 
 @pytest.fixture
 def notices(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What the package's modules say while the test runs, as if nothing had been said before."""
+    """The warnings logged during the test, including those that earlier tests have already triggered."""
     _notices._warn.cache_clear()
     caplog.set_level(logging.WARNING, logger="interformer_kernels")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "interformer_kernels"]
