@@ -136,10 +136,12 @@ def _draw(folder: Path, made: report.Report) -> list[str]:
         names.append(f"{axis}.png")
         curves.sweep(folder / names[-1], sweeps.SWEEPS[axis], measured)
     if made.measurements:
-        names += ["roofline.png", "ratios.png", "limits.png"]
-        curves.roofline(folder / "roofline.png", made.measurements, made.machine)
-        plots.ratios(folder / "ratios.png", made.measurements)
-        plots.limits(folder / "limits.png", made.measurements, made.machine)
+        names.append("roofline.png")
+        curves.roofline(folder / names[-1], made.measurements, made.machine)
+        results = plots.results_of(made.measurements, made.machine)
+        for dtype in dict.fromkeys(result.dtype for result in results):
+            names.append(f"speed-{dtype}.png")
+            plots.speed(folder / names[-1], results, dtype=dtype, title=dtype)
     return names
 
 

@@ -14,8 +14,11 @@ import pytest
 import torch
 from interformer_bench import calls, grid, limits, memory, peers, plots, report, run, shapes, targets, timing, workloads
 from interformer_bench.progress import Progress
+from interformer_bench.result_tables import read_results
 from interformer_bench.workloads import Sizes
 from torch.utils.flop_counter import FlopCounterMode
+
+from interformer_kernels._cli import parity
 
 # ---------------------------------------------------------------- what must be computed and moved
 
@@ -197,11 +200,46 @@ def test_busy_cores_are_told() -> None:
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     measured = [measurement(direction=d, runner=name) for d in run.PASSES for name in (peers.OURS, "peer")]
-    plots.times(tmp_path / "times.png", measured)
-    plots.ratios(tmp_path / "ratios.png", measured)
-    plots.limits(tmp_path / "limits.png", measured, MACHINE)
-    for name in ("times", "ratios", "limits"):
+    results = plots.results_of(measured, MACHINE)
+    cells = [parity.Result("pma_pooling", "cpu", "float32", "cpu", "a case", "out", problem="raised")]
+    plots.speed(tmp_path / "speed.png", results, cells)
+    plots.speed(tmp_path / "nothing.png", [])
+    for name in ("speed", "nothing"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bar_has_both_passes_of_a_shape() -> None:
+    measured = [
+        measurement(direction=d, runner=name, median=median)
+        for d, ours in zip(run.PASSES, (1.0, 2.0), strict=True)
+        for name, median in ((peers.OURS, ours), ("peer", 6.0), ("slower", 9.0))
+    ]
+    (bars,) = plots.bars_by_op(plots.results_of(measured, MACHINE)).values()
+    (bar,) = bars
+    assert bar.forward is not None
+    assert bar.shown is bar.training is not None
+    assert (bar.forward.ratio, bar.training.ratio, bar.training.peer) == (6.0, 3.0, "peer")
+
+
+def test_a_written_table_is_read_back(tmp_path: Path) -> None:
+    measured = [measurement(direction=d, runner=name) for d in run.PASSES for name in (peers.OURS, "peer")]
+    made = report.Report(measured, MACHINE)
+    file = tmp_path / "report.md"
+    file.write_text(report.markdown(made))
+    read, drawn = read_results(file), plots.results_of(measured, MACHINE)
+    assert [replace(one, share=0) for one in read] == [replace(one, share=0) for one in drawn]
+    assert [one.share for one in read] == pytest.approx([one.share for one in drawn], abs=0.005)
+    file.write_text("# nothing\n")
+    with pytest.raises(ValueError, match="wanted a table of results"):
+        read_results(file)
+
+
+def test_a_line_measured_again_takes_the_place_of_the_first() -> None:
+    results = read_results(Path(__file__).parents[1] / "bench/results/cpu-avx512-zen4.md")
+    assert list(dict.fromkeys(one.op for one in results))[:2] == ["jagged_attention", "pma_pooling"]
+    (pooling,) = plots.bars_by_op(results, lengths=["all 1024"])["pma_pooling"]
+    assert pooling.training is not None
+    assert (pooling.training.ratio, pooling.training.peer) == (2.84, "per-row SDPA")
 
 
 # ---------------------------------------------------------------- memory, calls

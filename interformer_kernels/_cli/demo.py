@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The four parts one after the other; returns 1 where parity is broken or the training fails."""
+    """Run the four parts in order; returns 1 where parity is broken or the training fails."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(f"demo needs {', '.join(missing)}: pip install 'interformer-kernels[bench,train]'", file=sys.stderr)
@@ -74,7 +74,10 @@ def _speed(arguments: argparse.Namespace, results: list[parity.Result]) -> int:
         print_table(f"{op}; ratio above 1: faster than the best peer", report.COLUMNS, lines)
     print("\n".join([report.rates(made.machine), *report.problems(made.measurements)]))
     report.write_json(arguments.out / "speed.json", made)
-    plots.times(arguments.out / "demo.png", made.measurements, parity.worst(results))
+    drawn = plots.results_of(made.measurements, made.machine)
+    kernels = [result for result in parity.worst(results) if result.backend != "reference"]
+    title = f"this machine, float32, {threads} threads, torch {torch.__version__}"
+    plots.speed(arguments.out / "demo.png", drawn, kernels, title=title)
     return 1 if any(one.problem and one.runner == peers.OURS for one in made.measurements) else 0
 
 
