@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there."""
+"""The code of the README and of the usage page runs as it stands there, and the README's figures are measured ones."""
 
 from __future__ import annotations
 
@@ -7,28 +7,84 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from interformer_bench.result_tables import read_results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+USAGE = (ROOT / "docs/usage.md").read_text(encoding="utf-8")
+SNIPPETS = {
+    name: re.findall(r"```python\n(.*?)```", page, re.DOTALL) for name, page in (("readme", README), ("usage", USAGE))
+}
+RESULTS = ("cpu-avx512-zen4.md", "cpu-avx2-zen4.md")
+
+
+def run(page: str, index: int) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(SNIPPETS[page][index], names)
+    return names
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 4
+    assert {name: len(found) for name, found in SNIPPETS.items()} == {"readme": 1, "usage": 4}
 
 
 @pytest.mark.parametrize(
-    ("index", "result", "shape"),
-    [(0, "pooled", (3, 2, 4, 16)), (1, "padded", (3, 10, 4, 16)), (2, "out", (3, 10, 64)), (3, "logits", (1,))],
+    ("page", "index", "result", "shape"),
+    [
+        ("readme", 0, "after", (3, 10, 4, 16)),
+        ("usage", 0, "pooled", (3, 2, 4, 16)),
+        ("usage", 1, "padded", (3, 10, 4, 16)),
+        ("usage", 2, "out", (3, 10, 64)),
+        ("usage", 3, "logits", (1,)),
+    ],
 )
-def test_snippet(index: int, result: str, shape: tuple[int, ...]) -> None:
-    names: dict[str, Any] = {}
-    exec(SNIPPETS[index], names)
+def test_snippet(page: str, index: int, result: str, shape: tuple[int, ...]) -> None:
+    names = run(page, index)
     assert names[result].shape == shape
     assert names[result].isfinite().all()
 
 
+def test_before_and_after_are_the_same() -> None:
+    names = run("readme", 0)
+    torch.testing.assert_close(names["after"][names["mask"]], names["before"][names["mask"]])
+    assert names["after"][~names["mask"]].eq(0).all()
+
+
+def test_every_measured_row_stands_in_the_results() -> None:
+    table = README.partition("## Measured")[2].partition("## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) == 6
+    committed = {
+        (one.op, one.shape, f"{one.ratio:.2f}x", one.peer)
+        for one in read_results(ROOT / "bench/results/cpu-avx512-zen4.md")
+        if (one.dtype, one.direction) == ("float32", "forward+backward")
+    }
+    for _, op, _, shape, _, peer, ratio, _ in rows:
+        name = peer.partition("(")[2].strip(" )")
+        assert (op.strip(" `"), shape.strip(), ratio.strip(), name) in committed
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_committed_results_can_be_read(name: str) -> None:
+    ops = {one.op for one in read_results(ROOT / "bench/results" / name)}
+    assert {"jagged_attention", "pma_pooling", "gated_cross_attention", "personalized_ffn"} <= ops
+
+
+def test_the_readme_is_short() -> None:
+    lines = README.splitlines()
+    assert len(lines) < 150
+    assert max(len(line) for line in lines if "](" not in line) <= 122
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README + USAGE, re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
