@@ -13,6 +13,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 WHEEL := build/wheel
+DOCS_BIN := build/docs/venv/bin
 WIDE := $(CURDIR)/build/wide
 WHEEL_BIN := $(CURDIR)/$(WHEEL)/venv/bin
 NATIVE := $(shell find csrc tests/emulated -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
@@ -47,7 +48,7 @@ FUZZ = $(BIN)/python -m pytest --timeout 0 --hypothesis-profile fuzz --hypothesi
 
 .PHONY: help demo test triton-test cuda-test target-env target-test target-native-test target-resources resources \
         gpu-report gpu-kit gpu-rehearsal fuzz nightly sanitize lint wheel-test wide-test bench bench-model \
-        bench-compare torch-matrix clean
+        bench-compare torch-matrix docs clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
@@ -71,6 +72,7 @@ help:
 	@echo "make bench [DATA=path]  every op against its peers on all named shapes: bench/out/report.md"
 	@echo "make bench-model        InterFormer against the same model on padded rows, training and inference: bench/out/model.md"
 	@echo "make bench-compare REF=<git ref>  is this tree slower than another, by interleaved runs: bench/out/compare.md"
+	@echo "make docs               the documentation as a site: build/docs/site/index.html"
 	@echo "make torch-matrix       one wheel under several versions of torch (downloads them)"
 	@echo "make clean              removes the environment and all that was built"
 
@@ -195,6 +197,18 @@ bench-model: $(READY)
 
 bench-compare: $(READY)
 	$(BIN)/python -m interformer_bench.compare $(REF) $(data_option) --out bench/out $(ARGS)
+
+# In an environment of its own: the site is built from the sources, without torch and without this package installed.
+docs: build/docs/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --quiet --strict --site-dir build/docs/site
+	@echo "build/docs/site/index.html"
+
+build/docs/ready: pyproject.toml tools/docs_requirements.py
+	rm -rf build/docs/venv
+	$(PYTHON) -m venv build/docs/venv
+	$(PYTHON) tools/docs_requirements.py > build/docs/requirements.txt
+	$(DOCS_BIN)/python -m pip install --quiet --disable-pip-version-check --requirement build/docs/requirements.txt
+	touch $@
 
 torch-matrix: $(READY)
 	bash tools/torch_matrix.sh
