@@ -26,6 +26,8 @@ OUTSIDE = {
 }
 INSIDE = {site: repository for repository, site in OUTSIDE.items()}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s#]+)(#[^)]*)?\)")
+# GitHub begins a list right behind a paragraph, Python-Markdown behind an empty line alone.
+LIST = re.compile(r"^(?!\s*(?:[-*|>]|\d+\.) |#|\s)(.+\n)(?=(?:- |1\. ))", re.MULTILINE)
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -49,4 +51,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return text if "`" in text else f"`{text}`"
         return f"{picture}[{text}]({posixpath.relpath(site, posixpath.dirname(here) or '.')}{anchor})"
 
-    return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in FENCE.split(markdown))
+    parts = FENCE.split(markdown)
+    return "".join(part if part.startswith("```") else LIST.sub(r"\1\n", LINK.sub(link, part)) for part in parts)
