@@ -61,7 +61,7 @@ help:
 	@echo "make resources          registers, spills and shared memory of every GPU kernel on every device, without one"
 	@echo "make gpu-report         on a machine with a GPU: is it right, how fast is it, in minutes; bench/results/<gpu>.md"
 	@echo "make gpu-kit            what the report would spend minutes on there, made here to take along: build/gpu-kit"
-	@echo "make gpu-rehearsal      the report here, without a GPU, with steps that crash, hang and talk nonsense"
+	@echo "make gpu-rehearsal      the report here, without a GPU, with steps that crash, hang and print garbage"
 	@echo "make fuzz               10 000 random calls of the CPU kernels, as many with a bad value or broken offsets;"
 	@echo "                        fewer of the CUDA kernels, emulated, and of the Triton kernels, interpreted"
 	@echo "make nightly            all tests with all cases, dtypes and draws, all resources, and make fuzz: hours"
@@ -201,7 +201,7 @@ bench-compare: $(READY)
 # In an environment of its own: the site is built from the sources, without torch and without this package installed.
 docs: build/docs/ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --quiet --strict --site-dir build/docs/site
-	@echo "build/docs/site/index.html"
+	@echo "build/docs/site/index.html; with search: $(PYTHON) -m http.server --directory build/docs/site"
 
 build/docs/ready: pyproject.toml tools/docs_requirements.py
 	rm -rf build/docs/venv
