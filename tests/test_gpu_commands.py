@@ -28,7 +28,7 @@ def test_tuned_tiles_are_the_fastest_measured_and_are_kept(tmp_path: Path, monke
 
     def measure(call: Any) -> float:
         """The time of the launches that a call records: fast with the expected tiles alone."""
-        with _run.written_down(target) as launches:
+        with _run.recording(target) as launches:
             call()
         return min(1.0 if launch.tiles == wanted else 2.0 for launch in launches)
 

@@ -158,9 +158,9 @@ def test_no_process_of_parity_compiles_more_than_60_kernels(op: str, monkeypatch
     compiled = []
     for case in testing.cases(op):
         inputs = testing.make_inputs(case, torch.bfloat16)
-        with _run.written_down(Target("cuda", 90)) as launches:
+        with _run.recording(Target("cuda", 90)) as launches:
             testing.evaluate(lambda: testing.call(op, inputs, "triton"), op, inputs)  # noqa: B023
-        sources = [(launch, resources._source(launch)) for launch in launches if launch.grid]
+        sources = [(launch, resources.source_of(launch)) for launch in launches if launch.grid]
         kernels = {
             (launch.kernel, repr(source.signature), repr(source.constants), repr(source.attrs), launch.tiles[2:])
             for launch, source in sources

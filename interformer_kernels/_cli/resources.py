@@ -138,24 +138,40 @@ CALLS: dict[str, Callable[[int, torch.dtype], None]] = {
 # ---------------------------------------------------------------- compiling
 
 
-def _source(launch: Launch) -> ASTSource:
+_Paths = dict[tuple[int, ...], Any]
+
+
+def _described(value: Any, path: tuple[int, ...], constants: _Paths, attributes: _Paths, special: bool) -> Any:
+    """The type of an argument as Triton's launch path specialises it: a string, or a tuple of the same class with the
+    types of its members. Constants and attributes are entered by their path among the arguments.
+    """
+    if isinstance(value, tuple):
+        # `do_not_specialize` does not reach the members of tuples.
+        members = [_described(x, (*path, i), constants, attributes, True) for i, x in enumerate(value)]
+        return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
+    if value is None or (special and type(value) is int and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, Tensor) or (special and type(value) is int and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def source_of(launch: Launch) -> ASTSource:
     """The kernel as it would be specialised for this launch."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    signature: dict[str, Any] = {}
+    constants: _Paths = {}
+    attributes: _Paths = {}
     for i, parameter in enumerate(launch.kernel.params):
-        value = launch.constants[parameter.name] if parameter.is_constexpr else launch.arguments[i]
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-            continue
-        divisible = isinstance(value, Tensor) or (special and isinstance(value, int) and value % 16 == 0)
-        if isinstance(value, Tensor):
-            signature[parameter.name] = _POINTERS[value.dtype]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", launch.constants[parameter.name]
         else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        if divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            special = not parameter.do_not_specialize
+            signature[parameter.name] = _described(launch.arguments[i], (i,), constants, attributes, special)
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
@@ -199,11 +215,11 @@ def usage(call: str, width: int, dtype: str, target: str) -> list[Usage]:
     """Compile the kernels of a call, each once."""
     found = []
     device, compiler = TARGETS[target]
-    with _run.written_down(device) as launches:
+    with _run.recording(device) as launches:
         CALLS[call](width, DTYPES[dtype])
     for launch in launches:
         options = {"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages}
-        compiled = triton.compile(_source(launch), target=compiler, options=options)
+        compiled = triton.compile(source_of(launch), target=compiler, options=options)
         registers, spills = _of_amd(compiled) if device.kind == "hip" else _of_nvidia(compiled, compiler)
         name = launch.kernel.fn.__name__
         tiles = "x".join(map(str, launch.tiles[:2])) + f", {launch.tiles.warps} warps, {launch.tiles.stages} stages"

@@ -1,108 +1,92 @@
-"""What becomes of attention outputs: the log-sum-exp, the epilogue's gate and residual, and the sums of split rows."""
+"""Outputs of the attention kernels, and the partials of rows whose keys are split."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from interformer_kernels._triton._attention_tiles import at, settle
-from interformer_kernels._triton._maps import LOG2_E, activate, exp2, narrow
+from interformer_kernels._triton._arguments import RowTask, Sizes
+from interformer_kernels._triton._attention_epilogue import apply_epilogue
+from interformer_kernels._triton._attention_variant import combine_softmax, finalize
+from interformer_kernels._triton._maps import narrow
 from interformer_kernels._triton._rows import holder
 
 
 @triton.jit
-def gated(
-    sums, residual, gate, p_gate, p_residual, m_out, FORM: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+def store_outputs(
+    acc, row_max, row_sum, any_key, task, count, n, head, rows, epilogue, outputs,
+    HEADS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, LAYOUT: tl.constexpr,
+    VARIANT: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """`residual + G(A, gate)` of a tile of attention outputs."""
-    if GATE:
-        b_gate = tl.load(gate + p_gate, mask=m_out, other=0.0).to(tl.float32)
-        if FORM == "multiply":
-            sums = sums * activate(b_gate, ACTIVATION, gate.dtype.element_ty)
-        else:
-            sums = activate(sums * b_gate, ACTIVATION, gate.dtype.element_ty)
-    if RESIDUAL:
-        sums = sums + tl.load(residual + p_residual, mask=m_out, other=0.0).to(tl.float32)
-    return sums
+    """Finish and store the outputs of a tile of queries (those below `count`); zero on the tail.
 
-
-@triton.jit
-def finish(
-    sums, largest, total, keys, some, gate, residual, out, lse, attn_out, row, rows, first, count, n, head,
-    gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
-    HEADS: tl.constexpr, DV: tl.constexpr, LAYOUT: tl.constexpr, SCORE: tl.constexpr, GATE: tl.constexpr,
-    FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """Outputs of a tile of queries from the sums over all their keys; zero on the tail. `some` see any key."""
-    sums, b_lse = settle(sums, largest, total, keys, some, SCORE, out.dtype.element_ty)
-    o_v = tl.arange(0, BLOCK_DV)
-    m_q = n < count  # [BLOCK_Q]
-    held = tl.where(row < rows, count, 0)
-    m_out = m_q[:, None] & (o_v < DV)[None, :]  # [BLOCK_Q, BLOCK_DV]
-    p_head = (first + n) * HEADS + head
-    p_out = p_head[:, None] * DV + o_v
-    if SCORE == "softmax":
-        tl.store(lse + p_head, b_lse, mask=m_q)
-    if KEEP:
-        tl.store(attn_out + p_out, sums, mask=m_out)
-    if GATE or RESIDUAL:
-        p_gate = at(row, first, n, gate_row, gate_token, LAYOUT) + head * gate_head
-        p_residual = at(row, first, n, residual_row, residual_token, LAYOUT) + head * residual_head
-        b_out = gated(
-            sums, residual, gate, p_gate[:, None] + o_v.to(tl.int64) * gate_channel, p_residual[:, None] + o_v,
-            (n < held)[:, None] & (o_v < DV)[None, :], FORM, ACTIVATION, GATE, RESIDUAL,
-        )  # fmt: skip
-        sums = tl.where(row < rows, b_out, 0.0) if LAYOUT == "packed" else b_out
-    tl.store(out + p_out, narrow(sums, out.dtype.element_ty), mask=m_out)
-
-
-@triton.jit
-def piece(k_first, chunk, SPLIT: tl.constexpr):
-    """Where the sums of a chunk of a split row lie: rows of more than SPLIT keys have room side by side."""
-    return 2 * k_first // SPLIT + chunk
-
-
-@triton.jit
-def keep_piece(sums, largest, total, pieces, weights, at_piece, queries, count, n, head, HEADS: tl.constexpr,
-               DV: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """Keep the sums of a tile of queries (those below `count`) over one chunk of a row's keys."""
-    o_v = tl.arange(0, BLOCK_DV)
-    m_q = n < count  # [BLOCK_Q]
-    p = (at_piece * queries + n) * HEADS + head
-    tl.store(pieces + p[:, None] * DV + o_v, sums, mask=m_q[:, None] & (o_v < DV)[None, :])
-    tl.store(weights + 2 * p, largest, mask=m_q)
-    tl.store(weights + 2 * p + 1, total, mask=m_q)
-
-
-@triton.jit
-def split_row(
-    slot, kv_offsets, rows, tokens, queries, skip, HEADS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_Q: tl.constexpr
-):  # fmt: skip
-    """Row, tile of its queries, first key and number of keys of the row whose chunks a slot joins; no keys if none.
-
-    A row of more than SPLIT keys holds a multiple of SPLIT among its tokens; its slots are those of the first of them.
+    `any_key`: queries that are not fully masked.
     """
-    tiles = tl.cdiv(queries * HEADS, BLOCK_Q)
-    mark = (slot // tiles).to(tl.int64) * SPLIT
-    row, first, count = holder(mark, kv_offsets, rows, tokens)
-    keys = count - skip
-    idle = (row >= rows) | (keys <= SPLIT) | (mark - SPLIT >= first)
-    return row, slot % tiles, first + skip, tl.where(idle, 0, keys)
+    out_dtype: tl.constexpr = outputs.out.dtype.element_ty
+    acc, b_lse = finalize(acc, row_max, row_sum, task.keys, any_key, VARIANT, out_dtype)
+    o_v = tl.arange(0, BLOCK_DV)
+    m_q = n < count  # [BLOCK_Q]
+    loaded = tl.where(task.row < rows, count, 0)
+    m_out = m_q[:, None] & (o_v < DV)[None, :]  # [BLOCK_Q, BLOCK_DV]
+    p_head = (task.first + n) * HEADS + head
+    p_out = p_head[:, None] * DV + o_v
+    if VARIANT.score == "softmax":
+        tl.store(outputs.lse + p_head, b_lse, mask=m_q)
+    if outputs.attn_out is not None:
+        tl.store(outputs.attn_out + p_out, acc, mask=m_out)
+    if epilogue.gate is not None or epilogue.residual is not None:
+        m_load = (n < loaded)[:, None] & (o_v < DV)[None, :]
+        b_out = apply_epilogue(acc, epilogue, task.row, task.first, n, head, m_load, o_v, LAYOUT, GATE)
+        acc = tl.where(task.row < rows, b_out, 0.0) if LAYOUT == "packed" else b_out
+    tl.store(outputs.out + p_out, narrow(acc, out_dtype), mask=m_out)
+
+
+# ---------------------------------------------------------------- rows whose keys are split
+
+
+@triton.jit
+def partial_index(k_first, i_split, SPLIT_KV: tl.constexpr):
+    """Index of the partial of a split; rows of more than SPLIT_KV keys have their partials side by side."""
+    return 2 * k_first // SPLIT_KV + i_split
+
+
+@triton.jit
+def store_partial(
+    acc, row_max, row_sum, partials, index, queries, count, n, head,
+    HEADS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Store the sums of a tile of queries (those below `count`) over one split of a row's keys."""
+    o_v = tl.arange(0, BLOCK_DV)
+    m_q = n < count  # [BLOCK_Q]
+    p = (index * queries + n) * HEADS + head
+    tl.store(partials.acc + p[:, None] * DV + o_v, acc, mask=m_q[:, None] & (o_v < DV)[None, :])
+    tl.store(partials.stats + 2 * p, row_max, mask=m_q)
+    tl.store(partials.stats + 2 * p + 1, row_sum, mask=m_q)
+
+
+@triton.jit
+def _split_row(slot, kv_offsets, sizes, HEADS: tl.constexpr, SPLIT_KV: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Row, tile of its queries, first key and number of keys of the row whose splits a slot combines; no keys if idle.
+
+    A row of more than SPLIT_KV keys holds a multiple of SPLIT_KV among its tokens; its slots are those of the first.
+    """
+    tiles = tl.cdiv(sizes.queries * HEADS, BLOCK_Q)
+    mark = (slot // tiles).to(tl.int64) * SPLIT_KV
+    row, first, count = holder(mark, kv_offsets, sizes.rows, sizes.k_tokens)
+    keys = count - sizes.skip
+    idle = (row >= sizes.rows) | (keys <= SPLIT_KV) | (mark - SPLIT_KV >= first)
+    return row, slot % tiles, first + sizes.skip, tl.where(idle, 0, keys)
 
 
 @triton.jit(do_not_specialize=["rows", "k_tokens", "queries", "skip"])
-def attention_merge(
-    pieces, weights, gate, residual, out, lse, attn_out, kv_offsets, rows, k_tokens, queries, skip,
-    gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
-    HEADS: tl.constexpr, DV: tl.constexpr, LAYOUT: tl.constexpr, SCORE: tl.constexpr, GATE: tl.constexpr,
-    FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DV: tl.constexpr,
+def combine_partials(
+    partials, epilogue, outputs, kv_offsets, rows, k_tokens, queries, skip,
+    HEADS: tl.constexpr, DV: tl.constexpr, LAYOUT: tl.constexpr, VARIANT: tl.constexpr, GATE: tl.constexpr,
+    SPLIT_KV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Join the chunks of a split row, in order, and finish its outputs."""
-    row, tile, k_first, keys = split_row(
-        tl.program_id(0), kv_offsets, rows, k_tokens, queries, skip, HEADS, SPLIT, BLOCK_Q
-    )
+    """Combine the splits of a row, in order, and finish its outputs."""
+    sizes = Sizes(rows, 0, k_tokens, queries, skip)
+    row, tile, k_first, keys = _split_row(tl.program_id(0), kv_offsets, sizes, HEADS, SPLIT_KV, BLOCK_Q)
     if keys == 0:
         return
     o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -110,48 +94,43 @@ def attention_merge(
     head = (o_q % HEADS).to(tl.int64)
     o_v = tl.arange(0, BLOCK_DV)
     m_q = n < queries  # [BLOCK_Q]
-    largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    sums = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-    for chunk in range(0, tl.cdiv(keys, SPLIT)):
-        p = (piece(k_first, chunk, SPLIT) * queries + n) * HEADS + head
-        b_sums = tl.load(pieces + p[:, None] * DV + o_v, mask=m_q[:, None] & (o_v < DV)[None, :], other=0.0)
-        if SCORE == "softmax":
-            b_largest = tl.load(weights + 2 * p, mask=m_q, other=0.0)
-            new = tl.maximum(largest, b_largest)
-            base = tl.where(new == float("-inf"), 0.0, new)
-            old_share = exp2((largest - base) * LOG2_E, out.dtype.element_ty)
-            share = exp2((b_largest - base) * LOG2_E, out.dtype.element_ty)
-            total = total * old_share + tl.load(weights + 2 * p + 1, mask=m_q, other=0.0) * share
-            sums = sums * old_share[:, None] + b_sums * share[:, None]
-            largest = new
+    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+    for i_split in range(0, tl.cdiv(keys, SPLIT_KV)):
+        p = (partial_index(k_first, i_split, SPLIT_KV) * queries + n) * HEADS + head
+        split_acc = tl.load(partials.acc + p[:, None] * DV + o_v, mask=m_q[:, None] & (o_v < DV)[None, :], other=0.0)
+        if VARIANT.score == "softmax":
+            split_max = tl.load(partials.stats + 2 * p, mask=m_q, other=0.0)
+            split_sum = tl.load(partials.stats + 2 * p + 1, mask=m_q, other=0.0)
+            acc, row_max, row_sum = combine_softmax(
+                acc, row_max, row_sum, split_acc, split_max, split_sum, outputs.out.dtype.element_ty
+            )
         else:
-            sums += b_sums
-    first = row.to(tl.int64) * queries
-    finish(
-        sums, largest, total, keys, m_q, gate, residual, out, lse, attn_out, row, rows, first, queries, n, head,
-        gate_row, gate_token, gate_head, gate_channel, residual_row, residual_token, residual_head,
-        HEADS, DV, LAYOUT, SCORE, GATE, FORM, ACTIVATION, RESIDUAL, KEEP, BLOCK_DV,
+            acc += split_acc
+    task = RowTask(row, row.to(tl.int64) * queries, queries, k_first, keys)
+    store_outputs(
+        acc, row_max, row_sum, m_q, task, queries, n, head, rows, epilogue, outputs,
+        HEADS, DV, BLOCK_DV, LAYOUT, VARIANT, GATE,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "k_tokens", "queries", "skip"])
-def add_pieces(
-    pieces, out, kv_offsets, rows, k_tokens, queries, skip,
-    HEADS: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,
+def add_partials(
+    partials, out, kv_offsets, rows, k_tokens, queries, skip,
+    HEADS: tl.constexpr, C: tl.constexpr, SPLIT_KV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the chunks of a split row, in order, of `pieces [P, N, H, C]` for `out [B, N, H, C]`."""
-    row, tile, k_first, keys = split_row(
-        tl.program_id(0), kv_offsets, rows, k_tokens, queries, skip, HEADS, SPLIT, BLOCK_Q
-    )
+    """Sum over the splits of a row, in order, of `partials [P, N, H, C]` for `out [B, N, H, C]`."""
+    sizes = Sizes(rows, 0, k_tokens, queries, skip)
+    row, tile, k_first, keys = _split_row(tl.program_id(0), kv_offsets, sizes, HEADS, SPLIT_KV, BLOCK_Q)
     if keys == 0:
         return
     o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_c = tl.arange(0, BLOCK_C)
     m = (o_q < queries * HEADS)[:, None] & (o_c < C)[None, :]  # [BLOCK_Q, BLOCK_C]
-    sums = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
-    for chunk in range(0, tl.cdiv(keys, SPLIT)):
-        p = piece(k_first, chunk, SPLIT) * queries * HEADS + o_q
-        sums += tl.load(pieces + p[:, None] * C + o_c, mask=m, other=0.0)
+    acc = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
+    for i_split in range(0, tl.cdiv(keys, SPLIT_KV)):
+        p = partial_index(k_first, i_split, SPLIT_KV) * queries * HEADS + o_q
+        acc += tl.load(partials + p[:, None] * C + o_c, mask=m, other=0.0)
     p_out = (row.to(tl.int64) * queries * HEADS + o_q)[:, None] * C + o_c
-    tl.store(out + p_out, narrow(sums, out.dtype.element_ty), mask=m)
+    tl.store(out + p_out, narrow(acc, out.dtype.element_ty), mask=m)

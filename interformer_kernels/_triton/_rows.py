@@ -1,9 +1,9 @@
 """How a program finds its row from the offsets, on the device.
 
-Rows are cut into tiles of `BLOCK` units, a token being `UNITS` of them (its heads, say). Row `b` owns the slots from
-`start_b * UNITS // BLOCK + b` on: at least as many as it has tiles, and at most one more, which stays idle. So the
-number of slots follows from sizes alone, and a slot's row is found by a binary search over the offsets themselves. The
-tokens behind the last row, the tail, are row `B`.
+Rows are cut into tiles of `BLOCK` packed rows, `PER_TOKEN` of them for a token (one for each head, say). Row `b` owns
+the slots from `start_b * PER_TOKEN // BLOCK + b` on: at least as many as it has tiles, and at most one more, which
+stays idle. So the number of slots follows from sizes alone, and a slot's row is found by a binary search over the
+offsets themselves. The tokens behind the last row, the tail, are row `B`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 
 
-def slots(tokens: int, rows: int, units: int, block: int) -> int:
+def slots(tokens: int, rows: int, per_token: int, block: int) -> int:
     """Number of slots of `rows` rows and the tail, for any offsets."""
-    return tokens * units // block + rows + 1
+    return tokens * per_token // block + rows + 1
 
 
 @triton.jit
 def edge(offsets, i, tokens):
-    """An entry of the offsets, within the tensor whatever it holds."""
+    """An entry of the offsets, clamped to the tokens of the tensor."""
     return tl.minimum(tl.maximum(tl.load(offsets + i).to(tl.int64), 0), tokens)
 
 
@@ -32,11 +32,11 @@ def span(offsets, row, rows, tokens):
 
 
 @triton.jit
-def _search(goal, offsets, rows, tokens, UNITS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr):
+def _search(goal, offsets, rows, tokens, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr):
     """Row of a slot or token, its first token, and the one behind its last.
 
-    An entry counts for no less than the last one that led up, for no more than the last one that led down. So rows are
-    a partition of all tokens whatever the offsets hold, the same one for every goal: no token is left out.
+    Every entry is clamped between the last one that led up and the last one that led down. So rows are a partition of
+    all tokens whatever the offsets hold, the same one for every goal, and no token is left out.
     """
     low = rows * 0
     high = rows + low
@@ -45,22 +45,22 @@ def _search(goal, offsets, rows, tokens, UNITS: tl.constexpr, BLOCK: tl.constexp
     while low < high:
         middle = (low + high + 1) // 2
         here = tl.minimum(tl.maximum(tl.load(offsets + middle).to(tl.int64), first), last)
-        place = here * UNITS // BLOCK
+        place = here * PER_TOKEN // BLOCK
         if SLOTS:
             place += middle
-        up = place <= goal
-        first = tl.where(up, here, first)
-        last = tl.where(up, last, here)
-        low = tl.where(up, middle, low)
-        high = tl.where(up, high, middle - 1)
+        goes_up = place <= goal
+        first = tl.where(goes_up, here, first)
+        last = tl.where(goes_up, last, here)
+        low = tl.where(goes_up, middle, low)
+        high = tl.where(goes_up, high, middle - 1)
     return low, first, last
 
 
 @triton.jit
-def find(slot, offsets, rows, tokens, UNITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Row, first token, number of tokens, and tile (one that begins at a token of the row, or beyond) of a slot."""
-    row, first, last = _search(slot, offsets, rows, tokens, UNITS, BLOCK, True)
-    return row, first, (last - first).to(tl.int32), slot - (first * UNITS // BLOCK + row).to(tl.int32)
+def find(slot, offsets, rows, tokens, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Row of a slot, its first token and number of tokens, and the slot's tile, which may begin beyond the row."""
+    row, first, last = _search(slot, offsets, rows, tokens, PER_TOKEN, BLOCK, True)
+    return row, first, (last - first).to(tl.int32), slot - (first * PER_TOKEN // BLOCK + row).to(tl.int32)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""How kernels are started: on the device, in the interpreter, or only written down for a compiler to see."""
+"""Launches of kernels: on the device, in the interpreter, or only recorded for an ahead-of-time compiler."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from interformer_kernels._triton._tiles import Target, Tiles
 
 
 class Launch(NamedTuple):
-    """One kernel with its grid and arguments: runtime ones by position, then constants by name."""
+    """One kernel with its grid, its runtime arguments in order, and its constants by name."""
 
     kernel: Any
     grid: int
@@ -25,19 +25,19 @@ class Launch(NamedTuple):
     tiles: Tiles
 
 
-_written_down: list[Launch] | None = None
+_recorded: list[Launch] | None = None
 _target: Target | None = None
 
 
 @contextlib.contextmanager
-def written_down(target: Target) -> Iterator[list[Launch]]:
-    """Nothing is run: what would be started on `target` is listed, for tensors of any device."""
-    global _written_down, _target
-    _written_down, _target = [], target
+def recording(target: Target) -> Iterator[list[Launch]]:
+    """List the launches that calls would make on `target`, for tensors of any device, instead of making them."""
+    global _recorded, _target
+    _recorded, _target = [], target
     try:
-        yield _written_down
+        yield _recorded
     finally:
-        _written_down = _target = None
+        _recorded = _target = None
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def _gpu(index: int) -> Target:
 
 
 def target_of(x: Tensor) -> Target:
-    """The device that the call's kernels are for."""
+    """The device for which the call's kernels are launched."""
     if _target is not None:
         return _target
     if x.device.type != "cuda":
@@ -59,26 +59,26 @@ def target_of(x: Tensor) -> Target:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 tiles are multiplied: as PyTorch's own matrix products are; on AMD in full."""
+    """Precision of float32 products: as PyTorch's own matrix products have it; on AMD always full."""
     return "tf32" if allows_tf32(dtype) and not torch.version.hip else "ieee"
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are started on the device that holds `x`."""
+    """A context in which kernels are launched on the device that holds `x`."""
     if x.device.type != "cuda":
         raise RuntimeError("TRITON_INTERPRET=1 must be set before triton is imported to serve CPU tensors")
     return torch.cuda.device(x.device)
 
 
-def start(kernel: Any, grid: int, *arguments: Any, tiles: Tiles, **constants: Any) -> None:
-    """Start `grid` programs of a kernel; none where there is no work."""
-    if _written_down is not None:
-        _written_down.append(Launch(kernel, grid, arguments, constants, tiles))
+def start(kernel: Any, lead: Tensor, grid: int, *arguments: Any, tiles: Tiles, **constants: Any) -> None:
+    """Launch `grid` programs of a kernel on the device of `lead`; none where there is no work."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, constants, tiles))
         return
     if grid == 0:
         return
     if INTERPRETED:
         kernel[(grid,)](*arguments, **constants)
         return
-    with on_device_of(next(x for x in arguments if isinstance(x, Tensor))):
+    with on_device_of(lead):
         kernel[(grid,)](*arguments, **constants, num_warps=tiles.warps, num_stages=tiles.stages)

@@ -1,0 +1,195 @@
+"""Arguments of the kernels, in groups.
+
+Tensors with their strides, and options that are compiled in, are NamedTuples. Sizes and limits of masks stay plain
+integers: Triton specialises integers of tuples by value (1, multiples of 16), whatever `do_not_specialize` says, and
+would compile a kernel anew for them. Kernels put them into `Sizes` and `Variant` at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+# ---------------------------------------------------------------- tensors; `Any` is a tensor outside of kernels
+
+
+class QueryOperand(NamedTuple):
+    """A tensor of the queries' or the output's layout, with its strides of rows, tokens and heads."""
+
+    pointer: Any
+    row: Any
+    token: Any
+    head: Any
+
+
+class GateOperand(NamedTuple):
+    """The gate of the output's layout, which may broadcast along any axis."""
+
+    pointer: Any
+    row: Any
+    token: Any
+    head: Any
+    channel: Any
+
+
+class KeyOperand(NamedTuple):
+    """Keys, values or other packed tokens `[T, H, D]`, with their strides of tokens and heads."""
+
+    pointer: Any
+    token: Any
+    head: Any
+
+
+class Table(NamedTuple):
+    """A matrix with contiguous rows, such as tokens without heads or a rotary table, with the stride of its rows."""
+
+    pointer: Any
+    row: Any
+
+
+class KeysAndValues(NamedTuple):
+    """Both operands that are streamed past the queries."""
+
+    k: KeyOperand
+    v: KeyOperand
+
+
+class Offsets(NamedTuple):
+    """Bounds of the rows among query tokens and among key tokens."""
+
+    q: Any
+    kv: Any
+
+
+class Epilogue(NamedTuple):
+    """Operands of the epilogue; None where the call has none."""
+
+    gate: GateOperand | None
+    residual: QueryOperand | None
+
+
+class Outputs(NamedTuple):
+    """Contiguous outputs of the forward; None where they are not kept."""
+
+    out: Any
+    lse: Any
+    attn_out: Any
+
+
+class Partials(NamedTuple):
+    """Sums over the splits of long rows: accumulators, and pairs of row maximum and row sum."""
+
+    acc: Any
+    stats: Any
+
+
+class QuerySide(NamedTuple):
+    """Operands and statistics of the queries in the backward; `delta` has pairs of a row sum and delta."""
+
+    q: QueryOperand
+    grad: QueryOperand
+    lse: Any
+    delta: Any
+
+
+class Scales(NamedTuple):
+    """The factor of scores before their map, and of the mapped ones before the sum over keys."""
+
+    scale: Any
+    post_scale: Any
+
+
+# ---------------------------------------------------------------- compiled in
+
+
+class VariantOptions(NamedTuple):
+    """The map of scores, and which masks there are."""
+
+    score: str
+    causal: bool
+    left: bool
+    right: bool
+    prefix: bool
+
+
+class GateOptions(NamedTuple):
+    """Form and activation of the gate."""
+
+    form: str
+    activation: str
+
+
+class Shape(NamedTuple):
+    """Shape of a call and of its tiles, as kernels of tiles of one row are compiled for it."""
+
+    d: int
+    dv: int
+    q_per_kv: int
+    pack: int
+    packs: int
+    layout: str
+    v_is_k: bool
+    cell: int
+    block_q: int
+    block_k: int
+    block_d: int
+    block_dv: int
+    precision: str
+
+
+class ShortShape(NamedTuple):
+    """The same for kernels of short rows."""
+
+    d: int
+    dv: int
+    q_per_kv: int
+    kv_heads: int
+    cell: int
+    block: int
+    block_d: int
+    block_dv: int
+    precision: str
+
+
+class GradPass(NamedTuple):
+    """Kind of a backward pass over queries: for dQ, or else for the sums of P and of P * dP.
+
+    `fp32_softmax`: the softmax of float32, whose gradients are divided by the sums of a pass before.
+    `only_large_lse`: only for queries whose log-sum-exp has lost digits.
+    """
+
+    fp32_softmax: bool
+    gradient: bool
+    only_large_lse: bool
+
+
+# ---------------------------------------------------------------- made in kernels
+
+
+class Sizes(NamedTuple):
+    """Rows, query and key tokens of the batch; queries of a row where all have as many; skipped first keys."""
+
+    rows: Any
+    q_tokens: Any
+    k_tokens: Any
+    queries: Any
+    skip: Any
+
+
+class Variant(NamedTuple):
+    """Numbers that `_attention_variant.py` maps and masks scores by."""
+
+    scale: Any
+    post_scale: Any
+    left: Any
+    right: Any
+    prefix: Any
+
+
+class RowTask(NamedTuple):
+    """A row of the batch with its first query, number of queries, first key and number of keys."""
+
+    row: Any
+    first: Any
+    count: Any
+    k_first: Any
+    keys: Any

@@ -1,0 +1,92 @@
+"""The epilogue of attention, `residual + G(A, gate)`, and its backward."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from interformer_kernels._triton._attention_tiles import places
+from interformer_kernels._triton._maps import activate, activation_grad, narrow
+from interformer_kernels._triton._rows import edge
+
+
+@triton.jit
+def apply_epilogue(acc, epilogue, row, first, n, head, m_load, o_v, LAYOUT: tl.constexpr, GATE: tl.constexpr):
+    """`residual + G(A, gate)` of a tile of attention outputs."""
+    if epilogue.gate is not None:
+        gate = epilogue.gate
+        p_gate = places(gate, row, first, n, head, LAYOUT)[:, None] + o_v.to(tl.int64) * gate.channel
+        b_gate = tl.load(gate.pointer + p_gate, mask=m_load, other=0.0).to(tl.float32)
+        if GATE.form == "multiply":
+            acc = acc * activate(b_gate, GATE.activation, gate.pointer.dtype.element_ty)
+        else:
+            acc = activate(acc * b_gate, GATE.activation, gate.pointer.dtype.element_ty)
+    if epilogue.residual is not None:
+        p_residual = places(epilogue.residual, row, first, n, head, LAYOUT)[:, None] + o_v
+        acc = acc + tl.load(epilogue.residual.pointer + p_residual, mask=m_load, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _gate_backward(b_grad, b_a, gate, row, n, head, mask, o_v, GATE: tl.constexpr):
+    """Gradients of A and of the gate, from the output's gradient and A."""
+    dtype: tl.constexpr = gate.pointer.dtype.element_ty
+    p_gate = row * gate.row + n[:, None] * gate.token + head * gate.head + o_v.to(tl.int64) * gate.channel
+    b_gate = tl.load(gate.pointer + p_gate, mask=mask, other=0.0).to(tl.float32)
+    if GATE.form == "multiply":
+        b_grad_gate = b_grad * b_a * activation_grad(b_gate, GATE.activation, dtype)
+        b_grad = b_grad * activate(b_gate, GATE.activation, dtype)
+    else:
+        b_inner = b_grad * activation_grad(b_a * b_gate, GATE.activation, dtype)
+        b_grad_gate = b_inner * b_a
+        b_grad = b_inner * b_gate
+    return b_grad, b_grad_gate
+
+
+@triton.jit(do_not_specialize=["rows", "q_tokens", "queries"])
+def epilogue_backward(
+    grad_out, attn_out, gate, grad_attn_out, delta, grad_gate, q_offsets, rows, q_tokens, queries,
+    HEADS: tl.constexpr, DV: tl.constexpr, LAYOUT: tl.constexpr, GATE: tl.constexpr,
+    SUM_TOKENS: tl.constexpr, SUM_CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Gradients of A and of the gate, and delta, of a block of query tokens under one head.
+
+    `gate` and `delta` may be None. `grad_gate` holds sums over the channels, or over the block's tokens, where the gate
+    broadcasts along them.
+    """
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    block = tl.program_id(0) // HEADS
+    t = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_v = tl.arange(0, BLOCK_DV)
+    if LAYOUT == "packed":
+        row = block * 0
+        n = t
+        m_in = t < edge(q_offsets, rows, q_tokens)  # [BLOCK_T]
+    else:
+        row = (t // queries)[:, None]
+        n = t % queries
+        m_in = t < q_tokens
+    m_out = (t < q_tokens)[:, None] & (o_v < DV)[None, :]  # [BLOCK_T, BLOCK_DV]
+    m_load = m_out & m_in[:, None]
+    p_out = (t[:, None] * HEADS + head) * DV + o_v
+    p_grad = row * grad_out.row + n[:, None] * grad_out.token + head * grad_out.head + o_v
+    b_grad = tl.load(grad_out.pointer + p_grad, mask=m_load, other=0.0).to(tl.float32)
+    b_a = tl.load(attn_out + p_out, mask=m_load, other=0.0)
+    if gate is not None:
+        b_grad, b_grad_gate = _gate_backward(b_grad, b_a, gate, row, n, head, m_load, o_v, GATE)
+        b_grad = narrow(b_grad, grad_attn_out.dtype.element_ty)
+        tl.store(grad_attn_out + p_out, b_grad, mask=m_out)
+        b_grad = b_grad.to(tl.float32)
+        if SUM_TOKENS and SUM_CHANNELS:
+            tl.store(grad_gate + block.to(tl.int64) * HEADS + head, tl.sum(tl.sum(b_grad_gate, 1), 0))
+        elif SUM_TOKENS:
+            p_sum = (block.to(tl.int64) * HEADS + head) * DV + o_v
+            tl.store(grad_gate + p_sum, tl.sum(b_grad_gate, 0), mask=o_v < DV)
+        elif SUM_CHANNELS:
+            tl.store(grad_gate + t * HEADS + head, tl.sum(b_grad_gate, 1), mask=t < q_tokens)
+        else:
+            tl.store(grad_gate + p_out, narrow(b_grad_gate, grad_gate.dtype.element_ty), mask=m_out)
+    if delta is not None:
+        p_pair = 2 * (t * HEADS + head)
+        tl.store(delta + p_pair, tl.zeros([BLOCK_T], tl.float32), mask=t < q_tokens)
+        tl.store(delta + p_pair + 1, tl.sum(b_grad * b_a, 1), mask=t < q_tokens)

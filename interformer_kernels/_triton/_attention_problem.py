@@ -1,0 +1,177 @@
+"""A call of the attention family made ready for the kernels: tensors, tiles, and the groups of arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interformer_kernels._calls import AttentionCall
+from interformer_kernels._launch import long_rows
+from interformer_kernels._launch.tensors import readable
+from interformer_kernels._triton import _run
+from interformer_kernels._triton._arguments import (
+    GateOperand,
+    GateOptions,
+    KeyOperand,
+    KeysAndValues,
+    Offsets,
+    QueryOperand,
+    Scales,
+    Shape,
+    ShortShape,
+    VariantOptions,
+)
+from interformer_kernels._triton._rows import slots
+from interformer_kernels._triton._tiles import Tiles, entries, padded, tiles, variant
+from interformer_kernels._triton.apply_rotary import rotated
+
+_MIN_TILE_ROWS = 16  # rows of a tile that tensor cores take
+_WIDE_HEAD = 128  # padded channels of a head from which heads are not packed
+
+
+class Problem:
+    """Tensors that kernels read in place, sizes, and the arguments that kernels have in common."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        self.call = call
+        self.out_shape = call.out_shape()
+        kv_offsets = readable(call.kv_offsets)
+        q_offsets = kv_offsets if call.q_offsets is None else readable(call.q_offsets)
+        self.offsets = Offsets(q_offsets, kv_offsets)
+        q, k, v = call.q, call.k, call.k if call.v is None else call.v
+        if call.cos is not None and call.sin is not None:
+            tables = call.cos, call.sin
+            q = rotated(q, q_offsets, *tables, call.positions_q, call.rope_interleaved, backwards=False)
+            k = rotated(k, kv_offsets, *tables, call.positions_k, call.rope_interleaved, backwards=False)
+        self.q, self.k, self.v = readable(q), readable(k), readable(v)
+        self.kv = KeysAndValues(KeyOperand(self.k, *self.k.stride()[:2]), KeyOperand(self.v, *self.v.stride()[:2]))
+        self.rows = call.kv_offsets.shape[0] - 1
+        self.heads, self.kv_heads = q.shape[-2], k.shape[1]
+        # Query tokens of all rows as outputs are numbered, and of one row where all rows have the same number.
+        self.tokens = self.out_shape[0] if call.layout == "packed" else self.out_shape[0] * self.out_shape[1]
+        self.queries = 0 if call.layout == "packed" else self.out_shape[1]
+        self.q_per_kv = self.heads // self.kv_heads
+        self.width = max(padded(self.k.shape[2]), padded(self.v.shape[2]))
+        self.pack = self._pack()
+        self.softmax = call.score == "softmax"
+        self.fp32_softmax = self.softmax and k.dtype == torch.float32
+
+    def _pack(self) -> int:
+        """Key/value heads that a program takes at once, so that few queries fill a tile.
+
+        Wide heads are not packed: to repeat each head alone (`_attention_tiles.of_attempt`) takes registers that they
+        lack.
+        """
+        pack = 1
+        if self.call.layout != "packed" and self.queries and self.width < _WIDE_HEAD:
+            while self.kv_heads % (2 * pack) == 0 and 2 * pack * self.q_per_kv * self.queries <= _MIN_TILE_ROWS:
+                pack *= 2
+        return pack
+
+    @property
+    def heads_per_program(self) -> int:
+        """Query heads of a program, and so packed rows of a query token."""
+        return self.pack * self.q_per_kv
+
+    @property
+    def packs(self) -> int:
+        """Programs that divide the key/value heads among themselves."""
+        return self.kv_heads // self.pack
+
+    # ------------------------------------------------------------ tiles and grids
+
+    def tiles(self, kernel: str) -> Tiles:
+        """Tiles of a kernel; no more queries than rows have, where that is known."""
+        on = self.width, self.k.element_size(), _run.target_of(self.k)
+        entry = tiles(kernel, *on)
+        if self.call.layout == "packed":
+            return (variant("grad_queries_packed", *on) if kernel == "grad_queries" else None) or entry
+        return entry._replace(queries=min(entry.queries, padded(max(1, self.queries * self.heads_per_program))))
+
+    def short_tiles(self, backward: bool = False) -> Tiles | None:
+        """Tiles of short rows, of `keys` tokens at most; None where there are none."""
+        on = self.k.element_size(), _run.target_of(self.k)
+        if self.call.layout != "packed" or self.width > max(entries("short", *on)):
+            return None
+        entry = tiles("short", self.width, *on)
+        of_backward = variant("short_backward", self.width, *on) if backward else None
+        # Both passes leave the same rows to these kernels, even where a tuned tile has another number of tokens.
+        return of_backward if of_backward is not None and of_backward.keys == entry.keys else entry
+
+    @property
+    def cell(self) -> int:
+        """Tokens of a row that is left to the kernels of short rows."""
+        short = self.short_tiles()
+        return 0 if short is None else short.keys
+
+    def num_partials(self, split_kv: int) -> int:
+        """Number of partials of all rows of more than `split_kv` keys (`_attention_output.partial_index`)."""
+        return long_rows.pieces(self.k.shape[0], split_kv)
+
+    def query_slots(self, block: int, rows: int) -> int:
+        """Slots of tiles of queries, over all rows of the batch or groups of them."""
+        if self.call.layout == "packed":
+            return slots(self.tokens, rows, self.heads_per_program, block)
+        return rows * -(-self.queries * self.heads_per_program // block)
+
+    def query_grid(self, block: int, rows: int, split_kv: int) -> int:
+        """Programs of a pass over queries: one for each tile, or for each split of a row's keys and tile."""
+        if not split_kv:
+            return self.query_slots(block, rows) * self.packs
+        return slots(self.k.shape[0], self.rows, 1, split_kv) * self.query_slots(block, 1) * self.packs
+
+    # ------------------------------------------------------------ arguments of kernels
+
+    def sizes(self) -> tuple[int, ...]:
+        """Rows, tokens, queries of a row, skipped keys, and limits of masks; none larger than the number of tokens."""
+        call, most = self.call, max(self.tokens, self.k.shape[0])
+        limits = call.skip_prefix, call.window_left, call.window_right, call.num_prefix
+        skip, left, right, prefix = (min(limit, most) for limit in limits)
+        return self.rows, self.tokens, self.k.shape[0], self.queries, min(skip, self.k.shape[0]), left, right, prefix
+
+    def split_sizes(self) -> tuple[int, ...]:
+        """Sizes for the kernels that combine partials."""
+        rows, _, k_tokens, queries, skip, *_ = self.sizes()
+        return rows, k_tokens, queries, skip
+
+    def scales(self) -> Scales:
+        return Scales(self.call.scale, self.call.post_scale)
+
+    def query_operand(self, x: Tensor) -> QueryOperand:
+        """A tensor of the queries' or the output's layout."""
+        return QueryOperand(x, *self._strides(x))
+
+    def gate_operand(self, gate: Tensor) -> GateOperand:
+        """A gate that was expanded to the output's shape."""
+        return GateOperand(gate, *self._strides(gate), gate.stride(-1))
+
+    def _strides(self, x: Tensor) -> tuple[int, int, int]:
+        return (0, x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0), x.stride(1), x.stride(2))
+
+    def variant(self) -> VariantOptions:
+        """The map of scores, and which masks there are."""
+        call = self.call
+        return VariantOptions(
+            call.score, call.causal, call.window_left >= 0, call.window_right >= 0, call.num_prefix > 0
+        )
+
+    def gate_options(self) -> GateOptions:
+        return GateOptions(self.call.gate_form, self.call.gate_activation)
+
+    def shape(self, chosen: Tiles) -> Shape:
+        """Shape of the kernels of tiles of one row."""
+        d, dv = self.k.shape[2], self.v.shape[2]
+        return Shape(
+            d, dv, self.q_per_kv, self.pack, self.packs, self.call.layout, self.call.v is None, self.cell,
+            chosen.queries, chosen.keys, padded(d), padded(dv), _run.precision(self.k.dtype),
+        )  # fmt: skip
+
+    def short_shape(self, chosen: Tiles) -> ShortShape:
+        """Shape of the kernels of short rows."""
+        d, dv = self.k.shape[2], self.v.shape[2]
+        precision: Any = _run.precision(self.k.dtype)
+        return ShortShape(
+            d, dv, self.q_per_kv, self.kv_heads, chosen.keys, chosen.queries, padded(d), padded(dv), precision
+        )
