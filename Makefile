@@ -125,12 +125,12 @@ target-native-test: $(TARGET_READY)
 	cd $(TARGET)/run && $(TARGET_PYTEST) $(TARGET_TESTS) $(ARGS)
 
 target-resources: $(TARGET_READY)
-	TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH="$(CURDIR)" $(TARGET_BIN)/python -m interformer_kernels._cli.resources \
+	TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH="$(CURDIR):$(CURDIR)/tools" $(TARGET_BIN)/python -m resources.triton_kernels \
 	    --target sm_90 $(ARGS)
 
 resources: $(READY)
-	$(BIN)/python -m interformer_kernels._cli.cuda_resources
-	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m interformer_kernels._cli.resources $(ARGS)
+	PYTHONPATH=tools $(BIN)/python -m resources.cuda_kernels
+	TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH=tools $(BIN)/python -m resources.triton_kernels $(ARGS)
 
 # With the Python that is there, and nothing installed: machines with GPUs come with their torch and Triton.
 gpu-report:

@@ -1,15 +1,21 @@
-"""The CUDA kernels as built for every device: no arrays in local memory, tensor cores just where they are claimed.
+"""The CUDA kernels as built for every device: no arrays in local memory, tensor cores exactly where they are claimed.
 
 Registers that spill and all warnings are errors of the build itself. Skipped where the CUDA part is not built.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from interformer_kernels import _backend
-from interformer_kernels._cli import cuda_resources
-from interformer_kernels._cli.cuda_resources import Usage
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+
+from resources import cuda_kernels
+from resources.cuda_kernels import Usage
 
 module = _backend.native()
 built = pytest.mark.skipif(
@@ -23,10 +29,10 @@ built = pytest.mark.skipif(
 def test_kernels_fit_every_device() -> None:
     assert module is not None
     try:
-        cuda_resources.tool("cuobjdump")
+        cuda_kernels.tool("cuobjdump")
     except FileNotFoundError as missing:
         pytest.skip(str(missing))
-    found = cuda_resources.usages(str(module.__file__))
+    found = cuda_kernels.usages(str(module.__file__))
     targets = {
         name.removesuffix("-real") for name in module.build_info()["cuda_architectures"] if "virtual" not in name
     }
@@ -47,10 +53,10 @@ def test_what_does_not_fit_is_seen() -> None:
 
 def test_names_are_readable() -> None:
     mangled = "_ZN11interformer4cuda12row_productsINS_7Float16ELb1EEEvNS0_7ProductIT_EENS0_7OffsetsE"
-    assert cuda_resources.readable([mangled]) == {mangled: "row_products<Float16, true>"}
+    assert cuda_kernels.readable([mangled]) == {mangled: "row_products<Float16, true>"}
 
 
 def test_without_a_cuda_part_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "native", lambda: None)
-    assert cuda_resources.main([]) == 0
+    assert cuda_kernels.main([]) == 0
     assert capsys.readouterr().err.startswith("no CUDA part to look at: ")

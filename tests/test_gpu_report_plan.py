@@ -149,7 +149,8 @@ def test_parity_leaves_no_case_out() -> None:
 @pytest.mark.parametrize("op", ["jagged_attention", "pma_pooling"])
 def test_no_process_of_parity_compiles_more_than_60_kernels(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from interformer_kernels._cli import resources
+    from resources import triton_kernels
+
     from interformer_kernels._cli.arguments import Part
     from interformer_kernels._triton import _run
     from interformer_kernels._triton._tiles import Target
@@ -160,7 +161,7 @@ def test_no_process_of_parity_compiles_more_than_60_kernels(op: str, monkeypatch
         inputs = testing.make_inputs(case, torch.bfloat16)
         with _run.recording(Target("cuda", 90)) as launches:
             testing.evaluate(lambda: testing.call(op, inputs, "triton"), op, inputs)  # noqa: B023
-        sources = [(launch, resources.source_of(launch)) for launch in launches if launch.grid]
+        sources = [(launch, triton_kernels.source_of(launch)) for launch in launches if launch.grid]
         kernels = {
             (launch.kernel, repr(source.signature), repr(source.constants), repr(source.attrs), launch.tiles[2:])
             for launch, source in sources

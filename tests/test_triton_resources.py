@@ -1,7 +1,7 @@
 """The Triton kernels compile for every device without one, and fit: no spills, shared memory within the device's.
 
 Here a part of the table, in processes that are not interpreting; `make resources` compiles all of it, and `.ci/run`
-has it compile one entry in seven: each call, width, dtype and device comes, by turns.
+has it compile one entry in seven: each call, width, dtype and device comes up in rotation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
-# One entry of each kernel at least, each dtype, and every device; the widest where a kernel is nearest to its limits.
+sys.path.append(str(ROOT / "tools"))
+# At least one entry of each kernel, dtype and device; the widest heads where a kernel is closest to its limits.
 PART = (
     "jagged_attention/64/bfloat16/sm_90",
     "jagged_attention/64/bfloat16/gfx942",
@@ -29,8 +30,8 @@ PART = (
     "apply_rotary/64/bfloat16/gfx942",
 )
 KERNELS = {
-    "attention_forward", "epilogue_backward", "attention_grad_queries", "attention_grad_keys", "attention_merge",
-    "add_pieces", "attention_forward_short", "attention_backward_short", "rotate_rows", "row_products",
+    "attention_forward", "epilogue_backward", "attention_grad_queries", "attention_grad_keys", "combine_partials",
+    "add_partials", "attention_forward_short", "attention_backward_short", "rotate_rows", "row_products",
     "row_grad_weight",
 }  # fmt: skip
 
@@ -39,12 +40,12 @@ KERNELS = {
 def compiled() -> list[dict[str, Any]]:
     """The lines of the table that `make resources` would print for these entries."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "interformer_kernels._cli.resources", "--json"]
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "resources.triton_kernels", "--json"]
     command += [word for entry in PART for word in ("--entry", entry)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode in (0, 1), done.stderr
-    assert "Traceback" not in done.stderr, done.stderr  # which ends with 1, too
+    assert "Traceback" not in done.stderr, done.stderr  # A traceback ends with status 1, too.
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -59,7 +60,7 @@ def test_kernels_fit_every_device(compiled: list[dict[str, Any]]) -> None:
 
 def test_what_does_not_fit_is_seen() -> None:
     """A kernel that spills, and one that takes more shared memory than the device has, each fails its line."""
-    from interformer_kernels._cli.resources import SHARED_MEMORY, Usage
+    from resources.triton_kernels import SHARED_MEMORY, Usage
 
     about = "jagged_attention", "attention_forward", 64, "float32", "sm_80", "64x64", 255
     assert Usage(*about, 0, SHARED_MEMORY["sm_80"]).fits

@@ -1,8 +1,8 @@
 """Triton's own launch path on a machine without a GPU: kernels are specialised and compiled, and launches do nothing.
 
 After `install("sm_90")` the package's Triton backend serves CPU tensors: a call goes through all of the launchers and
-of Triton's just-in-time path (binding, specialisation, cache, compiler) up to the launch itself. Results hold what
-memory held. Triton asks a driver for nothing but what stands here, in 3.6 and 3.9 alike.
+of Triton's just-in-time path (binding, specialisation, cache, compiler) up to the launch itself. Results are
+uninitialised memory. These are all the methods that Triton 3.6 and 3.9 call on a driver.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from resources import triton_kernels
 from triton.runtime import driver
 
 from interformer_kernels import _backend
-from interformer_kernels._cli import resources
 from interformer_kernels._triton import _run
 
 
 class _Utils:
-    """What Triton's driver asks a device's."""
+    """The part of a driver that loads kernels and knows the device."""
 
     def __init__(self, shared: int) -> None:
         self.shared = shared
@@ -39,11 +39,11 @@ class _Utils:
 
 
 class FakeDriver:
-    """One device of a target; `launches` counts what would have been started on it."""
+    """One device of a target; `launches` counts the launches that it swallowed."""
 
     def __init__(self, target: str) -> None:
-        _, self.target = resources.TARGETS[target]
-        self.utils = _Utils(resources.SHARED_MEMORY[target])
+        _, self.target = triton_kernels.TARGETS[target]
+        self.utils = _Utils(triton_kernels.SHARED_MEMORY[target])
         self.launches = 0
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
@@ -69,10 +69,10 @@ class FakeDriver:
 
 
 def install(target: str) -> FakeDriver:
-    """From now on Triton compiles for this target of `resources.TARGETS`, and this process launches nothing."""
+    """From now on Triton compiles for this target of `triton_kernels.TARGETS`, and this process launches nothing."""
     fake = FakeDriver(target)
     driver.set_active(fake)
-    kernels_for, _ = resources.TARGETS[target]
+    kernels_for, _ = triton_kernels.TARGETS[target]
     _run.target_of = lambda x: kernels_for
     _run.on_device_of = lambda x: contextlib.nullcontext()
     _backend._DEVICES["triton"] = "cpu"
@@ -83,7 +83,7 @@ def install(target: str) -> FakeDriver:
 
 
 class Compiled(NamedTuple):
-    """A kernel in Triton's cache: what one thread of it takes, and bytes of shared memory of a program."""
+    """A kernel in Triton's cache: registers and spilled bytes of a thread, bytes of shared memory of a program."""
 
     name: str
     registers: int
@@ -93,9 +93,9 @@ class Compiled(NamedTuple):
 
 
 def compiled_in(cache: Path) -> Iterator[Compiled]:
-    """Every kernel of NVIDIA's that a cache folder holds."""
+    """All kernels for NVIDIA GPUs in a cache folder."""
     for cubin in sorted(cache.glob("*/*.cubin")):
         about = json.loads(cubin.with_suffix(".json").read_text())
         arch = about["target"]["arch"]
-        registers, spills = resources.of_cubin(cubin, cubin.with_suffix(".ptx"), arch)
+        registers, spills = triton_kernels.usage_of_cubin(cubin, cubin.with_suffix(".ptx"), arch)
         yield Compiled(cubin.stem, registers, spills, about["shared"], about["num_warps"])

@@ -1,8 +1,8 @@
 """Tile sizes of the kernels, by kernel, width of the heads, bytes of a number, and device's capability.
 
-No GPU was at hand: the entries are the largest that neither run out of registers nor outgrow the shared memory of any
-device they are for, as compiled ahead of time (`make resources` prints what each one takes). What a user's own GPU
-prefers, `interformer-kernels tune` measures and keeps in the user's cache directory.
+The entries were not measured: they are the largest that neither spill registers nor exceed the shared memory of any
+device they are for, as compiled ahead of time (`make resources` prints the resources of each). `interformer-kernels
+tune` measures the best tiles of a user's own GPU and keeps them in the user's cache directory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _log = logging.getLogger("interformer_kernels")
 
 
 class Tiles(NamedTuple):
-    """Queries (or tokens) and keys (or channels) of a tile, and how many warps and stages work on one."""
+    """Queries (or tokens) and keys (or channels) of a tile, and the warps and pipeline stages of its program."""
 
     queries: int
     keys: int
@@ -57,21 +57,21 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
         2: {64: Tiles(32, 64), 128: Tiles(32, 32), 256: Tiles(16, 16), 512: Tiles(16, 16)},
         4: {64: Tiles(32, 16, 8), 128: Tiles(16, 16, 8), 256: Tiles(16, 16), 512: Tiles(16, 16)},
     },
-    # Several rows of at most `keys` tokens in a tile of `queries`; wider heads leave no room for that.
+    # Several rows of at most `keys` tokens share a tile of `queries`. Wider heads than these have no such kernels.
     "short": {
         2: {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 32, 4, 1)},
         4: {32: Tiles(32, 16, 4, 1)},
     },
-    # Variants, where they take other warps: of short rows the backward, whose keys are the forward's, and of dQ the
-    # packed queries.
+    # Entries that replace others where they need another number of warps: the backward of short rows, whose keys must
+    # be the forward's, and dQ of packed queries.
     "short_backward": {2: {}, 4: {}},
     "grad_queries_packed": {2: {}, 4: {}},
     "personalized_ffn": {2: {128: Tiles(64, 64, 8)}, 4: {128: Tiles(32, 32, 8)}},
     "grad_weight": {2: {128: Tiles(64, 64)}, 4: {128: Tiles(32, 32)}},
 }
-# What differs on NVIDIA devices of this compute capability or a later one. 8.0: eight warps, where four spill (on AMD,
-# eight do). 9.0: products of its tensor cores, and of 10.0's, take 64 rows at least, which are queries in one pass and
-# keys in the other.
+# Entries that differ on NVIDIA devices of this compute capability or a later one. 8.0: eight warps, where four spill (on
+# AMD, eight do). 9.0: its tensor cores, and those of 10.0, multiply at least 64 rows at once, which are queries in one
+# pass and keys in the other.
 SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
     80: {
         "forward": {2: {128: Tiles(64, 32, 8)}, 4: {256: Tiles(16, 16, 8)}},
@@ -94,7 +94,7 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
 
 
 def padded(channels: int) -> int:
-    """Channels of a tile: the next power of two, and no fewer than tensor cores take."""
+    """Channels of a tile: the next power of two, and at least the 16 that tensor cores need."""
     return max(16, 1 << (channels - 1).bit_length())
 
 
@@ -105,19 +105,19 @@ def entries(kernel: str, itemsize: int, target: Target) -> dict[int, Tiles]:
     if target.capability < 80:
         # Triton has no tensor cores before 8.0, and without them 16-bit tiles take the registers of float32's.
         return TABLE[kernel][4]
-    found = dict(TABLE[kernel][itemsize])
+    by_width = dict(TABLE[kernel][itemsize])
     for capability in (since for since in sorted(SINCE) if since <= target.capability):
-        found |= SINCE[capability].get(kernel, {}).get(itemsize, {})
-    return found
+        by_width |= SINCE[capability].get(kernel, {}).get(itemsize, {})
+    return by_width
 
 
 def tiles(kernel: str, width: int, itemsize: int, target: Target) -> Tiles:
-    """The entry for heads of `width` channels; what was tuned on this very device goes first."""
-    found = entries(kernel, itemsize, target)
-    bucket = min((w for w in found if w >= width), default=max(found))
+    """The entry for heads of `width` channels; entries tuned on this very device take precedence."""
+    by_width = entries(kernel, itemsize, target)
+    bucket = min((w for w in by_width if w >= width), default=max(by_width))
     name = key(kernel, bucket, itemsize)
     tuned = _tuned(target.name) if target.name else {}
-    return _forced.get(name) or tuned.get(name) or found[bucket]
+    return _forced.get(name) or tuned.get(name) or by_width[bucket]
 
 
 def variant(kernel: str, width: int, itemsize: int, target: Target) -> Tiles | None:
@@ -127,7 +127,7 @@ def variant(kernel: str, width: int, itemsize: int, target: Target) -> Tiles | N
     return tiles(kernel, width, itemsize, target)
 
 
-# ---------------------------------------------------------------- what was tuned
+# ---------------------------------------------------------------- tuned entries
 
 
 def key(kernel: str, width: int, itemsize: int) -> str:
@@ -136,7 +136,7 @@ def key(kernel: str, width: int, itemsize: int) -> str:
 
 
 def tuned_file(device: str) -> Path:
-    """Where the tuned tiles of a device are kept."""
+    """The file that keeps the tuned tiles of a device."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "interformer_kernels" / f"tiles-{device.replace(' ', '-').replace('/', '-')}.json"
 
@@ -146,7 +146,7 @@ _forced: dict[str, Tiles] = {}
 
 @contextlib.contextmanager
 def forced(name: str, tiles: Tiles) -> Iterator[None]:
-    """This entry for now, whatever else is known."""
+    """Use these tiles for an entry inside of the context, whatever the tables say."""
     _forced[name] = tiles
     try:
         yield
@@ -177,10 +177,10 @@ def _are_tiles(numbers: object) -> bool:
     )
 
 
-def keep(device: str, found: dict[str, Tiles]) -> Path:
-    """Keep tuned tiles for later processes, and for this one; of two that tune at once, the later one's stay."""
+def keep(device: str, tuned: dict[str, Tiles]) -> Path:
+    """Keep tuned tiles for later processes, and for this one; of two processes that tune at once, the later one wins."""
     file = tuned_file(device)
-    _tuned.cache_clear()  # another process may have tuned since
-    write_sealed(file, {name: list(tiles) for name, tiles in {**_tuned(device), **found}.items()})
+    _tuned.cache_clear()  # Another process may have tuned since.
+    write_sealed(file, {name: list(tiles) for name, tiles in {**_tuned(device), **tuned}.items()})
     _tuned.cache_clear()
     return file

@@ -27,22 +27,22 @@ def candidates(kernel: str, width: int, itemsize: int, entry: Tiles) -> Iterator
 
 
 def calls(kernel: str, width: int, dtype: torch.dtype, device: str) -> Call:
-    """A call whose time depends on the kernel's tiles: rows of 1 to 256 tokens, short ones of 1 to 32."""
+    """A call whose time depends on the kernel's tiles, with rows of 1 to 256 tokens, or short ones of 1 to 32."""
     rows, longest = (8 * _ROWS, _LONGEST // 8) if kernel.startswith("short") else (_ROWS, _LONGEST)
     lengths = torch.randint(1, longest + 1, (rows,), generator=torch.Generator().manual_seed(0))
     offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(device)
     tokens = int(lengths.sum())
 
-    def drawn(*shape: int) -> Tensor:
+    def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(dtype)
 
     if kernel in ("personalized_ffn", "grad_weight"):
-        x = drawn(tokens, width)
-        ffn = FfnCall(x, drawn(rows, width, width), offsets, None, "identity")
+        x = random(tokens, width)
+        ffn = FfnCall(x, random(rows, width, width), offsets, None, "identity")
         if kernel == "personalized_ffn":
             return lambda: personalized_ffn.forward(ffn, None)
         return lambda: personalized_ffn.backward(ffn, x)
-    q, k, v = (drawn(tokens, _HEADS, width) for _ in range(3))
+    q, k, v = (random(tokens, _HEADS, width) for _ in range(3))
     call = AttentionCall("packed", q, k, v, None, offsets, None, width**-0.5, "softmax", 1.0, "multiply", "sigmoid")
 
     def forward(keep_attn_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,9 +71,9 @@ def tune(
     kernels: tuple[str, ...] = tuple(_tiles.TABLE),
     most_width: int = 256,
     measure: Callable[[Call], float] = seconds,
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Tiles]:
-    """The fastest tiles of every entry, by the key under which they are kept."""
+    """The fastest tiles of every entry, by the key of the entry in the file."""
     found: dict[str, Tiles] = {}
     for kernel, dtype in itertools.product(kernels, (torch.bfloat16, torch.float32)):
         entries = _tiles.entries(kernel, dtype.itemsize, _run.target_of(torch.empty(0, device=device)))
@@ -81,17 +81,17 @@ def tune(
             key = _tiles.key(kernel, width, dtype.itemsize)
             call = calls(kernel, width, dtype, device)
             times: dict[Tiles, float] = {}
-            for one in candidates(kernel, width, dtype.itemsize, entry):
-                tell(f"{key}: {one}")
-                with _tiles.forced(key, one):
-                    times[one] = times.get(one) or measure(call)
-            found[key] = min(times, key=lambda one: times[one])
+            for candidate in candidates(kernel, width, dtype.itemsize, entry):
+                log(f"{key}: {candidate}")
+                with _tiles.forced(key, candidate):
+                    times[candidate] = times.get(candidate) or measure(call)
+            found[key] = min(times, key=lambda tiles: times[tiles])
     return found
 
 
-def tune_and_keep(tell: Callable[[str], None]) -> tuple[dict[str, Tiles], str]:
-    """Tune for the present GPU; the entries, and the file that now holds them."""
+def tune_and_keep(log: Callable[[str], None]) -> tuple[dict[str, Tiles], str]:
+    """Tune for the present GPU; returns the entries, and the file that now holds them."""
     with torch.no_grad():
-        found = tune("cuda", tell=tell)
+        found = tune("cuda", log=log)
     name = _run.target_of(torch.empty(0, device="cuda")).name
     return found, str(_tiles.keep(name, found))

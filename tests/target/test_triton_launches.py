@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from every import EVERY
 from grid import ALL_CASES, case_ids
+from resources.triton_kernels import SHARED_MEMORY
 
 import interformer_kernels as ik
 from interformer_kernels import testing
-from interformer_kernels._cli.resources import SHARED_MEMORY
 from interformer_kernels.testing import Case, offsets_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

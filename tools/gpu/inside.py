@@ -253,7 +253,7 @@ def tune(place: Place, kernel: str) -> int:
         asked[0] = line
 
     with torch.no_grad():
-        found = _tune.tune("cuda", (kernel,), most_width=64, measure=measure, tell=tell)
+        found = _tune.tune("cuda", (kernel,), most_width=64, measure=measure, log=tell)
     for key, tiles in found.items():
         place.write("tuned", entry=key, tiles=list(tiles))
     return 0

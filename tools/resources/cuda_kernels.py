@@ -1,6 +1,6 @@
-"""What every kernel of the CUDA part takes of a device, read off the built native module: registers, stack, products.
+"""Registers, stack and tensor-core instructions of every CUDA kernel, read off the built native module.
 
-`python -m interformer_kernels._cli.cuda_resources`, or `make resources`; `--json` for tests. Registers that spill, and
+`PYTHONPATH=tools python -m resources.cuda_kernels`, or `make resources`; `--json` for tests. Spilled registers, and
 more shared memory than every device has, are errors of the build already; a stack would be arrays in local memory.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from interformer_kernels import _backend
 from interformer_kernels._cli.tables import print_table
 
-# Kernels that multiply no tiles; all others do, and do it on tensor cores but for float32 that shall be exact.
+# Kernels without products of tiles. All others use tensor cores for those, except in exact float32.
 WITHOUT_PRODUCTS = frozenset(
     {
         "rotate_rows",
@@ -47,26 +47,26 @@ class Usage:
 
     @property
     def fits(self) -> bool:
-        """No stack, and tensor cores just where they are claimed."""
+        """No stack, and tensor cores exactly where they are claimed."""
         multiplies = self.kernel.split("<")[0] not in WITHOUT_PRODUCTS
         claimed = multiplies and not re.search(r"<float\b", self.kernel)
         return self.stack == 0 and self.registers <= MOST_REGISTERS and (self.products > 0) == claimed
 
 
 def tool(name: str) -> str:
-    """A tool of the CUDA toolkit: of PATH, or the one that Triton brings."""
+    """Path of a tool of the CUDA toolkit: the one in PATH, or else the one that Triton ships."""
     found = shutil.which(name)
     spec = importlib.util.find_spec("triton")
     if found is None and spec is not None and spec.origin is not None:
-        brought = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
-        found = str(brought) if brought.exists() else None
+        shipped = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+        found = str(shipped) if shipped.exists() else None
     if found is None:
         raise FileNotFoundError(f"{name} is neither in PATH nor part of an installed Triton")
     return found
 
 
 def _lines(flag: str, module: str) -> Iterator[tuple[str, str, str]]:
-    """What cuobjdump says line by line, with the device and the mangled name of the kernel that it is about."""
+    """Lines of cuobjdump's output, each with the device and the mangled name of its kernel."""
     command = [tool("cuobjdump"), flag, module]
     environment = {"PATH": f"{Path(tool('nvdisasm')).parent}:/usr/bin:/bin"}  # it calls nvdisasm
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -108,7 +108,7 @@ def usages(module: str) -> list[Usage]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 where some kernel does not fit."""
+    """Print the table; returns 1 where a kernel does not fit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel")
     chosen = parser.parse_args(arguments)
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for one in found
         ]  # fmt: skip
         columns = "kernel", "target", "registers", "stack", "tensor-core instructions", ""
-        print_table("What the CUDA kernels take, as built", columns, lines)
+        print_table("Resources of the CUDA kernels, as built", columns, lines)
         print(f"{len(found)} kernels, {sum(not one.fits for one in found)} do not fit")
     return 0 if found and all(one.fits for one in found) else 1
 

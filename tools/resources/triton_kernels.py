@@ -1,7 +1,7 @@
-"""What every kernel takes of a device, compiled ahead of time, without one: registers, spills, shared memory.
+"""Registers, spills and shared memory of every Triton kernel, compiled ahead of time, without a device.
 
-`python -m interformer_kernels._cli.resources`, or `make resources`; `--json` for tests. What is compiled is what
-the launchers would start for these calls, argument by argument.
+`PYTHONPATH=tools python -m resources.triton_kernels`, or `make resources`; `--json` for tests. The launches that are
+compiled are those that the launchers record for these calls, argument by argument.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ _POINTERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What one kernel takes of one device; bytes of a program, but registers and spills (bytes) of a thread."""
+    """Resources of one kernel on one device: registers and spilled bytes of a thread, bytes of shared memory of a
+    program."""
 
     call: str
     kernel: str
@@ -113,7 +114,7 @@ def _crossed(width: int, dtype: torch.dtype) -> None:
 
 
 def _rotary(width: int, dtype: torch.dtype) -> None:
-    """All channels turned."""
+    """All channels rotated."""
     x, table = _meta(4096, 4, width, dtype=dtype), _meta(512, width // 2, dtype=torch.float32)
     apply_rotary.forward(RotaryCall(x, _meta(129, dtype=torch.int64), table, table, None, False))
 
@@ -175,22 +176,22 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def _of_nvidia(compiled: Any, target: GPUTarget) -> tuple[int, int]:
+def _usage_on_nvidia(compiled: Any, target: GPUTarget) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
         cubin.write_bytes(compiled.asm["cubin"])
         ptx.write_text(compiled.asm["ptx"])
-        return of_cubin(cubin, ptx, target.arch)
+        return usage_of_cubin(cubin, ptx, target.arch)
 
 
-def of_cubin(cubin: Path, ptx: Path, arch: int) -> tuple[int, int]:
-    """Registers, and bytes of spills, of a kernel's binary, which was assembled from this PTX."""
+def usage_of_cubin(cubin: Path, ptx: Path, arch: int) -> tuple[int, int]:
+    """Registers, and bytes of spills, of a kernel's binary that was assembled from this PTX."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     said = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", said)
     if found is None:
-        raise RuntimeError(f"cuobjdump tells no registers: {said}")
-    # A frame in local memory may hold spills or nothing of the kind: the assembler tells them apart.
+        raise RuntimeError(f"cuobjdump reports no registers: {said}")
+    # A stack frame need not hold spills; the assembler reports those alone.
     return int(found[1]), _spills(ptx, arch) if int(found[2]) else 0
 
 
@@ -201,7 +202,7 @@ def _spills(ptx: Path, arch: int) -> int:
     return max(int(found) for found in re.findall(r"(\d+) bytes spill stores", said))
 
 
-def _of_amd(compiled: Any) -> tuple[int, int]:
+def _usage_on_amd(compiled: Any) -> tuple[int, int]:
     def number(field: str) -> int:
         found = re.search(rf"\.{field}:\s*(\d+)", compiled.asm["amdgcn"])
         if found is None:
@@ -212,7 +213,7 @@ def _of_amd(compiled: Any) -> tuple[int, int]:
 
 
 def usage(call: str, width: int, dtype: str, target: str) -> list[Usage]:
-    """Compile the kernels of a call, each once."""
+    """Compile the kernels that a call launches."""
     found = []
     device, compiler = TARGETS[target]
     with _run.recording(device) as launches:
@@ -220,7 +221,7 @@ def usage(call: str, width: int, dtype: str, target: str) -> list[Usage]:
     for launch in launches:
         options = {"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages}
         compiled = triton.compile(source_of(launch), target=compiler, options=options)
-        registers, spills = _of_amd(compiled) if device.kind == "hip" else _of_nvidia(compiled, compiler)
+        registers, spills = _usage_on_amd(compiled) if device.kind == "hip" else _usage_on_nvidia(compiled, compiler)
         name = launch.kernel.fn.__name__
         tiles = "x".join(map(str, launch.tiles[:2])) + f", {launch.tiles.warps} warps, {launch.tiles.stages} stages"
         found.append(Usage(call, name, width, dtype, target, tiles, registers, spills, compiled.metadata.shared))
@@ -228,8 +229,8 @@ def usage(call: str, width: int, dtype: str, target: str) -> list[Usage]:
 
 
 def usages(entries: Sequence[tuple[str, int, str, str]], jobs: int) -> Iterator[list[Usage]]:
-    """`usage` of each entry, in order, `jobs` at once: compiling takes no more than one core."""
-    # Forked processes would share the threads that torch and LLVM have started.
+    """`usage` of each entry, in order, `jobs` at once: compiling a kernel is single-threaded."""
+    # A forked process would inherit locks of the threads that torch and LLVM have started.
     with ProcessPoolExecutor(min(jobs, len(entries)), multiprocessing.get_context("spawn")) as pool:
         for entry, done in zip(entries, pool.map(usage, *zip(*entries, strict=True)), strict=True):
             status_line(", ".join(map(str, entry)))
@@ -238,7 +239,7 @@ def usages(entries: Sequence[tuple[str, int, str, str]], jobs: int) -> Iterator[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 where some kernel does not fit."""
+    """Print the table; returns 1 where a kernel does not fit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--call", action="append", choices=tuple(CALLS))
     parser.add_argument("--width", action="append", type=int, help="channels of a head")
@@ -258,22 +259,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for done in usages(entries, chosen.jobs):
         found += done
         if chosen.json:
-            for one in done:
-                print(json.dumps({**dataclasses.asdict(one), "fits": one.fits}), flush=True)
+            for taken in done:
+                print(json.dumps({**dataclasses.asdict(taken), "fits": taken.fits}), flush=True)
     if not chosen.json:
         _show(found)
-    return 0 if all(one.fits for one in found) else 1
+    return 0 if all(taken.fits for taken in found) else 1
 
 
 def _show(found: Sequence[Usage]) -> None:
     columns = "call", "kernel", "width", "dtype", "tiles", "target", "registers", "spills", "shared", ""
     lines = [
-        (one.call, one.kernel, str(one.width), one.dtype, one.tiles, one.target, str(one.registers), str(one.spills),
-         str(one.shared), "ok" if one.fits else "DOES NOT FIT")
-        for one in found
-    ]  # fmt: skip
-    print_table("What the kernels take, compiled ahead of time", columns, lines)
-    print(f"{len(found)} kernels, {sum(not one.fits for one in found)} do not fit")
+        (
+            taken.call,
+            taken.kernel,
+            str(taken.width),
+            taken.dtype,
+            taken.tiles,
+            taken.target,
+            str(taken.registers),
+            str(taken.spills),
+            str(taken.shared),
+            "ok" if taken.fits else "DOES NOT FIT",
+        )
+        for taken in found
+    ]
+    print_table("Resources of the Triton kernels, compiled ahead of time", columns, lines)
+    print(f"{len(found)} kernels, {sum(not taken.fits for taken in found)} do not fit")
 
 
 if __name__ == "__main__":
