@@ -69,9 +69,9 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     "personalized_ffn": {2: {128: Tiles(64, 64, 8)}, 4: {128: Tiles(32, 32, 8)}},
     "grad_weight": {2: {128: Tiles(64, 64)}, 4: {128: Tiles(32, 32)}},
 }
-# Entries that differ on NVIDIA devices of this compute capability or a later one. 8.0: eight warps, where four spill (on
-# AMD, eight do). 9.0: its tensor cores, and those of 10.0, multiply at least 64 rows at once, which are queries in one
-# pass and keys in the other.
+# Entries that differ on NVIDIA devices of this compute capability or a later one. 8.0: eight warps, where four spill
+# (on AMD, eight do). 9.0: its tensor cores, and those of 10.0, multiply at least 64 rows at once, which are queries in
+# one pass and keys in the other.
 SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
     80: {
         "forward": {2: {128: Tiles(64, 32, 8)}, 4: {256: Tiles(16, 16, 8)}},
@@ -178,7 +178,7 @@ def _are_tiles(numbers: object) -> bool:
 
 
 def keep(device: str, tuned: dict[str, Tiles]) -> Path:
-    """Keep tuned tiles for later processes, and for this one; of two processes that tune at once, the later one wins."""
+    """Keep tuned tiles for later processes, and for this one; if two processes tune at once, the later one wins."""
     file = tuned_file(device)
     _tuned.cache_clear()  # Another process may have tuned since.
     write_sealed(file, {name: list(tiles) for name, tiles in {**_tuned(device), **tuned}.items()})
