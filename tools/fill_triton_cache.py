@@ -1,9 +1,9 @@
 """Compile the Triton kernels of all ops into a cache folder to take along to a machine with a GPU.
 
 `python tools/fill_triton_cache.py --out DIR [--target sm_90]`, by a Python with that machine's Triton (`make
-target-env` has that of the first one). Compiled are the calls of the parity cases, of the GPU bench's jobs and of
-its checks, by Triton's own launch path (`fake_triton_driver.py`): so the cache's keys are those that Triton asks for
-there. Of each kernel the binary and what Triton knows of it are kept; there, `TRITON_CACHE_DIR` names the folder, and
+target-env` has that of the first one). The calls of the parity cases, of the GPU bench's jobs and of its checks
+are compiled by Triton's own launch path (`fake_triton_driver.py`), so the cache's keys are those that Triton asks for
+on that machine. The binary and the metadata of each kernel are kept; there, `TRITON_CACHE_DIR` names the folder, and
 `TRITON_DEFAULT_FP_FUSION=1` must be set, which is part of the keys. Other processes then make the same calls from a
 copy of the folder at another path, and must compile nothing.
 """
@@ -33,7 +33,7 @@ KEPT = (".cubin", ".json")
 
 
 def inputs_of(op: str, dtype: str) -> Iterator[Mapping[str, Any]]:
-    """Inputs of parity cases, the bench's jobs with just the rows that long ones are split for, checks."""
+    """Inputs of the parity cases, of the bench's jobs (with as few rows as make long ones split), and of its checks."""
     import torch
     from interformer_bench import gpu_jobs
     from interformer_bench.check_context import CheckContext
@@ -57,7 +57,7 @@ def inputs_of(op: str, dtype: str) -> Iterator[Mapping[str, Any]]:
 
 
 def compile_all(op: str, dtype: str, target: str) -> None:
-    """Make every call, with its backward and without; what Triton compiles goes to its cache."""
+    """Make every call, with its backward and without, so that its kernels are compiled into Triton's cache."""
     import fake_triton_driver
     import torch
 
@@ -75,26 +75,26 @@ def compile_all(op: str, dtype: str, target: str) -> None:
 
 
 def environment(cache: Path, scratch: Path) -> dict[str, str]:
-    """Of the processes: this checkout, this cache."""
+    """Environment of the processes: this checkout, this cache."""
     bench = scratch / "interformer_bench"
     if not bench.exists():
         bench.symlink_to(ROOT / "bench")
     paths = [str(ROOT), str(ROOT / "python"), str(scratch), os.environ.get("PYTHONPATH", "")]
-    told = {"TRITON_CACHE_DIR": str(cache), "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    return {**{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}, **told}
+    variables = {"TRITON_CACHE_DIR": str(cache), "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return {**{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}, **variables}
 
 
 def fill(cache: Path, target: str, calls: Sequence[tuple[str, str]], jobs: int) -> None:
-    """These ops and dtypes, `jobs` processes at once. Raises CalledProcessError where one of them fails."""
+    """Compile these ops and dtypes, `jobs` processes at once. Raises CalledProcessError where one of them fails."""
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
-        told = environment(cache, Path(scratch))
+        env = environment(cache, Path(scratch))
         common = [sys.executable, __file__, "--out", str(cache), "--target", target]
         commands = [[*common, "--only", *call] for call in calls]
-        list(pool.map(lambda command: subprocess.run(command, check=True, env=told), commands))
+        list(pool.map(lambda command: subprocess.run(command, check=True, env=env), commands))
 
 
 def prune(cache: Path) -> tuple[int, int]:
-    """Keep what another process needs; the number of kernels, and of bytes."""
+    """Keep only the files that another process needs; returns the number of kernels, and of bytes."""
     for file in [file for file in cache.rglob("*") if file.is_file() and file.suffix not in KEPT]:
         file.unlink()
     files = [file for file in cache.rglob("*") if file.is_file()]
@@ -104,7 +104,7 @@ def prune(cache: Path) -> tuple[int, int]:
 
 
 def compiled_again(cache: Path, target: str, calls: Sequence[tuple[str, str]], jobs: int) -> int:
-    """Kernels that the same calls compile with a copy of the cache elsewhere."""
+    """Number of kernels that the same calls compile again with a copy of the cache at another path."""
     with tempfile.TemporaryDirectory() as elsewhere:
         copy = Path(elsewhere) / "copy"
         shutil.copytree(cache, copy)
@@ -114,7 +114,7 @@ def compiled_again(cache: Path, target: str, calls: Sequence[tuple[str, str]], j
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Fill the cache, check it, and say what it holds; 1 where it is not whole."""
+    """Fill the cache, check it, and report its contents; returns 1 where it is incomplete."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the cache folder; what it holds already is kept")
     parser.add_argument("--target", choices=("sm_80", "sm_90", "sm_100"), default="sm_90")

@@ -70,7 +70,7 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device)
 
 
-def start(kernel: Any, lead: Tensor, grid: int, *arguments: Any, tiles: Tiles, **constants: Any) -> None:
+def start(kernel: Any, grid: int, *arguments: Any, lead: Tensor, tiles: Tiles, **constants: Any) -> None:
     """Launch `grid` programs of a kernel on the device of `lead`; none where there is no work."""
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants, tiles))

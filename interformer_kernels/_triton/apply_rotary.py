@@ -74,11 +74,11 @@ def rotated(
     block = max(1, _TILE_NUMBERS // wide)
     if tokens:
         _run.start(
-            rotate_rows, x, slots(tokens, rows, heads, block),
+            rotate_rows, slots(tokens, rows, heads, block),
             KeyOperand(x, x.stride(0), x.stride(1)), offsets, Table(cos, cos.stride(0)), Table(sin, sin.stride(0)),
             positions, out, rows, tokens, cos.shape[0],
             HEADS=heads, D=channels, HALF=cos.shape[1], INTERLEAVED=interleaved,
-            BACKWARDS=backwards, BLOCK=block, BLOCK_D=wide, tiles=Tiles(block, wide, 4, 1),
+            BACKWARDS=backwards, BLOCK=block, BLOCK_D=wide, lead=x, tiles=Tiles(block, wide, 4, 1),
         )  # fmt: skip
     return out
 

@@ -58,20 +58,20 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
         )
     variant, gate_options = problem.variant(), problem.gate_options()
     _run.start(
-        attention_forward, k, problem.query_grid(chosen.queries, problem.rows, split_kv),
+        attention_forward, problem.query_grid(chosen.queries, problem.rows, split_kv),
         problem.query_operand(problem.q), problem.kv, problem.offsets, epilogue, outputs, partials, *problem.sizes(),
         problem.scales(), SHAPE=problem.shape(chosen), VARIANT=variant, GATE=gate_options, SPLIT_KV=split_kv,
-        tiles=chosen,
+        lead=k, tiles=chosen,
     )  # fmt: skip
     _start_short(problem, attention_forward_short, epilogue, outputs, GATE=gate_options)
     if split_kv:
         block = max(1, min(_TILE_NUMBERS // padded(shape[-1]), padded(problem.queries * problem.heads)))
         _run.start(
-            combine_partials, k, (k.shape[0] // split_kv + 1) * -(-problem.queries * problem.heads // block),
+            combine_partials, (k.shape[0] // split_kv + 1) * -(-problem.queries * problem.heads // block),
             partials, epilogue, outputs, problem.offsets.kv, *problem.split_sizes(),
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, VARIANT=variant, GATE=gate_options,
             SPLIT_KV=split_kv, BLOCK_Q=block, BLOCK_DV=padded(shape[-1]),
-            tiles=Tiles(block, padded(shape[-1]), 4, 1),
+            lead=k, tiles=Tiles(block, padded(shape[-1]), 4, 1),
         )  # fmt: skip
     return out, lse, attn_out
 
@@ -83,10 +83,11 @@ def _start_short(problem: Problem, kernel: Any, *operands: Any, **constants: Any
         return
     rows, q_tokens, k_tokens, _, _, left, right, prefix = problem.sizes()
     _run.start(
-        kernel, problem.k, -(-rows // (chosen.queries // chosen.keys)) * problem.kv_heads,
+        kernel, -(-rows // (chosen.queries // chosen.keys)) * problem.kv_heads,
         problem.query_operand(problem.q), problem.kv, problem.offsets, *operands,
         rows, q_tokens, k_tokens, left, right, prefix, problem.scales(),
-        SHAPE=problem.short_shape(chosen), VARIANT=problem.variant(), **constants, tiles=chosen,
+        SHAPE=problem.short_shape(chosen), VARIANT=problem.variant(), **constants,
+        lead=problem.k, tiles=chosen,
     )  # fmt: skip
 
 
@@ -130,13 +131,13 @@ def _through_epilogue(
         grad_gate, over_tokens, over_channels = gate_sums(call.gate, shape, block)
     if grad_out.numel():
         _run.start(
-            epilogue_backward, grad_out, -(-problem.tokens // block) * problem.heads,
+            epilogue_backward, -(-problem.tokens // block) * problem.heads,
             problem.query_operand(grad_out), attn_out, None if gate is None else problem.gate_operand(gate),
             grad_attn_out, delta if softmax and not recompute_stats else None, grad_gate, problem.offsets.q,
             problem.rows, problem.tokens, problem.queries,
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, GATE=problem.gate_options(),
             SUM_TOKENS=over_tokens, SUM_CHANNELS=over_channels, BLOCK_T=block, BLOCK_DV=wide,
-            tiles=Tiles(block, wide, 8, 1),
+            lead=grad_out, tiles=Tiles(block, wide, 8, 1),
         )  # fmt: skip
     if call.gate is not None:
         grad_gate = gate_gradient(call.gate, grad_gate, shape)
@@ -152,19 +153,19 @@ def _start_queries(problem: Problem, side: QuerySide, out: Tensor, kind: GradPas
         partials = out.new_empty((problem.num_partials(split_kv), *out.shape[1:]), dtype=torch.float32)
     count, rows_of_group, key_shards = groups or (problem.rows, 1, 1)
     _run.start(
-        attention_grad_queries, k, problem.query_grid(chosen.queries, count * key_shards, split_kv),
+        attention_grad_queries, problem.query_grid(chosen.queries, count * key_shards, split_kv),
         side, problem.kv, problem.offsets, out, partials, *problem.sizes(), rows_of_group, key_shards,
         problem.scales(), SHAPE=problem.shape(chosen), VARIANT=problem.variant(), PASS=kind, SPLIT_KV=split_kv,
-        tiles=chosen,
+        lead=k, tiles=chosen,
     )  # fmt: skip
     if split_kv:
         wide = padded(out.shape[-1])
         block = max(1, min(_TILE_NUMBERS // wide, padded(problem.queries * problem.heads)))
         _run.start(
-            add_partials, k, (k.shape[0] // split_kv + 1) * -(-problem.queries * problem.heads // block),
+            add_partials, (k.shape[0] // split_kv + 1) * -(-problem.queries * problem.heads // block),
             partials, out, problem.offsets.kv, *problem.split_sizes(),
             HEADS=problem.heads, C=out.shape[-1], SPLIT_KV=split_kv, BLOCK_Q=block, BLOCK_C=wide,
-            tiles=Tiles(block, wide, 8, 1),
+            lead=k, tiles=Tiles(block, wide, 8, 1),
         )  # fmt: skip
 
 
@@ -193,8 +194,9 @@ def _grad_keys(problem: Problem, side: QuerySide) -> tuple[Tensor, Tensor]:
     grad_v = v.new_empty(v.shape if problem.call.v is not None else (0,))
     if k.shape[0]:
         _run.start(
-            attention_grad_keys, k, slots(k.shape[0], problem.rows, problem.pack, chosen.keys) * problem.packs,
+            attention_grad_keys, slots(k.shape[0], problem.rows, problem.pack, chosen.keys) * problem.packs,
             side, problem.kv, problem.offsets, grad_k, grad_v, *problem.sizes(), problem.scales(),
-            SHAPE=problem.shape(chosen), VARIANT=problem.variant(), FP32_SOFTMAX=problem.fp32_softmax, tiles=chosen,
+            SHAPE=problem.shape(chosen), VARIANT=problem.variant(), FP32_SOFTMAX=problem.fp32_softmax,
+            lead=k, tiles=chosen,
         )  # fmt: skip
     return grad_k, grad_v

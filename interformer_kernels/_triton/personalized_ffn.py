@@ -123,11 +123,11 @@ def _products(
     block = min(chosen.keys, padded(outer))
     if out.numel():
         _run.start(
-            row_products, x, slots(tokens, rows, 1, chosen.queries) * -(-outer // block),
+            row_products, slots(tokens, rows, 1, chosen.queries) * -(-outer // block),
             _table(x), Weight(weight, *weight.stride()), _table(bias), _table(residual), _table(grad_out),
             out, offsets, rows, tokens,
             E=inner, F=outer, ACTIVATION=activation, BLOCK_T=chosen.queries, BLOCK_F=block,
-            BLOCK_E=min(_STEP, padded(inner)), PRECISION=_run.precision(x.dtype), tiles=chosen,
+            BLOCK_E=min(_STEP, padded(inner)), PRECISION=_run.precision(x.dtype), lead=x, tiles=chosen,
         )  # fmt: skip
     return out
 
@@ -156,9 +156,9 @@ def backward(call: FfnCall, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     block_e, block_f = min(chosen.queries, padded(inner)), min(chosen.keys, padded(outer))
     if weight.numel() or grad_bias.numel():
         _run.start(
-            row_grad_weight, x, rows * max(1, -(-inner // block_e)) * -(-outer // block_f),
+            row_grad_weight, rows * max(1, -(-inner // block_e)) * -(-outer // block_f),
             _table(x), _table(grad), grad_weight, None if bias is None else grad_bias, offsets, rows, x.shape[0],
             E=inner, F=outer, BLOCK_E=block_e, BLOCK_F=block_f, BLOCK_T=_STEP,
-            PRECISION=_run.precision(x.dtype), tiles=chosen,
+            PRECISION=_run.precision(x.dtype), lead=x, tiles=chosen,
         )  # fmt: skip
     return grad_x, grad_weight, grad_bias

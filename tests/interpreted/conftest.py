@@ -14,7 +14,7 @@ collect_ignore_glob = [] if _backend.interprets_triton() else ["test_*"]
 
 
 def _patch_the_language_once() -> None:
-    """Triton patches its language anew at every call of one kernel function by another: half of all time.
+    """Triton patches its language anew at every call of one kernel function by another: half of the run time.
 
     Nothing is compiled in this process, so the patches of the first call may stay.
     """

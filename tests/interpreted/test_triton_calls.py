@@ -61,8 +61,8 @@ def test_offsets_of_any_content(op: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("op", ["pma_pooling", "gated_cross_attention"])
-def test_disordered_offsets_of_rows_in_chunks(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same where long rows are cut: pieces are written before they are joined."""
+def test_disordered_offsets_of_split_rows(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where long rows are split: partials are written before they are combined."""
     from interformer_kernels._launch import long_rows
 
     ik.set_validation("off")
@@ -158,7 +158,7 @@ def test_export_round_trip(tmp_path: Any) -> None:
 
 
 def _last_programs(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
-    """Of every grid larger than `count`, only the last programs run; returns the sizes of the grids, as they come."""
+    """Run only the last `count` programs of larger grids; returns the list of grid sizes, filled by later calls."""
     from triton.runtime.interpreter import interpreter_builder
 
     from interformer_kernels._triton import _run
@@ -202,7 +202,7 @@ def test_more_than_65535_rows(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
                     ("apply_rotary", "x")],
 )  # fmt: skip
 def test_beyond_two_to_the_31(op: str, far: str) -> None:
-    """Element offsets need 64 bits; of the memory only a few pages are ever touched."""
+    """Element offsets need 64 bits; only a few pages of the memory are touched."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     step = 2**31 + 100
     lengths = (1, 1) if far in ("weight", "q") else (2,)
@@ -246,7 +246,7 @@ def test_the_stages_of_the_gpu_report_run_here(
 
 
 def test_lazily_negated_views_are_read_as_they_are() -> None:
-    """What PyTorch negates only when it is read: raw memory does not show it."""
+    """Views that PyTorch negates only when they are read; raw memory holds the other sign."""
     x = torch.randn(7, 2, 4, dtype=torch.complex64).conj().imag
     assert x.is_neg()
     offsets = offsets_of((3, 4))

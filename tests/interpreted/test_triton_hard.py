@@ -30,7 +30,7 @@ def _case(*names: str, **sizes: Any) -> Case:
     return Case(*names, tail=0, **sizes)
 
 
-# Rows that share a tile, and longer ones; heads that share a tile; chunks of 32 keys.
+# Rows that share a tile, and longer ones; heads that share a tile; splits of 32 keys.
 CONTAINED = [
     _case(ATTENTION, "short", lengths=(3, 4, 2), heads=2, kv_heads=1, head_size=4, value_size=4),
     _case(ATTENTION, "gated", lengths=(3, 4, 35), heads=2, kv_heads=2, head_size=4, value_size=6, gate="full",
@@ -42,44 +42,44 @@ CONTAINED = [
     _case(POOLING, "heads in a tile", lengths=(4, 6), heads=4, kv_heads=2, head_size=4, queries=2,
          gate="full", residual=True, options={"skip_prefix": 2}),
     _case(POOLING, "values are keys", lengths=(40, 6), heads=2, kv_heads=2, head_size=4, queries=1, shared_value=True),
-    _case(CROSS, "chunks", lengths=(6, 70), heads=2, kv_heads=2, head_size=4, queries=1, gate="head"),
+    _case(CROSS, "split", lengths=(6, 70), heads=2, kv_heads=2, head_size=4, queries=1, gate="head"),
     _case(CROSS, "relu", lengths=(5, 6), heads=2, kv_heads=2, head_size=4, queries=2, options={"score": "relu"}),
     _case("apply_rotary", "rotary", lengths=(3, 4), heads=2, kv_heads=2, head_size=8, rope=6),
     _case("personalized_ffn", "ffn", lengths=(3, 4), head_size=4, value_size=4, residual=True,
          options={"activation": "gelu"}),
 ]  # fmt: skip
 OF_QUERIES = {"q", "gate", "residual", "grad_out", "out", "lse", "dq", "dgate", "dresidual"}
-ROW = 1  # that gets a value, under the last head of keys
+ROW = 1  # The row that gets a value, under the last head of keys.
 
 
 def _owners(case: Case, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and key/value head of every place of an input, an output or a gradient; -1 where several share it."""
+    """Row and key/value head that own every place of an input, an output or a gradient; -1 where several share it."""
     rows, heads = torch.full(x.shape, -1), torch.full(x.shape, -1)
     name = name.removeprefix("d")
     if name in ("weight", "bias") or (name in OF_QUERIES and x.shape[0] == len(case.lengths)):
         rows = torch.arange(len(x)).view(-1, *[1] * (x.dim() - 1)).expand(x.shape)
     elif name != "seeds":
-        own = case.query_lengths if name in OF_QUERIES and case.query_lengths else case.lengths
-        of_token = torch.arange(len(own)).repeat_interleave(torch.tensor(own))
-        rows = of_token.view(-1, *[1] * (x.dim() - 1)).expand(x.shape)
+        lengths = case.query_lengths if name in OF_QUERIES and case.query_lengths else case.lengths
+        row_of_token = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        rows = row_of_token.view(-1, *[1] * (x.dim() - 1)).expand(x.shape)
     if case.op != "personalized_ffn":
         axis = x.dim() - 1 if name == "lse" else x.dim() - 2
-        group = 1 if x.shape[axis] == case.kv_heads else case.heads // case.kv_heads
+        q_per_kv = 1 if x.shape[axis] == case.kv_heads else case.heads // case.kv_heads
         shape = [x.shape[axis] if i == axis else 1 for i in range(x.dim())]
-        heads = (torch.arange(x.shape[axis]) // group).view(shape).expand(x.shape)
+        heads = (torch.arange(x.shape[axis]) // q_per_kv).view(shape).expand(x.shape)
     return rows, heads
 
 
 def _together(owners: tuple[Tensor, Tensor], row: int, head: int) -> Tensor:
-    """Places that the row and head have, alone or with others."""
+    """Places that belong to the row and head, alone or shared with others."""
     pairs = zip(owners, (row, head), strict=True)
-    return torch.stack([(own == one) | (own == -1) | (one == -1) for own, one in pairs]).all(0)
+    return torch.stack([(owner == wanted) | (owner == -1) | (wanted == -1) for owner, wanted in pairs]).all(0)
 
 
 def _place(case: Case, name: str, x: Tensor) -> tuple[int, ...]:
     """The last place of an input that belongs to the row and the head."""
-    mine = _together(_owners(case, name, x), ROW, -1 if case.op == "personalized_ffn" else case.kv_heads - 1)
-    return tuple(mine.nonzero()[-1].tolist())
+    places = _together(_owners(case, name, x), ROW, -1 if case.op == "personalized_ffn" else case.kv_heads - 1)
+    return tuple(places.nonzero()[-1].tolist())
 
 
 PUT = [
@@ -90,7 +90,7 @@ _BASE: dict[tuple[int, torch.dtype], tuple[dict[str, Any], dict[str, Tensor]]] =
 
 
 def _base(i: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Inputs of a case, and what comes of them."""
+    """Inputs of a case, and its results."""
     if (i, dtype) not in _BASE:
         inputs = testing.make_inputs(CONTAINED[i], dtype)
         _BASE[i, dtype] = inputs, results(CONTAINED[i].op, inputs)
@@ -99,22 +99,22 @@ def _base(i: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]
 
 @pytest.mark.parametrize(("i", "name"), PUT, ids=[f"{CONTAINED[i].op}-{CONTAINED[i].name}-{name}" for i, name in PUT])
 def test_what_is_not_finite_stays_where_it_belongs(i: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other rows and other heads keep their bits, and skipped keys; of queries, also other tokens do.
+    """Other rows, other heads and skipped keys keep their bits, and so do other tokens, where a query got the value.
 
-    And nothing is hidden but by masks: where PyTorch's result is no number, ours is not finite either.
+    Only masks hide such values: where PyTorch's result is NaN, ours is not finite either.
     """
     monkeypatch.setattr(long_rows, "SPLIT", 32)
-    turn = PUT.index((i, name))
-    for dtype in DTYPES if EVERY else (DTYPES[turn % 3],):
+    index = PUT.index((i, name))
+    for dtype in DTYPES if EVERY else (DTYPES[index % 3],):
         inputs, clean = _base(i, dtype)
         case = CONTAINED[i]
         at = _place(case, name, inputs[name])
         values = torch.nan, torch.inf, -torch.inf, torch.finfo(dtype).max
-        for value in values if EVERY else (values[turn // 3 % 4],):
+        for value in values if EVERY else (values[index // 3 % 4],):
             x = inputs[name].detach().clone()
             x[at] = value
             changed = {**inputs, name: x.requires_grad_(inputs[name].requires_grad)}
-            row, head = (int(own[at]) for own in _owners(case, name, x))
+            row, head = (int(owner[at]) for owner in _owners(case, name, x))
             eager = testing.evaluate(lambda: testing.call_eager(case.op, changed), case.op, changed)  # noqa: B023
             for quantity, found in results(case.op, changed).items():
                 free = _together(_owners(case, quantity, found), row, head)
@@ -151,7 +151,7 @@ def _of_ones(lengths: tuple[int, ...], value: float, dtype: torch.dtype, **given
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_mean_is_no_larger_than_its_values(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights sum to 1: a mean of the largest number is that number, in short rows, long ones, packs and chunks."""
+    """Weights sum to 1: a mean of the largest number is that number, in short rows, long ones, packs and splits."""
     monkeypatch.setattr(long_rows, "SPLIT", 32)
     largest = torch.finfo(dtype).max
     inputs = _of_ones((1, 4, 100), largest, dtype)
@@ -167,7 +167,7 @@ def test_a_mean_is_no_larger_than_its_values(dtype: torch.dtype, monkeypatch: py
 
 
 def _scaled(name: str, factor: float) -> Any:
-    """Maker of inputs of which one is multiplied."""
+    """A maker of inputs that multiplies one of them by a factor."""
 
     def make(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
         inputs = testing.make_inputs(case, dtype, device, seed)
@@ -180,18 +180,18 @@ def _scaled(name: str, factor: float) -> Any:
 @pytest.mark.parametrize("factor", [1e-6, 1e-3, 30.0, 1e4])
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "silu"])
 def test_gates_near_zero_and_saturated(activation: str, factor: float) -> None:
-    """Maps and their slopes keep the budget of float32 where they come from a difference, or are next to one."""
+    """Maps and their derivatives keep the budget of float32 where differences would cancel, and saturated."""
     case = _case(ATTENTION, "", lengths=(5, 3), heads=2, kv_heads=2, gate="full",
                  options={"gate_activation": activation})  # fmt: skip
     rows = testing.compare(case, "triton", torch.float32, make=_scaled("gate", factor), most_draws=4)
-    assert rows  # Where slopes are 0, few quantities have numbers to be judged.
+    assert rows  # Where derivatives are 0, few quantities have numbers to compare.
     assert not [row for row in rows if not row.ok]
 
 
 @pytest.mark.parametrize("factor", [1e-6, 30.0, -30.0, 1e4])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
 def test_activations_near_zero_and_saturated(activation: str, factor: float) -> None:
-    """The same for the feed-forward's, where all arguments may lie on one side."""
+    """The same for the feed-forward, with all arguments of one sign."""
 
     def make(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
         inputs = testing.make_inputs(case, dtype, device, seed)
@@ -205,7 +205,7 @@ def test_activations_near_zero_and_saturated(activation: str, factor: float) -> 
     assert not [row for row in rows if not row.ok]
 
 
-# ---------------------------------------------------------------- what the backward keeps
+# ---------------------------------------------------------------- confident and equal scores
 
 CONFIDENT = [
     _case(ATTENTION, "two keys", lengths=(2,) * 8, query_lengths=(34, *(3,) * 7), heads=1, kv_heads=1, head_size=32),
@@ -218,7 +218,7 @@ CONFIDENT = [
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CONFIDENT, ids=[f"{case.op}-{case.name}" for case in CONFIDENT])
 def test_a_confident_softmax(case: Case, dtype: torch.dtype) -> None:
-    """Of nearly one-hot weights only small differences reach the scores' gradients."""
+    """With nearly one-hot probabilities, gradients of scores are small differences of large numbers."""
     case = dataclasses.replace(case, options={"scale": 20.0 * case.head_size**-0.5})
     rows = testing.compare(case, "triton", dtype, most_draws=4)
     assert {row.quantity for row in rows} >= {"out", "dseeds" if case.op == POOLING else "dq", "dk", "dv"}
@@ -234,7 +234,7 @@ ALONE = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ALONE, ids=[case.op for case in ALONE])
 def test_one_key_is_not_moved(case: Case, dtype: torch.dtype) -> None:
-    """The softmax of one score is 1, whatever the score."""
+    """The softmax of a single score is constant, so its gradient is exactly 0."""
     found = results(case.op, testing.make_inputs(case, dtype))
     assert not found["dk"].any()
     assert not found["dseeds" if case.op == POOLING else "dq"].any()
@@ -243,7 +243,7 @@ def test_one_key_is_not_moved(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", [POOLING, ATTENTION])
 def test_equal_scores_of_a_million(op: str, dtype: torch.dtype) -> None:
-    """Where the log-sum-exp has no digits left for the number of keys, weights are equal and sum to 1 all the same."""
+    """Where the log-sum-exp has no digits left for the number of keys, probabilities are equal and sum to 1 still."""
     tokens = 40
     case = _case(op, "", lengths=(tokens,), heads=1, kv_heads=1, head_size=4, value_size=4, queries=2)
     inputs = testing.make_inputs(case, dtype)
@@ -257,7 +257,7 @@ def test_equal_scores_of_a_million(op: str, dtype: torch.dtype) -> None:
 
 
 def test_attention_outputs_beyond_float16() -> None:
-    """A of 128 000 is no number of float16, though the output behind its gate is."""
+    """A is 128 000, beyond float16, though the output behind its gate is within it."""
     tokens = 64
     k, v = torch.ones(tokens, 1, 16).half(), torch.full((tokens, 1, 16), 2000.0).half()
     gate = torch.full((1, 1, 1, 16), 0.25).half().requires_grad_()
@@ -270,7 +270,7 @@ def test_attention_outputs_beyond_float16() -> None:
 
 
 def test_scores_of_minus_infinity() -> None:
-    """Such a key has no weight; where all have such scores, there is no softmax, as in PyTorch."""
+    """A key with this score has probability 0; if all scores of a query are -inf, the result is NaN, as in PyTorch."""
     k = torch.ones(20, 1, 2)
     k[:19, 0, 0] = -torch.inf
     for lengths in ((20,), (3, 17), (19, 1)):

@@ -1,7 +1,7 @@
 """float32 keeps the budget under the largest errors that a GPU's exponentials and divisions may have.
 
-The interpreter computes them to a rounding; here they err as the hardware documents (`noise.py`). A few cases that take
-every path; with EVERY=1 every case, with all draws.
+The interpreter rounds both correctly; here they err as much as the hardware documents (`noise.py`). A few cases that
+take every path; with EVERY=1 every case, with all draws.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def test_float32_keeps_the_budget(case: Case, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("case", [FEW[0], FEW[5]], ids=["softmax", "gate"])
 def test_the_noise_is_where_fast_instructions_are(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 bits take the fast instructions, and notice; float32 takes none, and keeps its bits."""
+    """16-bit kernels use the fast instructions and change under noise; float32 uses none and keeps its bits."""
     for dtype, fast in ((torch.bfloat16, True), (torch.float32, False)):
         inputs = guarded_inputs(case, dtype)
         clean = results(case.op, inputs)

@@ -1,7 +1,7 @@
 """Every case of every op on Triton's kernels, within the budget of rounding; with EVERY=1 in every dtype, all draws.
 
-Else each case is asked in one dtype, by turns, and a few that take every path of the kernels in all of them; and with
-two heads, not four: the interpreter takes its time for every program. A few cases are asked with all their draws.
+Otherwise each case runs in one dtype in rotation, and a few that take every path of the kernels run in all dtypes; with
+two heads instead of four, since the interpreter is slow. A few cases run with all their draws.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PAIRS = [
 ]
 
 
-# Whose every quantity is judged in CI, too: none has fewer than 64 numbers in a draw.
+# Cases whose every quantity is compared in CI, too: each has at least 64 numbers in a draw.
 WHOLE = [
     (Case("jagged_attention", "whole", gate="channel", heads=2, kv_heads=1, head_size=64, value_size=64,
           lengths=(64, 3, 0, 33), options={"causal": True}), torch.bfloat16),
@@ -69,12 +69,12 @@ ATTENDING = {
     "attention_forward", "attention_grad_queries", "attention_grad_keys",
     "attention_forward_short", "attention_backward_short",
 }  # fmt: skip
-# Head sizes that are no power of two, wider than a tile of tensor cores, and of both sides; few queries of many heads.
+# Head sizes that are no powers of two, wide ones, and unequal ones; few queries of many heads.
 SIZES = [
     (Case(ATTENTION, "wide", lengths=(3, 70), heads=1, kv_heads=1, head_size=96, value_size=256), torch.float32),
     (Case(ATTENTION, "widest", lengths=(20,), heads=2, kv_heads=1, head_size=256, value_size=4), torch.bfloat16),
     (Case(POOLING, "many heads", lengths=(9, 0, 40), heads=16, kv_heads=8, queries=1, head_size=4), torch.float32),
-    (Case(POOLING, "odd group", lengths=(9, 2), heads=6, kv_heads=2, queries=2, shared_value=True), torch.float16),
+    (Case(POOLING, "odd q_per_kv", lengths=(9, 2), heads=6, kv_heads=2, queries=2, shared_value=True), torch.float16),
     (Case("gated_cross_attention", "odd pack", heads=12, kv_heads=12, queries=1, lengths=(5, 33)), torch.bfloat16),
     (Case(ATTENTION, "tiny rows", lengths=(16, 17, 1, 0, 15, 2), heads=4, kv_heads=2, head_size=7, value_size=10,
           gate="full", residual=True, options={"window": (5, 2), "num_prefix": 2}), torch.float32),
@@ -97,7 +97,7 @@ def test_sizes(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("short", [False, True])
 def test_short_rows_share_programs(short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of at most 16 tokens, in float32, are written by the kernels of short rows, two to a program; others not."""
+    """In float32, rows of at most 16 tokens, and no others, are written by the kernels of short rows, two a program."""
     start, grids = _run.start, []
 
     def in_part(kernel: Any, grid: int, *arguments: Any, **named: Any) -> None:
@@ -153,9 +153,9 @@ def test_two_runs_give_the_same_bits(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", testing.OPS)
 def test_a_row_does_not_see_the_others(op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bits of a row, gradients included, are those that it has alone (batch invariance), in chunks or not.
+    """The bits of a row, gradients included, are those that it has alone (batch invariance), with split keys or not.
 
-    The gradient of the seeds, a sum over rows, is not asked.
+    The gradient of the seeds is a sum over rows and not compared.
     """
     monkeypatch.setattr(long_rows, "SPLIT", 64)
     lengths = (40, 7, 0, 12, 70, 1)
@@ -172,8 +172,8 @@ def test_a_row_does_not_see_the_others(op: str, dtype: torch.dtype, monkeypatch:
 @pytest.mark.parametrize(
     ("score", "dtype"), [("softmax", torch.float32), ("softmax", torch.bfloat16), ("silu", torch.float32)], ids=str
 )
-def test_long_rows_in_chunks(op: str, score: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of more keys than a chunk are joined from chunks; shorter ones have the bits that they have without."""
+def test_long_rows_are_split(op: str, score: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of more keys than a split are combined from splits; shorter ones keep the bits that they have without."""
     lengths = (5, 200, 0, 64, 65, 3, 130)
     extra: dict[str, object] = {"skip_prefix": 2} if op == "pma_pooling" else {}
     options = {**extra, "score": score, "post_scale": 1.0 if score == "softmax" else 0.5}

@@ -1,8 +1,8 @@
 """Every op is specialised, compiled for sm_90 and launched by Triton's own path, and no kernel spills.
 
-What runs is all but the launch itself (`tools/fake_triton_driver.py`), for calls as users make them: options left out,
-sizes of 1, views at odd offsets. Each case in one dtype, by turns, and a part of the cases; with EVERY=1 every case in
-every dtype.
+Everything but the launch itself runs (`tools/fake_triton_driver.py`), for calls as users make them: options left out,
+sizes of 1, views at odd offsets. A part of the cases, each in one dtype in rotation; with EVERY=1 every case in every
+dtype.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from interformer_kernels.testing import Case, offsets_of
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TARGET = "sm_90"
 DRIVER = fake_triton_driver.install(TARGET)
-# One case in so many is asked in CI, beside those below.
-_ONE_OF = 1 if EVERY else 7
+# CI runs every n-th case, beside those below.
+_EVERY_NTH = 1 if EVERY else 7
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where Triton keeps what this test compiles, and what no test before it has compiled in this process."""
+    """An empty cache folder for the kernels that a test compiles."""
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     return tmp_path
 
@@ -40,8 +40,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fits(cache: Path) -> int:
     """Number of kernels that were compiled; none spills, and none outgrows the device's shared memory."""
     compiled = list(fake_triton_driver.compiled_in(cache))
-    assert not [one for one in compiled if one.spills or one.shared > SHARED_MEMORY[TARGET]]
-    assert all(0 < one.registers <= 255 for one in compiled)
+    assert not [kernel for kernel in compiled if kernel.spills or kernel.shared > SHARED_MEMORY[TARGET]]
+    assert all(0 < kernel.registers <= 255 for kernel in compiled)
     return len(compiled)
 
 
@@ -52,7 +52,7 @@ def run(op: str, inputs: dict[str, Any]) -> int:
     return DRIVER.launches - before
 
 
-# Each kernel in each dtype at the sizes of models.
+# Every kernel in every dtype at the sizes of models.
 OF_MODELS = [
     Case("jagged_attention", "of a model", lengths=(40, 3), heads=2, kv_heads=2, head_size=64, value_size=64,
          gate="full", residual=True, options={"causal": True}),
@@ -64,8 +64,8 @@ OF_MODELS = [
 PAIRS = [(case, dtype) for case in OF_MODELS for dtype in DTYPES] + [
     (case, dtype)
     for i, case in enumerate(ALL_CASES)
-    if i % _ONE_OF == 0
-    for dtype in (DTYPES if EVERY else [DTYPES[i // _ONE_OF % len(DTYPES)]])
+    if i % _EVERY_NTH == 0
+    for dtype in (DTYPES if EVERY else [DTYPES[i // _EVERY_NTH % len(DTYPES)]])
 ]
 IDS = [
     f"{name}-{str(dtype)[6:]}" for name, (_, dtype) in zip(case_ids([case for case, _ in PAIRS]), PAIRS, strict=True)
@@ -75,7 +75,7 @@ IDS = [
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("case", "dtype"), PAIRS, ids=IDS)
 def test_launches_compile_and_do_not_spill(case: Case, dtype: torch.dtype, cache: Path) -> None:
-    """Forward and backward, and forward alone, which keeps nothing for a backward."""
+    """Forward and backward, and the forward alone, which keeps nothing for a backward."""
     inputs = testing.make_inputs(case, dtype)
     launched = run(case.op, inputs)
     with torch.no_grad():
@@ -121,8 +121,8 @@ def _of_many_numbers(x, y, NUMBERS: tl.constexpr):
 
 
 def test_what_spills_is_seen(cache: Path) -> None:
-    """512 numbers of a thread, which all live until their sum is known, are more than registers are."""
+    """512 numbers of a thread that all live until their sum is known do not fit into registers."""
     x = torch.empty(16384)
     _of_many_numbers[(1,)](x, x, NUMBERS=16384, num_warps=1)
-    (one,) = fake_triton_driver.compiled_in(cache)
-    assert one.spills > 0
+    (kernel,) = fake_triton_driver.compiled_in(cache)
+    assert kernel.spills > 0
