@@ -99,6 +99,9 @@ class Scales(NamedTuple):
 
 
 # ---------------------------------------------------------------- compiled in
+# In Triton 3.6 their members are plain numbers and strings. A device function, `tl.zeros` among them, takes no string
+# and no list of plain numbers. So kernels give a string a name first (`LAYOUT: tl.constexpr = SHAPE.layout`), and make
+# tiles by `tl.full`.
 
 
 class VariantOptions(NamedTuple):

@@ -83,35 +83,36 @@ def _is_large(lse):
 
 @triton.jit
 def _over_keys(
-    b_q, b_grad, query_stats, kv, i_pack, attempt, n, cell, tokens, task, i_part, tiles_of_part, variant,
+    b_q, b_grad, query_stats, kv, i_pack, attempt, n, cell, tokens, task, i_shard, tiles_of_shard, variant,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries from the keys of one row, or a part of them, but for `remaining_scale`; or else the
+    """Gradient of a tile of queries from the keys of a row, or a shard of them, but for `remaining_scale`; or else the
     sums of P and of P * dP."""
+    PRECISION: tl.constexpr = SHAPE.precision
     b_lse, b_sum, b_delta = query_stats
     n_first, n_last = tokens
-    acc = tl.zeros([SHAPE.block_q, SHAPE.block_d], tl.float32)
-    row_sum = tl.zeros([SHAPE.block_q], tl.float32)
-    mean = tl.zeros([SHAPE.block_q], tl.float32)
+    acc = tl.full([SHAPE.block_q, SHAPE.block_d], 0.0, tl.float32)
+    row_sum = tl.full([SHAPE.block_q], 0.0, tl.float32)
+    mean = tl.full([SHAPE.block_q], 0.0, tl.float32)
     before, start, stop = key_tiles(
         n_first, n_last, task.count, task.keys, variant, SHAPE.block_k // SHAPE.pack, VARIANT
     )
     if SHAPE.layout != "packed":
-        start = i_part * tiles_of_part
-        stop = tl.maximum(tl.minimum(stop, start + tiles_of_part), start)
+        start = i_shard * tiles_of_shard
+        stop = tl.maximum(tl.minimum(stop, start + tiles_of_shard), start)
     for step in range(0, before + stop - start):
         i_k = tl.where(step < before, step, start + step - before)
         j, o_h, b_k, b_v = load_keys(kv, i_pack, attempt, i_k, task, SHAPE)
         m_seen = visible(n[:, None], j[None, :], task.count, task.keys, variant, VARIANT)
         if SHAPE.pack > 1:
             m_seen = m_seen & (cell[:, None] == o_h[None, :])
-        products = dot(b_q, tl.trans(b_k), SHAPE.precision)
-        d_probs = dot(b_grad, tl.trans(b_v), SHAPE.precision)
+        products = dot(b_q, tl.trans(b_k), PRECISION)
+        d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
         probs, d_scores = scores_to_probs(
             products, d_probs, m_seen, b_lse[:, None], b_sum[:, None], b_delta[:, None], variant, VARIANT, b_k.dtype
         )
         if GRADIENT:
-            acc += dot(narrow(d_scores, b_k.dtype), b_k, SHAPE.precision)
+            acc += dot(narrow(d_scores, b_k.dtype), b_k, PRECISION)
         else:
             row_sum += tl.sum(probs, 1)
             mean += tl.sum(tl.where(m_seen, probs * d_probs, 0.0), 1)
@@ -120,14 +121,15 @@ def _over_keys(
 
 @triton.jit
 def _over_rows(
-    side, kv, offsets, i_pack, attempt, n, cell, head, tile, count, task, i_part, group, sizes, variant, key_shards,
+    side, kv, offsets, i_pack, attempt, n, cell, head, tile, count, task, i_shard, group, sizes, variant, key_shards,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, PASS: tl.constexpr, SPLIT_KV: tl.constexpr,
 ):  # fmt: skip
     """`_over_keys` of a row, or the sum of it over a group of rows that share their queries."""
+    LAYOUT: tl.constexpr = SHAPE.layout
     HEADS: tl.constexpr = SHAPE.packs * SHAPE.pack * SHAPE.q_per_kv
-    acc = tl.zeros([SHAPE.block_q, SHAPE.block_d], tl.float32)
-    row_sum = tl.zeros([SHAPE.block_q], tl.float32)
-    mean = tl.zeros([SHAPE.block_q], tl.float32)
+    acc = tl.full([SHAPE.block_q, SHAPE.block_d], 0.0, tl.float32)
+    row_sum = tl.full([SHAPE.block_q], 0.0, tl.float32)
+    mean = tl.full([SHAPE.block_q], 0.0, tl.float32)
     begin, end = group
     out_first = task.first
     k_first = task.k_first
@@ -138,18 +140,18 @@ def _over_rows(
             out_first = row.to(tl.int64) * sizes.queries
             k_first, keys = keys_of(row, offsets, sizes)
         m_in = n < tl.where(row < sizes.rows, count, 0)  # [BLOCK_Q]
-        b_q = load_queries(side.q, row, task.first, n, head, m_in, SHAPE.d, SHAPE.block_d, SHAPE.layout)
-        b_grad = load_queries(side.grad, row, task.first, n, head, m_in, SHAPE.dv, SHAPE.block_dv, SHAPE.layout)
+        b_q = load_queries(side.q, row, task.first, n, head, m_in, SHAPE.d, SHAPE.block_d, LAYOUT)
+        b_grad = load_queries(side.grad, row, task.first, n, head, m_in, SHAPE.dv, SHAPE.block_dv, LAYOUT)
         query_stats = _load_query_stats(
             side.lse, side.delta, (out_first + n) * HEADS + head, m_in, VARIANT, PASS.fp32_softmax, PASS.gradient
         )
         if SPLIT_KV:
-            tiles_of_part = SPLIT_KV * SHAPE.pack // SHAPE.block_k
+            tiles_of_shard = SPLIT_KV * SHAPE.pack // SHAPE.block_k
         else:
-            tiles_of_part = tl.cdiv(tl.cdiv(keys * SHAPE.pack, SHAPE.block_k), key_shards)
+            tiles_of_shard = tl.cdiv(tl.cdiv(keys * SHAPE.pack, SHAPE.block_k), key_shards)
         row_acc, row_sum, mean = _over_keys(
             b_q, b_grad, query_stats, kv, i_pack, attempt, n, cell, tokens_of_tile(tile, task.count, SHAPE),
-            RowTask(row, task.first, task.count, k_first, keys), i_part, tiles_of_part, variant,
+            RowTask(row, task.first, task.count, k_first, keys), i_shard, tiles_of_shard, variant,
             SHAPE, VARIANT, PASS.gradient,
         )  # fmt: skip
         if PASS.fp32_softmax:
@@ -184,18 +186,19 @@ def attention_grad_queries(
 
     With SPLIT_KV, a program takes a split of the keys, and `add_partials` adds those of longer rows. Gradients of
     shared queries are sums over a group of rows; each of `key_shards` programs takes its shard of every row's keys.
+    `i_shard` is the index of either.
     """
     HEADS: tl.constexpr = SHAPE.pack * SHAPE.q_per_kv
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = Variant(scales.scale, scales.post_scale, left, right, prefix)
     i_pack = tl.program_id(0) % SHAPE.packs
-    task, tile, i_part, idle = query_task(tl.program_id(0) // SHAPE.packs, offsets, sizes, SHAPE, SPLIT_KV)
+    task, tile, i_shard, idle = query_task(tl.program_id(0) // SHAPE.packs, offsets, sizes, SHAPE, SPLIT_KV)
     if idle:
         return
     begin = task.row
     end = task.row + 1
     if SHAPE.layout == "shared" and PASS.gradient:
-        i_part = task.row % key_shards
+        i_shard = task.row % key_shards
         begin = task.row // key_shards * rows_of_group
         end = tl.minimum(begin + rows_of_group, rows)
     if PASS.only_large_lse:
@@ -210,7 +213,7 @@ def attention_grad_queries(
             n, cell, head = packed_rows(tile, i_pack, SHAPE)
             count = of_attempt(task.count, cell, attempt, SHAPE.pack)
             acc, row_sum, mean = _over_rows(
-                side, kv, offsets, i_pack, attempt, n, cell, head, tile, count, task, i_part, (begin, end), sizes,
+                side, kv, offsets, i_pack, attempt, n, cell, head, tile, count, task, i_shard, (begin, end), sizes,
                 variant, key_shards, SHAPE, VARIANT, PASS, SPLIT_KV,
             )  # fmt: skip
             if SHAPE.pack > 1:
@@ -220,7 +223,7 @@ def attention_grad_queries(
             if PASS.only_large_lse:
                 m_q = m_q & _is_large(tl.load(side.lse + p_head, mask=m_q, other=0.0))
             if SPLIT_KV and task.keys > SPLIT_KV:
-                p = (partial_index(task.k_first, i_part, SPLIT_KV) * queries + n) * (SHAPE.packs * HEADS) + head
+                p = (partial_index(task.k_first, i_shard, SPLIT_KV) * queries + n) * (SHAPE.packs * HEADS) + head
                 _store_queries(partials, p, m_q, acc, row_sum, mean, SHAPE.d, SHAPE.block_d, PASS)
             else:
                 _store_queries(out, p_head, m_q, acc, row_sum, mean, SHAPE.d, SHAPE.block_d, PASS)
@@ -250,24 +253,26 @@ def _over_queries(
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """dK but for `remaining_scale`, and dV, of a tile of keys from all queries that see some of them."""
+    LAYOUT: tl.constexpr = SHAPE.layout
+    PRECISION: tl.constexpr = SHAPE.precision
     HEADS: tl.constexpr = SHAPE.pack * SHAPE.q_per_kv
-    acc_k = tl.zeros([SHAPE.block_k, SHAPE.block_d], tl.float32)
-    acc_v = tl.zeros([SHAPE.block_k, SHAPE.block_dv], tl.float32)
+    acc_k = tl.full([SHAPE.block_k, SHAPE.block_d], 0.0, tl.float32)
+    acc_v = tl.full([SHAPE.block_k, SHAPE.block_dv], 0.0, tl.float32)
     before, start, stop = bounds
     for step in range(0, before + stop - start):
         i_q = tl.where(step < before, step, start + step - before)
         n, cell, head = packed_rows(i_q, i_pack, SHAPE)
         m_q = n < of_attempt(task.count, cell, attempt, SHAPE.pack)  # [BLOCK_Q]
-        b_q = load_queries(side.q, task.row, task.first, n, head, m_q, SHAPE.d, SHAPE.block_d, SHAPE.layout)
-        b_grad = load_queries(side.grad, task.row, task.first, n, head, m_q, SHAPE.dv, SHAPE.block_dv, SHAPE.layout)
+        b_q = load_queries(side.q, task.row, task.first, n, head, m_q, SHAPE.d, SHAPE.block_d, LAYOUT)
+        b_grad = load_queries(side.grad, task.row, task.first, n, head, m_q, SHAPE.dv, SHAPE.block_dv, LAYOUT)
         p_head = (task.first + n) * (SHAPE.packs * HEADS) + head
         b_lse, b_sum, b_delta = _load_query_stats(side.lse, side.delta, p_head, m_q, VARIANT, FP32_SOFTMAX, True)
         m_seen = visible(n[None, :], j[:, None], task.count, task.keys, variant, VARIANT)
         m_seen = m_seen & (j >= 0)[:, None]  # [BLOCK_K, BLOCK_Q]
         if SHAPE.pack > 1:
             m_seen = m_seen & (cell[None, :] == o_h[:, None])
-        products = dot(b_k, tl.trans(b_q), SHAPE.precision)
-        d_probs = dot(b_v, tl.trans(b_grad), SHAPE.precision)
+        products = dot(b_k, tl.trans(b_q), PRECISION)
+        d_probs = dot(b_v, tl.trans(b_grad), PRECISION)
         probs, d_scores = scores_to_probs(
             products, d_probs, m_seen, b_lse[None, :], b_sum[None, :], b_delta[None, :], variant, VARIANT, b_k.dtype
         )
@@ -275,8 +280,8 @@ def _over_queries(
             inv_row_sum = tl.div_rn(1.0, b_sum)[None, :]
             probs = probs * inv_row_sum
             d_scores = d_scores * inv_row_sum
-        acc_v += dot(narrow(probs, b_grad.dtype), b_grad, SHAPE.precision)
-        acc_k += dot(narrow(d_scores, b_q.dtype), b_q, SHAPE.precision)
+        acc_v += dot(narrow(probs, b_grad.dtype), b_grad, PRECISION)
+        acc_k += dot(narrow(d_scores, b_q.dtype), b_q, PRECISION)
     return acc_k, acc_v
 
 
@@ -295,7 +300,8 @@ def attention_grad_keys(
     )
     if tile * SHAPE.block_k >= tokens * SHAPE.pack:
         return
-    first, count = queries_of(row, offsets, sizes, SHAPE.layout)
+    LAYOUT: tl.constexpr = SHAPE.layout
+    first, count = queries_of(row, offsets, sizes, LAYOUT)
     if SHAPE.cell and is_short(offsets.kv, row, rows, k_tokens, k_first, tokens, count, SHAPE.cell):
         return
     ATTEMPTS: tl.constexpr = SHAPE.pack + 1 if SHAPE.pack > 1 else 1
@@ -313,8 +319,8 @@ def attention_grad_keys(
             m_in = (t < tl.where(row < rows, tokens_here, 0)) & (j >= 0)
             head = (i_pack * SHAPE.pack + o_h).to(tl.int64)
             b_k, b_v = _load_key_tile(kv, k_first, t, head, m_in, SHAPE)
-            acc_k = tl.zeros([SHAPE.block_k, SHAPE.block_d], tl.float32)
-            acc_v = tl.zeros([SHAPE.block_k, SHAPE.block_dv], tl.float32)
+            acc_k = tl.full([SHAPE.block_k, SHAPE.block_d], 0.0, tl.float32)
+            acc_v = tl.full([SHAPE.block_k, SHAPE.block_dv], 0.0, tl.float32)
             if row < rows:
                 j_first = tile * SHAPE.block_k // SHAPE.pack - skip
                 j_last = tl.minimum((tile * SHAPE.block_k + SHAPE.block_k - 1) // SHAPE.pack - skip, keys - 1)

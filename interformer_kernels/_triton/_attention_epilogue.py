@@ -13,14 +13,15 @@ from interformer_kernels._triton._rows import edge
 @triton.jit
 def apply_epilogue(acc, epilogue, row, first, n, head, m_load, o_v, LAYOUT: tl.constexpr, GATE: tl.constexpr):
     """`residual + G(A, gate)` of a tile of attention outputs."""
+    ACTIVATION: tl.constexpr = GATE.activation
     if epilogue.gate is not None:
         gate = epilogue.gate
         p_gate = places(gate, row, first, n, head, LAYOUT)[:, None] + o_v.to(tl.int64) * gate.channel
         b_gate = tl.load(gate.pointer + p_gate, mask=m_load, other=0.0).to(tl.float32)
         if GATE.form == "multiply":
-            acc = acc * activate(b_gate, GATE.activation, gate.pointer.dtype.element_ty)
+            acc = acc * activate(b_gate, ACTIVATION, gate.pointer.dtype.element_ty)
         else:
-            acc = activate(acc * b_gate, GATE.activation, gate.pointer.dtype.element_ty)
+            acc = activate(acc * b_gate, ACTIVATION, gate.pointer.dtype.element_ty)
     if epilogue.residual is not None:
         p_residual = places(epilogue.residual, row, first, n, head, LAYOUT)[:, None] + o_v
         acc = acc + tl.load(epilogue.residual.pointer + p_residual, mask=m_load, other=0.0).to(tl.float32)
@@ -30,14 +31,15 @@ def apply_epilogue(acc, epilogue, row, first, n, head, m_load, o_v, LAYOUT: tl.c
 @triton.jit
 def _gate_backward(b_grad, b_a, gate, row, n, head, mask, o_v, GATE: tl.constexpr):
     """Gradients of A and of the gate, from the output's gradient and A."""
+    ACTIVATION: tl.constexpr = GATE.activation
     dtype: tl.constexpr = gate.pointer.dtype.element_ty
     p_gate = row * gate.row + n[:, None] * gate.token + head * gate.head + o_v.to(tl.int64) * gate.channel
     b_gate = tl.load(gate.pointer + p_gate, mask=mask, other=0.0).to(tl.float32)
     if GATE.form == "multiply":
-        b_grad_gate = b_grad * b_a * activation_grad(b_gate, GATE.activation, dtype)
-        b_grad = b_grad * activate(b_gate, GATE.activation, dtype)
+        b_grad_gate = b_grad * b_a * activation_grad(b_gate, ACTIVATION, dtype)
+        b_grad = b_grad * activate(b_gate, ACTIVATION, dtype)
     else:
-        b_inner = b_grad * activation_grad(b_a * b_gate, GATE.activation, dtype)
+        b_inner = b_grad * activation_grad(b_a * b_gate, ACTIVATION, dtype)
         b_grad_gate = b_inner * b_a
         b_grad = b_inner * b_gate
     return b_grad, b_grad_gate

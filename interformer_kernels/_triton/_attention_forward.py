@@ -26,9 +26,10 @@ def _over_keys(
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, SPLIT_KV: tl.constexpr,
 ):  # fmt: skip
     """Accumulator, row maximum and row sum of a tile of queries over the keys that it sees."""
+    PRECISION: tl.constexpr = SHAPE.precision
     row_max = tl.full([SHAPE.block_q], float("-inf"), tl.float32)
-    row_sum = tl.zeros([SHAPE.block_q], tl.float32)
-    acc = tl.zeros([SHAPE.block_q, SHAPE.block_dv], tl.float32)
+    row_sum = tl.full([SHAPE.block_q], 0.0, tl.float32)
+    acc = tl.full([SHAPE.block_q, SHAPE.block_dv], 0.0, tl.float32)
     n_first, n_last = tokens_of_tile(tile, task.count, SHAPE)
     before, start, stop = key_tiles(
         n_first, n_last, task.count, task.keys, variant, SHAPE.block_k // SHAPE.pack, VARIANT
@@ -42,11 +43,11 @@ def _over_keys(
         m_seen = visible(n[:, None], j[None, :], task.count, task.keys, variant, VARIANT)
         if SHAPE.pack > 1:
             m_seen = m_seen & (cell[:, None] == o_h[None, :])
-        products = dot(b_q, tl.trans(b_k), SHAPE.precision)
+        products = dot(b_q, tl.trans(b_k), PRECISION)
         probs, alpha, row_max, row_sum = online_softmax_update(
             products, m_seen, row_max, row_sum, task.keys, variant, VARIANT, b_v.dtype
         )
-        acc = acc * alpha[:, None] + dot(narrow(probs, b_v.dtype), b_v, SHAPE.precision)
+        acc = acc * alpha[:, None] + dot(narrow(probs, b_v.dtype), b_v, PRECISION)
     return acc, row_max, row_sum
 
 
@@ -61,6 +62,7 @@ def attention_forward(
     `combine_partials` adds them up. Shorter rows keep their bits. Rows that fit a cell are left to
     `_attention_short.py`.
     """
+    LAYOUT: tl.constexpr = SHAPE.layout
     HEADS: tl.constexpr = SHAPE.packs * SHAPE.pack * SHAPE.q_per_kv
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = Variant(scales.scale, scales.post_scale, left, right, prefix)
@@ -75,7 +77,7 @@ def attention_forward(
             n, cell, head = packed_rows(tile, i_pack, SHAPE)
             count = of_attempt(task.count, cell, attempt, SHAPE.pack)
             m_in = n < tl.where(task.row < rows, count, 0)  # [BLOCK_Q]
-            b_q = load_queries(q, task.row, task.first, n, head, m_in, SHAPE.d, SHAPE.block_d, SHAPE.layout)
+            b_q = load_queries(q, task.row, task.first, n, head, m_in, SHAPE.d, SHAPE.block_d, LAYOUT)
             acc, row_max, row_sum = _over_keys(
                 b_q, kv, i_pack, attempt, n, cell, tile, task, i_split, variant, SHAPE, VARIANT, SPLIT_KV
             )
@@ -90,5 +92,5 @@ def attention_forward(
                 any_key = sees_any_key(n, task.count, task.keys, variant, VARIANT)
                 store_outputs(
                     acc, row_max, row_sum, any_key, task, count, n, head, rows, epilogue, outputs,
-                    HEADS, SHAPE.dv, SHAPE.block_dv, SHAPE.layout, VARIANT, GATE,
+                    HEADS, SHAPE.dv, SHAPE.block_dv, LAYOUT, VARIANT, GATE,
                 )  # fmt: skip

@@ -76,6 +76,7 @@ def attention_forward_short(
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """Outputs of some short rows, of all query heads that share a key/value head."""
+    PRECISION: tl.constexpr = SHAPE.precision
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
     variant = Variant(scales.scale, scales.post_scale, left, right, prefix)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
@@ -85,17 +86,17 @@ def attention_forward_short(
         if retry | (attempt == 0):
             n, task, b_k, b_v, m_seen = _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE, VARIANT)
             any_key = sees_any_key(n, task.count, task.keys, variant, VARIANT)
-            bad = tl.zeros([SHAPE.block], tl.int32)
+            bad = tl.full([SHAPE.block], 0, tl.int32)
             for g in range(0, SHAPE.q_per_kv):
                 head = i_head * SHAPE.q_per_kv + g
                 b_q = _load(q, task.first, n, head, task.count, SHAPE.d, SHAPE.block_d)
-                products = dot(b_q, tl.trans(b_k), SHAPE.precision)
+                products = dot(b_q, tl.trans(b_k), PRECISION)
                 row_max = tl.full([SHAPE.block], float("-inf"), tl.float32)
-                row_sum = tl.zeros([SHAPE.block], tl.float32)
+                row_sum = tl.full([SHAPE.block], 0.0, tl.float32)
                 probs, _, row_max, row_sum = online_softmax_update(
                     products, m_seen, row_max, row_sum, task.keys[:, None], variant, VARIANT, b_v.dtype
                 )
-                acc = dot(narrow(probs, b_v.dtype), b_v, SHAPE.precision)
+                acc = dot(narrow(probs, b_v.dtype), b_v, PRECISION)
                 bad = bad | rows_with_nan(acc)
                 store_outputs(
                     acc, row_max, row_sum, any_key, task, task.count, n, head, rows, epilogue, outputs,
@@ -110,6 +111,7 @@ def attention_backward_short(
     SHAPE: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV of some short rows, of all query heads that share a key/value head."""
+    PRECISION: tl.constexpr = SHAPE.precision
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
     variant = Variant(scales.scale, scales.post_scale, left, right, prefix)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
@@ -118,23 +120,23 @@ def attention_backward_short(
     for attempt in range(0, SHAPE.block // SHAPE.cell + 1):
         if retry | (attempt == 0):
             n, task, b_k, b_v, m_seen = _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE, VARIANT)
-            acc_k = tl.zeros([SHAPE.block, SHAPE.block_d], tl.float32)
-            acc_v = tl.zeros([SHAPE.block, SHAPE.block_dv], tl.float32)
-            bad = tl.zeros([SHAPE.block], tl.int32)
+            acc_k = tl.full([SHAPE.block, SHAPE.block_d], 0.0, tl.float32)
+            acc_v = tl.full([SHAPE.block, SHAPE.block_dv], 0.0, tl.float32)
+            bad = tl.full([SHAPE.block], 0, tl.int32)
             rest = remaining_scale(task.keys, variant, VARIANT, b_v.dtype)[:, None]
             for g in range(0, SHAPE.q_per_kv):
                 head = i_head * SHAPE.q_per_kv + g
                 b_q = _load(q, task.first, n, head, task.count, SHAPE.d, SHAPE.block_d)
                 b_grad = _load(grad_attn_out, task.first, n, head, task.count, SHAPE.dv, SHAPE.block_dv)
-                products = dot(b_q, tl.trans(b_k), SHAPE.precision)
-                d_probs = dot(b_grad, tl.trans(b_v), SHAPE.precision)
+                products = dot(b_q, tl.trans(b_k), PRECISION)
+                d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
                 probs, d_scores = whole_row_to_probs(products, d_probs, m_seen, task.keys, variant, VARIANT, b_v.dtype)
                 d_scores = narrow(d_scores, b_q.dtype)
                 p_q = (task.first + n) * (SHAPE.kv_heads * SHAPE.q_per_kv) + head
-                acc_q = dot(d_scores, b_k, SHAPE.precision) * rest
+                acc_q = dot(d_scores, b_k, PRECISION) * rest
                 _store(grad_q, p_q, n < task.count, acc_q, SHAPE.d, SHAPE.block_d)
-                acc_k += dot(tl.trans(d_scores), b_q, SHAPE.precision)
-                acc_v += dot(tl.trans(narrow(probs, b_grad.dtype)), b_grad, SHAPE.precision)
+                acc_k += dot(tl.trans(d_scores), b_q, PRECISION)
+                acc_v += dot(tl.trans(narrow(probs, b_grad.dtype)), b_grad, PRECISION)
                 bad = bad | rows_with_nan(acc_q)
             bad = bad | rows_with_nan(acc_k) | rows_with_nan(acc_v)
             retry = retry | (tl.max(bad, 0) > 0)

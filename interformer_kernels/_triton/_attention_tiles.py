@@ -52,6 +52,7 @@ def is_short(offsets, row, rows, tokens, first, count, opposite, CELL: tl.conste
 def query_task(slot, offsets, sizes, SHAPE: tl.constexpr, SPLIT_KV: tl.constexpr):
     """The row of a program of queries, its tile of packed rows, its split of SPLIT_KV keys, and whether it is idle."""
     HEADS: tl.constexpr = SHAPE.pack * SHAPE.q_per_kv
+    LAYOUT: tl.constexpr = SHAPE.layout
     i_split = slot * 0
     if SPLIT_KV:
         tiles = tl.cdiv(sizes.queries * HEADS, SHAPE.block_q)
@@ -59,11 +60,11 @@ def query_task(slot, offsets, sizes, SHAPE: tl.constexpr, SPLIT_KV: tl.constexpr
         row, k_first, keys, i_split = find(slot // tiles, offsets.kv, sizes.rows, sizes.k_tokens, 1, SPLIT_KV)
         k_first += sizes.skip
         keys = tl.maximum(keys - sizes.skip, 0)
-        first, count = queries_of(row, offsets, sizes, SHAPE.layout)
+        first, count = queries_of(row, offsets, sizes, LAYOUT)
         # A row without keys has a first split, too, which writes its outputs.
         idle = (row >= sizes.rows) | (i_split * SPLIT_KV >= tl.maximum(keys, 1))
     else:
-        if SHAPE.layout == "packed":
+        if LAYOUT == "packed":
             row, first, count, tile = find(slot, offsets.q, sizes.rows, sizes.q_tokens, HEADS, SHAPE.block_q)
         else:
             tiles = tl.cdiv(sizes.queries * HEADS, SHAPE.block_q)

@@ -128,7 +128,8 @@ def online_softmax_update(
         row_sum = row_sum * alpha + tl.sum(probs, 1)
         row_max = new_max
     else:
-        probs = tl.where(m_seen, variant.post_scale * activate(products * variant.scale, VARIANT.score, DTYPE), 0.0)
+        SCORE: tl.constexpr = VARIANT.score
+        probs = tl.where(m_seen, variant.post_scale * activate(products * variant.scale, SCORE, DTYPE), 0.0)
         alpha = row_sum * 0.0 + 1.0
     return probs, alpha, row_max, row_sum
 
@@ -204,11 +205,12 @@ def remaining_scale(keys, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
 def _activation_backward(products, d_probs, m_seen, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
     """Mapped scores of a pointwise map but for `post_scale`, and gradients of the products but for
     `remaining_scale`."""
+    SCORE: tl.constexpr = VARIANT.score
     x = products * variant.scale
-    probs = tl.where(m_seen, activate(x, VARIANT.score, DTYPE), 0.0)
-    grad = activation_grad(x, VARIANT.score, DTYPE)
+    probs = tl.where(m_seen, activate(x, SCORE, DTYPE), 0.0)
+    grad = activation_grad(x, SCORE, DTYPE)
     d_scores = tl.where(m_seen, scaled(grad * d_probs, variant.scale, DTYPE), 0.0)
-    if VARIANT.score == "relu":
+    if SCORE == "relu":
         # A derivative of 0 gives a gradient of 0, even where `d_probs` overflowed.
         d_scores = tl.where(x <= 0, 0.0, d_scores)
     return probs, d_scores
@@ -244,7 +246,7 @@ def scores_to_probs(
 @triton.jit
 def whole_row_to_probs(products, d_probs, m_seen, keys, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
     """`scores_to_probs` where a tile holds all keys of its rows (`keys` in each), so that no statistics are needed."""
-    zeros = tl.zeros([products.shape[0]], tl.float32)
+    zeros = tl.full([products.shape[0]], 0.0, tl.float32)
     if VARIANT.score == "softmax":
         probs, _, row_max, row_sum = online_softmax_update(
             products, m_seen, zeros + float("-inf"), zeros, keys[:, None], variant, VARIANT, DTYPE
