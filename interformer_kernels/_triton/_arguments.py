@@ -2,7 +2,8 @@
 
 Tensors with their strides, and options that are compiled in, are NamedTuples. Sizes and limits of masks stay plain
 integers: Triton specialises integers of tuples by value (1, multiples of 16), whatever `do_not_specialize` says, and
-would compile a kernel anew for them. Kernels put them into `Sizes` and `Variant` at once.
+would compile a kernel anew for them. Kernels put them into `Sizes` and `Variant` at once. They also make their tuples
+of tuples anew (`kv = KeysAndValues(kv.k, kv.v)`): Triton 3.6 would lose constants in them (strides of 1) at a branch.
 """
 
 from __future__ import annotations

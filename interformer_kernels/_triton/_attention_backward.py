@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from interformer_kernels._triton._arguments import RowTask, Sizes, Variant
+from interformer_kernels._triton._arguments import KeysAndValues, QuerySide, RowTask, Sizes, Variant
 from interformer_kernels._triton._attention_output import partial_index
 from interformer_kernels._triton._attention_tiles import (
     is_short,
@@ -191,6 +191,8 @@ def attention_grad_queries(
     HEADS: tl.constexpr = SHAPE.pack * SHAPE.q_per_kv
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = Variant(scales.scale, scales.post_scale, left, right, prefix)
+    side = QuerySide(side.q, side.grad, side.lse, side.delta)
+    kv = KeysAndValues(kv.k, kv.v)
     i_pack = tl.program_id(0) % SHAPE.packs
     task, tile, i_shard, idle = query_task(tl.program_id(0) // SHAPE.packs, offsets, sizes, SHAPE, SPLIT_KV)
     if idle:
@@ -294,6 +296,8 @@ def attention_grad_keys(
     HEADS: tl.constexpr = SHAPE.pack * SHAPE.q_per_kv
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = Variant(scales.scale, scales.post_scale, left, right, prefix)
+    side = QuerySide(side.q, side.grad, side.lse, side.delta)
+    kv = KeysAndValues(kv.k, kv.v)
     i_pack = tl.program_id(0) % SHAPE.packs
     row, k_first, tokens, tile = find(
         tl.program_id(0) // SHAPE.packs, offsets.kv, rows, k_tokens, SHAPE.pack, SHAPE.block_k

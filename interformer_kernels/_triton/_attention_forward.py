@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from interformer_kernels._triton._arguments import Sizes, Variant
+from interformer_kernels._triton._arguments import Epilogue, KeysAndValues, Sizes, Variant
 from interformer_kernels._triton._attention_output import partial_index, store_outputs, store_partial
 from interformer_kernels._triton._attention_tiles import (
     load_keys,
@@ -66,6 +66,8 @@ def attention_forward(
     HEADS: tl.constexpr = SHAPE.packs * SHAPE.pack * SHAPE.q_per_kv
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = Variant(scales.scale, scales.post_scale, left, right, prefix)
+    kv = KeysAndValues(kv.k, kv.v)
+    epilogue = Epilogue(epilogue.gate, epilogue.residual)
     i_pack = tl.program_id(0) % SHAPE.packs
     task, tile, i_split, idle = query_task(tl.program_id(0) // SHAPE.packs, offsets, sizes, SHAPE, SPLIT_KV)
     if idle:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from interformer_kernels._triton._arguments import RowTask, Sizes
+from interformer_kernels._triton._arguments import Epilogue, RowTask, Sizes
 from interformer_kernels._triton._attention_epilogue import apply_epilogue
 from interformer_kernels._triton._attention_variant import combine_softmax, finalize
 from interformer_kernels._triton._maps import narrow
@@ -86,6 +86,7 @@ def combine_partials(
 ):  # fmt: skip
     """Combine the splits of a row, in order, and finish its outputs."""
     sizes = Sizes(rows, 0, k_tokens, queries, skip)
+    epilogue = Epilogue(epilogue.gate, epilogue.residual)
     row, tile, k_first, keys = _split_row(tl.program_id(0), kv_offsets, sizes, HEADS, SPLIT_KV, BLOCK_Q)
     if keys == 0:
         return

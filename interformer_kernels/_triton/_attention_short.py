@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from interformer_kernels._triton._arguments import RowTask, Sizes, Variant
+from interformer_kernels._triton._arguments import Epilogue, KeysAndValues, RowTask, Sizes, Variant
 from interformer_kernels._triton._attention_output import store_outputs
 from interformer_kernels._triton._attention_tiles import of_attempt, rows_with_nan
 from interformer_kernels._triton._attention_variant import (
@@ -79,6 +79,8 @@ def attention_forward_short(
     PRECISION: tl.constexpr = SHAPE.precision
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
     variant = Variant(scales.scale, scales.post_scale, left, right, prefix)
+    kv = KeysAndValues(kv.k, kv.v)
+    epilogue = Epilogue(epilogue.gate, epilogue.residual)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     i = tl.program_id(0) // SHAPE.kv_heads
     retry = tl.program_id(0) < 0
@@ -114,6 +116,7 @@ def attention_backward_short(
     PRECISION: tl.constexpr = SHAPE.precision
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
     variant = Variant(scales.scale, scales.post_scale, left, right, prefix)
+    kv = KeysAndValues(kv.k, kv.v)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     i = tl.program_id(0) // SHAPE.kv_heads
     retry = tl.program_id(0) < 0
