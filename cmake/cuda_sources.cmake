@@ -6,6 +6,6 @@ set(cuda_sources
     csrc/cuda/attention_forward.cu
     csrc/cuda/attention_grad_keys.cu
     csrc/cuda/attention_grad_queries.cu
-    csrc/cuda/attention_shares.cu
+    csrc/cuda/attention_query_stats.cu
     csrc/cuda/personalized_ffn.cu
-    csrc/cuda/queue.cu)
+    csrc/cuda/tile_scheduler.cu)

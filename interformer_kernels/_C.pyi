@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from interformer_kernels._calls import AttentionCall
+from interformer_kernels._cuda import attention, personalized_ffn
 
 def build_info() -> dict[str, Any]:
     """Compiler, OpenMP, CPU instruction levels, and the CUDA part: built, for which GPUs, or why not."""
@@ -94,55 +95,38 @@ def apply_rotary(
 
 # The CUDA part, where it is built: the same calls for tensors on one GPU, on the caller's current stream.
 
+cuda_scheduler_size: int
+"""int64 numbers of memory, of any content, that the tile scheduler of a call needs."""
+
 def cuda_attention_forward(
     call: AttentionCall,
-    residual: Tensor | None,
-    out: Tensor,
-    lse: Tensor | None,
-    attn_out: Tensor | None,
-    split: int,
-    pieces: Tensor | None,
-    weights: Tensor | None,
-    queue: Tensor,
+    outputs: attention.Outputs,
+    workspace: attention.ForwardWorkspace,
     tf32: bool,
     /,
 ) -> None:
     """Writes `out`, and `lse` and `attn_out` where given; without rotary tables.
 
-    Rows of more than `split` keys (0: none; else queries are not packed) are cut into chunks: memory for their sums is
-    `pieces [2 Tk / split + 1, N, H, Dv]` and `weights [..., 2]`, float32. `queue [258]`, int64, is memory for counting
-    what is done.
+    Rows of more than `split_kv` keys are split, where queries are not packed (0: no row is split). Their partials need
+    memory: `partials [2 Tk / split_kv + 1, N, H, Dv]` and `partial_stats [..., 2]`, float32. `tf32`: float32 may be
+    multiplied by tensor cores.
     """
 
 def cuda_attention_backward(
     call: AttentionCall,
-    grad_out: Tensor,
-    attn_out: Tensor | None,
-    lse: Tensor | None,
-    delta: Tensor | None,
-    share: Tensor | None,
-    grad_attn_out: Tensor | None,
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor | None,
-    grad_gate: Tensor | None,
-    gate_block: int,
-    split: int,
-    pieces: Tensor | None,
-    weights: Tensor | None,
-    parts: int,
-    queue: Tensor,
+    gradients: attention.Gradients,
+    workspace: attention.BackwardWorkspace,
     tf32: bool,
     /,
 ) -> None:
     """Writes the gradients; without rotary tables.
 
-    On the way it writes `delta`, and of float32 `share`, of the shape of `lse` (softmax only), and `grad_attn_out` of
-    the output's shape (with a gate only). `grad_q` of shared queries holds sums over runs of rows, and parts of a
-    row's keys, float32 `[runs * parts, M, H, D]`. `grad_gate` is as `_launch.gate_gradient.gate_sums` makes it; blocks
-    of tokens, where they are summed, have `gate_block` of them (else 1). Rows of more than `split` keys are cut as in
-    the forward: `pieces` has `D` channels, for dense queries alone; `weights` is there just where `share` is.
-    `queue` is as in the forward.
+    It also writes to its workspace: `delta` and `inv_row_sum`, of the shape of `lse` (softmax only), and
+    `grad_attn_out` of the output's shape (only with a gate, or a `post_scale` that is not 1). `grad_q` of shared
+    queries holds sums over row groups and over shards of a row's keys, float32 `[row_groups * key_shards, M, H, D]`.
+    `grad_gate` is as `_launch.gate_gradient.gate_sums` makes it; where blocks of tokens are summed they have
+    `gate_block` tokens (else 1). Rows of more than `split_kv` keys are split as in the forward: `partials` has `D`
+    channels, for dense queries alone; `partial_stats` is there only under softmax.
     """
 
 def cuda_personalized_ffn_forward(
@@ -165,19 +149,17 @@ def cuda_personalized_ffn_backward(
     bias: Tensor | None,
     activation: str,
     grad_out: Tensor,
-    before: Tensor | None,
     grad_x: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor | None,
-    split: int,
-    pieces: Tensor | None,
+    workspace: personalized_ffn.Workspace,
     tf32: bool,
     /,
 ) -> None:
-    """Writes the gradients, and on the way, unless the activation is identity, `before [T, F]`.
+    """Writes the gradients, and to its workspace, unless the activation is identity, `grad_pre_activation [T, F]`.
 
-    Rows of more than `split` tokens are cut into chunks; where there are so many tokens, `pieces`, float32
-    `[2 T / split + 1, E F]`, or `[..., E F + F]` with a bias, is memory for their sums.
+    Rows of more than `split_tokens` tokens are split; where there are so many tokens, `partials`, float32
+    `[2 T / split_tokens + 1, E F]`, or `[..., E F + F]` with a bias, is memory for the sums of each split.
     """
 
 def cuda_apply_rotary(
@@ -191,4 +173,4 @@ def cuda_apply_rotary(
     out: Tensor,
     /,
 ) -> None:
-    """Writes `out [T, H, D]`: x rotated, or, backwards, turned back."""
+    """Writes `out [T, H, D]`: x rotated, or, backwards, rotated back."""

@@ -1,4 +1,4 @@
-// `apply_rotary` of docs/ops.md on a GPU; backwards, its inverse, which is its gradient.
+// `apply_rotary` of docs/ops.md on a GPU. Backwards it is the inverse, which is also the gradient.
 #pragma once
 
 #include "common/rotary_call.h"

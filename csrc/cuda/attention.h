@@ -1,5 +1,5 @@
 // The attention family of docs/ops.md on a GPU: `jagged_attention`, `gated_cross_attention` and `pma_pooling` are one
-// computation in three layouts. Rotary embedding is a pass of its own before and after (`apply_rotary`).
+// computation in three layouts. Rotary embedding is a separate pass before and after (`apply_rotary`).
 #pragma once
 
 #include <cstdint>
@@ -11,61 +11,73 @@
 namespace interformer {
 namespace cuda {
 
-constexpr int kMostChannels = 256;  // of a head
+constexpr int kMaxChannels = 256;  // channels of a head
 
-// Memory for sums over chunks of `split` keys (a multiple of 32), into which rows of more keys are cut; for queries
-// that are not packed. All float32.
-struct AttentionPieces {
-    int64_t split = 0;  // 0: no row is cut
-    // [2 Tk / split + 1, N, H, Dv], of the backward's dense queries [2 Tk / split + 1, N, H, D]; shared ones have none.
-    std::optional<TensorView> sums;
-    // [2 Tk / split + 1, N, H, 2], under softmax; also of pointwise scores in the forward.
-    std::optional<TensorView> weights;
+// Memory for the partials of split rows: rows of more keys than `split_kv` (a multiple of 32), where queries are not
+// packed. All float32.
+struct SplitKv {
+    int64_t split_kv = 0;  // 0: no row is split
+    // Sums over channels, [2 Tk / split_kv + 1, N, H, Dv]; in the backward [.., D], and for dense queries alone.
+    std::optional<TensorView> partials;
+    // Two statistics of a softmax, [2 Tk / split_kv + 1, N, H, 2]; also there for pointwise scores in the forward.
+    std::optional<TensorView> partial_stats;
 };
 
-// What the backward has of each query: all but `grad_attn_out` are float32, of the output's shape without its last
-// axis, and there just under softmax; all but `lse` are filled.
-struct AttentionSides {
-    std::optional<TensorView> lse;           // of the forward
-    std::optional<TensorView> delta, share;  // see attention_gradient.cuh
-    // Has the output's shape and dtype; present just where there is a gate, or a `post_scale` that is not 1.
+struct ForwardWorkspace {
+    SplitKv splits;
+    TensorView scheduler;  // `kSchedulerSize` int64 numbers of any content
+};
+
+// Tensors with a number for each query are float32, of the output's shape without its last axis, and present only under
+// softmax.
+struct BackwardWorkspace {
+    std::optional<TensorView> lse;                 // from the forward, read
+    std::optional<TensorView> delta, inv_row_sum;  // see attention_gradient.cuh
+    // The gradient of A, of the output's shape and dtype; present only with a gate, or a `post_scale` that is not 1.
     std::optional<TensorView> grad_attn_out;
+    int64_t gate_block;  // tokens that a broadcast gate's gradient is summed over; 1: it is not
+    int64_t key_shards;  // shards of a row's keys that gradients of shared queries are summed over; else 1
+    SplitKv splits;
+    TensorView scheduler;  // as in the forward
 };
 
-// `queue` is memory of `kQueueSize` int64 numbers (queue.cuh); what it holds does not matter.
 // `tf32`: float32 may be multiplied by tensor cores.
-void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, const AttentionPieces& pieces,
-                       const TensorView& queue, bool tf32, const Stream& stream);
+void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, const ForwardWorkspace& workspace,
+                       bool tf32, const Stream& stream);
 
-// `grad_q` of shared queries is float32 [runs * parts, M, H, D]: sums over runs of equally many rows (the last may have
-// fewer), of a row's keys over as many parts; `parts` is 1 else.
-// `grad_gate` is of the gate's dtype and the output's shape; or float32 of that shape, but for a last axis of 1 where
-// it is summed over channels, and leading axes [blocks, 1 ...] where it is summed over blocks of `gate_block` tokens
-// (1: not summed). `attn_out` is float32, and wanted with a gate.
-void attention_backward(const AttentionInputs& in, const AttentionGradients& grads, const AttentionSides& sides,
-                        int64_t gate_block, const AttentionPieces& pieces, int64_t parts, const TensorView& queue,
+// `grad_q` of shared queries is float32 [row_groups * key_shards, M, H, D]: sums over groups of equally many rows (the
+// last group may have fewer) and over shards of their keys.
+// `grad_gate` has the gate's dtype and the output's shape. Where it is summed it is float32, with a last axis of 1 if
+// summed over channels, and leading axes [blocks, 1 ...] if summed over blocks of `gate_block` tokens.
+// `attn_out` is float32, and needed with a gate.
+void attention_backward(const AttentionInputs& in, const AttentionGradients& grads, const BackwardWorkspace& workspace,
                         bool tf32, const Stream& stream);
 
 // ---------------------------------------------------------------- parts of the two
 
 void check_forward(const Checks& check, const AttentionInputs& in, const AttentionOutputs& to,
-                   const AttentionPieces& pieces, const TensorView& queue);
+                   const ForwardWorkspace& workspace);
 void check_backward(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads,
-                    const AttentionSides& sides, int64_t gate_block, const AttentionPieces& pieces, int64_t parts,
-                    const TensorView& queue);
+                    const BackwardWorkspace& workspace);
 
-// Writes the gradients behind a gate and `post_scale`: `grad_attn_out` and `grad_gate`.
-void epilogue_backward(const AttentionInputs& in, const AttentionGradients& grads, const AttentionSides& sides,
-                       int64_t gate_block, const Stream& stream);
-// Delta and share under softmax, from `grad_attn_out`, the gradient of A.
-void shares_backward(const AttentionInputs& in, const TensorView& grad_attn_out, const AttentionSides& sides,
-                     const AttentionPieces& pieces, const TensorView& queue, bool tf32, const Stream& stream);
-// dQ, and dK and dV, from the gradient of A, delta and share.
-void queries_backward(const AttentionInputs& in, const TensorView& grad_attn_out, const AttentionGradients& grads,
-                      const AttentionSides& sides, const AttentionPieces& pieces, int64_t parts,
-                      const TensorView& queue, bool tf32, const Stream& stream);
-void keys_backward(const AttentionInputs& in, const TensorView& grad_attn_out, const AttentionGradients& grads,
-                   const AttentionSides& sides, const TensorView& queue, bool tf32, const Stream& stream);
+// The arguments of the passes of a backward. `grad_attn_out` is the gradient of A: the workspace's, or `grad_out`.
+struct Backward {
+    const AttentionInputs& in;
+    const AttentionGradients& grads;
+    const BackwardWorkspace& workspace;
+    const TensorView& grad_attn_out;
+    bool tf32;
+    const Stream& stream;
+};
+
+// Gradients through gate and `post_scale`: writes `grad_attn_out` and `grad_gate` where the workspace has the former.
+void epilogue_backward(const Backward& call);
+// Delta and the inverse row sums of a softmax.
+void query_stats_backward(const Backward& call);
+// dQ.
+void queries_backward(const Backward& call);
+// dK and dV.
+void keys_backward(const Backward& call);
 
 }  // namespace cuda
 }  // namespace interformer

@@ -1,9 +1,9 @@
-// What the attention kernels want of their arguments, beyond what every backend does.
+// Checks of the attention kernels' arguments, beyond those of every backend.
 #include <stdexcept>
 #include <string>
 
 #include "cuda/attention.h"
-#include "cuda/queue.cuh"
+#include "cuda/tile_scheduler.cuh"
 
 namespace interformer {
 namespace cuda {
@@ -18,14 +18,14 @@ int64_t query_tokens(const AttentionInputs& in) {
 void check_call(const Checks& check, const AttentionInputs& in) {
     check_inputs(check, in);
     check.contiguous_last_axis("q", in.q);
-    if (in.cos) check.refuse("cos", "None: rotary embedding is a pass of its own", describe(*in.cos));
+    if (in.cos) check.refuse("cos", "None: rotary embedding is a separate pass", describe(*in.cos));
     for (const TensorView* x : {&in.k, in.v ? &*in.v : &in.k})
-        if (x->shape[2] > kMostChannels)
+        if (x->shape[2] > kMaxChannels)
             throw std::runtime_error("the CUDA kernels of attention serve heads of at most " +
-                                     std::to_string(kMostChannels) + " channels, found " + describe(*x));
+                                     std::to_string(kMaxChannels) + " channels, found " + describe(*x));
 }
 
-// A number for each query, of float32.
+// A float32 tensor with a number for each query.
 void check_per_query(const Checks& check, const AttentionInputs& in, const char* argument, bool wanted,
                      const std::optional<TensorView>& x) {
     check_pair(check, argument, wanted, x);
@@ -34,29 +34,30 @@ void check_per_query(const Checks& check, const AttentionInputs& in, const char*
     check.contiguous(argument, *x);
 }
 
-// Sums have `channels`; which of the two are there follows from the direction.
-void check_pieces(const Checks& check, const AttentionInputs& in, const AttentionPieces& pieces, Axis channels,
-                  bool has_sums, bool has_weights) {
-    check_pair(check, "pieces", has_sums && pieces.split != 0, pieces.sums);
-    check_pair(check, "weights", has_weights && pieces.split != 0, pieces.weights);
-    if (pieces.split == 0) return;
-    if (pieces.split < 0 || pieces.split % 32 != 0 || in.layout == QueryLayout::packed)
-        check.refuse("split", "a multiple of 32, and 0 for packed queries", std::to_string(pieces.split));
-    const Axis room{"P", 2 * in.k.shape[0] / pieces.split + 1}, n{"N", in.q.shape[in.q.axes - 3]},
+// Partials have `channels`. The direction of the call decides whether partials and their statistics are needed.
+void check_splits(const Checks& check, const AttentionInputs& in, const SplitKv& splits, Axis channels,
+                  bool has_partials, bool has_stats) {
+    const int64_t split_kv = splits.split_kv;
+    check_pair(check, "partials", has_partials && split_kv != 0, splits.partials);
+    check_pair(check, "partial_stats", has_stats && split_kv != 0, splits.partial_stats);
+    if (split_kv == 0) return;
+    if (split_kv < 0 || split_kv % 32 != 0 || in.layout == QueryLayout::packed)
+        check.refuse("split_kv", "a multiple of 32, and 0 for packed queries", std::to_string(split_kv));
+    const Axis room{"P", 2 * in.k.shape[0] / split_kv + 1}, n{"N", in.q.shape[in.q.axes - 3]},
         heads{"H", in.q.shape[in.q.axes - 2]};
-    if (pieces.sums) {
-        check.tensor("pieces", *pieces.sums, DType::float32, {room, n, heads, channels});
-        check.contiguous("pieces", *pieces.sums);
+    if (splits.partials) {
+        check.tensor("partials", *splits.partials, DType::float32, {room, n, heads, channels});
+        check.contiguous("partials", *splits.partials);
     }
-    if (pieces.weights) {
-        check.tensor("weights", *pieces.weights, DType::float32, {room, n, heads, {"2", 2}});
-        check.contiguous("weights", *pieces.weights);
+    if (splits.partial_stats) {
+        check.tensor("partial_stats", *splits.partial_stats, DType::float32, {room, n, heads, {"2", 2}});
+        check.contiguous("partial_stats", *splits.partial_stats);
     }
 }
 
-void check_queue(const Checks& check, const TensorView& queue) {
-    check.tensor("queue", queue, DType::int64, {{"Q", kQueueSize}});
-    check.contiguous("queue", queue);
+void check_scheduler(const Checks& check, const TensorView& scheduler) {
+    check.tensor("scheduler", scheduler, DType::int64, {{"S", kSchedulerSize}});
+    check.contiguous("scheduler", scheduler);
 }
 
 void check_gate_gradient(const Checks& check, const AttentionInputs& in, const TensorView& grad, int64_t block) {
@@ -75,55 +76,55 @@ void check_gate_gradient(const Checks& check, const AttentionInputs& in, const T
         check.tensor("grad_gate", grad, DType::float32, {blocks, {"1", 1}, heads, last});
 }
 
+void check_query_gradient(const Checks& check, const AttentionInputs& in, const TensorView& grad, int64_t key_shards) {
+    const bool is_shared = in.layout == QueryLayout::shared;
+    if (key_shards < 1 || (key_shards > 1 && !is_shared))
+        check.refuse("key_shards", "1, or more for shared queries", std::to_string(key_shards));
+    if (!is_shared) return check.gradient("grad_q", grad, "q", in.q);
+    const int64_t* q = in.q.shape;
+    if (grad.shape[0] % key_shards != 0)
+        check.refuse("grad_q", "row groups times " + std::to_string(key_shards) + " key shards", describe(grad));
+    check.tensor("grad_q", grad, DType::float32, {{"row_groups * key_shards"}, {"M", q[0]}, {"H", q[1]}, {"D", q[2]}});
+    check.contiguous("grad_q", grad);
+}
+
 }  // namespace
 
 void check_forward(const Checks& check, const AttentionInputs& in, const AttentionOutputs& to,
-                   const AttentionPieces& pieces, const TensorView& queue) {
+                   const ForwardWorkspace& workspace) {
     check_call(check, in);
-    check_queue(check, queue);
+    check_scheduler(check, workspace.scheduler);
     check_outputs(check, in, to);
     if (to.residual) check.contiguous_last_axis("residual", *to.residual);
-    check_pieces(check, in, pieces, value_axis(in), true, true);
+    check_splits(check, in, workspace.splits, value_axis(in), true, true);
 }
 
 void check_backward(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads,
-                    const AttentionSides& sides, int64_t gate_block, const AttentionPieces& pieces, int64_t parts,
-                    const TensorView& queue) {
+                    const BackwardWorkspace& workspace) {
     check_call(check, in);
-    check_queue(check, queue);
+    check_scheduler(check, workspace.scheduler);
     const DType dtype = in.k.dtype;
-    const bool is_shared = in.layout == QueryLayout::shared;
     const bool softmax = in.score.softmax, gated = in.gate.has_value();
     check_like_output(check, in, "grad_out", grads.grad_out, dtype, value_axis(in));
     check.contiguous_last_axis("grad_out", grads.grad_out);
-    if (parts < 1 || (parts > 1 && !is_shared))
-        check.refuse("parts", "1, or more for shared queries", std::to_string(parts));
-    check_pieces(check, in, pieces, {"D", in.k.shape[2]}, !is_shared, softmax);
-    if (is_shared) {
-        const int64_t* q = in.q.shape;
-        if (grads.grad_q.shape[0] % parts != 0)
-            check.refuse("grad_q", "of runs times " + std::to_string(parts) + " parts", describe(grads.grad_q));
-        check.tensor("grad_q", grads.grad_q, DType::float32, {{"runs * parts"}, {"M", q[0]}, {"H", q[1]}, {"D", q[2]}});
-        check.contiguous("grad_q", grads.grad_q);
-    } else {
-        check.gradient("grad_q", grads.grad_q, "q", in.q);
-    }
+    check_query_gradient(check, in, grads.grad_q, workspace.key_shards);
+    check_splits(check, in, workspace.splits, {"D", in.k.shape[2]}, in.layout != QueryLayout::shared, softmax);
     check_key_gradients(check, in, grads);
     check_pair(check, "attn_out", gated, grads.attn_out);
-    check_per_query(check, in, "lse", softmax, sides.lse);
-    check_per_query(check, in, "delta", softmax, sides.delta);
-    check_per_query(check, in, "share", softmax, sides.share);
+    check_per_query(check, in, "lse", softmax, workspace.lse);
+    check_per_query(check, in, "delta", softmax, workspace.delta);
+    check_per_query(check, in, "inv_row_sum", softmax, workspace.inv_row_sum);
     const bool scaled = !softmax && in.post_scale != 1.0;
-    check_pair(check, "grad_attn_out", gated || scaled, sides.grad_attn_out);
-    if (sides.grad_attn_out) {
-        check_like_output(check, in, "grad_attn_out", *sides.grad_attn_out, dtype, value_axis(in));
-        check.contiguous("grad_attn_out", *sides.grad_attn_out);
+    check_pair(check, "grad_attn_out", gated || scaled, workspace.grad_attn_out);
+    if (workspace.grad_attn_out) {
+        check_like_output(check, in, "grad_attn_out", *workspace.grad_attn_out, dtype, value_axis(in));
+        check.contiguous("grad_attn_out", *workspace.grad_attn_out);
     }
     check_pair(check, "grad_gate", gated, grads.grad_gate);
     if (!gated) return;
     check_like_output(check, in, "attn_out", *grads.attn_out, DType::float32, value_axis(in));
     check.contiguous("attn_out", *grads.attn_out);
-    check_gate_gradient(check, in, *grads.grad_gate, gate_block);
+    check_gate_gradient(check, in, *grads.grad_gate, workspace.gate_block);
 }
 
 }  // namespace cuda

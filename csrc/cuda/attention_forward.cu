@@ -1,10 +1,10 @@
-// Forward of the attention kernels: an online softmax, or a plain sum, over the keys of a row or a chunk of them.
+// Forward of the attention kernels: an online softmax, or a plain sum, over the keys of a row or of one split of them.
 #include <cstdint>
 
 #include "cuda/attention.h"
 #include "cuda/attention_output.cuh"
 #include "cuda/attention_plan.cuh"
-#include "cuda/attention_split.cuh"
+#include "cuda/attention_split_kv.cuh"
 
 namespace interformer {
 namespace cuda {
@@ -12,193 +12,177 @@ namespace cuda {
 namespace {
 
 template <typename T>
-struct Forward {
+struct ForwardArguments {
     AttentionProblem<T> problem;
     Epilogue<T> epilogue;
-    Pieces pieces;
+    Partials partials;
     Plan plan;
 };
 
 template <typename T>
 __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
-    return {false, !p.score.softmax, false};
+    return {false, !p.variant.kind.softmax, false};
 }
 
-// Of the two rows of a lane: the largest score so far, and the total of this lane's weights relative to it.
-struct Running {
-    float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
-};
-
-// Products of a tile of keys, the first one being key `first`, become weights, `unit` being that of the largest score;
-// the sums under the scale so far are to be multiplied by `factor`.
+// Products of a tile of keys become probabilities; accumulators so far are to be multiplied by `alpha`.
 template <typename T, int N>
-__device__ void fold(const AttentionProblem<T>& p, Sums (&s)[N], const Sight (&sight)[2], int first, float unit,
-                     float2* scratch, Running& running, float (&factor)[2]) {
-    const float hidden = p.score.softmax ? -INFINITY : 0.0f;
-    for_each(s, [&](int half, int column, float& x) { x = sight[half].sees(first + column) ? p.scored(x) : hidden; });
-    if (!p.score.softmax) {
-        Sums none[N];
-        map_one_by_one(s, none, scratch,
-                       [&](float& x, float&) { x = p.inner_scale * activate(x, p.score.activation); });
-        factor[0] = factor[1] = 1.0f;
-        return;
-    }
-    float top[2] = {-INFINITY, -INFINITY}, base[2];
-    for_each(s, [&](int half, int, float& x) { top[half] = fmaxf(top[half], x); });
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const float before = running.largest[i], now = fmaxf(before, row_max(top[i]));
-        base[i] = now == -INFINITY ? 0.0f : now;  // nothing is seen yet: all weights are 0
-        factor[i] = exp2f((before - base[i]) * kLog2E);
-        running.largest[i] = now;
-        running.total[i] *= factor[i];
-    }
-    for_each(s, [&](int half, int, float& x) {
-        x = exp2f((x - base[half]) * kLog2E) * unit;
-        running.total[half] += x;
-    });
+__device__ void map_scores(const AttentionProblem<T>& p, AccTile (&s)[N], const KeyRange (&key_ranges)[2], int first,
+                           float prob_scale, float2* scratch, OnlineSoftmax& softmax, float (&alpha)[2]) {
+    const auto seen = [&](int half, int column) { return key_ranges[half].contains(first + column); };
+    if (p.variant.kind.softmax) return online_softmax_update(p.variant, s, prob_scale, softmax, alpha, seen);
+    scores_to_probs(p.variant, s, scratch, seen);
+    alpha[0] = alpha[1] = 1.0f;
 }
 
-// Writes what the warp summed up, query by query: outputs, or a piece of them.
+// Writes a warp's results, query by query: outputs, or the partial of a split.
 template <typename T, int WIDTH>
-__device__ void finish(const Forward<T>& f, const Task& task, const Units& units,
-                       const AttentionMemory<T, WIDTH>& memory, const Running& running) {
+__device__ void write_results(const ForwardArguments<T>& f, const Task& task, const PackedRows& rows,
+                              const AttentionMemory<T, WIDTH>& memory, const OnlineSoftmax& softmax) {
     const AttentionProblem<T>& p = f.problem;
-    const float sums[2] = {row_sum(running.total[0]), row_sum(running.total[1])};
-    const float unit_of_row = unit_weight<T>(task.keys.count);
+    const float row_sum[2] = {quad_sum(softmax.row_sum[0]), quad_sum(softmax.row_sum[1])};
+    const float prob_scale = prob_scale_for<T>(task.keys.count);
 #pragma unroll 1
-    for (int r = 0; r < kOwn; ++r) {
-        const Units::Unit unit = units[r];
+    for (int r = 0; r < kStationary; ++r) {
+        const PackedRow query = rows[r];
         const int lane = r % 8 * 4;
-        Total total{__shfl_sync(kAllLanes, r < 8 ? running.largest[0] : running.largest[1], lane),
-                    __shfl_sync(kAllLanes, r < 8 ? sums[0] : sums[1], lane), unit_of_row};
-        if (unit.token >= task.queries.count) break;
+        RowStats stats{__shfl_sync(kAllLanes, r < 8 ? softmax.row_max[0] : softmax.row_max[1], lane),
+                       __shfl_sync(kAllLanes, r < 8 ? row_sum[0] : row_sum[1], lane), prob_scale};
+        if (query.token >= task.queries.count) break;
         const float* staged = memory.staged + r * AttentionTiles<T, WIDTH>::kStaged;
-        if (task.piece < 0) {
-            const OutputPlace at(task.queries, unit.token, unit.head, p.heads, task.queries.row < p.kv_offsets.rows);
-            const Sight sight = p.masks.sight(unit.token, task.queries.count, task.keys.count);
-            if (p.score.softmax && sight.sees_any()) total.of_some_key();
-            finish_query(f.epilogue, at, p.value_channels, total, [&](int c) { return staged[c]; });
+        if (task.partial < 0) {
+            const OutputPlace at(task.queries, query, p.heads, task.queries.row < p.kv_offsets.rows);
+            const KeyRange range = p.variant.masks.key_range(query.token, task.queries.count, task.keys.count);
+            if (p.variant.kind.softmax && !range.fully_masked()) stats.nan_if_zero();
+            write_output(f.epilogue, at, p.value_channels, stats, [&](int c) { return staged[c]; });
             continue;
         }
-        const int64_t at = (task.piece * p.queries + unit.token) * p.heads + unit.head;
+        const int64_t at = (task.partial * p.queries + query.token) * p.heads + query.head;
         for (int c = lane_index(); c < p.value_channels; c += kWarp)
-            f.pieces.sums[at * p.value_channels + c] = staged[c];
+            f.partials.sums[at * p.value_channels + c] = staged[c];
         if (lane_index() == 0) {
-            f.pieces.weights[2 * at] = total.largest;
-            f.pieces.weights[2 * at + 1] = total.sum;
+            f.partials.stats[2 * at] = stats.row_max;
+            f.partials.stats[2 * at + 1] = stats.row_sum;
         }
     }
 }
 
-// 16 queries by each warp, over the keys of their row or a chunk of them.
+// 16 queries for each warp, over the keys of their row or one split of them.
 template <typename T, int WIDTH>
-__device__ void attend_units(const Forward<T>& f, const Crew& crew) {
+__device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group) {
     using Tiles = AttentionTiles<T, WIDTH>;
     const AttentionProblem<T>& p = f.problem;
-    const int kv_head = crew.part();
-    const Task task = task_of(p, f.pieces, crew);
+    const int kv_head = group.index_in_slot();
+    const Task task = task_of(p, f.partials, group);
     if (task.idle) return;
     const Keys keys = task.keys;
-    const int count = task.queries.count;
 
-    const Units all(task.begin, kv_head, p.group), own(task.begin + crew.warp * kOwn, kv_head, p.group);
-    const TileRange tiles = task.key_tiles(p, all, crew.rows(), Tiles::kOthers, f.pieces.split);
-    const TileRange mine = task.key_tiles(p, own, kOwn, Tiles::kOthers, f.pieces.split);
+    const PackedRows group_rows(task.begin, kv_head, p.q_per_kv);
+    const PackedRows rows(task.begin + group.warp * kStationary, kv_head, p.q_per_kv);
+    const TileRange tiles = task.key_tiles(p, group_rows, group.rows(), Tiles::kStreamed, f.partials.split_kv);
+    const TileRange warp_tiles = task.key_tiles(p, rows, kStationary, Tiles::kStreamed, f.partials.split_kv);
 
-    const MemoryParts parts = MemoryParts::of<T, WIDTH>(crew.warps, f.plan.stages, contents_of(p));
-    const AttentionMemory<T, WIDTH> memory(crew, parts);
-    start_own(memory.own[0], p.q, p.channels, task.queries, own);
-    close_copies();
-    Sight sight[2];
+    const SharedLayout layout = SharedLayout::of<T, WIDTH>(group.warps, f.plan.stages, contents_of(p));
+    const AttentionMemory<T, WIDTH> memory(group, layout);
+    cp_async_stationary(memory.stationary[0], p.q, p.channels, task.queries, rows);
+    cp_async_commit();
+    KeyRange key_ranges[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) sight[i] = p.masks.sight(own[lane_index() / 4 + i * 8].token, count, keys.count);
+    for (int i = 0; i < 2; ++i)
+        key_ranges[i] = p.variant.masks.key_range(rows[lane_index() / 4 + i * 8].token, task.queries.count, keys.count);
 
-    Sums sums[WIDTH / 16];
-    Running running;
-    const float unit = unit_weight<T>(keys.count);
-    each_tile(
-        crew, tiles, f.plan.stages,
-        [&](int tile, int stage) { start_keys(p, memory, crew.team, keys, kv_head, tile, stage); },
+    AccTile acc[WIDTH / 16];
+    OnlineSoftmax softmax;
+    const float prob_scale = prob_scale_for<T>(keys.count);
+    for_each_tile(
+        group, tiles, f.plan.stages,
+        [&](int tile, int stage) { cp_async_keys(p, memory, group.threads, keys, kv_head, tile, stage); },
         [&](int tile, int stage) {
-            if (!mine.holds(tile)) return;
+            if (!warp_tiles.contains(tile)) return;
             typename Tiles::Scores s;
-            float factor[2];
-            multiply_rows(s, memory.own[0], memory.others[2 * stage], p.channels);
-            fold(p, s, sight, tile * Tiles::kOthers, unit, memory.scratch, running, factor);
-            for_each(sums, [&](int half, int, float& x) { x *= factor[half]; });
-            add_weighed(sums, s, memory.others[2 * stage + (p.v_is_k ? 0 : 1)], 0);
+            float alpha[2];
+            multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], p.channels);
+            map_scores(p, s, key_ranges, tile * Tiles::kStreamed, prob_scale, memory.scratch, softmax, alpha);
+            for_each(acc, [&](int half, int, float& x) { x *= alpha[half]; });
+            multiply_accumulate(acc, s, memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], 0);
         });
-    wait_copies<0>();
-    crew.meet();
-    stage(memory, sums, p.outer_scale);
+    cp_async_wait<0>();
+    group.sync();
+    stage_results(memory, acc, p.outer_scale);
     __syncwarp();
-    finish(f, task, own, memory, running);
+    write_results(f, task, rows, memory, softmax);
 }
 
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kMostWarps* kWarp, blocks_for<T>(WIDTH))
-    attend(const __grid_constant__ Forward<T> f) {
-    each_item<kStays<T, WIDTH>>(f.plan, [&](const Crew& crew) { attend_units<T, WIDTH>(f, crew); });
+__global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_for<T>(WIDTH))
+    attend(const __grid_constant__ ForwardArguments<T> f) {
+    for_each_item<kPersistent<T, WIDTH>>(f.plan, [&](const TileGroup& group) { attend_tile<T, WIDTH>(f, group); });
 }
 
 // ---------------------------------------------------------------- split rows
 
-// Joins the chunks of split rows, a query under a head by a warp.
+// Combines the partials of split rows, one query under one head for each warp.
 template <typename T>
-__global__ void __launch_bounds__(kMostWarps* kWarp) merge_pieces(const __grid_constant__ Forward<T> f) {
+__global__ void __launch_bounds__(kMaxWarps* kWarp) combine_partials(const __grid_constant__ ForwardArguments<T> f) {
     const AttentionProblem<T>& p = f.problem;
-    const Joint joint = joint_of(p, f.pieces, int64_t{blockIdx.x} * kMostWarps + threadIdx.x / kWarp);
-    if (joint.chunks == 0) return;
-    const float* weights = f.pieces.weights;
-    Total total{-INFINITY, 0.0f, unit_weight<T>(joint.keys)};
-    if (p.score.softmax)
-        for (int i = 0; i < joint.chunks; ++i) total.largest = fmaxf(total.largest, weights[2 * joint.at(i)]);
-    const float base = total.largest == -INFINITY ? 0.0f : total.largest;
-    const auto share = [&](int chunk) {
-        return p.score.softmax ? exp2f((weights[2 * joint.at(chunk)] - base) * kLog2E) : 1.0f;
+    const int64_t number = int64_t{blockIdx.x} * kMaxWarps + threadIdx.x / kWarp;
+    const CombineItem item = combine_item_of(p, f.partials, number);
+    if (item.num_splits == 0) return;
+    const bool softmax = p.variant.kind.softmax;
+    const float* partial_stats = f.partials.stats;
+    RowStats stats{-INFINITY, 0.0f, prob_scale_for<T>(item.keys)};
+    if (softmax)
+        for (int i = 0; i < item.num_splits; ++i) stats.row_max = fmaxf(stats.row_max, partial_stats[2 * item.at(i)]);
+    const float base = stats.row_max == -INFINITY ? 0.0f : stats.row_max;
+    const auto alpha = [&](int split) {
+        return softmax ? exp2f((partial_stats[2 * item.at(split)] - base) * kLog2E) : 1.0f;
     };
-    if (p.score.softmax)
-        for (int i = 0; i < joint.chunks; ++i) total.sum += weights[2 * joint.at(i) + 1] * share(i);
-    if (p.score.softmax) total.of_some_key();
-    const OutputPlace place(p.queries_of(joint.row), joint.unit / p.heads, joint.unit % p.heads, p.heads, true);
-    finish_query(f.epilogue, place, p.value_channels, total, [&](int c) {
-        float sum = 0.0f;
-        for (int i = 0; i < joint.chunks; ++i) sum += f.pieces.sums[joint.at(i) * p.value_channels + c] * share(i);
-        return sum;
-    });
+    if (softmax)
+        for (int i = 0; i < item.num_splits; ++i) stats.row_sum += partial_stats[2 * item.at(i) + 1] * alpha(i);
+    if (softmax) stats.nan_if_zero();
+    const PackedRow query{item.query / p.heads, item.query % p.heads};
+    write_output(f.epilogue, OutputPlace(p.queries_of(item.row), query, p.heads, true), p.value_channels, stats,
+                 [&](int c) {
+                     float sum = 0.0f;
+                     for (int i = 0; i < item.num_splits; ++i)
+                         sum += f.partials.sums[item.at(i) * p.value_channels + c] * alpha(i);
+                     return sum;
+                 });
 }
 
 // ---------------------------------------------------------------- launches
 
 template <typename T, int WIDTH>
-void start_attend(Forward<T>& f, const TensorView& queue, const Stream& stream) {
+void start_attend(ForwardArguments<T>& f, const TensorView& scheduler, const Stream& stream) {
     const AttentionProblem<T>& p = f.problem;
-    f.plan = plan_of<T, WIDTH>({p.mean_units(), p.mean_keys(), contents_of(p)});
-    f.plan.slots = slots_of(p, f.pieces, p.rows(), f.plan.rows());
-    f.plan.parts = p.kv_heads;
-    start_query_crews<kStays<T, WIDTH>>(attend<T, WIDTH>, f, queue, stream);
+    f.plan = plan_of<T, WIDTH>({p.mean_packed_rows(), p.mean_keys(), contents_of(p)});
+    f.plan.slots = slots_of(p, f.partials, p.rows(), f.plan.rows());
+    f.plan.items_per_slot = p.kv_heads;
+    start_query_groups<kPersistent<T, WIDTH>>(attend<T, WIDTH>, f, scheduler, stream);
+}
+
+template <typename T>
+Epilogue<T> epilogue_of(const AttentionInputs& in, const AttentionOutputs& to) {
+    Epilogue<T> epilogue{};
+    epilogue.gating = in.gating;
+    if (in.gate) epilogue.gate = Heads<const T>(*in.gate);
+    if (to.residual) epilogue.residual = Heads<const T>(*to.residual);
+    epilogue.out = static_cast<T*>(to.out.data);
+    if (to.attn_out) epilogue.attn_out = static_cast<float*>(to.attn_out->data);
+    if (to.lse) epilogue.lse = static_cast<float*>(to.lse->data);
+    return epilogue;
 }
 
 }  // namespace
 
-void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, const AttentionPieces& pieces,
-                       const TensorView& queue, bool tf32, const Stream& stream) {
-    const Checks check = stream.checks();
-    check_forward(check, in, to, pieces, queue);
+void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, const ForwardWorkspace& workspace,
+                       bool tf32, const Stream& stream) {
+    check_forward(stream.checks(), in, to, workspace);
     if (to.out.size() == 0) return;
     with_element(in.k.dtype, tf32, [&](auto element) {
         using T = decltype(element);
-        Epilogue<T> epilogue{};
-        epilogue.gating = in.gating;
-        if (in.gate) epilogue.gate = Heads<const T>(*in.gate);
-        if (to.residual) epilogue.residual = Heads<const T>(*to.residual);
-        epilogue.out = static_cast<T*>(to.out.data);
-        if (to.attn_out) epilogue.attn_out = static_cast<float*>(to.attn_out->data);
-        if (to.lse) epilogue.lse = static_cast<float*>(to.lse->data);
-        Forward<T> f{AttentionProblem<T>(in), epilogue, Pieces(pieces), {}};
-        with_width(in, [&](auto width) { start_attend<T, width.value>(f, queue, stream); });
-        join_chunks(merge_pieces<T>, f, stream);
+        ForwardArguments<T> f{AttentionProblem<T>(in), epilogue_of<T>(in, to), Partials(workspace.splits), {}};
+        with_width(in, [&](auto width) { start_attend<T, width.value>(f, workspace.scheduler, stream); });
+        start_combine(combine_partials<T>, f, stream);
     });
 }
 

@@ -11,163 +11,182 @@ namespace cuda {
 namespace {
 
 template <typename T>
-struct KeyGradient : Gradient<T> {
-    using Gradient<T>::Gradient;
+struct KeyArguments : BackwardArguments<T> {
+    using BackwardArguments<T>::BackwardArguments;
 
-    T *grad_k = nullptr, *grad_v = nullptr;  // where values are keys, grad_k is the sum of both
+    T *grad_k = nullptr, *grad_v = nullptr;  // where values are keys, `grad_k` is the sum of both
 };
 
 template <typename T>
 __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
-    return {true, !p.score.softmax, true};
+    return {true, !p.variant.kind.softmax, true};
 }
 
-// Channels whose sums a warp can hold; wider heads are done in as many chunks as it takes.
+// Channels for which a warp can hold accumulators; wider heads take several channel chunks.
 template <int WIDTH>
-constexpr int kChunk = WIDTH < 128 ? WIDTH : 128;
+constexpr int kChannelChunk = WIDTH < 128 ? WIDTH : 128;
 
-// As `blocks_for`: sums of dK and of dV take more registers.
+// As `blocks_for`: accumulators of dK and of dV take more registers.
 constexpr int key_blocks_for(int width) {
     return width <= 32 ? 3 : 2;
 }
 
-// Key tokens of a row: 16 of this warp, from token `begin` on. Places in the row count behind the skipped ones.
-struct OwnKeys {
+// Key tokens of a row, from token `begin` on. Keys are numbered behind the skipped tokens.
+struct StationaryKeys {
     Span row;
     int begin, skip;
-    bool held;  // by a row; else the tail
+    bool in_row;  // else these tokens are of the tail
 
     // Whether queries may see token `begin + r`.
-    __device__ bool is_key(int r) const { return held && begin + r < row.count && begin + r >= skip; }
-    // Its place; no query sees one that is beyond all.
-    __device__ int place(int r) const { return is_key(r) ? begin + r - skip : INT_MAX; }
-    // Tiles of queries that see some of `rows` tokens from here on.
+    __device__ bool is_key(int r) const { return in_row && begin + r < row.count && begin + r >= skip; }
+    // The number of the key, or one that no query sees.
+    __device__ int key(int r) const { return is_key(r) ? begin + r - skip : INT_MAX; }
+    // Tiles of queries that see some of the next `rows` tokens.
     template <typename T>
     __device__ TileRange query_tiles(const AttentionProblem<T>& p, const Queries& queries, int rows, int tile) const {
         const int first = begin - skip, last = min(begin + rows, row.count) - 1 - skip;
-        if (!held || last < 0 || last < first) return {0, 0, 0};
-        return p.masks.query_tiles(first, last, queries.count, row.count - skip, p.group, tile);
+        if (!in_row || last < 0 || last < first) return {0, 0, 0};
+        return p.variant.masks.query_tiles(first, last, queries.count, row.count - skip, p.q_per_kv, tile);
     }
 };
 
-// A tile of the units of a row's queries: their heads, those of the gradient of A, and their sides.
+// Starts copies of a tile of packed rows: queries and the gradient of A. Writes their statistics.
 template <typename T, int WIDTH>
-__device__ void start_queries(const KeyGradient<T>& g, const AttentionMemory<T, WIDTH>& memory, Team team,
-                              const Queries& queries, int keys, int kv_head, int tile, int stage) {
-    constexpr int kOthers = AttentionTiles<T, WIDTH>::kOthers;
+__device__ void cp_async_queries(const KeyArguments<T>& g, const AttentionMemory<T, WIDTH>& memory, ThreadGroup threads,
+                                 const Queries& queries, int keys, int kv_head, int tile, int stage) {
+    constexpr int kStreamed = AttentionTiles<T, WIDTH>::kStreamed;
     const AttentionProblem<T>& p = g.problem;
-    const Units units(int64_t{tile} * kOthers, kv_head, p.group);
-    const auto unit = [&](const Heads<const T>& from) {
+    const PackedRows rows(int64_t{tile} * kStreamed, kv_head, p.q_per_kv);
+    const auto row_of = [&](const Heads<const T>& from) {
         return [&](int r) {
-            const Units::Unit u = units[r];
-            return u.token < queries.count ? from.at(queries.row, queries.origin + u.token, u.head) : nullptr;
+            const PackedRow row = rows[r];
+            return row.token < queries.count ? from.at(queries.row, queries.origin + row.token, row.head) : nullptr;
         };
     };
-    start_tile(memory.others[2 * stage], p.channels, p.q.alignment, team, unit(p.q));
-    start_tile(memory.others[2 * stage + 1], p.value_channels, g.grad.alignment, team, unit(g.grad));
-    close_copies();
-    if (team.index < kOthers) memory.sides[stage * kOthers + team.index] = g.side(queries, units[team.index], keys);
+    const Heads<const T>& grad = g.grad_attn_out;
+    cp_async_tile(memory.streamed[2 * stage], p.channels, p.q.alignment, threads, row_of(p.q));
+    cp_async_tile(memory.streamed[2 * stage + 1], p.value_channels, grad.alignment, threads, row_of(grad));
+    cp_async_commit();
+    if (threads.rank < kStreamed)
+        memory.query_stats[stage * kStreamed + threads.rank] = g.query_stats(queries, rows[threads.rank], keys);
 }
 
-// Writes `sums` of the channels from `first` on to [tokens, heads, channels], by way of shared memory. Tokens that no
-// query may see get zeros, whatever stands in tiles that they share with others: NaN by a weight of zero is NaN.
+// A gradient of keys or values, [tokens, heads, channels].
+template <typename T>
+struct KeyHeads {
+    T* data;
+    int kv_head, kv_heads, channels;
+};
+
+// Writes `acc`, times `scale`, for the channels from `first` on, by way of shared memory. Tokens that no query may see
+// get zeros explicitly: a tile that they share with other tokens may hold NaN, and NaN times a probability of 0 is NaN.
 template <typename T, int WIDTH, int C>
-__device__ void write_keys(T* to, const AttentionMemory<T, WIDTH>& memory, Sums (&sums)[C], float factor,
-                           const OwnKeys& own, int kv_head, int kv_heads, int channels, int first) {
-    stage(memory, sums, factor);
+__device__ void write_keys(const KeyHeads<T>& to, const AttentionMemory<T, WIDTH>& memory, AccTile (&acc)[C],
+                           float scale, const StationaryKeys& keys, int first) {
+    stage_results(memory, acc, scale);
     __syncwarp();
 #pragma unroll 1
-    for (int r = 0; r < kOwn && own.begin + r < own.row.count; ++r) {
-        T* row = to + ((own.row.first + own.begin + r) * kv_heads + kv_head) * channels + first;
-        for (int c = lane_index(); c < min(channels - first, C * 16); c += kWarp)
-            row[c] = narrow<T>(own.is_key(r) ? memory.staged[r * AttentionTiles<T, WIDTH>::kStaged + c] : 0.0f);
+    for (int r = 0; r < kStationary && keys.begin + r < keys.row.count; ++r) {
+        T* row = to.data + ((keys.row.first + keys.begin + r) * to.kv_heads + to.kv_head) * to.channels + first;
+        for (int c = lane_index(); c < min(to.channels - first, C * 16); c += kWarp)
+            row[c] = narrow<T>(keys.is_key(r) ? memory.staged[r * AttentionTiles<T, WIDTH>::kStaged + c] : 0.0f);
     }
     __syncwarp();
 }
 
-// 16 tokens by each warp, from all queries that see them; zero on the tail and on skipped tokens.
-template <typename T, int WIDTH>
-__device__ void grad_tokens(const KeyGradient<T>& g, const Crew& crew) {
-    using Tiles = AttentionTiles<T, WIDTH>;
-    constexpr int kOthers = Tiles::kOthers, kSums = kChunk<WIDTH> / 16, kChunks = WIDTH / kChunk<WIDTH>;
+// Writes dK and dV, or their sum where values are keys.
+template <typename T, int WIDTH, int C>
+__device__ void write_gradients(const KeyArguments<T>& g, const AttentionMemory<T, WIDTH>& memory, AccTile (&acc_k)[C],
+                                AccTile (&acc_v)[C], const StationaryKeys& keys, int kv_head, int first) {
     const AttentionProblem<T>& p = g.problem;
-    const int first = crew.part() % kChunks * kChunk<WIDTH>, kv_head = crew.part() / kChunks;
-    const Slot slot = g.plan.queue.find(p.kv_offsets, crew.slot(), 1, crew.rows());
+    const KeyHeads<T> grad_k{g.grad_k, kv_head, p.kv_heads, p.channels};
+    if (p.v_is_k) {
+        for_each_pair(acc_k, acc_v, [&](int, int, float& x, float& y) { x = x * p.grad_scale + y; });
+        write_keys(grad_k, memory, acc_k, p.outer_scale, keys, first);
+        return;
+    }
+    write_keys(grad_k, memory, acc_k, p.grad_scale * p.outer_scale, keys, first);
+    write_keys({g.grad_v, kv_head, p.kv_heads, p.value_channels}, memory, acc_v, p.outer_scale, keys, first);
+}
+
+// 16 tokens for each warp, over all queries that see them; zero on the tail and on skipped tokens.
+template <typename T, int WIDTH>
+__device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
+    using Tiles = AttentionTiles<T, WIDTH>;
+    constexpr int kStreamed = Tiles::kStreamed, kChannelChunks = WIDTH / kChannelChunk<WIDTH>;
+    const AttentionProblem<T>& p = g.problem;
+    const int first = group.index_in_slot() % kChannelChunks * kChannelChunk<WIDTH>;
+    const int kv_head = group.index_in_slot() / kChannelChunks;
+    const Slot slot = g.plan.scheduler.find(p.kv_offsets, group.slot(), 1, group.rows());
     if (slot.begin >= slot.span.count) return;
-    const bool held = slot.span.row < p.kv_offsets.rows;
+    const bool in_row = slot.span.row < p.kv_offsets.rows;
     const int begin = static_cast<int>(slot.begin), skip = p.skip;
-    const OwnKeys all{slot.span, begin, skip, held}, own{slot.span, begin + crew.warp * kOwn, skip, held};
-    const Queries queries = held ? p.queries_beside(slot.span) : Queries{};
-    const TileRange tiles = all.query_tiles(p, queries, crew.rows(), kOthers);
-    const TileRange mine = own.query_tiles(p, queries, kOwn, kOthers);
+    const StationaryKeys group_keys{slot.span, begin, skip, in_row};
+    const StationaryKeys keys{slot.span, begin + group.warp * kStationary, skip, in_row};
+    const Queries queries = in_row ? p.queries_beside(slot.span) : Queries{};
+    const TileRange tiles = group_keys.query_tiles(p, queries, group.rows(), kStreamed);
+    const TileRange warp_tiles = keys.query_tiles(p, queries, kStationary, kStreamed);
 
-    const AttentionMemory<T, WIDTH> memory(crew, MemoryParts::of<T, WIDTH>(crew.warps, g.plan.stages, contents_of(p)));
-    const auto token = [&](const Heads<const T>& from) {
-        return [&](int r) { return own.is_key(r) ? from.at(0, slot.span.first + own.begin + r, kv_head) : nullptr; };
+    const SharedLayout layout = SharedLayout::of<T, WIDTH>(group.warps, g.plan.stages, contents_of(p));
+    const AttentionMemory<T, WIDTH> memory(group, layout);
+    const auto row_of = [&](const Heads<const T>& from) {
+        return [&](int r) { return keys.is_key(r) ? from.at(0, slot.span.first + keys.begin + r, kv_head) : nullptr; };
     };
-    start_tile(memory.own[0], p.channels, p.k.alignment, warp_team(), token(p.k));
-    if (!p.v_is_k) start_tile(memory.own[1], p.value_channels, p.v.alignment, warp_team(), token(p.v));
-    close_copies();
-    const int keys[2] = {own.place(lane_index() / 4), own.place(lane_index() / 4 + 8)};
+    cp_async_tile(memory.stationary[0], p.channels, p.k.alignment, warp_threads(), row_of(p.k));
+    if (!p.v_is_k) cp_async_tile(memory.stationary[1], p.value_channels, p.v.alignment, warp_threads(), row_of(p.v));
+    cp_async_commit();
+    const int lane_keys[2] = {keys.key(lane_index() / 4), keys.key(lane_index() / 4 + 8)};
 
-    Sums sums_k[kSums], sums_v[kSums];
-    each_tile(
-        crew, tiles, g.plan.stages,
+    AccTile acc_k[kChannelChunk<WIDTH> / 16], acc_v[kChannelChunk<WIDTH> / 16];
+    for_each_tile(
+        group, tiles, g.plan.stages,
         [&](int tile, int stage) {
-            start_queries(g, memory, crew.team, queries, slot.span.count - skip, kv_head, tile, stage);
+            cp_async_queries(g, memory, group.threads, queries, slot.span.count - skip, kv_head, tile, stage);
         },
         [&](int tile, int stage) {
-            if (!mine.holds(tile)) return;
-            typename Tiles::Scores s, grad;
-            multiply_rows(s, memory.own[0], memory.others[2 * stage], p.channels);
-            multiply_rows(grad, memory.own[p.v_is_k ? 0 : 1], memory.others[2 * stage + 1], p.value_channels);
-            const Side* sides = memory.sides + stage * kOthers;
-            weigh(
-                p, s, grad, memory.scratch, [&](int, int column) -> const Side& { return sides[column]; },
-                [&](int half, int column) { return sides[column].sight.sees(keys[half]); });
-            add_weighed(sums_v, s, memory.others[2 * stage + 1], first);
-            add_weighed(sums_k, grad, memory.others[2 * stage], first);
+            if (!warp_tiles.contains(tile)) return;
+            typename Tiles::Scores s, d;
+            multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], p.channels);
+            multiply_rows(d, memory.stationary[p.v_is_k ? 0 : 1], memory.streamed[2 * stage + 1], p.value_channels);
+            const QueryStats* stats = memory.query_stats + stage * kStreamed;
+            scores_backward(
+                p.variant, s, d, memory.scratch, [&](int, int column) -> const QueryStats& { return stats[column]; },
+                [&](int half, int column) { return stats[column].key_range.contains(lane_keys[half]); });
+            multiply_accumulate(acc_v, s, memory.streamed[2 * stage + 1], first);
+            multiply_accumulate(acc_k, d, memory.streamed[2 * stage], first);
         });
-    wait_copies<0>();
-    crew.meet();
-    if (p.v_is_k) {
-        for_each_pair(sums_k, sums_v, [&](int, int, float& x, float& y) { x = x * p.rest_scale + y; });
-        write_keys(g.grad_k, memory, sums_k, p.outer_scale, own, kv_head, p.kv_heads, p.channels, first);
-    } else {
-        const float scale = p.rest_scale * p.outer_scale;
-        write_keys(g.grad_k, memory, sums_k, scale, own, kv_head, p.kv_heads, p.channels, first);
-        write_keys(g.grad_v, memory, sums_v, p.outer_scale, own, kv_head, p.kv_heads, p.value_channels, first);
-    }
+    cp_async_wait<0>();
+    group.sync();
+    write_gradients(g, memory, acc_k, acc_v, keys, kv_head, first);
 }
 
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kMostWarps* kWarp, key_blocks_for(WIDTH))
-    grad_keys(const __grid_constant__ KeyGradient<T> g) {
-    each_item<kStays<T, WIDTH>>(g.plan, [&](const Crew& crew) { grad_tokens<T, WIDTH>(g, crew); });
+__global__ void __launch_bounds__(kMaxWarps* kWarp, key_blocks_for(WIDTH))
+    grad_keys(const __grid_constant__ KeyArguments<T> g) {
+    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { grad_tile<T, WIDTH>(g, group); });
 }
 
 template <typename T, int WIDTH>
-void start_grad_keys(KeyGradient<T>& g, const TensorView& queue, const Stream& stream) {
+void start_grad_keys(KeyArguments<T>& g, const Backward& call) {
     const AttentionProblem<T>& p = g.problem;
-    g.plan = plan_of<T, WIDTH>({p.mean_keys(), p.mean_units(), contents_of(p)});
+    g.plan = plan_of<T, WIDTH>({p.mean_keys(), p.mean_packed_rows(), contents_of(p)});
     g.plan.slots = slots(p.kv_offsets.tokens, p.rows(), 1, g.plan.rows());
-    g.plan.parts = p.kv_heads * (WIDTH / kChunk<WIDTH>);
-    // Other queries than packed ones are equally many in every row.
-    start_crews<kStays<T, WIDTH>>(grad_keys<T, WIDTH>, g, p.kv_offsets, 1, p.layout == QueryLayout::packed, queue,
-                                  stream);
+    g.plan.items_per_slot = p.kv_heads * (WIDTH / kChannelChunk<WIDTH>);
+    // Dense and shared queries are equally many in every row, so a tile of a longer row is no more work.
+    const TiledRows rows{p.kv_offsets, 1, p.layout == QueryLayout::packed};
+    start_tile_groups<kPersistent<T, WIDTH>>(grad_keys<T, WIDTH>, g, rows, call.workspace.scheduler, call.stream);
 }
 
 }  // namespace
 
-void keys_backward(const AttentionInputs& in, const TensorView& grad_attn_out, const AttentionGradients& grads,
-                   const AttentionSides& sides, const TensorView& queue, bool tf32, const Stream& stream) {
-    if (in.k.shape[0] == 0) return;
-    with_element(in.k.dtype, tf32, [&](auto element) {
+void keys_backward(const Backward& call) {
+    if (call.in.k.shape[0] == 0) return;
+    with_element(call.in.k.dtype, call.tf32, [&](auto element) {
         using T = decltype(element);
-        KeyGradient<T> g(in, grad_attn_out, sides);
-        g.grad_k = static_cast<T*>(grads.grad_k.data);
-        if (grads.grad_v) g.grad_v = static_cast<T*>(grads.grad_v->data);
-        with_width(in, [&](auto width) { start_grad_keys<T, width.value>(g, queue, stream); });
+        KeyArguments<T> g(call);
+        g.grad_k = static_cast<T*>(call.grads.grad_k.data);
+        if (call.grads.grad_v) g.grad_v = static_cast<T*>(call.grads.grad_v->data);
+        with_width(call.in, [&](auto width) { start_grad_keys<T, width.value>(g, call); });
     });
 }
 

@@ -3,47 +3,49 @@
 
 #include "cuda/attention_gradient.cuh"
 #include "cuda/attention_plan.cuh"
-#include "cuda/attention_split.cuh"
+#include "cuda/attention_split_kv.cuh"
 
 namespace interformer {
 namespace cuda {
 
 namespace {
 
+// Gradients of shared queries are sums over row groups (consecutive rows) and over key shards of their rows: there a
+// slot's row is a shard of a row group. Other queries have one row in a group, and one shard.
 template <typename T>
-struct QueryGradient : Gradient<T> {
-    using Gradient<T>::Gradient;
+struct QueryArguments : BackwardArguments<T> {
+    using BackwardArguments<T>::BackwardArguments;
 
-    T* grad_q = nullptr;      // or, of shared queries,
-    float* sums = nullptr;    // sums over runs of rows and parts of their keys
-    int64_t rows_of_run = 1;  // 1 also where queries are not shared
-    int parts = 1;
-    Pieces pieces;  // of rows that are split
+    T* grad_q = nullptr;          // null for shared queries
+    float* group_sums = nullptr;  // of shared queries, by row group and key shard
+    int64_t rows_per_group = 1;
+    int key_shards = 1;
+    Partials partials;
 };
 
 template <typename T>
 __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
-    return {true, !p.score.softmax, false};
+    return {true, !p.variant.kind.softmax, false};
 }
 
-// Channels whose sums a warp can hold beside its operands; wider heads are done in chunks.
+// Channels for which a warp can hold accumulators beside its operands; wider heads take several channel chunks.
 template <typename T, int WIDTH>
-constexpr int kChunk = sizeof(T) == 2 || WIDTH < 128 ? WIDTH : 128;
+constexpr int kChannelChunk = sizeof(T) == 2 || WIDTH < 128 ? WIDTH : 128;
 
-// Finished sums of the channels from `first` on, query by query.
+// Writes a warp's results for the channels from `first` on, query by query.
 template <typename T, int WIDTH>
-__device__ void write_queries(const QueryGradient<T>& g, const Task& task, const Units& own,
+__device__ void write_queries(const QueryArguments<T>& g, const Task& task, const PackedRows& rows,
                               const AttentionMemory<T, WIDTH>& memory, int first) {
     const AttentionProblem<T>& p = g.problem;
-    float* sums = task.piece < 0 ? g.sums : g.pieces.sums;
+    float* sums = task.partial < 0 ? g.group_sums : g.partials.sums;
 #pragma unroll 1
-    for (int r = 0; r < kOwn; ++r) {
-        const Units::Unit unit = own[r];
-        if (unit.token >= task.queries.count) break;
+    for (int r = 0; r < kStationary; ++r) {
+        const PackedRow row = rows[r];
+        if (row.token >= task.queries.count) break;
         const int64_t query =
-            task.piece < 0 ? g.place(task.queries, unit) : (task.piece * p.queries + unit.token) * p.heads + unit.head;
+            task.partial < 0 ? g.place(task.queries, row) : (task.partial * p.queries + row.token) * p.heads + row.head;
         const int64_t to = query * p.channels + first;
-        for (int c = lane_index(); c < min(p.channels - first, kChunk<T, WIDTH>); c += kWarp) {
+        for (int c = lane_index(); c < min(p.channels - first, kChannelChunk<T, WIDTH>); c += kWarp) {
             const float x = memory.staged[r * AttentionTiles<T, WIDTH>::kStaged + c];
             if (sums != nullptr)
                 sums[to + c] = x;
@@ -53,118 +55,132 @@ __device__ void write_queries(const QueryGradient<T>& g, const Task& task, const
     }
 }
 
-// 16 queries by each warp, over the keys of their row or a chunk of them; of shared queries over a part of the keys of
-// each row of a run.
-template <typename T, int WIDTH>
-__device__ void grad_units(const QueryGradient<T>& g, const Crew& crew) {
+// Accumulates dQ of 16 queries for each warp over one row's keys, or one split or shard of them.
+template <typename T, int WIDTH, int C>
+__device__ void accumulate_row(const QueryArguments<T>& g, const TileGroup& group, const Task& task,
+                               const AttentionMemory<T, WIDTH>& memory, AccTile (&acc)[C], const Queries& queries,
+                               const Keys& keys, int kv_head, int key_shard, int first) {
     using Tiles = AttentionTiles<T, WIDTH>;
     const AttentionProblem<T>& p = g.problem;
-    constexpr int kChunks = WIDTH / kChunk<T, WIDTH>;
-    const int first = crew.part() % kChunks * kChunk<T, WIDTH>, kv_head = crew.part() / kChunks;
-    const Task task = task_of(p, g.pieces, crew);
-    if (task.idle) return;
-    const Units all(task.begin, kv_head, p.group), own(task.begin + crew.warp * kOwn, kv_head, p.group);
-    const MemoryParts parts = MemoryParts::of<T, WIDTH>(crew.warps, g.plan.stages, contents_of(p));
-    const AttentionMemory<T, WIDTH> memory(crew, parts);
+    const PackedRows group_rows(task.begin, kv_head, p.q_per_kv);
+    const PackedRows rows(task.begin + group.warp * kStationary, kv_head, p.q_per_kv);
+    const auto tiles_of = [&](const PackedRows& packed_rows, int count) {
+        const TileRange range = p.variant.masks.key_tiles(packed_rows.token, packed_rows[count - 1].token,
+                                                          queries.count, keys.count, Tiles::kStreamed);
+        const int tiles_per_split = g.partials.split_kv / Tiles::kStreamed;
+        if (tiles_per_split > 0) return range.within(task.split * tiles_per_split, (task.split + 1) * tiles_per_split);
+        return range.within(range.stop * int64_t{key_shard} / g.key_shards,
+                            range.stop * int64_t{key_shard + 1} / g.key_shards);
+    };
+    const TileRange tiles = tiles_of(group_rows, group.rows()), warp_tiles = tiles_of(rows, kStationary);
+    if (tiles.count() == 0) return;
+    group.sync();  // all threads are done with the shared memory of the row before
+    cp_async_stationary(memory.stationary[0], p.q, p.channels, queries, rows);
+    cp_async_stationary(memory.stationary[1], g.grad_attn_out, p.value_channels, queries, rows);
+    cp_async_commit();
+    QueryStats stats[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+        stats[half] = g.query_stats(queries, rows[lane_index() / 4 + half * 8], keys.count);
 
-    Sums sums[kChunk<T, WIDTH> / 16];
-    // Of shared queries a slot's row is a part of a run.
-    const int part = static_cast<int>(task.queries.row % g.parts);
-    const int64_t begin = task.queries.row / g.parts * g.rows_of_run;
-    const int64_t end = min(begin + g.rows_of_run, p.kv_offsets.rows);
+    for_each_tile(
+        group, tiles, g.plan.stages,
+        [&](int tile, int stage) { cp_async_keys(p, memory, group.threads, keys, kv_head, tile, stage); },
+        [&](int tile, int stage) {
+            if (!warp_tiles.contains(tile)) return;
+            typename Tiles::Scores s, d;
+            multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], p.channels);
+            multiply_rows(d, memory.stationary[1], memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], p.value_channels);
+            scores_backward(
+                p.variant, s, d, memory.scratch, [&](int half, int) -> const QueryStats& { return stats[half]; },
+                [&](int half, int column) { return stats[half].key_range.contains(tile * Tiles::kStreamed + column); });
+            multiply_accumulate(acc, d, memory.streamed[2 * stage], first);
+        });
+}
+
+// 16 queries for each warp, over the keys of their row or one split of them; for shared queries, over one key shard of
+// each row of a row group.
+template <typename T, int WIDTH>
+__device__ void grad_tile(const QueryArguments<T>& g, const TileGroup& group) {
+    const AttentionProblem<T>& p = g.problem;
+    constexpr int kChannelChunks = WIDTH / kChannelChunk<T, WIDTH>;
+    const int first = group.index_in_slot() % kChannelChunks * kChannelChunk<T, WIDTH>;
+    const int kv_head = group.index_in_slot() / kChannelChunks;
+    const Task task = task_of(p, g.partials, group);
+    if (task.idle) return;
+    const SharedLayout layout = SharedLayout::of<T, WIDTH>(group.warps, g.plan.stages, contents_of(p));
+    const AttentionMemory<T, WIDTH> memory(group, layout);
+
+    AccTile acc[kChannelChunk<T, WIDTH> / 16];
+    const int key_shard = static_cast<int>(task.queries.row % g.key_shards);
+    const int64_t begin = task.queries.row / g.key_shards * g.rows_per_group;
+    const int64_t end = min(begin + g.rows_per_group, p.kv_offsets.rows);
 #pragma unroll 1
     for (int64_t b = begin; b < end; ++b) {
-        const Queries row = g.sums != nullptr ? p.queries_of(b) : task.queries;
-        const Keys keys = g.sums != nullptr ? p.keys_of(b) : task.keys;
-        const auto tiles_of = [&](const Units& of, int rows) {
-            const TileRange found =
-                p.masks.key_tiles(of.token, of[rows - 1].token, row.count, keys.count, Tiles::kOthers);
-            const int chunk = g.pieces.split / Tiles::kOthers;
-            if (chunk > 0) return found.within(task.chunk * chunk, (task.chunk + 1) * chunk);
-            return found.within(found.stop * int64_t{part} / g.parts, found.stop * int64_t{part + 1} / g.parts);
-        };
-        const TileRange tiles = tiles_of(all, crew.rows()), mine = tiles_of(own, kOwn);
-        if (tiles.count() == 0) continue;
-        crew.meet();  // nobody reads what the row before left
-        start_own(memory.own[0], p.q, p.channels, row, own);
-        start_own(memory.own[1], g.grad, p.value_channels, row, own);
-        close_copies();
-        Side sides[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) sides[half] = g.side(row, own[lane_index() / 4 + half * 8], keys.count);
-
-        each_tile(
-            crew, tiles, g.plan.stages,
-            [&](int tile, int stage) { start_keys(p, memory, crew.team, keys, kv_head, tile, stage); },
-            [&](int tile, int stage) {
-                if (!mine.holds(tile)) return;
-                typename Tiles::Scores s, grad;
-                multiply_rows(s, memory.own[0], memory.others[2 * stage], p.channels);
-                multiply_rows(grad, memory.own[1], memory.others[2 * stage + (p.v_is_k ? 0 : 1)], p.value_channels);
-                weigh(
-                    p, s, grad, memory.scratch, [&](int half, int) -> const Side& { return sides[half]; },
-                    [&](int half, int column) { return sides[half].sight.sees(tile * Tiles::kOthers + column); });
-                add_weighed(sums, grad, memory.others[2 * stage], first);
-            });
+        const Queries queries = g.group_sums != nullptr ? p.queries_of(b) : task.queries;
+        const Keys keys = g.group_sums != nullptr ? p.keys_of(b) : task.keys;
+        accumulate_row(g, group, task, memory, acc, queries, keys, kv_head, key_shard, first);
     }
-    wait_copies<0>();
-    crew.meet();
-    stage(memory, sums, p.rest_scale * p.outer_scale);
+    cp_async_wait<0>();
+    group.sync();
+    stage_results(memory, acc, p.grad_scale * p.outer_scale);
     __syncwarp();
-    write_queries(g, task, own, memory, first);
+    const PackedRows rows(task.begin + group.warp * kStationary, kv_head, p.q_per_kv);
+    write_queries(g, task, rows, memory, first);
 }
 
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kMostWarps* kWarp, query_blocks_for<T>(WIDTH))
-    grad_queries(const __grid_constant__ QueryGradient<T> g) {
-    each_item<kStays<T, WIDTH>>(g.plan, [&](const Crew& crew) { grad_units<T, WIDTH>(g, crew); });
+__global__ void __launch_bounds__(kMaxWarps* kWarp, query_blocks_for<T>(WIDTH))
+    grad_queries(const __grid_constant__ QueryArguments<T> g) {
+    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { grad_tile<T, WIDTH>(g, group); });
 }
 
-// Joins the chunks of split rows, a query under a head by a warp.
+// Combines the partials of split rows, one query under one head for each warp.
 template <typename T>
-__global__ void __launch_bounds__(kMostWarps* kWarp) add_pieces(const __grid_constant__ QueryGradient<T> g) {
+__global__ void __launch_bounds__(kMaxWarps* kWarp) combine_partials(const __grid_constant__ QueryArguments<T> g) {
     const AttentionProblem<T>& p = g.problem;
-    const Joint joint = joint_of(p, g.pieces, int64_t{blockIdx.x} * kMostWarps + threadIdx.x / kWarp);
-    if (joint.chunks == 0) return;
-    const int64_t place = joint.row * joint.units + joint.unit;
+    const int64_t number = int64_t{blockIdx.x} * kMaxWarps + threadIdx.x / kWarp;
+    const CombineItem item = combine_item_of(p, g.partials, number);
+    if (item.num_splits == 0) return;
+    const int64_t place = item.row * item.queries + item.query;
     for (int c = lane_index(); c < p.channels; c += kWarp) {
         float sum = 0.0f;
-        for (int i = 0; i < joint.chunks; ++i) sum += g.pieces.sums[joint.at(i) * p.channels + c];
+        for (int i = 0; i < item.num_splits; ++i) sum += g.partials.sums[item.at(i) * p.channels + c];
         g.grad_q[place * p.channels + c] = narrow<T>(sum);
     }
 }
 
+// `rows`: rows, or shards of row groups, that have slots.
 template <typename T, int WIDTH>
-void start_grad_queries(QueryGradient<T>& g, int64_t rows, const TensorView& queue, const Stream& stream) {
+void start_grad_queries(QueryArguments<T>& g, int64_t rows, const Backward& call) {
     const AttentionProblem<T>& p = g.problem;
-    g.plan = plan_of<T, WIDTH>({p.mean_units(), p.mean_keys(), contents_of(p)});
-    g.plan.slots = slots_of(p, g.pieces, rows, g.plan.rows());
-    g.plan.parts = p.kv_heads * (WIDTH / kChunk<T, WIDTH>);
-    start_query_crews<kStays<T, WIDTH>>(grad_queries<T, WIDTH>, g, queue, stream);
-    join_chunks(add_pieces<T>, g, stream);
+    g.plan = plan_of<T, WIDTH>({p.mean_packed_rows(), p.mean_keys(), contents_of(p)});
+    g.plan.slots = slots_of(p, g.partials, rows, g.plan.rows());
+    g.plan.items_per_slot = p.kv_heads * (WIDTH / kChannelChunk<T, WIDTH>);
+    start_query_groups<kPersistent<T, WIDTH>>(grad_queries<T, WIDTH>, g, call.workspace.scheduler, call.stream);
+    start_combine(combine_partials<T>, g, call.stream);
 }
 
 }  // namespace
 
-void queries_backward(const AttentionInputs& in, const TensorView& grad_attn_out, const AttentionGradients& grads,
-                      const AttentionSides& sides, const AttentionPieces& pieces, int64_t parts,
-                      const TensorView& queue, bool tf32, const Stream& stream) {
-    if (in.q.size() == 0) return;
-    with_element(in.k.dtype, tf32, [&](auto element) {
+void queries_backward(const Backward& call) {
+    if (call.in.q.size() == 0) return;
+    with_element(call.in.k.dtype, call.tf32, [&](auto element) {
         using T = decltype(element);
-        QueryGradient<T> g(in, grad_attn_out, sides);
-        const int64_t rows = g.problem.rows();
-        with_width(in, [&](auto width) {
-            if (in.layout != QueryLayout::shared) {
-                g.grad_q = static_cast<T*>(grads.grad_q.data);
-                g.pieces = Pieces(pieces);
-                return start_grad_queries<T, width.value>(g, rows, queue, stream);
+        QueryArguments<T> g(call);
+        const int64_t rows = g.problem.rows(), key_shards = call.workspace.key_shards;
+        const TensorView& grad_q = call.grads.grad_q;
+        with_width(call.in, [&](auto width) {
+            if (call.in.layout != QueryLayout::shared) {
+                g.grad_q = static_cast<T*>(grad_q.data);
+                g.partials = Partials(call.workspace.splits);
+                return start_grad_queries<T, width.value>(g, rows, call);
             }
-            const int64_t runs = grads.grad_q.shape[0] / parts;
-            g.sums = static_cast<float*>(grads.grad_q.data);
-            g.parts = static_cast<int>(parts);
-            g.rows_of_run = runs > 0 ? (rows + runs - 1) / runs : 1;
-            start_grad_queries<T, width.value>(g, runs * parts, queue, stream);
+            const int64_t row_groups = grad_q.shape[0] / key_shards;
+            g.group_sums = static_cast<float*>(grad_q.data);
+            g.key_shards = static_cast<int>(key_shards);
+            g.rows_per_group = row_groups > 0 ? (rows + row_groups - 1) / row_groups : 1;
+            start_grad_queries<T, width.value>(g, row_groups * key_shards, call);
         });
     });
 }

@@ -5,13 +5,13 @@
 namespace interformer {
 
 CudaRuntime cuda_runtime() {
-    CudaRuntime found{0, 0, 0};
+    CudaRuntime runtime{0, 0, 0};
     // Each failure means "none here": a machine without a GPU or a driver is an ordinary one.
-    if (cudaGetDeviceCount(&found.device_count) != cudaSuccess) found.device_count = 0;
-    if (cudaDriverGetVersion(&found.driver_version) != cudaSuccess) found.driver_version = 0;
-    if (cudaRuntimeGetVersion(&found.runtime_version) != cudaSuccess) found.runtime_version = 0;
-    cudaGetLastError();  // so that the next call of somebody else does not find ours
-    return found;
+    if (cudaGetDeviceCount(&runtime.device_count) != cudaSuccess) runtime.device_count = 0;
+    if (cudaDriverGetVersion(&runtime.driver_version) != cudaSuccess) runtime.driver_version = 0;
+    if (cudaRuntimeGetVersion(&runtime.runtime_version) != cudaSuccess) runtime.runtime_version = 0;
+    cudaGetLastError();  // clears the error, which a later call of the caller would report
+    return runtime;
 }
 
 }  // namespace interformer

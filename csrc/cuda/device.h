@@ -1,4 +1,4 @@
-// What is known of the GPUs of this machine, and where tensors must lie. Compiled where the CUDA part is.
+// GPUs of this machine, and the memory that tensors must be in. Compiled only with the CUDA part.
 #pragma once
 
 #include "common/tensor_view.h"
@@ -6,16 +6,16 @@
 namespace interformer {
 
 struct CudaRuntime {
-    int device_count;     // 0 also where there is no driver
-    int driver_version;   // 13000 for 13.0; 0 where there is no driver
-    int runtime_version;  // of the runtime that is linked in
+    int device_count;     // 0 without a driver, too
+    int driver_version;   // 13000 for 13.0; 0 without a driver
+    int runtime_version;  // version of the linked runtime
 };
 
 CudaRuntime cuda_runtime();
 
 namespace cuda {
 
-// The memory that kernels reach.
+// The memory that kernels access.
 constexpr dlpack::DeviceType kMemory = dlpack::kCUDA;
 
 }  // namespace cuda

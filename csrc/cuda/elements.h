@@ -1,4 +1,4 @@
-// Element types of the CUDA kernels, and how far a tensor's memory is aligned.
+// Element types of the CUDA kernels, and the alignment of a tensor's memory.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 namespace interformer {
 namespace cuda {
 
-// A float32 number that tensor cores may multiply by the first 10 bits of its fraction.
+// A float32 number that tensor cores may round to 10 bits of fraction before they multiply it.
 struct Tf32 {
     float value;
 };
@@ -23,7 +23,7 @@ inline constexpr float kLargest<BFloat16> = 3.3895313892515355e38f;
 template <>
 inline constexpr float kLargest<Float16> = 65504.0f;
 
-// Calls `function` with a value of the element type of this dtype, for the sake of its type.
+// Calls `function` with a value whose type is the element type of this dtype.
 template <typename Function>
 void with_element(DType dtype, Function&& function) {
     switch (dtype) {
@@ -38,14 +38,14 @@ void with_element(DType dtype, Function&& function) {
     }
 }
 
-// The same with Tf32 for float32 where it is allowed.
+// The same, with Tf32 for float32 where that is allowed.
 template <typename Function>
 void with_element(DType dtype, bool tf32, Function&& function) {
     if (tf32 && dtype == DType::float32) return function(Tf32{});
     with_element(dtype, function);
 }
 
-// The most bytes (16, 8, 4 or 2) that address and size of every vector along the last axis are multiples of.
+// The largest alignment (16, 8, 4 or 2 bytes) that every vector along the last axis has.
 inline int alignment_of(const TensorView& x) {
     const int64_t size = x.dtype == DType::float32 ? 4 : 2;
     uint64_t bits = reinterpret_cast<uintptr_t>(x.data) | 16;

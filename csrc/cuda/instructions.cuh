@@ -1,5 +1,5 @@
-// Instructions that C++ has no words for: conversions of 16-bit numbers, matrix loads and products of a warp, copies
-// that do not wait. The one file with PTX; tests/emulated has its twin for the CPU.
+// Instructions that C++ does not express: conversions of 16-bit numbers, matrix loads and products of a warp,
+// asynchronous copies. The one file with PTX; tests/emulated has its twin for the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@
 namespace interformer {
 namespace cuda {
 
-// `threadIdx.x`, read where it is asked for: the compiler does not know that it is the same each time.
+// `threadIdx.x`, read anew at every call: the compiler cannot know that it is the same each time.
 __device__ inline int thread_index() {
     int index;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
@@ -75,8 +75,8 @@ __device__ inline uint32_t pack<Float16>(float low, float high) {
     return pair;
 }
 
-// The nearest number with 10 bits of fraction, as a register of `multiply_add_tf32`.
-__device__ inline uint32_t shortened(float x) {
+// The nearest number with 10 bits of fraction, as an operand register of `mma_m16n8k8_tf32`.
+__device__ inline uint32_t to_tf32(float x) {
     uint32_t bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
     return bits;
@@ -84,7 +84,7 @@ __device__ inline uint32_t shortened(float x) {
 
 // ---------------------------------------------------------------- shared memory
 
-// What the launch asked for; aligned to 16 bytes.
+// The block's dynamic shared memory, aligned to 16 bytes.
 __device__ inline char* shared_memory() {
     extern __shared__ uint4 interformer_shared[];
     return reinterpret_cast<char*>(interformer_shared);
@@ -94,15 +94,16 @@ __device__ inline uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Four 8 x 8 matrices of 16-bit numbers. Lane `8 m + r` names row `r` of matrix `m` (16 bytes, aligned); of matrix `m`
-// a lane gets, in `to[m]`, the columns `2 (lane % 4)` and the next of row `lane / 4`; `turned`, of the transposed one.
-__device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
+// Four 8 x 8 matrices of 16-bit numbers. Lane `8 m + r` names row `r` of matrix `m` (16 bytes, aligned). In `to[m]` a
+// lane gets two numbers of row `lane / 4` of matrix `m`: columns `2 (lane % 4)` and the next; `_trans` transposes
+// first.
+__device__ inline void ldmatrix_x4(uint32_t (&to)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(shared_address(row))
                  : "memory");
 }
-__device__ inline void load_matrices_turned(uint32_t (&to)[4], const void* row) {
+__device__ inline void ldmatrix_x4_trans(uint32_t (&to)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(shared_address(row))
@@ -112,8 +113,8 @@ __device__ inline void load_matrices_turned(uint32_t (&to)[4], const void* row) 
 // Starts a copy of BYTES (4, 8 or 16; both addresses aligned to that) from global to shared memory: the first `bytes`
 // are read, the rest is zero.
 template <int BYTES>
-__device__ inline void start_copy(void* to, const void* from, int bytes) {
-    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "what cp.async copies");
+__device__ inline void cp_async(void* to, const void* from, int bytes) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
     if constexpr (BYTES == 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                      :
@@ -125,44 +126,43 @@ __device__ inline void start_copy(void* to, const void* from, int bytes) {
                      : "r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(bytes)
                      : "memory");
 }
-// The copies that this thread started since the last call are a group.
-__device__ inline void close_copies() {
+// Makes a group of the copies that this thread started since the last call.
+__device__ inline void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Waits for all groups of this thread but the last OPEN. What other threads copied is there after a barrier.
-template <int OPEN>
-__device__ inline void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");
+// Waits for all groups of this thread but the last PENDING. Copies of other threads are visible after a barrier.
+template <int PENDING>
+__device__ inline void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 // ---------------------------------------------------------------- products
 
-// sums += a b for a 16 x 16 matrix `a` and a 16 x 8 matrix `b`, spread over the lanes of a warp as `mma.m16n8k16` has
-// it; tiles.cuh says how.
+// acc += a b for a 16 x 16 matrix `a` and a 16 x 8 matrix `b`, in the fragment layout of `mma.m16n8k16` (acc_tile.cuh
+// and tiles.cuh).
 template <typename T>
-__device__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high);
+__device__ void mma_m16n8k16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high);
 template <>
-__device__ inline void multiply_add<BFloat16>(float (&sums)[4], const uint32_t (&a)[4], uint32_t b_low,
+__device__ inline void mma_m16n8k16<BFloat16>(float (&acc)[4], const uint32_t (&a)[4], uint32_t b_low,
                                               uint32_t b_high) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
 }
 template <>
-__device__ inline void multiply_add<Float16>(float (&sums)[4], const uint32_t (&a)[4], uint32_t b_low,
-                                             uint32_t b_high) {
+__device__ inline void mma_m16n8k16<Float16>(float (&acc)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
 }
 
-// The same for a 16 x 8 matrix `a` and an 8 x 8 matrix `b` of shortened numbers, as `mma.m16n8k8` has it.
-__device__ inline void multiply_add_tf32(float (&sums)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
+// The same for a 16 x 8 matrix `a` and an 8 x 8 matrix `b` of TF32 numbers, in the layout of `mma.m16n8k8`.
+__device__ inline void mma_m16n8k8_tf32(float (&acc)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
 }
 

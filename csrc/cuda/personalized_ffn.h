@@ -9,17 +9,20 @@
 namespace interformer {
 namespace cuda {
 
+struct FfnWorkspace {
+    // [T, F]: the gradient before the activation; present only where there is an activation.
+    std::optional<TensorView> grad_pre_activation;
+    // Rows of more than `split_tokens` tokens (a multiple of 32) are split in the sums of weight gradients. Where there
+    // are more tokens than that, each split has a partial: float32 [2 T / split_tokens + 1, E F], and with a bias F
+    // numbers more.
+    int64_t split_tokens;
+    std::optional<TensorView> partials;
+};
+
 // `tf32`: float32 may be multiplied by tensor cores.
 void personalized_ffn_forward(const FfnInputs& in, const FfnOutputs& to, bool tf32, const Stream& stream);
-// Rows of more than `split` tokens (a multiple of 32) are cut into chunks of so many, whose sums need memory where
-// there are more tokens than that: float32 [2 T / split + 1, E F], and F numbers more with a bias.
-struct FfnChunks {
-    int64_t split;
-    std::optional<TensorView> pieces;
-};
-// `before`, [T, F], takes the gradient before the activation; just where there is an activation.
-void personalized_ffn_backward(const FfnInputs& in, const FfnGradients& grads, const std::optional<TensorView>& before,
-                               const FfnChunks& chunks, bool tf32, const Stream& stream);
+void personalized_ffn_backward(const FfnInputs& in, const FfnGradients& grads, const FfnWorkspace& workspace, bool tf32,
+                               const Stream& stream);
 
 }  // namespace cuda
 }  // namespace interformer

@@ -1,13 +1,13 @@
 // How a block finds its row from the offsets, on the device: the twin of `_triton/_rows.py`.
 //
-// Rows are cut into tiles of `block` units, a token being `units` of them (its heads, say). Row `b` owns the slots from
-// `start_b * units / block + b` on: at least as many as it has tiles, and at most one more, which stays idle. So the
-// number of slots follows from sizes alone, and a slot's row is found by a binary search over the offsets themselves.
-// The tokens behind the last row, the tail, are row `rows`.
+// Rows are cut into tiles of `block` packed rows, `per_token` of them to a token (its heads, say). Row `b` has the
+// slots from `start_b * per_token / block + b` on: at least as many as it has tiles, and at most one more, which stays
+// idle. So the number of slots follows from sizes alone, and a binary search over the offsets finds a slot's row. The
+// tokens behind the last row, the tail, are row `rows`.
 //
-// The search never leaves the span that it has narrowed down so far: an entry counts for no less than the last one that
-// led up, and for no more than the last one that led down. Which those are does not depend on what is looked for; so
-// rows are a partition of all tokens, the same one for every search, whatever the offsets hold.
+// The search never leaves the span that it has narrowed down so far: an entry is clamped between the last entry that
+// led up and the last one that led down. These bounds do not depend on the value searched for, so rows are a partition
+// of all tokens, the same one for every search, whatever the offsets hold.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,8 +20,8 @@ namespace interformer {
 namespace cuda {
 
 // Number of slots of `rows` rows and the tail, for any offsets.
-inline int64_t slots(int64_t tokens, int64_t rows, int64_t units, int64_t block) {
-    return tokens * units / block + rows + 1;
+inline int64_t slots(int64_t tokens, int64_t rows, int64_t per_token, int64_t block) {
+    return tokens * per_token / block + rows + 1;
 }
 
 // Tokens [first, first + count) of a row. The tail is row `rows`.
@@ -30,7 +30,7 @@ struct Span {
     int count;
 };
 
-// Of a slot: its row, and the unit of the row at which its tile begins (`count * units` or beyond: the slot is idle).
+// A slot's row, and the packed row at which its tile begins (`count * per_token` or beyond: the slot is idle).
 struct Slot {
     Span span;
     int64_t begin;
@@ -58,29 +58,32 @@ struct Offsets {
 
     Offsets(const TensorView& view, int64_t tokens) : entries(view), rows(view.shape[0] - 1), tokens(tokens) {}
 
-    // An entry, within the tensor whatever it holds.
+    // An entry, clamped to the tensor.
     __device__ int64_t edge(int64_t i) const { return clamped(entries[i], 0, tokens); }
 
-    // A row as its two entries have it; the tail reaches to the end. Of disordered offsets, not one of the partition.
+    // A row by its two entries; the tail reaches to the end. Where offsets are not sorted, it may differ from the
+    // partition's.
     __device__ Span span(int64_t row) const {
         const int64_t first = edge(row), last = row < rows ? edge(row + 1) : tokens;
         return {row, first, static_cast<int>(last > first ? last - first : 0)};
     }
 
-    // Of a slot of tiles of `block` units, each token being `units` of them.
-    __device__ Slot find(int64_t slot, int64_t units, int64_t block) const {
-        // edge * units / block + row <= slot, without a division of 64 bits in every step
-        const Span found = last_row([&](int64_t edge, int64_t row) { return edge * units < (slot - row + 1) * block; });
-        return {found, (slot - (found.first * units / block + found.row)) * block};
+    // Row and tile of a slot, where tiles are `block` packed rows, `per_token` of them to a token.
+    __device__ Slot find(int64_t slot, int64_t per_token, int64_t block) const {
+        // edge * per_token / block + row <= slot, without a 64-bit division in every step
+        const Span span =
+            last_row([&](int64_t edge, int64_t row) { return edge * per_token < (slot - row + 1) * block; });
+        return {span, (slot - (span.first * per_token / block + span.row)) * block};
     }
 
-    // The row that holds a token.
-    __device__ Span holder(int64_t token) const {
+    // The row of a token.
+    __device__ Span row_at(int64_t token) const {
         return last_row([&](int64_t edge, int64_t) { return edge <= token; });
     }
 
-    // The same among the rows [low, high] alone, `low` if none of them does; of disordered offsets, any of them.
-    __device__ int64_t holder_of(int64_t token, int64_t low, int64_t high) const {
+    // The row of a token among the rows [low, high], or `low` if it is in none of them. Where offsets are not sorted,
+    // it may be any of these rows.
+    __device__ int64_t row_between(int64_t token, int64_t low, int64_t high) const {
         while (low < high) {
             const int64_t middle = (low + high + 1) / 2;
             if (edge(middle) <= token)
@@ -96,7 +99,7 @@ struct Offsets {
         return entry < low ? low : entry > high ? high : entry;
     }
 
-    // The last row of which `begun(first token, row)` holds; it does of row 0.
+    // The last row for which `begun(first token, row)` is true; for row 0 it must be.
     template <typename Begun>
     __device__ Span last_row(Begun&& begun) const {
         int64_t low = 0, high = rows, first = 0, last = tokens;
@@ -114,21 +117,22 @@ struct Offsets {
     }
 };
 
-// ---------------------------------------------------------------- rows in chunks
+// ---------------------------------------------------------------- split rows
 
-// Long rows are cut into chunks of `split` tokens, the slots of tiles of that many; what each sums up lies one after
-// another in memory, and a kernel after that joins them in order. This is the place of a chunk of a row in that memory:
-// rows of more than `split` tokens have room side by side.
-__device__ inline int64_t piece_of(int64_t first, int64_t chunk, int split) {
-    return 2 * first / split + chunk;
+// A long row is split every `size` tokens, in slots of tiles of that many tokens. Each split writes its sums to memory,
+// its partial, and a later kernel combines the partials of a row in order. This is the index of a split's partial for a
+// row that begins at token `first`: rows of more than `size` tokens do not overlap there.
+__device__ inline int64_t partial_index(int64_t first, int64_t split, int size) {
+    return 2 * first / size + split;
 }
 
-// The row that is joined at a token, a multiple of `split`: the one that holds it, if it has more than `split` tokens
-// behind the skipped ones and holds no such token before; every row that is cut holds one. Else a row of no tokens.
-__device__ inline Span joined_at(const Offsets& offsets, int64_t token, int split, int skip) {
+// The split row that is combined at `token`, a multiple of `size`: the row of the token, if it has more than `size`
+// tokens behind the skipped ones and no earlier multiple of `size`. Every split row has such a token. Else the result
+// has no tokens.
+__device__ inline Span split_row_at(const Offsets& offsets, int64_t token, int size, int skip) {
     if (token >= offsets.tokens) return {offsets.rows, offsets.tokens, 0};
-    Span row = offsets.holder(token);
-    if (row.row >= offsets.rows || row.count - skip <= split || token - split >= row.first) row.count = 0;
+    Span row = offsets.row_at(token);
+    if (row.row >= offsets.rows || row.count - skip <= size || token - size >= row.first) row.count = 0;
     return row;
 }
 

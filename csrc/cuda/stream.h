@@ -1,4 +1,4 @@
-// Kernels on the caller's stream: each launch is checked, and none waits, allocates, or runs on another device.
+// Kernels on the caller's stream. Each launch is checked; none waits, allocates, or runs on another device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@
 namespace interformer {
 namespace cuda {
 
-// The device that the caller had is current again when this is gone.
+// Makes a device current, and the caller's device again when it is destroyed.
 class DeviceGuard {
   public:
     explicit DeviceGuard(int device) {
@@ -31,24 +31,24 @@ class DeviceGuard {
     bool changed_ = false;
 };
 
-// The stream of one call. `lead` is the tensor whose device and shape stand for the call.
+// The stream of one call. The call runs on the device of the tensor `lead`, and errors describe that tensor.
 class Stream {
   public:
     Stream(const char* op, const TensorView& lead, void* handle)
         : op_(op), lead_(lead), handle_(static_cast<cudaStream_t>(handle)) {}
 
-    // Checks that want every tensor where the lead is: on a GPU.
+    // Checks that every tensor is on the device of the lead, a GPU.
     Checks checks() const {
         if (lead_.device.type != kMemory) Checks(op_).refuse("every tensor", "on a CUDA device", describe(lead_));
         return Checks(op_, lead_.device);
     }
 
-    // Starts `blocks` blocks of `threads` threads with `shared` bytes of shared memory; none where there is no work.
+    // Starts `blocks` blocks of `threads` threads with `shared` bytes of shared memory; nothing if `blocks` is 0.
     template <typename... Parameters>
     void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
                 const Parameters&... parameters) const {
         if (blocks == 0) return;
-        if (blocks > kMostBlocks) fail("a grid of " + std::to_string(blocks) + " blocks is beyond the device");
+        if (blocks > kMaxBlocks) fail("a grid of " + std::to_string(blocks) + " blocks is beyond the device");
         const DeviceGuard guard(lead_.device.id);
         allow(kernel, shared);
         cudaLaunchConfig_t config{};
@@ -59,7 +59,7 @@ class Stream {
         check(cudaLaunchKernelEx(&config, kernel, parameters...));
     }
 
-    // How many such blocks the device holds at once.
+    // The number of such blocks that the device holds at once.
     template <typename... Parameters>
     int64_t resident(void (*kernel)(Parameters...), int threads, int shared) const {
         const DeviceGuard guard(lead_.device.id);
@@ -71,7 +71,7 @@ class Stream {
     }
 
   private:
-    static constexpr int64_t kMostBlocks = 2147483647;
+    static constexpr int64_t kMaxBlocks = 2147483647;
     static constexpr int kSharedByDefault = 48 * 1024;
 
     template <typename... Parameters>
@@ -81,7 +81,7 @@ class Stream {
     }
     void check(cudaError_t status) const {
         if (status == cudaSuccess) return;
-        cudaGetLastError();  // so that the next call of somebody else does not find it
+        cudaGetLastError();  // clears the error, which a later call of the caller would report
         fail(cudaGetErrorString(status));
     }
     [[noreturn]] void fail(const std::string& reason) const {

@@ -12,7 +12,7 @@ from interformer_kernels._launch.tensors import readable
 def rotated(
     x: Tensor, offsets: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, backwards: bool
 ) -> Tensor:
-    """`x [T, H, D]` turned by each token's position, or turned back; zero on the tail."""
+    """`x [T, H, D]` rotated by each token's position, or rotated back; zero on the tail."""
     out = x.new_empty(x.shape)
     _C.cuda_apply_rotary(readable(x), offsets, readable(cos), readable(sin), positions, interleaved, backwards, out)
     return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,14 @@ from interformer_kernels._calls import FfnCall
 from interformer_kernels._launch import long_rows
 from interformer_kernels._launch.ffn import empty_gradients, viewed
 from interformer_kernels._launch.tensors import allows_tf32, readable
+
+
+class Workspace(NamedTuple):
+    """Memory of a backward call, and the number of tokens every which rows are split."""
+
+    grad_pre_activation: Tensor | None
+    split_tokens: int
+    partials: Tensor | None
 
 
 def forward(call: FfnCall, residual: Tensor | None) -> Tensor:
@@ -24,14 +34,16 @@ def backward(call: FfnCall, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `x, weight, bias`; an empty one for a bias that was not given."""
     grad_x, grad_weight, grad_bias = empty_gradients(call)
     written = grad_x, grad_weight, None if call.bias is None else grad_bias
-    before = None if call.activation == "identity" else grad_out.new_empty(grad_out.shape)
-    tokens, split, pieces = call.x.shape[0], long_rows.TOKENS, None
-    if tokens > split:
+    tokens, partials = call.x.shape[0], None
+    if tokens > long_rows.TOKENS:
         inner, columns = call.weight.shape[1:]
         numbers = inner * columns + (0 if call.bias is None else columns)
-        pieces = call.x.new_empty((long_rows.pieces(tokens, split), numbers), dtype=torch.float32)
-    tf32 = allows_tf32(call.x.dtype)
-    _C.cuda_personalized_ffn_backward(
-        *viewed(call, readable), readable(grad_out), before, *written, split, pieces, tf32
+        partials = call.x.new_empty((long_rows.pieces(tokens, long_rows.TOKENS), numbers), dtype=torch.float32)
+    workspace = Workspace(
+        grad_pre_activation=None if call.activation == "identity" else grad_out.new_empty(grad_out.shape),
+        split_tokens=long_rows.TOKENS,
+        partials=partials,
     )
+    tf32 = allows_tf32(call.x.dtype)
+    _C.cuda_personalized_ffn_backward(*viewed(call, readable), readable(grad_out), *written, workspace, tf32)
     return grad_x, grad_weight, grad_bias

@@ -1,6 +1,6 @@
 """Tests of the CUDA kernels on the CPU; collected only under INTERFORMER_EMULATE=1 (`make cuda-test`).
 
-In a process of its own, since the emulation takes the place of the CUDA part.
+They need a process of their own, since the emulation replaces the CUDA part.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if EMULATES:
 
 @pytest.fixture(autouse=True)
 def emulated() -> Iterator[ModuleType]:
-    """The emulation, which runs fibers in order and lets copies land late, until a test says otherwise."""
+    """The emulation, with fibers in order and copies that land late unless a test configures it otherwise."""
     MODULE.configure(0, True)
     yield MODULE
     MODULE.configure(0, True)
@@ -32,7 +32,7 @@ def emulated() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def tf32() -> Iterator[None]:
-    """PyTorch allows its own matrix products to shorten float32."""
+    """PyTorch allows TF32 in float32 matrix products."""
     torch.backends.cuda.matmul.allow_tf32 = True
     yield
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -1,4 +1,4 @@
-"""How the tests of the CUDA kernels call them."""
+"""Calls of the emulated CUDA kernels, for their tests."""
 
 from __future__ import annotations
 

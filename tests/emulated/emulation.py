@@ -1,4 +1,4 @@
-"""Builds the emulation of the CUDA part and puts it in the place of the real one: see README.md beside this file."""
+"""Builds the emulation of the CUDA part and installs it instead of the real one: see README.md beside this file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from interformer_kernels import _C, _backend
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-# What `-fsanitize=` gets, e.g. address: the process must have been started with its runtime (`tools/sanitize.sh`).
+# Argument of `-fsanitize=`, e.g. address: the process must run with the sanitizer's runtime (`tools/sanitize.sh`).
 SANITIZE = os.environ.get("INTERFORMER_SANITIZE", "")
 
 
 def build(sanitize: str = SANITIZE) -> Path:
-    """The module, made anew where its sources have changed; processes that want it at once take turns."""
+    """The module, rebuilt where its sources have changed; concurrent processes wait for one another."""
     tree = ROOT / "build" / "-".join(["emulated", *sanitize.split(",")] if sanitize else ["emulated"])
     tree.mkdir(parents=True, exist_ok=True)
     with (tree / "lock").open("w") as lock:

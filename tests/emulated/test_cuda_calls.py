@@ -22,7 +22,7 @@ from interformer_kernels.testing import Case, offsets_of
 
 
 def small(op: str, **sizes: Any) -> Case:
-    """A call with what its op has of epilogues."""
+    """A call with a residual, where its op takes one."""
     extra: dict[str, Any] = {"rope": 4} if op == "apply_rotary" else {"residual": True}
     return Case(op, "", **{"lengths": (5, 3, 4), "heads": 2, "kv_heads": 2, **extra, **sizes})
 
@@ -36,30 +36,30 @@ def test_a_dtype_that_is_not_served() -> None:
 @pytest.mark.parametrize("case", index_views.CASES, ids=case_ids(index_views.CASES))
 def test_strides_of_index_tensors(case: Case) -> None:
     for view, plain in index_views.pairs(testing.make_inputs(case, torch.float32)):
-        found = results(case.op, view)
+        actual = results(case.op, view)
         for quantity, x in results(case.op, plain).items():
-            assert torch.equal(found[quantity], x), quantity
+            assert torch.equal(actual[quantity], x), quantity
 
 
 @pytest.mark.parametrize("op", SERVED)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_offsets_of_any_content(op: str, dtype: torch.dtype) -> None:
-    """Entries beyond the tokens are cut; what stands around the tensors is wrong anywhere."""
+    """Entries beyond the tokens are clamped; reading beside a tensor would show anywhere in the results."""
     ik.set_validation("off")
     inputs = guarded_inputs(small(op, tail=0), torch.float32)
     name = "kv_offsets" if op == "gated_cross_attention" else "offsets"
     limits = torch.iinfo(dtype)
     beyond = guarded(torch.tensor([limits.min, 5, 40, limits.max], dtype=dtype))
-    cut = results(op, {**inputs, name: torch.tensor([0, 5, 12, 12], dtype=dtype)})
+    clamped = results(op, {**inputs, name: torch.tensor([0, 5, 12, 12], dtype=dtype)})
     for quantity, x in results(op, {**inputs, name: beyond}).items():
-        assert torch.equal(x, cut[quantity]), quantity
+        assert torch.equal(x, clamped[quantity]), quantity
 
 
 def disordered(rows: int, tokens: int, draw: int) -> torch.Tensor:
-    """Offsets of so many rows that break their contract, another way at every draw."""
+    """Offsets of so many rows that break their contract, in another way at every draw."""
     generator = torch.Generator().manual_seed(draw)
     entries = torch.randint(-tokens // 4, tokens + tokens // 4, (rows + 1,), generator=generator)
-    if draw % 3 == 1:  # in order, but for two that have changed places, and neither the start nor the end is kept
+    if draw % 3 == 1:  # sorted, but two entries are swapped, and the first and last are not 0 and the number of tokens
         entries = entries.sort().values
         entries[[1, rows - 1]] = entries[[rows - 1, 1]]
     if draw % 3 == 2:
@@ -68,18 +68,18 @@ def disordered(rows: int, tokens: int, draw: int) -> torch.Tensor:
 
 
 BROKEN = {"lengths": (60, 3, 0, 40, 1, 30), "tail": 0}
-# Where queries and keys have offsets of their own, a key may meet queries that have not seen it; their weights of a
-# softmax may be infinite. Other scores are finite everywhere.
-OF_ANY = {"options": {"score": "silu"}}
-OTHERS = {"query_lengths": (2, 30, 9, 0, 50, 1)}
+# Where queries and keys have different offsets, the backward of keys may pair a key with queries whose statistics leave
+# it out; then softmax probabilities may be infinite. Other scores are finite everywhere.
+POINTWISE = {"options": {"score": "silu"}}
+OWN_QUERIES = {"query_lengths": (2, 30, 9, 0, 50, 1)}
 BROKEN_CASES = [
     small("apply_rotary", **BROKEN),
     small("personalized_ffn", **BROKEN),
     small("jagged_attention", **BROKEN, gate="full", options={"causal": True, "num_prefix": 2}),
-    small("jagged_attention", **BROKEN, **OTHERS, **OF_ANY),
-    small("gated_cross_attention", **BROKEN, **OTHERS, **OF_ANY, gate="channel"),
-    small("gated_cross_attention", **BROKEN, queries=40, **OF_ANY),
-    small("gated_cross_attention", **BROKEN, **OF_ANY, gate="full"),
+    small("jagged_attention", **BROKEN, **OWN_QUERIES, **POINTWISE),
+    small("gated_cross_attention", **BROKEN, **OWN_QUERIES, **POINTWISE, gate="channel"),
+    small("gated_cross_attention", **BROKEN, queries=40, **POINTWISE),
+    small("gated_cross_attention", **BROKEN, **POINTWISE, gate="full"),
     small("pma_pooling", **BROKEN, shared_value=True, gate="full", options={"score": "gelu", "skip_prefix": 2}),
 ]
 BROKEN_CASES = [case for case in BROKEN_CASES if case.op in SERVED]
@@ -87,11 +87,11 @@ BROKEN_CASES = [case for case in BROKEN_CASES if case.op in SERVED]
 
 @pytest.mark.parametrize("case", BROKEN_CASES, ids=lambda case: f"{case.op}-{case.gate or case.queries}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("split", [1024, 32], ids=["whole", "cut"])
+@pytest.mark.parametrize("split", [1024, 32], ids=["whole", "split"])
 def test_disordered_offsets_leave_nothing_unwritten(
     case: Case, dtype: torch.dtype, split: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows are a partition of the tokens whatever the offsets hold: unwritten memory is NaN, and so is all around."""
+    """Rows are a partition of the tokens for any offsets. Unwritten memory and memory beside tensors are NaN."""
     monkeypatch.setattr(long_rows, "SPLIT", split)
     monkeypatch.setattr(long_rows, "TOKENS", split)
     ik.set_validation("off")
@@ -103,7 +103,7 @@ def test_disordered_offsets_leave_nothing_unwritten(
     for draw in range(6):
         broken = {name: disordered(len(case.lengths), len(inputs[tokens[name]]), draw) for name in names}
         if draw > 3:
-            del broken[names[-1]]  # where there are two, one is as it should be
+            del broken[names[-1]]  # where there are two, one of them is right
         given = {**inputs, **broken}
         for quantity, x in results(case.op, given).items():
             assert not x.isnan().any(), (quantity, draw, broken)
@@ -111,27 +111,27 @@ def test_disordered_offsets_leave_nothing_unwritten(
             assert not testing.call(case.op, given, "cuda")[0].isnan().any(), (draw, broken)
 
 
-def test_rows_that_fit_a_chunk_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weight gradients beside a row that is cut are those without any cut; that row's are summed in chunks."""
+def test_rows_that_fit_a_split_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight gradients of unsplit rows keep their bits beside a row that is split; the split row's are close."""
     inputs = guarded_inputs(small("personalized_ffn", lengths=(64, 200, 0, 65, 9)), torch.float32)
     whole = results("personalized_ffn", inputs)
     monkeypatch.setattr(long_rows, "TOKENS", 64)
-    cut = results("personalized_ffn", inputs)
+    split = results("personalized_ffn", inputs)
     for name in ("dweight", "dbias"):
-        assert torch.equal(cut[name][[0, 2, 4]], whole[name][[0, 2, 4]]), name
-        assert not torch.equal(cut[name][1], whole[name][1]), name
-        torch.testing.assert_close(cut[name], whole[name])
+        assert torch.equal(split[name][[0, 2, 4]], whole[name][[0, 2, 4]]), name
+        assert not torch.equal(split[name][1], whole[name][1]), name
+        torch.testing.assert_close(split[name], whole[name])
 
 
 @pytest.mark.parametrize("op", SERVED)
 @pytest.mark.parametrize("how", MEMORY_LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_of_any_layout(op: str, how: str, dtype: torch.dtype) -> None:
-    """The bits do not depend on the strides, nor on how copies of that alignment are made."""
+    """Bits depend neither on strides nor on the width of copies that the alignment allows."""
     inputs = testing.make_inputs(small(op, head_size=8, value_size=8), dtype)
-    found = results(op, relaid_inputs(inputs, how))
+    actual = results(op, relaid_inputs(inputs, how))
     for name, x in results(op, inputs).items():
-        assert torch.equal(found[name], x), name
+        assert torch.equal(actual[name], x), name
 
 
 @pytest.mark.parametrize("op", SERVED)
@@ -139,9 +139,9 @@ def test_positions_and_offsets_that_are_not_contiguous(op: str) -> None:
     inputs = testing.make_inputs(small(op, positions=op == "apply_rotary"), torch.float32)
     names = [name for name in ("offsets", "kv_offsets", "positions") if name in inputs]
     spread = {name: torch.stack((inputs[name], inputs[name] * 0 + 77), 1)[:, 0] for name in names}
-    found = results(op, {**inputs, **spread})
+    actual = results(op, {**inputs, **spread})
     for name, x in results(op, inputs).items():
-        assert torch.equal(found[name], x), name
+        assert torch.equal(actual[name], x), name
 
 
 @pytest.mark.parametrize("op", SERVED)
@@ -155,8 +155,8 @@ def test_more_than_65535_rows(op: str, emulated: ModuleType) -> None:
     with torch.no_grad():
         single = testing.call(op, {**inputs, **alone}, "cuda")[0]
         emulated.configure(0, True, last_blocks=4)
-        found = testing.call(op, inputs, "cuda")[0]
-    assert torch.equal(found[-len(single) :], single)
+        out = testing.call(op, inputs, "cuda")[0]
+    assert torch.equal(out[-len(single) :], single)
 
 
 @pytest.mark.parametrize(("op", "far"), [(op, far) for op, far in (
@@ -177,12 +177,12 @@ def test_beyond_two_to_the_31(op: str, far: str) -> None:
 
 
 def test_lazily_negated_views_are_read_as_they_are() -> None:
-    """What PyTorch negates only when it is read: raw memory does not show it."""
+    """PyTorch negates such a view only when it is read: its memory holds the numbers without their sign."""
     weight = torch.randn(2, 8, 8, dtype=torch.complex64).conj().imag
     assert weight.is_neg()
     x, offsets = torch.randn(7, 8), offsets_of((3, 4))
-    found, wanted = (ik.personalized_ffn(x, w, offsets, backend="cuda") for w in (weight, weight.clone()))
-    assert torch.equal(found, wanted)
+    lazy, negated = (ik.personalized_ffn(x, w, offsets, backend="cuda") for w in (weight, weight.clone()))
+    assert torch.equal(lazy, negated)
 
 
 @pytest.mark.parametrize("op", SERVED)
@@ -206,7 +206,7 @@ def rotated(**changed: Any) -> torch.Tensor:
 
 
 INTEGERS = torch.zeros(5, 2, 8, dtype=torch.int32)
-TURNED = torch.zeros(5, 8, 2).transpose(1, 2)
+TRANSPOSED = torch.zeros(5, 8, 2).transpose(1, 2)
 NO_OFFSETS = torch.zeros(0, dtype=torch.int64)
 
 
@@ -215,7 +215,7 @@ NO_OFFSETS = torch.zeros(0, dtype=torch.int64)
     [
         ({"x": None}, TypeError, "apply_rotary: x must be a torch.Tensor, found NoneType"),
         ({"x": INTEGERS}, TypeError, "x must be float32, float64, bfloat16 or float16, found int32"),
-        ({"x": TURNED}, ValueError, "x must be contiguous along its last axis, found a stride of 2"),
+        ({"x": TRANSPOSED}, ValueError, "x must be contiguous along its last axis, found a stride of 2"),
         ({"out": torch.zeros(5, 2, 4)}, ValueError, r"out must be of the shape of x, \[5, 2, 8\], found float32"),
         ({"offsets": NO_OFFSETS}, ValueError, r"offsets must be \[B\+1\] with at least one entry"),
         ({"cos": torch.zeros(5, 5)}, ValueError, r"sin must be float32 \[P = 5, R/2 = 5\]"),
@@ -238,7 +238,7 @@ def test_float64_is_refused_by_the_function_itself() -> None:
 def test_the_stages_of_the_gpu_report_run_here(
     emulated: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that they do for this backend but for the device."""
+    """Everything that they do for this backend, except on a device."""
     place = inside.Place("cpu", "cuda")
     assert [op for op in place.served() if place.serving(op) == "cuda"] == SERVED
     assert inside.small(place) == 0

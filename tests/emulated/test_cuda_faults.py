@@ -1,4 +1,4 @@
-"""The emulation finds what is wrong with a kernel: it tests the other tests."""
+"""The emulation finds planted faults of kernels: a test of the other tests."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import emulation
 import pytest
 import torch
 
-# As tests/emulated/runtime/scheduler.h has them: the seed of the order of the fibers, and whether copies land late.
+# Arguments of `configure`: the seed of the order of the fibers, and whether copies land late (runtime/scheduler.h).
 IN_ORDER, SHUFFLED, EARLY = (0, True), (3, True), (0, False)
 
 
 def exchanged(module: ModuleType, fault: str, how: tuple[int, bool]) -> bool:
-    """Whether the kernel with this fault gives what it should."""
+    """Whether the kernel with this fault gives the right result."""
     module.configure(*how)
     x, out = torch.randn(128), torch.empty(128)
     module.exchange(fault, x, out)
-    turned = x.flip(0)
-    y = torch.cat((turned[:1], turned[:-1]))
+    reversed_x = x.flip(0)
+    y = torch.cat((reversed_x[:1], reversed_x[:-1]))
     return torch.equal(out, (y.view(-1, 2) + y.view(-1, 2).flip(1)).flatten())
 
 
@@ -42,18 +42,18 @@ def test_the_kernel_without_a_fault(emulated: ModuleType, how: tuple[int, bool])
 def test_a_fault_shows_in_the_numbers(
     emulated: ModuleType, fault: str, finds: tuple[tuple[int, bool], ...], misses: tuple[tuple[int, bool], ...]
 ) -> None:
-    """Not in every order, nor however copies land: hence every case runs in more than one way."""
+    """A fault shows only in some orders, or where copies land late, so every case runs in more than one way."""
     assert not any(exchanged(emulated, fault, how) for how in finds)
     assert all(exchanged(emulated, fault, how) for how in misses)
 
 
-def turned(module: ModuleType, fault: str, how: tuple[int, bool], resident: int) -> bool:
-    """Whether the kernel whose blocks stay, so many at once, gives what it should with this fault."""
+def reversed_right(module: ModuleType, fault: str, how: tuple[int, bool], resident: int) -> bool:
+    """Whether the kernel with this fault gives the right result by so many persistent blocks."""
     module.configure(*how, resident=resident)
     x, out = torch.randn(20, 128), torch.empty(20, 128)
     try:
-        module.turn_pieces(fault, x, torch.zeros(1, dtype=torch.int64), out)
-    except RuntimeError:  # threads of a block went to different items, and wait for one another
+        module.reverse_rows(fault, x, torch.zeros(1, dtype=torch.int64), out)
+    except RuntimeError:  # threads of a block went on to different rows: a deadlock
         return False
     return torch.equal(out, x.flip(1))
 
@@ -61,14 +61,18 @@ def turned(module: ModuleType, fault: str, how: tuple[int, bool], resident: int)
 @pytest.mark.parametrize("resident", [1, 3])
 @pytest.mark.parametrize(
     ("fault", "misses"),
-    [("", (IN_ORDER, SHUFFLED, EARLY)), ("next before it is told", (IN_ORDER, EARLY)), ("memory taken too early", ())],
+    [
+        ("", (IN_ORDER, SHUFFLED, EARLY)),
+        ("next item read too early", (IN_ORDER, EARLY)),
+        ("memory reused too early", ()),
+    ],
 )
-def test_a_fault_between_items_of_a_block_that_stays(
+def test_a_fault_between_items_of_a_persistent_block(
     emulated: ModuleType, fault: str, misses: tuple[tuple[int, bool], ...], resident: int
 ) -> None:
-    """Items that share memory one after another; the order of the threads hides one of the faults."""
+    """Items use the same memory one after another; running threads in order hides one of the faults."""
     for how in (IN_ORDER, SHUFFLED, EARLY):
-        assert turned(emulated, fault, how, resident) == (how in misses), how
+        assert reversed_right(emulated, fault, how, resident) == (how in misses), how
 
 
 @pytest.mark.parametrize(
@@ -85,8 +89,8 @@ def test_a_fault_is_named(emulated: ModuleType, fault: str, said: str) -> None:
             exchanged(emulated, fault, how)
 
 
-def test_a_grid_that_no_device_takes_is_refused_by_name(emulated: ModuleType) -> None:
-    """As the runtime's errors are: with the op and the tensor."""
+def test_a_grid_that_no_device_accepts_is_refused_by_name(emulated: ModuleType) -> None:
+    """The message has the op and the tensor, like errors of the CUDA runtime."""
     with pytest.raises(RuntimeError, match=r"^exchange of float32 \[128\] on the CPU: invalid argument$"):
         exchanged(emulated, "too much shared memory", IN_ORDER)
 
@@ -96,7 +100,7 @@ def test_a_grid_that_no_device_takes_is_refused_by_name(emulated: ModuleType) ->
 
 def sanitized(*command: str) -> subprocess.CompletedProcess[str]:
     """Run Python with the sanitizer's runtime, which must be there first, and the emulation built for it."""
-    found = [
+    libraries = [
         subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
@@ -104,7 +108,7 @@ def sanitized(*command: str) -> subprocess.CompletedProcess[str]:
         **os.environ,
         "INTERFORMER_SANITIZE": "address,undefined",
         "INTERFORMER_EMULATE": "1",
-        "LD_PRELOAD": " ".join(found),
+        "LD_PRELOAD": " ".join(libraries),
     }
     environment |= {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "PYTHONMALLOC": "malloc"}
     paths = [str(emulation.ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
@@ -133,7 +137,7 @@ def test_out_of_bounds_is_found(fault: str, said: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kernels_stay_inside_their_tensors() -> None:
-    """Some cases of every op, in tensors of their own: the sanitizer sees every number beside them."""
+    """Some cases of every op, each tensor in its own allocation, so that the sanitizer finds accesses beside it."""
     done = sanitized("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
                      str(Path(__file__).with_name("test_cuda_bounds.py")))  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,4 +1,6 @@
-"""Values that are extreme or not finite in one place: what must not notice keeps its bits, the rest its accuracy."""
+"""Values that are extreme or not finite in one place: outputs that do not depend on them keep their bits, and others
+their accuracy.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ Make = Callable[[Case, torch.dtype, str, int], dict[str, Any]]
 # ---------------------------------------------------------------- not finite in one place
 
 SIZES = {"heads": 4, "kv_heads": 2, "head_size": 8, "value_size": 8, "tail": 3}
-SHORT, LONG = (5, 2, 3, 7), (40, 3, 70, 1)  # warps that work alone, and blocks of them
+SHORT, LONG = (5, 2, 3, 7), (40, 3, 70, 1)  # one warp for a tile, and blocks of several
 CONTAINED = [
     Case("jagged_attention", "short", **SIZES, lengths=SHORT, gate="full", residual=True),
     Case("jagged_attention", "long", **SIZES, lengths=LONG, gate="channel", residual=True),
@@ -40,13 +42,13 @@ CONTAINED = [
 
 @pytest.mark.parametrize("case", CONTAINED, ids=lambda case: f"{case.op}, {case.name}")
 @each_dtype
-@pytest.mark.parametrize("split", [1024, 32], ids=["whole", "cut"])
-def test_what_is_not_finite_stays_in_its_row_and_head(
+@pytest.mark.parametrize("split", [1024, 32], ids=["whole", "split"])
+def test_a_value_that_is_not_finite_stays_in_its_row_and_head(
     case: Case, dtype: torch.dtype, split: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In tiles, warps and blocks that rows and heads share, and in chunks of them."""
+    """In tiles, warps and blocks that rows and heads share, and in splits of rows."""
     if split < 1024 and case.op == "jagged_attention":
-        pytest.skip("packed queries are never cut")
+        pytest.skip("packed queries are never split")
     monkeypatch.setattr(long_rows, "SPLIT", split)
     inputs = testing.make_inputs(case, dtype)
     planted = [plant for plant in testing.plants(inputs) if plant.value in ("nan", "-inf")]
@@ -54,7 +56,7 @@ def test_what_is_not_finite_stays_in_its_row_and_head(
 
 
 def test_scores_of_minus_infinity_alone_have_no_softmax() -> None:
-    """Rows of one key, of many, and of chunks; a query without keys is something else, and zero."""
+    """Rows of one key, of many keys, and split rows. A query without keys is different: its output is zero."""
     for lengths in ((1, 0, 40), (70, 0, 2100)):
         k = torch.ones(sum(lengths), 1, 8)
         q = torch.zeros(3, 1, 1, 8)
@@ -100,20 +102,20 @@ def test_confident_softmax(case: Case, scale: float, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=["float16", "bfloat16"])
-def test_confident_softmax_of_rows_that_are_cut(dtype: torch.dtype) -> None:
+def test_confident_softmax_of_split_rows(dtype: torch.dtype) -> None:
     case = Case("pma_pooling", "", **ONE, lengths=(1100, 3), queries=2, shared_value=True, options={"scale": 5.0})
     held(case, dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=["float16", "bfloat16"])
 def test_a_query_of_one_key_has_no_gradient(dtype: torch.dtype) -> None:
-    found = results("jagged_attention", testing.make_inputs(Case("jagged_attention", "", lengths=(1,) * 5), dtype))
-    assert not found["dq"].any()
-    assert not found["dk"].any()
+    grads = results("jagged_attention", testing.make_inputs(Case("jagged_attention", "", lengths=(1,) * 5), dtype))
+    assert not grads["dq"].any()
+    assert not grads["dk"].any()
 
 
 def times(name: str, factor: float) -> Make:
-    """Makes inputs with one of them multiplied."""
+    """A function that makes inputs with one of them multiplied by `factor`."""
 
     def make(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
         inputs = testing.make_inputs(case, dtype, device, seed)
@@ -127,7 +129,7 @@ def times(name: str, factor: float) -> Make:
 @pytest.mark.parametrize("size", [1e6, 1e12, 1e18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_large_scores(case: Case, size: float, dtype: torch.dtype) -> None:
-    """All passes find the very same weights, and none is lost to the rounding of a log-sum-exp."""
+    """All passes compute the same probabilities, and none is lost to the rounding of a log-sum-exp."""
     held(case, dtype, times("k", size))
 
 
@@ -141,9 +143,9 @@ def test_large_scores_of_pooled_keys() -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("lengths", [(4, 1, 3, 100), (1500, 4)], ids=["rows", "cut"])
+@pytest.mark.parametrize("lengths", [(4, 1, 3, 100), (1500, 4)], ids=["rows", "split"])
 def test_the_mean_of_the_largest_numbers(dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
-    """It is among its values, whatever the weights are, but for the rounding of a sum over so many."""
+    """The mean lies among its values for any probabilities, up to the rounding of a sum over so many."""
     largest = torch.finfo(dtype).max
     offsets, tokens = offsets_of(lengths), sum(lengths)
     q, k = torch.randn(len(lengths), 1, 2, 8).to(dtype), torch.randn(tokens, 1, 8).to(dtype)
@@ -153,12 +155,12 @@ def test_the_mean_of_the_largest_numbers(dtype: torch.dtype, lengths: tuple[int,
             out = ik.gated_cross_attention(q, keys, v, offsets, backend="cuda")
             packed = ik.jagged_attention(keys, keys, v, offsets, causal=True, backend="cuda")
             rounding = torch.finfo(dtype).eps + tokens * torch.finfo(torch.float32).eps
-            for found in (out, packed):
-                torch.testing.assert_close(found, torch.full_like(found, value), rtol=rounding, atol=0)
+            for mean in (out, packed):
+                torch.testing.assert_close(mean, torch.full_like(mean, value), rtol=rounding, atol=0)
 
 
 def test_post_scale_comes_before_a_sum_that_would_overflow() -> None:
-    """Weights are made smaller before their sum, and larger after it; in the backward alike."""
+    """`post_scale` makes probabilities smaller before their sum, and larger after it; in the backward, too."""
     k = torch.ones(8, 1, 4)
     v = torch.full((8, 1, 4), 3e38)
     for size, post_scale in ((1.0, 1 / 8), (1e-38, 1e37)):
@@ -178,7 +180,7 @@ def test_post_scale_of_any_size(post_scale: float) -> None:
 
 
 def test_weights_of_float16_beyond_its_largest_number() -> None:
-    """`act(s)` is 80 000, and `post_scale` makes it small again."""
+    """`act(s)` is 80 000, and `post_scale` brings it back into range."""
     q, v = torch.full((4, 1, 4), 200.0).half(), torch.ones(4, 1, 4).half()
     out = ik.jagged_attention(q, q, v, offsets_of((4,)), scale=0.5, score="relu", post_scale=1e-4, backend="cuda")
     torch.testing.assert_close(out, torch.full_like(out, 32.0))
@@ -187,8 +189,8 @@ def test_weights_of_float16_beyond_its_largest_number() -> None:
 # ---------------------------------------------------------------- gates and maps
 
 
-def test_what_comes_before_the_gate_is_kept_in_float32() -> None:
-    """A is 128 000, beyond float16, where its gated form is finite."""
+def test_the_ungated_output_is_kept_in_float32() -> None:
+    """A is 128 000, beyond float16, while the gated output is finite."""
     k, v = torch.ones(64, 1, 16).half(), torch.full((64, 1, 16), 2000.0).half()
     q, gate = torch.ones(1, 1, 1, 16).half(), torch.ones(1, 1, 1, 16).half().requires_grad_()
     options = {"score": "relu", "scale": 1 / 16, "gate_form": "self", "gate_activation": "sigmoid"}
@@ -198,7 +200,7 @@ def test_what_comes_before_the_gate_is_kept_in_float32() -> None:
 
 
 def gates_of(size: float) -> Make:
-    """Gates of about this size and either sign."""
+    """A function that makes inputs with gates of about this size, of either sign."""
 
     def make(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
         inputs = testing.make_inputs(case, dtype, device, seed)
@@ -240,7 +242,7 @@ def test_activations_of_any_size(activation: str, size: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_indices_of_any_stride(dtype: torch.dtype) -> None:
-    """What lies between their entries is wrong anywhere."""
+    """Between entries lie numbers that would be wrong anywhere."""
 
     def spread(x: Tensor) -> Tensor:
         memory = torch.full((len(x), 3), 10**6, dtype=dtype)
@@ -262,6 +264,6 @@ def test_indices_of_any_stride(dtype: torch.dtype) -> None:
                 given[name] = spread(inputs[name])
         if "rope_positions" in inputs:
             given["rope_positions"] = tuple(map(spread, inputs["rope_positions"]))
-        found = results(case.op, given)
+        actual = results(case.op, given)
         for quantity, x in results(case.op, inputs).items():
-            assert torch.equal(found[quantity], x), (case.op, quantity)
+            assert torch.equal(actual[quantity], x), (case.op, quantity)

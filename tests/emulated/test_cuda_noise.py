@@ -1,4 +1,4 @@
-"""float32 keeps the budget where exponentials err as much as CUDA's may; else the emulation is right to a rounding."""
+"""float32 keeps the budget with exponentials as inaccurate as CUDA's may be; by default the emulation's are not."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every case of every op on the CUDA kernels, in every dtype, within the budget of rounding.
 
-Each runs twice: fibers in the order of their threads and copies that land when waited for; fibers in a drawn order and
-copies that land at once. A barrier, or a wait, that is missing shows in one of them.
+Each runs twice: with fibers in the order of their threads and copies that land when a thread waits for them, and with
+fibers in a drawn order and copies that land at once. A missing barrier or wait shows in one of the two.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from interformer_kernels.testing import Case
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WAYS = {"in_order": (0, True), "shuffled": (1, False)}
 CASES = [case for case in ALL_CASES if case.op in SERVED]
-# Sizes that fill no tile, or several of them, and that are aligned to nothing.
+# Sizes that fill no tile, or several tiles, and sizes without any alignment.
 SIZES = [
     Case("personalized_ffn", "wide", lengths=(3, 0, 140), head_size=136, value_size=72, residual=True),
-    Case("personalized_ffn", "of four bytes", lengths=(33, 31), head_size=34, value_size=6),
-    Case("personalized_ffn", "of eight bytes", lengths=(33, 31), head_size=68, value_size=12),
-    Case("personalized_ffn", "cut", lengths=(5, 2100, 0, 1025, 1024), head_size=20, value_size=70),
-    Case("personalized_ffn", "cut, no bias", lengths=(1500, 3), head_size=8, value_size=8, bias=False),
+    Case("personalized_ffn", "aligned to 4 bytes", lengths=(33, 31), head_size=34, value_size=6),
+    Case("personalized_ffn", "aligned to 8 bytes", lengths=(33, 31), head_size=68, value_size=12),
+    Case("personalized_ffn", "split", lengths=(5, 2100, 0, 1025, 1024), head_size=20, value_size=70),
+    Case("personalized_ffn", "split, no bias", lengths=(1500, 3), head_size=8, value_size=8, bias=False),
     Case("personalized_ffn", "one number", lengths=(2, 0, 1), head_size=1, value_size=1),
     Case("apply_rotary", "wide", heads=3, head_size=200, rope=120, lengths=(90, 0, 2)),
     Case("apply_rotary", "wide, interleaved", heads=1, head_size=64, rope=32, options={"interleaved": True}),
-    Case("apply_rotary", "two channels turn", head_size=9, rope=2),
+    Case("apply_rotary", "two channels rotate", head_size=9, rope=2),
 ]
-# Head sizes of every padded width; rows for one, two and four warps that work together; many heads of few queries.
+# Head sizes of every padded width; rows for one, two and four warps in a tile group; many heads of few queries.
 ONE = {"heads": 1, "kv_heads": 1}
 GROUPED = {"heads": 4, "kv_heads": 2}
 SIZES += [
@@ -53,14 +53,14 @@ SIZES += [
     Case("gated_cross_attention", "256", **ONE, head_size=256, value_size=256, queries=5, lengths=(18, 3), gate="full"),
     Case("gated_cross_attention", "many queries", **GROUPED, queries=50, lengths=(18, 0, 70), gate="channel"),
 ]
-# Rows that are cut into chunks among rows that are not.
-CUT = {**ONE, "head_size": 8, "value_size": 12, "lengths": (5, 2100, 0, 1025, 1024), "queries": 2}
+# Split rows among rows that are not.
+SPLIT = {**ONE, "head_size": 8, "value_size": 12, "lengths": (5, 2100, 0, 1025, 1024), "queries": 2}
 SIZES += [
-    Case("pma_pooling", "cut, gated", **CUT, gate="full", residual=True, options={"skip_prefix": 1}),
-    Case("pma_pooling", "cut, v is k", **CUT, shared_value=True),
-    Case("gated_cross_attention", "cut, silu", **CUT, options={"score": "silu", "post_scale": 0.125}),
-    Case("gated_cross_attention", "cut", **CUT, gate="channel"),
-    Case("pma_pooling", "runs of rows", **{**CUT, "lengths": (2, 0, 3) * 400}),
+    Case("pma_pooling", "split, gated", **SPLIT, gate="full", residual=True, options={"skip_prefix": 1}),
+    Case("pma_pooling", "split, v is k", **SPLIT, shared_value=True),
+    Case("gated_cross_attention", "split, silu", **SPLIT, options={"score": "silu", "post_scale": 0.125}),
+    Case("gated_cross_attention", "split", **SPLIT, gate="channel"),
+    Case("pma_pooling", "row groups", **{**SPLIT, "lengths": (2, 0, 3) * 400}),
 ]
 SIZES = [case for case in SIZES if case.op in SERVED]
 
@@ -80,7 +80,7 @@ def test_error_is_within_the_budget(case: Case, dtype: torch.dtype, way: str, em
 @each_way
 @pytest.mark.parametrize("op", SERVED)
 def test_tail_and_dtype(op: str, way: str, emulated: ModuleType) -> None:
-    """What is behind the last row is zero, in outputs and gradients; nothing that is there is read."""
+    """Outputs and gradients behind the last row are zero; inputs there are not read."""
     emulated.configure(*WAYS[way])
     extra = {"gate": "full", "residual": True} if op in testing.OPS[:3] else {}
     case = Case(op, "", rope=4 if op == "apply_rotary" else 0, **extra)
@@ -93,7 +93,7 @@ def test_tail_and_dtype(op: str, way: str, emulated: ModuleType) -> None:
 
 
 def short_inputs(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
-    """Numbers of 8 significant bits, which tensor cores do not shorten: their products are exact."""
+    """Numbers of 8 significant bits, which TF32 represents exactly, as it does their products."""
     inputs = testing.make_inputs(case, torch.bfloat16, device, seed)
     return testing.cast_inputs(inputs, dtype)
 
@@ -120,7 +120,7 @@ def test_tf32_is_used_just_where_it_is_allowed(request: pytest.FixtureRequest) -
         assert torch.equal(x, exact[name]) == (name in ("dbias", "dresidual")), name
 
 
-# Attention rounds its weights between two products, to as many bits as float16 has.
+# Attention rounds probabilities to TF32 between two products, that is, to as many bits as float16 has.
 ROUNDED_IN_TF32 = [case for case in CASES + SIZES if case.op in testing.OPS[:3] and not case.rope]
 
 

@@ -1,6 +1,6 @@
-"""Any call is right on the CUDA kernels, in their emulation, and one bad value stays where it belongs.
+"""Random calls of the emulated CUDA kernels are within the budget, and one bad value stays where it belongs.
 
-A few calls; `make fuzz` makes many.
+These are a few calls; `make fuzz` makes many.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "common/arguments.h"
 #include "common/exchange.h"
 #include "cuda/bindings.h"
 #include "planted.h"
@@ -17,10 +18,29 @@ void exchange(const std::string& fault, py::handle x, py::handle out) {
     cuda::exchange(fault, from, view("out", out), cuda::Stream("exchange", from, nullptr));
 }
 
-void turn_pieces(const std::string& fault, py::handle x, py::handle taken, py::handle out) {
-    const Viewer view("turn_pieces");
+void reverse_rows(const std::string& fault, py::handle x, py::handle claimed, py::handle out) {
+    const Viewer view("reverse_rows");
     const TensorView from = view("x", x);
-    cuda::turn_pieces(fault, from, view("taken", taken), view("out", out), cuda::Stream("turn_pieces", from, nullptr));
+    cuda::reverse_rows(fault, from, view("claimed", claimed), view("out", out),
+                       cuda::Stream("reverse_rows", from, nullptr));
+}
+
+// Attention whose pointwise score is the sigmoid, whatever the call names. No public score has act(0) != 0, so without
+// it no test could tell whether kernels mask a score before or after they map it.
+AttentionInputs sigmoid_inputs(const Viewer& view, py::handle call) {
+    AttentionInputs in = attention_inputs(view, call);
+    in.score = {false, Activation::sigmoid};
+    return in;
+}
+
+void sigmoid_attention_forward(py::handle call, py::handle outputs, py::handle workspace, bool tf32) {
+    const Viewer view("attention_forward");
+    cuda::run_attention_forward(view, sigmoid_inputs(view, call), outputs, workspace, tf32);
+}
+
+void sigmoid_attention_backward(py::handle call, py::handle gradients, py::handle workspace, bool tf32) {
+    const Viewer view("attention_backward");
+    cuda::run_attention_backward(view, sigmoid_inputs(view, call), gradients, workspace, tf32);
 }
 
 }  // namespace
@@ -36,7 +56,9 @@ PYBIND11_MODULE(interformer_emulated, m) {
         py::arg("seed"), py::arg("lazy_copies"), py::arg("last_blocks") = 0, py::arg("resident") = 2,
         py::arg("noise") = false);
     m.def("exchange", &exchange);
-    m.def("turn_pieces", &turn_pieces);
+    m.def("reverse_rows", &reverse_rows);
+    m.def("sigmoid_attention_forward", &sigmoid_attention_forward);
+    m.def("sigmoid_attention_backward", &sigmoid_attention_backward);
 }
 
 }  // namespace interformer

@@ -23,10 +23,10 @@ enum Fault {
     kBeyondSharedMemory,
     kNoBarrierAfterWrite,
     kBeyondTensor,
-    kHalfAWarp,
+    kHalfWarp,
     kTooMuchSharedMemory,
-    kNextBeforeItIsTold,
-    kMemoryTakenTooEarly,
+    kNextReadTooEarly,
+    kMemoryReusedTooEarly,
 };
 constexpr const char* kNames[] = {"",
                                   "misaligned copy",
@@ -38,68 +38,68 @@ constexpr const char* kNames[] = {"",
                                   "beyond the tensor",
                                   "half a warp",
                                   "too much shared memory",
-                                  "next before it is told",
-                                  "memory taken too early"};
+                                  "next item read too early",
+                                  "memory reused too early"};
 
 Fault fault_of(const std::string& name) {
-    const auto found = std::find(std::begin(kNames), std::end(kNames), name);
-    if (found == std::end(kNames)) throw std::invalid_argument("no such fault: " + name);
-    return static_cast<Fault>(found - std::begin(kNames));
+    const auto entry = std::find(std::begin(kNames), std::end(kNames), name);
+    if (entry == std::end(kNames)) throw std::invalid_argument("no such fault: " + name);
+    return static_cast<Fault>(entry - std::begin(kNames));
 }
 
 __global__ void __launch_bounds__(kThreads) exchanged(const float* x, float* out, Fault fault) {
     float* copied = reinterpret_cast<float*>(shared_memory());
-    float* turned = copied + kThreads;
+    float* reversed = copied + kThreads;
     const int i = static_cast<int>(threadIdx.x);
     if (fault == kMisalignedCopy && i == 1)
-        start_copy<8>(copied + i, x + i, 4);
+        cp_async<8>(copied + i, x + i, 4);
     else
-        start_copy<4>(copied + i, x + i, 4);
-    close_copies();
-    if (fault != kNoWait) wait_copies<0>();
+        cp_async<4>(copied + i, x + i, 4);
+    cp_async_commit();
+    if (fault != kNoWait) cp_async_wait<0>();
     if (fault == kReturnedBeforeBarrier && i == 5) return;
     if (fault != kNoBarrierAfterCopy) __syncthreads();
-    turned[i + (fault == kBeyondSharedMemory && i == 127 ? 1 : 0)] = copied[kThreads - 1 - i];
+    reversed[i + (fault == kBeyondSharedMemory && i == 127 ? 1 : 0)] = copied[kThreads - 1 - i];
     if (fault != kNoBarrierAfterWrite) __syncthreads();
-    const float y = turned[i == 0 ? 0 : i - 1] + (fault == kBeyondTensor && i == 3 ? x[kThreads] : 0.0f);
-    if (fault == kHalfAWarp && i % 32 < 16) return;
+    const float y = reversed[i == 0 ? 0 : i - 1] + (fault == kBeyondTensor && i == 3 ? x[kThreads] : 0.0f);
+    if (fault == kHalfWarp && i % 32 < 16) return;
     out[i] = y + __shfl_xor_sync(0xffffffffu, y, 1);
 }
 
-// Pieces of kThreads numbers, each turned round, by blocks that stay and take one after another.
+// Reverses rows of kThreads numbers, by persistent blocks that claim one row after another.
 __global__ void __launch_bounds__(kThreads)
-    turned_pieces(const float* x, float* out, int64_t pieces, unsigned long long* taken, Fault fault) {
+    reversed_rows(const float* x, float* out, int64_t rows, unsigned long long* claimed, Fault fault) {
     float* copied = reinterpret_cast<float*>(shared_memory());
-    int64_t* told = reinterpret_cast<int64_t*>(copied + kThreads);
+    int64_t* next = reinterpret_cast<int64_t*>(copied + kThreads);
     const int i = static_cast<int>(threadIdx.x);
-    for (int64_t piece = blockIdx.x; piece >= 0 && piece < pieces;) {
-        copied[i] = x[piece * kThreads + i];
+    for (int64_t row = blockIdx.x; row >= 0 && row < rows;) {
+        copied[i] = x[row * kThreads + i];
         __syncthreads();
-        out[piece * kThreads + i] = copied[kThreads - 1 - i];
-        if (fault == kMemoryTakenTooEarly) {
-            piece += gridDim.x;
+        out[row * kThreads + i] = copied[kThreads - 1 - i];
+        if (fault == kMemoryReusedTooEarly) {
+            row += gridDim.x;
             continue;
         }
         __syncthreads();
-        if (i == 0) *told = gridDim.x + static_cast<int64_t>(atomicAdd(taken, 1ull));
-        if (fault != kNextBeforeItIsTold) __syncthreads();
-        piece = *told;
+        if (i == 0) *next = gridDim.x + static_cast<int64_t>(atomicAdd(claimed, 1ull));
+        if (fault != kNextReadTooEarly) __syncthreads();
+        row = *next;
     }
 }
 
 }  // namespace
 
-void turn_pieces(const std::string& fault, const TensorView& x, const TensorView& taken, const TensorView& out,
-                 const Stream& stream) {
-    const int64_t pieces = x.shape[0];
+void reverse_rows(const std::string& fault, const TensorView& x, const TensorView& claimed, const TensorView& out,
+                  const Stream& stream) {
+    const int64_t rows = x.shape[0];
     const Checks check = stream.checks();
-    check.tensor("x", x, DType::float32, {{"P", pieces}, {"N", kThreads}});
-    check.tensor("taken", taken, DType::int64, {{"1", 1}});
+    check.tensor("x", x, DType::float32, {{"N", rows}, {"128", kThreads}});
+    check.tensor("claimed", claimed, DType::int64, {{"1", 1}});
     check.gradient("out", out, "x", x);
     const int shared = kThreads * static_cast<int>(sizeof(float)) + static_cast<int>(sizeof(int64_t));
-    const int64_t blocks = std::min(stream.resident(turned_pieces, kThreads, shared), pieces);
-    stream.launch(turned_pieces, blocks, kThreads, shared, static_cast<const float*>(x.data),
-                  static_cast<float*>(out.data), pieces, static_cast<unsigned long long*>(taken.data), fault_of(fault));
+    const int64_t blocks = std::min(stream.resident(reversed_rows, kThreads, shared), rows);
+    stream.launch(reversed_rows, blocks, kThreads, shared, static_cast<const float*>(x.data),
+                  static_cast<float*>(out.data), rows, static_cast<unsigned long long*>(claimed.data), fault_of(fault));
 }
 
 void exchange(const std::string& fault, const TensorView& x, const TensorView& out, const Stream& stream) {

@@ -1,4 +1,4 @@
-// Kernels with faults to choose from, which the emulation must find: the test of the tests.
+// Kernels with planted faults, which the emulation must find: a test of the tests.
 #pragma once
 
 #include <string>
@@ -8,13 +8,13 @@
 namespace interformer {
 namespace cuda {
 
-// Of `x`, 128 float32 numbers, with r = x in reverse and y = (r_0, r_0, r_1, ..., r_126): out_i = y_i + y_(i xor 1).
-// `fault` is empty, or what is wrong with the kernel.
+// For `x`, 128 float32 numbers, with r = x in reverse and y = (r_0, r_0, r_1, ..., r_126): out_i = y_i + y_(i xor 1).
+// `fault` names the kernel's fault; empty: none.
 void exchange(const std::string& fault, const TensorView& x, const TensorView& out, const Stream& stream);
 
-// Each row of `x`, [P, 128] float32, turned round, by blocks that count in `taken`, one int64 number that is 0.
-void turn_pieces(const std::string& fault, const TensorView& x, const TensorView& taken, const TensorView& out,
-                 const Stream& stream);
+// Reverses each row of `x`, [N, 128] float32, by persistent blocks that count in `claimed`, one int64 number that is 0.
+void reverse_rows(const std::string& fault, const TensorView& x, const TensorView& claimed, const TensorView& out,
+                  const Stream& stream);
 
 }  // namespace cuda
 }  // namespace interformer

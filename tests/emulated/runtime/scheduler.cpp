@@ -21,7 +21,7 @@
 #error "the emulation's fibers are switched by x86-64 instructions"
 #endif
 
-// Saves what a called function must keep, leaves the stack pointer at `*from`, and goes on where `to` was left.
+// Saves the callee-saved registers, stores the stack pointer in `*from`, and resumes the stack `to`.
 extern "C" void emulation_switch(void** from, void* to);
 asm(R"(
 .text
@@ -54,10 +54,10 @@ Index thread_index{0, 0, 0}, block_index{0, 0, 0}, block_size{1, 1, 1}, grid_siz
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
-constexpr unsigned kMostThreads = 1024;
-constexpr unsigned kMostHeld = 8;         // blocks at once: their stacks are many
-constexpr size_t kShared = 101376;        // of a block on every device from compute capability 8.0 on
-constexpr size_t kSharedUnasked = 49152;  // without cudaFuncSetAttribute
+constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxResident = 8;      // blocks at once; each has many stacks
+constexpr size_t kShared = 101376;        // bytes of a block on every device from compute capability 8.0 on
+constexpr size_t kSharedUnasked = 49152;  // bytes without cudaFuncSetAttribute
 
 struct Copy {
     void* to;
@@ -65,8 +65,8 @@ struct Copy {
     int size, bytes;
 };
 
-// Threads that wait for one another; they go on when `round` changes.
-struct Meeting {
+// A barrier. Threads that wait at it go on when `round` changes.
+struct Barrier {
     const char* name = nullptr;
     unsigned waiting = 0;
     uint64_t round = 0;
@@ -78,33 +78,34 @@ struct Fiber {
     void* stack_pointer = nullptr;
     char* stack = nullptr;
     bool finished = true;
-    const Meeting* waits_at = nullptr;
+    const Barrier* waits_at = nullptr;
     uint64_t waits_since = 0;
-    std::vector<std::vector<Copy>> groups;  // closed ones, oldest first
-    std::vector<Copy> open;
+    std::vector<std::vector<Copy>> groups;  // committed groups, oldest first
+    std::vector<Copy> started;              // copies that are not committed
     void* sanitizer_state = nullptr;
 
     bool can_go_on() const { return !finished && (waits_at == nullptr || waits_at->round != waits_since); }
 };
 
-// What the device holds of a block; one of the grid's blocks after another is there.
+// A place for a resident block; one of the grid's blocks after another takes it.
 struct Block {
-    unsigned index = 0, left = 0;  // threads that have not returned
-    Meeting meeting;
-    Meeting warp_meetings[kMostThreads / 32];
-    std::vector<Fiber> fibers = std::vector<Fiber>(kMostThreads);
+    unsigned index = 0;
+    unsigned running = 0;  // threads that have not returned
+    Barrier barrier;
+    Barrier warp_barriers[kMaxThreads / 32];
+    std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);
     std::vector<unsigned> order;
     alignas(128) char shared[kShared + 1024];
 };
 
-// Everything about the grid that runs; one at a time.
+// State of the grid that runs; one at a time.
 struct Running {
     Grid grid{};
     const std::function<void()>* body = nullptr;
-    void* stack_pointer = nullptr;  // of the scheduler
+    void* stack_pointer = nullptr;  // the scheduler's
     std::string failure;
-    std::vector<std::unique_ptr<Block>> blocks;  // as many as have ever been held at once
-    Block* block = nullptr;                      // whose turn it is
+    std::vector<std::unique_ptr<Block>> blocks;  // as many as have ever been resident at once
+    Block* block = nullptr;                      // the block that runs now
     std::mt19937_64 random;
     const void* scheduler_stack = nullptr;
     size_t scheduler_stack_size = 0;
@@ -165,9 +166,9 @@ void prepare(Fiber& fiber) {
         fiber.stack = static_cast<char*>(memory) + guard;
     }
 #ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(fiber.stack, kStack);  // of the frames of the thread before
+    __asan_unpoison_memory_region(fiber.stack, kStack);  // clears the frames of the previous thread
 #endif
-    // Six registers, the entry, and a return address that nobody uses: the entry finds its stack aligned.
+    // Six registers, the entry, and an unused return address: at its entry the function's stack is aligned.
     void** top = reinterpret_cast<void**>(fiber.stack + kStack - 64);
     std::fill_n(top, 8, nullptr);
     top[6] = reinterpret_cast<void*>(&fiber_main);
@@ -175,7 +176,7 @@ void prepare(Fiber& fiber) {
     fiber.finished = false;
     fiber.waits_at = nullptr;
     fiber.groups.clear();
-    fiber.open.clear();
+    fiber.started.clear();
     fiber.sanitizer_state = nullptr;
 }
 
@@ -186,40 +187,41 @@ void prepare(Fiber& fiber) {
     __builtin_unreachable();
 }
 
-// ---------------------------------------------------------------- meetings
+// ---------------------------------------------------------------- barriers
 
-void wait_at(const Meeting& meeting) {
+void wait_at(const Barrier& barrier) {
     Fiber& fiber = current();
-    fiber.waits_at = &meeting;
-    fiber.waits_since = meeting.round;
+    fiber.waits_at = &barrier;
+    fiber.waits_since = barrier.round;
     to_scheduler();
 }
 
-// Arrives; when `wanted` have, `last` is run. The last one, too, gives way, so that all go on in the scheduler's order.
+// Arrives at a barrier; the last of `count` threads runs `last`. That thread gives way, too, so that all threads go on
+// in the scheduler's order.
 template <typename Last>
-void meet(Meeting& meeting, const char* name, unsigned wanted, Last&& last) {
-    if (meeting.waiting > 0 && std::strcmp(meeting.name, name) != 0)
-        fail(std::string(name) + " reached where other threads reached " + meeting.name);
-    meeting.name = name;
-    if (++meeting.waiting < wanted) return wait_at(meeting);
+void arrive(Barrier& barrier, const char* name, unsigned count, Last&& last) {
+    if (barrier.waiting > 0 && std::strcmp(barrier.name, name) != 0)
+        fail(std::string(name) + " reached where other threads reached " + barrier.name);
+    barrier.name = name;
+    if (++barrier.waiting < count) return wait_at(barrier);
     last();
-    meeting.waiting = 0;
-    ++meeting.round;
+    barrier.waiting = 0;
+    ++barrier.round;
     to_scheduler();
 }
 
-std::string who_waits() {
+std::string waiting_threads() {
     std::string text;
-    const auto add = [&](const Meeting& meeting, const std::string& where) {
-        if (meeting.waiting > 0) text += ", " + std::to_string(meeting.waiting) + " threads at " + meeting.name + where;
+    const auto add = [&](const Barrier& barrier, const std::string& where) {
+        if (barrier.waiting > 0) text += ", " + std::to_string(barrier.waiting) + " threads at " + barrier.name + where;
     };
-    add(running.block->meeting, "");
+    add(running.block->barrier, "");
     for (unsigned warp = 0; warp < running.grid.threads / 32; ++warp)
-        add(running.block->warp_meetings[warp], " of warp " + std::to_string(warp));
+        add(running.block->warp_barriers[warp], " of warp " + std::to_string(warp));
     return text;
 }
 
-// NaN, since what is read must have been written; out of bounds behind what the launch asked for.
+// Fills shared memory with NaN, so that reads before a write show; bytes beyond the launch's are out of bounds.
 void fresh_shared_memory(Block& block) {
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(block.shared, sizeof block.shared);
@@ -233,17 +235,17 @@ void fresh_shared_memory(Block& block) {
 void begin_block(Block& block, unsigned index) {
     const unsigned threads = running.grid.threads;
     block.index = index;
-    block.left = threads;
+    block.running = threads;
     fresh_shared_memory(block);
-    block.meeting = {};
-    std::fill_n(block.warp_meetings, threads / 32, Meeting{});
+    block.barrier = {};
+    std::fill_n(block.warp_barriers, threads / 32, Barrier{});
     for (unsigned i = 0; i < threads; ++i) prepare(block.fibers[i]);
     block.order.resize(threads);
     std::iota(block.order.begin(), block.order.end(), 0u);
 }
 
-// Lets every thread that can go on do so, up to where it waits. Blocks do not wait for one another.
-void turn_of_block(Block& block) {
+// Runs every thread that can go on up to its next barrier. Blocks do not wait for one another.
+void run_block(Block& block) {
     running.block = &block;
     block_index.x = block.index;
     if (options.seed != 0) std::shuffle(block.order.begin(), block.order.end(), running.random);
@@ -253,12 +255,12 @@ void turn_of_block(Block& block) {
         moved = true;
         to_fiber(thread);
         if (!running.failure.empty()) throw std::runtime_error("emulation: " + running.failure);
-        block.left -= block.fibers[thread].finished;
+        block.running -= block.fibers[thread].finished;
     }
     if (!moved)
         throw std::runtime_error("emulation: block " + std::to_string(block.index) +
-                                 " waits in vain: " + std::to_string(running.grid.threads - block.left) +
-                                 " threads have returned" + who_waits());
+                                 " waits in vain: " + std::to_string(running.grid.threads - block.running) +
+                                 " threads have returned" + waiting_threads());
 }
 
 }  // namespace
@@ -272,10 +274,10 @@ bool allow_shared(const void* kernel, int bytes) {
 }
 
 bool fits(const void* kernel, const Grid& grid) {
-    const auto found = allowed.find(kernel);
-    const size_t most = found == allowed.end() ? kSharedUnasked : std::max(kSharedUnasked, found->second);
-    return grid.blocks > 0 && grid.threads > 0 && grid.threads <= kMostThreads && grid.threads % 32 == 0 &&
-           grid.shared <= most;
+    const auto entry = allowed.find(kernel);
+    const size_t max_shared = entry == allowed.end() ? kSharedUnasked : std::max(kSharedUnasked, entry->second);
+    return grid.blocks > 0 && grid.threads > 0 && grid.threads <= kMaxThreads && grid.threads % 32 == 0 &&
+           grid.shared <= max_shared;
 }
 
 void run(const Grid& grid, const std::function<void()>& thread) {
@@ -288,42 +290,42 @@ void run(const Grid& grid, const std::function<void()>& thread) {
     running.random.seed(options.seed);
     unsigned next =
         options.last_blocks > 0 && options.last_blocks < grid.blocks ? grid.blocks - options.last_blocks : 0;
-    const size_t most = std::min(options.resident, kMostHeld);
-    while (running.blocks.size() < most) running.blocks.push_back(std::make_unique<Block>());
-    std::vector<Block*> held;
-    for (; held.size() < most && next < grid.blocks; ++next) {
-        held.push_back(running.blocks[held.size()].get());
-        begin_block(*held.back(), next);
+    const size_t max_resident = std::min(options.resident, kMaxResident);
+    while (running.blocks.size() < max_resident) running.blocks.push_back(std::make_unique<Block>());
+    std::vector<Block*> resident;
+    for (; resident.size() < max_resident && next < grid.blocks; ++next) {
+        resident.push_back(running.blocks[resident.size()].get());
+        begin_block(*resident.back(), next);
     }
-    while (!held.empty()) {
-        for (size_t i = 0; i < held.size();) {
-            turn_of_block(*held[i]);
-            if (held[i]->left > 0)
+    while (!resident.empty()) {
+        for (size_t i = 0; i < resident.size();) {
+            run_block(*resident[i]);
+            if (resident[i]->running > 0)
                 ++i;
             else if (next < grid.blocks)
-                begin_block(*held[i], next++);
+                begin_block(*resident[i], next++);
             else
-                held.erase(held.begin() + static_cast<std::ptrdiff_t>(i));
+                resident.erase(resident.begin() + static_cast<std::ptrdiff_t>(i));
         }
     }
 }
 
-// ---------------------------------------------------------------- called by the threads
+// ---------------------------------------------------------------- called by threads
 
 char* shared_memory() {
     return running.block->shared;
 }
 
 void block_barrier() {
-    meet(running.block->meeting, "__syncthreads", running.grid.threads, [] {});
+    arrive(running.block->barrier, "__syncthreads", running.grid.threads, [] {});
 }
 
 void collective(const char* name, unsigned lanes, const void* sent, void* received, Execute execute) {
-    if (lanes != kEveryLane) fail(std::string(name) + " for a part of the warp, which is not emulated");
-    Meeting& meeting = running.block->warp_meetings[thread_index.x / 32];
-    meeting.sent[lane()] = sent;
-    meeting.received[lane()] = received;
-    meet(meeting, name, 32, [&] { execute(meeting.sent, meeting.received); });
+    if (lanes != kEveryLane) fail(std::string(name) + " for some lanes of a warp, which is not emulated");
+    Barrier& barrier = running.block->warp_barriers[thread_index.x / 32];
+    barrier.sent[lane()] = sent;
+    barrier.received[lane()] = received;
+    arrive(barrier, name, 32, [&] { execute(barrier.sent, barrier.received); });
 }
 
 void warp_barrier(unsigned lanes) {
@@ -345,22 +347,22 @@ bool aligned(const void* pointer, int size) {
 
 }  // namespace
 
-void start_copy(void* to, const void* from, int size, int bytes) {
+void cp_async(void* to, const void* from, int size, int bytes) {
     if (!aligned(to, size) || !aligned(from, size)) fail("a copy of " + std::to_string(size) + " bytes is not aligned");
     if (bytes < 0 || bytes > size) fail("a copy of " + std::to_string(bytes) + " bytes of " + std::to_string(size));
-    current().open.push_back({to, from, size, bytes});
-    if (!options.lazy_copies) land({current().open.back()});
+    current().started.push_back({to, from, size, bytes});
+    if (!options.lazy_copies) land({current().started.back()});
 }
 
-void close_copies() {
+void cp_async_commit() {
     Fiber& fiber = current();
-    fiber.groups.push_back(std::move(fiber.open));
-    fiber.open.clear();
+    fiber.groups.push_back(std::move(fiber.started));
+    fiber.started.clear();
 }
 
-void wait_copies(int open) {
+void cp_async_wait(int pending) {
     Fiber& fiber = current();
-    while (fiber.groups.size() > static_cast<size_t>(open)) {
+    while (fiber.groups.size() > static_cast<size_t>(pending)) {
         if (options.lazy_copies) land(fiber.groups.front());
         fiber.groups.erase(fiber.groups.begin());
     }

@@ -1,6 +1,6 @@
-// Runs a grid on the CPU: a few blocks at once, in turns, the others when one of them is done; the threads of a block
-// as fibers that pass control on where they wait for one another, and nowhere else. A kernel that does not order what
-// its threads share shows it by wrong results under some order of the fibers.
+// Runs a grid on the CPU: a few blocks at a time, interleaved, and the next block whenever one of them ends. The
+// threads of a block are fibers, which pass control on where threads wait for one another, and nowhere else. A kernel
+// that does not order its accesses to shared memory gives wrong results under some order of the fibers.
 #pragma once
 
 #include <cstddef>
@@ -18,21 +18,21 @@ struct Grid {
 };
 
 struct Options {
-    uint64_t seed = 0;         // 0: fibers run in the order of their threads, else in an order drawn anew at every turn
-    bool lazy_copies = true;   // copies land when they are waited for, else when they are started
-    unsigned last_blocks = 0;  // of a grid only so many run, its last ones; 0: all
-    unsigned resident = 2;     // blocks that the device says it holds at once; more than 8 run in turns of 8
-    bool noise = false;        // exponentials err by as much as a GPU's may
+    uint64_t seed = 0;        // 0: fibers run in the order of their threads; else in an order drawn anew in every round
+    bool lazy_copies = true;  // copies land when a thread waits for them; else when they start
+    unsigned last_blocks = 0;  // only the last so many blocks of a grid run; 0: all
+    unsigned resident = 2;     // blocks that the device reports to hold at once; at most 8 are interleaved
+    bool noise = false;        // exponentials have the errors that a GPU's may have
 };
 extern Options options;
 
-// Whether the grid is one that a device accepts, given what shared memory was allowed to the kernel.
+// Whether a device accepts the grid, given the shared memory that was allowed to the kernel.
 bool allow_shared(const void* kernel, int bytes);
 bool fits(const void* kernel, const Grid& grid);
-// Runs every thread of the grid; throws std::runtime_error where threads wait for one another in vain.
+// Runs every thread of the grid; throws std::runtime_error on a deadlock.
 void run(const Grid& grid, const std::function<void()>& thread);
 
-// ---------------------------------------------------------------- called by the threads
+// ---------------------------------------------------------------- called by threads
 
 struct Index {
     unsigned x, y, z;
@@ -47,8 +47,9 @@ char* shared_memory();
 void block_barrier();
 void warp_barrier(unsigned lanes);
 
-// What all lanes of a warp do at once. Each brings `sent`; when the last has come, `execute` makes what each receives
-// from what all sent. Lanes that bring different names, or not all lanes, are an error.
+// An instruction that all lanes of a warp execute together. Each lane passes `sent`; when the last lane has arrived,
+// `execute` makes the `received` of every lane from all that was sent. It is an error if lanes pass different names, or
+// if not all lanes take part.
 using Execute = void (*)(const void* const* sent, void* const* received);
 void collective(const char* name, unsigned lanes, const void* sent, void* received, Execute execute);
 
@@ -92,9 +93,9 @@ inline unsigned ballot(const char* name, unsigned lanes, bool vote) {
     });
 }
 
-// Copies to shared memory that do not wait, of the thread that asks.
-void start_copy(void* to, const void* from, int size, int bytes);
-void close_copies();
-void wait_copies(int open);
+// Asynchronous copies of the calling thread to shared memory.
+void cp_async(void* to, const void* from, int size, int bytes);
+void cp_async_commit();
+void cp_async_wait(int pending);
 
 }  // namespace emulation

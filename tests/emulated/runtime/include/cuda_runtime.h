@@ -1,4 +1,4 @@
-// What the kernels use of CUDA's own header, for the host compiler: see ../scheduler.h for how it runs.
+// The part of CUDA's own header that the kernels use, for the host compiler. ../scheduler.h runs the threads.
 #pragma once
 
 #include <algorithm>
@@ -67,8 +67,8 @@ inline unsigned __float_as_uint(float x) {
     std::memcpy(&bits, &x, sizeof bits);
     return bits;
 }
-// A GPU's exponentials err by two units of the last place at most, which is what `noise` adds: drawn from the
-// argument's bits, since a function errs alike wherever it meets the same number. Division is right to a rounding.
+// A GPU's exponentials are off by at most two units in the last place, and `noise` adds such an error. It is drawn from
+// the argument's bits, so that equal arguments have equal results. Division is correctly rounded.
 inline float with_noise(float y, float x) {
     if (!emulation::options.noise) return y;
     const unsigned drawn = (__float_as_uint(x) * 2654435761u) >> 8;
@@ -85,7 +85,7 @@ inline float noisy_expf(float x) {
 inline float __frcp_rn(float x) {
     return 1.0f / x;
 }
-// The compiler must not join the product with a sum that it goes into.
+// Keeps the compiler from fusing the product with a later addition.
 inline float __fmul_rn(float x, float y) {
     float product = x * y;
     asm("" : "+x"(product));
@@ -96,7 +96,7 @@ T __ldg(const T* pointer) {
     return *pointer;
 }
 
-// Threads give way only where they wait for one another, so nothing comes between the two.
+// Threads give way only where they wait for one another, so no other thread runs between load and store.
 inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long x) {
     const unsigned long long before = *address;
     *address = before + x;

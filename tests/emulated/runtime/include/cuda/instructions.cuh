@@ -62,7 +62,7 @@ uint32_t pack(float low, float high) {
     return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
 }
 
-inline uint32_t shortened(float x) {
+inline uint32_t to_tf32(float x) {
     return (__float_as_uint(x) + 0x1000) & ~0x1fffu;
 }
 
@@ -77,19 +77,19 @@ struct EmulatedRegisters {
 };
 
 // `ldmatrix.x4`: lane `8 m + r` sends the address of row `r` of matrix `m`.
-inline void load_matrices(uint32_t (&to)[4], const void* row) {
-    const EmulatedRegisters found = emulation::together<const void*, EmulatedRegisters>(
+inline void ldmatrix_x4(uint32_t (&to)[4], const void* row) {
+    const EmulatedRegisters result = emulation::together<const void*, EmulatedRegisters>(
         "ldmatrix", emulation::kEveryLane, row, [](const void* const* const* rows, EmulatedRegisters* const* received) {
             for (int lane = 0; lane < 32; ++lane)
                 for (int m = 0; m < 4; ++m)
                     std::memcpy(&received[lane]->of[m],
                                 static_cast<const char*>(*rows[8 * m + lane / 4]) + lane % 4 * 4, 4);
         });
-    std::memcpy(to, found.of, sizeof to);
+    std::memcpy(to, result.of, sizeof to);
 }
 
-inline void load_matrices_turned(uint32_t (&to)[4], const void* row) {
-    const EmulatedRegisters found = emulation::together<const void*, EmulatedRegisters>(
+inline void ldmatrix_x4_trans(uint32_t (&to)[4], const void* row) {
+    const EmulatedRegisters result = emulation::together<const void*, EmulatedRegisters>(
         "ldmatrix.trans", emulation::kEveryLane, row,
         [](const void* const* const* rows, EmulatedRegisters* const* received) {
             for (int lane = 0; lane < 32; ++lane)
@@ -101,31 +101,31 @@ inline void load_matrices_turned(uint32_t (&to)[4], const void* row) {
                     received[lane]->of[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
                 }
         });
-    std::memcpy(to, found.of, sizeof to);
+    std::memcpy(to, result.of, sizeof to);
 }
 
 template <int BYTES>
-void start_copy(void* to, const void* from, int bytes) {
-    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "what cp.async copies");
-    emulation::start_copy(to, from, BYTES, bytes);
+void cp_async(void* to, const void* from, int bytes) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+    emulation::cp_async(to, from, BYTES, bytes);
 }
-inline void close_copies() {
-    emulation::close_copies();
+inline void cp_async_commit() {
+    emulation::cp_async_commit();
 }
-template <int OPEN>
-void wait_copies() {
-    emulation::wait_copies(OPEN);
+template <int PENDING>
+void cp_async_wait() {
+    emulation::cp_async_wait(PENDING);
 }
 
 // ---------------------------------------------------------------- products
 
 struct EmulatedFragments {
-    float a[8], b[4], sums[4];  // numbers in the order of the registers, low half first
+    float a[8], b[4], acc[4];  // in the order of the registers, low half first
 };
 
 // `mma.m16n8k16`. With `g = lane / 4` and `t = 2 (lane % 4)`, a lane has of `a` the rows g and g + 8 (numbers 0, 1, 4,
 // 5 and 2, 3, 6, 7) in the columns t, t + 1, t + 8, t + 9; of `b` the rows t, t + 1, t + 8, t + 9 in the column g; of
-// the sums the rows g (0, 1) and g + 8 (2, 3) in the columns t, t + 1.
+// the accumulator the rows g (0, 1) and g + 8 (2, 3) in the columns t, t + 1.
 inline void multiply_fragments(const EmulatedFragments* const* sent, EmulatedRegisters* const* received) {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < 32; ++lane) {
@@ -136,14 +136,14 @@ inline void multiply_fragments(const EmulatedFragments* const* sent, EmulatedReg
     for (int lane = 0; lane < 32; ++lane)
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-            float sum = sent[lane]->sums[i];
+            float sum = sent[lane]->acc[i];
             for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
             received[lane]->of[i] = __float_as_uint(sum);
         }
 }
 
 template <typename T>
-void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
+void mma_m16n8k16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
     EmulatedFragments mine;
     const auto put = [](float* to, uint32_t pair) {
         to[0] = widen(T{static_cast<uint16_t>(pair)});
@@ -152,37 +152,37 @@ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b_low, uint
     for (int i = 0; i < 4; ++i) put(mine.a + 2 * i, a[i]);
     put(mine.b, b_low);
     put(mine.b + 2, b_high);
-    std::memcpy(mine.sums, sums, sizeof sums);
-    const EmulatedRegisters found = emulation::together<EmulatedFragments, EmulatedRegisters>(
+    std::memcpy(mine.acc, acc, sizeof acc);
+    const EmulatedRegisters result = emulation::together<EmulatedFragments, EmulatedRegisters>(
         "mma", emulation::kEveryLane, mine, multiply_fragments);
-    std::memcpy(sums, found.of, sizeof sums);
+    std::memcpy(acc, result.of, sizeof acc);
 }
 
 // `mma.m16n8k8`. With `g = lane / 4` and `t = lane % 4`, a lane has of `a` the rows g and g + 8 (numbers 0, 2 and 1, 3)
-// in the columns t (0, 1) and t + 4 (2, 3); of `b` the rows t and t + 4 in the column g; the sums as above.
-inline void multiply_short_fragments(const EmulatedFragments* const* sent, EmulatedRegisters* const* received) {
+// in the columns t (0, 1) and t + 4 (2, 3); of `b` the rows t and t + 4 in the column g; the accumulator as above.
+inline void multiply_tf32_fragments(const EmulatedFragments* const* sent, EmulatedRegisters* const* received) {
     for (int lane = 0; lane < 32; ++lane)
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4, column = lane % 4 * 2 + i % 2;
-            float sum = sent[lane]->sums[i];
+            float sum = sent[lane]->acc[i];
             for (int k = 0; k < 8; ++k) {
-                const EmulatedFragments& of_row = *sent[row * 4 + k % 4];
-                const EmulatedFragments& of_column = *sent[column * 4 + k % 4];
-                sum += of_row.a[i / 2 + k / 4 * 2] * of_column.b[k / 4];
+                const EmulatedFragments& left = *sent[row * 4 + k % 4];
+                const EmulatedFragments& right = *sent[column * 4 + k % 4];
+                sum += left.a[i / 2 + k / 4 * 2] * right.b[k / 4];
             }
             received[lane]->of[i] = __float_as_uint(sum);
         }
 }
 
-inline void multiply_add_tf32(float (&sums)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
+inline void mma_m16n8k8_tf32(float (&acc)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
     EmulatedFragments mine;
     for (int i = 0; i < 4; ++i) mine.a[i] = __uint_as_float(a[i]);
     mine.b[0] = __uint_as_float(b_low);
     mine.b[1] = __uint_as_float(b_high);
-    std::memcpy(mine.sums, sums, sizeof sums);
-    const EmulatedRegisters found = emulation::together<EmulatedFragments, EmulatedRegisters>(
-        "mma.tf32", emulation::kEveryLane, mine, multiply_short_fragments);
-    std::memcpy(sums, found.of, sizeof sums);
+    std::memcpy(mine.acc, acc, sizeof acc);
+    const EmulatedRegisters result = emulation::together<EmulatedFragments, EmulatedRegisters>(
+        "mma.tf32", emulation::kEveryLane, mine, multiply_tf32_fragments);
+    std::memcpy(acc, result.of, sizeof acc);
 }
 
 }  // namespace cuda

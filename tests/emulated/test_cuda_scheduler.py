@@ -1,4 +1,4 @@
-"""Blocks that stay and take item after item: how many there are changes no bit, and long rows go first."""
+"""Persistent blocks and their tile scheduler: the number of blocks changes no bit, and long rows come first."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CASES = [
 def test_bits_do_not_depend_on_how_many_blocks_there_are(
     case: Case, dtype: torch.dtype, emulated: ModuleType, tf32: None
 ) -> None:
-    """One does everything; a few share; there is one for every item, and nothing is handed out."""
+    """One block does everything; a few share the work; every item has a block, and none is claimed."""
     inputs = guarded_inputs(case, dtype)
     emulated.configure(0, True, resident=1)
     alone = results(case.op, inputs)
@@ -41,40 +41,40 @@ def test_bits_do_not_depend_on_how_many_blocks_there_are(
 
 
 @pytest.fixture
-def queues(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The memory of each call's queue, as its last launch leaves it."""
-    found = []
+def schedulers(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The memory of each call's tile scheduler, as its last launch leaves it."""
+    memories = []
     for name in ("cuda_attention_forward", "cuda_attention_backward"):
         native = getattr(_C, name)
 
         def spied(*arguments: Any, native: Any = native) -> None:
             native(*arguments)
-            found.append(arguments[-2])
+            memories.append(arguments[-2].scheduler)
 
         monkeypatch.setattr(_C, name, spied)
-    return found
+    return memories
 
 
-def test_long_rows_go_first(queues: list[torch.Tensor]) -> None:
-    """Two rows are long: more than 4 times the mean. Every item is handed out, and each crew is once refused one."""
+def test_long_rows_go_first(schedulers: list[torch.Tensor]) -> None:
+    """Two rows are long: more than 4 times the mean. Every item but the first of a tile group is claimed."""
     lengths = (*SHORT, 130, *SHORT, 70)
     case = Case("jagged_attention", "", **ONE, lengths=lengths, tail=9)
     results(case.op, guarded_inputs(case, torch.bfloat16))
     # Tiles of 16 queries under the two heads, and of 16 keys.
     first = [-(-130 // 8) + -(-70 // 8), -(-130 // 16) + -(-70 // 16)]
-    tokens, rows, crews = sum(lengths) + 9, len(lengths), 2 * 4
+    tokens, rows, groups = sum(lengths) + 9, len(lengths), 2 * 4
     slots = [tokens // 8 + rows + 1, tokens // 16 + rows + 1]
-    assert [int(queue[-1]) for queue in queues] == first
-    assert [int(queue[0]) for queue in queues] == [a + b for a, b in zip(first, slots, strict=True)]
-    for queue in queues:
-        listed = queue[1:]
-        assert listed[0] == 0
-        assert listed.diff().count_nonzero() == 2
-        assert (listed.diff() >= 0).all()
-    assert min(slots) > crews
+    assert [int(scheduler[-1]) for scheduler in schedulers] == first
+    assert [int(scheduler[0]) for scheduler in schedulers] == [a + b for a, b in zip(first, slots, strict=True)]
+    for scheduler in schedulers:
+        long_tiles = scheduler[1:]
+        assert long_tiles[0] == 0
+        assert long_tiles.diff().count_nonzero() == 2
+        assert (long_tiles.diff() >= 0).all()
+    assert min(slots) > groups
 
 
-def test_equal_rows_go_in_their_order(queues: list[torch.Tensor]) -> None:
+def test_equal_rows_go_in_their_order(schedulers: list[torch.Tensor]) -> None:
     case = Case("jagged_attention", "", **ONE, lengths=(20,) * 12)
     results(case.op, guarded_inputs(case, torch.bfloat16))
-    assert [int(queue[-1]) for queue in queues] == [0, 0]
+    assert [int(scheduler[-1]) for scheduler in schedulers] == [0, 0]

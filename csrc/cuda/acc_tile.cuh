@@ -1,0 +1,108 @@
+// Accumulators of a warp's products, and functions over the numbers that a lane has of them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace interformer {
+namespace cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32;
+
+__device__ inline int lane_index() {
+    return static_cast<int>(threadIdx.x) % kWarp;
+}
+
+// A 16 x 16 accumulator tile of a warp, as two `mma.m16n8k16` leave it in the lanes: a lane has the rows `lane / 4` and
+// `lane / 4 + 8`, and of each the columns `2 (lane % 4)`, the next one, and both plus 8.
+struct AccTile {
+    float values[2][4] = {};
+
+    // Calls `each(half, column, value)` for the numbers of this lane: half 0 is its first row, half 1 its second.
+    template <typename Each>
+    __device__ void for_each_half(Each&& each) {
+        const int column = lane_index() % 4 * 2;
+#pragma unroll
+        for (int side = 0; side < 2; ++side)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) each(i / 2, column + side * 8 + i % 2, values[side][i]);
+    }
+    // The same, with the row's number instead of the half.
+    template <typename Each>
+    __device__ void for_each(Each&& each) {
+        const int row = lane_index() / 4;
+        for_each_half([&](int half, int column, float& x) { each(row + half * 8, column, x); });
+    }
+    __device__ void operator+=(const AccTile& other) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) values[side][i] += other.values[side][i];
+    }
+};
+
+// ---------------------------------------------------------------- tiles side by side
+
+// Calls `each(half, column, number)` for the numbers that this lane has of N tiles side by side.
+template <int N, typename Each>
+__device__ inline void for_each(AccTile (&acc)[N], Each&& each) {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+        acc[n].for_each_half([&](int half, int column, float& x) { each(half, n * 16 + column, x); });
+}
+
+// Calls `each(half, column, first, second)` for numbers of two such rows of tiles at the same place.
+template <int N, typename Each>
+__device__ inline void for_each_pair(AccTile (&first)[N], AccTile (&second)[N], Each&& each) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        int i = 0;
+        first[n].for_each_half([&](int half, int column, float& x) {
+            each(half, n * 16 + column, x, second[n].values[i / 4][i % 4]);
+            ++i;
+        });
+    }
+}
+
+// Calls `map(first, second)` for numbers at the same place in a rolled loop, by way of this lane's column of shared
+// memory: the code of the map is there once, not once for each number.
+template <int N, typename Map>
+__device__ inline void map_rolled(AccTile (&first)[N], AccTile (&second)[N], float2* scratch, Map&& map) {
+#pragma unroll
+    for (int i = 0; i < 8 * N; ++i)
+        scratch[i * kWarp] = make_float2(first[i / 8].values[i / 4 % 2][i % 4], second[i / 8].values[i / 4 % 2][i % 4]);
+#pragma unroll 1
+    for (int i = 0; i < 8 * N; ++i) {
+        float2 pair = scratch[i * kWarp];
+        map(pair.x, pair.y);
+        scratch[i * kWarp] = pair;
+    }
+#pragma unroll
+    for (int i = 0; i < 8 * N; ++i) {
+        const float2 pair = scratch[i * kWarp];
+        first[i / 8].values[i / 4 % 2][i % 4] = pair.x;
+        second[i / 8].values[i / 4 % 2][i % 4] = pair.y;
+    }
+}
+
+// ---------------------------------------------------------------- reductions over lanes
+
+// Sum and maximum over the four lanes that share a row of an accumulator tile.
+__device__ inline float quad_sum(float x) {
+    x += __shfl_xor_sync(kAllLanes, x, 1);
+    return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+__device__ inline float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+    return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+
+// Sum over all lanes of a warp.
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+    return x;
+}
+
+}  // namespace cuda
+}  // namespace interformer

@@ -1,0 +1,149 @@
+// The first pass of the backward under softmax: delta and inverse row sum of every query, from sums of P and of P * dP
+// over its keys.
+#include <cstdint>
+
+#include "cuda/attention_gradient.cuh"
+#include "cuda/attention_output.cuh"
+#include "cuda/attention_plan.cuh"
+#include "cuda/attention_split_kv.cuh"
+
+namespace interformer {
+namespace cuda {
+
+namespace {
+
+template <typename T>
+struct StatsArguments : BackwardArguments<T> {
+    using BackwardArguments<T>::BackwardArguments;
+
+    Partials partials;
+};
+
+template <typename T>
+__host__ __device__ Contents contents_of(const AttentionProblem<T>&) {
+    return {true, false, false};
+}
+
+// Sums of P and of P * dP for a lane's two rows, over its columns. P is times `prob_scale_for`, as in the forward, so
+// that sums over gradients are finite where these are.
+struct StatsSums {
+    float probs[2] = {}, products[2] = {};
+};
+
+template <typename T>
+__device__ void write_stats(const StatsArguments<T>& g, int64_t place, float prob_scale, float probs, float products) {
+    const float divisor = probs == 0.0f ? 1.0f : probs;
+    g.delta[place] = products / divisor;
+    g.inv_row_sum[place] = prob_scale / divisor;
+}
+
+template <typename T>
+__device__ void write_sums(const StatsArguments<T>& g, const Task& task, const PackedRows& rows,
+                           const StatsSums& sums) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float probs = quad_sum(sums.probs[half]), products = quad_sum(sums.products[half]);
+        const PackedRow query = rows[lane_index() / 4 + half * 8];
+        if (lane_index() % 4 != 0 || query.token >= task.queries.count) continue;
+        if (task.partial < 0) {
+            write_stats(g, g.place(task.queries, query), prob_scale_for<T>(task.keys.count), probs, products);
+            continue;
+        }
+        const int64_t at = (task.partial * g.problem.queries + query.token) * g.problem.heads + query.head;
+        g.partials.stats[2 * at] = probs;
+        g.partials.stats[2 * at + 1] = products;
+    }
+}
+
+// 16 queries for each warp, over the keys of their row or one split of them.
+template <typename T, int WIDTH>
+__device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
+    using Tiles = AttentionTiles<T, WIDTH>;
+    const AttentionProblem<T>& p = g.problem;
+    const int kv_head = group.index_in_slot();
+    const Task task = task_of(p, g.partials, group);
+    if (task.idle) return;
+    const Keys keys = task.keys;
+    const PackedRows group_rows(task.begin, kv_head, p.q_per_kv);
+    const PackedRows rows(task.begin + group.warp * kStationary, kv_head, p.q_per_kv);
+    const TileRange tiles = task.key_tiles(p, group_rows, group.rows(), Tiles::kStreamed, g.partials.split_kv);
+    const TileRange warp_tiles = task.key_tiles(p, rows, kStationary, Tiles::kStreamed, g.partials.split_kv);
+
+    const SharedLayout layout = SharedLayout::of<T, WIDTH>(group.warps, g.plan.stages, contents_of(p));
+    const AttentionMemory<T, WIDTH> memory(group, layout);
+    cp_async_stationary(memory.stationary[0], p.q, p.channels, task.queries, rows);
+    cp_async_stationary(memory.stationary[1], g.grad_attn_out, p.value_channels, task.queries, rows);
+    cp_async_commit();
+    QueryStats stats[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const PackedRow query = rows[lane_index() / 4 + half * 8];
+        const KeyRange range = p.variant.masks.key_range(query.token, task.queries.count, keys.count);
+        stats[half] = {range, 0.0f, 0.0f, prob_scale_for<T>(keys.count), {}};
+        if (query.token < task.queries.count) stats[half].lse = g.lse[g.place(task.queries, query)];
+    }
+
+    StatsSums sums;
+    for_each_tile(
+        group, tiles, g.plan.stages,
+        [&](int tile, int stage) { cp_async_keys(p, memory, group.threads, keys, kv_head, tile, stage); },
+        [&](int tile, int stage) {
+            if (!warp_tiles.contains(tile)) return;
+            typename Tiles::Scores s, d;
+            multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], p.channels);
+            multiply_rows(d, memory.stationary[1], memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], p.value_channels);
+            // With a delta of 0, the gradients of the scores are P * dP.
+            softmax_backward(
+                p.variant, s, d, 1.0f, [&](int half, int) -> const QueryStats& { return stats[half]; },
+                [&](int half, int column) { return stats[half].key_range.contains(tile * Tiles::kStreamed + column); });
+            for_each_pair(s, d, [&](int half, int, float& prob, float& product) {
+                sums.probs[half] += prob;
+                sums.products[half] += product;
+            });
+        });
+    cp_async_wait<0>();
+    write_sums(g, task, rows, sums);
+}
+
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, query_blocks_for<T>(WIDTH))
+    sum_query_stats(const __grid_constant__ StatsArguments<T> g) {
+    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { sum_tile<T, WIDTH>(g, group); });
+}
+
+// Combines the partials of split rows, one query under one head for each warp.
+template <typename T>
+__global__ void __launch_bounds__(kMaxWarps* kWarp) combine_partials(const __grid_constant__ StatsArguments<T> g) {
+    const int64_t number = int64_t{blockIdx.x} * kMaxWarps + threadIdx.x / kWarp;
+    const CombineItem item = combine_item_of(g.problem, g.partials, number);
+    if (item.num_splits == 0 || lane_index() != 0) return;
+    float probs = 0.0f, products = 0.0f;
+    for (int i = 0; i < item.num_splits; ++i) {
+        probs += g.partials.stats[2 * item.at(i)];
+        products += g.partials.stats[2 * item.at(i) + 1];
+    }
+    write_stats(g, item.row * item.queries + item.query, prob_scale_for<T>(item.keys), probs, products);
+}
+
+}  // namespace
+
+void query_stats_backward(const Backward& call) {
+    if (!call.in.score.softmax || call.in.q.size() == 0) return;
+    with_element(call.in.k.dtype, call.tf32, [&](auto element) {
+        using T = decltype(element);
+        StatsArguments<T> g(call);
+        g.partials = Partials(call.workspace.splits);
+        const AttentionProblem<T>& p = g.problem;
+        with_width(call.in, [&](auto width) {
+            g.plan = plan_of<T, width.value>({p.mean_packed_rows(), p.mean_keys(), contents_of(p)});
+            g.plan.slots = slots_of(p, g.partials, p.rows(), g.plan.rows());
+            g.plan.items_per_slot = p.kv_heads;
+            start_query_groups<kPersistent<T, width.value>>(sum_query_stats<T, width.value>, g,
+                                                            call.workspace.scheduler, call.stream);
+        });
+        start_combine(combine_partials<T>, g, call.stream);
+    });
+}
+
+}  // namespace cuda
+}  // namespace interformer
