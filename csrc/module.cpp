@@ -1,5 +1,5 @@
-// The Python module interformer_kernels._C: makes views of tensors, gives the GIL back and calls kernels; what a kernel
-// wants of its arguments, it checks itself. Nothing but this file and what it includes of bindings knows pybind11.
+// The Python module interformer_kernels._C: makes views of tensors, releases the GIL and calls kernels, which check
+// their arguments. Only this file and the bindings that it includes know pybind11.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,7 +12,7 @@
 #include "cpu/apply_rotary.h"
 #include "cpu/attention.h"
 #include "cpu/features.h"
-#include "cpu/level.h"
+#include "cpu/isa.h"
 #include "cpu/personalized_ffn.h"
 #include "cpu/rows.h"
 #ifdef INTERFORMER_HAS_CUDA
@@ -24,14 +24,14 @@ namespace interformer {
 
 namespace {
 
-// ---------------------------------------------------------------- what is built
+// ---------------------------------------------------------------- build information
 
 py::dict build_info() {
     py::dict info;
     info["compiler"] = INTERFORMER_COMPILER;
     info["openmp"] = _OPENMP;  // the date of the standard, as the compiler gives it
-    info["cpu_levels"] = usable_levels();
-    info["cpu_level"] = chosen_level();
+    info["cpu_levels"] = usable_isas();
+    info["cpu_level"] = chosen_isa();
     info["cuda"] = INTERFORMER_CUDA_NOTE;
     info["cuda_architectures"] = py::str(INTERFORMER_CUDA_ARCHITECTURES).attr("split")();
 #ifdef INTERFORMER_HAS_CUDA
@@ -67,9 +67,9 @@ void bind_attention_forward(py::handle call, py::handle residual, py::handle out
                             int64_t threads) {
     const Viewer view("attention_forward");
     const AttentionInputs in = attention_inputs(view, call);
-    const AttentionOutputs to = attention_outputs(view, residual, out, lse, attn_out);
+    const AttentionOutputs outputs = attention_outputs(view, residual, out, lse, attn_out);
     const py::gil_scoped_release released;
-    attention_forward(in, to, threads);
+    attention_forward(in, outputs, threads);
 }
 
 void bind_attention_backward(py::handle call, py::handle grad_out, py::handle attn_out, py::handle grad_q,
@@ -86,9 +86,9 @@ void bind_personalized_ffn_forward(py::handle x, py::handle weight, py::handle o
                                    int64_t threads) {
     const Viewer view("personalized_ffn_forward");
     const FfnInputs in = ffn_inputs(view, x, weight, offsets, bias, activation);
-    const FfnOutputs to = ffn_outputs(view, residual, out);
+    const FfnOutputs outputs = ffn_outputs(view, residual, out);
     const py::gil_scoped_release released;
-    personalized_ffn_forward(in, to, threads);
+    personalized_ffn_forward(in, outputs, threads);
 }
 
 void bind_personalized_ffn_backward(py::handle x, py::handle weight, py::handle offsets, py::handle bias,
@@ -120,6 +120,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_device_count", &cuda_device_count);
     m.def("first_bad_offset", &bind_first_bad_offset, py::arg("offsets"), py::arg("total"));
 
+    m.def("attention_fields", &attention_fields);
     m.def("attention_forward", &bind_attention_forward);
     m.def("attention_backward", &bind_attention_backward);
     m.def("personalized_ffn_forward", &bind_personalized_ffn_forward);

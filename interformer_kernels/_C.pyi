@@ -23,6 +23,9 @@ def cuda_device_count() -> int:
 def first_bad_offset(offsets: Tensor, total: int) -> int:
     """Index of the first entry that is not 0 at the start, less than its predecessor, or beyond `total`; else -1."""
 
+def attention_fields() -> list[str]:
+    """Names of the entries that the native module reads from an `AttentionCall`, in order."""
+
 def attention_forward(
     call: AttentionCall,
     residual: Tensor | None,

@@ -1,8 +1,9 @@
-// Calls of the ops from their Python arguments. Included by the bindings alone.
+// The calls of the ops, read from their Python arguments. Only the bindings include this file.
 #pragma once
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/attention_call.h"
 #include "common/entries.h"
@@ -12,11 +13,12 @@
 
 namespace interformer {
 
-// What both directions of the attention family read, from the tuple that `AttentionCall` names the entries of.
-inline AttentionInputs attention_inputs(const Viewer& view, py::handle call) {
-    Entries next(view, "call", call);
+// Reads the arguments of attention that the forward and the backward share. `next` is `Entries`, which takes them from
+// the call's tuple, or `EntryNames`, which records their names.
+template <typename Reader>
+AttentionInputs read_attention_inputs(Reader& next) {
     AttentionInputs in;
-    in.layout = parse_query_layout(next.text("layout"));
+    in.layout = next.choice("layout", parse_query_layout);
     next.tensor("q", in.q);
     next.tensor("k", in.k);
     next.optional("v", in.v);
@@ -24,10 +26,10 @@ inline AttentionInputs attention_inputs(const Viewer& view, py::handle call) {
     next.tensor("kv_offsets", in.kv_offsets);
     next.optional("gate", in.gate);
     in.scale = next.number("scale");
-    in.score = parse_score(next.text("score"));
+    in.score = next.choice("score", parse_score);
     in.post_scale = next.number("post_scale");
-    const std::string gate_form = next.text("gate_form");
-    in.gating = parse_gate(gate_form, next.text("gate_activation"));
+    in.gating.inside = next.choice("gate_form", parse_gate_form);
+    in.gating.activation = next.choice("gate_activation", parse_gate_activation);
     in.skip_prefix = next.integer("skip_prefix");
     next.optional("cos", in.cos);
     next.optional("sin", in.sin);
@@ -40,6 +42,19 @@ inline AttentionInputs attention_inputs(const Viewer& view, py::handle call) {
     in.num_prefix = next.integer("num_prefix");
     next.end();
     return in;
+}
+
+// From the tuple that Python's `AttentionCall` is.
+inline AttentionInputs attention_inputs(const Viewer& view, py::handle call) {
+    Entries entries(view, "call", call);
+    return read_attention_inputs(entries);
+}
+
+// The names of the tuple's entries, in order.
+inline std::vector<std::string> attention_fields() {
+    EntryNames names;
+    read_attention_inputs(names);
+    return names.names();
 }
 
 inline AttentionOutputs attention_outputs(const Viewer& view, py::handle residual, py::handle out, py::handle lse,

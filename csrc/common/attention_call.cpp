@@ -31,9 +31,9 @@ Axis value_axis(const AttentionInputs& in) {
     return {"Dv", (in.v ? *in.v : in.k).shape[2]};
 }
 
-void check_pair(const Checks& check, const char* argument, bool wanted, const std::optional<TensorView>& given) {
-    if (wanted == given.has_value()) return;
-    check.refuse(argument, wanted ? "given" : "None", given ? describe(*given) : "None");
+void check_pair(const Checks& check, const char* argument, bool expected, const std::optional<TensorView>& given) {
+    if (expected == given.has_value()) return;
+    check.refuse(argument, expected ? "given" : "None", given ? describe(*given) : "None");
 }
 
 namespace {
@@ -67,17 +67,17 @@ void check_layout(const Checks& check, const AttentionInputs& in) {
     }
 }
 
-DType accumulation_of(DType dtype) {
+DType accumulation_dtype(DType dtype) {
     return dtype == DType::float64 ? DType::float64 : DType::float32;
 }
 
 void check_gate_gradient(const Checks& check, const AttentionInputs& in, const TensorView& grad) {
     const TensorView& gate = *in.gate;
-    const DType exact = accumulation_of(in.k.dtype);
+    const DType acc_dtype = accumulation_dtype(in.k.dtype);
     if (grad.axes == 3)
-        check.tensor("grad_gate", grad, exact, {{"Tq or 1"}, {"H or 1"}, {"Dv or 1"}});
+        check.tensor("grad_gate", grad, acc_dtype, {{"Tq or 1"}, {"H or 1"}, {"Dv or 1"}});
     else
-        check.tensor("grad_gate", grad, exact, {{"B or 1"}, {"N or 1"}, {"H or 1"}, {"Dv or 1"}});
+        check.tensor("grad_gate", grad, acc_dtype, {{"B or 1"}, {"N or 1"}, {"H or 1"}, {"Dv or 1"}});
     check.contiguous("grad_gate", grad);
     for (int axis = 0; axis < grad.axes; ++axis)
         if (grad.axes != gate.axes || (grad.shape[axis] != 1 && grad.shape[axis] != gate.shape[axis]))
@@ -106,19 +106,19 @@ void check_inputs(const Checks& check, const AttentionInputs& in) {
     if (in.skip_prefix < 0) check.refuse("skip_prefix", "at least 0", std::to_string(in.skip_prefix));
 }
 
-void check_outputs(const Checks& check, const AttentionInputs& in, const AttentionOutputs& to) {
+void check_outputs(const Checks& check, const AttentionInputs& in, const AttentionOutputs& outputs) {
     const DType dtype = in.k.dtype;
-    check_like_output(check, in, "out", to.out, dtype, value_axis(in));
-    check.contiguous("out", to.out);
-    if (to.residual) check_like_output(check, in, "residual", *to.residual, dtype, value_axis(in));
-    if (to.attn_out) {
-        check_like_output(check, in, "attn_out", *to.attn_out, accumulation_of(dtype), value_axis(in));
-        check.contiguous("attn_out", *to.attn_out);
+    check_like_output(check, in, "out", outputs.out, dtype, value_axis(in));
+    check.contiguous("out", outputs.out);
+    if (outputs.residual) check_like_output(check, in, "residual", *outputs.residual, dtype, value_axis(in));
+    if (outputs.attn_out) {
+        check_like_output(check, in, "attn_out", *outputs.attn_out, accumulation_dtype(dtype), value_axis(in));
+        check.contiguous("attn_out", *outputs.attn_out);
     }
-    if (!to.lse) return;
-    check_like_output(check, in, "lse", *to.lse, accumulation_of(dtype), std::nullopt);
-    check.contiguous("lse", *to.lse);
-    if (!in.score.softmax) check.refuse("lse", "None without softmax", describe(*to.lse));
+    if (!outputs.lse) return;
+    check_like_output(check, in, "lse", *outputs.lse, accumulation_dtype(dtype), std::nullopt);
+    check.contiguous("lse", *outputs.lse);
+    if (!in.score.softmax) check.refuse("lse", "None without softmax", describe(*outputs.lse));
 }
 
 void check_key_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads) {
@@ -132,7 +132,7 @@ void check_gradients(const Checks& check, const AttentionInputs& in, const Atten
     check_like_output(check, in, "grad_out", grads.grad_out, dtype, value_axis(in));
     if (in.layout == QueryLayout::shared) {
         const int64_t* q = in.q.shape;
-        check.tensor("grad_q", grads.grad_q, accumulation_of(dtype), {{"M", q[0]}, {"H", q[1]}, {"D", q[2]}});
+        check.tensor("grad_q", grads.grad_q, accumulation_dtype(dtype), {{"M", q[0]}, {"H", q[1]}, {"D", q[2]}});
         check.contiguous("grad_q", grads.grad_q);
     } else {
         check.gradient("grad_q", grads.grad_q, "q", in.q);
@@ -141,7 +141,7 @@ void check_gradients(const Checks& check, const AttentionInputs& in, const Atten
     check_pair(check, "attn_out", in.gate.has_value(), grads.attn_out);
     check_pair(check, "grad_gate", in.gate.has_value(), grads.grad_gate);
     if (!in.gate) return;
-    check_like_output(check, in, "attn_out", *grads.attn_out, accumulation_of(dtype), value_axis(in));
+    check_like_output(check, in, "attn_out", *grads.attn_out, accumulation_dtype(dtype), value_axis(in));
     check_gate_gradient(check, in, *grads.grad_gate);
 }
 

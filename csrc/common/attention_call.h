@@ -1,35 +1,35 @@
-// A call of the ops of the attention family, as every backend takes it, and what is checked of it.
+// A call of attention, the same for every backend, and its checks.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <string>
 
+#include "common/activation_names.h"
 #include "common/checks.h"
-#include "common/scalar_maps.h"
 #include "common/tensor_view.h"
 
 namespace interformer {
 
-// Where a row's queries are: packed `[Tq, H, D]` with offsets of their own (or the keys'), dense `[B, N, H, D]`, or
+// The layout of the queries: packed `[Tq, H, D]` with offsets of their own (or the keys'), dense `[B, N, H, D]`, or
 // `[M, H, D]` shared by all rows. Outputs are `[Tq, H, Dv]`, `[B, N, H, Dv]` and `[B, M, H, Dv]`.
 enum class QueryLayout { packed, dense, shared };
 
 QueryLayout parse_query_layout(const std::string& name);
 
-// What forward and backward both read. Floating tensors share one dtype, but for the float32 tables.
+// The arguments that forward and backward share. Floating tensors have one dtype, except for the float32 tables.
 struct AttentionInputs {
     QueryLayout layout;
     TensorView q, k;
-    std::optional<TensorView> v;          // [Tk, Hk, Dv]; none: v is k
-    std::optional<TensorView> q_offsets;  // of packed queries; none: the keys'
+    std::optional<TensorView> v;          // [Tk, Hk, Dv]; without it, v is k
+    std::optional<TensorView> q_offsets;  // for packed queries; without it, the keys'
     TensorView kv_offsets;
-    int64_t skip_prefix;  // keys left out at the start of each row
+    int64_t skip_prefix;  // keys skipped at the start of each row
     std::optional<TensorView> cos, sin, positions_q, positions_k;
     bool rope_interleaved;
     bool causal;
     int64_t window_left, window_right, num_prefix;
-    std::optional<TensorView> gate;  // of the output's shape, expanded
+    std::optional<TensorView> gate;  // expanded to the output's shape
     double scale, post_scale;
     Score score;
     Gate gating;
@@ -38,28 +38,28 @@ struct AttentionInputs {
 struct AttentionOutputs {
     std::optional<TensorView> residual;  // read
     TensorView out;
-    std::optional<TensorView> lse;       // in the type of accumulation, softmax only
-    std::optional<TensorView> attn_out;  // the ungated A, in the type of accumulation
+    std::optional<TensorView> lse;       // in the accumulation type, softmax only
+    std::optional<TensorView> attn_out;  // the ungated output, in the accumulation type
 };
 
 struct AttentionGradients {
     TensorView grad_out;                 // read
-    std::optional<TensorView> attn_out;  // the ungated A as the forward left it, read; only a gate needs it
-    TensorView grad_q, grad_k;           // grad_k holds v's share where v is k
+    std::optional<TensorView> attn_out;  // the forward's, read; only a gate needs it
+    TensorView grad_q, grad_k;           // where v is k, grad_k is the sum of both gradients
     std::optional<TensorView> grad_v;
-    std::optional<TensorView> grad_gate;  // of the output's rank: summed over the axes of size 1
+    std::optional<TensorView> grad_gate;  // of the output's rank; axes of size 1 are summed
 };
 
 void check_inputs(const Checks& check, const AttentionInputs& in);
-// Of the output's shape, but for its last axis: `last`, or none.
+// `x` must have the output's shape with `last` as its last axis, or without a last axis.
 void check_like_output(const Checks& check, const AttentionInputs& in, const char* argument, const TensorView& x,
                        DType dtype, std::optional<Axis> last);
 // The output's last axis.
 Axis value_axis(const AttentionInputs& in);
-// `given` is there just where `wanted` is.
-void check_pair(const Checks& check, const char* argument, bool wanted, const std::optional<TensorView>& given);
+// `given` must be present exactly where `expected` is true.
+void check_pair(const Checks& check, const char* argument, bool expected, const std::optional<TensorView>& given);
 void check_key_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads);
-void check_outputs(const Checks& check, const AttentionInputs& in, const AttentionOutputs& to);
+void check_outputs(const Checks& check, const AttentionInputs& in, const AttentionOutputs& outputs);
 void check_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads);
 
 }  // namespace interformer

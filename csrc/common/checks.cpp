@@ -49,7 +49,7 @@ bool same(dlpack::Device a, dlpack::Device b) {
     return on_cpu(a) ? on_cpu(b) : a.type == b.type && a.id == b.id;
 }
 
-std::string named(dlpack::Device device) {
+std::string device_name(dlpack::Device device) {
     if (on_cpu(device)) return "the CPU";
     const std::string kind = device.type == dlpack::kCUDA ? "CUDA device " : "another device ";
     return kind + std::to_string(device.id);
@@ -65,7 +65,7 @@ bool fits(const TensorView& view, std::initializer_list<Axis> axes) {
     return true;
 }
 
-std::string named(std::initializer_list<Axis> axes) {
+std::string axes_text(std::initializer_list<Axis> axes) {
     std::string text = "[";
     for (const Axis& axis : axes) {
         if (text.size() > 1) text += ", ";
@@ -78,19 +78,19 @@ std::string named(std::initializer_list<Axis> axes) {
 }  // namespace
 
 std::string describe(const TensorView& view) {
-    return dtype_of(view) + " " + shape_of(view) + " on " + named(view.device);
+    return dtype_of(view) + " " + shape_of(view) + " on " + device_name(view.device);
 }
 
-std::string Checks::message(const char* argument, const std::string& wanted, const std::string& found) const {
-    return std::string(function_) + ": " + argument + " must be " + wanted + ", found " + found;
+std::string Checks::message(const char* argument, const std::string& expected, const std::string& found) const {
+    return std::string(function_) + ": " + argument + " must be " + expected + ", found " + found;
 }
 
-void Checks::refuse(const char* argument, const std::string& wanted, const std::string& found) const {
-    throw std::invalid_argument(message(argument, wanted, found));
+void Checks::refuse(const char* argument, const std::string& expected, const std::string& found) const {
+    throw std::invalid_argument(message(argument, expected, found));
 }
 
 void Checks::on_device(const char* argument, const TensorView& view) const {
-    if (!same(device_, view.device)) refuse(argument, "on " + named(device_), describe(view));
+    if (!same(device_, view.device)) refuse(argument, "on " + device_name(device_), describe(view));
 }
 
 void Checks::floating(const char* argument, const TensorView& view) const {
@@ -121,7 +121,7 @@ void Checks::offsets(const char* argument, const TensorView& view) const {
 void Checks::tensor(const char* argument, const TensorView& view, DType dtype, std::initializer_list<Axis> axes) const {
     on_device(argument, view);
     if (view.dtype != dtype) throw TypeError(message(argument, name_of(dtype), describe(view)));
-    if (!fits(view, axes)) refuse(argument, std::string(name_of(dtype)) + " " + named(axes), describe(view));
+    if (!fits(view, axes)) refuse(argument, std::string(name_of(dtype)) + " " + axes_text(axes), describe(view));
 }
 
 void Checks::like(const char* argument, const TensorView& view, const char* other, const TensorView& model) const {

@@ -1,5 +1,4 @@
-// Element types and the type each is computed in; cpu/kernels/elements.h and cuda/instructions.cuh have the way
-// between.
+// Element types and their accumulation types. cpu/kernels/elements.h and cuda/instructions.cuh convert between them.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +15,7 @@ struct Float16 {
     uint16_t bits;
 };
 
-// The type of accumulation: float, and double for double.
+// The accumulation type: float, or double for double.
 template <typename T>
 struct Accumulator {
     using type = float;
@@ -39,7 +38,7 @@ constexpr DType dtype_for<BFloat16> = DType::bfloat16;
 template <>
 constexpr DType dtype_for<Float16> = DType::float16;
 
-// Calls `function` with a value of the element type of this dtype, for the sake of its type.
+// Calls `function` with a value of the element type of this dtype, whose type it uses.
 template <typename Function>
 void with_element_type(DType dtype, Function&& function) {
     switch (dtype) {

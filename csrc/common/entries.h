@@ -1,17 +1,19 @@
-// Reads a Python tuple entry by entry. One tuple of many arguments costs a third of as many arguments of a bound
-// function. Included by the bindings alone.
+// Reads a Python tuple entry by entry. Passing one tuple costs a third of passing its entries as arguments of a bound
+// function. Only the bindings include this file.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "common/exchange.h"
 
 namespace interformer {
 
-// Each entry is taken once, in order, by its kind; errors name the function and the entry.
+// Takes each entry once, in order, by its kind. Errors name the function and the entry.
 class Entries {
   public:
     Entries(const Viewer& view, const char* argument, py::handle tuple)
@@ -26,12 +28,14 @@ class Entries {
         if (!entry.is_none()) view_.fill(view.emplace(), name, entry);
     }
 
-    std::string text(const char* name) {
+    // A str, parsed.
+    template <typename Value>
+    Value choice(const char* name, Value (*parse)(const std::string&)) {
         const py::handle entry = next(name);
         Py_ssize_t size = 0;
         const char* text = PyUnicode_Check(entry.ptr()) ? PyUnicode_AsUTF8AndSize(entry.ptr(), &size) : nullptr;
         if (text == nullptr) refuse(name, "a str", entry);
-        return {text, static_cast<size_t>(size)};
+        return parse({text, static_cast<size_t>(size)});
     }
 
     int64_t integer(const char* name) {
@@ -55,7 +59,7 @@ class Entries {
         return entry.ptr() == Py_True;
     }
 
-    // No entry may be left.
+    // Refuses further entries.
     void end() const {
         if (index_ < size()) view_.refuse(argument_, "a tuple of " + std::to_string(index_), tuple_of(size()));
     }
@@ -71,15 +75,47 @@ class Entries {
 
     static std::string tuple_of(Py_ssize_t size) { return "a tuple of " + std::to_string(size); }
 
-    [[noreturn]] void refuse(const char* name, const char* wanted, py::handle entry) const {
+    [[noreturn]] void refuse(const char* name, const char* expected, py::handle entry) const {
         PyErr_Clear();
-        view_.refuse(name, wanted, Py_TYPE(entry.ptr())->tp_name);
+        view_.refuse(name, expected, Py_TYPE(entry.ptr())->tp_name);
     }
 
     const Viewer& view_;
     const char* argument_;
     py::handle tuple_;
     Py_ssize_t index_ = 0;
+};
+
+// Has the methods of `Entries`, reads nothing, and records the names that it is asked for.
+class EntryNames {
+  public:
+    void tensor(const char* name, TensorView&) { record(name); }
+    void optional(const char* name, std::optional<TensorView>&) { record(name); }
+    template <typename Value>
+    Value choice(const char* name, Value (*)(const std::string&)) {
+        record(name);
+        return {};
+    }
+    int64_t integer(const char* name) {
+        record(name);
+        return 0;
+    }
+    double number(const char* name) {
+        record(name);
+        return 0;
+    }
+    bool boolean(const char* name) {
+        record(name);
+        return false;
+    }
+    void end() const {}
+
+    std::vector<std::string> names() { return std::move(names_); }
+
+  private:
+    void record(const char* name) { names_.emplace_back(name); }
+
+    std::vector<std::string> names_;
 };
 
 }  // namespace interformer

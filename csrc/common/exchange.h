@@ -1,5 +1,5 @@
-// From a Python tensor to a TensorView, through the DLPack C exchange table that PyTorch puts on its tensor types.
-// Included by the bindings alone.
+// Makes a TensorView of a Python tensor through the DLPack C exchange table that PyTorch puts on its tensor types. Only
+// the bindings include this file.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,12 +14,12 @@ namespace interformer {
 
 namespace py = pybind11;
 
-// The exchange tables of the last few tensor types (Tensor, Parameter, ...). Holding a reference to each type keeps its
-// address from being given to another type. Guarded by the GIL.
+// Caches the exchange tables of the last few tensor types (Tensor, Parameter, ...). A reference to each type keeps its
+// address from being reused by another type. The GIL guards the cache.
 class ExchangeTables {
   public:
-    // Null where the type has none that can be used.
-    const dlpack::ExchangeTable* of(PyTypeObject* type) {
+    // Returns null where the type has no table of a version we know.
+    const dlpack::ExchangeTable* find(PyTypeObject* type) {
         for (const Entry& entry : entries_)
             if (entry.type == type) return entry.table;
         const dlpack::ExchangeTable* table = look_up(type);
@@ -66,7 +66,7 @@ inline DType dtype_of(dlpack::DataType raw) {
     return raw.code == dlpack::kBfloat && raw.bits == 16 ? DType::bfloat16 : DType::other;
 }
 
-// Makes the views of one call; its errors name the function and the argument.
+// Makes the views of one call. Errors name the function and the argument.
 class Viewer {
   public:
     explicit Viewer(const char* function) : function_(function) {}
@@ -84,29 +84,29 @@ class Viewer {
     }
 
     void fill(TensorView& view, const char* argument, py::handle object) const {
-        const dlpack::ExchangeTable* table = tables().of(Py_TYPE(object.ptr()));
+        const dlpack::ExchangeTable* table = tables().find(Py_TYPE(object.ptr()));
         if (table == nullptr) refuse(argument, "a torch.Tensor", type_name(object));
         dlpack::Tensor tensor;
         if (table->tensor_from_object(object.ptr(), &tensor) != 0)
             refuse(argument, "a dense tensor in memory", type_name(object) + " (" + pending_error() + ")");
         copy(tensor, view);
-        // FakeTensors, wrapper subclasses and freed storage come through the table without an error.
+        // The table takes FakeTensors, wrapper subclasses and freed storage without an error.
         if (view.data == nullptr && view.size() != 0)
             refuse(argument, "a dense tensor in memory", type_name(object) + " without memory");
-        if (view.data == nullptr) view.stand_on(empty_);
+        if (view.data == nullptr) view.point_at(empty_);
     }
 
-    // PyTorch's current stream on the device of a tensor (a cudaStream_t; null on the CPU), to be used at once.
+    // PyTorch's current stream on the device of a tensor (a cudaStream_t; null on the CPU). It must be used at once.
     void* current_stream(py::handle tensor, const TensorView& view) const {
         void* stream = nullptr;
-        const dlpack::ExchangeTable* table = tables().of(Py_TYPE(tensor.ptr()));
+        const dlpack::ExchangeTable* table = tables().find(Py_TYPE(tensor.ptr()));
         if (table->current_work_stream(view.device.type, view.device.id, &stream) != 0)
             throw std::runtime_error(std::string(function_) + ": no current stream: " + pending_error());
         return stream;
     }
 
-    [[noreturn]] void refuse(const char* argument, const std::string& wanted, const std::string& found) const {
-        throw TypeError(std::string(function_) + ": " + argument + " must be " + wanted + ", found " + found);
+    [[noreturn]] void refuse(const char* argument, const std::string& expected, const std::string& found) const {
+        throw TypeError(std::string(function_) + ": " + argument + " must be " + expected + ", found " + found);
     }
 
   private:
@@ -129,18 +129,18 @@ class Viewer {
 
     static std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
-    // The first line of the Python error that is set: PyTorch's own go on with a C++ backtrace.
+    // The first line of the pending Python error. In PyTorch's errors, a C++ backtrace follows.
     static std::string pending_error() {
         const std::string text = py::error_already_set().value().cast<py::str>();
         return text.substr(0, text.find('\n'));
     }
 
-    alignas(64) static inline char empty_[64];  // where tensors without elements lie
+    alignas(64) static inline char empty_[64];  // the address of tensors without elements
 
     const char* function_;
 };
 
-// `TypeError` of the checks becomes Python's.
+// Translates the checks' `TypeError` to Python's.
 inline void translate_type_errors() {
     py::register_exception_translator([](std::exception_ptr pending) {
         try {

@@ -15,12 +15,12 @@ void check_inputs(const Checks& check, const FfnInputs& in) {
 
 }  // namespace
 
-void check_forward(const Checks& check, const FfnInputs& in, const FfnOutputs& to) {
+void check_forward(const Checks& check, const FfnInputs& in, const FfnOutputs& outputs) {
     check_inputs(check, in);
-    const int64_t tokens = in.x.shape[0], outputs = in.weight.shape[2];
-    check.tensor("out", to.out, in.x.dtype, {{"T", tokens}, {"F", outputs}});
-    check.contiguous("out", to.out);
-    if (to.residual) check.tensor("residual", *to.residual, in.x.dtype, {{"T", tokens}, {"F", outputs}});
+    const int64_t tokens = in.x.shape[0], F = in.weight.shape[2];
+    check.tensor("out", outputs.out, in.x.dtype, {{"T", tokens}, {"F", F}});
+    check.contiguous("out", outputs.out);
+    if (outputs.residual) check.tensor("residual", *outputs.residual, in.x.dtype, {{"T", tokens}, {"F", F}});
 }
 
 void check_backward(const Checks& check, const FfnInputs& in, const FfnGradients& grads) {

@@ -1,10 +1,10 @@
-// A call of `personalized_ffn`, as every backend takes it, and what is checked of it.
+// A call of `personalized_ffn`, the same for every backend, and its checks.
 #pragma once
 
 #include <optional>
 
+#include "common/activation_names.h"
 #include "common/checks.h"
-#include "common/scalar_maps.h"
 #include "common/tensor_view.h"
 
 namespace interformer {
@@ -24,11 +24,11 @@ struct FfnOutputs {
 
 struct FfnGradients {
     TensorView grad_out;                  // [T, F], read
-    TensorView grad_x, grad_weight;       // of x's and weight's shapes
-    std::optional<TensorView> grad_bias;  // of bias's
+    TensorView grad_x, grad_weight;       // shaped like x and weight
+    std::optional<TensorView> grad_bias;  // shaped like bias
 };
 
-void check_forward(const Checks& check, const FfnInputs& in, const FfnOutputs& to);
+void check_forward(const Checks& check, const FfnInputs& in, const FfnOutputs& outputs);
 void check_backward(const Checks& check, const FfnInputs& in, const FfnGradients& grads);
 
 }  // namespace interformer

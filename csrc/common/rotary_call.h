@@ -1,4 +1,4 @@
-// A call of `apply_rotary`, as every backend takes it, and what is checked of it and of rotary tables anywhere.
+// A call of `apply_rotary`, the same for every backend, its checks, and those of rotary tables in any op.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +18,9 @@ struct RotaryCall {
 
 void check_call(const Checks& check, const RotaryCall& call);
 
-// Tables float32 [P, R/2] with P >= 1 and R <= head_size.
+// Tables must be float32 [P, R/2] with P >= 1 and R <= head_size.
 void check_tables(const Checks& check, const TensorView& cos, const TensorView& sin, int64_t head_size);
-// One position for each token, where given.
+// Positions, where given, must be one for each token.
 void check_positions(const Checks& check, const char* argument, const std::optional<TensorView>& positions,
                      int64_t tokens);
 

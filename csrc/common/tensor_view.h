@@ -1,4 +1,4 @@
-// A tensor as the kernels see it: memory, shape and strides, whoever owns it. Nothing here knows Python or PyTorch.
+// A tensor as the kernels see it: memory, shape and strides, without ownership. Nothing here knows Python or PyTorch.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +7,8 @@
 
 namespace interformer {
 
-// The parts of DLPack (version 1) that a view is made from, written down so that no header of it is needed.
-// The layout is a frozen ABI: fields may not move.
+// The declarations of DLPack (version 1) that a view is made from, repeated here so that no header of it is needed. The
+// layout is a frozen ABI: fields must not move.
 namespace dlpack {
 
 constexpr uint32_t kMajorVersion = 1;
@@ -47,7 +47,7 @@ struct ExchangeHeader {
     ExchangeHeader* previous;  // a table of an older version, or null
 };
 
-// What `type(tensor).__dlpack_c_exchange_api__` points to. Entries that are not called here stay untyped.
+// The struct behind `type(tensor).__dlpack_c_exchange_api__`. Entries that are not called here stay untyped.
 struct ExchangeTable {
     ExchangeHeader header;
     void (*allocate)();
@@ -64,7 +64,7 @@ static_assert(sizeof(void*) != 8 || offsetof(ExchangeTable, tensor_from_object) 
 
 }  // namespace dlpack
 
-// Pinned memory is the CPU's, too.
+// Pinned memory counts as the CPU's.
 inline bool on_cpu(dlpack::Device device) {
     return device.type == dlpack::kCPU || device.type == dlpack::kCUDAHost;
 }
@@ -72,7 +72,7 @@ inline bool on_cpu(dlpack::Device device) {
 enum class DType { float32, float64, bfloat16, float16, int32, int64, other };
 
 struct TensorView {
-    static constexpr int kMaxAxes = 8;  // of a tensor with more, only `axes` is known: no kernel takes one
+    static constexpr int kMaxAxes = 8;  // a tensor with more has only `axes` set: no kernel takes one
 
     void* data = nullptr;
     DType dtype = DType::other;
@@ -88,15 +88,16 @@ struct TensorView {
         return product;
     }
 
-    // For a tensor without elements, which has no memory: pointers to its tokens then stay where they are, and are not
-    // made from null.
-    void stand_on(void* place) {
-        data = place;
+    // Gives a tensor without elements, whose data is null, an address, with strides of 0: pointer arithmetic on null is
+    // undefined.
+    void point_at(void* address) {
+        data = address;
         for (int64_t& stride : strides) stride = 0;
     }
 };
 
-// A typed pointer into a view with `Axes` axes; `at(i, j, ...)` is the element with these leading indices, the rest 0.
+// A typed pointer into a view with `Axes` axes. `at(i, j, ...)` is the element with these leading indices; the others
+// are 0.
 template <typename T, int Axes>
 struct Strided {
     T* data;

@@ -1,8 +1,8 @@
 #include "cpu/apply_rotary.h"
 
 #include "cpu/huge_pages.h"
-#include "cpu/kernels.h"
-#include "cpu/level.h"
+#include "cpu/isa.h"
+#include "cpu/kernel_table.h"
 #include "cpu/parallel.h"
 #include "cpu/rotary_tables.h"
 #include "cpu/rows.h"
@@ -23,15 +23,16 @@ void apply_rotary(const RotaryCall& call, int64_t threads) {
     p.rope = rotary_tables(call.cos, call.sin, call.interleaved);
     p.positions = positions_of(call.positions);
     p.backwards = call.backwards;
-    want_huge_pages(out);
+    advise_huge_pages(out);
     zero_gaps(rows, out);
     const Kernels& native = kernels(x.dtype);
-    const Runs runs(rows.count(), kMostRuns, [&](int64_t row) { return static_cast<double>(1 + rows.counts()[row]); });
-    const int active = worthwhile_threads(rows.ordered() ? threads : 1, runs.count(), 4 * x.size());
+    const RowGroups groups(rows.count(), kMaxRowGroups,
+                           [&](int64_t row) { return static_cast<double>(1 + rows.counts()[row]); });
+    const int active = worthwhile_threads(rows.ordered() ? threads : 1, groups.count(), 4 * x.size());
     ThreadMemory memory(active, native.rotary_memory(p));
-    parallel_for(active, runs.count(), [&](int64_t i, int thread) {
-        const int64_t run = runs.in_order(i);
-        native.rotary(p, runs.cut(run), runs.cut(run + 1), memory.of(thread));
+    parallel_for(active, groups.count(), [&](int64_t i, int thread) {
+        const int64_t group = groups.scheduled(i);
+        native.rotary(p, groups.bound(group), groups.bound(group + 1), memory.for_thread(thread));
     });
 }
 

@@ -1,4 +1,4 @@
-// `apply_rotary` of docs/ops.md on the CPU; backwards, its inverse, which is its gradient.
+// `apply_rotary` of docs/ops.md on the CPU. `backwards` is its inverse, which is also its gradient.
 #pragma once
 
 #include <cstdint>

@@ -8,9 +8,9 @@
 
 namespace interformer {
 
-// A row's bits depend on the row alone, and no bits on the number of threads: sums over rows (of shared queries'
-// gradients and of broadcast gates') are taken over runs of rows that the offsets fix, in their order.
-void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, int64_t threads);
+// A row's bits depend on the row alone, and no bits depend on the number of threads: sums over rows (the gradients of
+// shared queries and of broadcast gates) are made over row groups that follow from the offsets, in their order.
+void attention_forward(const AttentionInputs& in, const AttentionOutputs& outputs, int64_t threads);
 void attention_backward(const AttentionInputs& in, const AttentionGradients& grads, int64_t threads);
 
 }  // namespace interformer

@@ -1,22 +1,22 @@
-// One call of an op of the attention family, as the kernels see it: plain numbers and pointers, the same for all three
-// layouts, so that one kernel serves jagged attention, cross attention and PMA pooling.
+// One attention call as the kernels see it: plain numbers and pointers, the same for all three layouts, so that one
+// kernel serves jagged attention, cross attention and PMA pooling.
 #pragma once
 
 #include <cstdint>
 
-#include "common/scalar_maps.h"
+#include "common/activation_names.h"
 #include "cpu/row_tensor.h"
 
 namespace interformer {
 
 struct AttentionProblem {
     int64_t rows = 0, heads = 0, kv_heads = 0, head_size = 0, value_size = 0;
-    const int64_t* query_begins = nullptr;  // of packed queries, with their numbers; null: `queries` in each row
+    const int64_t* query_begins = nullptr;  // packed queries: spans of the rows; null: each row has `queries`
     const int64_t* query_counts = nullptr;
     int64_t queries = 0;
     const int64_t* key_begins = nullptr;
     const int64_t* key_counts = nullptr;
-    int64_t most_queries = 0, most_keys = 0;  // of any row
+    int64_t max_queries = 0, max_keys = 0;  // over all rows
 
     RowTensor q, k, v, gate, residual;
     bool v_is_k = false;
@@ -28,16 +28,17 @@ struct AttentionProblem {
     Score score{true, Activation::identity};
     Gate gating{false, Activation::sigmoid};
 
-    // Forward.
-    RowTensor out, attn_out, lse;  // A and lse in the type of accumulation
+    // Forward. `attn_out` and `lse` have the accumulation type.
+    RowTensor out, attn_out, lse;
 
-    // Backward. `attn_out` is read there.
+    // Backward, which reads `attn_out`.
     RowTensor grad_out, grad_q, grad_k, grad_v;
     bool shared_queries = false;  // grad_q is a sum over rows, in double
-    RowTensor grad_gate;          // in double where `gate_summed` (strides of 0 sum over an axis), else of the type of
-    bool gate_summed = false;     // accumulation
-    int64_t gate_channels = 0;    // 1, or value_size
-    int64_t query_run = 0, gate_run = 0;  // numbers between the sums of two runs of rows; 0: no sums over rows
+    RowTensor grad_gate;          // double where `gate_summed`, else the accumulation type
+    bool gate_summed = false;     // strides of 0 in `grad_gate` sum over an axis
+    int64_t gate_channels = 0;    // 1 or value_size
+    // Numbers between the sums of two row groups; 0: no sum over rows.
+    int64_t grad_q_group_stride = 0, grad_gate_group_stride = 0;
 };
 
 }  // namespace interformer

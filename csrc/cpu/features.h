@@ -1,4 +1,4 @@
-// What this processor can do, by the names that compilers use.
+// The instruction sets of this processor, by the names that compilers use.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// Memory of large outputs that are about to be written for the first time.
+// Huge pages for large outputs that are about to be written for the first time.
 #pragma once
 
 #ifdef __linux__
@@ -11,10 +11,10 @@
 
 namespace interformer {
 
-// The system gives fresh memory page by page as it is written, which costs more than the writing: 64 MiB took 43 ms to
-// fill, and 10 on huge pages (Zen 3). From 32 MiB on, glibc takes every allocation afresh, below that sometimes; a
-// call costs 1 us. `output` is contiguous; a system that refuses serves small pages, as it would anyhow.
-inline void want_huge_pages(const TensorView& output) {
+// The system maps fresh memory page by page at the first write, which costs more than the writing: 64 MiB took 43 ms to
+// fill, and 10 ms on huge pages (Zen 3). glibc maps every allocation of 32 MiB or more afresh, smaller ones sometimes.
+// The call costs 1 us. `output` is contiguous. A system may refuse the advice and serve small pages.
+inline void advise_huge_pages(const TensorView& output) {
 #ifdef MADV_HUGEPAGE
     constexpr uint64_t kLarge = uint64_t{8} << 20, kPage = 4096;
     const uint64_t bytes = static_cast<uint64_t>(output.size()) * output.raw_type.bits / 8;

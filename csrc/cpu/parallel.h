@@ -1,4 +1,4 @@
-// Sharing tasks out to threads.
+// Distribution of tasks over threads.
 #pragma once
 
 #include <omp.h>
@@ -9,15 +9,15 @@
 
 namespace interformer {
 
-// How many of `threads` are worth waking for `work` multiply-adds. Work below one thread's share runs on the caller's
-// thread alone, without touching the OpenMP runtime.
+// The number of threads worth waking for `work` multiply-adds. Little work runs on the caller's thread alone, without
+// touching the OpenMP runtime.
 inline int worthwhile_threads(int64_t threads, int64_t tasks, int64_t work) {
-    constexpr int64_t kShare = 1 << 16;
-    return static_cast<int>(std::max<int64_t>(1, std::min({threads, tasks, work / kShare})));
+    constexpr int64_t kWorkPerThread = 1 << 16;
+    return static_cast<int>(std::max<int64_t>(1, std::min({threads, tasks, work / kWorkPerThread})));
 }
 
-// Uninitialised memory for each thread, taken before the threads start: a failed allocation must not leave a parallel
-// region.
+// Uninitialised memory for each thread. It is allocated before the threads start, since an exception must not leave a
+// parallel region.
 class ThreadMemory {
   public:
     ThreadMemory(int threads, int64_t bytes)
@@ -26,19 +26,19 @@ class ThreadMemory {
         first_ = memory_.get() + (kLine - address % kLine) % kLine;
     }
 
-    void* of(int thread) { return first_ + thread * stride_; }
+    void* for_thread(int thread) { return first_ + thread * stride_; }
 
   private:
-    static constexpr int64_t kLine = 64;  // pieces begin on cache lines, so that threads share none
+    static constexpr int64_t kLine = 64;  // threads share no cache line
 
     int64_t stride_;
     std::unique_ptr<char[]> memory_;
     char* first_;
 };
 
-// Calls `body(task, thread)` for every task in [0, tasks), the first ones first: a task is started when all before it
-// are. `body` may not throw, and its result
-// may not depend on the thread: then the result does not depend on the number of threads either.
+// Calls `body(task, thread)` for every task in [0, tasks). Tasks start in order: when a task starts, all earlier ones
+// have started. `body` must not throw. Its result must not depend on the thread; then it does not depend on the number
+// of threads either.
 template <typename Body>
 void parallel_for(int threads, int64_t tasks, Body&& body) {
     if (threads <= 1) {

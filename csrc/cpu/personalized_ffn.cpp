@@ -1,8 +1,8 @@
 #include "cpu/personalized_ffn.h"
 
 #include "cpu/huge_pages.h"
-#include "cpu/kernels.h"
-#include "cpu/level.h"
+#include "cpu/isa.h"
+#include "cpu/kernel_table.h"
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 
@@ -38,15 +38,16 @@ class Call {
     template <typename Task>
     void run(int64_t bytes, int64_t threads, Task&& task) const {
         const int64_t size = problem.inputs * problem.outputs;
-        // A row costs its products, and the reading of its matrix.
-        const Runs runs(rows_.count(), kMostRuns, [&](int64_t row) { return double(1 + rows_.counts()[row]); });
+        // The work of a row: its products, and the reading of its matrix.
+        const RowGroups groups(rows_.count(), kMaxRowGroups,
+                               [&](int64_t row) { return double(1 + rows_.counts()[row]); });
         const int64_t useful = rows_.ordered() ? threads : 1;  // rows that overlap write the same tokens
-        const int active =
-            worthwhile_threads(useful, runs.count(), static_cast<int64_t>(runs.total() * static_cast<double>(size)));
+        const int active = worthwhile_threads(useful, groups.count(),
+                                              static_cast<int64_t>(groups.total() * static_cast<double>(size)));
         ThreadMemory memory(active, bytes);
-        parallel_for(active, runs.count(), [&](int64_t i, int thread) {
-            const int64_t run = runs.in_order(i);
-            task(runs.cut(run), runs.cut(run + 1), memory.of(thread));
+        parallel_for(active, groups.count(), [&](int64_t i, int thread) {
+            const int64_t group = groups.scheduled(i);
+            task(groups.bound(group), groups.bound(group + 1), memory.for_thread(thread));
         });
     }
 
@@ -56,14 +57,14 @@ class Call {
 
 }  // namespace
 
-void personalized_ffn_forward(const FfnInputs& in, const FfnOutputs& to, int64_t threads) {
-    check_forward(Checks("personalized_ffn_forward"), in, to);
+void personalized_ffn_forward(const FfnInputs& in, const FfnOutputs& outputs, int64_t threads) {
+    check_forward(Checks("personalized_ffn_forward"), in, outputs);
     Call call(in);
     FfnProblem& p = call.problem;
-    p.out = call.tokens(to.out);
-    want_huge_pages(to.out);
-    if (to.residual) p.residual = call.tokens(*to.residual);
-    zero_gaps(call.rows(), to.out);
+    p.out = call.tokens(outputs.out);
+    advise_huge_pages(outputs.out);
+    if (outputs.residual) p.residual = call.tokens(*outputs.residual);
+    zero_gaps(call.rows(), outputs.out);
     const Kernels& native = kernels(in.x.dtype);
     call.run(native.ffn_memory(p), threads,
              [&](int64_t first, int64_t last, void* memory) { native.ffn_forward(p, first, last, memory); });
@@ -75,8 +76,8 @@ void personalized_ffn_backward(const FfnInputs& in, const FfnGradients& grads, i
     FfnProblem& p = call.problem;
     p.grad_out = call.tokens(grads.grad_out);
     p.grad_x = call.tokens(grads.grad_x);
-    want_huge_pages(grads.grad_x);
-    want_huge_pages(grads.grad_weight);
+    advise_huge_pages(grads.grad_x);
+    advise_huge_pages(grads.grad_weight);
     p.grad_weight = call.matrices(grads.grad_weight);
     if (in.bias) p.grad_bias = call.vectors(*grads.grad_bias);
     zero_gaps(call.rows(), grads.grad_x);

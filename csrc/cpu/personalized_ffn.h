@@ -7,7 +7,7 @@
 
 namespace interformer {
 
-void personalized_ffn_forward(const FfnInputs& in, const FfnOutputs& to, int64_t threads);
+void personalized_ffn_forward(const FfnInputs& in, const FfnOutputs& outputs, int64_t threads);
 void personalized_ffn_backward(const FfnInputs& in, const FfnGradients& grads, int64_t threads);
 
 }  // namespace interformer

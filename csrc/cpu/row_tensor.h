@@ -5,7 +5,7 @@
 
 namespace interformer {
 
-// A tensor addressed by (row of the batch, token of the row, head, channel). Where tokens of all rows are packed,
+// A tensor addressed by (row of the batch, token of the row, head, channel). Where the tokens of all rows are packed,
 // `begins[row]` is the row's first token; else rows are `row` numbers apart (0: all rows share the tensor).
 struct RowTensor {
     void* data = nullptr;
@@ -23,7 +23,7 @@ struct RotaryTables {
     bool interleaved = false;
 };
 
-// Rotary positions of packed tokens; neither given: the index in the row.
+// Rotary positions of packed tokens. Without either, the position is the index in the row.
 struct Positions {
     const int32_t* narrow = nullptr;
     const int64_t* wide = nullptr;

@@ -20,7 +20,7 @@ int64_t first_bad(const TensorView& offsets, int64_t total) {
     return -1;
 }
 
-// Calls `each(begin, end)` for every row, clamped.
+// Calls `each(begin, end)` for every row, clamped to the tokens.
 template <typename Index, typename Each>
 void for_rows(const TensorView& offsets, int64_t total, Each&& each) {
     const Strided<const Index, 1> entries(offsets);
@@ -62,11 +62,11 @@ void zero_gaps(const Rows& rows, const TensorView& x) {
     });
 }
 
-void Runs::put_in_order(double share) {
+void RowGroups::schedule(double target) {
     order_.resize(work_.size());
     std::iota(order_.begin(), order_.end(), int64_t{0});
     const auto light =
-        std::stable_partition(order_.begin(), order_.end(), [&](int64_t run) { return work_[run] > 2 * share; });
+        std::stable_partition(order_.begin(), order_.end(), [&](int64_t group) { return work_[group] > 2 * target; });
     std::stable_sort(order_.begin(), light, [&](int64_t a, int64_t b) { return work_[a] > work_[b]; });
 }
 

@@ -1,4 +1,4 @@
-// Rows of a jagged batch: where each lies, whatever the offsets hold, and how rows are shared out.
+// The rows of a jagged batch: where each lies, whatever the offsets hold, and how rows are grouped into work.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@
 
 namespace interformer {
 
-// Index of the first entry of `offsets` that is wrong (entry 0 not 0, an entry smaller than the one before it, an entry
-// beyond `total`), or -1.
+// The index of the first entry of `offsets` that is wrong (entry 0 not 0, an entry smaller than the one before it, an
+// entry beyond `total`), or -1.
 int64_t first_bad_offset(const TensorView& offsets, int64_t total);
 
-// Row `b` of `total` tokens has `counts()[b]` tokens from `begins()[b]` on: within [0, total] even where the offsets
-// are not, and without the first `skip` tokens of each row. Made of a copy of the offsets, so that nobody can change
-// them between their clamping and their use.
+// Row `b` of `total` tokens has `counts()[b]` tokens from `begins()[b]` on. Rows lie within [0, total] even where the
+// offsets do not, and leave out their first `skip` tokens. They hold a copy, so that no other thread can change the
+// offsets between the clamping and the use.
 class Rows {
   public:
     Rows(const TensorView& offsets, int64_t total, int64_t skip = 0);
@@ -26,7 +26,7 @@ class Rows {
     // Whether no row overlaps another.
     bool ordered() const { return ordered_; }
 
-    // Calls `zero(begin, end)` for all tokens that no row holds, or, where rows overlap, for all tokens.
+    // Calls `zero(begin, end)` for all tokens that no row holds, or for all tokens where rows overlap.
     template <typename Zero>
     void for_gaps(Zero&& zero) const {
         if (!ordered_) return zero(int64_t{0}, total_);
@@ -47,47 +47,48 @@ class Rows {
 // Zeroes the tokens of a dense packed tensor that no row holds.
 void zero_gaps(const Rows& rows, const TensorView& x);
 
-// Runs for a call without sums over rows: enough to share out evenly, few enough to cost nothing.
-constexpr int64_t kMostRuns = 512;
+// Row groups of a call without sums over rows: enough to balance threads, too few for their overhead to show.
+constexpr int64_t kMaxRowGroups = 512;
 
-// Runs of consecutive rows of about equal work: run `i` holds the rows [cut(i), cut(i + 1)). They depend on the work of
-// the rows alone, never on the number of threads, so sums that are made run by run always have the same bits.
-class Runs {
+// Groups of consecutive rows of about equal work: group `i` holds the rows [bound(i), bound(i + 1)). The groups follow
+// from the work of the rows alone, never from the number of threads, so sums made group by group always have the same
+// bits.
+class RowGroups {
   public:
-    // At most about `most` runs; `work(row)` of each row.
+    // About `max_groups` groups at most; `work(row)` is an estimate.
     template <typename Work>
-    Runs(int64_t rows, int64_t most, Work&& work) {
+    RowGroups(int64_t rows, int64_t max_groups, Work&& work) {
         double total = 0;
         for (int64_t b = 0; b < rows; ++b) total += work(b);
-        const double share = total / static_cast<double>(most);
+        const double target = total / static_cast<double>(max_groups);
         double open = 0;
         for (int64_t b = 0; b < rows; ++b) {
             const double next = work(b);
-            if (open > 0 && open + next > share) close(b, open);  // a long row does not wait behind short ones
+            if (open > 0 && open + next > target) close(b, open);  // a long row does not join shorter ones before it
             open += next;
-            if (open >= share || b + 1 == rows) close(b + 1, open);
+            if (open >= target || b + 1 == rows) close(b + 1, open);
         }
         total_ = total;
-        put_in_order(share);
+        schedule(target);
     }
 
     int64_t count() const { return static_cast<int64_t>(work_.size()); }
-    int64_t cut(int64_t i) const { return cuts_[i]; }
-    // Runs in the order in which to start them: rows of more work than most runs first, so that none is left for the
-    // end, the others as they lie in memory, which is read ahead then.
-    int64_t in_order(int64_t i) const { return order_[i]; }
+    int64_t bound(int64_t i) const { return bounds_[i]; }
+    // The i-th group to start. Groups of more work than most come first, so that none is left for the end; the others
+    // follow in the order of memory, which the processor prefetches.
+    int64_t scheduled(int64_t i) const { return order_[i]; }
     double work(int64_t i) const { return work_[i]; }
     double total() const { return total_; }
 
   private:
     void close(int64_t end, double& open) {
-        cuts_.push_back(end);
+        bounds_.push_back(end);
         work_.push_back(open);
         open = 0;
     }
-    void put_in_order(double share);
+    void schedule(double target);
 
-    std::vector<int64_t> cuts_{0}, order_;
+    std::vector<int64_t> bounds_{0}, order_;
     std::vector<double> work_;
     double total_ = 0;
 };

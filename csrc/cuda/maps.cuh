@@ -1,7 +1,7 @@
 // Scalar functions that the kernels apply, and their derivatives. All threads of a launch take the same branch.
 #pragma once
 
-#include "common/scalar_maps.h"
+#include "common/activation_names.h"
 #include "cuda/instructions.cuh"
 
 namespace interformer {

@@ -1,14 +1,80 @@
-// Backward of the attention kernels, in one pass over the queries: scores and weights P again, dP = dA V', then
+// Backward of attention, in one pass over the queries. Scores and probabilities P are computed again, then
 //
-//     dS = P * (dP - sum over keys of P * dP)      (softmax; else act'(S) * dP)
-//     dQ = scale dS K,   dK += scale dS' Q,   dV += P' dA
+//     dP = dO V'
+//     dS = P * (dP - delta), delta = sum over keys of P * dP      (softmax; else act'(S) * dP)
+//     dQ = scale dS K,   dK += scale dS' Q,   dV += P' dO
 //
-// where without softmax P is act(S), and dA holds `post_scale`.
+// where O is attn_out. Without softmax P is act(S), and dO contains `post_scale`.
 #pragma once
 
 #include "cpu/kernels/attention_row.h"
 
-INTERFORMER_LEVEL_BEGIN
+INTERFORMER_ISA_BEGIN
+
+// A thread's memory. Strides are those of `Sizes`.
+template <typename T>
+struct BackwardWorkspace {
+    using A = Acc<T>;
+    using S = Stored<T>;
+    using X = Operand<T>;
+
+    S* keys;           // [max_keys, head_stride]
+    S* values;         // [max_keys, value_stride]; the keys where v is k, as with every pair of keys and values below
+    X* packed_keys;    // panels of the keys
+    X* packed_values;  // panels of the values
+    S* queries;        // [max_block, head_stride]
+    S* grad_attn_out;  // [max_block, value_stride]
+    A* probs;          // [block, score_stride], at first the scores
+    A* d_probs;        // [block, score_stride], later d_scores
+    A* row_max;        // [max_block], and likewise row_sum and delta
+    A* row_sum;
+    A* delta;
+    A* grad_q;    // [max_block, head_stride]
+    A* grad_k;    // [max_keys, head_stride]
+    A* grad_v;    // [max_keys, value_stride]
+    A* grad_out;  // the channels of one token, and likewise attn_out and gate
+    A* attn_out;
+    A* gate;
+    // Operands of pairs of numbers, where the instruction set has them.
+    X* key_rows = nullptr;            // [operands of max_keys, head_stride]
+    X* query_rows = nullptr;          // [operands of max_block, head_stride]
+    X* grad_attn_out_rows = nullptr;  // [operands of max_block, value_stride]
+    A* d_score_pairs = nullptr;       // [block, score_stride]
+    A* shard_grads = nullptr;         // [max_keys, head_stride + value_stride], where a row may have several shards
+    int64_t bytes;
+
+    BackwardWorkspace(const AttentionProblem& p, const Sizes<T>& sizes, void* memory) {
+        const int64_t panels = round_up(p.max_keys, kPanel<X>), block = sizes.max_block(p);
+        const int64_t scores = sizes.max_scores(p), channels = max(sizes.head_stride, sizes.value_stride);
+        Arena arena(memory);
+        keys = arena.allocate<S>(p.max_keys * sizes.head_stride);
+        values = p.v_is_k ? keys : arena.allocate<S>(p.max_keys * sizes.value_stride);
+        packed_keys = arena.allocate<X>(panels * operands<X>(sizes.head_stride));
+        packed_values = p.v_is_k ? packed_keys : arena.allocate<X>(panels * operands<X>(sizes.value_stride));
+        queries = arena.allocate<S>(block * sizes.head_stride);
+        grad_attn_out = arena.allocate<S>(block * sizes.value_stride);
+        probs = arena.allocate<A>(scores);
+        d_probs = arena.allocate<A>(scores);
+        row_max = arena.allocate<A>(round_up(block, kLanes<A>));
+        row_sum = arena.allocate<A>(round_up(block, kLanes<A>));
+        delta = arena.allocate<A>(round_up(block, kLanes<A>));
+        grad_q = arena.allocate<A>(block * sizes.head_stride);
+        grad_k = arena.allocate<A>(p.max_keys * sizes.head_stride);
+        grad_v = p.v_is_k ? grad_k : arena.allocate<A>(p.max_keys * sizes.value_stride);
+        grad_out = arena.allocate<A>(channels);
+        attn_out = arena.allocate<A>(channels);
+        gate = arena.allocate<A>(channels);
+        if (kNumbers<X> > 1) {
+            key_rows = arena.allocate<X>(operands<X>(p.max_keys) * sizes.head_stride);
+            query_rows = arena.allocate<X>(operands<X>(block) * sizes.head_stride);
+            grad_attn_out_rows = arena.allocate<X>(operands<X>(block) * sizes.value_stride);
+            d_score_pairs = arena.allocate<A>(scores);
+        }
+        if (sizes.may_have_shards(p))
+            shard_grads = arena.allocate<A>(p.max_keys * (sizes.head_stride + sizes.value_stride));
+        bytes = arena.bytes();
+    }
+};
 
 template <typename T>
 class AttentionBackward {
@@ -17,284 +83,243 @@ class AttentionBackward {
     using S = Stored<T>;
     using X = Operand<T>;
 
-    static int64_t memory(const AttentionProblem& p) { return AttentionBackward(p, 0, nullptr).bytes_; }
+    static int64_t memory(const AttentionProblem& p) { return AttentionBackward(p, 0, nullptr).work_.bytes; }
 
     static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
-        const AttentionBackward backward(p, task.run, memory);
-        for_each_row(task, [&](int64_t row, int64_t kv_head) { backward.whole_row(row, kv_head, task); });
+        const AttentionBackward backward(p, task.row_group, memory);
+        for_each_row(task, [&](int64_t row, int64_t kv_head) { backward.run_row(row, kv_head, task); });
     }
 
-    static int64_t parts(const AttentionProblem& p, int64_t row) {
-        const Sizes<T> size(p);
-        return Row(p, size, row, 0, nullptr).parts();
+    static int64_t shards(const AttentionProblem& p, int64_t row) {
+        const Sizes<T> sizes(p);
+        return Row(p, sizes, row, 0, nullptr).shards();
     }
-    static int64_t sums_bytes(const AttentionProblem& p, int64_t row) {
-        const Sizes<T> size(p);
-        return p.key_counts[row] * (size.head_stride + size.value_stride) * static_cast<int64_t>(sizeof(A));
+    static int64_t key_grads_bytes(const AttentionProblem& p, int64_t row) {
+        const Sizes<T> sizes(p);
+        return p.key_counts[row] * (sizes.head_stride + sizes.value_stride) * static_cast<int64_t>(sizeof(A));
     }
-    static void add_part(const AttentionProblem& p, const AttentionTask& task, void* memory) {
-        const AttentionBackward backward(p, task.run, memory);
-        const Row row(p, backward.size_, task.first_row, task.first_head, nullptr);
-        const KeyGradients to = backward.part_sums(row, task.row_sums);
-        if (task.part > 0)
-            backward.add(row, row.columns_of_part(task.part), backward.part_sums(row, backward.part_sums_), to);
-        if (task.part + 1 == row.parts()) backward.write(row, to);
+    static void add_shard(const AttentionProblem& p, const AttentionTask& task, void* memory) {
+        const AttentionBackward backward(p, task.row_group, memory);
+        const Row row(p, backward.sizes_, task.first_row, task.first_head, nullptr);
+        const KeyGradients sums = backward.key_gradients_in(row, task.key_grads);
+        if (task.shard > 0)
+            backward.add(row, row.shard_columns(task.shard), backward.key_gradients_in(row, backward.work_.shard_grads),
+                         sums);
+        if (task.shard + 1 == row.shards()) backward.write_key_gradients(row, sums);
     }
 
   private:
     using Row = AttentionRow<T>;
 
-    AttentionBackward(const AttentionProblem& problem, int64_t run, void* memory)
-        : p(problem), size_(problem), run_(run) {
-        const int64_t panels = round_up(p.most_keys, kPanel<X>), block = size_.most_block(p);
-        const int64_t scores = size_.most_scores(p), channels = most(size_.head_stride, size_.value_stride);
-        Memory from(memory);
-        keys_ = from.take<S>(p.most_keys * size_.head_stride);
-        values_ = p.v_is_k ? keys_ : from.take<S>(p.most_keys * size_.value_stride);
-        packed_keys_ = from.take<X>(panels * operands<X>(size_.head_stride));
-        packed_values_ = p.v_is_k ? packed_keys_ : from.take<X>(panels * operands<X>(size_.value_stride));
-        queries_ = from.take<S>(block * size_.head_stride);
-        grad_a_ = from.take<S>(block * size_.value_stride);
-        scores_ = from.take<A>(scores);
-        slopes_ = from.take<A>(scores);
-        largest_ = from.take<A>(round_up(block, kLanes<A>));
-        sums_ = from.take<A>(round_up(block, kLanes<A>));
-        means_ = from.take<A>(round_up(block, kLanes<A>));
-        grad_q_ = from.take<A>(block * size_.head_stride);
-        grad_k_ = from.take<A>(p.most_keys * size_.head_stride);
-        grad_v_ = p.v_is_k ? grad_k_ : from.take<A>(p.most_keys * size_.value_stride);
-        extra_ = from.take<A>(channels);
-        attn_out_ = from.take<A>(channels);
-        gate_ = from.take<A>(channels);
-        if (kNumbers<X> > 1) {
-            key_rows_ = from.take<X>(operands<X>(p.most_keys) * size_.head_stride);
-            query_rows_ = from.take<X>(operands<X>(block) * size_.head_stride);
-            grad_a_rows_ = from.take<X>(operands<X>(block) * size_.value_stride);
-            slope_columns_ = from.take<A>(scores);
-        }
-        if (size_.has_parts(p)) part_sums_ = from.take<A>(p.most_keys * (size_.head_stride + size_.value_stride));
-        bytes_ = from.bytes();
-    }
-
-    void whole_row(int64_t batch_row, int64_t kv_head, const AttentionTask& task) const {
-        const Row row(p, size_, batch_row, kv_head, extra_);
-        const ColumnRuns seen = task.part < 0 ? row.all_columns() : row.columns_of_part(task.part);
-        const Matrix<const S> keys = row.tokens(p.k, seen, p.head_size, p.rope.cos, keys_);
-        const Matrix<const S> values = p.v_is_k ? keys : row.tokens(p.v, seen, p.value_size, false, values_);
-        const Multiplicand<T> factors(keys, row.keys, seen, size_.head_stride, row.total, packed_keys_);
-        const Factors of_row{
-            factors,
-            p.v_is_k ? factors : Multiplicand<T>(values, row.keys, seen, size_.value_stride, row.total, packed_values_),
-            row.tokens_along_rows(keys, row.keys, seen, size_.head_stride, key_rows_)};
-        if (task.part > 0) {
-            later_part(row, task.part, of_row);
-            return;
-        }
-        const KeyGradients to = task.part < 0 ? whole_sums(row) : part_sums(row, task.row_sums);
-        one_part(row, 0, of_row, row.all_columns(), to);
-        if (task.part == 0) return;
-        for (int64_t part = 1; part < row.parts(); ++part)
-            add(row, row.columns_of_part(part), later_part(row, part, of_row), to);
-        write(row, to);
-    }
-
-    // What a row's queries are multiplied with.
-    struct Factors {
-        Multiplicand<T> keys, values;
+    // The operands that all queries of a row are multiplied with.
+    struct RowOperands {
+        PackedOperand<T> keys, values;
         Matrix<const X> key_rows;
     };
-    // Sums of the gradients of a row's keys and values; both are one where values are keys.
+    // Sums of the gradients of a row's keys and values, one matrix where v is k.
     struct KeyGradients {
         Matrix<A> keys, values;
     };
 
-    KeyGradients part_sums(const Row& row, void* memory) const {
-        A* sums = static_cast<A*>(memory);
-        const Matrix<A> keys{sums, size_.head_stride};
-        return {keys, p.v_is_k ? keys : Matrix<A>{sums + row.keys * size_.head_stride, size_.value_stride}};
+    AttentionBackward(const AttentionProblem& problem, int64_t row_group, void* memory)
+        : p_(problem), sizes_(problem), work_(problem, sizes_, memory), row_group_(row_group) {}
+
+    void run_row(int64_t batch_row, int64_t kv_head, const AttentionTask& task) const {
+        const Row row(p_, sizes_, batch_row, kv_head, work_.grad_out);
+        const ColumnRanges ranges = row.shard_columns(task.shard);
+        const Matrix<const S> keys = row.tokens(p_.k, ranges, p_.head_size, p_.rope.cos, work_.keys);
+        const Matrix<const S> values = p_.v_is_k ? keys : row.tokens(p_.v, ranges, p_.value_size, false, work_.values);
+        const PackedOperand<T> packed_keys(keys, row.keys(), ranges, sizes_.head_stride, row.queries(),
+                                           work_.packed_keys);
+        const RowOperands operands{packed_keys,
+                                   p_.v_is_k ? packed_keys
+                                             : PackedOperand<T>(values, row.keys(), ranges, sizes_.value_stride,
+                                                                row.queries(), work_.packed_values),
+                                   row.tokens_along_rows(keys, ranges, sizes_.head_stride, work_.key_rows)};
+        if (task.shard > 0) {
+            run_later_shard(row, task.shard, operands);
+            return;
+        }
+        const KeyGradients sums = task.shard < 0 ? row_key_gradients(row) : key_gradients_in(row, task.key_grads);
+        run_shard(row, 0, operands, row.variant().all_columns(), sums);
+        if (task.shard == 0) return;
+        for (int64_t shard = 1; shard < row.shards(); ++shard)
+            add(row, row.shard_columns(shard), run_later_shard(row, shard, operands), sums);
+        write_key_gradients(row, sums);
     }
-    KeyGradients whole_sums(const Row& row) const {
-        const Matrix<A> keys = sums_in(row, p.grad_k, p.head_size, p.rope.cos, grad_k_);
-        return {keys, p.v_is_k ? keys : sums_in(row, p.grad_v, p.value_size, false, grad_v_)};
+
+    // ---------------------------------------------------------------- gradients of keys and values
+
+    KeyGradients key_gradients_in(const Row& row, void* memory) const {
+        A* numbers = static_cast<A*>(memory);
+        const Matrix<A> keys{numbers, sizes_.head_stride};
+        if (p_.v_is_k) return {keys, keys};
+        return {keys, {numbers + row.keys() * sizes_.head_stride, sizes_.value_stride}};
     }
-    // In place where one block of queries makes all of them, else in memory that is dense, and that later blocks find
-    // in the cache.
-    static Matrix<A> sums_in(const Row& row, const RowTensor& grad, int64_t channels, bool rotated, A* memory) {
+    KeyGradients row_key_gradients(const Row& row) const {
+        const Matrix<A> keys = output_or(work_.grad_k, row, p_.grad_k, p_.head_size, p_.rope.cos);
+        return {keys, p_.v_is_k ? keys : output_or(work_.grad_v, row, p_.grad_v, p_.value_size, false)};
+    }
+    // The output itself where one block of queries computes it whole; else `memory`, which is dense, so that later
+    // blocks find it in the cache.
+    static Matrix<A> output_or(A* memory, const Row& row, const RowTensor& grad, int64_t channels, bool rotated) {
         if constexpr (std::is_same_v<T, A>)
-            if (row.total <= row.block && !rotated && channels % kLanes<A> == 0)
+            if (row.queries() <= row.block() && !rotated && channels % kLanes<A> == 0)
                 return {row.key_at(grad, 0), grad.token};
         return {memory, padded<X>(channels)};
     }
 
-    void add(const Row& row, const ColumnRuns& columns, const KeyGradients& share, const KeyGradients& to) const {
-        for (int i = 0; i < columns.count; ++i) {
-            const int64_t begin = columns.runs[i].begin, count = least(columns.runs[i].end, row.keys) - begin;
-            add(share.keys.from(begin).data, count * size_.head_stride, to.keys.from(begin).data);
-            if (!p.v_is_k) add(share.values.from(begin).data, count * size_.value_stride, to.values.from(begin).data);
+    void add(const Row& row, const ColumnRanges& ranges, const KeyGradients& shard, const KeyGradients& sums) const {
+        for (int i = 0; i < ranges.n; ++i) {
+            const int64_t begin = ranges.r[i].begin, count = min(ranges.r[i].end, row.keys()) - begin;
+            add(shard.keys.from(begin).data, count * sizes_.head_stride, sums.keys.from(begin).data);
+            if (!p_.v_is_k)
+                add(shard.values.from(begin).data, count * sizes_.value_stride, sums.values.from(begin).data);
         }
     }
-    static void add(const A* share, int64_t count, A* to) {
-        for (int64_t i = 0; i < count; ++i) to[i] += share[i];
+    static void add(const A* x, int64_t count, A* sums) {
+        for (int64_t i = 0; i < count; ++i) sums[i] += x[i];
     }
 
-    void write(const Row& row, const KeyGradients& sums) const {
-        write(row, sums.keys, p.grad_k, p.head_size, p.rope.cos);
-        if (!p.v_is_k) write(row, sums.values, p.grad_v, p.value_size, false);
+    void zero_key_gradients(const Row& row, const ColumnRanges& ranges, const KeyGradients& grads) const {
+        for (int i = 0; i < ranges.n; ++i)
+            for (int64_t j = ranges.r[i].begin; j < min(ranges.r[i].end, row.keys()); ++j) {
+                fill(grads.keys.from(j).data, sizes_.head_stride, A(0));
+                fill(grads.values.from(j).data, sizes_.value_stride, A(0));
+            }
     }
-    void write(const Row& row, Matrix<A> sums, const RowTensor& grad, int64_t channels, bool rotated) const {
-        if (static_cast<void*>(sums.data) == row.key_at(grad, 0)) return;
-        for (int64_t j = 0; j < row.keys; ++j) {
+
+    void write_key_gradients(const Row& row, const KeyGradients& sums) const {
+        write_key_gradients(row, sums.keys, p_.grad_k, p_.head_size, p_.rope.cos);
+        if (!p_.v_is_k) write_key_gradients(row, sums.values, p_.grad_v, p_.value_size, false);
+    }
+    void write_key_gradients(const Row& row, Matrix<A> sums, const RowTensor& grad, int64_t channels,
+                             bool rotated) const {
+        if (static_cast<void*>(sums.data) == row.key_at(grad, 0)) return;  // summed in place
+        for (int64_t j = 0; j < row.keys(); ++j) {
             A* sum = sums.from(j).data;
-            if (rotated) turn(p.rope, row.key_position(j), A(-1), sum);
+            if (rotated) rotate(p_.rope, row.key_position(j), A(-1), sum);
             narrow(sum, channels, row.key_at(grad, j));
         }
     }
 
-    // The queries of one part, or none; the gradients of the columns' keys under them are written to `to`.
-    void one_part(const Row& row, int64_t part, const Factors& of_row, const ColumnRuns& columns,
-                  const KeyGradients& to) const {
-        const int64_t first = part * row.part, last = least(first + row.part, row.total);
-        if (first >= last) no_key_gradients(row, columns, to);
-        for (int64_t r = first; r < last; r += row.block)
-            one_block(row, r, least(row.block, last - r), r == first ? &columns : nullptr, of_row, to);
+    // ---------------------------------------------------------------- shards and blocks of queries
+
+    // Writes the gradients of the keys in the ranges under the queries of one shard to `grads`; zeros without queries.
+    void run_shard(const Row& row, int64_t shard, const RowOperands& operands, const ColumnRanges& ranges,
+                   const KeyGradients& grads) const {
+        const int64_t first = shard * row.shard(), last = min(first + row.shard(), row.queries());
+        if (first >= last) zero_key_gradients(row, ranges, grads);
+        for (int64_t r = first; r < last; r += row.block())
+            run_block(row, r, min(row.block(), last - r), r == first ? &ranges : nullptr, operands, grads);
     }
-    // A part that is not the first: the keys that it sees, and no other ones, have gradients in memory of its own, so
-    // that a row of many parts costs what its queries see.
-    KeyGradients later_part(const Row& row, int64_t part, const Factors& of_row) const {
-        const KeyGradients share = part_sums(row, part_sums_);
-        one_part(row, part, of_row, row.columns_of_part(part), share);
-        return share;
+    // A later shard has memory of its own, and touches only the keys that its queries see. So the cost of a row of many
+    // shards follows from what its queries see.
+    KeyGradients run_later_shard(const Row& row, int64_t shard, const RowOperands& operands) const {
+        const KeyGradients grads = key_gradients_in(row, work_.shard_grads);
+        run_shard(row, shard, operands, row.shard_columns(shard), grads);
+        return grads;
     }
 
-    // `begins`: the columns of a part that begins with this block.
-    void one_block(const Row& row, int64_t r, int64_t count, const ColumnRuns* begins, const Factors& of_row,
-                   const KeyGradients& to) const {
-        Columns runs[2];
-        const int parts = row.columns(r, count, runs);
-        const Matrix<A> weights{scores_, row.score_stride}, slopes{slopes_, row.score_stride};
-        const Matrix<const S> queries = row.queries(r, count, queries_), grad_a{grad_a_, size_.value_stride};
-        for (int64_t i = 0; i < count; ++i) back_through_epilogue(row, r + i, grad_a_ + i * grad_a.stride);
-        for (int i = 0; i < parts; ++i) {
-            of_row.keys.multiply(queries, count, runs[i], weights);
-            of_row.values.multiply(grad_a, count, runs[i], slopes);
+    // `shard_ranges`: the columns of the shard, given with its first block alone, which initialises their gradients.
+    void run_block(const Row& row, int64_t r, int64_t count, const ColumnRanges* shard_ranges,
+                   const RowOperands& operands, const KeyGradients& grads) const {
+        const ColumnRanges ranges = row.variant().column_ranges(r, count);
+        const Matrix<A> probs{work_.probs, row.score_stride()}, d_probs{work_.d_probs, row.score_stride()};
+        const Matrix<const S> queries = row.query_rows(r, count, work_.queries);
+        const Matrix<const S> grad_attn_out{work_.grad_attn_out, sizes_.value_stride};
+        for (int64_t i = 0; i < count; ++i)
+            epilogue_backward(row, r + i, work_.grad_attn_out + i * sizes_.value_stride);
+        operands.keys.multiply(queries, count, ranges, probs);
+        operands.values.multiply(grad_attn_out, count, ranges, d_probs);
+        row.variant().scores_to_probs_and_d_scores(r, count, probs, d_probs, ranges,
+                                                   {work_.row_max, work_.row_sum, work_.delta});
+        const Matrix<A> d_scores = d_probs;
+        weighted_sums<X>(along_keys(d_scores, count, ranges), operands.key_rows, ranges, row.keys(), count,
+                         sizes_.head_stride, {work_.grad_q, sizes_.head_stride});
+        for (int64_t i = 0; i < count; ++i) write_query_gradient(row, r + i, work_.grad_q + i * sizes_.head_stride);
+        // The first block writes the gradients where it sees all keys of the shard; else they begin as zeros.
+        const bool writes = shard_ranges && ranges.n == 1 && shard_ranges->n == 1 &&
+                            ranges.r[0].begin == shard_ranges->r[0].begin && ranges.r[0].end == shard_ranges->r[0].end;
+        if (shard_ranges && !writes) zero_key_gradients(row, *shard_ranges, grads);
+        add_key_gradients(d_scores, along_rows<X>(queries, count, sizes_.head_stride, work_.query_rows), count, ranges,
+                          row.keys(), sizes_.head_stride, grads.keys, !writes);
+        add_key_gradients(probs, along_rows<X>(grad_attn_out, count, sizes_.value_stride, work_.grad_attn_out_rows),
+                          count, ranges, row.keys(), sizes_.value_stride, grads.values, !writes || p_.v_is_k);
+    }
+
+    // d_scores as operands of sums over keys: in place, or copied in pairs.
+    Scalars<X> along_keys(Matrix<A> d_scores, int64_t count, const ColumnRanges& ranges) const {
+        if constexpr (std::is_same_v<X, A>) return {d_scores.data, d_scores.stride, 1};
+        for (int64_t i = 0; i < count; ++i)
+            for (int range = 0; range < ranges.n; ++range)
+                pair_columns<X>(d_scores.from(i).data, ranges.r[range].begin, ranges.r[range].end,
+                                work_.d_score_pairs + i * d_scores.stride);
+        return {operands_in<X>(work_.d_score_pairs), d_scores.stride, 1};
+    }
+
+    // Adds x' rows, for probs or d_scores `x`, to the gradients of the keys in the ranges, or writes them where `add`
+    // is false. `x` is overwritten by operands.
+    static void add_key_gradients(Matrix<A> x, Matrix<const X> rows, int64_t count, const ColumnRanges& ranges,
+                                  int64_t keys, int64_t channels, Matrix<A> grads, bool add) {
+        for (int i = 0; i < ranges.n; ++i) {
+            const int64_t j = ranges.r[i].begin;
+            pair_rows<X>(x, count, j, ranges.r[i].end);
+            multiply<X>({operands_in<X>(x.data) + j, 1, kNumbers<X> * x.stride}, rows, min(ranges.r[i].end, keys) - j,
+                        channels, operands<X>(count), grads.from(j), add);
         }
-        score_gradients(row, r, count, weights, slopes, runs, parts);
-        const Scalars<X> slope_columns = along_keys(slopes, count, runs, parts);
-        weighted_sums<X>(slope_columns, of_row.key_rows, runs, parts, row.keys, count, size_.head_stride,
-                         {grad_q_, size_.head_stride});
-        for (int64_t i = 0; i < count; ++i) write_query_gradient(row, r + i, grad_q_ + i * size_.head_stride);
-        // The first block writes the keys' gradients where it sees all of them, else they begin as zeros.
-        const bool writes = begins && parts == 1 && begins->count == 1 && runs[0].begin == begins->runs[0].begin &&
-                            runs[0].end == begins->runs[0].end;
-        if (begins && !writes) no_key_gradients(row, *begins, to);
-        add_key_gradients(slopes, along_rows<X>(queries, count, size_.head_stride, query_rows_), count, runs, parts,
-                          row.keys, size_.head_stride, to.keys, !writes);
-        add_key_gradients(weights, along_rows<X>(grad_a, count, size_.value_stride, grad_a_rows_), count, runs, parts,
-                          row.keys, size_.value_stride, to.values, !writes || p.v_is_k);
     }
 
-    void no_key_gradients(const Row& row, const ColumnRuns& columns, const KeyGradients& to) const {
-        for (int i = 0; i < columns.count; ++i)
-            for (int64_t j = columns.runs[i].begin; j < least(columns.runs[i].end, row.keys); ++j) {
-                fill(to.keys.from(j).data, size_.head_stride, A(0));
-                fill(to.values.from(j).data, size_.value_stride, A(0));
-            }
-    }
+    // ---------------------------------------------------------------- one query
 
-    // From grad_out to the gradients of A and of the gate.
-    void back_through_epilogue(const Row& row, int64_t r, S* grad_a) const {
-        const int64_t channels = p.value_size;
-        widen(row.at(p.grad_out, r), p.grad_out.channel, channels, extra_);
-        if (p.gate.given) {
-            widen(row.template at<A>(p.attn_out, r), p.attn_out.channel, channels, attn_out_);
-            widen(row.at(p.gate, r), p.gate.channel, channels, gate_);
-            back_through_gate(p.gating, attn_out_, gate_, extra_, channels);
-            if (p.gate_summed)
-                add_gate_gradient(row.template at<double>(p.grad_gate, r) + run_ * p.gate_run);
+    // From grad_out to the gradients of attn_out and of the gate.
+    void epilogue_backward(const Row& row, int64_t r, S* grad_attn_out) const {
+        const int64_t channels = p_.value_size;
+        widen(row.at(p_.grad_out, r), p_.grad_out.channel, channels, work_.grad_out);
+        if (p_.gate.given) {
+            widen(row.template at<A>(p_.attn_out, r), p_.attn_out.channel, channels, work_.attn_out);
+            widen(row.at(p_.gate, r), p_.gate.channel, channels, work_.gate);
+            gate_backward(p_.gating, work_.attn_out, work_.gate, work_.grad_out, channels);
+            if (p_.gate_summed)
+                add_gate_gradient(row.template at<double>(p_.grad_gate, r) + row_group_ * p_.grad_gate_group_stride);
             else
-                add_gate_gradient(row.template at<A>(p.grad_gate, r));
+                add_gate_gradient(row.template at<A>(p_.grad_gate, r));
         }
-        if (!p.score.softmax && p.post_scale != 1) {
-            const A factor = static_cast<A>(p.post_scale);
-            for (int64_t c = 0; c < channels; ++c) extra_[c] *= factor;
+        if (!p_.score.softmax && p_.post_scale != 1) {
+            const A post_scale = static_cast<A>(p_.post_scale);
+            for (int64_t c = 0; c < channels; ++c) work_.grad_out[c] *= post_scale;
         }
-        narrow(extra_, channels, grad_a);
-        fill(grad_a + channels, size_.value_stride - channels, S{});
+        narrow(work_.grad_out, channels, grad_attn_out);
+        fill(grad_attn_out + channels, sizes_.value_stride - channels, S{});
     }
 
     template <typename Sum>
     void add_gate_gradient(Sum* to) const {
-        const int64_t channels = p.value_size;
-        if (p.gate_channels == channels) {
-            for (int64_t c = 0; c < channels; ++c) to[c] += gate_[c];
+        const int64_t channels = p_.value_size;
+        if (p_.gate_channels == channels) {
+            for (int64_t c = 0; c < channels; ++c) to[c] += work_.gate[c];
             return;
         }
-        double sum = 0;  // of up to hundreds of channels
-        for (int64_t c = 0; c < channels; ++c) sum += gate_[c];
+        double sum = 0;  // over up to hundreds of channels
+        for (int64_t c = 0; c < channels; ++c) sum += work_.gate[c];
         to[0] += static_cast<Sum>(sum);
     }
 
-    // Scores become the weights of v in A, gradients of the weights those of the scores before their scaling.
-    void score_gradients(const Row& row, int64_t r, int64_t count, Matrix<A> weights, Matrix<A> slopes,
-                         const Columns* runs, int parts) const {
-        if (!p.score.softmax) {
-            for (int64_t i = 0; i < count; ++i)
-                row.activate_with_gradients(r + i, weights.from(i).data, slopes.from(i).data, runs, parts);
-            return;
-        }
-        row.weigh(r, count, weights, runs, parts, {largest_, sums_, means_}, slopes.data);
-        for (int64_t i = 0; i < count; ++i)
-            for (int part = 0; part < parts; ++part)
-                through_softmax(weights.from(i).data, slopes.from(i).data, runs[part].begin, runs[part].end,
-                                A(1) / sums_[i], means_[i], row.score_scale());
-    }
-    static void through_softmax(A* w, A* s, int64_t begin, int64_t end, A share, A mean, A scale) {
-        for (int64_t j = begin; j < end; ++j) {
-            w[j] *= share;
-            s[j] = w[j] * (s[j] - mean) * scale;
-        }
-    }
-
-    // A block's slopes as operands of sums over keys: where they lie, or copied.
-    Scalars<X> along_keys(Matrix<A> slopes, int64_t count, const Columns* runs, int parts) const {
-        if constexpr (std::is_same_v<X, A>) return {slopes.data, slopes.stride, 1};
-        for (int64_t i = 0; i < count; ++i)
-            for (int part = 0; part < parts; ++part)
-                pair_columns<X>(slopes.from(i).data, runs[part].begin, runs[part].end,
-                                slope_columns_ + i * slopes.stride);
-        return {operands_in<X>(slope_columns_), slopes.stride, 1};
-    }
-
-    // A block's share of the gradients of the keys that it sees, added to what is there or (`add` false) written;
-    // `weights` are no longer numbers then.
-    static void add_key_gradients(Matrix<A> weights, Matrix<const X> queries, int64_t count, const Columns* runs,
-                                  int parts, int64_t keys, int64_t channels, Matrix<A> to, bool add) {
-        for (int i = 0; i < parts; ++i) {
-            const int64_t j = runs[i].begin;
-            pair_rows<X>(weights, count, j, runs[i].end);
-            multiply<X>({operands_in<X>(weights.data) + j, 1, kNumbers<X> * weights.stride}, queries,
-                        least(runs[i].end, keys) - j, channels, operands<X>(count), to.from(j), add);
-        }
-    }
-
     void write_query_gradient(const Row& row, int64_t r, A* grad) const {
-        for (int64_t c = 0; c < p.head_size; ++c) grad[c] *= row.sign();
-        if (p.shared_queries) {
-            double* to = row.template at<double>(p.grad_q, r) + run_ * p.query_run;
-            for (int64_t c = 0; c < p.head_size; ++c) to[c] += grad[c];
+        for (int64_t c = 0; c < p_.head_size; ++c) grad[c] *= row.query_sign();
+        if (p_.shared_queries) {
+            double* to = row.template at<double>(p_.grad_q, r) + row_group_ * p_.grad_q_group_stride;
+            for (int64_t c = 0; c < p_.head_size; ++c) to[c] += grad[c];
             return;
         }
-        if (p.rope.cos) turn(p.rope, row.query_position(r), A(-1), grad);
-        narrow(grad, p.head_size, row.at(p.grad_q, r));
+        if (p_.rope.cos) rotate(p_.rope, row.query_position(r), A(-1), grad);
+        narrow(grad, p_.head_size, row.at(p_.grad_q, r));
     }
 
-    const AttentionProblem& p;
-    Sizes<T> size_;
-    int64_t run_, bytes_;
-    S *keys_, *values_, *queries_, *grad_a_;
-    X *packed_keys_, *packed_values_, *key_rows_ = nullptr, *query_rows_ = nullptr, *grad_a_rows_ = nullptr;
-    A *scores_, *slopes_, *largest_, *sums_, *means_, *slope_columns_ = nullptr, *grad_q_, *grad_k_, *grad_v_, *extra_,
-                                                      *attn_out_, *gate_, *part_sums_ = nullptr;
+    const AttentionProblem& p_;
+    const Sizes<T> sizes_;
+    const BackwardWorkspace<T> work_;
+    int64_t row_group_;
 };
 
-INTERFORMER_LEVEL_END
+INTERFORMER_ISA_END

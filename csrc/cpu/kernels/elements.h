@@ -1,10 +1,10 @@
-// Element types as the kernels compute with them: read into, and rounded from, the type of accumulation.
+// Element types: numbers are widened to the accumulation type when read, and rounded when written.
 #pragma once
 
 #include "common/element.h"
-#include "cpu/kernels/level.h"
+#include "cpu/kernels/isa.h"
 
-INTERFORMER_LEVEL_BEGIN
+INTERFORMER_ISA_BEGIN
 
 template <typename T>
 constexpr Acc<T> largest_number = __FLT_MAX__;
@@ -44,8 +44,8 @@ inline float load(Float16 x) {
     const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
     const uint32_t normal = widened + (112u << 23);  // exponent bias 15 becomes 127
     const uint32_t special = widened | 0x7f800000u;  // infinity and NaN
-    const uint32_t found = magnitude < 0x0400u ? bits_of(subnormal) : magnitude >= 0x7c00u ? special : normal;
-    return float_of(sign | found);
+    const uint32_t unsigned_bits = magnitude < 0x0400u ? bits_of(subnormal) : magnitude >= 0x7c00u ? special : normal;
+    return float_of(sign | unsigned_bits);
 }
 
 inline void store(float& to, float x) {
@@ -66,16 +66,16 @@ inline void store(Float16& to, float x) {
     const uint32_t bits = bits_of(x);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
-    // Below 2^-14, adding 1/2 leaves the subnormal's bits, rounded, at the end.
+    // Below 2^-14, adding 1/2 leaves the rounded bits of the subnormal number in the low bits.
     const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
     const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-    half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // from 65520, half way past the largest number
+    half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // from 65520 on, halfway past the largest number
     half = magnitude > 0x7f800000u ? 0x7e00u : half;
     to.bits = static_cast<uint16_t>(sign | half);
 }
 
-// `count` elements from `from` on, `stride` apart, in the type of accumulation.
+// Reads `count` elements, `stride` apart, in the accumulation type.
 template <typename T>
 inline void widen(const T* from, int64_t stride, int64_t count, Acc<T>* to) {
     if (stride == 1)
@@ -84,7 +84,7 @@ inline void widen(const T* from, int64_t stride, int64_t count, Acc<T>* to) {
         for (int64_t i = 0; i < count; ++i) to[i] = load(from[i * stride]);
 }
 
-// The same, as they are to be stored for products: in the type of accumulation, or, of one type, as they are.
+// The same in the type in which numbers are stored for products (`Stored`).
 template <typename T>
 inline void copy_stored(const T* from, int64_t stride, int64_t count, Acc<T>* to) {
     widen(from, stride, count, to);
@@ -98,4 +98,4 @@ inline void narrow(const Acc<T>* from, int64_t count, T* to) {
     for (int64_t i = 0; i < count; ++i) store(to[i], from[i]);
 }
 
-INTERFORMER_LEVEL_END
+INTERFORMER_ISA_END

@@ -1,10 +1,10 @@
-// How kernels reach tensors and a thread's memory.
+// Addresses in tensors, and the layout of a thread's memory.
 #pragma once
 
 #include "cpu/kernels/elements.h"
 #include "cpu/row_tensor.h"
 
-INTERFORMER_LEVEL_BEGIN
+INTERFORMER_ISA_BEGIN
 
 template <typename T, typename X = T>
 INTERFORMER_INLINE X* address(const RowTensor& x, int64_t row, int64_t token, int64_t head) {
@@ -12,22 +12,22 @@ INTERFORMER_INLINE X* address(const RowTensor& x, int64_t row, int64_t token, in
     return static_cast<X*>(x.data) + first + token * x.token + head * x.head;
 }
 
-// Hands out pieces of a thread's memory, each on a cache line of its own; with none, it only counts.
-class Memory {
+// Allocates buffers in a thread's memory, each on cache lines of its own. Without memory it only counts the bytes.
+class Arena {
   public:
-    explicit Memory(void* memory) : at_(static_cast<char*>(memory)) {}
+    explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
 
     template <typename E>
-    E* take(int64_t count) {
-        E* piece = at_ == nullptr ? nullptr : reinterpret_cast<E*>(at_ + used_);
+    E* allocate(int64_t count) {
+        E* buffer = memory_ == nullptr ? nullptr : reinterpret_cast<E*>(memory_ + used_);
         used_ += round_up(count * static_cast<int64_t>(sizeof(E)), 64);
-        return piece;
+        return buffer;
     }
     int64_t bytes() const { return used_; }
 
   private:
-    char* at_;
+    char* memory_;
     int64_t used_ = 0;
 };
 
-INTERFORMER_LEVEL_END
+INTERFORMER_ISA_END

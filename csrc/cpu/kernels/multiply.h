@@ -1,14 +1,14 @@
-// Matrix products of small operands, the one inner loop that all kernels share:
+// Matrix products of small operands, the inner loop that all kernels share:
 //
 //     C[m, n] (+)= sum over k of a[m, k] * B[k, n]
 //
-// Numbers of `a` are broadcast one by one, so it may be read along either axis; B and C are read by the vector. The
-// order of summation is k's, whatever the sizes, so a result's bits depend on its own row and column alone.
+// The numbers of `a` are broadcast one by one, so it may be read along either axis; B and C are read by the vector.
+// Sums run in the order of k whatever the sizes, so a result's bits depend on its own row and column alone.
 #pragma once
 
 #include "cpu/kernels/operands.h"
 
-INTERFORMER_LEVEL_BEGIN
+INTERFORMER_ISA_BEGIN
 
 template <typename X, int M, int N>
 void multiply_tile(Scalars<X> a, const X* b, int64_t b_stride, int64_t depth, SumOf<X>* c, int64_t c_stride, bool add) {
@@ -35,7 +35,7 @@ void multiply_tile(Scalars<X> a, const X* b, int64_t b_stride, int64_t depth, Su
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) {
             A* to = c + m * c_stride + n * W;
-            // What is there is added last: a long sum that is made in pieces then errs as the sum of its pieces does.
+            // The earlier sum is added last, so that the error of a long sum grows with its steps, not its terms.
             store_vector(to, add ? load_vector(to) + sum[m][n] : sum[m][n]);
         }
 }
@@ -48,7 +48,8 @@ inline void multiply_rows(int64_t rows, Scalars<X> a, const X* b, int64_t b_stri
     if constexpr (M > 1) multiply_rows<X, M - 1, N>(rows, a, b, b_stride, depth, c, c_stride, add);
 }
 
-// C [rows, N vectors], in tiles of as equal numbers of rows as can be: a last tile of one row would wait for each sum.
+// C [rows, N vectors], in tiles of nearly equal height: a last tile of one row would be bound by the latency of its
+// sums.
 template <typename X, int N>
 void multiply_columns(Scalars<X> a, const X* b, int64_t b_stride, int64_t rows, int64_t depth, Matrix<SumOf<X>> c,
                       bool add) {
@@ -66,7 +67,7 @@ template <typename X>
 void multiply(Scalars<X> a, Matrix<const X> b, int64_t rows, int64_t columns, int64_t depth, Matrix<SumOf<X>> c,
               bool add) {
     int64_t n = 0;
-    if (rows <= 3)  // more columns at once, so that one sum need not wait for the other
+    if (rows <= 3)  // more columns at once, to hide the latency of the sums
         for (; n + 2 * kPanel<X> <= columns; n += 2 * kPanel<X>)
             multiply_rows<X, 3, 4>(rows, a, b.data + n, b.stride, depth, c.data + n, c.stride, add);
     for (; n + kPanel<X> <= columns; n += kPanel<X>)
@@ -74,28 +75,28 @@ void multiply(Scalars<X> a, Matrix<const X> b, int64_t rows, int64_t columns, in
     if (n < columns) multiply_columns<X, 1>(a, b.data + n, b.stride, rows, depth, {c.data + n, c.stride}, add);
 }
 
-// Columns [first, last) of C, `first` a multiple of the panel, `last` of the vector, with B packed in panels: see
-// `pack_transposed`.
+// Columns [first, last) of C with B packed in panels by `pack_transposed`. `first` is a multiple of the panel, `last`
+// of the vector.
 template <typename X>
 void multiply_packed(Scalars<X> a, const X* panels, int64_t rows, int64_t first, int64_t last, int64_t depth,
                      Matrix<SumOf<X>> c) {
-    constexpr int64_t kPiece = 64;  // of a long sum
+    constexpr int64_t kStepDepth = 64;  // a long sum is made in steps
     for (int64_t n = first; n < last; n += kPanel<X>) {
         int64_t k = 0;
         do {
             const X* panel = panels + n * depth + k * kPanel<X>;
-            const int64_t piece = least(kPiece, depth - k);
+            const int64_t step = min(kStepDepth, depth - k);
             if (last - n > kLanes<X>)
-                multiply_columns<X, 2>(a.from(0, k), panel, kPanel<X>, rows, piece, {c.data + n, c.stride}, k > 0);
+                multiply_columns<X, 2>(a.from(0, k), panel, kPanel<X>, rows, step, {c.data + n, c.stride}, k > 0);
             else
-                multiply_columns<X, 1>(a.from(0, k), panel, kPanel<X>, rows, piece, {c.data + n, c.stride}, k > 0);
-        } while ((k += kPiece) < depth);
+                multiply_columns<X, 1>(a.from(0, k), panel, kPanel<X>, rows, step, {c.data + n, c.stride}, k > 0);
+        } while ((k += kStepDepth) < depth);
     }
 }
 
 // ---------------------------------------------------------------- transposing
 
-// Lanes of two vectors exchanged in groups of S: of the high group of `above` with the low one of `below`, and so on.
+// Exchanges every second set of S lanes of `above` with the S lanes before it of `below`.
 template <typename A, int S>
 INTERFORMER_INLINE void exchange(Vector<A>& above, Vector<A>& below) {
     constexpr int W = kLanes<A>;
@@ -110,7 +111,7 @@ INTERFORMER_INLINE void exchange(Vector<A>& above, Vector<A>& below) {
     below = __builtin_shuffle(first, second, high);
 }
 
-// A square of `kLanes` rows of one vector each, transposed in registers: halves are exchanged, then quarters, ...
+// Transposes a square of `kLanes` rows of one vector each in registers: halves are exchanged, then quarters, ...
 template <typename A, int S = kLanes<A> / 2>
 inline void transpose_square(Vector<A>* rows) {
     if constexpr (S > 0) {
@@ -121,36 +122,37 @@ inline void transpose_square(Vector<A>* rows) {
     }
 }
 
-// The lanes of each of `kLanes` vectors, joined as `joined` does, as the lanes of one.
-template <typename A, int S = kLanes<A> / 2, typename Join>
-INTERFORMER_INLINE Vector<A> all_joined(Vector<A>* rows, Join join) {
+// Reduces the lanes of each of `kLanes` vectors, in the order of `reduce_lanes`. Lane i of the result is that of vector
+// i.
+template <typename A, int S = kLanes<A> / 2, typename Op>
+INTERFORMER_INLINE Vector<A> reduce_vectors(Vector<A>* rows, Op op) {
     if constexpr (S == 0) {
         return rows[0];
     } else {
 #pragma GCC unroll 16
         for (int i = 0; i < S; ++i) {
             exchange<A, S>(rows[i], rows[i + S]);
-            rows[i] = join(rows[i], rows[i + S]);
+            rows[i] = op(rows[i], rows[i + S]);
         }
-        return all_joined<A, S / 2>(rows, join);
+        return reduce_vectors<A, S / 2>(rows, op);
     }
 }
 
-// The same of the first `count` vectors; a few are joined one by one. Lanes beyond them are of no use.
-template <typename A, typename Join>
-INTERFORMER_INLINE Vector<A> each_joined(Vector<A>* rows, int64_t count, Join join) {
-    constexpr int64_t W = kLanes<A>, kFew = W / 4;
-    if (count <= kFew) {
+// The same for the first `count` vectors; a few are reduced one by one. Further lanes of the result have no meaning.
+template <typename A, typename Op>
+INTERFORMER_INLINE Vector<A> reduce_first(Vector<A>* rows, int64_t count, Op op) {
+    constexpr int64_t W = kLanes<A>, kOneByOne = W / 4;
+    if (count <= kOneByOne) {
         A lanes[W] = {};
-        for (int64_t i = 0; i < count; ++i) lanes[i] = joined<A>(rows[i], join);
+        for (int64_t i = 0; i < count; ++i) lanes[i] = reduce_lanes<A>(rows[i], op);
         return load_vector(lanes);
     }
     for (int64_t i = count; i < W; ++i) rows[i] = rows[0];
-    return all_joined<A>(rows, join);
+    return reduce_vectors<A>(rows, op);
 }
 
-// C[m, n] = sum over k of a[m, k] * b[n, k] for n in [0, columns), with nothing packed: for few rows. `depth` is a
-// multiple of the vector. C is written by whole vectors; what lies beyond the columns is of no use.
+// C[m, n] = sum over k of a[m, k] * b[n, k] for n in [0, columns), without packing: for few rows. `depth` is a multiple
+// of the vector. C is written by whole vectors; numbers beyond the columns have no meaning.
 template <typename X>
 void multiply_dots(Matrix<const X> a, Matrix<const X> b, int64_t rows, int64_t columns, int64_t depth,
                    Matrix<SumOf<X>> c) {
@@ -161,18 +163,21 @@ void multiply_dots(Matrix<const X> a, Matrix<const X> b, int64_t rows, int64_t c
             Vector<A> sums[W];
             const X* row[W];
 #pragma GCC unroll 16
-            for (int64_t i = 0; i < W; ++i) sums[i] = Vector<A>{}, row[i] = b.from(least(n + i, columns - 1)).data;
+            for (int64_t i = 0; i < W; ++i) {
+                sums[i] = Vector<A>{};
+                row[i] = b.from(min(n + i, columns - 1)).data;
+            }
             for (int64_t k = 0; k < depth; k += W) {
                 const Vector<X> x = load_vector(a.from(m).data + k);
 #pragma GCC unroll 16
                 for (int64_t i = 0; i < W; ++i) multiply_add<X>(sums[i], x, load_vector(row[i] + k));
             }
-            store_vector(c.from(m).data + n, all_joined<A>(sums, Plus{}));
+            store_vector(c.from(m).data + n, reduce_vectors<A>(sums, Plus{}));
         }
 }
 
-// X [tokens, channels] transposed and cut in panels of columns: number (c, t) goes to
-// `to[(t / kPanel) * channels * kPanel + c * kPanel + t % kPanel]`; tokens that fill up the last vector are 0.
+// Transposes X [tokens, channels] into panels of columns: number (c, t) goes to
+// `to[(t / kPanel) * channels * kPanel + c * kPanel + t % kPanel]`. The last vector is padded with tokens of 0.
 template <typename A>
 void pack_transposed(Matrix<const A> x, int64_t tokens, int64_t channels, A* to) {
     constexpr int64_t W = kLanes<A>;
@@ -199,4 +204,4 @@ void pack_transposed(Matrix<const A> x, int64_t tokens, int64_t channels, A* to)
     }
 }
 
-INTERFORMER_LEVEL_END
+INTERFORMER_ISA_END

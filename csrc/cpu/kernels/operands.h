@@ -1,6 +1,6 @@
-// What products multiply. Where the processor multiplies bfloat16 numbers by pairs that lie next to each other along
-// the sum, tensors of that type stay as they are and one operand is a pair in one word. Everything else is widened to
-// the type of accumulation, and one operand is one number.
+// The operands of matrix products. Where the processor multiplies pairs of bfloat16 numbers that are neighbours along
+// the sum, tensors of that type stay as they are and an operand is a pair in one word. Every other type is widened to
+// the accumulation type, and an operand is one number.
 #pragma once
 
 #include <type_traits>
@@ -11,11 +11,11 @@
 #include <immintrin.h>
 #endif
 
-INTERFORMER_LEVEL_BEGIN
+INTERFORMER_ISA_BEGIN
 
 using Pair = uint32_t;  // the first number in the low half
 
-// How numbers of a tensor of T are stored to be multiplied, and the operand.
+// For a tensor of T: the type in which its numbers are stored for products, and the type of an operand.
 template <typename T>
 struct OperandOf {
     using stored = Acc<T>;
@@ -33,14 +33,14 @@ using Stored = typename OperandOf<T>::stored;
 template <typename T>
 using Operand = typename OperandOf<T>::type;
 
-// Numbers in an operand, operands that hold `count` numbers, and the type that products of operands are summed in.
+// The numbers in an operand, the operands that hold `count` numbers, and the type in which products are summed.
 template <typename X>
 constexpr int64_t kNumbers = std::is_same_v<X, Pair> ? 2 : 1;
 template <typename X>
 inline int64_t operands(int64_t count) {
     return (count + kNumbers<X> - 1) / kNumbers<X>;
 }
-// Numbers between rows of channels: whole vectors of operands.
+// The numbers between rows of channels: whole vectors of operands.
 template <typename X>
 inline int64_t padded(int64_t channels) {
     return round_up(channels, kNumbers<X> * kLanes<X>);
@@ -48,7 +48,7 @@ inline int64_t padded(int64_t channels) {
 template <typename X>
 using SumOf = std::conditional_t<std::is_same_v<X, Pair>, float, X>;
 
-// Numbers in the high, or low, halves of pairs.
+// The numbers in the high, or low, halves of pairs.
 inline Vector<float> high_numbers(Vector<Pair> pairs) {
     const Vector<Pair> bits = pairs & 0xffff0000u;
     Vector<float> x;
@@ -60,17 +60,17 @@ inline Vector<float> low_numbers(Vector<Pair> pairs) {
 }
 
 // `x` is an operand, or a vector of them.
-template <typename X, typename Factor>
-INTERFORMER_INLINE void multiply_add(Vector<SumOf<X>>& sum, Factor x, Vector<X> row) {
+template <typename X, typename Multiplier>
+INTERFORMER_INLINE void multiply_add(Vector<SumOf<X>>& sum, Multiplier x, Vector<X> row) {
     if constexpr (!std::is_same_v<X, Pair>) {
         sum += x * row;
     } else {
-        const Vector<Pair> factors = Vector<Pair>{} + x;
+        const Vector<Pair> pairs = Vector<Pair>{} + x;
 #ifdef __AVX512BF16__
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)factors, (__m512bh)row);
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)pairs, (__m512bh)row);
 #else
-        sum += high_numbers(factors) * high_numbers(row);
-        sum += low_numbers(factors) * low_numbers(row);
+        sum += high_numbers(pairs) * high_numbers(row);
+        sum += low_numbers(pairs) * low_numbers(row);
 #endif
     }
 }
@@ -105,7 +105,7 @@ inline Scalars<X> scalars_along_columns(Matrix<const S> x) {
 }
 
 // A matrix [rows, columns] of stored numbers to be summed along its rows: itself, or a copy whose rows are pairs of its
-// rows (a last row without another one is paired with zeros).
+// rows. A last row without a partner is paired with zeros.
 template <typename X, typename S>
 inline Matrix<const X> along_rows(Matrix<const S> x, int64_t rows, int64_t columns, X* copy) {
     if constexpr (std::is_same_v<X, S>) {
@@ -125,9 +125,9 @@ inline Matrix<const X> along_rows(Matrix<const S> x, int64_t rows, int64_t colum
     }
 }
 
-// ---------------------------------------------------------------- numbers that were computed, as operands
+// ---------------------------------------------------------------- computed numbers as operands
 
-// Bits of the bfloat16 numbers nearest to x (ties to even), in the high halves; the low halves are to be cut off.
+// The bits of the bfloat16 numbers nearest to x (ties to even) in the high halves. The low halves have no meaning.
 inline Vector<Pair> rounded_bits(Vector<float> x) {
     Vector<Pair> bits;
     std::memcpy(&bits, &x, sizeof bits);
@@ -150,8 +150,8 @@ inline Vector<Pair> neighbours(Vector<float> before, Vector<float> after) {
 #endif
 }
 
-// Numbers [begin, end) of a row, multiples of the vector, become operands of a sum along the row, written from
-// `begin / kNumbers` on: in the same memory where that is `row`.
+// Turns the numbers [begin, end) of a row, multiples of the vector, into operands of a sum along the row, written from
+// `begin / kNumbers` on. `to` may be `row`.
 template <typename X, typename A>
 inline void pair_columns(const A* row, int64_t begin, int64_t end, A* to) {
     if constexpr (!std::is_same_v<X, A>) {
@@ -164,8 +164,8 @@ inline void pair_columns(const A* row, int64_t begin, int64_t end, A* to) {
     }
 }
 
-// Columns [begin, end), multiples of the vector, of `rows` rows become operands of a sum along the columns, in the
-// memory of the first row of each pair.
+// Turns the columns [begin, end), multiples of the vector, of `rows` rows into operands of a sum along the columns, in
+// the memory of the first row of each pair.
 template <typename X, typename A>
 inline void pair_rows(Matrix<A> x, int64_t rows, int64_t begin, int64_t end) {
     if constexpr (!std::is_same_v<X, A>)
@@ -178,10 +178,10 @@ inline void pair_rows(Matrix<A> x, int64_t rows, int64_t begin, int64_t end) {
             }
 }
 
-// What `pair_columns` or `pair_rows` made of `x`.
+// The operands that `pair_columns` or `pair_rows` wrote to `x`.
 template <typename X, typename A>
 inline const X* operands_in(const A* x) {
     return reinterpret_cast<const X*>(x);
 }
 
-INTERFORMER_LEVEL_END
+INTERFORMER_ISA_END

@@ -1,12 +1,12 @@
 // The kernels of one instruction set.
-#include "cpu/kernels.h"
+#include "cpu/kernel_table.h"
 
 #include "cpu/kernels/attention_backward.h"
 #include "cpu/kernels/attention_forward.h"
 #include "cpu/kernels/personalized_ffn.h"
 #include "cpu/kernels/rotary.h"
 
-INTERFORMER_LEVEL_BEGIN
+INTERFORMER_ISA_BEGIN
 
 template <typename T>
 constexpr Kernels kernels_of() {
@@ -14,9 +14,9 @@ constexpr Kernels kernels_of() {
             &AttentionBackward<T>::memory,
             &AttentionForward<T>::run,
             &AttentionBackward<T>::run,
-            &AttentionBackward<T>::parts,
-            &AttentionBackward<T>::sums_bytes,
-            &AttentionBackward<T>::add_part,
+            &AttentionBackward<T>::shards,
+            &AttentionBackward<T>::key_grads_bytes,
+            &AttentionBackward<T>::add_shard,
             &Ffn<T>::memory,
             &Ffn<T>::forward,
             &Ffn<T>::backward,
@@ -24,14 +24,14 @@ constexpr Kernels kernels_of() {
             &Rotary<T>::run};
 }
 
-INTERFORMER_LEVEL_END
+INTERFORMER_ISA_END
 
 namespace interformer {
-namespace INTERFORMER_LEVEL {
+namespace INTERFORMER_ISA {
 
 // In the order of DType.
 extern const Kernels kKernels[];
 const Kernels kKernels[] = {kernels_of<float>(), kernels_of<double>(), kernels_of<BFloat16>(), kernels_of<Float16>()};
 
-}  // namespace INTERFORMER_LEVEL
+}  // namespace INTERFORMER_ISA
 }  // namespace interformer

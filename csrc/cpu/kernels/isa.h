@@ -1,37 +1,37 @@
-// Files in this folder are compiled once for each instruction set, with INTERFORMER_LEVEL as the set's name. All they
-// define lies in a namespace of that name, unnamed inside: a function compiled for a newer processor must never be the
-// copy that the linker keeps for an older one. For the same reason nothing of the C++ library is used here.
+// The files in this folder are compiled once for each instruction set, with INTERFORMER_ISA as its name. All their
+// definitions lie in an unnamed namespace inside a namespace of that name: the linker must never keep a function that
+// was compiled for a newer processor as the one copy for all. For the same reason the C++ library is not used here.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#ifndef INTERFORMER_LEVEL
-#error "compile this file with INTERFORMER_LEVEL set to the name of an instruction set"
+#ifndef INTERFORMER_ISA
+#error "compile this file with INTERFORMER_ISA set to the name of an instruction set"
 #endif
 
-#define INTERFORMER_LEVEL_BEGIN   \
-    namespace interformer {       \
-    namespace INTERFORMER_LEVEL { \
+#define INTERFORMER_ISA_BEGIN   \
+    namespace interformer {     \
+    namespace INTERFORMER_ISA { \
     namespace {
-#define INTERFORMER_LEVEL_END \
-    }                         \
-    }                         \
+#define INTERFORMER_ISA_END \
+    }                       \
+    }                       \
     }
 
-// Products of pairs of bfloat16 numbers: where the processor has them, and in the level that stands for it in tests.
+// Products of pairs of bfloat16 numbers: where the processor has them, and in `wide`, which stands in for it in tests.
 #if defined(__AVX512BF16__) || defined(INTERFORMER_WIDE)
 #define INTERFORMER_PAIRS
 #endif
 
-// For what is called from one inner loop after another: left to itself the compiler makes a function of it.
+// For functions called from many inner loops, which the compiler would otherwise not inline.
 #define INTERFORMER_INLINE inline __attribute__((always_inline))
 
-INTERFORMER_LEVEL_BEGIN
+INTERFORMER_ISA_BEGIN
 
 #if defined(__AVX512F__) || defined(INTERFORMER_WIDE)
 constexpr int kVectorBytes = 64;
-constexpr int kTileRows = 12;  // with two vectors each: 24 of 32 registers hold sums
+constexpr int kTileRows = 12;  // with two vectors each, 24 of 32 registers hold sums
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr int kTileRows = 6;  // 12 of 16 registers
@@ -47,7 +47,7 @@ struct VectorOf {
 template <typename A>
 using Vector = typename VectorOf<A>::type;
 
-// Numbers of type A in a vector, and in the two vectors that make the width of a panel.
+// Numbers of type A in a vector, and in a panel, which is two vectors wide.
 template <typename A>
 constexpr int64_t kLanes = kVectorBytes / sizeof(A);
 template <typename A>
@@ -65,7 +65,7 @@ inline void store_vector(A* to, Vector<A> x) {
     std::memcpy(to, &x, sizeof x);
 }
 
-// The type of lane numbers that go with a vector of A.
+// The type of lane indices for a vector of A.
 template <typename A>
 struct IndexOf {
     using type = int32_t;
@@ -75,40 +75,40 @@ struct IndexOf<double> {
     using type = int64_t;
 };
 
-// `join` of all lanes, by halves: few roundings, always in one order.
-template <typename A, int64_t Half = kLanes<A> / 2, typename Join>
-INTERFORMER_INLINE A joined(Vector<A> x, Join&& join) {
+// Reduces all lanes with `op`, by halves: few roundings, always in the same order.
+template <typename A, int64_t Half = kLanes<A> / 2, typename Op>
+INTERFORMER_INLINE A reduce_lanes(Vector<A> x, Op&& op) {
     if constexpr (Half == 0) {
         return x[0];
     } else {
         Vector<typename IndexOf<A>::type> other;
 #pragma GCC unroll 16
         for (int lane = 0; lane < kLanes<A>; ++lane) other[lane] = lane ^ Half;
-        return joined<A, Half / 2>(join(x, __builtin_shuffle(x, other)), join);
+        return reduce_lanes<A, Half / 2>(op(x, __builtin_shuffle(x, other)), op);
     }
 }
-// What lanes are joined by. A NaN is never larger.
+// Operations of reductions. Max skips a NaN in its first operand.
 struct Plus {
     template <typename V>
     INTERFORMER_INLINE V operator()(V a, V b) const {
         return a + b;
     }
 };
-struct Larger {
+struct Max {
     template <typename V>
     INTERFORMER_INLINE V operator()(V a, V b) const {
         return a > b ? a : b;
     }
 };
 template <typename A>
-INTERFORMER_INLINE A most_of_lanes(Vector<A> x) {
-    return joined<A>(x, Larger{});
+INTERFORMER_INLINE A max_of_lanes(Vector<A> x) {
+    return reduce_lanes<A>(x, Max{});
 }
 
-inline int64_t least(int64_t a, int64_t b) {
+inline int64_t min(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
-inline int64_t most(int64_t a, int64_t b) {
+inline int64_t max(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 inline int64_t round_up(int64_t x, int64_t multiple) {
@@ -120,4 +120,4 @@ inline void fill(A* to, int64_t count, A value) {
     for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
-INTERFORMER_LEVEL_END
+INTERFORMER_ISA_END

@@ -1,9 +1,9 @@
-// The kernels of one element type, compiled for one instruction set, and the problems that they are given.
+// The table of kernels for one element type, compiled for one instruction set, and the problems they solve.
 #pragma once
 
 #include <cstdint>
 
-#include "common/scalar_maps.h"
+#include "common/activation_names.h"
 #include "cpu/attention_problem.h"
 #include "cpu/row_tensor.h"
 
@@ -23,7 +23,7 @@ struct FfnProblem {
     RowTensor grad_out, grad_x, grad_weight, grad_bias;
 };
 
-// `apply_rotary` of docs/ops.md, or, backwards, its inverse.
+// `apply_rotary` of docs/ops.md, or its inverse (`backwards`).
 struct RotaryProblem {
     int64_t heads = 0, head_size = 0;
     const int64_t* begins = nullptr;
@@ -34,27 +34,29 @@ struct RotaryProblem {
     bool backwards = false;
 };
 
-// A task of attention: rows of a run under some key/value heads. `run` says whose sums over rows it adds to. Of a heavy
-// row a task may be one part of its queries; the backward then sums the gradients of the row's keys in `row_sums`.
+// A task of attention: the rows [first_row, last_row) of one row group under the key/value heads [first_head,
+// last_head). A row with too much work for one thread is sharded: each of its tasks takes one shard of its queries, and
+// the backward sums the gradients of the row's keys over the shards in `key_grads`.
 struct AttentionTask {
-    int64_t first_row, last_row, first_head, last_head, run;
-    int64_t part = -1;  // all
-    void* row_sums = nullptr;
-    int64_t divided = -1;  // which of the rows that are divided
+    int64_t first_row, last_row, first_head, last_head, row_group;
+    int64_t shard = -1;  // -1: all queries
+    void* key_grads = nullptr;
+    int64_t sharded_row = -1;  // index among the sharded rows and heads
 };
 
-// A task of the other ops is a run of rows [first, last). Memory is given by the thread; `..._memory` says how many
-// bytes.
+// A task of the other ops is the rows [first, last). The caller provides the memory of a thread, as many bytes as
+// `..._memory` returns.
 struct Kernels {
     int64_t (*attention_forward_memory)(const AttentionProblem&);
     int64_t (*attention_backward_memory)(const AttentionProblem&);
     void (*attention_forward)(const AttentionProblem&, const AttentionTask&, void* memory);
     void (*attention_backward)(const AttentionProblem&, const AttentionTask&, void* memory);
-    // Parts of a row, and the bytes that `row_sums` takes. After the backward of a part, and on its thread's memory,
-    // the part is added to `row_sums`, once all earlier ones are; the last one writes the gradients.
-    int64_t (*attention_parts)(const AttentionProblem&, int64_t row);
-    int64_t (*attention_sums_bytes)(const AttentionProblem&, int64_t row);
-    void (*attention_add_part)(const AttentionProblem&, const AttentionTask&, void* memory);
+    // The number of shards of a row, and the bytes of its `key_grads`. After the backward of a shard,
+    // `attention_add_shard` adds its gradients, which lie in the thread's memory, to `key_grads`. Shards are added in
+    // their order; the last one writes the sums to the output.
+    int64_t (*attention_shards)(const AttentionProblem&, int64_t row);
+    int64_t (*attention_key_grads_bytes)(const AttentionProblem&, int64_t row);
+    void (*attention_add_shard)(const AttentionProblem&, const AttentionTask&, void* memory);
     int64_t (*ffn_memory)(const FfnProblem&);
     void (*ffn_forward)(const FfnProblem&, int64_t first, int64_t last, void* memory);
     void (*ffn_backward)(const FfnProblem&, int64_t first, int64_t last, void* memory);

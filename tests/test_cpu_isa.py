@@ -1,4 +1,4 @@
-"""The CPU kernels of each instruction set, as separate processes see them: which is chosen, forks, threads, objects."""
+"""The CPU kernels of each instruction set, in processes of their own: the choice, forks, threads, objects."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_size": 16, "value_size": 16}
 
 
-def python(script: str, level: str | None = None) -> subprocess.CompletedProcess[str]:
-    """A script in a fresh process that finds the tests' own modules, under a forced level."""
+def python(script: str, isa: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a script in a fresh process that finds the tests' own modules, with a forced instruction set."""
     environment = {name: x for name, x in os.environ.items() if name != "INTERFORMER_CPU_LEVEL"}
     paths = [str(Path(__file__).parent), *sys.path]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    if level is not None:
-        environment["INTERFORMER_CPU_LEVEL"] = level
+    if isa is not None:
+        environment["INTERFORMER_CPU_LEVEL"] = isa
     return subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=100
     )
 
 
-# ---------------------------------------------------------------- the level that is chosen
+# ---------------------------------------------------------------- the choice of an instruction set
 
 GRID = """
 import torch
@@ -54,27 +54,27 @@ cases += [Case("jagged_attention", "score", lengths=(90, 3), options={"score": "
 rows = 0
 for case in cases:
     for dtype in (torch.float32, torch.bfloat16):
-        found = testing.compare(case, "cpu", dtype)
-        rows += len(found)
-        print(*(f"BREACH {case.op} {case} {dtype} {row}\\n" for row in found if not row.ok), end="")
+        compared = testing.compare(case, "cpu", dtype)
+        rows += len(compared)
+        print(*(f"BREACH {case.op} {case} {dtype} {row}\\n" for row in compared if not row.ok), end="")
 print(_C.build_info()["cpu_level"], rows > 100)
 """
 
 
-@pytest.mark.parametrize("level", _C.build_info()["cpu_levels"])
-def test_every_level_is_right(level: str) -> None:
-    done = python(GRID, level)
-    assert done.stdout == f"{level} True\n", done.stdout + done.stderr
+@pytest.mark.parametrize("isa", _C.build_info()["cpu_levels"])
+def test_every_isa_is_right(isa: str) -> None:
+    done = python(GRID, isa)
+    assert done.stdout == f"{isa} True\n", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("level", [None, ""], ids=["unset", "empty"])
-def test_the_best_level_is_taken(level: str | None) -> None:
-    done = python("import torch\nfrom interformer_kernels import _C\nprint(_C.build_info()['cpu_level'])", level)
+@pytest.mark.parametrize("isa", [None, ""], ids=["unset", "empty"])
+def test_the_best_isa_is_chosen(isa: str | None) -> None:
+    done = python("import torch\nfrom interformer_kernels import _C\nprint(_C.build_info()['cpu_level'])", isa)
     assert done.stdout.strip() == _C.build_info()["cpu_levels"][-1], done.stderr
 
 
-def test_an_unknown_level_is_an_error() -> None:
-    """Of every call, and not of the import: what needs no kernel still works."""
+def test_an_unknown_isa_is_an_error() -> None:
+    """Every call that needs a kernel raises; the import and other functions still work."""
     script = """
 import torch, interformer_kernels
 from interformer_kernels import _C
@@ -99,7 +99,7 @@ for _ in range(2):
 
 
 def test_a_forked_process_does_not_hang() -> None:
-    """As a DataLoader's worker: the parent's threads of OpenMP are not there, and one thread does without."""
+    """A DataLoader's worker lacks the OpenMP threads of its parent, and runs on one thread without them."""
     script = """
 import os, torch
 from cpu_calls import all_ops, differing, results
@@ -122,7 +122,7 @@ print("joined")
 
 
 def test_workers_of_a_data_loader() -> None:
-    """They fork from a process whose threads have run, and use the kernels in `__getitem__` and in the collation."""
+    """Workers fork from a process whose threads have run, and use the kernels in `__getitem__` and in the collation."""
     script = """
 import torch
 from cpu_calls import all_ops, differing, results
@@ -158,7 +158,7 @@ print(seen == len(cases))
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_python_threads_at_once(threads: int) -> None:
-    """Each thread has other inputs; what comes out is what comes out of one call after another."""
+    """Threads with different inputs get the results of sequential calls."""
     cases = all_ops((400, *range(1, 50)), **SIZES)
     inputs = [make_inputs(case, torch.float32, seed=seed) for seed, case in enumerate(cases)]
     expected = [results(case.op, made) for case, made in zip(cases, inputs, strict=True)]
@@ -177,25 +177,25 @@ def test_python_threads_at_once(threads: int) -> None:
             assert not wrong
 
 
-# ---------------------------------------------------------------- the object of each level
+# ---------------------------------------------------------------- the object of each instruction set
 
 
-def level_flags(level: str) -> list[str]:
-    """What CMakeLists.txt compiles the kernels of a level with; not optimised, where every function is still there."""
+def isa_flags(isa: str) -> list[str]:
+    """The compiler flags of CMakeLists.txt for one instruction set, but unoptimised, which keeps every function."""
     text = (ROOT / "CMakeLists.txt").read_text()
-    options = re.findall(r"target_compile_options\(interformer_\$\{level\} PRIVATE (.*?)\$\{", text)
-    own = re.findall(rf"set\({level}_flags(.*?)\)", text)
-    while own and (of := re.search(r"\$\{(\w+)\}", own[0])):  # flags of the level before
-        own = [own[0].replace(of[0], value) for value in re.findall(rf"set\({of[1]}(.*?)\)", text)]
+    options = re.findall(r"target_compile_options\(interformer_\$\{isa\} PRIVATE (.*?)\$\{", text)
+    flags = re.findall(rf"set\({isa}_flags(.*?)\)", text)
+    while flags and (name := re.search(r"\$\{(\w+)\}", flags[0])):  # flags of a smaller instruction set
+        flags = [flags[0].replace(name[0], value) for value in re.findall(rf"set\({name[1]}(.*?)\)", text)]
     standard = re.findall(r"set\(CMAKE_CXX_STANDARD (\d+)\)", text)
     visibility = re.findall(r"set\(CMAKE_CXX_VISIBILITY_PRESET (\w+)\)", text)
-    assert [len(found) for found in (options, own, standard, visibility)] == [1, 1, 1, 1]
+    assert [len(matches) for matches in (options, flags, standard, visibility)] == [1, 1, 1, 1]
     common = [f"-std=c++{standard[0]}", f"-fvisibility={visibility[0]}", "-fPIC", "-DNDEBUG", "-O0"]
-    return [*common, f"-DINTERFORMER_LEVEL={level}", *options[0].split(), *own[0].split()]
+    return [*common, f"-DINTERFORMER_ISA={isa}", *options[0].split(), *flags[0].split()]
 
 
 def merged_symbols(source: Path, to: Path, flags: list[str]) -> list[str]:
-    """Symbols of a compiled source of which the linker keeps one copy among those of many objects."""
+    """The symbols of a compiled source that the linker merges with those of other objects."""
     subprocess.run(["g++", *flags, "-I", ROOT / "csrc", "-c", source, "-o", to], check=True)
     listed = subprocess.run(["nm", "-C", to], check=True, capture_output=True, text=True).stdout
     lines = re.findall(r"^[0-9a-f ]{16} (\S) (.*)$", listed, re.MULTILINE)
@@ -211,16 +211,16 @@ needs_compiler = pytest.mark.skipif(
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("level", _C.build_info()["cpu_levels"])
-def test_no_kernel_can_stand_in_for_another_levels(level: str, tmp_path: Path) -> None:
-    """A weak function of AVX2 code, kept by the linker for all levels, would stop older processors."""
+@pytest.mark.parametrize("isa", _C.build_info()["cpu_levels"])
+def test_no_kernel_replaces_that_of_another_isa(isa: str, tmp_path: Path) -> None:
+    """A weak function of AVX2 code, kept by the linker for all instruction sets, would crash on older processors."""
     source = ROOT / "csrc/cpu/kernels/table.cpp"
-    assert merged_symbols(source, tmp_path / "level.o", level_flags(level)) == []
+    assert merged_symbols(source, tmp_path / "kernels.o", isa_flags(isa)) == []
 
 
 @needs_compiler
 @pytest.mark.slow
-def test_the_check_of_symbols_sees_one(tmp_path: Path) -> None:
+def test_the_check_of_symbols_detects_one(tmp_path: Path) -> None:
     source = tmp_path / "weak.cpp"
     source.write_text("#include <algorithm>\nint f(int a, int b) { return std::max(a, b); }")
-    assert merged_symbols(source, tmp_path / "weak.o", level_flags("generic"))
+    assert merged_symbols(source, tmp_path / "weak.o", isa_flags("generic"))

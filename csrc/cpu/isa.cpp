@@ -1,32 +1,32 @@
-#include "cpu/level.h"
+#include "cpu/isa.h"
 
 #include <cstdlib>
 #include <stdexcept>
 
 namespace interformer {
 
-#define INTERFORMER_DECLARE_LEVEL(name) \
-    namespace name {                    \
-    extern const Kernels kKernels[];    \
+#define INTERFORMER_DECLARE_ISA(name) \
+    namespace name {                  \
+    extern const Kernels kKernels[];  \
     }
-INTERFORMER_DECLARE_LEVEL(generic)
+INTERFORMER_DECLARE_ISA(generic)
 #ifdef INTERFORMER_HAS_WIDE
-INTERFORMER_DECLARE_LEVEL(wide)
+INTERFORMER_DECLARE_ISA(wide)
 #endif
 #ifdef INTERFORMER_HAS_AVX2
-INTERFORMER_DECLARE_LEVEL(avx2)
+INTERFORMER_DECLARE_ISA(avx2)
 #endif
 #ifdef INTERFORMER_HAS_AVX512
-INTERFORMER_DECLARE_LEVEL(avx512)
+INTERFORMER_DECLARE_ISA(avx512)
 #endif
 #ifdef INTERFORMER_HAS_AVX512_BF16
-INTERFORMER_DECLARE_LEVEL(avx512_bf16)
+INTERFORMER_DECLARE_ISA(avx512_bf16)
 #endif
-#undef INTERFORMER_DECLARE_LEVEL
+#undef INTERFORMER_DECLARE_ISA
 
 namespace {
 
-struct Level {
+struct Isa {
     const char* name;
     bool (*runs)();
     const Kernels* kernels;  // in the order of DType
@@ -51,7 +51,7 @@ bool runs_avx512_bf16() {
 #endif
 
 // The last one that runs is the best.
-const Level kLevels[] = {
+const Isa kIsas[] = {
 #ifdef INTERFORMER_HAS_WIDE
     {"wide", runs_avx2, wide::kKernels},
 #endif
@@ -67,36 +67,36 @@ const Level kLevels[] = {
 #endif
 };
 
-const Level& choose() {
+const Isa& choose() {
     const char* forced = std::getenv("INTERFORMER_CPU_LEVEL");
-    const Level* best = nullptr;
+    const Isa* best = nullptr;
     std::string names;
-    for (const Level& level : kLevels) {
-        if (!level.runs()) continue;
-        names += (best ? ", " : "") + std::string(level.name);
-        best = &level;
-        if (forced && level.name == std::string(forced)) return level;
+    for (const Isa& isa : kIsas) {
+        if (!isa.runs()) continue;
+        names += (best ? ", " : "") + std::string(isa.name);
+        best = &isa;
+        if (forced && isa.name == std::string(forced)) return isa;
     }
     if (forced && *forced)
         throw std::invalid_argument("INTERFORMER_CPU_LEVEL must be one of " + names + ", found " + forced);
     return *best;
 }
 
-const Level& chosen() {
-    static const Level& level = choose();
-    return level;
+const Isa& chosen() {
+    static const Isa& isa = choose();
+    return isa;
 }
 
 }  // namespace
 
-std::vector<std::string> usable_levels() {
+std::vector<std::string> usable_isas() {
     std::vector<std::string> names;
-    for (const Level& level : kLevels)
-        if (level.runs()) names.emplace_back(level.name);
+    for (const Isa& isa : kIsas)
+        if (isa.runs()) names.emplace_back(isa.name);
     return names;
 }
 
-const std::string& chosen_level() {
+const std::string& chosen_isa() {
     static const std::string name = chosen().name;
     return name;
 }

@@ -1,0 +1,244 @@
+// The one place of the CPU kernels that masks scores and maps them to probabilities, in both directions. All scores of
+// a block of queries lie in memory between the product and the map, so an additive bias, dropout or another mask is one
+// more pass over the block here: a bias before the map, dropout after it.
+#pragma once
+
+#include "cpu/attention_problem.h"
+#include "cpu/kernels/activations.h"
+#include "cpu/kernels/attention_products.h"
+
+INTERFORMER_ISA_BEGIN
+
+// The keys that one query sees: [0, prefix) and [first, last).
+struct KeyRange {
+    int64_t prefix, first, last;
+
+    bool fully_masked() const { return prefix == 0 && first >= last; }
+};
+
+// Softmax statistics, one number for each query of a block, padded to whole vectors: the largest score, scaled; the sum
+// of the probabilities before they are normalised; delta, the mean of their gradients (backward only).
+template <typename A>
+struct RowStats {
+    A *row_max, *row_sum, *delta;
+};
+
+// The scores of one row of the batch under one key/value head. Query `r` is token `r / q_per_kv`; its scores are
+// numbers of the matrix that a method is given, whose columns outside the ranges are neither read nor written. A column
+// of the ranges that its query does not see gets probability and gradient 0.
+template <typename T>
+class ScoreVariant {
+  public:
+    using A = Acc<T>;
+
+    ScoreVariant(const AttentionProblem& problem, int64_t query_tokens, int64_t keys, int64_t q_per_kv)
+        : p_(problem), query_tokens_(query_tokens), keys_(keys), q_per_kv_(q_per_kv) {}
+
+    // Avoids the division where heads are not grouped: it would cost as much as the products of a short row.
+    int64_t token(int64_t r) const { return q_per_kv_ == 1 ? r : r / q_per_kv_; }
+
+    KeyRange key_range(int64_t r) const {
+        if (!p_.causal && p_.window_left < 0 && p_.window_right < 0) return {0, 0, keys_};
+        const int64_t i = token(r), diagonal = i + keys_ - query_tokens_;
+        if (i < p_.num_prefix) return {0, 0, keys_};
+        KeyRange range{min(p_.num_prefix, keys_), 0, keys_};
+        if (p_.causal) range.last = min(range.last, diagonal + 1);
+        if (p_.window_left >= 0) range.first = max(range.first, diagonal - p_.window_left);
+        if (p_.window_right >= 0) range.last = min(range.last, diagonal + p_.window_right + 1);
+        range.last = max(range.last, 0);
+        range.first = min(range.first, range.last);
+        if (range.first <= range.prefix) {  // the prefix and the rest are adjacent
+            range.last = max(range.last, range.prefix);
+            range.first = 0;
+            range.prefix = 0;
+        }
+        return range;
+    }
+
+    // The columns that at least one of the queries [r, r + count) sees, rounded outwards to panels and vectors.
+    ColumnRanges column_ranges(int64_t r, int64_t count) const {
+        int64_t prefix = 0, first = keys_, last = 0;
+        const auto include = [&](const KeyRange& range) {
+            if (range.first >= range.last) return;
+            first = min(first, range.first);
+            last = max(last, range.last);
+        };
+        for (int64_t i = r; i < r + count; i += q_per_kv_) {
+            const KeyRange range = key_range(i);
+            prefix = max(prefix, range.prefix);
+            include(range);
+        }
+        include(key_range(r + count - 1));
+        ColumnRanges ranges{};
+        const int64_t begin = first / kPanel<A> * kPanel<A>, prefix_end = round_up(prefix, kLanes<A>);
+        if (prefix > 0 && prefix_end < begin && first < last) ranges.r[ranges.n++] = {0, prefix_end};
+        const bool joined = prefix > 0 && ranges.n == 0;
+        if (first < last || joined)
+            ranges.r[ranges.n++] = {joined ? 0 : begin, max(round_up(last, kLanes<A>), joined ? prefix_end : 0)};
+        return ranges;
+    }
+
+    ColumnRanges all_columns() const { return {{{0, round_up(keys_, kLanes<A>)}}, keys_ > 0 ? 1 : 0}; }
+
+    // Products of queries and keys are scaled here, after the product. The sign of the scale, and a scale of 0, go into
+    // the queries (`AttentionRow::query_sign`), since a factor of 0 would turn a masked score of -inf into NaN.
+    A score_scale() const { return p_.scale == 0 ? A(1) : static_cast<A>(p_.scale < 0 ? -p_.scale : p_.scale); }
+
+    // The probabilities of a softmax are 2^-headroom where the score is the largest. Then their sum over two or more
+    // keys is at most 1/2, and no sum of values weighted by them exceeds the values.
+    int headroom() const { return keys_ < 2 ? 0 : 65 - __builtin_clzll(static_cast<uint64_t>(keys_ - 1)); }
+
+    // Forward: the scores of queries [r, r + count) become probabilities. Softmax leaves the division by `row_sum` to
+    // the caller; a pointwise score gives post_scale * act(score).
+    void scores_to_probs(int64_t r, int64_t count, Matrix<A> scores, const ColumnRanges& ranges,
+                         const RowStats<A>& stats) const {
+        if (p_.score.softmax) return softmax(r, count, scores, ranges, stats, nullptr);
+        for (int64_t i = 0; i < count; ++i) {
+            A* s = scores.from(i).data;
+            for (int range = 0; range < ranges.n; ++range) {
+                const Columns columns = ranges.r[range];
+                activate(p_.score.activation, s + columns.begin, columns.end - columns.begin, score_scale(),
+                         static_cast<A>(p_.post_scale));
+            }
+            mask_out(s, key_range(r + i), ranges, A(0));
+            stats.row_max[i] = 0;
+            stats.row_sum[i] = 1;
+        }
+    }
+
+    // Backward: the scores become normalised probabilities, and the gradients of the probabilities become those of the
+    // products of queries and keys. `post_scale` is left out: the gradients contain it.
+    void scores_to_probs_and_d_scores(int64_t r, int64_t count, Matrix<A> scores, Matrix<A> d_probs,
+                                      const ColumnRanges& ranges, const RowStats<A>& stats) const {
+        if (!p_.score.softmax) {
+            for (int64_t i = 0; i < count; ++i)
+                pointwise_backward(r + i, scores.from(i).data, d_probs.from(i).data, ranges);
+            return;
+        }
+        softmax(r, count, scores, ranges, stats, d_probs.data);
+        for (int64_t i = 0; i < count; ++i)
+            for (int range = 0; range < ranges.n; ++range)
+                softmax_backward(scores.from(i).data, d_probs.from(i).data, ranges.r[range], A(1) / stats.row_sum[i],
+                                 stats.delta[i], score_scale());
+    }
+
+  private:
+    void pointwise_backward(int64_t r, A* scores, A* d_probs, const ColumnRanges& ranges) const {
+        for (int i = 0; i < ranges.n; ++i)
+            activate_with_grads(p_.score.activation, scores + ranges.r[i].begin, d_probs + ranges.r[i].begin,
+                                ranges.r[i].end - ranges.r[i].begin, score_scale());
+        const KeyRange range = key_range(r);
+        mask_out(scores, range, ranges, A(0));
+        mask_out(d_probs, range, ranges, A(0));
+    }
+
+    static void softmax_backward(A* probs, A* d_probs, Columns columns, A inv_row_sum, A delta, A scale) {
+        for (int64_t j = columns.begin; j < columns.end; ++j) {
+            probs[j] *= inv_row_sum;
+            d_probs[j] = probs[j] * (d_probs[j] - delta) * scale;
+        }
+    }
+
+    // Sets the columns that the query does not see to `masked`.
+    static void mask_out(A* s, const KeyRange& range, const ColumnRanges& ranges, A masked) {
+        for (int i = 0; i < ranges.n; ++i) {
+            const Columns columns = ranges.r[i];
+            mask_out(s, max(columns.begin, range.prefix), min(range.first, columns.end), masked);
+            mask_out(s, max(max(range.last, range.prefix), columns.begin), columns.end, masked);
+        }
+    }
+
+    // Columns [begin, end). They are written by whole vectors, since a vector load soon after a narrower store of the
+    // same bytes stalls.
+    static void mask_out(A* s, int64_t begin, int64_t end, A masked) {
+        constexpr int64_t W = kLanes<A>;
+        using Index = typename IndexOf<A>::type;
+        Vector<Index> lanes;
+#pragma GCC unroll 16
+        for (int lane = 0; lane < W; ++lane) lanes[lane] = lane;
+        for (int64_t j = begin / W * W; j < end; j += W) {
+            const Index from = static_cast<Index>(max(begin - j, 0)), to = static_cast<Index>(min(end - j, W));
+            const Vector<A> x = load_vector(s + j), all_masked = Vector<A>{} + masked;
+            store_vector(s + j, ((lanes >= from) & (lanes < to)) ? all_masked : x);
+        }
+    }
+
+    void softmax(int64_t r, int64_t count, Matrix<A> scores, const ColumnRanges& ranges, const RowStats<A>& stats,
+                 const A* d_probs) const {
+        for (int64_t i = 0; i < count; i += kLanes<A>)
+            softmax_of_vector(r + i, min(kLanes<A>, count - i), scores.from(i), ranges,
+                              {stats.row_max + i, stats.row_sum + i, stats.delta + i},
+                              d_probs ? d_probs + i * scores.stride : nullptr);
+    }
+
+    // Masks the scores of up to a vector of queries and takes their exponentials. The statistics of the queries are
+    // reduced together, one query a lane. `delta` is computed on the way where `d_probs` is given.
+    void softmax_of_vector(int64_t r, int64_t count, Matrix<A> scores, const ColumnRanges& ranges,
+                           const RowStats<A>& stats, const A* d_probs) const {
+        constexpr A kMasked = -__builtin_inf();
+        Vector<A> per_query[kLanes<A>], dots[kLanes<A>];
+        A base[kLanes<A>], fully_masked[kLanes<A>] = {};
+        for (int64_t i = 0; i < count; ++i) {
+            const KeyRange range = key_range(r + i);
+            fully_masked[i] = range.fully_masked() ? A(1) : A(0);
+            mask_out(scores.from(i).data, range, ranges, kMasked);
+            per_query[i] = max_by_lane(scores.from(i).data, ranges);
+        }
+        Vector<A> row_max = reduce_first<A>(per_query, count, Max{});
+        if (max_of_lanes<A>(row_max) == -kMasked) row_max = with_nans(row_max, count, scores, ranges);
+        // A row_max of -inf is replaced by 0, so that all exponentials are 0. A fully masked query then has sum 1 and
+        // delta 0; a query whose scores are all -inf has sum 0 and delta NaN, as in PyTorch.
+        store_vector(base, row_max == kMasked ? Vector<A>{} : row_max);
+        store_vector(stats.row_max, row_max * score_scale());
+        for (int64_t i = 0; i < count; ++i)
+            exponentials(scores.from(i).data, d_probs ? d_probs + i * scores.stride : nullptr, ranges, base[i],
+                         per_query[i], dots[i]);
+        const Vector<A> row_sum = reduce_first<A>(per_query, count, Plus{}) + load_vector(fully_masked);
+        store_vector(stats.row_sum, row_sum);
+        if (d_probs) store_vector(stats.delta, reduce_first<A>(dots, count, Plus{}) / row_sum);
+    }
+
+    // The largest number of each lane. NaNs are skipped: they show in the sum of the exponentials.
+    static Vector<A> max_by_lane(const A* x, const ColumnRanges& ranges) {
+        Vector<A> largest = Vector<A>{} - static_cast<A>(__builtin_inf());
+        for (int i = 0; i < ranges.n; ++i)
+            for (int64_t j = ranges.r[i].begin; j < ranges.r[i].end; j += kLanes<A>)
+                largest = Max{}(load_vector(x + j), largest);
+        return largest;
+    }
+
+    // Where the largest score is +inf, row_sum is NaN and cannot show a NaN score. There row_max becomes that NaN.
+    static Vector<A> with_nans(Vector<A> row_max, int64_t count, Matrix<A> scores, const ColumnRanges& ranges) {
+        for (int64_t i = 0; i < count; ++i)
+            for (int range = 0; range < ranges.n; ++range)
+                for (int64_t j = ranges.r[range].begin; j < ranges.r[range].end; ++j) {
+                    const A s = scores.from(i).data[j];
+                    if (s != s && row_max[i] == static_cast<A>(__builtin_inf())) row_max[i] = s;
+                }
+        return row_max;
+    }
+
+    // s becomes 2^-headroom e^(score_scale (s - base)). Returns the sums by lane, and those of the products with
+    // `d_probs` where given.
+    void exponentials(A* s, const A* d_probs, const ColumnRanges& ranges, A base, Vector<A>& sum,
+                      Vector<A>& dot) const {
+        constexpr A kLog2OfE = 1.44269504088896340736;
+        const A scale = score_scale() * kLog2OfE;
+        const int down = headroom();
+        Vector<A> sums{}, dots{};
+        for (int i = 0; i < ranges.n; ++i)
+            for (int64_t j = ranges.r[i].begin; j < ranges.r[i].end; j += kLanes<A>) {
+                const Vector<A> prob = power_of_two((load_vector(s + j) - base) * scale, down);
+                store_vector(s + j, prob);
+                sums += prob;
+                if (d_probs) dots += prob * load_vector(d_probs + j);
+            }
+        sum = sums;
+        dot = dots;
+    }
+
+    const AttentionProblem& p_;
+    int64_t query_tokens_, keys_, q_per_kv_;
+};
+
+INTERFORMER_ISA_END
