@@ -1,4 +1,4 @@
-"""How the tests of the CPU kernels call them, and how they compare what comes back."""
+"""Calls of the CPU kernels for their tests, and comparisons of the results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from interformer_kernels import testing
 
-# Where the queries lie decides what a kernel sums over: each of the three layouts, with its own or the keys' offsets.
+# The layout of the queries decides what a kernel sums over: each of the three, with its own or the keys' offsets.
 LAYOUTS: tuple[dict[str, Any], ...] = (
     {"op": "jagged_attention", "name": "self"},
     {"op": "jagged_attention", "name": "cross", "query_lengths": True},
@@ -20,21 +20,21 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
     {"op": "pma_pooling", "name": "shared"},
 )
 # Slices of wider tensors along the channels, heads before tokens, every other token, every other channel.
-MEMORY_LAYOUTS = ("sliced", "turned", "spread", "channels apart")
+MEMORY_LAYOUTS = ("sliced", "transposed", "spread", "channels apart")
 
 
 def layouts(lengths: tuple[int, ...], **sizes: Any) -> list[testing.Case]:
-    """One case of each layout; queries with offsets of their own have the keys' lengths in turned order."""
+    """One case of each layout; queries with offsets of their own have the keys' lengths in reversed order."""
     cases = [testing.Case(**{**layout, "lengths": lengths, **sizes}) for layout in LAYOUTS]
-    turned = {"query_lengths": lengths[::-1]}
-    return [testing.Case(**{**vars(case), **turned}) if case.query_lengths else case for case in cases]
+    reversed_lengths = {"query_lengths": lengths[::-1]}
+    return [testing.Case(**{**vars(case), **reversed_lengths}) if case.query_lengths else case for case in cases]
 
 
 def all_ops(lengths: tuple[int, ...], **sizes: Any) -> list[testing.Case]:
     """One case of each layout of the attention family, and one of each other op."""
     others = ("personalized_ffn", {"residual": True, "options": {"activation": "gelu"}}), ("apply_rotary", {"rope": 6})
     return layouts(lengths, **sizes) + [
-        testing.Case(op, "tokens", lengths=lengths, **{**sizes, **own}) for op, own in others
+        testing.Case(op, "tokens", lengths=lengths, **{**sizes, **options}) for op, options in others
     ]
 
 
@@ -54,7 +54,7 @@ def truth(op: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def bits(x: Tensor) -> Tensor:
-    """The bytes of a tensor: tells -0 from 0, and NaNs are equal."""
+    """The bytes of a tensor: -0 and 0 differ, equal NaNs do not."""
     return x.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -66,39 +66,39 @@ def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
 
 def replaced(inputs: Mapping[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
     """The inputs with `change(name, x)` of every floating tensor but `grad_out`, as gradient leaves."""
-    found = dict(inputs)
+    changed = dict(inputs)
     for name, x in inputs.items():
         if isinstance(x, Tensor) and x.is_floating_point() and name != "grad_out":
-            found[name] = change(name, x.detach()).requires_grad_(x.requires_grad)
-    return found
+            changed[name] = change(name, x.detach()).requires_grad_(x.requires_grad)
+    return changed
 
 
 def relaid(x: Tensor, how: str) -> Tensor:
-    """The same numbers with other strides, one of MEMORY_LAYOUTS; what lies between them is NaN."""
+    """The same numbers with other strides, one of MEMORY_LAYOUTS, with NaN in the gaps."""
     if x.dim() < 2:
         return x
     hole = torch.full_like(x, torch.nan)
     if how == "sliced":
         return torch.cat((hole, x, hole), -1)[..., x.shape[-1] : 2 * x.shape[-1]]
-    if how == "turned":
+    if how == "transposed":
         return x.transpose(0, 1).contiguous().transpose(0, 1)
     return torch.stack((x, hole), 1)[:, 0] if how == "spread" else torch.stack((x, hole), -1)[..., 0]
 
 
 def relaid_inputs(inputs: Mapping[str, Any], how: str) -> dict[str, Any]:
     """The inputs with all floating tensors relaid."""
-    found = replaced(inputs, lambda name, x: relaid(x, how))
-    found["grad_out"] = relaid(inputs["grad_out"], how)
+    changed = replaced(inputs, lambda name, x: relaid(x, how))
+    changed["grad_out"] = relaid(inputs["grad_out"], how)
     if "rope" in inputs:
-        found["rope"] = tuple(relaid(x, how) for x in inputs["rope"])
-    return found
+        changed["rope"] = tuple(relaid(x, how) for x in inputs["rope"])
+    return changed
 
 
 def broadcast_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """All shapes that broadcast to `shape`, of its rank and below."""
-    found = []
+    shapes = []
     for rank in range(len(shape) + 1):
         tail = shape[len(shape) - rank :]
-        found += [tuple(1 if one else n for one, n in zip(ones, tail, strict=True))
-                  for ones in itertools.product((False, True), repeat=rank)]  # fmt: skip
-    return found
+        for broadcast in itertools.product((False, True), repeat=rank):
+            shapes.append(tuple(1 if is_one else n for is_one, n in zip(broadcast, tail, strict=True)))
+    return shapes

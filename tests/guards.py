@@ -1,4 +1,4 @@
-"""Tensors between guard zones: a kernel that reads or writes beside them shows it."""
+"""Tensors between guard zones, which show reads and writes beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU kernels: the same bits for any number of threads and in any company, and safe whatever they are handed."""
+"""The CPU kernels: the same bits for any number of threads and in any batch, and memory-safe for any input."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def restored_threads() -> Iterator[None]:
 
 
 def on_threads(counts: tuple[int, ...], op: str, inputs: dict[str, Any]) -> None:
-    runs = []
+    by_threads = []
     for threads in counts:
         torch.set_num_threads(threads)
-        runs.append(results(op, inputs))
-    for threads, other in zip(counts[1:], runs[1:], strict=True):
-        assert not differing(runs[0], other), threads
+        by_threads.append(results(op, inputs))
+    for threads, other in zip(counts[1:], by_threads[1:], strict=True):
+        assert not differing(by_threads[0], other), threads
 
 
 @pytest.mark.usefixtures("restored_threads")
@@ -66,19 +66,19 @@ def test_masks_on_any_number_of_threads(options: dict[str, Any]) -> None:
 
 
 def threads_woken(run: Callable[[], Any]) -> tuple[Any, int]:
-    """What `run` gives on a new thread that may use three, and how many threads of OpenMP it left behind there."""
-    found: list[Any] = []
+    """Call `run` on a new thread that may use three; return its result and the number of OpenMP threads it created."""
+    measured: list[Any] = []
 
-    def measured() -> None:
+    def measure() -> None:
         torch.set_num_threads(3)
         before = set(os.listdir("/proc/self/task"))  # threads of an earlier call may be about to end
-        found.append(run())
-        found.append(len(set(os.listdir("/proc/self/task")) - before))
+        measured.append(run())
+        measured.append(len(set(os.listdir("/proc/self/task")) - before))
 
-    thread = threading.Thread(target=measured)
+    thread = threading.Thread(target=measure)
     thread.start()
     thread.join()
-    return found[0], found[1]
+    return measured[0], measured[1]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
@@ -91,9 +91,9 @@ def test_large_calls_take_threads_and_small_ones_none(case: Case, monkeypatch: p
 
     def counting(half: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            found, threads = threads_woken(lambda: half(*args, **kwargs))
+            result, threads = threads_woken(lambda: half(*args, **kwargs))
             woken.append(threads)
-            return found
+            return result
 
         return counted
 
@@ -107,10 +107,10 @@ def test_large_calls_take_threads_and_small_ones_none(case: Case, monkeypatch: p
         woken.clear()
 
 
-# ---------------------------------------------------------------- any company
+# ---------------------------------------------------------------- batch invariance
 
 
-# Along what the first axis of an argument, output or gradient goes; what is not named is shared by all rows.
+# The first axis of each argument, output or gradient. All rows share those that are not named.
 KEYS, QUERIES, ROWS = "kv_offsets", "offsets", "rows"
 ALONG: dict[str, dict[str, str]] = {
     "jagged_attention": {"q": QUERIES, "k": KEYS, "v": KEYS, "out": QUERIES, "lse": QUERIES},
@@ -122,7 +122,7 @@ ALONG: dict[str, dict[str, str]] = {
 
 
 def along(case: Case, name: str) -> str | None:
-    """Which axis the first one of this argument or result is: ROWS, QUERIES or KEYS."""
+    """The first axis of an argument or result: ROWS, QUERIES or KEYS; None where all rows share it."""
     name = name.removeprefix("d") if name != "dense" else name
     if name in ("gate", "residual", "grad_out"):
         name = "out"
@@ -133,7 +133,7 @@ def along(case: Case, name: str) -> str | None:
 
 
 def taken(case: Case, name: str, x: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """The part of an argument or result that belongs to these rows, in their order."""
+    """The slices of an argument or result that belong to these rows, in their order."""
     axis = along(case, name)
     if axis is None:
         return x
@@ -141,8 +141,8 @@ def taken(case: Case, name: str, x: Tensor, rows: tuple[int, ...]) -> Tensor:
         return x[list(rows)]
     lengths = case.lengths if axis == KEYS else case.query_lengths
     assert lengths is not None
-    parts = x[: sum(lengths)].split(lengths)
-    return torch.cat([parts[row] for row in rows])
+    by_row = x[: sum(lengths)].split(lengths)
+    return torch.cat([by_row[row] for row in rows])
 
 
 def batch_of(case: Case, inputs: dict[str, Any], rows: tuple[int, ...]) -> dict[str, Any]:
@@ -163,8 +163,8 @@ def batch_of(case: Case, inputs: dict[str, Any], rows: tuple[int, ...]) -> dict[
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [(16, 16), (9, 11)], ids=str)
 @pytest.mark.parametrize("layout", range(7))
-def test_a_row_does_not_see_its_batch(layout: int, sizes: tuple[int, int], dtype: torch.dtype) -> None:
-    """Alone, first, last and among giants; in other memory too: odd channels leave no alignment to rely on."""
+def test_batch_invariance(layout: int, sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    """Batch invariance: alone, first, last, next to very long rows, and in other memory, with odd channels too."""
     lengths = (37, 1, 300, 0, 65, 700, 64)
     shape = {"heads": 2, "kv_heads": 1, "head_size": sizes[0], "value_size": sizes[1], "tail": 0}
     case = all_ops(lengths, **shape)[layout]
@@ -187,9 +187,9 @@ def test_a_row_does_not_see_its_batch(layout: int, sizes: tuple[int, int], dtype
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("case", all_ops((5, 6, 9), head_size=8, value_size=8, tail=0), ids=name_of)
 def test_offsets_of_any_content(case: Case, index: torch.dtype) -> None:
-    """Rows are clamped to the tokens, and whatever overlaps or lies outside: all is written, nothing is read outside.
+    """Rows are clamped to the tokens. Whatever overlaps, all outputs are written and nothing is read outside.
 
-    Where no row shares a token with another, what comes out is the definition's.
+    Where no row shares a token with another, the result is that of the reference.
     """
     interformer_kernels.set_validation("off")
     inputs = make_inputs(case, torch.float32)
@@ -254,7 +254,7 @@ def test_positions_of_any_content_are_clamped() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("case", all_ops((4, 70, 4), heads=2, kv_heads=2, head_size=8, value_size=8), ids=name_of)
-def test_what_is_not_finite_goes_where_it_does_in_pytorch(case: Case, value: float) -> None:
+def test_values_that_are_not_finite_spread_as_in_pytorch(case: Case, value: float) -> None:
     gated = {"gate": "full", "residual": True} if case.op.endswith(("attention", "pooling")) else {}
     inputs = make_inputs(Case(**{**vars(case), **gated}), torch.float64)
     for name in testing.DIFFERENTIABLE[case.op]:

@@ -27,13 +27,13 @@ def rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
-# ---------------------------------------------------------------- A is kept as it was summed
+# ---------------------------------------------------------------- attn_out is kept unrounded
 
 
 @pytest.mark.parametrize("form", ["self", "multiply"])
 @pytest.mark.parametrize("score", SCORES[1:])
 def test_an_attention_output_beyond_float16_reaches_the_backward(score: str, form: str) -> None:
-    """A is 128 000 where the output is finite: the gate's and the weights' gradients are finite, too."""
+    """attn_out is 128 000 and the output finite: the gradients of the gate and the inputs are finite, too."""
     n = 64
     inputs = {
         "q": torch.ones(1, 1, 1, 16),
@@ -57,17 +57,17 @@ def test_an_attention_output_beyond_float16_reaches_the_backward(score: str, for
 @pytest.mark.parametrize("form", ["multiply", "self"])
 @pytest.mark.parametrize("case", layouts((150, 0, 40, 1, 90), **SIZES), ids=name_of)
 def test_gradients_of_broadcast_gates_are_sums_of_unrounded_terms(case: Case, form: str, dtype: torch.dtype) -> None:
-    """As exact as the definition in float32 on the same numbers, but for the output's one rounding."""
+    """The error is that of the reference in float32 on the same numbers, and one rounding of the output."""
     inputs = {**make_inputs(case, dtype), "gate_form": form}
     for shape in broadcast_shapes(tuple(inputs["grad_out"].shape)):
         if math.prod(shape) * 16 > inputs["grad_out"].numel():
-            continue  # too few terms in a sum for a rounding of each to show
+            continue  # too few terms in a sum for the rounding of each to show
         gated = {**inputs, "gate": torch.randn(shape).to(dtype).requires_grad_()}
         found = results(case.op, gated)["dgate"]
         exact = truth(case.op, testing.cast_inputs(gated, torch.float64))["dgate"]
         rounded = exact.to(dtype)
         unit = torch.finfo(dtype).eps
-        # Operands of products are rounded on one level, so A may be as far off as a sum of rounded weights.
+        # avx512_bf16 rounds operands of products, so attn_out may err as much as a sum of rounded probabilities.
         assert rms(found - exact) <= 2 * rms(rounded - exact) + unit * rms(exact), (shape, form)
 
 
@@ -91,8 +91,8 @@ def test_a_mean_of_the_largest_numbers_is_finite(dtype: torch.dtype, keys: int) 
                 q, k, v, offsets_of((keys,)), scale=scale, return_lse=True, backend="reference"
             )
             assert out.isfinite().all()
-            wanted = v[0].repeat_interleave(2, 0).expand_as(out)
-            assert ((out.double() / 2 - wanted.double() / 2).abs() <= unit * largest).all()
+            mean = v[0].repeat_interleave(2, 0).expand_as(out)
+            assert ((out.double() / 2 - mean.double() / 2).abs() <= unit * largest).all()
             # The reference rounds 16-bit scores before it sums them.
             close = (
                 {"rtol": 16 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps} if dtype in HALVES else {}
@@ -103,7 +103,7 @@ def test_a_mean_of_the_largest_numbers_is_finite(dtype: torch.dtype, keys: int) 
 @pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": (300, 2)}, {"window": (5, 0), "num_prefix": 9}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_means_of_large_values_under_masks(dtype: torch.dtype, mask: dict[str, Any]) -> None:
-    """Of values of both signs, with gradients: those of v are weights, those of the rest are finite where dP is."""
+    """Means and gradients: those of v are probabilities, the others are finite where dP is."""
     large = 3e38 if dtype == torch.float32 else 1.7e308
     n = 900
     q, k = (torch.randn(n, 2, 8, dtype=dtype) for _ in "qk")
@@ -135,7 +135,7 @@ def test_post_scale_comes_before_the_sum(dtype: torch.dtype, score: str) -> None
         assert torch.equal(found[name], expected[name] * 2.0**power), name
 
 
-# ---------------------------------------------------------------- what is not finite stays where it belongs
+# ---------------------------------------------------------------- values that are not finite stay in their place
 
 
 def hard_cases() -> list[Case]:
@@ -174,7 +174,7 @@ def test_neighbours_keep_their_bits_under_apply_rotary(dtype: torch.dtype) -> No
                 assert not wrong.any(), (name, channel, other)
 
 
-# ---------------------------------------------------------------- rows of many parts
+# ---------------------------------------------------------------- rows of many shards
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -190,8 +190,8 @@ def test_neighbours_keep_their_bits_under_apply_rotary(dtype: torch.dtype) -> No
     ],
     ids=str,
 )
-def test_parts_of_a_row_have_the_bits_of_the_whole(options: dict[str, Any], dtype: torch.dtype) -> None:
-    """Of one long row, of two beside a short one, and where the queries are others than the keys."""
+def test_shards_of_a_row_have_the_bits_of_the_whole(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """One long row, two beside a short one, and queries that differ from the keys."""
     sizes = {"heads": 2, "kv_heads": 1, "head_size": 16, "value_size": 10, "rope": 8, "options": options}
     cases = [Case("jagged_attention", "one", lengths=(1400,), **sizes)]
     cases += [Case("jagged_attention", "two", lengths=(900, 3, 1100), **sizes)]
@@ -200,12 +200,12 @@ def test_parts_of_a_row_have_the_bits_of_the_whole(options: dict[str, Any], dtyp
     try:
         for case in cases:
             inputs = make_inputs(case, dtype)
-            runs = []
+            by_threads = []
             for threads in (1, 2, 3, 8):
                 torch.set_num_threads(threads)
-                runs.append(results(case.op, inputs))
-            for other in runs[1:]:
-                assert not differing(runs[0], other), case.name
+                by_threads.append(results(case.op, inputs))
+            for other in by_threads[1:]:
+                assert not differing(by_threads[0], other), case.name
     finally:
         torch.set_num_threads(before)
 
@@ -218,7 +218,7 @@ def test_a_long_row_under_a_window_is_right(options: dict[str, Any]) -> None:
             assert row.ok, row
 
 
-# ---------------------------------------------------------------- nothing at all
+# ---------------------------------------------------------------- empty inputs
 
 
 def test_sizes_of_zero() -> None:

@@ -1,6 +1,6 @@
 """The CPU kernels: right for every option, size and layout in memory, and exact where numbers only pass through.
 
-The grid of small calls is in test_parity.py; here are the sizes and the strides that it leaves out.
+The grid of small calls is in test_parity.py; this file has the sizes and the strides that it leaves out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_every_score_and_gate(score: str, form: str, activation: str) -> None:
     options = {**maps, "gate_form": form, "gate_activation": activation}
     sizes = {"heads": 4, "kv_heads": 2, "head_size": 8, "value_size": 6, "residual": True, "options": options}
     for i, case in enumerate(layouts(SMALL, **sizes)):
-        # One kernel serves all layouts: all gates in one of them, in each of the others another one.
+        # One kernel serves all layouts, so one layout gets all gates, and each other layout one gate.
         for gate in GATES if case.op == "pma_pooling" else GATES[i % 4 : i % 4 + 1]:
             chosen = Case(**{**vars(case), "gate": gate})
             inputs = make_inputs(chosen, torch.float64)
@@ -91,9 +91,10 @@ EVERY_LENGTH: list[tuple[torch.dtype, int, int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("dtype", "d", "dv", "options"), EVERY_LENGTH, ids=str)
 def test_every_length(dtype: torch.dtype, d: int, dv: int, options: dict[str, Any]) -> None:
-    """Each length from 0 to past two tiles of the longest kind: remainders of tiles, vectors and pieces.
+    """Each length from 0 to past two tiles of the longest kind: remainders of tiles, vectors and steps.
 
-    Each row is held against its own largest numbers: long rows, whose numbers are small, hide nothing of short ones.
+    The error of each row is relative to its own largest number, so that long rows, whose numbers are small, and short
+    ones are judged alike.
     """
     lengths = tuple(range(140))
     sizes = {"heads": 1, "kv_heads": 1, "head_size": d, "value_size": dv, "options": options}
@@ -144,7 +145,7 @@ def test_numbers_of_queries(queries: int) -> None:
     ids=name_of,
 )
 def test_long_sums_stay_exact(case: Case) -> None:
-    """Sums over thousands of tokens or queries, in one chain, would err more than PyTorch's, which are cut up."""
+    """Sums over thousands of tokens or queries in one chain would err more than PyTorch's pairwise sums."""
     assert not breaches(case, torch.float32)
 
 
@@ -155,12 +156,12 @@ def test_large_heads(size: int) -> None:
 
 
 def test_open_windows_of_any_size() -> None:
-    """The largest numbers that a caller can write are as good as an open side."""
+    """The largest numbers that a caller can pass mean the same as an open side."""
     inputs = make_inputs(Case("jagged_attention", "", query_lengths=(9, 2, 40, 0, 3), head_size=8), torch.float32)
-    for most in (2**31, 2**62, 2**63 - 1):
-        wide = results("jagged_attention", {**inputs, "window": (most, most)})
-        assert not differing(wide, results("jagged_attention", inputs)), most
-        assert not differing(results("jagged_attention", {**inputs, "causal": True, "num_prefix": most}), wide), most
+    for size in (2**31, 2**62, 2**63 - 1):
+        wide = results("jagged_attention", {**inputs, "window": (size, size)})
+        assert not differing(wide, results("jagged_attention", inputs)), size
+        assert not differing(results("jagged_attention", {**inputs, "causal": True, "num_prefix": size}), wide), size
     shared = make_inputs(Case("pma_pooling", "", options={"skip_prefix": 2**63 - 1}), torch.float32)
     assert not results("pma_pooling", shared)["out"].any()
 
@@ -188,7 +189,7 @@ def test_no_rows_and_no_tokens(lengths: tuple[int, ...], tail: int) -> None:
 
 
 class Spy:
-    """The native module, and where the tensors lay that it was handed."""
+    """Wraps the native module and records the addresses of the tensors that it gets."""
 
     def __init__(self) -> None:
         self.handed: set[int] = set()
@@ -218,7 +219,7 @@ def test_strided_inputs_are_read_in_place(how: str, dtype: torch.dtype, monkeypa
         spy.handed.clear()
         assert not differing(results(case.op, strided), results(case.op, inputs)), name_of(case)
         given = {name: x for name, x in strided.items() if isinstance(x, Tensor)}
-        if how == "channels apart":  # of these the kernels read whole vectors
+        if how == "channels apart":  # the kernels read k and v by whole vectors, so these are copied
             given = {name: x for name, x in given.items() if name not in ("k", "v")}
         assert {name for name, x in given.items() if x.data_ptr() not in spy.handed} == set()
 
@@ -239,7 +240,7 @@ def test_lazily_negated_views(case: Case) -> None:
 
 
 def test_lazily_conjugated_views() -> None:
-    """Their halves are lazily negated ones, as above; whole, they are complex and no kernel takes them."""
+    """Their halves are lazily negated, as above. Whole, they are complex, which no kernel takes."""
     x = torch.randn(9, 1, 4, dtype=torch.complex64).conj()
     assert x.is_conj()
     rows = {"offsets": offsets_of((9,)), "backend": "cpu"}
@@ -258,7 +259,7 @@ def test_lazily_conjugated_views() -> None:
      ("personalized_ffn", "weight"), ("apply_rotary", "x")],
 )  # fmt: skip
 def test_beyond_two_to_the_31(op: str, far: str) -> None:
-    """Element offsets need 64 bits; of the memory only a few pages are ever touched."""
+    """Element offsets need 64 bits. Only a few pages of the memory are ever touched."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     step = 2**31 + 100
     epilogue = {} if op in ("personalized_ffn", "apply_rotary") else {"gate": "full", "residual": True}
@@ -287,7 +288,7 @@ def test_beyond_two_to_the_31(op: str, far: str) -> None:
 
 
 def converted(values: Tensor, residual: Tensor | None = None) -> Tensor:
-    """`values` through the kernel: each is the one token of a row, so that A is v itself, rounded to its dtype."""
+    """`values` through the kernel: each is the one token of a row, so that the output is v itself."""
     n = values.numel()
     zeros = torch.zeros(n, 1, 1, dtype=values.dtype)
     added = None if residual is None else residual.view(n, 1, 1, 1)
@@ -300,7 +301,7 @@ def converted(values: Tensor, residual: Tensor | None = None) -> Tensor:
 
 
 def as_multiplied(values: Tensor) -> Tensor:
-    """Numbers as products take them: the instruction for pairs of bfloat16 takes subnormal ones for 0."""
+    """Numbers as products read them: the instruction for pairs of bfloat16 treats subnormal numbers as 0."""
     if values.dtype != torch.bfloat16 or _C.build_info()["cpu_level"] != "avx512_bf16":
         return values
     return torch.where(values.abs() < torch.finfo(values.dtype).tiny, 0, values)
@@ -314,9 +315,9 @@ def test_every_bit_pattern_comes_through(dtype: torch.dtype) -> None:
     pairs = torch.stack((every * 0, every * 0, every), -1).view(-1, 1, 3)
     rope = testing.rotary_tables(every.numel(), 2)
     kept = interformer_kernels.apply_rotary(pairs, offsets_of((every.numel(),)), rope, backend="cpu")
-    for found, wanted in ((converted(every), as_multiplied(every)), (kept[:, 0, 2], every)):
+    for found, expected in ((converted(every), as_multiplied(every)), (kept[:, 0, 2], every)):
         number = ~every.isnan()
-        assert torch.equal(found.view(torch.int16)[number], wanted.view(torch.int16)[number])
+        assert torch.equal(found.view(torch.int16)[number], expected.view(torch.int16)[number])
         assert found[~number].isnan().all()
 
 

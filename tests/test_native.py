@@ -1,4 +1,4 @@
-"""The native module: how tensors reach it, and what its file needs and shows."""
+"""The native module: how tensors reach it, and the libraries and symbols of its file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def first_bad(offsets: Any, total: int = 9) -> int:
     return int(_C.first_bad_offset(offsets, total))
 
 
-# ---------------------------------------------------------------- what a view cannot be made of
+# ---------------------------------------------------------------- objects without a view
 
 
 def fake() -> Tensor:
@@ -102,7 +102,7 @@ def test_an_error_leaves_nothing_behind() -> None:
         assert first_bad(torch.zeros(3, dtype=torch.int64)) == -1
 
 
-# ---------------------------------------------------------------- what a view can be made of
+# ---------------------------------------------------------------- tensors with a view
 
 
 class Subclass(torch.Tensor):
@@ -139,7 +139,7 @@ def test_many_kinds_of_tensor_are_viewed() -> None:
 # ---------------------------------------------------------------- the module itself
 
 
-def test_what_it_says_of_itself() -> None:
+def test_build_info() -> None:
     info = _C.build_info()
     assert re.match(r"\w+ \d+", info["compiler"])
     assert info["openmp"] >= 201107
@@ -172,7 +172,7 @@ def test_only_the_init_function_is_exported() -> None:
 
 
 def test_one_openmp_runtime() -> None:
-    """Torch's own serves both, also once each has run on several threads."""
+    """Torch's runtime serves both modules, also after each has run on several threads."""
     script = """
 import torch, re
 from interformer_kernels import _C

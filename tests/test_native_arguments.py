@@ -1,4 +1,4 @@
-"""What the functions of the native module refuse of their arguments, and in which words."""
+"""The checks of the native module's functions, and their messages."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FLOATS = "float32, float64, bfloat16 or float16"
 B, M, H, HK, D, DV, T = 2, 3, 4, 2, 5, 6, 7
 
 
-# One right call of each function: arguments by name, in the order in which they are passed.
+# One valid call of each function: arguments by name, in the order in which they are passed.
 def attention_arguments() -> dict[str, Any]:
-    """Of a call for seeds of pma_pooling: what both directions share, in any order."""
+    """The arguments that both directions share, in any order, for a call with shared queries."""
     return {
         "layout": "shared",
         "q": torch.zeros(M, H, D),
@@ -35,24 +35,24 @@ def attention_arguments() -> dict[str, Any]:
     }
 
 
-def attention(function: Callable[..., None], own: dict[str, Any], changed: dict[str, Any]) -> None:
-    """`function` with its own arguments after the shared ones; each of them may be changed."""
-    shared, others = attention_arguments(), {}
+def attention(function: Callable[..., None], others: dict[str, Any], changed: dict[str, Any]) -> None:
+    """Call `function` with the shared arguments and its others; any of them may be changed."""
+    shared = attention_arguments()
     for name, x in changed.items():
-        (own if name in own else shared if name in AttentionCall._fields else others)[name] = x
-    assert not others
-    function(AttentionCall(**shared), *own.values())
+        assert name in others or name in AttentionCall._fields, name
+        (others if name in others else shared)[name] = x
+    function(AttentionCall(**shared), *others.values())
 
 
 def forward(**changed: Any) -> None:
     row = torch.zeros(B, M, H, DV)
-    own = {"residual": row, "out": row.clone(), "lse": torch.zeros(B, M, H), "attn_out": row.clone(), "threads": 1}
-    attention(_C.attention_forward, own, changed)
+    others = {"residual": row, "out": row.clone(), "lse": torch.zeros(B, M, H), "attn_out": row.clone(), "threads": 1}
+    attention(_C.attention_forward, others, changed)
 
 
 def backward(**changed: Any) -> None:
     row, shared = torch.zeros(B, M, H, DV), attention_arguments()
-    own = {
+    others = {
         "grad_out": row,
         "attn_out": row,
         "grad_q": shared["q"].clone(),
@@ -61,7 +61,7 @@ def backward(**changed: Any) -> None:
         "grad_gate": torch.zeros(B, 1, H, DV),
         "threads": 1,
     }
-    attention(_C.attention_backward, own, changed)
+    attention(_C.attention_backward, others, changed)
 
 
 PACKED = {
@@ -83,29 +83,29 @@ def ffn_arguments() -> dict[str, Any]:
 
 
 def ffn_forward(**changed: Any) -> None:
-    own = {"residual": torch.zeros(T, DV), "out": torch.zeros(T, DV), "threads": 1}
-    _C.personalized_ffn_forward(*{**ffn_arguments(), **own, **changed}.values())
+    others = {"residual": torch.zeros(T, DV), "out": torch.zeros(T, DV), "threads": 1}
+    _C.personalized_ffn_forward(*{**ffn_arguments(), **others, **changed}.values())
 
 
 def ffn_backward(**changed: Any) -> None:
     shared = ffn_arguments()
     gradients = {f"grad_{name}": shared[name].clone() for name in ("x", "weight", "bias")}
-    own = {"grad_out": torch.zeros(T, DV), **gradients, "threads": 1}
-    _C.personalized_ffn_backward(*{**shared, **own, **changed}.values())
+    others = {"grad_out": torch.zeros(T, DV), **gradients, "threads": 1}
+    _C.personalized_ffn_backward(*{**shared, **others, **changed}.values())
 
 
 def rotary(**changed: Any) -> None:
     x = torch.zeros(T, H, D)
-    own = {"x": x, "offsets": torch.tensor([0, 3, 7]), "cos": torch.zeros(9, 2), "sin": torch.zeros(9, 2)}
+    others = {"x": x, "offsets": torch.tensor([0, 3, 7]), "cos": torch.zeros(9, 2), "sin": torch.zeros(9, 2)}
     options = {"positions": None, "interleaved": False, "backwards": False, "out": x.clone(), "threads": 1}
-    _C.apply_rotary(*{**own, **options, **changed}.values())
+    _C.apply_rotary(*{**others, **options, **changed}.values())
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- refused arguments
 
 
 def wrong(changed: object) -> str | None:
-    """The name of a case: what is changed last."""
+    """The name of a case: the argument that it changes last."""
     return list(changed)[-1] if isinstance(changed, dict) else None
 
 
@@ -263,10 +263,10 @@ def test_memory_that_was_given_back(name: str) -> None:
     if name in AttentionCall._fields:
         with pytest.raises(TypeError, match="^" + re.escape(message.replace("forward", "backward"))):
             backward(**changed)
-    forward()  # and nothing stays behind
+    forward()  # the error leaves no state behind
 
 
-def test_nothing_of_an_empty_tensor_is_read() -> None:
+def test_empty_tensors_are_not_read() -> None:
     """Tensors without elements have no memory, and need none."""
     none = {"k": torch.zeros(0, HK, D), "v": torch.zeros(0, HK, DV), "kv_offsets": torch.zeros(3, dtype=torch.int32)}
     assert none["k"].data_ptr() == 0
@@ -275,8 +275,8 @@ def test_nothing_of_an_empty_tensor_is_read() -> None:
     backward(**none, grad_k=torch.zeros(0, HK, D), grad_v=torch.zeros(0, HK, DV))
 
 
-def test_the_right_calls_pass() -> None:
-    """What the refusals above change is all that is wrong with them."""
+def test_valid_calls_pass() -> None:
+    """The calls that the tests above change are valid."""
     forward()
     bare = {"v": None, "gate": None, "residual": None, "lse": None, "attn_out": None}
     forward(**bare, out=torch.zeros(B, M, H, D))
