@@ -8,7 +8,7 @@ INTERFORMER_ISA_BEGIN
 
 // Calls `each(i, value, grad)` for all i with the chosen activation: its value and its gradient (first derivative) as
 // functions of a number. There is one loop for each name, so that the choice is made once and not for every number. The
-// compiler warns of a name without a case. Functions of a struct in place of these lambdas changed bits under AVX-512.
+// compiler warns of a name without a case.
 template <typename A, typename Each>
 inline void for_each_with(Activation name, int64_t count, Each&& each) {
     switch (name) {
