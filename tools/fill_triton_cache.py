@@ -40,7 +40,7 @@ def inputs_of(op: str, dtype: str) -> Iterator[Mapping[str, Any]]:
     from interformer_bench.gpu_place import Place
 
     from interformer_kernels import testing
-    from interformer_kernels._launch import long_rows
+    from interformer_kernels._launch import splits
 
     kind = getattr(torch, dtype)
     for case in testing.cases(op):
@@ -48,12 +48,12 @@ def inputs_of(op: str, dtype: str) -> Iterator[Mapping[str, Any]]:
     for job in gpu_jobs.jobs():
         if job.shape is not None and job.shape.op == op and job.dtype == dtype:
             rows = 1
-            while sum(job.shape.distribution.lengths(rows)) <= long_rows.SPLIT:
+            while sum(job.shape.distribution.lengths(rows)) <= splits.SPLIT_KV:
                 rows *= 2
             yield dataclasses.replace(job.shape, rows=rows).inputs(kind)
     context = CheckContext.of(Place("cpu", tiny=True), op, "triton")
     for sizes in ({}, {"kv_heads": 2}, {"kv_heads": 2, "gate": "full"}):
-        yield testing.make_inputs(context.case((long_rows.SPLIT, 3), **sizes), kind)
+        yield testing.make_inputs(context.case((splits.SPLIT_KV, 3), **sizes), kind)
 
 
 def compile_all(op: str, dtype: str, target: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from interformer_kernels import _C
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels._cuda.apply_rotary import rotated
-from interformer_kernels._launch import long_rows
+from interformer_kernels._launch import splits
 from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
 from interformer_kernels._launch.tensors import allows_tf32, fitted, readable
 
@@ -84,7 +84,7 @@ def _partials(call: AttentionCall, split_kv: int, numbers: int) -> Tensor | None
     """Memory for `numbers` numbers of each split, query and head; None where no row is split, or without numbers."""
     if not split_kv or not numbers:
         return None
-    room = long_rows.pieces(call.k.shape[0], split_kv)
+    room = splits.num_partials(call.k.shape[0], split_kv)
     return call.k.new_empty((room, *call.q.shape[-3:-1], numbers), dtype=torch.float32)
 
 
@@ -101,7 +101,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
     attn_out = k.new_empty(shape if keep_attn_out else (0,), dtype=torch.float32)
     if not out.numel():
         return out, lse, attn_out
-    split_kv = long_rows.split(call)
+    split_kv = splits.split_kv(call)
     outputs = Outputs(readable(residual), out, lse if softmax else None, attn_out if keep_attn_out else None)
     partials = _partials(call, split_kv, shape[-1]), _partials(call, split_kv, 2)
     workspace = ForwardWorkspace(split_kv, *partials, _scheduler(call))
@@ -116,8 +116,8 @@ def backward(
     q, k, v, gate, shape = call.q, call.k, call.v, call.gate, call.out_shape()
     softmax, shared = call.score == "softmax", call.layout == "shared"
     scaled = not softmax and call.post_scale != 1
-    row_groups, key_shards = long_rows.runs(call) if shared else (1, 1)
-    split_kv = long_rows.split(call) if softmax or not shared else 0
+    row_groups, key_shards = splits.row_groups(call) if shared else (1, 1)
+    split_kv = splits.split_kv(call) if softmax or not shared else 0
     grad_q_shape = (row_groups * key_shards, *q.shape) if shared else q.shape
     grad_q = k.new_empty(grad_q_shape, dtype=torch.float32 if shared else k.dtype)
     grad_k, grad_v = k.new_empty(k.shape), k.new_empty((0,) if v is None else v.shape)

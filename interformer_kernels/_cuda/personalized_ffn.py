@@ -9,7 +9,7 @@ from torch import Tensor
 
 from interformer_kernels import _C
 from interformer_kernels._calls import FfnCall
-from interformer_kernels._launch import long_rows
+from interformer_kernels._launch import splits
 from interformer_kernels._launch.ffn import empty_gradients, viewed
 from interformer_kernels._launch.tensors import allows_tf32, readable
 
@@ -35,13 +35,13 @@ def backward(call: FfnCall, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_weight, grad_bias = empty_gradients(call)
     written = grad_x, grad_weight, None if call.bias is None else grad_bias
     tokens, partials = call.x.shape[0], None
-    if tokens > long_rows.TOKENS:
+    if tokens > splits.SPLIT_TOKENS:
         inner, columns = call.weight.shape[1:]
         numbers = inner * columns + (0 if call.bias is None else columns)
-        partials = call.x.new_empty((long_rows.pieces(tokens, long_rows.TOKENS), numbers), dtype=torch.float32)
+        partials = call.x.new_empty((splits.num_partials(tokens, splits.SPLIT_TOKENS), numbers), dtype=torch.float32)
     workspace = Workspace(
         grad_pre_activation=None if call.activation == "identity" else grad_out.new_empty(grad_out.shape),
-        split_tokens=long_rows.TOKENS,
+        split_tokens=splits.SPLIT_TOKENS,
         partials=partials,
     )
     tf32 = allows_tf32(call.x.dtype)

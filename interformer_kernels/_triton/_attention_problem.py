@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from interformer_kernels._calls import AttentionCall
-from interformer_kernels._launch import long_rows
+from interformer_kernels._launch import splits
 from interformer_kernels._launch.tensors import readable
 from interformer_kernels._triton import _run
 from interformer_kernels._triton._arguments import (
@@ -108,7 +108,7 @@ class Problem:
 
     def num_partials(self, split_kv: int) -> int:
         """Number of partials of all rows of more than `split_kv` keys (`_attention_output.partial_index`)."""
-        return long_rows.pieces(self.k.shape[0], split_kv)
+        return splits.num_partials(self.k.shape[0], split_kv)
 
     def query_slots(self, block: int, rows: int) -> int:
         """Slots of tiles of queries, over all rows of the batch or groups of them."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from interformer_kernels._calls import AttentionCall
-from interformer_kernels._launch import long_rows
+from interformer_kernels._launch import splits
 from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
 from interformer_kernels._launch.tensors import expanded, readable
 from interformer_kernels._triton import _run
@@ -49,7 +49,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
         None if residual is None else problem.query_operand(residual),
     )
     outputs = Outputs(out, lse if softmax else None, attn_out if keep_attn_out else None)
-    chosen, split_kv, partials = problem.tiles("forward"), long_rows.split(call), None
+    chosen, split_kv, partials = problem.tiles("forward"), splits.split_kv(call), None
     if split_kv:
         count = problem.num_partials(split_kv)
         partials = Partials(
@@ -147,7 +147,7 @@ def _through_epilogue(
 def _start_queries(problem: Problem, side: QuerySide, out: Tensor, kind: GradPass, groups: _Groups | None) -> None:
     """Start a backward pass over the queries, into `out`; `groups` for gradients of shared queries."""
     k, chosen = problem.k, problem.tiles("grad_queries")
-    split_kv = long_rows.split(problem.call) if groups is None and (kind.gradient or kind.fp32_softmax) else 0
+    split_kv = splits.split_kv(problem.call) if groups is None and (kind.gradient or kind.fp32_softmax) else 0
     partials = None
     if split_kv:
         partials = out.new_empty((problem.num_partials(split_kv), *out.shape[1:]), dtype=torch.float32)
@@ -179,7 +179,7 @@ def _grad_queries(problem: Problem, side: QuerySide, recompute_stats: bool) -> T
         if grad_q.numel():
             _start_queries(problem, side, grad_q, for_gradient, None)
         return grad_q
-    row_groups, key_shards = long_rows.runs(problem.call)
+    row_groups, key_shards = splits.row_groups(problem.call)
     sums = q.new_empty((row_groups * key_shards, *q.shape), dtype=torch.float32)
     if sums.numel():
         groups = _Groups(row_groups, -(-problem.rows // row_groups), key_shards)

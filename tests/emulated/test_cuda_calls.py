@@ -17,7 +17,7 @@ from test_registration import recorded_calls
 
 import interformer_kernels as ik
 from interformer_kernels import _C, _backend, testing
-from interformer_kernels._launch import long_rows
+from interformer_kernels._launch import splits
 from interformer_kernels.testing import Case, offsets_of
 
 
@@ -92,8 +92,8 @@ def test_disordered_offsets_leave_nothing_unwritten(
     case: Case, dtype: torch.dtype, split: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows are a partition of the tokens for any offsets. Unwritten memory and memory beside tensors are NaN."""
-    monkeypatch.setattr(long_rows, "SPLIT", split)
-    monkeypatch.setattr(long_rows, "TOKENS", split)
+    monkeypatch.setattr(splits, "SPLIT_KV", split)
+    monkeypatch.setattr(splits, "SPLIT_TOKENS", split)
     ik.set_validation("off")
     inputs = guarded_inputs(case, dtype)
     tokens = {"offsets": "x" if "x" in inputs else "k", "kv_offsets": "k", "q_offsets": "q"}
@@ -115,7 +115,7 @@ def test_rows_that_fit_a_split_keep_their_bits(monkeypatch: pytest.MonkeyPatch) 
     """Weight gradients of unsplit rows keep their bits beside a row that is split; the split row's are close."""
     inputs = guarded_inputs(small("personalized_ffn", lengths=(64, 200, 0, 65, 9)), torch.float32)
     whole = results("personalized_ffn", inputs)
-    monkeypatch.setattr(long_rows, "TOKENS", 64)
+    monkeypatch.setattr(splits, "SPLIT_TOKENS", 64)
     split = results("personalized_ffn", inputs)
     for name in ("dweight", "dbias"):
         assert torch.equal(split[name][[0, 2, 4]], whole[name][[0, 2, 4]]), name

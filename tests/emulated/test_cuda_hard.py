@@ -16,7 +16,7 @@ from torch import Tensor
 
 import interformer_kernels as ik
 from interformer_kernels import testing
-from interformer_kernels._launch import long_rows
+from interformer_kernels._launch import splits
 from interformer_kernels.testing import Case, offsets_of
 from interformer_kernels.testing.budget import Errors, judge, measure
 
@@ -49,7 +49,7 @@ def test_a_value_that_is_not_finite_stays_in_its_row_and_head(
     """In tiles, warps and blocks that rows and heads share, and in splits of rows."""
     if split < 1024 and case.op == "jagged_attention":
         pytest.skip("packed queries are never split")
-    monkeypatch.setattr(long_rows, "SPLIT", split)
+    monkeypatch.setattr(splits, "SPLIT_KV", split)
     inputs = testing.make_inputs(case, dtype)
     planted = [plant for plant in testing.plants(inputs) if plant.value in ("nan", "-inf")]
     assert not testing.check_planted(case, "cuda", inputs, planted[:: 3 if max(case.lengths) < 40 else 5])

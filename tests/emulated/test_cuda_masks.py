@@ -13,7 +13,7 @@ from grid import case_ids
 from guards import guarded_inputs
 
 from interformer_kernels import _C, reference, testing
-from interformer_kernels._launch import long_rows
+from interformer_kernels._launch import splits
 from interformer_kernels.testing import Case
 
 ONE = {"heads": 2, "kv_heads": 1, "head_size": 8, "value_size": 8}
@@ -35,7 +35,7 @@ def test_a_masked_key_has_no_weight(
     for direction in ("forward", "backward"):
         monkeypatch.setattr(_C, f"cuda_attention_{direction}", getattr(emulated, f"sigmoid_attention_{direction}"))
     monkeypatch.setitem(reference.ACTIVATIONS, "identity", torch.sigmoid)
-    monkeypatch.setattr(long_rows, "SPLIT", 64)
+    monkeypatch.setattr(splits, "SPLIT_KV", 64)
     rows = testing.compare(case, "cuda", dtype, make=guarded_inputs)
     assert rows
     assert not [row for row in rows if not row.ok]

@@ -13,14 +13,14 @@ from guards import guarded_inputs
 from noisy_cases import ASKED, FEW
 
 from interformer_kernels import testing
-from interformer_kernels._launch import long_rows
+from interformer_kernels._launch import splits
 from interformer_kernels.testing import Case
 
 
 @pytest.mark.parametrize("case", ASKED, ids=case_ids(ASKED))
 def test_float32_keeps_the_budget(case: Case, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "chunks" in case.name:
-        monkeypatch.setattr(long_rows, "SPLIT", 64)
+    if "splits" in case.name:
+        monkeypatch.setattr(splits, "SPLIT_KV", 64)
     emulated.configure(0, True, noise=True)
     rows = testing.compare(case, "cuda", torch.float32, make=guarded_inputs, most_draws=most_draws(4))
     assert rows

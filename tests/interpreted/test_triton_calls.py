@@ -63,10 +63,10 @@ def test_offsets_of_any_content(op: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("op", ["pma_pooling", "gated_cross_attention"])
 def test_disordered_offsets_of_split_rows(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same where long rows are split: partials are written before they are combined."""
-    from interformer_kernels._launch import long_rows
+    from interformer_kernels._launch import splits
 
     ik.set_validation("off")
-    monkeypatch.setattr(long_rows, "SPLIT", 32)
+    monkeypatch.setattr(splits, "SPLIT_KV", 32)
     inputs = guarded_inputs(Case(op, "", lengths=(90, 3, 40), tail=0, heads=2, kv_heads=2), torch.float32)
     name = "kv_offsets" if op == "gated_cross_attention" else "offsets"
     for disordered in ([70, 2, 1000, -5], [0, 100, 5, 120], [3, 130, 90, 133]):

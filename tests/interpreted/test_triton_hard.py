@@ -15,7 +15,7 @@ from torch import Tensor
 from triton_calls import results
 
 from interformer_kernels import testing
-from interformer_kernels._launch import long_rows
+from interformer_kernels._launch import splits
 from interformer_kernels.testing import Case, offsets_of
 
 # Numpy warns of the interpreter's infinities.
@@ -103,7 +103,7 @@ def test_what_is_not_finite_stays_where_it_belongs(i: int, name: str, monkeypatc
 
     Only masks hide such values: where PyTorch's result is NaN, ours is not finite either.
     """
-    monkeypatch.setattr(long_rows, "SPLIT", 32)
+    monkeypatch.setattr(splits, "SPLIT_KV", 32)
     index = PUT.index((i, name))
     for dtype in DTYPES if EVERY else (DTYPES[index % 3],):
         inputs, clean = _base(i, dtype)
@@ -152,7 +152,7 @@ def _of_ones(lengths: tuple[int, ...], value: float, dtype: torch.dtype, **given
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_mean_is_no_larger_than_its_values(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights sum to 1: a mean of the largest number is that number, in short rows, long ones, packs and splits."""
-    monkeypatch.setattr(long_rows, "SPLIT", 32)
+    monkeypatch.setattr(splits, "SPLIT_KV", 32)
     largest = torch.finfo(dtype).max
     inputs = _of_ones((1, 4, 100), largest, dtype)
     seeds, offsets = inputs["q"][:2], inputs["offsets"]

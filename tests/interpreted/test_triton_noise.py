@@ -16,14 +16,14 @@ from noisy_cases import ASKED, FEW
 from triton_calls import results
 
 from interformer_kernels import testing
-from interformer_kernels._launch import long_rows
+from interformer_kernels._launch import splits
 from interformer_kernels.testing import Case
 
 
 @pytest.mark.parametrize("case", ASKED, ids=case_ids(ASKED))
 def test_float32_keeps_the_budget(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "chunks" in case.name:
-        monkeypatch.setattr(long_rows, "SPLIT", 64)
+    if "splits" in case.name:
+        monkeypatch.setattr(splits, "SPLIT_KV", 64)
     put_noise(monkeypatch)
     rows = testing.compare(case, "triton", torch.float32, make=guarded_inputs, most_draws=most_draws(4))
     assert rows

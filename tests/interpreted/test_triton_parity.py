@@ -17,7 +17,7 @@ from guards import guarded_inputs
 from triton_calls import results
 
 from interformer_kernels import testing
-from interformer_kernels._launch import long_rows
+from interformer_kernels._launch import splits
 from interformer_kernels._triton import _run
 from interformer_kernels.testing import Case
 
@@ -157,7 +157,7 @@ def test_a_row_does_not_see_the_others(op: str, dtype: torch.dtype, monkeypatch:
 
     The gradient of the seeds is a sum over rows and not compared.
     """
-    monkeypatch.setattr(long_rows, "SPLIT", 64)
+    monkeypatch.setattr(splits, "SPLIT_KV", 64)
     lengths = (40, 7, 0, 12, 70, 1)
     extra = {"rope": 6} if op == "apply_rotary" else {}
     inputs = guarded_inputs(Case(op, "", lengths=lengths, tail=0, heads=2, kv_heads=2, **extra), dtype)
@@ -180,7 +180,7 @@ def test_long_rows_are_split(op: str, score: str, dtype: torch.dtype, monkeypatc
     case = Case(op, "", lengths=lengths, heads=2, kv_heads=2, gate="full", residual=True, options=options)
     inputs = guarded_inputs(case, dtype)
     whole = results(op, inputs)
-    monkeypatch.setattr(long_rows, "SPLIT", 64)
+    monkeypatch.setattr(splits, "SPLIT_KV", 64)
     split = results(op, inputs)
     short = [b for b, length in enumerate(lengths) if length <= 64]
     for quantity in ("out", "dq"):

@@ -21,17 +21,7 @@ from interformer_kernels import _backend
 from interformer_kernels._cli.tables import print_table
 
 # Kernels without products of tiles. All others use tensor cores for those, except in exact float32.
-WITHOUT_PRODUCTS = frozenset(
-    {
-        "rotate_rows",
-        "merge_pieces",
-        "add_pieces",
-        "add_shares",
-        "join_weight_gradients",
-        "epilogue_gradients",
-        "list_long_rows",
-    }
-)
+WITHOUT_PRODUCTS = frozenset({"rotate_rows", "combine_partials", "epilogue_gradients", "list_long_rows"})
 MOST_REGISTERS = 255
 
 
