@@ -36,8 +36,10 @@ TARGET_READY := build/target/ready
 TARGET_BIN := $(TARGET)/venv/bin
 TARGET_PYTEST = OMP_WAIT_POLICY=passive $(TARGET_BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
 # What the Python side of the GPU backends, and the native module, have tests of.
-TARGET_TESTS := $(addprefix tests/test_,any_rows.py autograd.py backend.py cuda_resources.py errors.py gpu_commands.py \
-    meta.py native.py native_arguments.py option_kinds.py registration.py tf32_switch.py traced_gradients.py)
+TARGET_TESTS := tests/ops/test_any_rows.py tests/ops/test_autograd.py tests/ops/test_backend.py \
+    tests/gpu/test_cuda_resources.py tests/ops/test_errors.py tests/gpu/test_gpu_commands.py tests/ops/test_meta.py \
+    tests/cpu/test_native.py tests/cpu/test_native_arguments.py tests/ops/test_option_kinds.py \
+    tests/ops/test_registration.py tests/gpu/test_tf32_switch.py tests/ops/test_traced_gradients.py
 FAKE_GPU := INTERFORMER_FAKE_GPU=1 TRITON_DEFAULT_FP_FUSION=1
 
 # Random calls of each kind that `make fuzz` makes.
@@ -113,7 +115,7 @@ $(TARGET_READY): tests/requirements-target.txt tools/stub_cuda_libraries.py
 # In processes of their own: Triton has one driver for good.
 target-test: $(READY) $(TARGET_READY)
 	$(FAKE_GPU) $(PYTEST) tests/target $(ARGS)
-	$(FAKE_GPU) $(TARGET_PYTEST) tests/target tests/test_tf32_switch.py $(ARGS)
+	$(FAKE_GPU) $(TARGET_PYTEST) tests/target tests/gpu/test_tf32_switch.py $(ARGS)
 
 # The package as it is installed there, its CUDA part for one device, and tests that need no data and no other library.
 target-native-test: $(TARGET_READY)
@@ -144,7 +146,7 @@ gpu-rehearsal: $(READY)
 
 # Other calls each time; a failing one is printed, and tried first by the next run.
 fuzz: $(READY)
-	EXAMPLES=$(EXAMPLES) $(FUZZ) tests/test_properties.py -k cpu $(ARGS)
+	EXAMPLES=$(EXAMPLES) $(FUZZ) tests/ops/test_properties.py -k cpu $(ARGS)
 	EXAMPLES=$(SLOW_EXAMPLES) PATH="$(CURDIR)/$(BIN):$$PATH" INTERFORMER_EMULATE=1 \
 	    $(FUZZ) tests/emulated/test_cuda_properties.py $(ARGS)
 	EXAMPLES=$(SLOW_EXAMPLES) TRITON_INTERPRET=1 $(FUZZ) tests/interpreted/test_triton_properties.py $(ARGS)
@@ -187,7 +189,7 @@ wide-test: $(READY)
 	    --no-deps --target $(WIDE)/site .
 	cp -r tests pyproject.toml $(WIDE)/run
 	cd $(WIDE)/run && INTERFORMER_CPU_LEVEL=wide PYTHONPATH=$(WIDE)/site $(PYTEST) -k 'not reference' \
-	    tests/test_parity.py tests/test_cpu_kernels.py tests/test_cpu_determinism.py
+	    tests/ops/test_parity.py tests/cpu/test_cpu_kernels.py tests/cpu/test_cpu_determinism.py
 
 bench: $(READY)
 	$(BIN)/python -m interformer_bench $(data_option) --out bench/out $(ARGS)

@@ -35,6 +35,6 @@ tests() {  # a report bypasses pytest's capture and stops the process
 cd "$work/site"  # first on Python's path, before the checkout
 "$python" -c "import torch, interformer_kernels._C as m; assert m.__file__.startswith('$work'), m.__file__"
 # The test that counts threads is left out, since the sanitizers' runtime has threads of its own.
-tests "$root"/tests/test_native*.py "$root"/tests/test_cpu_*.py -k "not take_threads" "$@"
-EXAMPLES=${EXAMPLES:-300} tests "$root/tests/test_properties.py" -k cpu --hypothesis-profile fuzz
+tests "$root/tests/cpu" -k "not take_threads" "$@"
+EXAMPLES=${EXAMPLES:-300} tests "$root/tests/ops/test_properties.py" -k cpu --hypothesis-profile fuzz
 echo "no report of the sanitizers"

@@ -12,7 +12,7 @@ import pytest
 
 from interformer_kernels import _backend
 
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 from resources import cuda_kernels
 from resources.cuda_kernels import Usage

@@ -19,7 +19,7 @@ from interformer_kernels import testing
 from interformer_kernels._cli import parity
 from interformer_kernels.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Small enough for a test: one op, one dtype.
 SMALL = ["--op", "personalized_ffn", "--dtype", "float32"]
 

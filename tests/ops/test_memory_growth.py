@@ -91,7 +91,7 @@ def _run(case: Case, half: str, inputs: dict[str, Any]) -> object:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_memory_grows_with_the_length(threads: int) -> None:
     """And no faster: what is beyond 1x, 2x and 4x the length is the same for each token, and bounded."""
-    paths = [str(Path(__file__).parent), *sys.path]
+    paths = [str(Path(__file__).parents[1]), *sys.path]
     script = f"import torch, test_memory_growth; torch.set_num_threads({threads}); test_memory_growth.child()"
     done = subprocess.run(
         [sys.executable, "-c", script],

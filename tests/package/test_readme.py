@@ -10,7 +10,7 @@ import pytest
 import torch
 from interformer_bench.result_tables import read_results
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 USAGE = (ROOT / "docs/usage.md").read_text(encoding="utf-8")
 SNIPPETS = {

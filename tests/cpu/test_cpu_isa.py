@@ -19,14 +19,14 @@ from interformer_kernels.testing import make_inputs
 
 _C = pytest.importorskip("interformer_kernels._C", exc_type=ImportError)
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_size": 16, "value_size": 16}
 
 
 def python(script: str, isa: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a script in a fresh process that finds the tests' own modules, with a forced instruction set."""
     environment = {name: x for name, x in os.environ.items() if name != "INTERFORMER_CPU_LEVEL"}
-    paths = [str(Path(__file__).parent), *sys.path]
+    paths = [str(Path(__file__).parents[1]), *sys.path]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if isa is not None:
         environment["INTERFORMER_CPU_LEVEL"] = isa

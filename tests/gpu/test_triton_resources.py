@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
 # At least one entry of each kernel, dtype and device; the widest heads where a kernel is closest to its limits.
 PART = (

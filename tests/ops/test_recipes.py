@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 # Code under this mark uses the names of the code before it.
 FENCE = re.compile(r"^(<!-- continued -->\n)?```python\n(.*?)^```", re.DOTALL | re.MULTILINE)

@@ -14,7 +14,7 @@ def real_data(folder: str, file: str) -> Path:
     `INTERFORMER_DATA` names that directory, or one with `folder` in it.
     """
     named = os.environ.get("INTERFORMER_DATA")
-    directory = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    directory = Path(named) if named else Path(__file__).resolve().parents[3] / "shared" / "data"
     for place in (directory / folder, directory):
         if list(place.glob(file)):
             return place
