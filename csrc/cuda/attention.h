@@ -11,7 +11,8 @@
 namespace interformer {
 namespace cuda {
 
-constexpr int kMaxChannels = 256;  // channels of a head
+constexpr int kMaxChannels = 256;        // channels of a head
+constexpr int64_t kSchedulerSize = 258;  // int64 numbers of memory, of any content, that a tile scheduler needs
 
 // Memory for the partials of split rows: rows of more keys than `split_kv` (a multiple of 32), where queries are not
 // packed. All float32.

@@ -140,15 +140,15 @@ inline int clamped(int64_t limit) {
 // smaller, so that no sum overflows whose scaled value is finite. float16 takes less of it, since small probabilities
 // lose digits as operands.
 template <typename T>
-double inner_part(double post_scale) {
+double inner_part(double factor) {
     constexpr double min = std::is_same_v<T, Float16> ? 1.0 / 64 : 0.0;
-    const double size = std::abs(post_scale);
-    return size > 1.0 ? 1.0 : size < min ? min : post_scale;
+    const double size = std::abs(factor);
+    return size > 1.0 ? 1.0 : size < min ? min : factor;
 }
 template <typename T>
-double outer_part(double post_scale) {
-    const double inner = inner_part<T>(post_scale);
-    return inner == post_scale ? 1.0 : post_scale / inner;
+double outer_part(double factor) {
+    const double inner = inner_part<T>(factor);
+    return inner == factor ? 1.0 : factor / inner;
 }
 
 // Whether `scale` multiplies gradients of scores before they are summed up, for the same reason.

@@ -12,7 +12,6 @@
 #include "cuda/apply_rotary.h"
 #include "cuda/attention.h"
 #include "cuda/personalized_ffn.h"
-#include "cuda/tile_scheduler.cuh"
 
 namespace interformer {
 namespace cuda {

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "cuda/attention.h"
 #include "cuda/rows.cuh"
 #include "cuda/stream.h"
 
@@ -20,7 +21,7 @@ namespace interformer {
 namespace cuda {
 
 constexpr int kProbes = 256;
-constexpr int64_t kSchedulerSize = kProbes + 2;  // int64 numbers of memory, of any content, that a scheduler needs
+static_assert(kSchedulerSize == kProbes + 2, "a counter, and the tiles before each probe and of all");
 
 // Rows that a launch cuts into tiles: `per_token` packed rows to a token.
 struct TiledRows {

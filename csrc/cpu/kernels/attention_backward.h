@@ -286,8 +286,8 @@ class AttentionBackward {
                 add_gate_gradient(row.template at<A>(p_.grad_gate, r));
         }
         if (!p_.score.softmax && p_.post_scale != 1) {
-            const A post_scale = static_cast<A>(p_.post_scale);
-            for (int64_t c = 0; c < channels; ++c) work_.grad_out[c] *= post_scale;
+            const A factor = static_cast<A>(p_.post_scale);
+            for (int64_t c = 0; c < channels; ++c) work_.grad_out[c] *= factor;
         }
         narrow(work_.grad_out, channels, grad_attn_out);
         fill(grad_attn_out + channels, sizes_.value_stride - channels, S{});
