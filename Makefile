@@ -35,7 +35,7 @@ TARGET := $(CURDIR)/build/target
 TARGET_READY := build/target/ready
 TARGET_BIN := $(TARGET)/venv/bin
 TARGET_PYTEST = OMP_WAIT_POLICY=passive $(TARGET_BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
-# What the Python side of the GPU backends, and the native module, have tests of.
+# Tests of the Python side of the GPU backends and of the native module.
 TARGET_TESTS := tests/ops/test_any_rows.py tests/ops/test_autograd.py tests/ops/test_backend.py \
     tests/gpu/test_cuda_resources.py tests/ops/test_errors.py tests/gpu/test_gpu_commands.py tests/ops/test_meta.py \
     tests/cpu/test_native.py tests/cpu/test_native_arguments.py tests/ops/test_option_kinds.py \

@@ -66,7 +66,7 @@ class CMakeBuild(build_ext):
                     self.copy_file(str(built), str(here))
 
     def get_outputs(self) -> list[str]:
-        """What was built: the module, or the file that stands in for it."""
+        """The module that was built, or the file that stands in for it."""
         outputs = map(Path, super().get_outputs())
         return [str(output if output.exists() else stand_in(output)) for output in outputs]
 

@@ -32,7 +32,7 @@ over_values = _by_turns([case for op in testing.OPS for case in testing.hard_val
 
 
 def planted_problems(backend: str, case: Case, dtype: torch.dtype) -> list[str]:
-    """What is wrong where one value stands in one place."""
+    """The faults that one value in one place causes."""
     inputs = testing.make_inputs(case, dtype)
     plants = list(testing.plants(inputs))
     chosen = plants if EVERY else [plant for plant in plants if plant.value == "nan"][1::4]

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/scalar_maps.h"
+#include "common/activation_names.h"
 #include "cuda/acc_tile.cuh"
 #include "cuda/maps.cuh"
 

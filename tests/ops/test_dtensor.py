@@ -131,7 +131,7 @@ class Shared:
 
 
 def same_as_one_process(what: What, case: Case) -> str:
-    """What differs from one process, or why it does not run; empty where all is well."""
+    """The differences from one process, or the reason why it does not run; empty where all is well."""
     inputs = testing.make_inputs(case, torch.float32)
     wanted = testing.evaluate(lambda: testing.call(case.op, inputs, None), case.op, inputs)
     shared, found = Shared(what, case), {}
@@ -162,7 +162,7 @@ def name_of(what: What, case: Case) -> str:
 
 
 def failure_of(check: Callable[[], None]) -> str:
-    """What goes wrong; empty where nothing does."""
+    """The faults that were found; empty where there are none."""
     try:
         check()
     except Exception:
@@ -315,7 +315,7 @@ def refused_calls() -> dict[str, tuple[Callable[[], Any], str]]:
 
 
 def refusals() -> dict[str, str]:
-    """What is said of each refused call."""
+    """The message of each refused call."""
     said = {}
     for name, (run, _) in refused_calls().items():
         try:
@@ -334,7 +334,7 @@ WORKS = (on_a_line, layer_in_parallel, compiled_in_parallel, refusals, wanted_re
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of `WORKS` returns in each of the processes."""
+    """The results of each of `WORKS` in each of the processes."""
     return run_together(WORKS, tmp_path_factory.mktemp("together"))
 
 

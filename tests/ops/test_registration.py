@@ -1,4 +1,4 @@
-"""What the compiler and PyTorch's tools see: schemas, fakes, opcheck, torch.compile, FLOP counts."""
+"""The ops as the compiler and PyTorch's tools see them: schemas, fakes, opcheck, torch.compile, FLOP counts."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_a_residual_broadcasts(op: str, backend: str) -> None:
 
 
 def test_learned_queries_as_residual() -> None:
-    """What Set Transformer adds: the seeds themselves, whose gradients come from both places."""
+    """Set Transformer adds the seeds themselves, whose gradients come from both places."""
     seeds = SEEDS.clone().requires_grad_()
     found = ik.pma_pooling(seeds, K, V, OFFSETS, residual=seeds)
     wanted = ik.pma_pooling(seeds, K, V, OFFSETS) + seeds

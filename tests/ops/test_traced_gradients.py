@@ -61,7 +61,7 @@ FACTOR = torch.tensor(1.5)
 
 
 def gradients(module: Any, call: Call, factor: Tensor = FACTOR) -> dict[str, Tensor]:
-    """Of every parameter, by the name of the input."""
+    """A gradient of every parameter, by the name of the input."""
     parameters = {name.split(".")[-1]: value for name, value in module.named_parameters()}
     assert parameters.keys() == set(call.names)
     found = torch.autograd.grad(module(factor), list(parameters.values()), call.grad_out)
@@ -88,7 +88,7 @@ def test_an_exported_program_trains_as_its_module(case: Case, strict: bool, tmp_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @over_cases
 def test_a_program_traced_without_gradients_has_them(case: Case, dtype: torch.dtype) -> None:
-    """What the backward reads was not asked to be kept there."""
+    """A tensor that the backward reads was not asked to be kept there."""
     call = Call(case, dtype=dtype)
     wanted = gradients(call, call)
     with torch.no_grad():

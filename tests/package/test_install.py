@@ -19,7 +19,7 @@ NO_COMPILER = {"CXX": "/nonexistent/c++"}
 
 
 def python(script: str, cwd: Path | None = None, **environment: str) -> str:
-    """What a fresh interpreter prints; it sees only what is installed, or this checkout where no `cwd` is given."""
+    """The output of a fresh interpreter; it sees only what is installed, or this checkout where no `cwd` is given."""
     path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"} if cwd is None else {}
     done = subprocess.run(
         [sys.executable, "-c", script],
