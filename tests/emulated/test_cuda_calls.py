@@ -13,7 +13,7 @@ from cuda_calls import SERVED, results
 from gpu_tools import inside
 from grid import case_ids
 from guards import guarded, guarded_inputs
-from test_registration import recorded_calls
+from recorded import recorded_calls
 
 import interformer_kernels as ik
 from interformer_kernels import _C, _backend, testing

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gpu_tools import inside
 from guards import guarded, guarded_inputs
-from test_registration import _jagged, recorded_calls
+from recorded import all_ops_at_once, recorded_calls
 from triton_calls import results
 
 import interformer_kernels as ik
@@ -110,13 +110,13 @@ def test_compile_without_a_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
     _on_triton(monkeypatch)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(_jagged, fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(all_ops_at_once, fullgraph=True, dynamic=True, backend=counter)
     # The first sizes differ from all others in sight: the compiler takes equal sizes for one symbol.
     frames = []
     for lengths in ((5, 6), (7, 2, 9)):
         x = torch.randn(sum(lengths), 8, requires_grad=True)
         arguments = torch.randn(8, 8), offsets_of(lengths), testing.rotary_tables(64, 4)
-        values = [run(x, *arguments) for run in (_jagged, compiled)]
+        values = [run(x, *arguments) for run in (all_ops_at_once, compiled)]
         grads = [torch.autograd.grad(value, x)[0] for value in values]
         torch.testing.assert_close(values[1], values[0])
         torch.testing.assert_close(grads[1], grads[0])

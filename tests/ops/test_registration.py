@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from grid import ALL_CASES, backends, case_ids
+from recorded import Recorder, all_ops_at_once, recorded_calls
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,28 +27,6 @@ OPCHECKED = [case for op in testing.OPS for case in testing.cases(op) if case.na
     "jagged queries", "mask causal", "rotary on some channels, positions", "halves", "interleaved, rope",
     "gelu, bias, residual",
 }]  # fmt: skip
-
-
-class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-    """Keeps the arguments with which the registered ops are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "interformer_kernels":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
-def recorded_calls(case: Case, backend: str, dtype: torch.dtype = torch.float32) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The forward and backward op calls that the case makes."""
-    inputs = testing.make_inputs(case, dtype)
-    with _Recorder() as recorder:
-        testing.evaluate(lambda: testing.call(case.op, inputs, backend), case.op, inputs)
-    assert len(recorder.calls) == 2
-    return [(func, tuple(x.detach() if isinstance(x, Tensor) else x for x in args)) for func, args in recorder.calls]
 
 
 def on_backends(cases: list[Case]) -> pytest.MarkDecorator:
@@ -142,7 +121,7 @@ def test_a_profiler_sees_both_halves() -> None:
 
 
 def test_a_dispatch_mode_sees_both_halves() -> None:
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         _pooled_and_back()
     assert [str(func) for func, _ in recorder.calls] == [
         "interformer_kernels.attention_fwd.default",
@@ -170,17 +149,6 @@ def test_a_tracer_sees_the_forward() -> None:
 # ---------------------------------------------------------------- torch.compile
 
 
-def _jagged(x: Tensor, weight: Tensor, offsets: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """All five ops in one function of packed tokens `x [T, 8]`."""
-    heads = x.unflatten(1, (2, 4))
-    y = ik.jagged_attention(heads, heads, heads, offsets, causal=True, rope=rope, gate=heads, residual=heads)
-    z = ik.apply_rotary(heads, offsets, rope)
-    pooled = ik.pma_pooling(heads[:0].new_ones(2, 2, 4), z, None, offsets)
-    crossed = ik.gated_cross_attention(pooled, y, heads, offsets, gate=pooled)
-    ffn = ik.personalized_ffn(y.flatten(1), weight.expand(offsets.shape[0] - 1, 8, 8), offsets, activation="silu")
-    return crossed.sum() + ffn.square().sum()
-
-
 INDUCTOR = pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
 
 
@@ -188,7 +156,7 @@ INDUCTOR = pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout
 def test_compile_fullgraph_dynamic_without_recompiles(backend: str) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
-    compiled = torch.compile(_jagged, fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(all_ops_at_once, fullgraph=True, dynamic=True, backend=counter)
     rope = testing.rotary_tables(64, 4)
     weight = torch.randn(8, 8, requires_grad=True)
     frames = []
@@ -196,7 +164,7 @@ def test_compile_fullgraph_dynamic_without_recompiles(backend: str) -> None:
     for lengths in ((5, 6), (7, 2, 9), (4, 4, 4, 4), (11, 2), (30, 1, 5, 2, 8), (3, 0, 2)):
         x = torch.randn(sum(lengths), 8, requires_grad=True)
         offsets = offsets_of(lengths)
-        wanted = torch.autograd.grad(_jagged(x, weight, offsets, rope), (x, weight))
+        wanted = torch.autograd.grad(all_ops_at_once(x, weight, offsets, rope), (x, weight))
         found = torch.autograd.grad(compiled(x, weight, offsets, rope), (x, weight))
         torch.testing.assert_close(found, wanted)
         frames.append(counter.frame_count)
