@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from gpu_tools import inside
 from guards import guarded, guarded_inputs
 from recorded import all_ops_at_once, recorded_calls
