@@ -94,10 +94,9 @@ class OpSpec:
         residual: bool = True,
     ) -> None:
         self.name, self.call, self.out, self.saved, self.has_residual = name, call, out, saved, residual
-        self.reference, self.validate, self.reads_attn_out, self.empty_saved = (
-            reference, validate, reads_attn_out, empty_saved,
-        )  # fmt: skip
+        self.reference, self.validate = reference, validate
         self.flops, self.backward_over_forward = flops, backward_over_forward
+        self.empty_saved, self.reads_attn_out = empty_saved, reads_attn_out
         self.fields = _fields(call)
         self.names = tuple(field.name for field in self.fields)
         self.keeps_attn_out = "attn_out" in saved
@@ -168,8 +167,8 @@ class OpSpec:
         """Channels of the widest head of an op that attends; 0 for others."""
         if "k" not in self.names:
             return 0
-        channels = int(call.k.shape[2])
-        return channels if call.v is None else max(channels, int(call.v.shape[2]))
+        channels: int = call.k.shape[2]  # maybe symbolic
+        return channels if call.v is None else max(channels, call.v.shape[2])
 
     def axes(self, name: str, layout: str) -> str:
         """Axes of a floating field of a call of this layout."""
