@@ -18,13 +18,12 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 from interformer_kernels import reference
-from interformer_kernels.ops._spec import Call
+from interformer_kernels.ops._spec import PLAIN_TENSORS, Call
 
 if TYPE_CHECKING:
     from interformer_kernels.ops._registered import RegisteredOp
 
 OPS: dict[str, RegisteredOp] = {}
-_PLAIN = (Tensor, torch.nn.Parameter)
 LIBRARY = torch.library.Library("interformer_kernels", "DEF")
 
 
@@ -85,7 +84,7 @@ def _are_plain(args: Sequence[Any]) -> bool:
     for x in args:
         # A loop: a generator would double the time.
         if isinstance(x, Tensor) and (
-            type(x) not in _PLAIN or x.is_neg() or not (x.is_cpu or x.is_cuda) or is_functorch_wrapped_tensor(x)
+            type(x) not in PLAIN_TENSORS or x.is_neg() or not (x.is_cpu or x.is_cuda) or is_functorch_wrapped_tensor(x)
         ):
             return False
     return True
@@ -273,14 +272,14 @@ def register(op: RegisteredOp) -> None:
 
 def _forward_kernel(op: RegisteredOp, args: tuple[Any, ...]) -> Any:
     """A program that was traced without gradients in mind did not ask for A: it is kept here, and not returned."""
-    spec = op.spec
-    refuse_tangents(args[-2], args)
+    spec, public = op.spec, args[-2]
+    refuse_tangents(public, args)
     if not wants_gradients(args):
         return _below(op.forward_op, args)
     call, others = spec.forward_call(args)
     for name, x in zip(spec.names, call, strict=True):
         if isinstance(x, Tensor) and x.requires_grad and name not in spec.gradients:
-            raise ValueError(f"{args[-2]}: {name} must not require gradients, which it does not get; detach it")
+            raise ValueError(f"{public}: {name} must not require gradients, which it does not get; detach it")
     asked = others.get("keep_attn_out", True)
     if not asked:
         others["keep_attn_out"] = spec.reads_attn_out(others["op"], others["backend"], call)
@@ -297,13 +296,14 @@ def _forward_kernel(op: RegisteredOp, args: tuple[Any, ...]) -> Any:
 
 def _backward_kernel(op: RegisteredOp, args: tuple[Any, ...]) -> Any:
     """Gradients that are to be differentiated again come from the reference."""
-    spec = op.spec
-    refuse_tangents(args[-2], args)
+    spec, public = op.spec, args[-2]
+    refuse_tangents(public, args)
     if not wants_gradients(args):
         return _below(op.backward_op, args)
     call, others = spec.backward_call(args)
     if is_fake(others["grad_out"]):
-        raise NotImplementedError(f"{args[-2]}: second derivatives cannot be compiled; take them in eager mode")
+        # A compiled graph has no lengths of rows, which the reference's gradients need.
+        raise NotImplementedError(f"{public}: second derivatives cannot be compiled; take them in eager mode")
     leaves = {name: _leaf(x) for name in spec.gradients if (x := getattr(call, name)) is not None}
     grads = op.reference_gradients(call._replace(**leaves), others["grad_out"], tuple(leaves), create_graph=True)
     return op.gradient_outputs(call, grads)

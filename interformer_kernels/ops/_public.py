@@ -10,9 +10,7 @@ from torch import Tensor
 
 from interformer_kernels import _checks as checks
 from interformer_kernels._calls import AtLeast, Finite, Offsets, OneOf, Values
-from interformer_kernels.ops._spec import Field, OpSpec
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+from interformer_kernels.ops._spec import PLAIN_TENSORS, Field, OpSpec
 
 ALL: dict[str, PublicOp] = {}  # every public function of a registered op, by its name
 
@@ -177,7 +175,7 @@ class PublicOp:
 
 
 def _is_plain(x: Any) -> bool:
-    return type(x) in _PLAIN and x.layout is torch.strided and not x.is_nested
+    return type(x) in PLAIN_TENSORS and x.layout is torch.strided and not x.is_nested
 
 
 def _alternatives(forms: list[str]) -> str:

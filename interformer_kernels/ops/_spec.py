@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from interformer_kernels._calls import Broadcast, Values
 from interformer_kernels.ops._compiling import any_number
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Call = Any  # one of the named tuples of `_calls.py`
 
+PLAIN_TENSORS = (Tensor, Parameter)  # not a subclass that means something else by its operations
 _SCHEMA_TYPES = {Tensor: "Tensor", float: "float", int: "SymInt", bool: "bool", str: "str"}
 
 
