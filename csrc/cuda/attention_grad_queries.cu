@@ -83,14 +83,9 @@ __device__ void accumulate_row(const QueryArguments<T>& g, const TileGroup& grou
     for (int half = 0; half < 2; ++half)
         stats[half] = g.query_stats(queries, rows[lane_index() / 4 + half * 8], keys.count);
 
-    for_each_tile(
-        group, tiles, g.plan.stages,
-        [&](int tile, int stage) { cp_async_keys(p, memory, group.threads, keys, kv_head, tile, stage); },
-        [&](int tile, int stage) {
-            if (!warp_tiles.contains(tile)) return;
-            typename Tiles::Scores s, d;
-            multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], p.channels);
-            multiply_rows(d, memory.stationary[1], memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], p.value_channels);
+    for_each_key_tile(
+        p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head,
+        [&](typename Tiles::Scores& s, typename Tiles::Scores& d, int tile, int stage) {
             scores_backward(
                 p.variant, s, d, memory.scratch, [&](int half, int) -> const QueryStats& { return stats[half]; },
                 [&](int half, int column) { return stats[half].key_range.contains(tile * Tiles::kStreamed + column); });

@@ -84,14 +84,9 @@ __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
     }
 
     StatsSums sums;
-    for_each_tile(
-        group, tiles, g.plan.stages,
-        [&](int tile, int stage) { cp_async_keys(p, memory, group.threads, keys, kv_head, tile, stage); },
-        [&](int tile, int stage) {
-            if (!warp_tiles.contains(tile)) return;
-            typename Tiles::Scores s, d;
-            multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], p.channels);
-            multiply_rows(d, memory.stationary[1], memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], p.value_channels);
+    for_each_key_tile(
+        p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head,
+        [&](typename Tiles::Scores& s, typename Tiles::Scores& d, int tile, int) {
             // With a delta of 0, the gradients of the scores are P * dP.
             softmax_backward(
                 p.variant, s, d, 1.0f, [&](int half, int) -> const QueryStats& { return stats[half]; },

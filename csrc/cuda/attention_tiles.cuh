@@ -184,5 +184,23 @@ __device__ inline void cp_async_keys(const AttentionProblem<T>& p, const Attenti
     cp_async_commit();
 }
 
+// For each tile of keys that a warp's queries see, the products of its scores and of dA with the values:
+// `use(scores, d_probs, tile, stage)`. Queries and dA are the stationary tiles.
+template <typename T, int WIDTH, typename Use>
+__device__ inline void for_each_key_tile(const AttentionProblem<T>& p, const TileGroup& group,
+                                         const AttentionMemory<T, WIDTH>& memory, int stages, const TileRange& tiles,
+                                         const TileRange& warp_tiles, const Keys& keys, int kv_head, Use&& use) {
+    for_each_tile(
+        group, tiles, stages,
+        [&](int tile, int stage) { cp_async_keys(p, memory, group.threads, keys, kv_head, tile, stage); },
+        [&](int tile, int stage) {
+            if (!warp_tiles.contains(tile)) return;
+            typename AttentionTiles<T, WIDTH>::Scores s, d;
+            multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], p.channels);
+            multiply_rows(d, memory.stationary[1], memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], p.value_channels);
+            use(s, d, tile, stage);
+        });
+}
+
 }  // namespace cuda
 }  // namespace interformer
