@@ -88,21 +88,21 @@ class AttentionCall(NamedTuple):
     q_offsets: Annotated[Tensor | None, Offsets("q")]
     kv_offsets: Annotated[Tensor, Offsets("k")]
     gate: Annotated[Tensor | None, Broadcast()]
+    gate_form: Annotated[str, OneOf(GATE_FORMS)]
+    gate_activation: Annotated[str, OneOf(GATE_ACTIVATIONS)]
     scale: float
     score: Annotated[str, OneOf(SCORES)]
     post_scale: Annotated[float, Finite()]
-    gate_form: Annotated[str, OneOf(GATE_FORMS)]
-    gate_activation: Annotated[str, OneOf(GATE_ACTIVATIONS)]
+    causal: bool = False
+    window_left: Annotated[int, AtLeast(-1)] = -1
+    window_right: Annotated[int, AtLeast(-1)] = -1
+    num_prefix: Annotated[int, AtLeast(0)] = 0
     skip_prefix: Annotated[int, AtLeast(0)] = 0
     cos: Annotated[Tensor | None, Table()] = None
     sin: Annotated[Tensor | None, Table()] = None
     positions_q: Annotated[Tensor | None, Positions("Tq")] = None
     positions_k: Annotated[Tensor | None, Positions("Tk")] = None
     rope_interleaved: bool = False
-    causal: bool = False
-    window_left: Annotated[int, AtLeast(-1)] = -1
-    window_right: Annotated[int, AtLeast(-1)] = -1
-    num_prefix: Annotated[int, AtLeast(0)] = 0
 
     @property
     def self_attention(self) -> bool:

@@ -43,7 +43,7 @@ def calls(kernel: str, width: int, dtype: torch.dtype, device: str) -> Call:
             return lambda: personalized_ffn.forward(ffn, None)
         return lambda: personalized_ffn.backward(ffn, x)
     q, k, v = (random(tokens, _HEADS, width) for _ in range(3))
-    call = AttentionCall("packed", q, k, v, None, offsets, None, width**-0.5, "softmax", 1.0, "multiply", "sigmoid")
+    call = AttentionCall("packed", q, k, v, None, offsets, None, "multiply", "sigmoid", width**-0.5, "softmax", 1.0)
 
     def forward(keep_attn_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         return attention.forward(call, None, keep_attn_out)

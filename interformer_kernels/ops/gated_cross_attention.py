@@ -86,7 +86,7 @@ def gated_cross_attention(
     """
     layout = "dense" if q_offsets is None else "packed"
     call = AttentionCall(
-        layout, q, k, v, q_offsets, kv_offsets, gate, 1.0, score, post_scale, gate_form, gate_activation
+        layout, q, k, v, q_offsets, kv_offsets, gate, gate_form, gate_activation, 1.0, score, post_scale
     )
     call, residual = OP.checked(call, residual)
     return attend(OP, call, residual, scale, return_lse, backend)

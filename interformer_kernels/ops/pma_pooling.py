@@ -87,7 +87,9 @@ def pma_pooling(
 
     Source: Set Transformer (Lee et al., 2019), section 3.2; InterFormer (arXiv 2411.09852), section 4.3.
     """
-    maps = score, post_scale, gate_form, gate_activation
-    call = AttentionCall("shared", seeds, k, v, None, offsets, gate, 1.0, *maps, skip_prefix=skip_prefix)
+    call = AttentionCall(
+        "shared", seeds, k, v, None, offsets, gate, gate_form, gate_activation, 1.0, score, post_scale,
+        skip_prefix=skip_prefix,
+    )  # fmt: skip
     call, residual = OP.checked(call, residual)
     return attend(OP, call, residual, scale, return_lse, backend)

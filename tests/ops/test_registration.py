@@ -221,8 +221,8 @@ class Call(torch.nn.Module):
 run = {
     "public": Call,
     "bare": lambda: lambda q, offsets: torch.ops.interformer_kernels.attention_fwd(
-        "shared", q[:1], q, q, None, offsets, None, 1.0, "softmax", 1.0, "multiply", "sigmoid",
-        0, None, None, None, None, False, False, -1, -1, 0, None, False, "pma_pooling", "reference",
+        "shared", q[:1], q, q, None, offsets, None, "multiply", "sigmoid", 1.0, "softmax", 1.0,
+        False, -1, -1, 0, 0, None, None, None, None, False, None, False, "pma_pooling", "reference",
     ),
     "compiled": lambda: torch.compile(Call(), backend="eager"),
     "exported": lambda: torch.export.export(Call(), (q, offsets)).module(),

@@ -82,7 +82,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-_MAPS = (0.125, "softmax", 1.0, "multiply", "sigmoid")
+_MAPS = ("multiply", "sigmoid", 0.125, "softmax", 1.0)
 
 
 def _jagged(width: int, dtype: torch.dtype) -> None:
@@ -107,7 +107,7 @@ def _crossed(width: int, dtype: torch.dtype) -> None:
     """32 dense queries, the score silu, gated."""
     q, k = _meta(128, 32, 4, width, dtype=dtype), _meta(4096, 4, width, dtype=dtype)
     offsets = _meta(129, dtype=torch.int64)
-    options = 0.125, "silu", 0.5, "self", "tanh"
+    options = "self", "tanh", 0.125, "silu", 0.5
     call = AttentionCall("dense", q, k, k, None, offsets, q, *options)
     out, lse, attn_out = attention.forward(call, q, True)
     attention.backward(call, out, attn_out, lse)
