@@ -73,6 +73,13 @@ class Finite:
     """A finite number."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A finite number; None, before a call is checked, is one over the square root of an axis."""
+
+    axis: str
+
+
 class AttentionCall(NamedTuple):
     """Attention of the queries of each row over the keys of the same row; the three public ops differ by `layout`.
 
@@ -87,12 +94,12 @@ class AttentionCall(NamedTuple):
     v: Annotated[Tensor | None, Values("Tk Hk Dv")]
     q_offsets: Annotated[Tensor | None, Offsets("q")]
     kv_offsets: Annotated[Tensor, Offsets("k")]
-    gate: Annotated[Tensor | None, Broadcast()]
-    gate_form: Annotated[str, OneOf(GATE_FORMS)]
-    gate_activation: Annotated[str, OneOf(GATE_ACTIVATIONS)]
-    scale: float
-    score: Annotated[str, OneOf(SCORES)]
-    post_scale: Annotated[float, Finite()]
+    gate: Annotated[Tensor | None, Broadcast()] = None
+    gate_form: Annotated[str, OneOf(GATE_FORMS)] = "multiply"
+    gate_activation: Annotated[str, OneOf(GATE_ACTIVATIONS)] = "sigmoid"
+    scale: Annotated[float, Scale("D")] = 1.0
+    score: Annotated[str, OneOf(SCORES)] = "softmax"
+    post_scale: Annotated[float, Finite()] = 1.0
     causal: bool = False
     window_left: Annotated[int, AtLeast(-1)] = -1
     window_right: Annotated[int, AtLeast(-1)] = -1
@@ -103,6 +110,11 @@ class AttentionCall(NamedTuple):
     positions_q: Annotated[Tensor | None, Positions("Tq")] = None
     positions_k: Annotated[Tensor | None, Positions("Tk")] = None
     rope_interleaved: bool = False
+
+    @property
+    def scales_sum(self) -> bool:
+        """Whether the weighted sum of values is multiplied by another number than 1, as no mean is."""
+        return self.score != "softmax" and self.post_scale != 1
 
     @property
     def self_attention(self) -> bool:

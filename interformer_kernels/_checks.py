@@ -263,11 +263,6 @@ def check_rope(op: str, rope: object, head_size: int, device: torch.device) -> t
     return cos, sin
 
 
-def default_scale(op: str, scale: object, head_size: int) -> float:
-    """`scale`, or `1/sqrt(D)` where it is None."""
-    return head_size**-0.5 if scale is None else check_number(op, "scale", scale)
-
-
 def check_lse(op: str, score: str, return_lse: object) -> bool:
     """Whether the log-sum-exp is asked, which only a softmax has."""
     asked = check_bool(op, "return_lse", return_lse)

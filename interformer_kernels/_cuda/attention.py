@@ -115,7 +115,6 @@ def backward(
     """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
     q, k, v, gate, shape = call.q, call.k, call.v, call.gate, call.out_shape()
     softmax, shared = call.score == "softmax", call.layout == "shared"
-    scaled = not softmax and call.post_scale != 1
     row_groups, key_shards = splits.row_groups(call) if shared else (1, 1)
     split_kv = splits.split_kv(call) if softmax or not shared else 0
     grad_q_shape = (row_groups * key_shards, *q.shape) if shared else q.shape
@@ -134,7 +133,7 @@ def backward(
         lse=lse if softmax else None,
         delta=torch.empty_like(lse) if softmax else None,
         inv_row_sum=torch.empty_like(lse) if softmax else None,
-        grad_attn_out=k.new_empty(shape) if gate is not None or scaled else None,
+        grad_attn_out=k.new_empty(shape) if gate is not None or call.scales_sum else None,
         gate_block=_GATE_BLOCK if over_tokens else 1,
         key_shards=key_shards,
         split_kv=split_kv,

@@ -1,4 +1,4 @@
-"""The declaration of attention, which three public ops share, and the end of their way to it."""
+"""The declaration of attention, which three public ops share."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def _validate(op: PublicOp, call: AttentionCall) -> None:
             checks.check_positions_content(op.name, named, positions, rows, table_rows)
         elif offsets is not None:
             checks.check_rows_fit_tables(op.name, op.offsets_name(call, name), offsets, table_rows)
+
+
+def _check_options(op: PublicOp, call: AttentionCall) -> None:
+    if call.score == "softmax" and call.post_scale != 1:
+        raise ValueError(f'{op.name}: post_scale must be 1 with score="softmax", found {call.post_scale}')
 
 
 def _empty_saved(call: AttentionCall, out: Tensor, keep_attn_out: bool) -> tuple[Tensor, Tensor]:
@@ -89,20 +94,9 @@ ATTENTION = OpSpec(
     validate=_validate,
     flops=_flops,
     backward_over_forward=2.5,  # five matrix products against two: scores again, dV, dP, dQ, dK
+    check_options=_check_options,
     saved=("lse", "attn_out"),
     empty_saved=_empty_saved,
     reads_attn_out=_backward_reads_attn_out,
 )
-_registered = RegisteredOp(ATTENTION)
-
-
-def attend(
-    op: PublicOp, call: AttentionCall, residual: Tensor | None, scale: object, return_lse: object, backend: object
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The output of a call whose tensors and masks are checked, and `lse` if asked."""
-    with_lse = checks.check_lse(op.name, call.score, return_lse)
-    if call.score == "softmax" and call.post_scale != 1:
-        raise ValueError(f'{op.name}: post_scale must be 1 with score="softmax", found {call.post_scale}')
-    call = call._replace(scale=checks.default_scale(op.name, scale, call.k.shape[2]))
-    out, lse, _ = _registered(op, call, residual, checks.backend_name(op.name, backend), shows_lse=with_lse)
-    return (out, lse) if with_lse else out
+registered = RegisteredOp(ATTENTION)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _checks as checks
-from interformer_kernels._calls import AtLeast, Finite, Offsets, OneOf, Values
+from interformer_kernels._calls import AtLeast, Finite, Offsets, OneOf, Scale, Values
 from interformer_kernels.ops._spec import PLAIN_TENSORS, Field, OpSpec
 
 ALL: dict[str, PublicOp] = {}  # every public function of a registered op, by its name
@@ -70,7 +70,7 @@ class PublicOp:
         checked = [
             field
             for field in self.spec.fields
-            if isinstance(field.note, (OneOf, AtLeast, Finite)) or field.type is bool
+            if isinstance(field.note, (OneOf, AtLeast, Finite, Scale)) or field.type is bool
         ]
         self.options = [field for field in checked if self.named(field.name) in parameters]
 
@@ -94,7 +94,9 @@ class PublicOp:
         gate = getattr(call, "gate", None)
         if gate is not None:
             checks.check_broadcasts(self.name, "gate", gate, shape)
-        return self._with_options(call), checks.check_residual(self.name, residual, shape)
+        call = self._with_options(call, sizes)
+        self.spec.check_options(self, call)
+        return call, checks.check_residual(self.name, residual, shape)
 
     def _check_offsets(self, call: Any) -> None:
         device, rows, first = getattr(call, self.lead).device, None, ""
@@ -147,7 +149,7 @@ class PublicOp:
                 axes.sizes["Tk"] = axes["Tq"]
         return axes.sizes
 
-    def _with_options(self, call: Any) -> Any:
+    def _with_options(self, call: Any, sizes: Mapping[str, int]) -> Any:
         changed = {}
         for field in self.options:
             value, name, note = getattr(call, field.name), self.named(field.name), field.note
@@ -156,7 +158,9 @@ class PublicOp:
                 continue
             if field.type is bool:
                 checked: Any = checks.check_bool(self.name, name, value)
-            elif isinstance(note, Finite):
+            elif isinstance(note, Scale) and value is None:
+                checked = sizes[note.axis] ** -0.5
+            elif isinstance(note, (Finite, Scale)):
                 checked = checks.check_number(self.name, name, value)
             else:
                 checked = checks.check_count(self.name, name, value, note.bound)

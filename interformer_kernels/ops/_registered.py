@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _backend
+from interformer_kernels import _checks as checks
 from interformer_kernels._launch.tensors import accumulation_dtype
 from interformer_kernels.ops import _autograd as autograd
 from interformer_kernels.ops import _flops
@@ -121,9 +122,16 @@ class RegisteredOp:
     # -------------------------------------------------------- the differentiable call
 
     def __call__(
-        self, public: PublicOp, call: Call, residual: Tensor | None, backend: str, shows_lse: bool = False
+        self, public: PublicOp, call: Call, residual: Tensor | None, backend: object, return_lse: object = False
     ) -> Any:
-        """Run the op on a checked call; the graph is recorded where gradients are wanted."""
+        """The output of a checked call, and `lse` if asked; the graph is recorded where gradients are wanted."""
+        with_lse = return_lse is not False and checks.check_lse(public.name, call.score, return_lse)
+        outputs = self._outputs(public, call, residual, checks.backend_name(public.name, backend), with_lse)
+        if with_lse:
+            return outputs[:2]
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+    def _outputs(self, public: PublicOp, call: Call, residual: Tensor | None, backend: str, shows_lse: bool) -> Any:
         spec = self.spec
         inputs = spec.inputs(call)
         if spec.has_residual:
@@ -141,8 +149,7 @@ class RegisteredOp:
         autograd.refuse_tangents(public.name, args)
         if not with_gradients:
             return autograd.run(self.forward_op, self.run_forward, args)
-        outputs = autograd.join(self, shows_lse, args, inputs)
-        return outputs if spec.saved else outputs[0]
+        return autograd.join(self, shows_lse, args, inputs)
 
 
 @contextlib.contextmanager

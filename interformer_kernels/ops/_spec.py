@@ -72,6 +72,7 @@ class OpSpec:
         out: axes of the output, by layout where the layouts differ.
         reference: `reference(call, residual)`, or `reference(call)` without one, in eager PyTorch.
         validate: `validate(public, call)` checks the contents of index tensors.
+        check_options: `check_options(public, call)` checks options against one another.
         flops: floating-point operations of the forward of a call.
         backward_over_forward: those of the backward, in multiples of the forward's.
         saved: further outputs, which the backward reads.
@@ -90,13 +91,14 @@ class OpSpec:
         validate: Callable[[PublicOp, Call], None],
         flops: Callable[[Call], int],
         backward_over_forward: float,
+        check_options: Callable[[PublicOp, Call], None] = lambda public, call: None,
         saved: tuple[str, ...] = (),
         empty_saved: Callable[[Call, Tensor, bool], tuple[Tensor, ...]] = lambda call, out, keep: (),
         reads_attn_out: Callable[[str, str, Call], bool] = lambda name, backend, call: False,
         residual: bool = True,
     ) -> None:
         self.name, self.call, self.out, self.saved, self.has_residual = name, call, out, saved, residual
-        self.reference, self.validate = reference, validate
+        self.reference, self.validate, self.check_options = reference, validate, check_options
         self.flops, self.backward_over_forward = flops, backward_over_forward
         self.empty_saved, self.reads_attn_out = empty_saved, reads_attn_out
         self.fields = _fields(call)

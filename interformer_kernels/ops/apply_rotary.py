@@ -91,5 +91,5 @@ def apply_rotary(
     if positions is not None:
         axes = checks.Axes(OP.name, T=call.x.shape[0])
         axes.bind("positions", checks.check_index(OP.name, "positions", positions, call.x.device), ("T",))
-    out: Tensor = _registered(OP, call, None, checks.backend_name(OP.name, backend))
+    out: Tensor = _registered(OP, call, None, backend)
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from interformer_kernels._calls import AttentionCall
-from interformer_kernels.ops._attention import ATTENTION, attend
+from interformer_kernels.ops._attention import ATTENTION, registered
 from interformer_kernels.ops._public import PublicOp
 from interformer_kernels.ops._sharding import over_shards
 
@@ -59,8 +59,8 @@ def gated_cross_attention(
         residual: added to the result; anything that broadcasts to it, as the gate does.
         scale: factor of the scores; None is ``1/sqrt(D)``.
         score: ``"softmax"``, or ``"identity"``, ``"relu"``, ``"silu"``, ``"gelu"`` (by erf): then
-            ``A = post_scale * sum_t act(scale * <q, k_t>) v_t``.
-        post_scale: factor of the sum for the scores other than softmax.
+            ``A = c * sum_t act(scale * <q, k_t>) v_t``.
+        post_scale: the factor ``c``; 1 with softmax.
         return_lse: also return the log-sum-exp of each query's scores (softmax only); it has no gradient
             yet, and a backward that would need one raises an error: use ``lse.detach()``.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None takes the fastest that can serve.
@@ -85,8 +85,8 @@ def gated_cross_attention(
     (arXiv 2602.10016).
     """
     layout = "dense" if q_offsets is None else "packed"
-    call = AttentionCall(
-        layout, q, k, v, q_offsets, kv_offsets, gate, gate_form, gate_activation, 1.0, score, post_scale
-    )
+    maps = gate_form, gate_activation, scale, score, post_scale  # the check below makes a scale of None a number
+    call = AttentionCall(layout, q, k, v, q_offsets, kv_offsets, gate, *maps)  # type: ignore[arg-type]
     call, residual = OP.checked(call, residual)
-    return attend(OP, call, residual, scale, return_lse, backend)
+    out: Tensor | tuple[Tensor, Tensor] = registered(OP, call, residual, backend, return_lse)
+    return out

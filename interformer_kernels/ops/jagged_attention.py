@@ -6,7 +6,7 @@ from torch import Tensor
 
 from interformer_kernels import _checks as checks
 from interformer_kernels._calls import AttentionCall
-from interformer_kernels.ops._attention import ATTENTION, attend
+from interformer_kernels.ops._attention import ATTENTION, registered
 from interformer_kernels.ops._public import PublicOp
 from interformer_kernels.ops._sharding import over_shards
 
@@ -80,8 +80,8 @@ def jagged_attention(
             ``kv_offsets``; None is the index in the row. Positions outside ``[0, P)`` are an error where contents are
             validated, and clamped elsewhere.
         score: ``"softmax"``, or ``"identity"``, ``"relu"``, ``"silu"``, ``"gelu"`` (by erf): then
-            ``A_i = post_scale * sum_j act(scale * <q_i, k_j>) v_j``.
-        post_scale: factor of the sum for the scores other than softmax.
+            ``A_i = c * sum_j act(scale * <q_i, k_j>) v_j``.
+        post_scale: the factor ``c``; 1 with softmax.
         gate: anything that broadcasts to the output ``[Tq, H, Dv]``; its gradient is summed over the broadcast axes.
         gate_form: ``"multiply"``: ``G = A * act(gate)``; ``"self"``: ``G = act(A * gate)`` (InterFormer's equation 10).
         gate_activation: ``"sigmoid"``, ``"tanh"``, ``"silu"`` or ``"identity"``.
@@ -111,23 +111,9 @@ def jagged_attention(
     """
     checks.check_index_kind(OP.name, "offsets", offsets)
     q_offsets, kv_offsets = (None, offsets) if kv_offsets is None else (offsets, kv_offsets)
-    call = AttentionCall(
-        "packed",
-        q,
-        k,
-        v,
-        q_offsets,
-        kv_offsets,
-        gate,
-        gate_form,
-        gate_activation,
-        1.0,
-        score,
-        post_scale,
-        rope_interleaved=rope_interleaved,
-        causal=causal,
-        num_prefix=num_prefix,
-    )
+    maps = gate_form, gate_activation, scale, score, post_scale  # the check below makes a scale of None a number
+    others = {"causal": causal, "num_prefix": num_prefix, "rope_interleaved": rope_interleaved}
+    call = AttentionCall("packed", q, k, v, q_offsets, kv_offsets, gate, *maps, **others)  # type: ignore[arg-type]
     call, residual = OP.checked(call, residual)
     left, right = checks.check_window(OP.name, window)
     cos, sin = (None, None) if rope is None else checks.check_rope(OP.name, rope, q.shape[2], q.device)
@@ -135,7 +121,8 @@ def jagged_attention(
     call = call._replace(
         cos=cos, sin=sin, positions_q=positions_q, positions_k=positions_k, window_left=left, window_right=right
     )
-    return attend(OP, call, residual, scale, return_lse, backend)
+    out: Tensor | tuple[Tensor, Tensor] = registered(OP, call, residual, backend, return_lse)
+    return out
 
 
 def _rope_positions(given: object, call: AttentionCall, has_rope: bool) -> tuple[Tensor | None, Tensor | None]:

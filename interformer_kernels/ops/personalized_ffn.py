@@ -84,5 +84,5 @@ def personalized_ffn(
     Source: InterFormer (arXiv 2411.09852), equation 8.
     """
     call, residual = OP.checked(FfnCall(x, weight, offsets, bias, activation), residual)
-    out: Tensor = _registered(OP, call, residual, checks.backend_name(OP.name, backend))
+    out: Tensor = _registered(OP, call, residual, backend)
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from interformer_kernels._calls import AttentionCall
-from interformer_kernels.ops._attention import ATTENTION, attend
+from interformer_kernels.ops._attention import ATTENTION, registered
 from interformer_kernels.ops._public import PublicOp
 from interformer_kernels.ops._sharding import over_shards
 
@@ -60,8 +60,8 @@ def pma_pooling(
         scale: factor of the scores; None is ``1/sqrt(D)``.
         skip_prefix: leave out the first ``n`` tokens of each row (its CLS tokens, say).
         score: ``"softmax"``, or ``"identity"``, ``"relu"``, ``"silu"``, ``"gelu"`` (by erf): then
-            ``A = post_scale * sum_t act(scale * <s, k_t>) v_t``.
-        post_scale: factor of the sum for the scores other than softmax.
+            ``A = c * sum_t act(scale * <s, k_t>) v_t``.
+        post_scale: the factor ``c``; 1 with softmax.
         gate: anything that broadcasts to the output ``[B, M, H, Dv]``; its gradient is summed over the broadcast axes.
         gate_form: ``"multiply"``: ``G = A * act(gate)``; ``"self"``: ``G = act(A * gate)`` (InterFormer's equation 10).
         gate_activation: ``"sigmoid"``, ``"tanh"``, ``"silu"`` or ``"identity"``.
@@ -87,9 +87,8 @@ def pma_pooling(
 
     Source: Set Transformer (Lee et al., 2019), section 3.2; InterFormer (arXiv 2411.09852), section 4.3.
     """
-    call = AttentionCall(
-        "shared", seeds, k, v, None, offsets, gate, gate_form, gate_activation, 1.0, score, post_scale,
-        skip_prefix=skip_prefix,
-    )  # fmt: skip
+    maps = gate_form, gate_activation, scale, score, post_scale  # the check below makes a scale of None a number
+    call = AttentionCall("shared", seeds, k, v, None, offsets, gate, *maps, skip_prefix=skip_prefix)  # type: ignore[arg-type]
     call, residual = OP.checked(call, residual)
-    return attend(OP, call, residual, scale, return_lse, backend)
+    out: Tensor | tuple[Tensor, Tensor] = registered(OP, call, residual, backend, return_lse)
+    return out

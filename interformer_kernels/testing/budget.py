@@ -84,9 +84,7 @@ def call_eager(op: str, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | Non
 
 
 def _attention_call(op: str, inputs: Mapping[str, Any]) -> AttentionCall:
-    given: dict[str, Any] = {"v": None, "gate": None, "score": "softmax", "post_scale": 1.0, **inputs}
-    given = {"gate_form": "multiply", "gate_activation": "sigmoid", "q_offsets": None, "kv_offsets": None, **given}
-    given["layout"] = "packed"
+    given: dict[str, Any] = {"layout": "packed", "v": None, "q_offsets": None, "kv_offsets": None, **inputs}
     if op == "pma_pooling":
         given.update(layout="shared", q=given["seeds"], kv_offsets=given["offsets"])
     elif op == "gated_cross_attention":

@@ -40,6 +40,10 @@ _LENGTHS = (3, 0, 9, 1, 37)
 _SIZES: dict[str, Any] = {"lengths": _LENGTHS, "heads": 4, "kv_heads": 2, "head_size": 8, "value_size": 6}
 
 
+def _pointwise(score: str) -> dict[str, Any]:
+    return {"score": score, "post_scale": 0.125}
+
+
 def hard_cases(op: str) -> list[Case]:
     """The calls into which values are planted."""
     if op == "apply_rotary":
@@ -48,8 +52,10 @@ def hard_cases(op: str) -> list[Case]:
         options = {"activation": "gelu"}
         return [Case(op, "ffn", lengths=_LENGTHS, head_size=8, value_size=6, residual=True, options=options)]
     full: dict[str, Any] = {**_SIZES, "gate": "full", "residual": True}
-    silu = {"score": "silu", "post_scale": 0.125}
-    found = [Case(op, "gate and residual", **full), Case(op, "head gate, silu", **_SIZES, gate="head", options=silu)]
+    found = [
+        Case(op, "gate and residual", **full),
+        Case(op, "head gate, silu", **_SIZES, gate="head", options=_pointwise("silu")),
+    ]
     if op == "jagged_attention":
         found += [Case(op, "causal, window, prefix", **_SIZES, options={"window": (4, 0), "num_prefix": 1})]
         found += [Case(op, "cross", **_SIZES, query_lengths=(2, 3, 0, 20, 9), options={"causal": True})]
@@ -190,7 +196,7 @@ def _far_apart(inputs: Inputs) -> Inputs:
 
 
 _SOFTMAX: tuple[dict[str, Any], ...] = ({},)
-_ALL_SCORES = (*_SOFTMAX, *({"score": score, "post_scale": 0.125} for score in ("gelu", "silu")))
+_ALL_SCORES = (*_SOFTMAX, _pointwise("gelu"), _pointwise("silu"))
 _TANH, _SIGMOID, _SILU = ({"gate_activation": activation} for activation in ("tanh", "sigmoid", "silu"))
 _SELF: dict[str, Any] = {"gate_form": "self"}
 # By name: the change of a case's inputs, and the options that make it hard.
