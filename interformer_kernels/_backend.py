@@ -12,15 +12,6 @@ import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# The kernels behind each public op: a module in every backend's folder, with `forward(call, ...)` and
-# `backward(call, ...)`.
-_KERNELS = {
-    "apply_rotary": "apply_rotary",
-    "gated_cross_attention": "attention",
-    "jagged_attention": "attention",
-    "personalized_ffn": "personalized_ffn",
-    "pma_pooling": "attention",
-}
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
@@ -114,16 +105,19 @@ def choose(op: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> 
 
 
 @functools.cache
-def kernels(op: str, backend: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> ModuleType | None:
-    """The module whose `forward` and `backward` serve the call; None stands for the reference.
+def kernels(
+    module: str, op: str, backend: str, device_type: str, dtype: torch.dtype, channels: int = 0
+) -> ModuleType | None:
+    """The module of this name whose `forward` and `backward` serve the call; None stands for the reference.
 
-    `backend` is a name, which never falls back, or `""` for the fastest that can serve.
+    `backend` is a name, which never falls back, or `""` for the fastest that can serve. `op` is the public function's
+    name, for messages.
     """
     chosen = backend or choose(op, device_type, dtype, channels)
     reason = unsupported_reason(op, chosen, device_type, dtype, channels)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {chosen!r} cannot serve: {reason}")
-    return None if chosen == "reference" else importlib.import_module(f"interformer_kernels._{chosen}.{_KERNELS[op]}")
+    return None if chosen == "reference" else importlib.import_module(f"interformer_kernels._{chosen}.{module}")
 
 
 def report() -> dict[str, object]:

@@ -117,7 +117,8 @@ class RegisteredOp:
 
     def _kernels(self, public: PublicOp, call: Call, backend: str) -> Any:
         lead = self.spec.lead(call)
-        return _backend.kernels(public.name, backend, lead.device.type, lead.dtype, self.spec.channels(call))
+        name, channels = self.spec.name, self.spec.channels(call)
+        return _backend.kernels(name, public.name, backend, lead.device.type, lead.dtype, channels)
 
     # -------------------------------------------------------- the differentiable call
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import interformer_kernels
 from interformer_kernels import _backend, testing
+from interformer_kernels.ops import _public
 from interformer_kernels.testing import Case, make_inputs, offsets_of
 
 pytest.importorskip("interformer_kernels._C", exc_type=ImportError)
@@ -97,7 +98,7 @@ def test_large_calls_take_threads_and_small_ones_none(case: Case, monkeypatch: p
 
         return counted
 
-    kernels = _backend.kernels(case.op, "cpu", "cpu", torch.float32)
+    kernels = _backend.kernels(_public.ALL[case.op].spec.name, case.op, "cpu", "cpu", torch.float32)
     for half in ("forward", "backward"):
         monkeypatch.setattr(kernels, half, counting(getattr(kernels, half)))
     for lengths, expected in ((MANY, [2, 2]), ((2, 1), [0, 0])):

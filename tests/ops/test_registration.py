@@ -69,11 +69,11 @@ def test_signatures_agree(op: str) -> None:
     expanded = {"rope": ["cos", "sin"], "window": ["window_left", "window_right"]}
     expanded["rope_positions"] = ["positions_q", "positions_k"]
     parameters = inspect.signature(getattr(ik, op)).parameters
-    found = {one for name in parameters for one in expanded.get(name, [name])} - {"return_lse", "backend", "residual"}
-    assert found <= set(map(public.named, spec.names)) | {"kv_offsets"}
+    named = {field for name in parameters for field in expanded.get(name, [name])}
+    assert named - {"return_lse", "backend", "residual"} <= set(map(public.named, spec.names)) | {"kv_offsets"}
     assert ("residual" in parameters) == spec.has_residual
     for backend in backends(op):
-        kernels = _backend.kernels(op, backend, "cpu", torch.float32)
+        kernels = _backend.kernels(spec.name, op, backend, "cpu", torch.float32)
         if kernels is not None:
             others = [name for name in ("residual", "keep_attn_out") if name in spec.forward_names]
             assert list(inspect.signature(kernels.forward).parameters) == ["call", *others]
