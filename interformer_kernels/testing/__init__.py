@@ -19,7 +19,6 @@ from interformer_kernels.testing.budget import (
     Run,
     Sums,
     call,
-    call_eager,
     cast_inputs,
     compare,
     differences,
@@ -28,36 +27,12 @@ from interformer_kernels.testing.budget import (
     measure,
     pooled,
 )
-from interformer_kernels.testing.grid import (
-    ALL_EMPTY,
-    MIXED,
-    NO_ROWS,
-    ONE_GIANT,
-    OPS,
-    TILE_EDGES,
-    Case,
-    cases,
-)
-from interformer_kernels.testing.hard import (
-    HARD_VALUES,
-    PLANTED,
-    Plant,
-    check_planted,
-    compare_hard,
-    hard_cases,
-    hard_value_cases,
-    held_tokens,
-    plants,
-)
-from interformer_kernels.testing.inputs import (
-    Numbers,
-    alone,
-    make_inputs,
-    offsets_of,
-    rotary_tables,
-    row_of,
-)
-from interformer_kernels.testing.reach import reach
+from interformer_kernels.testing.case import ALL_EMPTY, MIXED, NO_ROWS, ONE_GIANT, TILE_EDGES, Case
+from interformer_kernels.testing.draw import Numbers, offsets_of, rotary_tables
+from interformer_kernels.testing.hard import PLANTED, Plant, check_planted, compare_hard, held_tokens, plants
+from interformer_kernels.testing.hard_values import HARD_VALUES
+from interformer_kernels.testing.inputs import alone, make_inputs, row_of
+from interformer_kernels.testing.ops import OPS, call_eager, cases, hard_cases, hard_value_cases, reach
 
 __all__ = [
     "ALL_EMPTY",

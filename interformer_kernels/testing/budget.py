@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 import interformer_kernels
-from interformer_kernels import reference
-from interformer_kernels._calls import AttentionCall, FfnCall, RotaryCall
 from interformer_kernels.ops._public import ALL as PUBLIC_OPS
-from interformer_kernels.testing.grid import Case
+from interformer_kernels.testing.case import Case
 from interformer_kernels.testing.inputs import make_inputs
+from interformer_kernels.testing.ops import call_eager
 
 # Inputs that get gradients, by op; a call may leave some out.
 DIFFERENTIABLE = {name: tuple(map(op.named, op.spec.differentiable)) for name, op in PUBLIC_OPS.items()}
@@ -56,50 +55,12 @@ def _over(error: float, budget: float) -> float:
 def call(op: str, inputs: Mapping[str, Any], backend: str | None) -> tuple[Tensor, Tensor | None]:
     """The public function on these inputs: `(out, lse)`; `lse` is None where the op or score has none."""
     arguments = {name: x for name, x in inputs.items() if name != "grad_out"}
-    with_lse = op in ("jagged_attention", "pma_pooling", "gated_cross_attention") and (
-        arguments.get("score", "softmax") == "softmax"
-    )
+    with_lse = "lse" in PUBLIC_OPS[op].spec.saved and arguments.get("score", "softmax") == "softmax"
     function = getattr(interformer_kernels, op)
     if with_lse:
         out, lse = function(**arguments, return_lse=True, backend=backend)
         return out, lse
     return function(**arguments, backend=backend), None
-
-
-def call_eager(op: str, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The definition itself, in the dtype of the inputs: the float64 truth, or the eager yardstick of a dtype.
-
-    The call is put together here, without the op's own code, so that a fault there shows.
-    """
-    given = {"bias": None, "positions": None, "activation": "identity", "interleaved": False, **inputs}
-    residual = given.get("residual")
-    if op == "personalized_ffn":
-        return reference.personalized_ffn(FfnCall(*map(given.__getitem__, FfnCall._fields)), residual), None
-    if op == "apply_rotary":
-        given["cos"], given["sin"] = given["rope"]
-        return reference.apply_rotary(RotaryCall(*map(given.__getitem__, RotaryCall._fields))), None
-    call = _attention_call(op, inputs)
-    out, lse, _ = reference.attention(call, residual)
-    return out, lse if call.score == "softmax" else None
-
-
-def _attention_call(op: str, inputs: Mapping[str, Any]) -> AttentionCall:
-    given: dict[str, Any] = {"layout": "packed", "v": None, "q_offsets": None, "kv_offsets": None, **inputs}
-    if op == "pma_pooling":
-        given.update(layout="shared", q=given["seeds"], kv_offsets=given["offsets"])
-    elif op == "gated_cross_attention":
-        given["layout"] = "dense" if given["q_offsets"] is None else "packed"
-    elif given["kv_offsets"] is None:
-        given["kv_offsets"] = given["offsets"]
-    else:
-        given["q_offsets"] = given["offsets"]
-    if given.get("scale") is None:
-        given["scale"] = given["k"].shape[-1] ** -0.5
-    given["window_left"], given["window_right"] = given.get("window", (-1, -1))
-    given["cos"], given["sin"] = given.get("rope") or (None, None)
-    positions = given.get("rope_positions")
-    given["positions_q"], given["positions_k"] = positions if isinstance(positions, tuple) else (positions, positions)
-    return AttentionCall(**{name: given[name] for name in AttentionCall._fields if name in given})
 
 
 def evaluate(run: Callable[[], tuple[Tensor, Tensor | None]], op: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
