@@ -4,11 +4,16 @@ Tensors with their strides, and options that are compiled in, are NamedTuples. S
 integers: Triton specialises integers of tuples by value (1, multiples of 16), whatever `do_not_specialize` says, and
 would compile a kernel anew for them. Kernels put them into `Sizes` and `Variant` at once. They also make their tuples
 of tuples anew (`kv = KeysAndValues(kv.k, kv.v)`): Triton 3.6 would lose constants in them (strides of 1) at a branch.
+
+The variant of attention is `VariantInputs` and `VariantOptions`, which are made from a call here, and `Variant` and
+`Pairs`, which `_attention_variant.py` makes and reads. Kernels pass them on and know none of their fields but `seen`.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+from interformer_kernels._calls import AttentionCall
 
 # ---------------------------------------------------------------- tensors; `Any` is a tensor outside of kernels
 
@@ -92,11 +97,16 @@ class QuerySide(NamedTuple):
     delta: Any
 
 
-class Scales(NamedTuple):
-    """The factor of scores before their map, and of the mapped ones before the sum over keys."""
+class VariantInputs(NamedTuple):
+    """Numbers and tensors that scores are mapped and masked by: fields of the call, of the same names."""
 
     scale: Any
     post_scale: Any
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> VariantInputs:
+        """The fields of a call."""
+        return cls(*(getattr(call, name) for name in cls._fields))
 
 
 # ---------------------------------------------------------------- compiled in
@@ -113,6 +123,11 @@ class VariantOptions(NamedTuple):
     left: bool
     right: bool
     prefix: bool
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> VariantOptions:
+        """The options of a call; which limits of masks it has, but not how large they are."""
+        return cls(call.score, call.causal, call.window_left >= 0, call.window_right >= 0, call.num_prefix > 0)
 
 
 class GateOptions(NamedTuple):
@@ -180,13 +195,27 @@ class Sizes(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """Numbers that `_attention_variant.py` maps and masks scores by."""
+    """The inputs of the variant, and the limits of masks."""
 
-    scale: Any
-    post_scale: Any
+    inputs: VariantInputs
     left: Any
     right: Any
     prefix: Any
+
+
+class Pairs(NamedTuple):
+    """A tile of pairs of a query and a key, one for each score: the query's token in the row and its head, the key's
+    token in the row, the row's numbers of queries and keys, and whether the query sees the key.
+
+    All of them broadcast to the tile. Tiles of the backward of keys have keys as rows.
+    """
+
+    n: Any
+    j: Any
+    head: Any
+    queries: Any
+    keys: Any
+    seen: Any
 
 
 class RowTask(NamedTuple):

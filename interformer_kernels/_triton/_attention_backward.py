@@ -1,6 +1,6 @@
 """Backward of the attention kernels behind the epilogue: dQ, and dK with dV.
 
-With the probabilities P = softmax(S) or act(S), dA the gradient of A times post_scale, and dP = dA V':
+With the probabilities P = softmax(S) or act(S), dA the gradient of P V, and dP = dA V':
 
     dS = P * (dP - delta), delta = sum of dA * A over channels      (softmax; else act'(S) * dP)
     dQ = scale dS K,   dK = scale dS' Q,   dV = P' dA
@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from interformer_kernels._triton._arguments import KeysAndValues, QuerySide, RowTask, Sizes, Variant
+from interformer_kernels._triton._arguments import KeysAndValues, QuerySide, RowTask, Sizes
 from interformer_kernels._triton._attention_output import partial_index
 from interformer_kernels._triton._attention_tiles import (
     is_short,
@@ -34,10 +34,12 @@ from interformer_kernels._triton._attention_tiles import (
 )
 from interformer_kernels._triton._attention_variant import (
     key_tiles,
+    make_variant,
+    pairs_of,
+    pairs_where,
     query_tiles,
     remaining_scale,
     scores_to_probs,
-    visible,
 )
 from interformer_kernels._triton._maps import dot, narrow
 from interformer_kernels._triton._rows import find
@@ -83,7 +85,7 @@ def _is_large(lse):
 
 @triton.jit
 def _over_keys(
-    b_q, b_grad, query_stats, kv, i_pack, attempt, n, cell, tokens, task, i_shard, tiles_of_shard, variant,
+    b_q, b_grad, query_stats, kv, i_pack, attempt, n, cell, head, tokens, task, i_shard, tiles_of_shard, variant,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries from the keys of a row, or a shard of them, but for `remaining_scale`; or else the
@@ -103,19 +105,19 @@ def _over_keys(
     for step in range(0, before + stop - start):
         i_k = tl.where(step < before, step, start + step - before)
         j, o_h, b_k, b_v = load_keys(kv, i_pack, attempt, i_k, task, SHAPE)
-        m_seen = visible(n[:, None], j[None, :], task.count, task.keys, variant, VARIANT)
+        pairs = pairs_of(n[:, None], j[None, :], head[:, None], task.count, task.keys, variant, VARIANT)
         if SHAPE.pack > 1:
-            m_seen = m_seen & (cell[:, None] == o_h[None, :])
+            pairs = pairs_where(pairs, cell[:, None] == o_h[None, :])
         products = dot(b_q, tl.trans(b_k), PRECISION)
         d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
         probs, d_scores = scores_to_probs(
-            products, d_probs, m_seen, b_lse[:, None], b_sum[:, None], b_delta[:, None], variant, VARIANT, b_k.dtype
+            products, d_probs, pairs, b_lse[:, None], b_sum[:, None], b_delta[:, None], variant, VARIANT, b_k.dtype
         )
         if GRADIENT:
             acc += dot(narrow(d_scores, b_k.dtype), b_k, PRECISION)
         else:
             row_sum += tl.sum(probs, 1)
-            mean += tl.sum(tl.where(m_seen, probs * d_probs, 0.0), 1)
+            mean += tl.sum(tl.where(pairs.seen, probs * d_probs, 0.0), 1)
     return acc, row_sum, mean
 
 
@@ -150,7 +152,7 @@ def _over_rows(
         else:
             tiles_of_shard = tl.cdiv(tl.cdiv(keys * SHAPE.pack, SHAPE.block_k), key_shards)
         row_acc, row_sum, mean = _over_keys(
-            b_q, b_grad, query_stats, kv, i_pack, attempt, n, cell, tokens_of_tile(tile, task.count, SHAPE),
+            b_q, b_grad, query_stats, kv, i_pack, attempt, n, cell, head, tokens_of_tile(tile, task.count, SHAPE),
             RowTask(row, task.first, task.count, k_first, keys), i_shard, tiles_of_shard, variant,
             SHAPE, VARIANT, PASS.gradient,
         )  # fmt: skip
@@ -179,7 +181,7 @@ def _store_queries(to, p_head, m_q, acc, row_sum, mean, D: tl.constexpr, BLOCK_D
 @triton.jit(do_not_specialize=SIZES)
 def attention_grad_queries(
     side, kv, offsets, out, partials,
-    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, rows_of_group, key_shards, scales,
+    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, rows_of_group, key_shards, variant_inputs,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, PASS: tl.constexpr, SPLIT_KV: tl.constexpr,
 ):  # fmt: skip
     """A backward pass over one tile of queries: dQ, or statistics of the queries, see `GradPass`.
@@ -190,7 +192,7 @@ def attention_grad_queries(
     """
     HEADS: tl.constexpr = SHAPE.pack * SHAPE.q_per_kv
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = Variant(scales.scale, scales.post_scale, left, right, prefix)
+    variant = make_variant(variant_inputs, left, right, prefix)
     side = QuerySide(side.q, side.grad, side.lse, side.delta)
     kv = KeysAndValues(kv.k, kv.v)
     i_pack = tl.program_id(0) % SHAPE.packs
@@ -269,14 +271,15 @@ def _over_queries(
         b_grad = load_queries(side.grad, task.row, task.first, n, head, m_q, SHAPE.dv, SHAPE.block_dv, LAYOUT)
         p_head = (task.first + n) * (SHAPE.packs * HEADS) + head
         b_lse, b_sum, b_delta = _load_query_stats(side.lse, side.delta, p_head, m_q, VARIANT, FP32_SOFTMAX, True)
-        m_seen = visible(n[None, :], j[:, None], task.count, task.keys, variant, VARIANT)
-        m_seen = m_seen & (j >= 0)[:, None]  # [BLOCK_K, BLOCK_Q]
+        # [BLOCK_K, BLOCK_Q]
+        pairs = pairs_of(n[None, :], j[:, None], head[None, :], task.count, task.keys, variant, VARIANT)
+        pairs = pairs_where(pairs, (j >= 0)[:, None])
         if SHAPE.pack > 1:
-            m_seen = m_seen & (cell[None, :] == o_h[:, None])
+            pairs = pairs_where(pairs, cell[None, :] == o_h[:, None])
         products = dot(b_k, tl.trans(b_q), PRECISION)
         d_probs = dot(b_v, tl.trans(b_grad), PRECISION)
         probs, d_scores = scores_to_probs(
-            products, d_probs, m_seen, b_lse[None, :], b_sum[None, :], b_delta[None, :], variant, VARIANT, b_k.dtype
+            products, d_probs, pairs, b_lse[None, :], b_sum[None, :], b_delta[None, :], variant, VARIANT, b_k.dtype
         )
         if FP32_SOFTMAX:
             inv_row_sum = tl.div_rn(1.0, b_sum)[None, :]
@@ -289,13 +292,13 @@ def _over_queries(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_grad_keys(
-    side, kv, offsets, grad_k, grad_v, rows, q_tokens, k_tokens, queries, skip, left, right, prefix, scales,
+    side, kv, offsets, grad_k, grad_v, rows, q_tokens, k_tokens, queries, skip, left, right, prefix, variant_inputs,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys, from all queries that see them; zero on the tail and on skipped keys."""
     HEADS: tl.constexpr = SHAPE.pack * SHAPE.q_per_kv
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = Variant(scales.scale, scales.post_scale, left, right, prefix)
+    variant = make_variant(variant_inputs, left, right, prefix)
     side = QuerySide(side.q, side.grad, side.lse, side.delta)
     kv = KeysAndValues(kv.k, kv.v)
     i_pack = tl.program_id(0) % SHAPE.packs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from interformer_kernels._triton._arguments import Epilogue, KeysAndValues, Sizes, Variant
+from interformer_kernels._triton._arguments import Epilogue, KeysAndValues, Sizes
 from interformer_kernels._triton._attention_output import partial_index, store_outputs, store_partial
 from interformer_kernels._triton._attention_tiles import (
     load_keys,
@@ -16,13 +16,20 @@ from interformer_kernels._triton._attention_tiles import (
     rows_with_nan,
     tokens_of_tile,
 )
-from interformer_kernels._triton._attention_variant import key_tiles, online_softmax_update, sees_any_key, visible
+from interformer_kernels._triton._attention_variant import (
+    key_tiles,
+    make_variant,
+    online_softmax_update,
+    pairs_of,
+    pairs_where,
+    sees_any_key,
+)
 from interformer_kernels._triton._maps import dot, narrow
 
 
 @triton.jit
 def _over_keys(
-    b_q, kv, i_pack, attempt, n, cell, tile, task, i_split, variant,
+    b_q, kv, i_pack, attempt, n, cell, head, tile, task, i_split, variant,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, SPLIT_KV: tl.constexpr,
 ):  # fmt: skip
     """Accumulator, row maximum and row sum of a tile of queries over the keys that it sees."""
@@ -40,12 +47,12 @@ def _over_keys(
     for step in range(0, before + stop - start):
         i_k = tl.where(step < before, step, start + step - before)
         j, o_h, b_k, b_v = load_keys(kv, i_pack, attempt, i_k, task, SHAPE)
-        m_seen = visible(n[:, None], j[None, :], task.count, task.keys, variant, VARIANT)
+        pairs = pairs_of(n[:, None], j[None, :], head[:, None], task.count, task.keys, variant, VARIANT)
         if SHAPE.pack > 1:
-            m_seen = m_seen & (cell[:, None] == o_h[None, :])
+            pairs = pairs_where(pairs, cell[:, None] == o_h[None, :])
         products = dot(b_q, tl.trans(b_k), PRECISION)
         probs, alpha, row_max, row_sum = online_softmax_update(
-            products, m_seen, row_max, row_sum, task.keys, variant, VARIANT, b_v.dtype
+            products, pairs, row_max, row_sum, variant, VARIANT, b_v.dtype
         )
         acc = acc * alpha[:, None] + dot(narrow(probs, b_v.dtype), b_v, PRECISION)
     return acc, row_max, row_sum
@@ -53,7 +60,8 @@ def _over_keys(
 
 @triton.jit(do_not_specialize=["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "prefix"])
 def attention_forward(
-    q, kv, offsets, epilogue, outputs, partials, rows, q_tokens, k_tokens, queries, skip, left, right, prefix, scales,
+    q, kv, offsets, epilogue, outputs, partials,
+    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, variant_inputs,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, GATE: tl.constexpr, SPLIT_KV: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries over the keys that it sees.
@@ -65,7 +73,7 @@ def attention_forward(
     LAYOUT: tl.constexpr = SHAPE.layout
     HEADS: tl.constexpr = SHAPE.packs * SHAPE.pack * SHAPE.q_per_kv
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = Variant(scales.scale, scales.post_scale, left, right, prefix)
+    variant = make_variant(variant_inputs, left, right, prefix)
     kv = KeysAndValues(kv.k, kv.v)
     epilogue = Epilogue(epilogue.gate, epilogue.residual)
     i_pack = tl.program_id(0) % SHAPE.packs
@@ -81,7 +89,7 @@ def attention_forward(
             m_in = n < tl.where(task.row < rows, count, 0)  # [BLOCK_Q]
             b_q = load_queries(q, task.row, task.first, n, head, m_in, SHAPE.d, SHAPE.block_d, LAYOUT)
             acc, row_max, row_sum = _over_keys(
-                b_q, kv, i_pack, attempt, n, cell, tile, task, i_split, variant, SHAPE, VARIANT, SPLIT_KV
+                b_q, kv, i_pack, attempt, n, cell, head, tile, task, i_split, variant, SHAPE, VARIANT, SPLIT_KV
             )
             if SHAPE.pack > 1:
                 retry = retry | (tl.max(rows_with_nan(acc), 0) > 0)

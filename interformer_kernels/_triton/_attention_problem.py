@@ -18,9 +18,9 @@ from interformer_kernels._triton._arguments import (
     KeysAndValues,
     Offsets,
     QueryOperand,
-    Scales,
     Shape,
     ShortShape,
+    VariantInputs,
     VariantOptions,
 )
 from interformer_kernels._triton._rows import slots
@@ -55,6 +55,7 @@ class Problem:
         self.q_per_kv = self.heads // self.kv_heads
         self.width = max(padded(self.k.shape[2]), padded(self.v.shape[2]))
         self.pack = self._pack()
+        self.variant_inputs, self.variant_options = VariantInputs.of(call), VariantOptions.of(call)
         self.softmax = call.score == "softmax"
         self.fp32_softmax = self.softmax and k.dtype == torch.float32
 
@@ -136,9 +137,6 @@ class Problem:
         rows, _, k_tokens, queries, skip, *_ = self.sizes()
         return rows, k_tokens, queries, skip
 
-    def scales(self) -> Scales:
-        return Scales(self.call.scale, self.call.post_scale)
-
     def query_operand(self, x: Tensor) -> QueryOperand:
         """A tensor of the queries' or the output's layout."""
         return QueryOperand(x, *self._strides(x))
@@ -149,13 +147,6 @@ class Problem:
 
     def _strides(self, x: Tensor) -> tuple[int, int, int]:
         return (0, x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0), x.stride(1), x.stride(2))
-
-    def variant(self) -> VariantOptions:
-        """The map of scores, and which masks there are."""
-        call = self.call
-        return VariantOptions(
-            call.score, call.causal, call.window_left >= 0, call.window_right >= 0, call.num_prefix > 0
-        )
 
     def gate_options(self) -> GateOptions:
         return GateOptions(self.call.gate_form, self.call.gate_activation)

@@ -13,14 +13,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from interformer_kernels._triton._arguments import Epilogue, KeysAndValues, RowTask, Sizes, Variant
+from interformer_kernels._triton._arguments import Epilogue, KeysAndValues, RowTask, Sizes
 from interformer_kernels._triton._attention_output import store_outputs
 from interformer_kernels._triton._attention_tiles import of_attempt, rows_with_nan
 from interformer_kernels._triton._attention_variant import (
+    make_variant,
     online_softmax_update,
+    pairs_of,
+    pairs_under,
+    pairs_where,
     remaining_scale,
     sees_any_key,
-    visible,
     whole_row_to_probs,
 )
 from interformer_kernels._triton._maps import dot, narrow
@@ -62,23 +65,26 @@ def _store(x, p, m, values, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE: tl.constexpr, VARIANT: tl.constexpr):
-    """A program's lanes: the token of its row that each one is, the rows, their keys and values, and the mask."""
+    """A program's lanes: the token of its row that each one is, the rows, their keys and values, and the pairs of
+    queries and keys, under the first query head of the key/value head."""
     cell, n, task = _lanes(i, attempt, offsets, sizes, SHAPE.cell, SHAPE.block)
     b_k = _load(kv.k, task.k_first, n, i_head, task.keys, SHAPE.d, SHAPE.block_d)
     b_v = _load(kv.v, task.k_first, n, i_head, task.keys, SHAPE.dv, SHAPE.block_dv)
-    m_seen = visible(n[:, None], n[None, :], task.count[:, None], task.keys[:, None], variant, VARIANT)
-    return n, task, b_k, b_v, m_seen & (cell[:, None] == cell[None, :])
+    count = task.count[:, None]
+    keys = task.keys[:, None]
+    pairs = pairs_of(n[:, None], n[None, :], i_head * SHAPE.q_per_kv, count, keys, variant, VARIANT)
+    return n, task, b_k, b_v, pairs_where(pairs, cell[:, None] == cell[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_forward_short(
-    q, kv, offsets, epilogue, outputs, rows, q_tokens, k_tokens, left, right, prefix, scales,
+    q, kv, offsets, epilogue, outputs, rows, q_tokens, k_tokens, left, right, prefix, variant_inputs,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """Outputs of some short rows, of all query heads that share a key/value head."""
     PRECISION: tl.constexpr = SHAPE.precision
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
-    variant = Variant(scales.scale, scales.post_scale, left, right, prefix)
+    variant = make_variant(variant_inputs, left, right, prefix)
     kv = KeysAndValues(kv.k, kv.v)
     epilogue = Epilogue(epilogue.gate, epilogue.residual)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
@@ -86,7 +92,7 @@ def attention_forward_short(
     retry = tl.program_id(0) < 0
     for attempt in range(0, SHAPE.block // SHAPE.cell + 1):
         if retry | (attempt == 0):
-            n, task, b_k, b_v, m_seen = _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE, VARIANT)
+            n, task, b_k, b_v, pairs = _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE, VARIANT)
             any_key = sees_any_key(n, task.count, task.keys, variant, VARIANT)
             bad = tl.full([SHAPE.block], 0, tl.int32)
             for g in range(0, SHAPE.q_per_kv):
@@ -96,7 +102,7 @@ def attention_forward_short(
                 row_max = tl.full([SHAPE.block], float("-inf"), tl.float32)
                 row_sum = tl.full([SHAPE.block], 0.0, tl.float32)
                 probs, _, row_max, row_sum = online_softmax_update(
-                    products, m_seen, row_max, row_sum, task.keys[:, None], variant, VARIANT, b_v.dtype
+                    products, pairs_under(pairs, head), row_max, row_sum, variant, VARIANT, b_v.dtype
                 )
                 acc = dot(narrow(probs, b_v.dtype), b_v, PRECISION)
                 bad = bad | rows_with_nan(acc)
@@ -109,20 +115,21 @@ def attention_forward_short(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward_short(
-    q, kv, offsets, grad_attn_out, grad_q, grad_k, grad_v, rows, q_tokens, k_tokens, left, right, prefix, scales,
+    q, kv, offsets, grad_attn_out, grad_q, grad_k, grad_v,
+    rows, q_tokens, k_tokens, left, right, prefix, variant_inputs,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV of some short rows, of all query heads that share a key/value head."""
     PRECISION: tl.constexpr = SHAPE.precision
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
-    variant = Variant(scales.scale, scales.post_scale, left, right, prefix)
+    variant = make_variant(variant_inputs, left, right, prefix)
     kv = KeysAndValues(kv.k, kv.v)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     i = tl.program_id(0) // SHAPE.kv_heads
     retry = tl.program_id(0) < 0
     for attempt in range(0, SHAPE.block // SHAPE.cell + 1):
         if retry | (attempt == 0):
-            n, task, b_k, b_v, m_seen = _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE, VARIANT)
+            n, task, b_k, b_v, pairs = _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE, VARIANT)
             acc_k = tl.full([SHAPE.block, SHAPE.block_d], 0.0, tl.float32)
             acc_v = tl.full([SHAPE.block, SHAPE.block_dv], 0.0, tl.float32)
             bad = tl.full([SHAPE.block], 0, tl.int32)
@@ -133,7 +140,9 @@ def attention_backward_short(
                 b_grad = _load(grad_attn_out, task.first, n, head, task.count, SHAPE.dv, SHAPE.block_dv)
                 products = dot(b_q, tl.trans(b_k), PRECISION)
                 d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
-                probs, d_scores = whole_row_to_probs(products, d_probs, m_seen, task.keys, variant, VARIANT, b_v.dtype)
+                probs, d_scores = whole_row_to_probs(
+                    products, d_probs, pairs_under(pairs, head), variant, VARIANT, b_v.dtype
+                )
                 d_scores = narrow(d_scores, b_q.dtype)
                 p_q = (task.first + n) * (SHAPE.kv_heads * SHAPE.q_per_kv) + head
                 acc_q = dot(d_scores, b_k, PRECISION) * rest

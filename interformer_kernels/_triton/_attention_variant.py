@@ -1,8 +1,9 @@
 """The variant of attention: how scores are mapped and masked, and the derivatives of that.
 
 All attention kernels come here: the forward, the passes for sums, for dQ and for dK with dV, and the kernels of short
-rows. An additive bias, dropout or another mask goes into `Variant` and `VariantOptions` (`_arguments.py`) and into this
-file. Masks apply after a pointwise map: a hidden key adds nothing to the sum over keys.
+rows. An additive bias, dropout or another mask goes into `VariantInputs` and `VariantOptions` (`_arguments.py`) and
+into this file: every function that maps scores knows their `Pairs` of query and key. Masks apply after a pointwise map:
+a hidden key adds nothing to the sum over keys.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from interformer_kernels._triton._arguments import Pairs, Variant, VariantInputs
 from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, activation_grad, exp2, power
+
+
+@triton.jit
+def make_variant(inputs, left, right, prefix):
+    """The variant, from the kernels' arguments."""
+    return Variant(VariantInputs(*inputs), left, right, prefix)
+
 
 # ---------------------------------------------------------------- masks
 
@@ -60,8 +69,8 @@ def query_tiles(
 
 
 @triton.jit
-def visible(n, j, queries, keys, variant, VARIANT: tl.constexpr):
-    """Whether query token `n` sees key `j`: two tiles that broadcast."""
+def pairs_of(n, j, head, queries, keys, variant, VARIANT: tl.constexpr):
+    """The pairs of query tokens `n` under `head` and key tokens `j`: tiles that broadcast."""
     inside = (n < queries) & (j < keys)
     p = n + (keys - queries)
     seen = inside
@@ -73,7 +82,19 @@ def visible(n, j, queries, keys, variant, VARIANT: tl.constexpr):
         seen = seen & (j >= p - variant.left)
     if VARIANT.prefix:
         seen = seen | (inside & ((n < variant.prefix) | (j < variant.prefix)))
-    return seen
+    return Pairs(n, j, head, queries, keys, seen)
+
+
+@triton.jit
+def pairs_where(pairs, mask):
+    """The same pairs, of which those outside of a mask are not seen."""
+    return Pairs(pairs.n, pairs.j, pairs.head, pairs.queries, pairs.keys, pairs.seen & mask)
+
+
+@triton.jit
+def pairs_under(pairs, head):
+    """The same pairs under another head that sees the same keys."""
+    return Pairs(pairs.n, pairs.j, head, pairs.queries, pairs.keys, pairs.seen)
 
 
 @triton.jit
@@ -94,6 +115,15 @@ def sees_any_key(n, queries, keys, variant, VARIANT: tl.constexpr):
     return any_key & (n < queries)
 
 
+# ---------------------------------------------------------------- scores
+
+
+@triton.jit
+def _scores_of(products, pairs, variant):
+    """The scores of pairs, before their map, from the products `q k'`."""
+    return products * variant.inputs.scale
+
+
 # ---------------------------------------------------------------- the forward
 
 
@@ -104,32 +134,31 @@ def spare_bits(keys):
 
 
 @triton.jit
-def online_softmax_update(
-    products, m_seen, row_max, row_sum, keys, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr
-):
-    """One more tile of products `q k'`: its probabilities before normalisation, the accumulator's rescaling `alpha`,
+def online_softmax_update(products, pairs, row_max, row_sum, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
+    """One more tile of products: its probabilities before normalisation, the accumulator's rescaling `alpha`,
     and the new row maximum and row sum.
 
     Probabilities of a softmax are scaled down by a power of two, so that their sums over values stay within float32
     where the values do. Float16 has no range for that in its operands, nor values that would need it.
     """
     if VARIANT.score == "softmax":
-        x = tl.where(m_seen, products * variant.scale, float("-inf"))
+        x = tl.where(pairs.seen, _scores_of(products, pairs, variant), float("-inf"))
         new_max = tl.maximum(row_max, tl.max(x, 1))
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
         if tl.float16 == DTYPE:
             probs = tl.exp2((x - base[:, None]) * LOG2_E)
         elif tl.bfloat16 == DTYPE:
-            probs = tl.exp2((x - base[:, None]) * LOG2_E - spare_bits(keys).to(tl.float32))
+            probs = tl.exp2((x - base[:, None]) * LOG2_E - spare_bits(pairs.keys).to(tl.float32))
         else:
             # The power of two stays outside of exp2, where it would round the exponent once more.
-            probs = exp2((x - base[:, None]) * LOG2_E, DTYPE) * power(-spare_bits(keys))
+            probs = exp2((x - base[:, None]) * LOG2_E, DTYPE) * power(-spare_bits(pairs.keys))
         alpha = exp2((row_max - base) * LOG2_E, DTYPE)
         row_sum = row_sum * alpha + tl.sum(probs, 1)
         row_max = new_max
     else:
         SCORE: tl.constexpr = VARIANT.score
-        probs = tl.where(m_seen, variant.post_scale * activate(products * variant.scale, SCORE, DTYPE), 0.0)
+        mapped = variant.inputs.post_scale * activate(_scores_of(products, pairs, variant), SCORE, DTYPE)
+        probs = tl.where(pairs.seen, mapped, 0.0)
         alpha = row_sum * 0.0 + 1.0
     return probs, alpha, row_max, row_sum
 
@@ -194,7 +223,7 @@ def remaining_scale(keys, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
     """The factor of a row's sums over `scaled` gradients, where the row has `keys` keys."""
     factor = (keys * 0).to(tl.float32) + 1.0
     if tl.float16 == DTYPE:
-        factor = factor * variant.scale
+        factor = factor * variant.inputs.scale
     if VARIANT.score == "softmax":
         # The softmax of a single key is constant, whatever `dP - delta` rounds to.
         factor = tl.where(keys == 1, 0.0, factor)
@@ -202,14 +231,13 @@ def remaining_scale(keys, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _activation_backward(products, d_probs, m_seen, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
-    """Mapped scores of a pointwise map but for `post_scale`, and gradients of the products but for
-    `remaining_scale`."""
+def _activation_backward(products, d_probs, pairs, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
+    """Unscaled activations of the scores, and gradients of the products but for `remaining_scale`."""
     SCORE: tl.constexpr = VARIANT.score
-    x = products * variant.scale
-    probs = tl.where(m_seen, activate(x, SCORE, DTYPE), 0.0)
+    x = _scores_of(products, pairs, variant)
+    probs = tl.where(pairs.seen, activate(x, SCORE, DTYPE), 0.0)
     grad = activation_grad(x, SCORE, DTYPE)
-    d_scores = tl.where(m_seen, scaled(grad * d_probs, variant.scale, DTYPE), 0.0)
+    d_scores = tl.where(pairs.seen, scaled(grad * d_probs, variant.inputs.scale, DTYPE), 0.0)
     if SCORE == "relu":
         # A derivative of 0 gives a gradient of 0, even where `d_probs` overflowed.
         d_scores = tl.where(x <= 0, 0.0, d_scores)
@@ -217,45 +245,45 @@ def _activation_backward(products, d_probs, m_seen, variant, VARIANT: tl.constex
 
 
 @triton.jit
-def _softmax_backward(probs, d_probs, delta, m_seen, variant, DTYPE: tl.constexpr):
+def _softmax_backward(probs, d_probs, delta, pairs, variant, DTYPE: tl.constexpr):
     """Gradients of the products but for `remaining_scale`; masked ones are 0 even where a number is not finite."""
-    return tl.where(m_seen, scaled(probs * (d_probs - delta), variant.scale, DTYPE), 0.0)
+    return tl.where(pairs.seen, scaled(probs * (d_probs - delta), variant.inputs.scale, DTYPE), 0.0)
 
 
 @triton.jit
 def scores_to_probs(
-    products, d_probs, m_seen, lse, log2_row_sum, delta, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr
+    products, d_probs, pairs, lse, log2_row_sum, delta, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Probabilities but for `post_scale`, and gradients of the products but for `remaining_scale`, from statistics of
-    the queries that broadcast.
+    """Probabilities, or unscaled activations, and gradients of the products but for `remaining_scale`, from statistics
+    of the queries that broadcast.
 
     `log2_row_sum`: of a query's probabilities by its log-sum-exp; in float32 the caller divides by their sum instead.
     """
     if VARIANT.score == "softmax":
         # lse = -inf: the query is fully masked, or its scores are all -inf and its probabilities NaN.
-        x = (products * variant.scale - lse) * LOG2_E
+        x = (_scores_of(products, pairs, variant) - lse) * LOG2_E
         if tl.float32 != DTYPE:
             x = x - log2_row_sum
-        probs = tl.where(m_seen, exp2(x, DTYPE), 0.0)
-        d_scores = _softmax_backward(probs, d_probs, delta, m_seen, variant, DTYPE)
+        probs = tl.where(pairs.seen, exp2(x, DTYPE), 0.0)
+        d_scores = _softmax_backward(probs, d_probs, delta, pairs, variant, DTYPE)
     else:
-        probs, d_scores = _activation_backward(products, d_probs, m_seen, variant, VARIANT, DTYPE)
+        probs, d_scores = _activation_backward(products, d_probs, pairs, variant, VARIANT, DTYPE)
     return probs, d_scores
 
 
 @triton.jit
-def whole_row_to_probs(products, d_probs, m_seen, keys, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
-    """`scores_to_probs` where a tile holds all keys of its rows (`keys` in each), so that no statistics are needed."""
+def whole_row_to_probs(products, d_probs, pairs, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
+    """`scores_to_probs` where a tile holds all keys of its rows, so that no statistics are needed."""
     zeros = tl.full([products.shape[0]], 0.0, tl.float32)
     if VARIANT.score == "softmax":
         probs, _, row_max, row_sum = online_softmax_update(
-            products, m_seen, zeros + float("-inf"), zeros, keys[:, None], variant, VARIANT, DTYPE
+            products, pairs, zeros + float("-inf"), zeros, variant, VARIANT, DTYPE
         )
         # A row whose scores are all -inf gives NaN, as in PyTorch.
         row_sum = tl.where(row_max == float("-inf"), float("nan"), row_sum)
-        probs = tl.where(m_seen, probs * tl.div_rn(1.0, row_sum)[:, None], 0.0)
-        delta = tl.sum(tl.where(m_seen, probs * d_probs, 0.0), 1)
-        d_scores = _softmax_backward(probs, d_probs, delta[:, None], m_seen, variant, DTYPE)
+        probs = tl.where(pairs.seen, probs * tl.div_rn(1.0, row_sum)[:, None], 0.0)
+        delta = tl.sum(tl.where(pairs.seen, probs * d_probs, 0.0), 1)
+        d_scores = _softmax_backward(probs, d_probs, delta[:, None], pairs, variant, DTYPE)
     else:
-        probs, d_scores = _activation_backward(products, d_probs, m_seen, variant, VARIANT, DTYPE)
+        probs, d_scores = _activation_backward(products, d_probs, pairs, variant, VARIANT, DTYPE)
     return probs, d_scores

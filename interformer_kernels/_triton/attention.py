@@ -56,11 +56,11 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
             k.new_empty((count, *shape[1:]), dtype=torch.float32),
             k.new_empty((count, *shape[1:-1], 2), dtype=torch.float32),
         )
-    variant, gate_options = problem.variant(), problem.gate_options()
+    options, gate_options = problem.variant_options, problem.gate_options()
     _run.start(
         attention_forward, problem.query_grid(chosen.queries, problem.rows, split_kv),
         problem.query_operand(problem.q), problem.kv, problem.offsets, epilogue, outputs, partials, *problem.sizes(),
-        problem.scales(), SHAPE=problem.shape(chosen), VARIANT=variant, GATE=gate_options, SPLIT_KV=split_kv,
+        problem.variant_inputs, SHAPE=problem.shape(chosen), VARIANT=options, GATE=gate_options, SPLIT_KV=split_kv,
         lead=k, tiles=chosen,
     )  # fmt: skip
     _start_short(problem, attention_forward_short, epilogue, outputs, GATE=gate_options)
@@ -69,7 +69,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
         _run.start(
             combine_partials, (k.shape[0] // split_kv + 1) * -(-problem.queries * problem.heads // block),
             partials, epilogue, outputs, problem.offsets.kv, *problem.split_sizes(),
-            HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, VARIANT=variant, GATE=gate_options,
+            HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, VARIANT=options, GATE=gate_options,
             SPLIT_KV=split_kv, BLOCK_Q=block, BLOCK_DV=padded(shape[-1]),
             lead=k, tiles=Tiles(block, padded(shape[-1]), 4, 1),
         )  # fmt: skip
@@ -85,8 +85,8 @@ def _start_short(problem: Problem, kernel: Any, *operands: Any, **constants: Any
     _run.start(
         kernel, -(-rows // (chosen.queries // chosen.keys)) * problem.kv_heads,
         problem.query_operand(problem.q), problem.kv, problem.offsets, *operands,
-        rows, q_tokens, k_tokens, left, right, prefix, problem.scales(),
-        SHAPE=problem.short_shape(chosen), VARIANT=problem.variant(), **constants,
+        rows, q_tokens, k_tokens, left, right, prefix, problem.variant_inputs,
+        SHAPE=problem.short_shape(chosen), VARIANT=problem.variant_options, **constants,
         lead=problem.k, tiles=chosen,
     )  # fmt: skip
 
@@ -155,8 +155,8 @@ def _start_queries(problem: Problem, side: QuerySide, out: Tensor, kind: GradPas
     _run.start(
         attention_grad_queries, problem.query_grid(chosen.queries, count * key_shards, split_kv),
         side, problem.kv, problem.offsets, out, partials, *problem.sizes(), rows_of_group, key_shards,
-        problem.scales(), SHAPE=problem.shape(chosen), VARIANT=problem.variant(), PASS=kind, SPLIT_KV=split_kv,
-        lead=k, tiles=chosen,
+        problem.variant_inputs, SHAPE=problem.shape(chosen), VARIANT=problem.variant_options, PASS=kind,
+        SPLIT_KV=split_kv, lead=k, tiles=chosen,
     )  # fmt: skip
     if split_kv:
         wide = padded(out.shape[-1])
@@ -195,8 +195,8 @@ def _grad_keys(problem: Problem, side: QuerySide) -> tuple[Tensor, Tensor]:
     if k.shape[0]:
         _run.start(
             attention_grad_keys, slots(k.shape[0], problem.rows, problem.pack, chosen.keys) * problem.packs,
-            side, problem.kv, problem.offsets, grad_k, grad_v, *problem.sizes(), problem.scales(),
-            SHAPE=problem.shape(chosen), VARIANT=problem.variant(), FP32_SOFTMAX=problem.fp32_softmax,
+            side, problem.kv, problem.offsets, grad_k, grad_v, *problem.sizes(), problem.variant_inputs,
+            SHAPE=problem.shape(chosen), VARIANT=problem.variant_options, FP32_SOFTMAX=problem.fp32_softmax,
             lead=k, tiles=chosen,
         )  # fmt: skip
     return grad_k, grad_v
