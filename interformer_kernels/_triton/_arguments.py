@@ -5,15 +5,12 @@ integers: Triton specialises integers of tuples by value (1, multiples of 16), w
 would compile a kernel anew for them. Kernels put them into `Sizes` and `Variant` at once. They also make their tuples
 of tuples anew (`kv = KeysAndValues(kv.k, kv.v)`): Triton 3.6 would lose constants in them (strides of 1) at a branch.
 
-The variant of attention is `VariantInputs` and `VariantOptions`, which are made from a call here, and `Variant` and
-`Pairs`, which `_attention_variant.py` makes and reads. Kernels pass them on and know none of their fields but `seen`.
+The tuples of attention's variant are in `_attention_variant.py`.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-
-from interformer_kernels._calls import AttentionCall
 
 # ---------------------------------------------------------------- tensors; `Any` is a tensor outside of kernels
 
@@ -97,37 +94,10 @@ class QuerySide(NamedTuple):
     delta: Any
 
 
-class VariantInputs(NamedTuple):
-    """Numbers and tensors that scores are mapped and masked by: fields of the call, of the same names."""
-
-    scale: Any
-    post_scale: Any
-
-    @classmethod
-    def of(cls, call: AttentionCall) -> VariantInputs:
-        """The fields of a call."""
-        return cls(*(getattr(call, name) for name in cls._fields))
-
-
 # ---------------------------------------------------------------- compiled in
 # In Triton 3.6 their members are plain numbers and strings. A device function, `tl.zeros` among them, takes no string
 # and no list of plain numbers. So kernels give a string a name first (`LAYOUT: tl.constexpr = SHAPE.layout`), and make
 # tiles by `tl.full`.
-
-
-class VariantOptions(NamedTuple):
-    """The map of scores, and which masks there are."""
-
-    score: str
-    causal: bool
-    left: bool
-    right: bool
-    prefix: bool
-
-    @classmethod
-    def of(cls, call: AttentionCall) -> VariantOptions:
-        """The options of a call; which limits of masks it has, but not how large they are."""
-        return cls(call.score, call.causal, call.window_left >= 0, call.window_right >= 0, call.num_prefix > 0)
 
 
 class GateOptions(NamedTuple):
@@ -192,30 +162,6 @@ class Sizes(NamedTuple):
     k_tokens: Any
     queries: Any
     skip: Any
-
-
-class Variant(NamedTuple):
-    """The inputs of the variant, and the limits of masks."""
-
-    inputs: VariantInputs
-    left: Any
-    right: Any
-    prefix: Any
-
-
-class Pairs(NamedTuple):
-    """A tile of pairs of a query and a key, one for each score: the query's token in the row and its head, the key's
-    token in the row, the row's numbers of queries and keys, and whether the query sees the key.
-
-    All of them broadcast to the tile. Tiles of the backward of keys have keys as rows.
-    """
-
-    n: Any
-    j: Any
-    head: Any
-    queries: Any
-    keys: Any
-    seen: Any
 
 
 class RowTask(NamedTuple):

@@ -20,9 +20,8 @@ from interformer_kernels._triton._arguments import (
     QueryOperand,
     Shape,
     ShortShape,
-    VariantInputs,
-    VariantOptions,
 )
+from interformer_kernels._triton._attention_variant import VariantInputs, VariantOptions
 from interformer_kernels._triton._rows import slots
 from interformer_kernels._triton._tiles import Tiles, entries, padded, tiles, variant
 from interformer_kernels._triton.apply_rotary import rotated

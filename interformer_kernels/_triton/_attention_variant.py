@@ -1,18 +1,73 @@
 """The variant of attention: how scores are mapped and masked, and the derivatives of that.
 
 All attention kernels come here: the forward, the passes for sums, for dQ and for dK with dV, and the kernels of short
-rows. An additive bias, dropout or another mask goes into `VariantInputs` and `VariantOptions` (`_arguments.py`) and
-into this file: every function that maps scores knows their `Pairs` of query and key. Masks apply after a pointwise map:
-a hidden key adds nothing to the sum over keys.
+rows. An additive bias, dropout or another mask goes into the tuples below and into the functions that take them: each
+that maps scores knows their `Pairs` of query and key. Kernels pass the tuples on, and know none of their fields but
+`seen`. Masks apply after a pointwise map: a hidden key adds nothing to the sum over keys.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from interformer_kernels._triton._arguments import Pairs, Variant, VariantInputs
+from interformer_kernels._calls import AttentionCall
 from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, activation_grad, exp2, power
+
+# ---------------------------------------------------------------- tuples: from a call, and made in kernels
+
+
+class VariantInputs(NamedTuple):
+    """Numbers and tensors that scores are mapped and masked by: fields of the call, of the same names."""
+
+    scale: Any
+    post_scale: Any
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> VariantInputs:
+        """The fields of a call."""
+        return cls(*(getattr(call, name) for name in cls._fields))
+
+
+class VariantOptions(NamedTuple):
+    """The map of scores, and which masks there are."""
+
+    score: str
+    causal: bool
+    left: bool
+    right: bool
+    prefix: bool
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> VariantOptions:
+        """The options of a call; which limits of masks it has, but not how large they are."""
+        return cls(call.score, call.causal, call.window_left >= 0, call.window_right >= 0, call.num_prefix > 0)
+
+
+class Variant(NamedTuple):
+    """The inputs of the variant, and the limits of masks."""
+
+    inputs: VariantInputs
+    left: Any
+    right: Any
+    prefix: Any
+
+
+class Pairs(NamedTuple):
+    """A tile of pairs of a query and a key, one for each score: the query's token in the row and its head, the key's
+    token in the row, the row's numbers of queries and keys, and whether the query sees the key.
+
+    All of them broadcast to the tile. Tiles of the backward of keys have keys as rows.
+    """
+
+    n: Any
+    j: Any
+    head: Any
+    queries: Any
+    keys: Any
+    seen: Any
 
 
 @triton.jit
