@@ -27,13 +27,7 @@ AttentionInputs read_attention_inputs(Reader& next) {
     next.optional("gate", in.gate);
     in.gating.inside = next.choice("gate_form", parse_gate_form);
     in.gating.activation = next.choice("gate_activation", parse_gate_activation);
-    in.scale = next.number("scale");
-    in.score = next.choice("score", parse_score);
-    in.post_scale = next.number("post_scale");
-    in.causal = next.boolean("causal");
-    in.window_left = next.integer("window_left");
-    in.window_right = next.integer("window_right");
-    in.num_prefix = next.integer("num_prefix");
+    in.variant = read_variant(next);
     in.skip_prefix = next.integer("skip_prefix");
     next.optional("cos", in.cos);
     next.optional("sin", in.sin);

@@ -118,7 +118,7 @@ void check_outputs(const Checks& check, const AttentionInputs& in, const Attenti
     if (!outputs.lse) return;
     check_like_output(check, in, "lse", *outputs.lse, accumulation_dtype(dtype), std::nullopt);
     check.contiguous("lse", *outputs.lse);
-    if (!in.score.softmax) check.refuse("lse", "None without softmax", describe(*outputs.lse));
+    if (!in.variant.score.softmax) check.refuse("lse", "None without softmax", describe(*outputs.lse));
 }
 
 void check_key_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads) {

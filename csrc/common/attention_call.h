@@ -6,6 +6,7 @@
 #include <string>
 
 #include "common/activation_names.h"
+#include "common/attention_variant.h"
 #include "common/checks.h"
 #include "common/tensor_view.h"
 
@@ -24,14 +25,11 @@ struct AttentionInputs {
     std::optional<TensorView> v;          // [Tk, Hk, Dv]; without it, v is k
     std::optional<TensorView> q_offsets;  // for packed queries; without it, the keys'
     TensorView kv_offsets;
+    AttentionVariant variant;
     int64_t skip_prefix;  // keys skipped at the start of each row
     std::optional<TensorView> cos, sin, positions_q, positions_k;
     bool rope_interleaved;
-    bool causal;
-    int64_t window_left, window_right, num_prefix;
     std::optional<TensorView> gate;  // expanded to the output's shape
-    double scale, post_scale;
-    Score score;
     Gate gating;
 };
 

@@ -95,17 +95,10 @@ class Call {
   private:
     void set_options(const AttentionInputs& in) {
         AttentionProblem& p = problem;
-        p.causal = in.causal;
-        constexpr int64_t kWidest = int64_t{1} << 62;  // longer than any row; adding a position cannot overflow
-        p.window_left = std::min(in.window_left, kWidest);
-        p.window_right = std::min(in.window_right, kWidest);
-        p.num_prefix = in.num_prefix;
+        p.variant = in.variant;
         if (in.cos) p.rope = rotary_tables(*in.cos, *in.sin, in.rope_interleaved);
         p.positions_q = positions_of(in.positions_q);
         p.positions_k = positions_of(in.positions_k);
-        p.scale = in.scale;
-        p.post_scale = in.post_scale;
-        p.score = in.score;
         p.gating = in.gating;
     }
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "common/activation_names.h"
+#include "common/attention_variant.h"
 #include "cpu/row_tensor.h"
 
 namespace interformer {
@@ -20,12 +20,9 @@ struct AttentionProblem {
 
     RowTensor q, k, v, gate, residual;
     bool v_is_k = false;
-    bool causal = false;
-    int64_t window_left = -1, window_right = -1, num_prefix = 0;
+    AttentionVariant variant;
     RotaryTables rope;
     Positions positions_q, positions_k;
-    double scale = 1, post_scale = 1;
-    Score score{true, Activation::identity};
     Gate gating{false, Activation::sigmoid};
 
     // Forward. `attn_out` and `lse` have the accumulation type.

@@ -34,7 +34,7 @@ struct ForwardWorkspace {
 struct BackwardWorkspace {
     std::optional<TensorView> lse;                 // from the forward, read
     std::optional<TensorView> delta, inv_row_sum;  // see attention_gradient.cuh
-    // The gradient of A, of the output's shape and dtype; present only with a gate, or a `post_scale` that is not 1.
+    // The gradient of A, of the output's shape and dtype; present only with a gate, or a factor of probabilities.
     std::optional<TensorView> grad_attn_out;
     int64_t gate_block;  // tokens that a broadcast gate's gradient is summed over; 1: it is not
     int64_t key_shards;  // shards of a row's keys that gradients of shared queries are summed over; else 1
@@ -71,7 +71,8 @@ struct Backward {
     const Stream& stream;
 };
 
-// Gradients through gate and `post_scale`: writes `grad_attn_out` and `grad_gate` where the workspace has the former.
+// Gradients through the gate and the factor of probabilities: writes `grad_attn_out` and `grad_gate` where the
+// workspace has the former.
 void epilogue_backward(const Backward& call);
 // Delta and the inverse row sums of a softmax.
 void query_stats_backward(const Backward& call);

@@ -104,7 +104,7 @@ void check_backward(const Checks& check, const AttentionInputs& in, const Attent
     check_call(check, in);
     check_scheduler(check, workspace.scheduler);
     const DType dtype = in.k.dtype;
-    const bool softmax = in.score.softmax, gated = in.gate.has_value();
+    const bool softmax = in.variant.score.softmax, gated = in.gate.has_value();
     check_like_output(check, in, "grad_out", grads.grad_out, dtype, value_axis(in));
     check.contiguous_last_axis("grad_out", grads.grad_out);
     check_query_gradient(check, in, grads.grad_q, workspace.key_shards);
@@ -114,8 +114,7 @@ void check_backward(const Checks& check, const AttentionInputs& in, const Attent
     check_per_query(check, in, "lse", softmax, workspace.lse);
     check_per_query(check, in, "delta", softmax, workspace.delta);
     check_per_query(check, in, "inv_row_sum", softmax, workspace.inv_row_sum);
-    const bool scaled = !softmax && in.post_scale != 1.0;
-    check_pair(check, "grad_attn_out", gated || scaled, workspace.grad_attn_out);
+    check_pair(check, "grad_attn_out", gated || in.variant.post_scale != 1.0, workspace.grad_attn_out);
     if (workspace.grad_attn_out) {
         check_like_output(check, in, "grad_attn_out", *workspace.grad_attn_out, dtype, value_axis(in));
         check.contiguous("grad_attn_out", *workspace.grad_attn_out);

@@ -28,9 +28,9 @@ __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
 template <typename T, int N>
 __device__ void map_scores(const AttentionProblem<T>& p, AccTile (&s)[N], const KeyRange (&key_ranges)[2], int first,
                            float prob_scale, float2* scratch, OnlineSoftmax& softmax, float (&alpha)[2]) {
-    const auto seen = [&](int half, int column) { return key_ranges[half].contains(first + column); };
-    if (p.variant.kind.softmax) return online_softmax_update(p.variant, s, prob_scale, softmax, alpha, seen);
-    scores_to_probs(p.variant, s, scratch, seen);
+    const ScoresByQuery<KeyRange> at{key_ranges, first};
+    if (p.variant.kind.softmax) return online_softmax_update(p.variant, s, prob_scale, softmax, alpha, at);
+    scores_to_probs(p.variant, s, scratch, at);
     alpha[0] = alpha[1] = 1.0f;
 }
 

@@ -148,10 +148,8 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
             typename Tiles::Scores s, d;
             multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], p.channels);
             multiply_rows(d, memory.stationary[p.v_is_k ? 0 : 1], memory.streamed[2 * stage + 1], p.value_channels);
-            const QueryStats* stats = memory.query_stats + stage * kStreamed;
-            scores_backward(
-                p.variant, s, d, memory.scratch, [&](int, int column) -> const QueryStats& { return stats[column]; },
-                [&](int half, int column) { return stats[column].key_range.contains(lane_keys[half]); });
+            const ScoresByKey at{memory.query_stats + stage * kStreamed, lane_keys};
+            scores_backward(p.variant, s, d, memory.scratch, at);
             multiply_accumulate(acc_v, s, memory.streamed[2 * stage + 1], first);
             multiply_accumulate(acc_k, d, memory.streamed[2 * stage], first);
         });

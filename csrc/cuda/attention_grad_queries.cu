@@ -83,14 +83,12 @@ __device__ void accumulate_row(const QueryArguments<T>& g, const TileGroup& grou
     for (int half = 0; half < 2; ++half)
         stats[half] = g.query_stats(queries, rows[lane_index() / 4 + half * 8], keys.count);
 
-    for_each_key_tile(
-        p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head,
-        [&](typename Tiles::Scores& s, typename Tiles::Scores& d, int tile, int stage) {
-            scores_backward(
-                p.variant, s, d, memory.scratch, [&](int half, int) -> const QueryStats& { return stats[half]; },
-                [&](int half, int column) { return stats[half].key_range.contains(tile * Tiles::kStreamed + column); });
-            multiply_accumulate(acc, d, memory.streamed[2 * stage], first);
-        });
+    for_each_key_tile(p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head,
+                      [&](typename Tiles::Scores& s, typename Tiles::Scores& d, int tile, int stage) {
+                          const ScoresByQuery<QueryStats> at{stats, tile * Tiles::kStreamed};
+                          scores_backward(p.variant, s, d, memory.scratch, at);
+                          multiply_accumulate(acc, d, memory.streamed[2 * stage], first);
+                      });
 }
 
 // 16 queries for each warp, over the keys of their row or one split of them; for shared queries, over one key shard of

@@ -1,5 +1,5 @@
-// Common to the passes of the backward. With probabilities P = softmax(S) or act(S), dA the gradient of A times
-// `post_scale`, and dP = dA V':
+// Common to the passes of the backward. With probabilities P = softmax(S) or act(S), dA the gradient of A times the
+// factor of P, and dP = dA V':
 //
 //     dS = P * (dP - delta), delta = sum of P * dP over keys      (softmax; else act'(S) * dP)
 //     dQ = scale dS K,   dK = scale dS' Q,   dV = P' dA

@@ -5,9 +5,7 @@
 // where a row has few tokens, if many query heads read one key/value head.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
-#include <type_traits>
 
 #include "common/attention_call.h"
 #include "cuda/attention_variant.cuh"
@@ -85,10 +83,8 @@ struct AttentionProblem {
     Heads<const T> q, k, v;
     bool v_is_k;
     Variant variant;
-    // The part of `post_scale` that multiplies sums over probabilities; `variant.inner_scale` is the other part.
-    float outer_scale;
-    // The part of `scale` that multiplies sums over dS; `variant.d_scores_scale` is the other part.
-    float grad_scale;
+    float outer_scale;  // factor of sums over probabilities
+    float grad_scale;   // factor of sums over dS
 
     explicit AttentionProblem(const AttentionInputs& in);
 
@@ -132,31 +128,6 @@ struct AttentionProblem {
     }
 };
 
-inline int clamped(int64_t limit) {
-    return static_cast<int>(limit < INT32_MAX ? limit : INT32_MAX);
-}
-
-// The part of `post_scale` that multiplies probabilities before they are summed up: all of it where it makes them
-// smaller, so that no sum overflows whose scaled value is finite. float16 takes less of it, since small probabilities
-// lose digits as operands.
-template <typename T>
-double inner_part(double factor) {
-    constexpr double min = std::is_same_v<T, Float16> ? 1.0 / 64 : 0.0;
-    const double size = std::abs(factor);
-    return size > 1.0 ? 1.0 : size < min ? min : factor;
-}
-template <typename T>
-double outer_part(double factor) {
-    const double inner = inner_part<T>(factor);
-    return inner == factor ? 1.0 : factor / inner;
-}
-
-// Whether `scale` multiplies gradients of scores before they are summed up, for the same reason.
-template <typename T>
-bool scales_before_sum(double scale) {
-    return !std::is_same_v<T, Float16> && std::abs(scale) <= 1.0;
-}
-
 template <typename T>
 AttentionProblem<T>::AttentionProblem(const AttentionInputs& in)
     : q_offsets(in.layout == QueryLayout::packed && in.q_offsets ? *in.q_offsets : in.kv_offsets, in.q.shape[0]),
@@ -174,13 +145,9 @@ AttentionProblem<T>::AttentionProblem(const AttentionInputs& in)
       k(in.k),
       v(in.v ? *in.v : in.k),
       v_is_k(!in.v),
-      variant{in.score,
-              {clamped(in.window_left), clamped(in.window_right), clamped(in.num_prefix), in.causal},
-              static_cast<float>(in.scale),
-              in.score.softmax ? 1.0f : static_cast<float>(inner_part<T>(in.post_scale)),
-              scales_before_sum<T>(in.scale) ? static_cast<float>(in.scale) : 1.0f},
-      outer_scale(in.score.softmax ? 1.0f : static_cast<float>(outer_part<T>(in.post_scale))),
-      grad_scale(scales_before_sum<T>(in.scale) ? 1.0f : static_cast<float>(in.scale)) {}
+      variant(Variant::of<T>(in.variant)),
+      outer_scale(static_cast<float>(probs_factors<T>(in.variant).outer)),
+      grad_scale(static_cast<float>(d_scores_factors<T>(in.variant).outer)) {}
 
 }  // namespace cuda
 }  // namespace interformer

@@ -84,18 +84,16 @@ __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
     }
 
     StatsSums sums;
-    for_each_key_tile(
-        p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head,
-        [&](typename Tiles::Scores& s, typename Tiles::Scores& d, int tile, int) {
-            // With a delta of 0, the gradients of the scores are P * dP.
-            softmax_backward(
-                p.variant, s, d, 1.0f, [&](int half, int) -> const QueryStats& { return stats[half]; },
-                [&](int half, int column) { return stats[half].key_range.contains(tile * Tiles::kStreamed + column); });
-            for_each_pair(s, d, [&](int half, int, float& prob, float& product) {
-                sums.probs[half] += prob;
-                sums.products[half] += product;
-            });
-        });
+    for_each_key_tile(p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head,
+                      [&](typename Tiles::Scores& s, typename Tiles::Scores& d, int tile, int) {
+                          // With a delta of 0, the gradients of the scores are P * dP.
+                          const ScoresByQuery<QueryStats> at{stats, tile * Tiles::kStreamed};
+                          softmax_backward(p.variant, s, d, 1.0f, at);
+                          for_each_pair(s, d, [&](int half, int, float& prob, float& product) {
+                              sums.probs[half] += prob;
+                              sums.products[half] += product;
+                          });
+                      });
     cp_async_wait<0>();
     write_sums(g, task, rows, sums);
 }
@@ -123,7 +121,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) combine_partials(const __gri
 }  // namespace
 
 void query_stats_backward(const Backward& call) {
-    if (!call.in.score.softmax || call.in.q.size() == 0) return;
+    if (!call.in.variant.score.softmax || call.in.q.size() == 0) return;
     with_element(call.in.k.dtype, call.tf32, [&](auto element) {
         using T = decltype(element);
         StatsArguments<T> g(call);

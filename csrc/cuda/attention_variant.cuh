@@ -1,13 +1,15 @@
-// The attention variant: how a product of a query with a key becomes a score and a probability, the derivative of both,
-// and which keys a query sees. The forward, the statistics pass, dQ and dK/dV all take these from here.
+// The attention variant on a GPU: how a product of a query with a key becomes a score and a probability, the derivative
+// of both, and which keys a query sees. The forward, the statistics pass, dQ and dK/dV all take these from here.
 //
 // Masks come after the map of scores: a masked key has probability 0 and gradient 0 whatever the map of its score is.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
-#include "common/activation_names.h"
+#include "common/attention_variant.h"
+#include "common/element.h"
 #include "cuda/acc_tile.cuh"
 #include "cuda/maps.cuh"
 
@@ -40,10 +42,19 @@ struct TileRange {
     }
 };
 
-// -1: open.
+inline int clamped(int64_t limit) {
+    return static_cast<int>(limit < INT32_MAX ? limit : INT32_MAX);
+}
+
 struct Masks {
-    int left, right, prefix;
+    int left, right, prefix;  // -1: open
     bool causal;
+
+    explicit Masks(const AttentionVariant& variant)
+        : left(clamped(variant.window_left)),
+          right(clamped(variant.window_right)),
+          prefix(clamped(variant.num_prefix)),
+          causal(variant.causal) {}
 
     // Keys that query token `n` of a row sees. Tokens behind the row's queries see none.
     __device__ KeyRange key_range(int n, int queries, int keys) const {
@@ -81,7 +92,7 @@ struct Masks {
     }
 };
 
-// ---------------------------------------------------------------- one score
+// ---------------------------------------------------------------- queries and keys of a tile of scores
 
 // Data of a query that the backward reads: its keys and, under softmax, the log-sum-exp, delta, and the factor that
 // makes exponentials probabilities.
@@ -89,14 +100,74 @@ struct alignas(16) QueryStats {
     KeyRange key_range;
     float lse, delta, inv_row_sum;
     int padding[2];
+
+    __device__ bool contains(int key) const { return key_range.contains(key); }
 };
+
+// The query and the key of each score that a lane has of a tile whose rows are queries and whose columns are keys. A
+// query is its `KeyRange` in the forward, its `QueryStats` in the backward.
+template <typename Query>
+struct ScoresByQuery {
+    const Query (&queries)[2];  // of the lane's two rows
+    int first_key;              // of the first column
+
+    __device__ const Query& query(int half, int) const { return queries[half]; }
+    __device__ int key(int, int column) const { return first_key + column; }
+};
+
+// The same where rows are keys and columns are queries.
+struct ScoresByKey {
+    const QueryStats* queries;  // of all columns
+    const int (&keys)[2];       // of the lane's two rows
+
+    __device__ const QueryStats& query(int, int column) const { return queries[column]; }
+    __device__ int key(int half, int) const { return keys[half]; }
+};
+
+// Whether the query of a score sees its key.
+template <typename Places>
+__device__ inline bool seen(const Places& at, int half, int column) {
+    return at.query(half, column).contains(at.key(half, column));
+}
+
+// ---------------------------------------------------------------- one score
+
+// The factor of a sum as two: `inner` multiplies the terms, `outer` the sum.
+struct SumFactors {
+    double inner, outer;
+};
+
+// All of the factor multiplies probabilities before they are summed up where it makes them smaller, so that no sum
+// overflows whose scaled value is finite. float16 takes less of it, since small probabilities lose digits as operands.
+template <typename T>
+SumFactors probs_factors(const AttentionVariant& variant) {
+    constexpr double min = std::is_same_v<T, Float16> ? 1.0 / 64 : 0.0;
+    const double factor = variant.post_scale, size = std::abs(factor);
+    const double inner = size > 1.0 ? 1.0 : size < min ? min : factor;
+    return {inner, inner == factor ? 1.0 : factor / inner};
+}
+
+// The same for gradients of scores and their factor `scale`, of which float16 takes none.
+template <typename T>
+SumFactors d_scores_factors(const AttentionVariant& variant) {
+    if (!std::is_same_v<T, Float16> && std::abs(variant.scale) <= 1.0) return {variant.scale, 1.0};
+    return {1.0, variant.scale};
+}
 
 struct Variant {
     Score kind;
     Masks masks;
     float scale;
-    float inner_scale;     // factor of a pointwise probability: a part of `post_scale`
-    float d_scores_scale;  // factor of dS: `scale`, or 1
+    float inner_scale;     // factor of pointwise probabilities
+    float d_scores_scale;  // factor of dS
+
+    // The variant as kernels of elements `T` compute it.
+    template <typename T>
+    static Variant of(const AttentionVariant& variant) {
+        return {variant.score, Masks(variant), static_cast<float>(variant.scale),
+                static_cast<float>(probs_factors<T>(variant).inner),
+                static_cast<float>(d_scores_factors<T>(variant).inner)};
+    }
 
     // The score of a product, rounded by itself in every pass: a compiler that fused the multiplication with what comes
     // after would give large scores other numbers in one pass than in the next.
@@ -120,11 +191,11 @@ struct OnlineSoftmax {
 };
 
 // One more tile into an online softmax: products become probabilities relative to the new maximum, times `prob_scale`.
-// Accumulators so far are to be multiplied by `alpha`. `seen(half, column)`: whether the query sees the key.
-template <int N, typename Seen>
+// Accumulators so far are to be multiplied by `alpha`. `at` has the places of the scores.
+template <int N, typename Places>
 __device__ inline void online_softmax_update(const Variant& variant, AccTile (&s)[N], float prob_scale,
-                                             OnlineSoftmax& softmax, float (&alpha)[2], Seen&& seen) {
-    for_each(s, [&](int half, int column, float& x) { x = seen(half, column) ? variant.score(x) : -INFINITY; });
+                                             OnlineSoftmax& softmax, float (&alpha)[2], const Places& at) {
+    for_each(s, [&](int half, int column, float& x) { x = seen(at, half, column) ? variant.score(x) : -INFINITY; });
     float tile_max[2] = {-INFINITY, -INFINITY}, base[2];
     for_each(s, [&](int half, int, float& x) { tile_max[half] = fmaxf(tile_max[half], x); });
 #pragma unroll
@@ -142,34 +213,34 @@ __device__ inline void online_softmax_update(const Variant& variant, AccTile (&s
 }
 
 // Products become pointwise probabilities. `scratch` is this lane's column of shared memory.
-template <int N, typename Seen>
-__device__ inline void scores_to_probs(const Variant& variant, AccTile (&s)[N], float2* scratch, Seen&& seen) {
+template <int N, typename Places>
+__device__ inline void scores_to_probs(const Variant& variant, AccTile (&s)[N], float2* scratch, const Places& at) {
     for_each(s, [&](int, int, float& x) { x = variant.score(x); });
     AccTile unused[N];
     map_rolled(s, unused, scratch, [&](float& x, float&) { x = variant.inner_scale * variant.prob(x); });
-    for_each(s, [&](int half, int column, float& x) { x = seen(half, column) ? x : 0.0f; });
+    for_each(s, [&](int half, int column, float& x) { x = seen(at, half, column) ? x : 0.0f; });
 }
 
 // ---------------------------------------------------------------- tiles of scores, backward
 
 // Products `s` become probabilities of a softmax, and gradients `d` of the probabilities become those of the scores,
-// times `scale`. `stats(half, column)` is of the query.
-template <int N, typename StatsOf, typename Seen>
+// times `scale`.
+template <int N, typename Places>
 __device__ inline void softmax_backward(const Variant& variant, AccTile (&s)[N], AccTile (&d)[N], float scale,
-                                        StatsOf&& stats, Seen&& seen) {
+                                        const Places& at) {
     for_each_pair(s, d, [&](int half, int column, float& x, float& g) {
-        const QueryStats& query = stats(half, column);
+        const QueryStats& query = at.query(half, column);
         const float prob = exp2f((variant.score(x) - query.lse) * kLog2E) * query.inv_row_sum;
-        const bool is_seen = seen(half, column);
+        const bool is_seen = seen(at, half, column);
         x = is_seen ? prob : 0.0f;
         g = is_seen ? prob * (g - query.delta) * scale : 0.0f;
     });
 }
 
 // The same for pointwise probabilities, without `inner_scale`.
-template <int N, typename Seen>
+template <int N, typename Places>
 __device__ inline void pointwise_backward(const Variant& variant, AccTile (&s)[N], AccTile (&d)[N], float2* scratch,
-                                          Seen&& seen) {
+                                          const Places& at) {
     for_each_pair(s, d, [&](int, int, float& x, float& g) {
         x = variant.score(x);
         g = g * variant.d_scores_scale;
@@ -179,20 +250,20 @@ __device__ inline void pointwise_backward(const Variant& variant, AccTile (&s)[N
         x = variant.prob(x);
     });
     for_each_pair(s, d, [&](int half, int column, float& x, float& g) {
-        const bool is_seen = seen(half, column);
+        const bool is_seen = seen(at, half, column);
         x = is_seen ? x : 0.0f;
         g = is_seen ? g : 0.0f;
     });
 }
 
 // Products and gradients of probabilities become probabilities and gradients of scores, times `d_scores_scale`.
-template <int N, typename StatsOf, typename Seen>
+template <int N, typename Places>
 __device__ inline void scores_backward(const Variant& variant, AccTile (&s)[N], AccTile (&d)[N], float2* scratch,
-                                       StatsOf&& stats, Seen&& seen) {
+                                       const Places& at) {
     if (variant.kind.softmax)
-        softmax_backward(variant, s, d, variant.d_scores_scale, stats, seen);
+        softmax_backward(variant, s, d, variant.d_scores_scale, at);
     else
-        pointwise_backward(variant, s, d, scratch, seen);
+        pointwise_backward(variant, s, d, scratch, at);
 }
 
 }  // namespace cuda

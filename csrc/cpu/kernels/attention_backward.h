@@ -4,7 +4,7 @@
 //     dS = P * (dP - delta), delta = sum over keys of P * dP      (softmax; else act'(S) * dP)
 //     dQ = scale dS K,   dK += scale dS' Q,   dV += P' dO
 //
-// where O is attn_out. Without softmax P is act(S), and dO contains `post_scale`.
+// where O is attn_out. Without softmax P is act(S), and dO contains the factor of P.
 #pragma once
 
 #include "cpu/kernels/attention_row.h"
@@ -285,10 +285,9 @@ class AttentionBackward {
             else
                 add_gate_gradient(row.template at<A>(p_.grad_gate, r));
         }
-        if (!p_.score.softmax && p_.post_scale != 1) {
-            const A factor = static_cast<A>(p_.post_scale);
+        const A factor = static_cast<A>(p_.variant.post_scale);
+        if (factor != 1)
             for (int64_t c = 0; c < channels; ++c) work_.grad_out[c] *= factor;
-        }
         narrow(work_.grad_out, channels, grad_attn_out);
         fill(grad_attn_out + channels, sizes_.value_stride - channels, S{});
     }

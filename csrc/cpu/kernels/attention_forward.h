@@ -92,7 +92,7 @@ class AttentionForward {
         weighted_sums<X>({operands_in<X>(scores.data), scores.stride, 1}, values, ranges, row.keys(), count,
                          sizes_.value_stride, attn_out);
         for (int64_t i = 0; i < count; ++i) {
-            if (p_.score.softmax) normalise(attn_out.from(i).data, A(1) / work_.row_sum[i]);
+            if (p_.variant.score.softmax) normalise(attn_out.from(i).data, A(1) / work_.row_sum[i]);
             finish(row, r + i, attn_out.from(i).data);
         }
     }

@@ -1,8 +1,7 @@
 // One row of the batch under one key/value head, as the forward and the backward of attention share it.
 //
-// Query `r` of [0, tokens * q_per_kv) is token `r / q_per_kv` under head `kv_head * q_per_kv + r % q_per_kv`. Queries
-// are taken in blocks. The scores of a block are kept for all keys of the row at once, [block, keys], so the softmax
-// needs no online update whatever the row's length, and the backward computes the scores only once.
+// Queries are taken in blocks. The scores of a block are kept for all keys of the row at once, [block, keys], so the
+// softmax needs no online update whatever the row's length, and the backward computes the scores only once.
 #pragma once
 
 #include "cpu/kernel_table.h"
@@ -71,30 +70,29 @@ class AttentionRow {
 
     // `scratch` is memory for the channels of one token.
     AttentionRow(const AttentionProblem& problem, const Sizes<T>& sizes, int64_t row, int64_t kv_head, A* scratch)
-        : AttentionRow(problem, sizes, row, kv_head, scratch,
-                       problem.query_counts ? problem.query_counts[row] : problem.queries, problem.key_counts[row]) {}
+        : AttentionRow(problem, sizes,
+                       {row, kv_head, problem.query_counts ? problem.query_counts[row] : problem.queries,
+                        problem.key_counts[row], sizes.q_per_kv},
+                       scratch) {}
 
     const ScoreVariant<T>& variant() const { return variant_; }
-    int64_t keys() const { return keys_; }
+    int64_t keys() const { return row_.keys; }
     int64_t queries() const { return queries_; }  // over all heads
     int64_t block() const { return block_; }      // queries of a block
     int64_t shard() const { return shard_; }      // queries of a shard
     int64_t shards() const { return max((queries_ + shard_ - 1) / shard_, 1); }
     int64_t score_stride() const { return score_stride_; }  // numbers between the scores of two queries
 
-    int64_t token(int64_t r) const { return variant_.token(r); }
-    int64_t head(int64_t r) const { return kv_head_ * sizes_.q_per_kv + r - token(r) * sizes_.q_per_kv; }
-
     template <typename E = T>
     INTERFORMER_INLINE E* at(const RowTensor& x, int64_t r) const {
-        return address<T, E>(x, row_, token(r), head(r));
+        return address<T, E>(x, row_.index, row_.token(r), row_.head(r));
     }
-    T* key_at(const RowTensor& x, int64_t j) const { return address<T>(x, row_, j, kv_head_); }
+    T* key_at(const RowTensor& x, int64_t j) const { return address<T>(x, row_.index, j, row_.kv_head); }
 
     int64_t query_position(int64_t r) const {
-        return position_of(p_.positions_q, p_.query_begins ? p_.query_begins[row_] : 0, token(r));
+        return position_of(p_.positions_q, p_.query_begins ? p_.query_begins[row_.index] : 0, row_.token(r));
     }
-    int64_t key_position(int64_t j) const { return position_of(p_.positions_k, p_.key_begins[row_], j); }
+    int64_t key_position(int64_t j) const { return position_of(p_.positions_k, p_.key_begins[row_.index], j); }
 
     // The columns that a shard (-1: all queries) reads and changes: those that its queries see.
     ColumnRanges shard_columns(int64_t shard) const {
@@ -113,7 +111,7 @@ class AttentionRow {
             if (!rotated && stride == channels && whole_operands(first, x.token)) return {first, x.token};
         }
         for (int i = 0; i < ranges.n; ++i)
-            for (int64_t j = ranges.r[i].begin; j < min(ranges.r[i].end, keys_); ++j) {
+            for (int64_t j = ranges.r[i].begin; j < min(ranges.r[i].end, row_.keys); ++j) {
                 S* to = copy + j * stride;
                 if (rotated) {
                     widen(key_at(x, j), 1, channels, scratch_);
@@ -134,7 +132,7 @@ class AttentionRow {
             return tokens;
         } else {
             for (int i = 0; i < ranges.n; ++i) {
-                const int64_t begin = ranges.r[i].begin, end = min(ranges.r[i].end, keys_);
+                const int64_t begin = ranges.r[i].begin, end = min(ranges.r[i].end, row_.keys);
                 along_rows<X>(tokens.from(begin), end - begin, channels, copy + operands<X>(begin) * channels);
             }
             return {copy, channels};
@@ -145,7 +143,7 @@ class AttentionRow {
     // them more densely in the cache. Their products with keys are yet to be multiplied by `score_scale`.
     Matrix<const S> query_rows(int64_t r, int64_t count, S* copy) const {
         constexpr int64_t kInPlaceQueries = 32;
-        const bool unchanged = !p_.rope.cos && p_.scale > 0;
+        const bool unchanged = !p_.rope.cos && p_.variant.scale > 0;
         if constexpr (std::is_same_v<T, S>) {
             const int64_t stride = sizes_.q_per_kv == 1 ? p_.q.token : p_.q.head;
             const bool even = sizes_.q_per_kv == 1 || p_.q.token == sizes_.q_per_kv * p_.q.head;
@@ -169,22 +167,19 @@ class AttentionRow {
         return {copy, sizes_.head_stride};
     }
     // The factor of queries; scores are then multiplied by `ScoreVariant::score_scale`, which is positive.
-    A query_sign() const { return p_.scale < 0 ? A(-1) : p_.scale == 0 ? A(0) : A(1); }
+    A query_sign() const { return p_.variant.scale < 0 ? A(-1) : p_.variant.scale == 0 ? A(0) : A(1); }
 
   private:
-    AttentionRow(const AttentionProblem& problem, const Sizes<T>& sizes, int64_t row, int64_t kv_head, A* scratch,
-                 int64_t query_tokens, int64_t keys)
+    AttentionRow(const AttentionProblem& problem, const Sizes<T>& sizes, const RowOfHead& row, A* scratch)
         : p_(problem),
           sizes_(sizes),
           row_(row),
-          kv_head_(kv_head),
           scratch_(scratch),
-          variant_(problem, query_tokens, keys, sizes.q_per_kv),
-          keys_(keys),
-          queries_(query_tokens * sizes.q_per_kv),
-          block_(sizes.block(queries_, keys)),
-          shard_(sizes.shard(queries_, keys)),
-          score_stride_(sizes.score_stride(keys)) {}
+          variant_(problem, row),
+          queries_(row.queries()),
+          block_(sizes.block(queries_, row.keys)),
+          shard_(sizes.shard(queries_, row.keys)),
+          score_stride_(sizes.score_stride(row.keys)) {}
 
     // Whether rows that begin at `first`, `stride` apart, begin where an operand may.
     static bool whole_operands(const T* first, int64_t stride) {
@@ -193,10 +188,10 @@ class AttentionRow {
 
     const AttentionProblem& p_;
     const Sizes<T>& sizes_;
-    int64_t row_, kv_head_;
+    RowOfHead row_;
     A* scratch_;
     ScoreVariant<T> variant_;
-    int64_t keys_, queries_, block_, shard_, score_stride_;
+    int64_t queries_, block_, shard_, score_stride_;
 };
 
 INTERFORMER_ISA_END

@@ -5,7 +5,7 @@
 
 #include "cpu/attention_problem.h"
 #include "cpu/kernels/activations.h"
-#include "cpu/kernels/attention_products.h"
+#include "cpu/kernels/multiply.h"
 
 INTERFORMER_ISA_BEGIN
 
@@ -23,28 +23,37 @@ struct RowStats {
     A *row_max, *row_sum, *delta;
 };
 
-// The scores of one row of the batch under one key/value head. Query `r` is token `r / q_per_kv`; its scores are
-// numbers of the matrix that a method is given, whose columns outside the ranges are neither read nor written. A column
-// of the ranges that its query does not see gets probability and gradient 0.
+// One row of the batch under one key/value head. Query `r` of [0, query_tokens * q_per_kv) is token `token(r)` of the
+// row under query head `head(r)`.
+struct RowOfHead {
+    int64_t index, kv_head, query_tokens, keys, q_per_kv;
+
+    // Avoids the division where heads are not grouped: it would cost as much as the products of a short row.
+    int64_t token(int64_t r) const { return q_per_kv == 1 ? r : r / q_per_kv; }
+    int64_t head(int64_t r) const { return kv_head * q_per_kv + r - token(r) * q_per_kv; }
+    int64_t queries() const { return query_tokens * q_per_kv; }
+};
+
+// The scores of a row under one key/value head. The scores of query `r` are numbers of the matrix that a method is
+// given. A column is a key of the row; those outside the ranges are neither read nor written. A column of the ranges
+// that its query does not see gets probability and gradient 0.
 template <typename T>
 class ScoreVariant {
   public:
     using A = Acc<T>;
 
-    ScoreVariant(const AttentionProblem& problem, int64_t query_tokens, int64_t keys, int64_t q_per_kv)
-        : p_(problem), query_tokens_(query_tokens), keys_(keys), q_per_kv_(q_per_kv) {}
-
-    // Avoids the division where heads are not grouped: it would cost as much as the products of a short row.
-    int64_t token(int64_t r) const { return q_per_kv_ == 1 ? r : r / q_per_kv_; }
+    ScoreVariant(const AttentionProblem& problem, const RowOfHead& row) : p_(problem), row_(row) {}
 
     KeyRange key_range(int64_t r) const {
-        if (!p_.causal && p_.window_left < 0 && p_.window_right < 0) return {0, 0, keys_};
-        const int64_t i = token(r), diagonal = i + keys_ - query_tokens_;
-        if (i < p_.num_prefix) return {0, 0, keys_};
-        KeyRange range{min(p_.num_prefix, keys_), 0, keys_};
-        if (p_.causal) range.last = min(range.last, diagonal + 1);
-        if (p_.window_left >= 0) range.first = max(range.first, diagonal - p_.window_left);
-        if (p_.window_right >= 0) range.last = min(range.last, diagonal + p_.window_right + 1);
+        const AttentionVariant& v = p_.variant;
+        const int64_t keys = row_.keys;
+        if (!v.causal && v.window_left < 0 && v.window_right < 0) return {0, 0, keys};
+        const int64_t i = row_.token(r), diagonal = i + keys - row_.query_tokens;
+        if (i < v.num_prefix) return {0, 0, keys};
+        KeyRange range{min(v.num_prefix, keys), 0, keys};
+        if (v.causal) range.last = min(range.last, diagonal + 1);
+        if (v.window_left >= 0) range.first = max(range.first, diagonal - v.window_left);
+        if (v.window_right >= 0) range.last = min(range.last, diagonal + v.window_right + 1);
         range.last = max(range.last, 0);
         range.first = min(range.first, range.last);
         if (range.first <= range.prefix) {  // the prefix and the rest are adjacent
@@ -57,13 +66,13 @@ class ScoreVariant {
 
     // The columns that at least one of the queries [r, r + count) sees, rounded outwards to panels and vectors.
     ColumnRanges column_ranges(int64_t r, int64_t count) const {
-        int64_t prefix = 0, first = keys_, last = 0;
+        int64_t prefix = 0, first = row_.keys, last = 0;
         const auto include = [&](const KeyRange& range) {
             if (range.first >= range.last) return;
             first = min(first, range.first);
             last = max(last, range.last);
         };
-        for (int64_t i = r; i < r + count; i += q_per_kv_) {
+        for (int64_t i = r; i < r + count; i += row_.q_per_kv) {
             const KeyRange range = key_range(i);
             prefix = max(prefix, range.prefix);
             include(range);
@@ -78,27 +87,30 @@ class ScoreVariant {
         return ranges;
     }
 
-    ColumnRanges all_columns() const { return {{{0, round_up(keys_, kLanes<A>)}}, keys_ > 0 ? 1 : 0}; }
+    ColumnRanges all_columns() const { return {{{0, round_up(row_.keys, kLanes<A>)}}, row_.keys > 0 ? 1 : 0}; }
 
     // Products of queries and keys are scaled here, after the product. The sign of the scale, and a scale of 0, go into
     // the queries (`AttentionRow::query_sign`), since a factor of 0 would turn a masked score of -inf into NaN.
-    A score_scale() const { return p_.scale == 0 ? A(1) : static_cast<A>(p_.scale < 0 ? -p_.scale : p_.scale); }
+    A score_scale() const {
+        const double scale = p_.variant.scale;
+        return scale == 0 ? A(1) : static_cast<A>(scale < 0 ? -scale : scale);
+    }
 
     // The probabilities of a softmax are 2^-headroom where the score is the largest. Then their sum over two or more
     // keys is at most 1/2, and no sum of values weighted by them exceeds the values.
-    int headroom() const { return keys_ < 2 ? 0 : 65 - __builtin_clzll(static_cast<uint64_t>(keys_ - 1)); }
+    int headroom() const { return row_.keys < 2 ? 0 : 65 - __builtin_clzll(static_cast<uint64_t>(row_.keys - 1)); }
 
     // Forward: the scores of queries [r, r + count) become probabilities. Softmax leaves the division by `row_sum` to
-    // the caller; a pointwise score gives post_scale * act(score).
+    // the caller; pointwise probabilities contain their factor.
     void scores_to_probs(int64_t r, int64_t count, Matrix<A> scores, const ColumnRanges& ranges,
                          const RowStats<A>& stats) const {
-        if (p_.score.softmax) return softmax(r, count, scores, ranges, stats, nullptr);
+        if (p_.variant.score.softmax) return softmax(r, count, scores, ranges, stats, nullptr);
         for (int64_t i = 0; i < count; ++i) {
             A* s = scores.from(i).data;
             for (int range = 0; range < ranges.n; ++range) {
                 const Columns columns = ranges.r[range];
-                activate(p_.score.activation, s + columns.begin, columns.end - columns.begin, score_scale(),
-                         static_cast<A>(p_.post_scale));
+                activate(p_.variant.score.activation, s + columns.begin, columns.end - columns.begin, score_scale(),
+                         static_cast<A>(p_.variant.post_scale));
             }
             mask_out(s, key_range(r + i), ranges, A(0));
             stats.row_max[i] = 0;
@@ -107,10 +119,10 @@ class ScoreVariant {
     }
 
     // Backward: the scores become normalised probabilities, and the gradients of the probabilities become those of the
-    // products of queries and keys. `post_scale` is left out: the gradients contain it.
+    // products of queries and keys. The factor of probabilities is left out: the gradients contain it.
     void scores_to_probs_and_d_scores(int64_t r, int64_t count, Matrix<A> scores, Matrix<A> d_probs,
                                       const ColumnRanges& ranges, const RowStats<A>& stats) const {
-        if (!p_.score.softmax) {
+        if (!p_.variant.score.softmax) {
             for (int64_t i = 0; i < count; ++i)
                 pointwise_backward(r + i, scores.from(i).data, d_probs.from(i).data, ranges);
             return;
@@ -125,7 +137,7 @@ class ScoreVariant {
   private:
     void pointwise_backward(int64_t r, A* scores, A* d_probs, const ColumnRanges& ranges) const {
         for (int i = 0; i < ranges.n; ++i)
-            activate_with_grads(p_.score.activation, scores + ranges.r[i].begin, d_probs + ranges.r[i].begin,
+            activate_with_grads(p_.variant.score.activation, scores + ranges.r[i].begin, d_probs + ranges.r[i].begin,
                                 ranges.r[i].end - ranges.r[i].begin, score_scale());
         const KeyRange range = key_range(r);
         mask_out(scores, range, ranges, A(0));
@@ -238,7 +250,7 @@ class ScoreVariant {
     }
 
     const AttentionProblem& p_;
-    int64_t query_tokens_, keys_, q_per_kv_;
+    const RowOfHead row_;
 };
 
 INTERFORMER_ISA_END

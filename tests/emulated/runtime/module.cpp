@@ -29,7 +29,7 @@ void reverse_rows(const std::string& fault, py::handle x, py::handle claimed, py
 // it no test could tell whether kernels mask a score before or after they map it.
 AttentionInputs sigmoid_inputs(const Viewer& view, py::handle call) {
     AttentionInputs in = attention_inputs(view, call);
-    in.score = {false, Activation::sigmoid};
+    in.variant.score = {false, Activation::sigmoid};
     return in;
 }
 

@@ -1,0 +1,41 @@
+// The attention variant of a call: how the product of a query with a key becomes a score and a probability, and which
+// keys a query sees. A bias or another mask is a field here, with its checks and its place in the call's tuple. Each
+// backend maps and masks scores in one file: cpu/kernels/score_variant.h, cuda/attention_variant.cuh.
+#pragma once
+
+#include <cstdint>
+
+#include "common/activation_names.h"
+
+namespace interformer {
+
+struct AttentionVariant {
+    double scale = 1;  // factor of products of queries with keys
+    Score score{true, Activation::identity};
+    double post_scale = 1;  // factor of probabilities; 1 under softmax, whatever the call says
+    bool causal = false;
+    int64_t window_left = -1, window_right = -1;  // -1: open
+    int64_t num_prefix = 0;
+};
+
+// Reads the fields of the variant from the call's tuple, where they are neighbours. `next` is as in arguments.h.
+template <typename Reader>
+AttentionVariant read_variant(Reader& next) {
+    constexpr int64_t kWidest = int64_t{1} << 62;  // longer than any row; adding a position cannot overflow
+    const auto limit = [&](const char* name) {
+        const int64_t tokens = next.integer(name);
+        return tokens < kWidest ? tokens : kWidest;
+    };
+    AttentionVariant variant;
+    variant.scale = next.number("scale");
+    variant.score = next.choice("score", parse_score);
+    const double factor = next.number("post_scale");
+    if (!variant.score.softmax) variant.post_scale = factor;
+    variant.causal = next.boolean("causal");
+    variant.window_left = limit("window_left");
+    variant.window_right = limit("window_right");
+    variant.num_prefix = limit("num_prefix");
+    return variant;
+}
+
+}  // namespace interformer
