@@ -26,7 +26,7 @@ def ask(kind: str, op: str, serve: Serve = served, place: Place = PLACE) -> list
     return list(gpu_checks.KINDS[kind].run(CheckContext(place, op, "triton", serve)))
 
 
-def found_wrong(kind: str, op: str, serve: Serve, place: Place = PLACE) -> list[Finding]:
+def wrong_findings(kind: str, op: str, serve: Serve, place: Place = PLACE) -> list[Finding]:
     return [finding for finding in ask(kind, op, serve, place) if finding.ok is False]
 
 

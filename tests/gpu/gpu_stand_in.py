@@ -40,7 +40,7 @@ class Stand(Place):
 class FakeGpu:
     """Requests to the GPU in order; its clock in milliseconds; the pending work of its default stream."""
 
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     clock: float = 0.0
     pending: float = 0.0
     busy: bool = False
@@ -53,12 +53,12 @@ class FakeGpu:
 
     def wait(self, *_: object) -> None:
         """Wait until all work is done."""
-        self.asked.append("synchronize")
+        self.requests.append("synchronize")
         self.clock += self.pending
         self.pending, self.busy = 0.0, False
 
     def sleep(self, cycles: int) -> None:
-        self.asked.append("sleep")
+        self.requests.append("sleep")
         self.busy = True
 
     def mode(self, mode: str) -> None:
@@ -85,24 +85,24 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
             return end.at - self.at
 
     class Stream:
-        def wait_stream(self, other: object) -> None:
-            gpu.asked.append("wait_stream")
+        def wait_stream(self, stream: object) -> None:
+            gpu.requests.append("wait_stream")
 
         def synchronize(self) -> None:
-            gpu.asked.append("wait for a side stream")
+            gpu.requests.append("wait for a side stream")
 
         def query(self) -> bool:
             return not gpu.busy
 
     class Graph:
         def replay(self) -> None:
-            gpu.asked.append("replay")
+            gpu.requests.append("replay")
 
     @contextlib.contextmanager
-    def within(what: Any, stream: Any = None) -> Iterator[None]:
-        gpu.asked.append(f"begin {type(what).__name__}")
+    def within(context: Any, stream: Any = None) -> Iterator[None]:
+        gpu.requests.append(f"begin {type(context).__name__}")
         yield
-        gpu.asked.append(f"end {type(what).__name__}")
+        gpu.requests.append(f"end {type(context).__name__}")
 
     fakes: dict[str, Any] = {
         "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "graph": within, "stream": within,
@@ -110,7 +110,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
         "mem_get_info": lambda device=None: gpu.memory, "memory_reserved": lambda device=None: 8 * 2**30,
         "memory_allocated": lambda device=None: 2 * 2**30, "max_memory_allocated": lambda: 3 * 2**30,
         "reset_peak_memory_stats": lambda: None, "empty_cache": lambda: None, "set_sync_debug_mode": gpu.mode,
-        "set_stream": lambda stream: gpu.asked.append("set_stream"),
+        "set_stream": lambda stream: gpu.requests.append("set_stream"),
         "is_available": lambda: True,
     }  # fmt: skip
     for name, fake in fakes.items():

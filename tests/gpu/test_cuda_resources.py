@@ -32,13 +32,13 @@ def test_kernels_fit_every_device() -> None:
         cuda_kernels.tool("cuobjdump")
     except FileNotFoundError as missing:
         pytest.skip(str(missing))
-    found = cuda_kernels.usages(str(module.__file__))
+    usages = cuda_kernels.usages(str(module.__file__))
     targets = {
         name.removesuffix("-real") for name in module.build_info()["cuda_architectures"] if "virtual" not in name
     }
-    assert {one.target.removeprefix("sm_") for one in found} == targets
-    assert {one.kernel.split("<")[0] for one in found} >= {"rotate_rows", "row_products", "row_weight_gradients"}
-    assert not [one for one in found if not one.fits]
+    assert {usage.target.removeprefix("sm_") for usage in usages} == targets
+    assert {usage.kernel.split("<")[0] for usage in usages} >= {"rotate_rows", "row_products", "row_weight_gradients"}
+    assert not [usage for usage in usages if not usage.fits]
 
 
 def test_what_does_not_fit_is_seen() -> None:

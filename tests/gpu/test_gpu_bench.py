@@ -66,7 +66,7 @@ def test_what_cannot_be_done_is_said_with_status_2(arguments: list[str], capsys:
     with pytest.raises(SystemExit) as stopped:
         gpu.main(arguments)
     assert stopped.value.code == 2
-    assert "wanted" in (said := capsys.readouterr().err) or "invalid choice" in said
+    assert "wanted" in (message := capsys.readouterr().err) or "invalid choice" in message
 
 
 def test_a_rehearsal_has_a_record_of_every_runner_and_says_what_it_is(tmp_path: Path) -> None:
@@ -107,13 +107,13 @@ def test_every_op_has_a_job_that_can_be_rehearsed(op: str) -> None:
 # ---------------------------------------------------------------- tables
 
 
-def bench_record(runner: str, median: float | None, graph: float | None = None, **more: Any) -> Record:
+def bench_record(runner: str, median: float | None, graph: float | None = None, **fields: Any) -> Record:
     return {
         "kind": "bench", "step": "pma-104-bf16", "op": "pma_pooling", "law": "all 104", "rows": 2, "tokens": 208,
         "longest": 104, "sizes": "H4", "dtype": "bfloat16", "pass": "forward", "runner": runner,
         "backend": "triton" if runner == OURS else "torch", "median": median, "samples": 9, "spread": 0.1,
         "graph": graph, "graph_problem": None, "flops": 10**9, "bytes": 10**9, "wanted": 3.0, "peak": 2**20,
-        "problem": None, "tiny": False, "device": "cuda", **more,
+        "problem": None, "tiny": False, "device": "cuda", **fields,
     }  # fmt: skip
 
 

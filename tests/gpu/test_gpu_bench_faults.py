@@ -20,55 +20,57 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> gpu_stand_in.FakeGpu:
     return gpu_stand_in.install(monkeypatch)
 
 
-def spoiled(call: Callable[..., torch.Tensor], where: Callable[[torch.Tensor], bool]) -> Callable[..., torch.Tensor]:
+def spoiled(
+    call: Callable[..., torch.Tensor], condition: Callable[[torch.Tensor], bool]
+) -> Callable[..., torch.Tensor]:
     """Add a hundredth to outputs that fulfil a condition."""
 
     def run(**arguments: Any) -> torch.Tensor:
         out = call(**arguments)
-        return out + 0.01 if where(out) else out
+        return out + 0.01 if condition(out) else out
 
     return run
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[str, Any], Any]) -> tuple[bool, list[Record]]:
     """The records of a job whose runners are replaced by `spoil(name, call)`."""
-    peers, ours, written = on_gpu.gpu_peers, workloads.ours, []
+    real_peers, real_runner, written = on_gpu.gpu_peers, workloads.ours, []
 
     def spoiled_peers(*arguments: Any) -> dict[str, Peer]:
-        return {name: replace(peer, run=spoil(name, peer.run)) for name, peer in peers(*arguments).items()}
+        return {name: replace(peer, run=spoil(name, peer.run)) for name, peer in real_peers(*arguments).items()}
 
     monkeypatch.setattr(gpu_measure, "gpu_peers", spoiled_peers)
-    monkeypatch.setattr(workloads, "ours", lambda *arguments: spoil(OURS, ours(*arguments)))
+    monkeypatch.setattr(workloads, "ours", lambda *arguments: spoil(OURS, real_runner(*arguments)))
     chosen = replace(rehearsal_job("jagged-tiny-bf16"), dtype="float32")
     right = gpu_measure.measure(chosen, ["triton"], REHEARSAL, written.append)
     return right, written
 
 
-@pytest.mark.parametrize("who", [OURS, "padded SDPA"])
+@pytest.mark.parametrize("faulty", [OURS, "padded SDPA"])
 @pytest.mark.parametrize("batch", ["small", "whole"])
-def test_a_wrong_runner_is_a_record_of_its_own(monkeypatch: pytest.MonkeyPatch, who: str, batch: str) -> None:
+def test_a_wrong_runner_is_a_record_of_its_own(monkeypatch: pytest.MonkeyPatch, faulty: str, batch: str) -> None:
     tokens = sum(rehearsal_job("jagged-tiny-bf16").shape.lengths())  # type: ignore[union-attr]
     right, records = measured(
         monkeypatch,
         lambda name, call: (
-            spoiled(call, lambda out: (len(out) == tokens) == (batch == "whole")) if name == who else call
+            spoiled(call, lambda out: (len(out) == tokens) == (batch == "whole")) if name == faulty else call
         ),
     )
-    assert right == (who != OURS)
-    wrong = [record for record in records if record["runner"] == who]
-    assert [record["pass"] for record in wrong] == [*run.PASSES] * (2 if who == OURS else 1)
+    assert right == (faulty != OURS)
+    wrong = [record for record in records if record["runner"] == faulty]
+    assert [record["pass"] for record in wrong] == [*run.PASSES] * (2 if faulty == OURS else 1)
     assert all(record["problem"].startswith("wrong out: ") for record in wrong)
     assert all(record["problem"].endswith("in the whole batch") == (batch == "whole") for record in wrong)
     # Wrong results of this package are timed, those of a peer are not.
     assert [record["median"] is not None for record in wrong] == (
-        [False] * 2 + [True] * 2 if who == OURS else [False] * 2
+        [False] * 2 + [True] * 2 if faulty == OURS else [False] * 2
     )
     lines = gpu_tables.ratios([{**record, "tiny": False} for record in records], {})
-    assert all(who not in " ".join(line) for line in lines) if who != OURS else lines == []
-    said = gpu_tables.tables([{**record, "tiny": True} for record in records]).split(
-        "## Wrong" if who == OURS else "## Not timed"
+    assert all(faulty not in " ".join(line) for line in lines) if faulty != OURS else lines == []
+    sections = gpu_tables.tables([{**record, "tiny": True} for record in records]).split(
+        "## Wrong" if faulty == OURS else "## Not timed"
     )
-    assert f"- {f'jagged-tiny-bf16 (triton), {run.PASSES[0]}' if who == OURS else who}: " in said[1]
+    assert f"- {f'jagged-tiny-bf16 (triton), {run.PASSES[0]}' if faulty == OURS else faulty}: " in sections[1]
 
 
 def test_a_runner_that_fails_does_not_keep_others_from_being_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +104,9 @@ def test_a_runner_that_fails_while_it_is_timed_is_told_alone(monkeypatch: pytest
 
     right, records = measured(monkeypatch, failing)
     assert right
-    told = [record for record in records if record["runner"] == "padded SDPA"]
-    assert {record["problem"] for record in told} == {"failed: OutOfMemoryError: out of memory"}
-    assert [record["pass"] for record in told] == list(run.PASSES)
+    failures = [record for record in records if record["runner"] == "padded SDPA"]
+    assert {record["problem"] for record in failures} == {"failed: OutOfMemoryError: out of memory"}
+    assert [record["pass"] for record in failures] == list(run.PASSES)
     assert sum(record["median"] is not None for record in records if record["runner"] == OURS) == 2
 
 
@@ -127,7 +129,7 @@ def test_a_lost_gpu_ends_the_job_and_nobody_else_is_blamed(monkeypatch: pytest.M
 
 def test_a_capture_that_fails_is_a_reason_and_gives_the_stream_back(fake: gpu_stand_in.FakeGpu) -> None:
     def failing() -> None:
-        if "begin Graph" in fake.asked:
+        if "begin Graph" in fake.requests:
             raise RuntimeError("operation not permitted when stream is capturing")
 
     session = gpu_measure.Session(rehearsal_job("pma-tiny-bf16"), [], gpu_stand_in.Stand(), lambda record: None)
@@ -136,7 +138,7 @@ def test_a_capture_that_fails_is_a_reason_and_gives_the_stream_back(fake: gpu_st
     times = session._graph(runner, run.PASSES[0])
     assert times["graph"] is None
     assert times["graph_problem"].startswith("failed: RuntimeError: operation not permitted")
-    assert fake.asked[-1] == "set_stream"
+    assert fake.requests[-1] == "set_stream"
 
 
 def test_what_ends_a_job_is_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,9 +162,9 @@ def test_rows_of_the_whole_batch_are_cut_as_they_are_alone() -> None:
         ("gated_cross_attention", Sizes(2, 8, 3, gated=True)),
         ("personalized_ffn", Sizes(1, 8, width=6)),
     ):
-        made = workloads.inputs(op, lengths, sizes, torch.float32)
-        few = checks.call_on_rows(made, lengths, [0, 2])
-        whole, part = (workloads.training(op, workloads.ours(op), x) for x in (made, few))
+        batch = workloads.inputs(op, lengths, sizes, torch.float32)
+        some_rows = checks.call_on_rows(batch, lengths, [0, 2])
+        whole, part = (workloads.training(op, workloads.ours(op), x) for x in (batch, some_rows))
         for name, x in part.items():
             assert torch.equal(x, checks.select_rows(whole[name], lengths, [0, 2])), name
     assert checks.sample_rows(lengths, 2, max_rows=2) == [2, 3]

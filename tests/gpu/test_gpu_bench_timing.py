@@ -41,25 +41,25 @@ def test_peers_that_know_the_lengths_are_right(op: str, lengths: tuple[int, ...]
 
 
 def test_a_full_row_peer_takes_the_kernel_it_is_named_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[str] = []
+    kernels: list[str] = []
 
     def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        taken.append(f"flash {torch._C._get_flash_sdp_enabled()}, cudnn {torch._C._get_cudnn_sdp_enabled()}")
+        kernels.append(f"flash {torch._C._get_flash_sdp_enabled()}, cudnn {torch._C._get_cudnn_sdp_enabled()}")
         assert q.shape == k.shape == (2, 3, 4, 8)
         return v
 
     monkeypatch.setattr(on_gpu, "sdpa", sdpa)
-    made = workloads.inputs("jagged_attention", (4, 4), Sizes(3, 8), torch.float32)
+    inputs = workloads.inputs("jagged_attention", (4, 4), Sizes(3, 8), torch.float32)
     for name in on_gpu.FULL:
-        out = workloads.forward(on_gpu.gpu_peers("jagged_attention", (4, 4))[name].run, made)
-        assert torch.equal(out, made["v"])
-    assert taken == ["flash True, cudnn False", "flash False, cudnn True"]
+        out = workloads.forward(on_gpu.gpu_peers("jagged_attention", (4, 4))[name].run, inputs)
+        assert torch.equal(out, inputs["v"])
+    assert kernels == ["flash True, cudnn False", "flash False, cudnn True"]
 
 
 @pytest.mark.parametrize("takes_scale", [True, False])
 def test_varlen_attention_is_told_what_is_known(monkeypatch: pytest.MonkeyPatch, takes_scale: bool) -> None:
     from interformer_bench.peers import varlen
-    from torch.nn.attention import varlen as theirs
+    from torch.nn.attention import varlen as torch_varlen
 
     received: list[Any] = []
 
@@ -70,7 +70,7 @@ def test_varlen_attention_is_told_what_is_known(monkeypatch: pytest.MonkeyPatch,
     def older(q: Any, k: Any, v: Any, a: Any, b: Any, most_q: int, most_k: int) -> torch.Tensor:
         return newer(q, k, v, a, b, most_q, most_k)
 
-    monkeypatch.setattr(theirs, "varlen_attn", newer if takes_scale else older)
+    monkeypatch.setattr(torch_varlen, "varlen_attn", newer if takes_scale else older)
     varlen._takes_scale.cache_clear()
     q, offsets = torch.zeros(9, 2, 16), torch.tensor([0, 2, 9])
     scale = 0.25 if takes_scale else None
@@ -110,11 +110,11 @@ def test_a_gpu_is_timed_by_what_it_works_not_by_launching(fake: gpu_stand_in.Fak
 def test_checks_time_runners_where_they_run(fake: gpu_stand_in.FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch takes no time, so the expected time of a peer must come from the device."""
     checker = checks.Checker("pma_pooling", (3, 4), Sizes(2, 8, 2), torch.float32)
-    ours = workloads.ours("pma_pooling")
+    pma_pooling = workloads.ours("pma_pooling")
 
     def peer(**arguments: Any) -> torch.Tensor:
         fake.launch(7000.0)
-        return ours(**arguments)
+        return pma_pooling(**arguments)
 
     checker._truth(True)
     checker.device = "cuda"
@@ -165,10 +165,10 @@ def test_ceilings_of_a_gpu_are_of_many_large_random_products(
 
 
 def test_graphs_are_captured_after_a_warm_up_on_a_stream_of_their_own(fake: gpu_stand_in.FakeGpu) -> None:
-    replay, kept = gpu_place.capture_graph(lambda: fake.asked.append("call") or "kept", gpu_stand_in.Stand())
+    replay, result = gpu_place.capture_graph(lambda: fake.requests.append("call") or "kept", gpu_stand_in.Stand())
     replay()
-    assert kept == "kept"
-    assert fake.asked == [
+    assert result == "kept"
+    assert fake.requests == [
         *("wait_stream", "begin Stream", "call", "call", "end Stream", "wait_stream"),
         *("begin Graph", "call", "end Graph", "set_stream", "replay"),
     ]
@@ -199,8 +199,8 @@ def test_every_runner_has_a_graph_or_a_reason(fake: gpu_stand_in.FakeGpu, monkey
 
     interleaved = timing.interleaved
 
-    def timed(runs: Any, *arguments: Any, **more: Any) -> dict[str, timing.Timing]:
-        records = interleaved(runs, *arguments, **more)
+    def timed(runs: Any, *arguments: Any, **options: Any) -> dict[str, timing.Timing]:
+        records = interleaved(runs, *arguments, **options)
         return {"graph": timing.Timing(3e-3, 2.7e-3, 3.6e-3, 5)} if "graph" in runs else records
 
     monkeypatch.setattr(timing, "interleaved", timed)
@@ -244,13 +244,13 @@ def test_large_tensors_are_drawn_where_they_are_used(monkeypatch: pytest.MonkeyP
     assert torch.equal(before["k"][:8], expected[:8, :, 1:17].float())
     assert all(torch.equal(x[:8], before[name][:8]) for name, x in testing.make_inputs(case, torch.float32).items())
     monkeypatch.setattr(drawing.Numbers, "draws", lambda self: True)  # as a GPU does
-    drawn, again, other = (testing.make_inputs(case, torch.float32, seed=seed) for seed in (0, 0, 1))
+    drawn, repeated, of_other_seed = (testing.make_inputs(case, torch.float32, seed=seed) for seed in (0, 0, 1))
     assert drawn["k"].shape == before["k"].shape
     assert drawn["k"][8:].isnan().all()
     assert drawn["k"].requires_grad
-    assert torch.equal(drawn["k"][:8], again["k"][:8])
+    assert torch.equal(drawn["k"][:8], repeated["k"][:8])
     assert not torch.equal(drawn["k"][:8], before["k"][:8])
-    assert not torch.equal(drawn["k"][:8], other["k"][:8])
+    assert not torch.equal(drawn["k"][:8], of_other_seed["k"][:8])
     assert torch.equal(drawn["seeds"], testing.make_inputs(case, torch.float32, seed=0)["seeds"])
     folded = workloads.inputs("pma_folded", (400,), Sizes(2, 8, 2, width=16), torch.float32)
     assert abs(float(folded["x"].detach().std()) - 1) < 0.1

@@ -8,7 +8,7 @@ from typing import Any
 import gpu_stand_in
 import pytest
 import torch
-from gpu_faults import OPS, Outputs, Serve, ask, counted, found_wrong, served
+from gpu_faults import OPS, Outputs, Serve, ask, counted, served, wrong_findings
 from interformer_bench import check_calls, check_rows, gpu_checks
 from interformer_bench.check_context import Inputs
 from torch import Tensor
@@ -51,12 +51,12 @@ def place_of_row(op: str, inputs: Inputs, row: int) -> int:
     return row if op in ("pma_pooling", "gated_cross_attention") else int(inputs["offsets"][row])
 
 
-def spoiled_out(row: int, least: int) -> Serve:
+def spoiled_out(row: int, min_rows: int) -> Serve:
     """An implementation whose row `row` has one slightly larger number, in batches of `least` rows and more."""
 
     def serve(op: str, inputs: Inputs) -> Outputs:
         out, lse = served(op, inputs)
-        if rows_of(inputs) >= least:
+        if rows_of(inputs) >= min_rows:
             change = torch.zeros_like(out)
             change[place_of_row(op, inputs, row)] = 0.05
             out = out + change
@@ -65,11 +65,11 @@ def spoiled_out(row: int, least: int) -> Serve:
     return serve
 
 
-def spoiled_gradient(row: int, least: int) -> Serve:
+def spoiled_gradient(row: int, min_rows: int) -> Serve:
     """A wrong gradient of x, or of k, at the first token of row `row`, in batches of `least` rows and more."""
 
     def serve(op: str, inputs: Inputs) -> Outputs:
-        if rows_of(inputs) < least:
+        if rows_of(inputs) < min_rows:
             return served(op, inputs)
         name = "x" if "x" in inputs else "k"
         offsets = inputs["kv_offsets"] if "kv_offsets" in inputs else inputs["offsets"]
@@ -82,7 +82,7 @@ def spoiled_gradient(row: int, least: int) -> Serve:
 @pytest.mark.parametrize("spoil", [spoiled_out, spoiled_gradient])
 def test_a_row_that_differs_in_a_large_batch_is_found_and_named(op: str, spoil: Callable[[int, int], Serve]) -> None:
     row = 7  # the long one
-    findings = found_wrong("large-batch", op, spoil(row, len(check_rows.lengths_of(True))))
+    findings = wrong_findings("large-batch", op, spoil(row, len(check_rows.lengths_of(True))))
     kinds = {finding.what.partition(",")[0] for finding in findings}
     assert {"slices of the batch", "rows alone"} <= kinds
     for finding in findings:
@@ -103,30 +103,30 @@ def test_rows_that_are_wrong_wherever_they_are_are_found(op: str) -> None:
         out, lse = served(op, inputs)
         return out * 1.05, lse
 
-    findings = found_wrong("large-batch", op, serve)
+    findings = wrong_findings("large-batch", op, serve)
     assert {"against float64" in finding.what for finding in findings} == {True}
     assert all("of the error budget" in str(finding.problem) for finding in findings)
 
 
-@pytest.mark.parametrize("least", [0, len(check_rows.lengths_of(True))], ids=["always", "in large batches"])
-def test_a_sum_over_rows_that_is_wrong_is_found(least: int) -> None:
+@pytest.mark.parametrize("min_rows", [0, len(check_rows.lengths_of(True))], ids=["always", "in large batches"])
+def test_a_sum_over_rows_that_is_wrong_is_found(min_rows: int) -> None:
     def serve(op: str, inputs: Inputs) -> Outputs:
         seeds = inputs["seeds"]
-        return served(op, {**inputs, "seeds": Spoil.apply(seeds, 1) if rows_of(inputs) >= least else seeds})
+        return served(op, {**inputs, "seeds": Spoil.apply(seeds, 1) if rows_of(inputs) >= min_rows else seeds})
 
-    findings = found_wrong("large-batch", "pma_pooling", serve)
+    findings = wrong_findings("large-batch", "pma_pooling", serve)
     assert {finding.quantity for finding in findings} == {"dseeds"}
     assert any(finding.what == "sums over rows against float64" for finding in findings)
     assert any("rows against float64" in finding.what and finding.what[0].isdigit() for finding in findings) == (
-        least == 0
+        min_rows == 0
     )
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_runs_that_differ_are_found(op: str) -> None:
-    findings = found_wrong("large-batch", op, counted(lambda call, out: out + 1e-3 * call))
+    findings = wrong_findings("large-batch", op, counted(lambda call, out: out + 1e-3 * call))
     assert any(finding.what == "two runs" for finding in findings)
-    beside = found_wrong("side-stream", op, counted(lambda call, out: out + 1e-3 * call))
+    beside = wrong_findings("side-stream", op, counted(lambda call, out: out + 1e-3 * call))
     assert {finding.what for finding in beside} == {"beside a busy stream"}
 
 
@@ -136,25 +136,25 @@ def test_what_a_graph_keeps_of_its_first_contents_is_found(
     op: str, stale: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lengths read on the host, copied numbers, a replay that does nothing: each is right the first time."""
-    known: dict[int, Inputs] = {}
+    first_contents: dict[int, Inputs] = {}
 
     def serve(op: str, inputs: Inputs) -> Outputs:
         name = {
             "offsets": "kv_offsets" if "kv_offsets" in inputs else "offsets",
             "numbers": "x" if "x" in inputs else "k",
         }
-        kept = known.setdefault(
+        contents = first_contents.setdefault(
             inputs["grad_out"].data_ptr(), {n: x.detach().clone() for n, x in inputs.items() if isinstance(x, Tensor)}
         )
         changed = name[stale]
         x = inputs[changed]
-        first = kept[changed]
+        first = contents[changed]
         return served(op, {**inputs, changed: x + (first - x).detach() if x.requires_grad else first})
 
     if stale == "replay":
         monkeypatch.setattr(check_calls, "capture_graph", lambda run, place: (lambda: None, run()))
         serve = served
-    findings = found_wrong("graph-replay", op, serve)
+    findings = wrong_findings("graph-replay", op, serve)
     assert {finding.what for finding in findings} >= {f"replay on contents {number}" for number in (1, 2, 3)}
 
 
@@ -167,10 +167,10 @@ def test_a_call_that_waits_for_the_default_stream_is_found(monkeypatch: pytest.M
             torch.cuda.synchronize()
         return served(op, inputs)
 
-    findings = found_wrong("side-stream", "pma_pooling", serve, gpu_stand_in.Stand())
+    findings = wrong_findings("side-stream", "pma_pooling", serve, gpu_stand_in.Stand())
     assert {finding.what for finding in findings} == ({"beside a busy stream: waits for nobody"} if waits else set())
-    assert fake.asked.count("sleep") == 2
-    order = [what for what in fake.asked if what in ("sleep", "begin Stream", "wait for a side stream")]
+    assert fake.requests.count("sleep") == 2
+    order = [request for request in fake.requests if request in ("sleep", "begin Stream", "wait for a side stream")]
     assert order[:4] == ["begin Stream", "sleep", "begin Stream", "wait for a side stream"]
 
 
@@ -194,7 +194,7 @@ INDICES = [
 
 @pytest.mark.parametrize(("op", "name"), INDICES)
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "view"),
     [
         (lambda x: x.as_strided((len(x),), (1,)), "strided"),
         (lambda x: x.as_strided((len(x),), x.stride(), 0), "odd place"),
@@ -203,12 +203,12 @@ INDICES = [
     ids=["stride", "storage offset", "int32"],
 )
 def test_views_of_indices_that_are_read_wrong_are_found(
-    op: str, name: str, fault: Callable[[Tensor], Tensor], told: str
+    op: str, name: str, fault: Callable[[Tensor], Tensor], view: str
 ) -> None:
     interformer_kernels.set_validation("off")  # a GPU trusts them
-    findings = found_wrong("index-views", op, with_index(name, fault))
+    findings = wrong_findings("index-views", op, with_index(name, fault))
     assert findings
-    assert all(finding.what.startswith(f"{name} ") and told in finding.what for finding in findings)
+    assert all(finding.what.startswith(f"{name} ") and view in finding.what for finding in findings)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -218,7 +218,9 @@ def test_a_base_that_is_rounded_down_is_found(op: str) -> None:
             return x
         return x + (x.as_strided(x.shape, x.stride(), 0) - x).detach()
 
-    findings = found_wrong("misaligned", op, lambda op, inputs: served(op, {n: aligned(x) for n, x in inputs.items()}))
+    findings = wrong_findings(
+        "misaligned", op, lambda op, inputs: served(op, {n: aligned(x) for n, x in inputs.items()})
+    )
     assert {finding.what for finding in findings} == {"misaligned, 16 channels"}
 
 
@@ -231,10 +233,10 @@ def test_validation_that_lets_bad_offsets_pass_is_found(op: str) -> None:
         return good[0]
 
     name = "kv_offsets" if op == "gated_cross_attention" else "offsets"
-    findings = found_wrong("full-validation", op, with_index(name, mended))
+    findings = wrong_findings("full-validation", op, with_index(name, mended))
     assert {finding.problem for finding in findings} == {"no error"}
     assert {finding.what for finding in findings} == {
-        f"offsets {how}" for how in ("out of order", "beyond the tokens", "negative")
+        f"offsets {fault}" for fault in ("out of order", "beyond the tokens", "negative")
     }
     assert interformer_kernels.set_validation("default") == "default"
 
@@ -246,7 +248,7 @@ def test_an_error_that_does_not_name_the_offsets_is_found() -> None:
         except ValueError:
             raise ValueError("something is wrong") from None
 
-    assert len(found_wrong("full-validation", "apply_rotary", serve)) == 3
+    assert len(wrong_findings("full-validation", "apply_rotary", serve)) == 3
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -258,30 +260,30 @@ def test_autocast_that_is_not_minded_is_found(op: str) -> None:
             out, lse = served(op, inputs)
         return out.bfloat16(), lse
 
-    (finding,) = found_wrong("autocast", op, serve)
+    (finding,) = wrong_findings("autocast", op, serve)
     assert finding.what == "autocast to bfloat16"
 
 
 @pytest.mark.parametrize("op", ["pma_pooling", "personalized_ffn"])
-@pytest.mark.parametrize("how", ["wrong", "fails"])
-def test_compiled_calls_that_go_wrong_are_found(op: str, how: str) -> None:
+@pytest.mark.parametrize("fault", ["wrong", "fails"])
+def test_compiled_calls_that_go_wrong_are_found(op: str, fault: str) -> None:
     def serve(op: str, inputs: Inputs) -> Outputs:
         out, lse = served(op, inputs)
         if torch.compiler.is_compiling():
-            if how == "fails":
+            if fault == "fails":
                 torch._dynamo.graph_break()
             out = out * 1.05
         return out, lse
 
-    findings = found_wrong("compile", op, serve)
+    findings = wrong_findings("compile", op, serve)
     assert len(findings) == 2
-    assert all((finding.problem or "").startswith("failed: ") == (how == "fails") for finding in findings)
+    assert all((finding.problem or "").startswith("failed: ") == (fault == "fails") for finding in findings)
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("row", [1, 11])
 def test_places_that_wrap_around_at_an_end_are_found(op: str, row: int) -> None:
-    (finding,) = found_wrong("beyond-int32", op, spoiled_out(row, 12))
+    (finding,) = wrong_findings("beyond-int32", op, spoiled_out(row, 12))
     assert finding.row == row
     assert finding.quantity == "out"
 

@@ -43,12 +43,12 @@ def test_differences_are_found_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_too_few_numbers_are_not_judged() -> None:
-    few, many = torch.randn(8), torch.randn(2000)
-    finding = within_budget("x", torch.float32, {"out": few}, {"out": few}, {"out": few.double() + 1})
+    short, long = torch.randn(8), torch.randn(2000)
+    finding = within_budget("x", torch.float32, {"out": short}, {"out": short}, {"out": short.double() + 1})
     assert finding.ok is None
-    finding = within_budget("x", torch.float32, {"out": many}, {"out": many}, {"out": many.double() + 1})
+    finding = within_budget("x", torch.float32, {"out": long}, {"out": long}, {"out": long.double() + 1})
     assert finding.ok is True  # eager errs as much
-    assert within_budget("x", torch.float32, {"out": many + 9}, {"out": many}, {"out": many.double()}).ok is False
+    assert within_budget("x", torch.float32, {"out": long + 9}, {"out": long}, {"out": long.double()}).ok is False
 
 
 # ---------------------------------------------------------------- the command

@@ -24,21 +24,21 @@ def test_tuned_tiles_are_the_fastest_measured_and_are_kept(tmp_path: Path, monke
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     target = _tiles.Target("cuda", 90, "Some GPU/x")
-    wanted = _tiles.Tiles(32, 16, 4, 2)
+    fast_tiles = _tiles.Tiles(32, 16, 4, 2)
 
     def measure(call: Any) -> float:
         """The time of the launches that a call records: fast with the expected tiles alone."""
         with _run.recording(target) as launches:
             call()
-        return min(1.0 if launch.tiles == wanted else 2.0 for launch in launches)
+        return min(1.0 if launch.tiles == fast_tiles else 2.0 for launch in launches)
 
-    found = _tune.tune("meta", ("forward", "grad_weight"), 64, measure)
-    assert {key for key, tiles in found.items() if tiles == wanted} == set(found)
-    assert set(found) >= {"forward/64/16", "forward/64/32"}
-    file = _tiles.keep(target.name, found)
+    best_tiles = _tune.tune("meta", ("forward", "grad_weight"), 64, measure)
+    assert {key for key, tiles in best_tiles.items() if tiles == fast_tiles} == set(best_tiles)
+    assert set(best_tiles) >= {"forward/64/16", "forward/64/32"}
+    file = _tiles.keep(target.name, best_tiles)
     assert file.parent == tmp_path / "interformer_kernels"
-    assert json.loads(file.read_text())["forward/64/16"] == list(wanted)
-    assert _tiles.tiles("forward", 48, 2, target) == wanted
+    assert json.loads(file.read_text())["forward/64/16"] == list(fast_tiles)
+    assert _tiles.tiles("forward", 48, 2, target) == fast_tiles
     assert _tiles.tiles("forward", 48, 2, target._replace(name="")) == _tiles.TABLE["forward"][2][64]
 
 

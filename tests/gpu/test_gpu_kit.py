@@ -40,7 +40,7 @@ else:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Path:
+def kit_folder(tmp_path: Path) -> Path:
     """A kit for this very Python."""
     python = tmp_path / "python"
     python.write_text(PYTHON)
@@ -57,32 +57,34 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "checkout"
 
 
-def test_it_says_what_it_is_made_for_and_of(made: Path) -> None:
-    assert sorted(file.name for file in made.iterdir()) == sorted([f"_C{SUFFIX}", "kit.json", "triton-cache.tar.xz"])
-    about = json.loads((made / "kit.json").read_text())
-    assert about["suffix"] == SUFFIX
-    assert about["processor"] == platform.machine()
-    assert (about["capability"], about["torch"], about["triton"]) == ([9, 0], "2.11.0", "3.6.0")
-    assert (about["native"], about["kernels"]) == (kit.digest("native"), kit.digest("kernels"))
-    assert list(kit.contents(made))[-1] == ("  in it: 2 files, 2 kernels", 8000)
-    assert [file.name for file in made.parent.iterdir()] == ["kit"]  # nothing else is left
+def test_it_says_what_it_is_made_for_and_of(kit_folder: Path) -> None:
+    assert sorted(file.name for file in kit_folder.iterdir()) == sorted(
+        [f"_C{SUFFIX}", "kit.json", "triton-cache.tar.xz"]
+    )
+    manifest = json.loads((kit_folder / "kit.json").read_text())
+    assert manifest["suffix"] == SUFFIX
+    assert manifest["processor"] == platform.machine()
+    assert (manifest["capability"], manifest["torch"], manifest["triton"]) == ([9, 0], "2.11.0", "3.6.0")
+    assert (manifest["native"], manifest["kernels"]) == (kit.digest("native"), kit.digest("kernels"))
+    assert list(kit.contents(kit_folder))[-1] == ("  in it: 2 files, 2 kernels", 8000)
+    assert [file.name for file in kit_folder.parent.iterdir()] == ["kit"]  # nothing else is left
 
 
-def test_it_is_whole_or_the_old_one_stays(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {file.name: file.read_bytes() for file in made.iterdir()}
+def test_it_is_whole_or_the_old_one_stays(kit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {file.name: file.read_bytes() for file in kit_folder.iterdir()}
     monkeypatch.setenv("FAILS", "1")
     with pytest.raises(kit.subprocess.CalledProcessError):
-        kit.make(str(tmp_path / "python"), made)
-    assert {file.name: file.read_bytes() for file in made.iterdir()} == before
-    assert [file.name for file in made.parent.iterdir()] == ["kit"]
+        kit.make(str(tmp_path / "python"), kit_folder)
+    assert {file.name: file.read_bytes() for file in kit_folder.iterdir()} == before
+    assert [file.name for file in kit_folder.parent.iterdir()] == ["kit"]
 
 
-def test_what_fits_is_put_in_place_once(made: Path, root: Path) -> None:
+def test_what_fits_is_put_in_place_once(kit_folder: Path, root: Path) -> None:
     target = root / "interformer_kernels" / f"_C{SUFFIX}"
-    for told in ("put in place, where there was none", "is in place"):
-        (about, native, kernels), environment = kit.use(MACHINE, made, root)
-        assert about == f"kit made at commit {kit.commit()}, for torch 2.11.0"
-        assert native == f"native module of the kit {told}: {target}"
+    for status in ("put in place, where there was none", "is in place"):
+        (header, native, kernels), environment = kit.use(MACHINE, kit_folder, root)
+        assert header == f"kit made at commit {kit.commit()}, for torch 2.11.0"
+        assert native == f"native module of the kit {status}: {target}"
         assert target.read_bytes() == b"module"
         cache = Path(environment["TRITON_CACHE_DIR"])
         assert sorted(file.name for file in cache.iterdir()) == ["A", "B"]
@@ -90,16 +92,16 @@ def test_what_fits_is_put_in_place_once(made: Path, root: Path) -> None:
         assert [file.name for file in (root / "build").iterdir()] == [cache.name]
 
 
-def test_a_users_build_is_kept(made: Path, root: Path) -> None:
+def test_a_users_build_is_kept(kit_folder: Path, root: Path) -> None:
     target = root / "interformer_kernels" / f"_C{SUFFIX}"
     target.write_bytes(b"mine")
-    (_, native, _), _ = kit.use(MACHINE, made, root)
+    (_, native, _), _ = kit.use(MACHINE, kit_folder, root)
     assert native == f"native module of the kit not used: there is a build already, which is kept: {target}"
     assert target.read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "reason"),
     [
         ("suffix", ".cpython-399-x86_64-linux-gnu.so", "made for Python .cpython-399-x86_64-linux-gnu.so, here is "),
         ("processor", "riscv64", "made for processor riscv64, here is "),
@@ -107,29 +109,31 @@ def test_a_users_build_is_kept(made: Path, root: Path) -> None:
         ("native", "other", "made for sources other, here is "),
     ],
 )
-def test_a_native_module_that_does_not_fit_is_not_used(made: Path, root: Path, key: str, value: Any, said: str) -> None:
-    about = json.loads((made / "kit.json").read_text())
-    (made / "kit.json").write_text(json.dumps({**about, key: value}))
-    (_, native, _), _ = kit.use(MACHINE, made, root)
-    assert native.startswith(f"native module of the kit not used: {said}")
+def test_a_native_module_that_does_not_fit_is_not_used(
+    kit_folder: Path, root: Path, key: str, value: Any, reason: str
+) -> None:
+    manifest = json.loads((kit_folder / "kit.json").read_text())
+    (kit_folder / "kit.json").write_text(json.dumps({**manifest, key: value}))
+    (_, native, _), _ = kit.use(MACHINE, kit_folder, root)
+    assert native.startswith(f"native module of the kit not used: {reason}")
     assert not list((root / "interformer_kernels").iterdir())
 
 
-def test_kernels_that_do_not_fit_are_not_used(made: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_do_not_fit_are_not_used(kit_folder: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for machine in ({**MACHINE, "triton": "3.9.0"}, {**MACHINE, "capability": [10, 0]}, {}):
-        (_, _, kernels), environment = kit.use(machine, made, root)
+        (_, _, kernels), environment = kit.use(machine, kit_folder, root)
         assert kernels.startswith("kernels of the kit not used: made for ")
         assert not environment
     monkeypatch.setattr(kit, "digest", lambda kind: "other")
-    (_, _, kernels), environment = kit.use(MACHINE, made, root)
+    (_, _, kernels), environment = kit.use(MACHINE, kit_folder, root)
     assert kernels.endswith("; made of other sources: what has changed is compiled here")
     assert environment
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
-    assert kit.use(MACHINE, made, root)[0][2] == "kernels of the kit not used: TRITON_CACHE_DIR is set"
+    assert kit.use(MACHINE, kit_folder, root)[0][2] == "kernels of the kit not used: TRITON_CACHE_DIR is set"
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "expected"),
     [
         ("no manifest", ["no kit in"]),
         ("half a manifest", ["the kit is damaged: "]),
@@ -144,8 +148,8 @@ def test_kernels_that_do_not_fit_are_not_used(made: Path, root: Path, monkeypatc
         ("an archive that writes elsewhere", ["native module of", "kernels of the kit not used: damaged: "]),
     ],
 )
-def test_a_damaged_kit_ends_no_report(made: Path, root: Path, damage: str, said: list[str]) -> None:
-    manifest, archive = made / "kit.json", made / "triton-cache.tar.xz"
+def test_a_damaged_kit_ends_no_report(kit_folder: Path, root: Path, damage: str, expected: list[str]) -> None:
+    manifest, archive = kit_folder / "kit.json", kit_folder / "triton-cache.tar.xz"
     if damage == "no manifest":
         manifest.unlink()
     elif damage == "half a manifest":
@@ -155,7 +159,7 @@ def test_a_damaged_kit_ends_no_report(made: Path, root: Path, damage: str, said:
     elif damage == "another manifest":
         manifest.write_text("{}")
     elif damage == "no module":
-        (made / f"_C{SUFFIX}").unlink()
+        (kit_folder / f"_C{SUFFIX}").unlink()
     elif damage == "a wrong byte":
         packed = archive.read_bytes()
         archive.write_bytes(packed[:100] + bytes([packed[100] ^ 1]) + packed[101:])
@@ -164,9 +168,9 @@ def test_a_damaged_kit_ends_no_report(made: Path, root: Path, damage: str, said:
     else:
         with tarfile.open(archive, "w:xz") as tar:
             tar.add(manifest, "../../outside")
-    found, environment = kit.use(MACHINE, made, root)
-    for line, wanted in zip(found[-len(said) :], said, strict=True):
-        assert line.startswith(wanted)
+    messages, environment = kit.use(MACHINE, kit_folder, root)
+    for line, start in zip(messages[-len(expected) :], expected, strict=True):
+        assert line.startswith(start)
     assert bool(environment) == (damage == "no module")
     assert bool(list(root.glob("build/*"))) == bool(environment)
     assert not (root / "outside").exists()

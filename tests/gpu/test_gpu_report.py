@@ -1,4 +1,4 @@
-"""The report of a GPU machine ends in time, with everything in it that was found, whatever its steps do."""
+"""The report of a GPU machine ends in time, with all results in it, whatever its steps do."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Report, Stage, Step = run.Report, run.Stage, run.Step
 
 
 def report_on(folder: Path, seconds: float = 120.0) -> Any:
-    """One that says nothing."""
-    return Report(folder, seconds, tell=lambda line: None)
+    """A report that prints nothing."""
+    return Report(folder, seconds, show=lambda line: None)
 
 
 def stages_of(file: Path, names: Sequence[str], workers: int = 1) -> list[Any]:
@@ -49,20 +49,22 @@ def test_every_step_gets_its_status_and_nothing_stays(tmp_path: Path, workers: i
     with report.opened():
         report.run(stages_of(report.file, [*planted.PROGRAMS], workers))
         assert not left_over(tmp_path)
-    found, damaged = results.read(report.file)
-    tries = results.tries(found)
+    records, damaged = results.read(report.file)
+    tries = results.tries(records)
     for name, (_, status) in planted.PROGRAMS.items():
-        one = tries[f"planted-{name}"]
-        assert one.status == status, (name, one)
-        assert len(one.records) == (name not in ("no-memory", "finds-nothing", "ignores")), (name, one)
-    assert {name: one.left_behind for name, one in tries.items() if one.left_behind} == {"planted-leaves": 2}
+        attempt = tries[f"planted-{name}"]
+        assert attempt.status == status, (name, attempt)
+        assert len(attempt.records) == (name not in ("no-memory", "finds-nothing", "ignores")), (name, attempt)
+    assert {name: attempt.left_behind for name, attempt in tries.items() if attempt.left_behind} == {
+        "planted-leaves": 2
+    }
     assert tries["planted-fails"].last == ["why it failed"]
     assert "MemoryError" in tries["planted-no-memory"].last[-1]
     # Nine records that lie, three lines of nonsense, and two halves of lines in which the next writer went on: of
     # steps side by side one half may go on in the other.
     assert damaged in ((14,) if workers == 1 else (13, 14))
     assert "bytes left out" in (tmp_path / run.LOG).read_text()
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 1 << 20  # one of them said 130 MB
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 1 << 20  # one of the steps printed 130 MB
     assert sorted(file.name for file in tmp_path.iterdir()) == ["results.jsonl", "steps.log"]
 
 
@@ -84,7 +86,7 @@ def test_the_whole_report_has_a_limit_and_steps_leave_time_for_what_follows(tmp_
         assert report.end - time.monotonic() > 400
         report.end = time.monotonic() + 10
         report.run([Stage([planted.step("good", report.file), slow, planted.step("crashes", report.file)], 600.0)])
-    statuses = {name: one.status for name, one in report.tries().items()}
+    statuses = {name: attempt.status for name, attempt in report.tries().items()}
     late = "not started: out of time"
     assert statuses == {"slow": "out of time", "planted-fails": late, "planted-good": "ok", "planted-crashes": late}
 
@@ -95,11 +97,11 @@ def test_a_resumed_report_does_what_is_not_done_well(tmp_path: Path) -> None:
         report = report_on(tmp_path)
         with report.opened():
             report.run(stages_of(report.file, names))
-    begun = [one["step"] for one in results.read(report.file)[0] if one["kind"] == "begin"]
+    begun = [record["step"] for record in results.read(report.file)[0] if record["kind"] == "begin"]
     assert [begun.count(f"planted-{name}") for name in names] == [1, 2, 1, 2]
     with report.opened():
         report.run(stages_of(report.file, ["good"]), again=True)
-    assert len(report.tries()["planted-good"].records) == 1  # those of the last time alone
+    assert len(report.tries()["planted-good"].records) == 1  # the records of the last try alone
 
 
 # ---------------------------------------------------------------- the end of the report itself
@@ -122,7 +124,7 @@ except Stopped as stopped:
 
 
 def begun(folder: Path) -> subprocess.Popen[bytes]:
-    """A report in a process, whose step hangs with grandchildren that will not go."""
+    """A report in a process, whose step hangs with grandchildren that do not end."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
     process = subprocess.Popen([sys.executable, "-c", _REPORT, str(folder)], env=environment)
     wait_for(lambda: len(left_over(folder)) == 3)
@@ -130,7 +132,7 @@ def begun(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def test_ignored_signals_stay_ignored_and_children_are_waited_for(tmp_path: Path) -> None:
-    """As under `nohup`, and where whoever starts the report waits for no children."""
+    """As under `nohup`, and under a parent that ignores the end of its children."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGCHLD)}
     try:
         report = report_on(tmp_path)
@@ -156,57 +158,57 @@ def test_a_report_that_is_ended_leaves_nothing_running(tmp_path: Path, number: i
     with report.opened():
         assert report.tries()["planted-hangs"].status == "cut off"
         report.run(stages_of(report.file, ["good", "hangs", "fails"]))
-    found, damaged = results.read(report.file)
+    records, damaged = results.read(report.file)
     assert damaged == 1
-    tries = results.tries(found)
-    assert {name: one.status for name, one in tries.items()} == {
+    tries = results.tries(records)
+    assert {name: attempt.status for name, attempt in tries.items()} == {
         "planted-good": "ok", "planted-hangs": "out of time", "planted-fails": "failed: exit status 1"
     }  # fmt: skip
-    assert [one["step"] for one in found if one["kind"] == "begin"].count("planted-good") == 1
+    assert [record["step"] for record in records if record["kind"] == "begin"].count("planted-good") == 1
 
 
 def test_two_reports_do_not_share_a_folder(tmp_path: Path) -> None:
-    other = report_on(tmp_path).opened()
+    second_report = report_on(tmp_path).opened()
     with report_on(tmp_path).opened(), pytest.raises(run.BusyError, match="another report writes there"):
-        other.__enter__()
+        second_report.__enter__()
 
 
 def test_a_full_disk_ends_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*what: Any) -> None:
+    def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(results.files, "append_line", full)
-    said: list[str] = []
-    report = Report(tmp_path, 60.0, tell=said.append)
+    printed: list[str] = []
+    report = Report(tmp_path, 60.0, show=printed.append)
     with report.opened():
         report.run([Stage([Step("one", ("true",), 10.0, finds=False)], 10.0)])
-    assert [line[:11] for line in said] == ["NOT WRITTEN", "NOT WRITTEN", "[    0 s] o"]
+    assert [line[:11] for line in printed] == ["NOT WRITTEN", "NOT WRITTEN", "[    0 s] o"]
 
 
-# ---------------------------------------------------------------- what is read
+# ---------------------------------------------------------------- reading results
 
 
 def test_records_are_of_the_try_that_counts(tmp_path: Path) -> None:
-    def lines(step: str, status: str | None, *found: int) -> list[dict[str, Any]]:
+    def lines(step: str, status: str | None, *values: int) -> list[dict[str, Any]]:
         begin = [{"kind": "begin", "step": step, "records": ["job"], "backend": "cuda"}]
-        inside = [{"kind": "check", "step": "job", "backend": "cuda", "value": value} for value in found]
-        other = [{"kind": "check", "step": "job", "backend": "triton", "value": -1}]
+        of_this_backend = [{"kind": "check", "step": "job", "backend": "cuda", "value": value} for value in values]
+        of_other_backend = [{"kind": "check", "step": "job", "backend": "triton", "value": -1}]
         end = [{"kind": "step", "step": step, "status": status, "seconds": 1.0, "last": []}] if status else []
-        return [*begin, *inside, *other, *end]
+        return [*begin, *of_this_backend, *of_other_backend, *end]
 
-    def of(*tries: list[dict[str, Any]]) -> tuple[str, list[int]]:
-        one = results.tries([record for each in tries for record in each])["checks-cuda"]
-        return one.status, [record["value"] for record in one.records]
+    def counted(*tries: list[dict[str, Any]]) -> tuple[str, list[int]]:
+        attempt = results.tries([record for lines_of_try in tries for record in lines_of_try])["checks-cuda"]
+        return attempt.status, [record["value"] for record in attempt.records]
 
-    cut, failed, well = (lines("checks-cuda", *rest) for rest in ((None, 1, 2), ("failed: x", 3), ("ok", 4)))
-    assert of(cut) == ("cut off", [1, 2])
-    assert of(cut, failed) == ("cut off", [1, 2])  # it found more
-    assert of(failed, cut) == ("cut off", [1, 2])
-    assert of(cut, well, failed) == ("ok", [4])
+    cut, failed, succeeded = (lines("checks-cuda", *outcome) for outcome in ((None, 1, 2), ("failed: x", 3), ("ok", 4)))
+    assert counted(cut) == ("cut off", [1, 2])
+    assert counted(cut, failed) == ("cut off", [1, 2])  # the try with more records
+    assert counted(failed, cut) == ("cut off", [1, 2])
+    assert counted(cut, succeeded, failed) == ("ok", [4])
     late = [{"kind": "step", "step": "checks-cuda", "status": "not started: out of time"}]
-    assert of(failed, late) == ("failed: x", [3])
-    again = [{"kind": "report", "step": "report"}]
-    assert of(cut, again, well)[0] == "ok"
+    assert counted(failed, late) == ("failed: x", [3])
+    new_report = [{"kind": "report", "step": "report"}]
+    assert counted(cut, new_report, succeeded)[0] == "ok"
 
 
 @pytest.mark.parametrize(
@@ -224,11 +226,11 @@ def test_records_are_of_the_try_that_counts(tmp_path: Path) -> None:
 def test_damaged_results_are_read(tmp_path: Path, content: bytes, values: list[int], damaged: int) -> None:
     file = tmp_path / results.FILE
     file.write_bytes(content)
-    found = results.read(file)
-    assert ([one["value"] for one in found[0]], found[1]) == (values, damaged)
+    records, damaged_lines = results.read(file)
+    assert ([record["value"] for record in records], damaged_lines) == (values, damaged)
     results.mend(file)
     results.files.append_line(file, {"kind": "a", "value": 9})
-    assert [one["value"] for one in results.read(file)[0]] == [*values, 9]
+    assert [record["value"] for record in results.read(file)[0]] == [*values, 9]
 
 
 def test_no_results_are_none(tmp_path: Path) -> None:
@@ -236,38 +238,38 @@ def test_no_results_are_none(tmp_path: Path) -> None:
     results.mend(tmp_path / "none")
 
 
-# ---------------------------------------------------------------- what is shown
+# ---------------------------------------------------------------- the table
 
 
 def test_nonsense_is_no_record(tmp_path: Path) -> None:
     file = tmp_path / results.FILE
     sane = [{"kind": "ceiling", "dtype": "float32", "gemm": 1, "copy": 2.5}, {"kind": "new", "what": []}]
-    wrong = [
+    nonsense = [
         {"kind": "ceiling", "dtype": "float32", "gemm": "1", "copy": 2},
         {"kind": "bench", "step": "x"},
         {"step": "x"},
     ]
-    wrong += [{"kind": "step", "step": "x", "status": "ok", "seconds": None, "last": 3}, {"kind": []}]
-    for one in (*sane, *wrong):
-        results.files.append_line(file, one)
-    found, damaged = results.read(file)
-    assert (found, damaged) == (sane, len(wrong))
-    assert "5 lines of the results are damaged" in table.printed(results.tries(found), damaged)
+    nonsense += [{"kind": "step", "step": "x", "status": "ok", "seconds": None, "last": 3}, {"kind": []}]
+    for record in (*sane, *nonsense):
+        results.files.append_line(file, record)
+    records, damaged = results.read(file)
+    assert (records, damaged) == (sane, len(nonsense))
+    assert "5 lines of the results are damaged" in table.printed(results.tries(records), damaged)
 
 
-def record(kind: str, step: str, **more: Any) -> dict[str, Any]:
-    return {"kind": kind, "step": step, "backend": "triton", **more}
+def record(kind: str, step: str, **fields: Any) -> dict[str, Any]:
+    return {"kind": kind, "step": step, "backend": "triton", **fields}
 
 
-def parity(share: float | None, case: str = "plain", **more: Any) -> dict[str, Any]:
-    about = {"op": "pma_pooling", "dtype": "bfloat16", "device": "cuda", "case": case, "quantity": "out"}
+def parity(share: float | None, case: str = "plain", **fields: Any) -> dict[str, Any]:
+    description = {"op": "pma_pooling", "dtype": "bfloat16", "device": "cuda", "case": case, "quantity": "out"}
     ok = share is not None and share <= 1
-    return record("parity", "parity-1", **about, share=share, ok=ok, problem=None, **more)
+    return record("parity", "parity-1", **description, share=share, ok=ok, problem=None, **fields)
 
 
-def bench(runner: str, median: float, graph: float | None, **more: Any) -> dict[str, Any]:
-    about = {"op": "pma_pooling", "pass": "forward", "dtype": "bfloat16", "runner": runner, "wanted": 3.0}
-    return {**record("bench", "pma-104", **about, median=median, graph=graph, problem=None), **more}
+def bench(runner: str, median: float, graph: float | None, **fields: Any) -> dict[str, Any]:
+    description = {"op": "pma_pooling", "pass": "forward", "dtype": "bfloat16", "runner": runner, "wanted": 3.0}
+    return {**record("bench", "pma-104", **description, median=median, graph=graph, problem=None), **fields}
 
 
 def tried(*records: dict[str, Any], status: str = "ok", step: str = "parity-1") -> dict[str, Any]:
@@ -326,10 +328,10 @@ def called(*arguments: str, seconds: float = 120) -> subprocess.CompletedProcess
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_it_says_that_it_needs_a_gpu(tmp_path: Path) -> None:
-    for _ in range(2):  # what the first one leaves does not hinder the second
-        done = called("--out", str(tmp_path))
-        assert done.returncode == 1
-        assert done.stderr == "make gpu-report: needs a GPU that torch can use, found none\n"
+    for _ in range(2):  # results of the first run do not hinder the second
+        completed = called("--out", str(tmp_path))
+        assert completed.returncode == 1
+        assert completed.stderr == "make gpu-report: needs a GPU that torch can use, found none\n"
 
 
 def test_a_machine_without_torch_is_one_line(tmp_path: Path) -> None:
@@ -337,16 +339,16 @@ def test_a_machine_without_torch_is_one_line(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     environment["PYTHONPATH"] = str(tmp_path)
-    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
-    assert done.returncode == 1
-    assert done.stderr == "make gpu-report: cannot look at this machine: ImportError: no torch here\n"
+    completed = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    assert completed.returncode == 1
+    assert completed.stderr == "make gpu-report: cannot look at this machine: ImportError: no torch here\n"
 
 
 def test_results_are_not_lost_by_a_second_report(tmp_path: Path) -> None:
     results.files.append_line(tmp_path / results.FILE, record("smoke", "smoke-cuda", ok=True))
-    done = called("--out", str(tmp_path))
-    assert done.returncode == 2
-    assert done.stderr == f"make gpu-report: {tmp_path} holds results: --resume goes on from them, " \
+    completed = called("--out", str(tmp_path))
+    assert completed.returncode == 2
+    assert completed.stderr == f"make gpu-report: {tmp_path} holds results: --resume goes on from them, " \
         "--out DIR begins elsewhere\n"  # fmt: skip
 
 
@@ -377,8 +379,8 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_status_2(
 
 
 def test_the_files_have_the_worst_of_parity_and_every_breach(tmp_path: Path) -> None:
-    kept = [parity(0.25), parity(0.5, "tile edges"), parity(2.0, "one"), parity(3.0, "two")]
-    tries = tried(*kept)
-    found = json.loads(command._json(tries, tries["parity-1"].records))
-    assert [one["share"] for one in found["records"]] == [0.5, 2.0, 3.0]
-    assert found["steps"] == [{"step": "parity-1", "status": "ok", "seconds": 2.0, "last": ["a reason"]}]
+    records = [parity(0.25), parity(0.5, "tile edges"), parity(2.0, "one"), parity(3.0, "two")]
+    tries = tried(*records)
+    written = json.loads(command._json(tries, tries["parity-1"].records))
+    assert [record["share"] for record in written["records"]] == [0.5, 2.0, 3.0]
+    assert written["steps"] == [{"step": "parity-1", "status": "ok", "seconds": 2.0, "last": ["a reason"]}]

@@ -31,7 +31,7 @@ JOBS = {
 }
 
 
-def found(reasons: dict[str, str] | None = None, native: Any = "no module") -> dict[str, Any]:
+def first_results(reasons: dict[str, str] | None = None, native: Any = "no module") -> dict[str, Any]:
     """The results of the first steps; backends of `reasons` serve nothing."""
     reasons = reasons or {}
     machine = {"kind": "machine", "gpu": "NVIDIA H200", "capability": [9, 0]}
@@ -44,8 +44,8 @@ def found(reasons: dict[str, str] | None = None, native: Any = "no module") -> d
     return {step: results.Try(step, "ok", records=records[step]) for step in records}
 
 
-def planned(tools: dict[str, Any] | None = None, **more: Any) -> Any:
-    return plan.Plan(Path("/out/results.jsonl"), tools=tools or TOOLS, found=found(**more))
+def planned(tools: dict[str, Any] | None = None, **options: Any) -> Any:
+    return plan.Plan(Path("/out/results.jsonl"), tools=tools or TOOLS, tries=first_results(**options))
 
 
 def names(stages: Iterable[Any]) -> list[str]:
@@ -66,8 +66,8 @@ def test_the_order_is_that_of_value() -> None:
     second = names(planned().stages(2))
     assert second[-1] == "jagged-104-bf16-compiled"
     assert second.index("jagged-104-bf16") < second.index("jagged-54-bf16") < second.index("tune-forward")
-    both = names(planned().stages(None))
-    assert sorted(both) == sorted({*names(planned().stages(1)), *second})
+    whole = names(planned().stages(None))
+    assert sorted(whole) == sorted({*names(planned().stages(1)), *second})
     assert names(planned().stages(1)).count("ceilings") == 1
 
 
@@ -84,11 +84,11 @@ def test_a_part_fits_its_time() -> None:
 
 def test_checks_of_an_op_share_a_process_and_huge_ones_are_alone() -> None:
     steps = {step.name: step for stage in planned().stages(None) for step in stage.steps}
-    one = steps["checks1.pma_pooling-cuda"]
-    assert one.records == ("large-batch.pma_pooling", "graph-replay.pma_pooling")
-    assert one.command.count("--only") == 2
-    assert one.command[one.command.index("--backend") + 1] == one.backend == "cuda"
-    assert one.command.count("--backend") == 1
+    step = steps["checks1.pma_pooling-cuda"]
+    assert step.records == ("large-batch.pma_pooling", "graph-replay.pma_pooling")
+    assert step.command.count("--only") == 2
+    assert step.command[step.command.index("--backend") + 1] == step.backend == "cuda"
+    assert step.command.count("--backend") == 1
     assert "checks1.apply_rotary-triton" in steps
     (stage,) = [stage for stage in planned().stages(2) if any(step.name.startswith("beyond") for step in stage.steps)]
     assert stage.workers == 1
@@ -136,12 +136,12 @@ def test_memcheck_sees_every_allocation() -> None:
 
 def test_parity_leaves_no_case_out() -> None:
     commands = [step.command for stage in planned().stages(1) for step in stage.steps if step.name.startswith("parity")]
-    asked: dict[tuple[str, str, str], set[str]] = {}
+    parts_of: dict[tuple[str, str, str], set[str]] = {}
     for words in commands:
-        told = dict(zip(words[4::2], words[5::2], strict=True))
-        asked.setdefault((told["--backend"], told["--op"], told["--dtype"]), set()).add(told["--part"])
-    assert set(asked) == {(b, op, d) for b in plan.BACKENDS for op in testing.OPS for d in plan.DTYPES}
-    for parts in asked.values():
+        options = dict(zip(words[4::2], words[5::2], strict=True))
+        parts_of.setdefault((options["--backend"], options["--op"], options["--dtype"]), set()).add(options["--part"])
+    assert set(parts_of) == {(b, op, d) for b in plan.BACKENDS for op in testing.OPS for d in plan.DTYPES}
+    for parts in parts_of.values():
         assert parts == {f"{k}/{len(parts)}" for k in range(1, len(parts) + 1)}
     assert set(plan.OPS) == set(testing.OPS)
 
@@ -179,12 +179,12 @@ def test_only_some_steps() -> None:
 
 
 def test_steps_import_the_checkout_and_the_bench() -> None:
-    made = plan.environment({"PYTHONPATH": "/mine", "HOME": "/h"})
-    paths = made["PYTHONPATH"].split(":")
+    environment = plan.environment({"PYTHONPATH": "/mine", "HOME": "/h"})
+    paths = environment["PYTHONPATH"].split(":")
     assert paths[0] == str(ROOT)
     assert paths[-1] == "/mine"
     assert [path for path in paths if (Path(path) / "interformer_bench" / "gpu.py").exists()]
-    assert made["HOME"] == "/h"
+    assert environment["HOME"] == "/h"
 
 
 def test_a_profile_is_read() -> None:
@@ -225,17 +225,19 @@ def test_tuned_entries_are_in_the_table_of_tiles() -> None:
 def test_what_needs_torch_leaves_a_line_for_each_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(testing, "OPS", ("apply_rotary",))
     file = tmp_path / results.FILE
-    for what in ("machine", "backends", "smoke", "first", "small", "determinism"):
-        told = [what, "--device", "cpu", "--results", str(file), "--step", f"{what}-1", "--backend", "cuda"]
-        assert inside.main(told) == 0
-    found, damaged = results.read(file)
+    for program in ("machine", "backends", "smoke", "first", "small", "determinism"):
+        arguments = [program, "--device", "cpu", "--results", str(file), "--step", f"{program}-1", "--backend", "cuda"]
+        assert inside.main(arguments) == 0
+    records, damaged = results.read(file)
     assert damaged == 0
-    counts = {step: sum(one["step"] == step for one in found) for step in (one["step"] for one in found)}
+    counts = {
+        step: sum(record["step"] == step for record in records) for step in (record["step"] for record in records)
+    }
     assert counts == {
         "machine-1": 1, "backends-1": 2, "smoke-1": 2, "first-1": 1, "small-1": 1, "determinism-1": 3
     }  # fmt: skip
-    assert all(one["ok"] for one in found if one["kind"] in ("smoke", "determinism"))
-    monkeypatch.setattr(testing, "compare", lambda *call, **how: [testing.Row("out", 2.0, 1.0)])
+    assert all(record["ok"] for record in records if record["kind"] in ("smoke", "determinism"))
+    monkeypatch.setattr(testing, "compare", lambda *call, **options: [testing.Row("out", 2.0, 1.0)])
     assert inside.main(["smoke", "--device", "cpu", "--results", str(file), "--step", "smoke-2"]) == 1
     last = results.read(file)[0][-1]
     assert (last["ok"], last["share"], last["problem"]) == (False, 2.0, "beyond the error budget")

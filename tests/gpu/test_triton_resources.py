@@ -1,7 +1,7 @@
 """The Triton kernels compile for every device without one, and fit: no spills, shared memory within the device's.
 
-Here a part of the table, in processes that are not interpreting; `make resources` compiles all of it, and `.ci/run`
-has it compile one entry in seven: each call, width, dtype and device comes up in rotation.
+A part of the table is compiled here, in processes that are not interpreting. `make resources` compiles all of it, and
+`.ci/run` has it compile one entry in seven: each call, width, dtype and device comes up in rotation.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ def compiled() -> list[dict[str, Any]]:
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "resources.triton_kernels", "--json"]
     command += [word for entry in PART for word in ("--entry", entry)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode in (0, 1), done.stderr
-    assert "Traceback" not in done.stderr, done.stderr  # A traceback ends with status 1, too.
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert completed.returncode in (0, 1), completed.stderr
+    assert "Traceback" not in completed.stderr, completed.stderr  # A traceback ends with status 1, too.
+    return [json.loads(line) for line in completed.stdout.splitlines()]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kernels_fit_every_device(compiled: list[dict[str, Any]]) -> None:
-    assert {one["target"] for one in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert {one["kernel"] for one in compiled} == KERNELS
-    assert not [one for one in compiled if not one["fits"]]
-    assert all(0 < one["registers"] <= 512 for one in compiled)
+    assert {usage["target"] for usage in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {usage["kernel"] for usage in compiled} == KERNELS
+    assert not [usage for usage in compiled if not usage["fits"]]
+    assert all(0 < usage["registers"] <= 512 for usage in compiled)
 
 
 def test_what_does_not_fit_is_seen() -> None:
     """A kernel that spills, and one that takes more shared memory than the device has, each fails its line."""
     from resources.triton_kernels import SHARED_MEMORY, Usage
 
-    about = "jagged_attention", "attention_forward", 64, "float32", "sm_80", "64x64", 255
-    assert Usage(*about, 0, SHARED_MEMORY["sm_80"]).fits
-    assert not Usage(*about, 4, 0).fits
-    assert not Usage(*about, 0, SHARED_MEMORY["sm_80"] + 1).fits
+    kernel = "jagged_attention", "attention_forward", 64, "float32", "sm_80", "64x64", 255
+    assert Usage(*kernel, 0, SHARED_MEMORY["sm_80"]).fits
+    assert not Usage(*kernel, 4, 0).fits
+    assert not Usage(*kernel, 0, SHARED_MEMORY["sm_80"] + 1).fits

@@ -49,9 +49,9 @@ def _seconds(text: str) -> float:
     return value
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """The report; 1 where something went wrong, 2 where it cannot be begun."""
-    chosen = arguments().parse_args(given)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the report; 1 where something went wrong, 2 where it cannot begin."""
+    chosen = arguments().parse_args(argv)
     try:
         if chosen.table:
             return write(chosen.table, chosen.into)
@@ -69,80 +69,82 @@ def main(given: Sequence[str] | None = None) -> int:
         )
 
 
-def _refused(why: str) -> int:
-    print(f"make gpu-report: {why}", file=sys.stderr)
+def _refused(reason: str) -> int:
+    print(f"make gpu-report: {reason}", file=sys.stderr)
     return 2
 
 
 def _has_results(file: Path) -> bool:
-    """More than what a report without a GPU leaves."""
+    """Whether there are more results than a report without a GPU leaves."""
     tries = results.tries(results.read(file)[0])
-    return any(one.records for step, one in tries.items() if step not in ("report", "machine"))
+    return any(attempt.records for step, attempt in tries.items() if step not in ("report", "machine"))
 
 
-def carry_out(report: Report, told: Plan, part: int | None, only: Sequence[str] | None = None) -> int:
-    """All of a part, and the table, whatever happens in between; `report` is open."""
+def carry_out(report: Report, report_plan: Plan, part: int | None, only: Sequence[str] | None = None) -> int:
+    """Run all of a part and print the table, whatever happens in between; `report` is open."""
     status = 0
-    about = {
-        "tools": dict(told.tools),
+    header = {
+        "tools": dict(report_plan.tools),
         "commit": kit.commit(),
         "part": part,
         "host": os.cpu_count(),
         "when": table.now(),
     }
-    report.record({"kind": "report", "step": "report", **about})
+    report.record({"kind": "report", "step": "report", **header})
     try:
-        status = _steps(report, told, part, only)
+        status = _steps(report, report_plan, part, only)
     except Stopped as stopped:
         status = 128 + stopped.number
-        report.tell(f"stopped by signal {stopped.number}")
+        report.show(f"stopped by signal {stopped.number}")
     if status == NOTHING:
         return 1
-    found, damaged = results.read(report.file)
-    tries = results.tries(found)
-    report.tell(f"\n{table.printed(tries, damaged)}")
-    wrong = any(table.failures(tries, [record for one in tries.values() for record in one.records], damaged))
-    late = any(one.status.startswith(results.NOT_STARTED) for one in tries.values())
+    records, damaged = results.read(report.file)
+    tries = results.tries(records)
+    report.show(f"\n{table.printed(tries, damaged)}")
+    wrong = any(table.failures(tries, [record for attempt in tries.values() for record in attempt.records], damaged))
+    late = any(attempt.status.startswith(results.NOT_STARTED) for attempt in tries.values())
     return status or int(wrong or late)
 
 
-NOTHING = -1  # there is no GPU
+NOTHING = -1  # status of a report without a GPU
 
 
-def _steps(report: Report, told: Plan, part: int | None, only: Sequence[str] | None) -> int:
-    report.run([told.look()])
-    told = dataclasses.replace(told, found=report.tries())
-    if (reason := _hopeless(told)) is not None:
+def _steps(report: Report, report_plan: Plan, part: int | None, only: Sequence[str] | None) -> int:
+    report.run([report_plan.look()])
+    report_plan = dataclasses.replace(report_plan, tries=report.tries())
+    if (reason := _hopeless(report_plan)) is not None:
         print(f"make gpu-report: {reason}", file=sys.stderr)
         return NOTHING
-    said, environment = kit.use(told.machine)
-    report.record({"kind": "kit", "step": "report", "said": said})
-    for line in said:
-        report.tell(line)
+    messages, environment = kit.use(report_plan.machine)
+    report.record({"kind": "kit", "step": "report", "said": messages})
+    for line in messages:
+        report.show(line)
     report.environment |= environment
-    report.run([told.ask()], again=True)  # the kit or the code may be another one than in an earlier report
-    told = dataclasses.replace(told, found=report.tries())
-    if told.build().steps:
-        report.run([told.build()])
-        report.run([told.ask()], again=True)
-        told = dataclasses.replace(told, found=report.tries())
-    stages = told.stages(part)
+    report.run([report_plan.ask()], again=True)  # the kit or the code may be another one than in an earlier report
+    report_plan = dataclasses.replace(report_plan, tries=report.tries())
+    if report_plan.build().steps:
+        report.run([report_plan.build()])
+        report.run([report_plan.ask()], again=True)
+        report_plan = dataclasses.replace(report_plan, tries=report.tries())
+    stages = report_plan.stages(part)
     if only:
         stages = _chosen(stages, only)
         if not any(stage.steps for stage in stages):
-            report.tell(f"--only: wanted a step, found {', '.join(only)[:60]}")
+            report.show(f"--only: wanted a step, found {', '.join(only)[:60]}")
             return 2
     report.run(stages, again=bool(only))
-    report.run([told.write_down()], again=True)
+    report.run([report_plan.write_down()], again=True)
     return 0
 
 
-def _hopeless(told: Plan) -> str | None:
-    """Why no step can find anything here. A machine that was slow to look at may answer later."""
-    looked = told.found["machine"]
-    if told.machine:
-        return None if told.machine.get("gpu") else "needs a GPU that torch can use, found none"
-    return f"cannot look at this machine: {(looked.last or [looked.status])[-1]}" if "failed" in looked.status else None
+def _hopeless(report_plan: Plan) -> str | None:
+    """The reason why no step can run here, or None. A machine that was slow to look at may answer later."""
+    attempt = report_plan.tries["machine"]
+    if report_plan.machine:
+        return None if report_plan.machine.get("gpu") else "needs a GPU that torch can use, found none"
+    return (
+        f"cannot look at this machine: {(attempt.last or [attempt.status])[-1]}" if "failed" in attempt.status else None
+    )
 
 
 def _chosen(stages: Sequence[Stage], only: Sequence[str]) -> list[Stage]:
@@ -156,13 +158,13 @@ def _chosen(stages: Sequence[Stage], only: Sequence[str]) -> list[Stage]:
 
 
 def write(folder: Path, target: Path) -> int:
-    """<gpu>.json and <gpu>.md from the results in a folder; here, or where the GPU was."""
-    found, damaged = results.read(folder / results.FILE)
-    tries = results.tries(found)
-    tries.pop("write", None)  # that is what runs here
+    """Write <gpu>.json and <gpu>.md from the results in a folder; here, or where the GPU was."""
+    all_records, damaged = results.read(folder / results.FILE)
+    tries = results.tries(all_records)
+    tries.pop("write", None)  # the step that runs this very function
     if not tries:
         return _refused(f"{folder / results.FILE}: wanted results, found none")
-    records = [record for one in tries.values() for record in one.records]
+    records = [record for attempt in tries.values() for record in attempt.records]
     machine: Record = next(iter(table.of_kind(records, "machine")), {})
     name = re.sub(r"[^a-z0-9]+", "-", str(machine.get("gpu") or "gpu").lower()).strip("-")
     texts = {f"{name}.json": _json(tries, records), f"{name}.md": _markdown(tries, records, damaged)}
@@ -173,23 +175,30 @@ def write(folder: Path, target: Path) -> int:
 
 
 def _json(tries: Mapping[str, Try], records: Sequence[Record]) -> str:
-    """Steps, and what they found, a line each; of parity the worst of every quantity, and what is wrong."""
+    """Steps and records, a line each; of parity the worst of every quantity, and every breach."""
     worst: dict[tuple[str, ...], Record] = {}
-    for one in table.of_kind(records, "parity"):
-        key = one["backend"], one["op"], one["dtype"], one["quantity"], *(() if one["ok"] else (one["case"],))
-        if key not in worst or (one["share"] or 0) > (worst[key]["share"] or 0):
-            worst[key] = one
-    kept = [*(one for one in records if one["kind"] != "parity"), *worst.values()]
+    for record in table.of_kind(records, "parity"):
+        key = (
+            record["backend"],
+            record["op"],
+            record["dtype"],
+            record["quantity"],
+            *(() if record["ok"] else (record["case"],)),
+        )
+        if key not in worst or (record["share"] or 0) > (worst[key]["share"] or 0):
+            worst[key] = record
+    reported = [*(record for record in records if record["kind"] != "parity"), *worst.values()]
     steps = [
-        {"step": one.step, "status": one.status, "seconds": one.seconds, "last": one.last} for one in tries.values()
+        {"step": attempt.step, "status": attempt.status, "seconds": attempt.seconds, "last": attempt.last}
+        for attempt in tries.values()
     ]
-    parts = {"steps": steps, "records": kept}
-    told = [f'"{name}": [\n{_lines(part)}\n]' for name, part in parts.items()]
-    return "{" + ",\n".join(told) + "}\n"
+    parts = {"steps": steps, "records": reported}
+    members = [f'"{name}": [\n{_lines(part)}\n]' for name, part in parts.items()]
+    return "{" + ",\n".join(members) + "}\n"
 
 
 def _lines(records: Sequence[Record]) -> str:
-    return ",\n".join(json.dumps(results.files.finite(one), allow_nan=False) for one in records)
+    return ",\n".join(json.dumps(results.files.finite(record), allow_nan=False) for record in records)
 
 
 def _markdown(tries: Mapping[str, Try], records: Sequence[Record], damaged: int) -> str:
@@ -204,5 +213,9 @@ def _markdown(tries: Mapping[str, Try], records: Sequence[Record], damaged: int)
     lines += [*(f"- {line}" for line in table.parity(records)), "", bench, "## First calls, compiling included", ""]
     lines += [*(f"- {line}" for line in table.first_calls(records)), "", "## Steps", ""]
     lines += ["| step | status | seconds |", "| --- | --- | --- |"]
-    lines += [f"| {one.step} | {one.status} | {one.seconds:.0f} |" for one in tries.values() if one.step != "report"]
+    lines += [
+        f"| {attempt.step} | {attempt.status} | {attempt.seconds:.0f} |"
+        for attempt in tries.values()
+        if attempt.step != "report"
+    ]
     return "\n".join(lines) + "\n"

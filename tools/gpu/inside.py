@@ -1,4 +1,4 @@
-"""The parts of the report's steps that need torch: `python -m gpu.inside WHAT`, a process each.
+"""The parts of the report's steps that need torch: `python -m gpu.inside PART`, a process each.
 
 Every result is a line of JSON at once. On the CPU (`--device cpu`, for rehearsals) its kernels stand in for those of
 both backends.
@@ -41,7 +41,7 @@ _MOST_DRAWS = 8
 
 @dataclass(frozen=True)
 class Place:
-    """Where it runs, for which backend, and where results go, under which step's name."""
+    """The device and the backend of a step, and where its results go: a file, and the step's name."""
 
     device: str
     backend: str
@@ -55,7 +55,7 @@ class Place:
         return "cpu" if _backend.native() else "reference"
 
     def unsupported_reason(self, op: str) -> str | None:
-        """Why the backend cannot serve an op here."""
+        """The reason why the backend cannot serve an op here, or None."""
         return _backend.unsupported_reason(op, self.serving(op), self.device, torch.bfloat16)
 
     def served(self) -> list[str]:
@@ -63,13 +63,13 @@ class Place:
         return [op for op in testing.OPS if self.unsupported_reason(op) is None]
 
     def wait(self) -> None:
-        """Until the device has nothing left to do."""
+        """Wait until the device has finished its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def write(self, kind: str, **found: Any) -> None:
+    def write(self, kind: str, **values: Any) -> None:
         """Append a result, and show it."""
-        record = {"kind": kind, "step": self.step, "backend": self.backend, **found}
+        record = {"kind": kind, "step": self.step, "backend": self.backend, **values}
         print(record, flush=True)
         if self.file is not None:
             append_line(self.file, record)
@@ -80,18 +80,18 @@ class Place:
 
 def machine(place: Place) -> int:
     """Versions, and the device; 1 where there is none."""
-    about: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip}
-    about |= {name: _version(name) for name in ("triton", "numpy")}
-    about |= {"python": platform.python_version(), "system": platform.platform(), "gpu": None}
+    description: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip}
+    description |= {name: _version(name) for name in ("triton", "numpy")}
+    description |= {"python": platform.python_version(), "system": platform.platform(), "gpu": None}
     if place.device == "cpu":
-        about |= {"gpu": "CPU", "memory": 0, "capability": None, "processors": 0}
+        description |= {"gpu": "CPU", "memory": 0, "capability": None, "processors": 0}
     elif torch.cuda.is_available():
         device = torch.cuda.get_device_properties(0)
         capability = list(torch.cuda.get_device_capability())
-        about |= {"gpu": device.name, "memory": device.total_memory, "capability": capability}
-        about |= {"processors": device.multi_processor_count}
-    place.write("machine", **about)
-    return 0 if about["gpu"] else 1
+        description |= {"gpu": device.name, "memory": device.total_memory, "capability": capability}
+        description |= {"processors": device.multi_processor_count}
+    place.write("machine", **description)
+    return 0 if description["gpu"] else 1
 
 
 def _version(name: str) -> str | None:
@@ -106,18 +106,20 @@ def backends(place: Place) -> int:
     module = _backend.native()
     native = module.build_info() if module else _backend._load_native()[1]
     for name in BACKENDS:
-        one = replace(place, backend=name)
-        one.write("backend", why_not={op: one.unsupported_reason(op) for op in testing.OPS}, native=native)
+        backend_place = replace(place, backend=name)
+        backend_place.write(
+            "backend", why_not={op: backend_place.unsupported_reason(op) for op in testing.OPS}, native=native
+        )
     return 0
 
 
 def jobs(place: Place) -> int:
     """The jobs of the bench and of the checks, in order of value."""
     for module in (BENCH, CHECKS):
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
+        listing = io.StringIO()
+        with contextlib.redirect_stdout(listing):
             importlib.import_module(module).main(["--list", *(["--compiled"] if module == BENCH else [])])
-        for line in said.getvalue().splitlines():
+        for line in listing.getvalue().splitlines():
             place.write("job", program=module, job=json.loads(line))
     return 0
 
@@ -126,7 +128,7 @@ def jobs(place: Place) -> int:
 
 
 def _small(op: str) -> Case:
-    """A call with what the op has of epilogues."""
+    """A small call with every epilogue that the op has."""
     gate: dict[str, Any] = {"gate": "full", "residual": True} if op in testing.OPS[:3] else {}
     return Case(op, "small", rope=4 if op == "apply_rotary" else 0, **gate)
 
@@ -157,22 +159,22 @@ def smoke(place: Place) -> int:
 
 
 def first(place: Place) -> int:
-    """How long the first call of every op takes, forward and backward, compiling included; and the second."""
+    """Time the first call of every op, forward and backward, compiling included; and the second."""
     with tempfile.TemporaryDirectory() as empty:
         os.environ["TRITON_CACHE_DIR"] = empty
         for op in place.served():
-            call, taken = _call(op, place), []
+            call, times = _call(op, place), []
             for _ in range(2):
                 start = time.perf_counter()
                 call()
                 place.wait()
-                taken.append(time.perf_counter() - start)
-            place.write("first", op=op, first=taken[0], second=taken[1])
+                times.append(time.perf_counter() - start)
+            place.write("first", op=op, first=times[0], second=times[1])
     return 0
 
 
 def small(place: Place) -> int:
-    """For the sanitizers: every op once in two dtypes."""
+    """Call every op once in two dtypes, for the sanitizers."""
     for dtype in DTYPES[:2]:
         for op in place.served():
             _call(op, place, getattr(torch, dtype))()
@@ -182,15 +184,15 @@ def small(place: Place) -> int:
 
 
 def determinism(place: Place) -> int:
-    """Two runs of some cases in every dtype, and of every row of a few by itself; 1 where their bits differ."""
+    """Compare two runs of some cases in every dtype, and every row of a few by itself; 1 where bits differ."""
     wrong = 0
     for dtype in DTYPES:
         for op in place.served():
             for case in (case for case in testing.cases(op) if case.name in _TWICE):
                 differing = list(_differing(op, case, getattr(torch, dtype), place))
                 wrong += bool(differing)
-                about = {"op": op, "dtype": dtype, "case": case.name}
-                place.write("determinism", **about, ok=not differing, differing=differing)
+                fields = {"op": op, "dtype": dtype, "case": case.name}
+                place.write("determinism", **fields, ok=not differing, differing=differing)
     return 1 if wrong else 0
 
 
@@ -201,13 +203,13 @@ def _differing(op: str, case: Case, dtype: torch.dtype, place: Place) -> Iterato
         return testing.evaluate(lambda: testing.call(op, inputs, place.serving(op)), op, inputs)
 
     inputs = testing.make_inputs(case, dtype, place.device)
-    once, again = run(inputs), run(inputs)
-    yield from (name for name, x in once.items() if not torch.equal(x, again[name]))
+    outputs, repeated = run(inputs), run(inputs)
+    yield from (name for name, x in outputs.items() if not torch.equal(x, repeated[name]))
     for b in range(len(case.lengths) if case.name in _ALONE else 0):
         single = run(testing.alone(inputs, case.lengths, b))
         single.pop("dseeds", None)  # a sum over rows
         for name, x in single.items():
-            if not torch.equal(x, testing.row_of(once[name], case.lengths, b)):
+            if not torch.equal(x, testing.row_of(outputs[name], case.lengths, b)):
                 yield f"{name} of row {b}"
 
 
@@ -215,7 +217,7 @@ def _differing(op: str, case: Case, dtype: torch.dtype, place: Place) -> Iterato
 
 
 def heavy(place: Place) -> int:
-    """For the profiler: rows of 500 keys on average, forward and backward."""
+    """Run rows of 500 keys on average, forward and backward, for the profiler."""
     lengths = tuple(range(1, 1000, 2 if place.device == "cuda" else 200))
     case = Case("jagged_attention", "heavy", lengths=lengths, head_size=64, value_size=64)
     inputs = testing.make_inputs(case, torch.bfloat16, place.device)
@@ -227,41 +229,43 @@ def heavy(place: Place) -> int:
 def ncu(place: Place, tool: str, target: Path) -> int:
     """Measurements of the heaviest kernels by Nsight Compute; 1 where there are none."""
     driver = [sys.executable, "-m", "gpu.inside", "heavy", "--backend", place.backend, "--device", place.device]
-    said = ""
-    for command in (profiles.profiling(tool, place.backend, target, driver), profiles.telling(tool, target)):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-        said = done.stdout
-        print(said[-4000:], flush=True)
-    found = profiles.metrics(said)
-    for kernel, metrics in found.items():
+    output = ""
+    for command in (profiles.profiling(tool, place.backend, target, driver), profiles.printing(tool, target)):
+        completed = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        output = completed.stdout
+        print(output[-4000:], flush=True)
+    profile = profiles.metrics(output)
+    for kernel, metrics in profile.items():
         place.write("profile", kernel=kernel, metrics=metrics)
-    return 0 if found else 1
+    return 0 if profile else 1
 
 
 def tune(place: Place, kernel: str) -> int:
-    """Times of the Triton kernels' tiles; nothing is kept, so nothing changes for whoever uses this machine."""
+    """Time the Triton kernels' tiles. None are kept: later calls on this machine use the same tiles as before."""
     from interformer_kernels._triton import _tune
 
-    asked = [""]
+    current_entry = [""]
 
     def measure(call: Callable[[], object]) -> float:
         milliseconds = _tune.seconds(call)
-        place.write("tiles", entry=asked[0], milliseconds=milliseconds)
+        place.write("tiles", entry=current_entry[0], milliseconds=milliseconds)
         return milliseconds
 
-    def tell(line: str) -> None:
-        asked[0] = line
+    def note_entry(line: str) -> None:
+        current_entry[0] = line
 
     with torch.no_grad():
-        found = _tune.tune("cuda", (kernel,), most_width=64, measure=measure, log=tell)
-    for key, tiles in found.items():
+        best_tiles = _tune.tune("cuda", (kernel,), most_width=64, measure=measure, log=note_entry)
+    for key, tiles in best_tiles.items():
         place.write("tuned", entry=key, tiles=list(tiles))
     return 0
 
 
 # ---------------------------------------------------------------- the command
 
-_WHAT: dict[str, Callable[[Place], int]] = {
+_PROGRAMS: dict[str, Callable[[Place], int]] = {
     "machine": machine,
     "backends": backends,
     "jobs": jobs,
@@ -274,9 +278,9 @@ _WHAT: dict[str, Callable[[Place], int]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """One of them; its exit status."""
+    """Run one part; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m gpu.inside", description=__doc__)
-    parser.add_argument("what", choices=(*_WHAT, "ncu", "tune"))
+    parser.add_argument("what", choices=(*_PROGRAMS, "ncu", "tune"))
     parser.add_argument("--backend", choices=BACKENDS, default="triton")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--results", type=Path)
@@ -288,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     place = Place(chosen.device, chosen.backend, chosen.results, chosen.step)
     if chosen.what == "ncu":
         return ncu(place, chosen.tool, chosen.profile)
-    return tune(place, chosen.kernel) if chosen.what == "tune" else _WHAT[chosen.what](place)
+    return tune(place, chosen.kernel) if chosen.what == "tune" else _PROGRAMS[chosen.what](place)
 
 
 if __name__ == "__main__":

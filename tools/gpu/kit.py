@@ -1,7 +1,7 @@
-"""`make gpu-kit`: what would cost minutes on the GPU machine, made here: the native module and the compiled kernels.
+"""`make gpu-kit`: the native module and the compiled kernels, made here because the GPU machine would take minutes.
 
-`kit.json` says what they are made for and of. A report takes what fits the machine it is on, and says what it did:
-nothing of the user's is replaced.
+`kit.json` names the machine that they are made for, and the digests of their sources. A report uses the parts that fit
+its machine, and says which; nothing of the user's is replaced.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SOURCES = {
     "native": ("CMakeLists.txt", "setup.py", "cmake/**/*", "csrc/**/*"),
     "kernels": ("interformer_kernels/_triton/*.py", "interformer_kernels/_launch/*.py"),
 }
-# Asked of a Python: its extension suffix, and the versions it would run with.
+# Prints the extension suffix of a Python, and the versions that it would run with.
 _ASK = """
 import importlib.metadata, json, sysconfig
 def version(name):
@@ -52,10 +52,10 @@ print(json.dumps({"suffix": suffix, "torch": version("torch"), "triton": version
 
 def digest(kind: str) -> str:
     """The hash of the sources of "native" or "kernels"."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for file in sorted({file for pattern in _SOURCES[kind] for file in ROOT.glob(pattern) if file.is_file()}):
-        found.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
-    return found.hexdigest()
+        hasher.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
+    return hasher.hexdigest()
 
 
 def commit() -> str:
@@ -63,51 +63,51 @@ def commit() -> str:
     if shutil.which("git") is None:
         return "unknown: git is not installed"
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             capture_output=True, text=True, cwd=ROOT, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"unknown: {error}"
-    return done.stdout.strip() or "unknown: no git repository"
+    return completed.stdout.strip() or "unknown: no git repository"
 
 
 # ---------------------------------------------------------------- on the GPU machine
 
 
 def use(machine: Mapping[str, Any], folder: Path = KIT, root: Path = ROOT) -> tuple[list[str], dict[str, str]]:
-    """Put in place what fits this machine: what was done and what not, and additions to the environment of steps."""
+    """Put the parts that fit this machine in place; returns messages, and additions to the steps' environment."""
     try:
         kit = dict(json.loads((folder / _MANIFEST).read_text()))
     except FileNotFoundError:
         return [f"no kit in {folder}: kernels are compiled here"], {}
     except (OSError, ValueError, TypeError) as error:
         return [f"the kit is damaged: {error}"[:300]], {}
-    said = [f"kit made at commit {kit.get('commit')}, for torch {kit.get('torch')}"]
+    messages = [f"kit made at commit {kit.get('commit')}, for torch {kit.get('torch')}"]
     additions: dict[str, str] = {}
-    for what, function in (("native module", _use_native), ("kernels", _use_kernels)):
+    for part, function in (("native module", _use_native), ("kernels", _use_kernels)):
         try:
-            told, more = function(kit, machine, folder, root)
+            message, added = function(kit, machine, folder, root)
         except (OSError, KeyError, TypeError, tarfile.TarError, EOFError, LZMAError) as error:
-            told, more = f"not used: damaged: {type(error).__name__}: {error}"[:300], {}
-        said.append(f"{what} of the kit {told}")
-        additions |= more
-    return said, additions
+            message, added = f"not used: damaged: {type(error).__name__}: {error}"[:300], {}
+        messages.append(f"{part} of the kit {message}")
+        additions |= added
+    return messages, additions
 
 
 _Used = tuple[str, dict[str, str]]
 
 
 def _use_native(kit: Mapping[str, Any], machine: Mapping[str, Any], folder: Path, root: Path) -> _Used:
-    wanted = {
+    requirements = {
         "Python": (kit["suffix"], sysconfig.get_config_var("EXT_SUFFIX")),
         "processor": (kit["processor"], platform.machine()),
         "compute capability": (kit["capability"], machine.get("capability")),
         "sources": (kit["native"], digest("native")),
     }
-    for what, (made_for, here) in wanted.items():
-        if made_for != here:
-            return f"not used: made for {what} {made_for}, here is {here}", {}
+    for name, (made_for, present) in requirements.items():
+        if made_for != present:
+            return f"not used: made for {name} {made_for}, here is {present}", {}
     source, target = folder / f"_C{kit['suffix']}", root / "interformer_kernels" / f"_C{kit['suffix']}"
     if not target.exists():
         _copy(source, target)
@@ -123,22 +123,22 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _use_kernels(kit: Mapping[str, Any], machine: Mapping[str, Any], folder: Path, root: Path) -> _Used:
-    for what in ("triton", "capability"):
-        if kit[what] != machine.get(what):
-            return f"not used: made for {what} {kit[what]}, here is {machine.get(what)}", {}
+    for name in ("triton", "capability"):
+        if kit[name] != machine.get(name):
+            return f"not used: made for {name} {kit[name]}, here is {machine.get(name)}", {}
     if "TRITON_CACHE_DIR" in os.environ:
         return "not used: TRITON_CACHE_DIR is set", {}
     archive = folder / _KERNELS
     target = root / "build" / f"triton-cache-{hashlib.sha256(archive.read_bytes()).hexdigest()[:16]}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as made, tarfile.open(archive) as tar:
+        with tempfile.TemporaryDirectory(dir=target.parent) as unpacked, tarfile.open(archive) as tar:
             safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            tar.extractall(made, **safely)
-            os.rename(made, target)
-            os.mkdir(made)
-    same = "" if kit["kernels"] == digest("kernels") else "; made of other sources: what has changed is compiled here"
-    return f"are in {target}{same}", {"TRITON_CACHE_DIR": str(target)}
+            tar.extractall(unpacked, **safely)
+            os.rename(unpacked, target)
+            os.mkdir(unpacked)
+    remark = "" if kit["kernels"] == digest("kernels") else "; made of other sources: what has changed is compiled here"
+    return f"are in {target}{remark}", {"TRITON_CACHE_DIR": str(target)}
 
 
 # ---------------------------------------------------------------- here
@@ -149,10 +149,10 @@ def make(python: str, folder: Path = KIT) -> None:
 
     Raises CalledProcessError where a part cannot be made: a kit is whole or not there.
     """
-    about = json.loads(subprocess.run([python, "-c", _ASK], check=True, capture_output=True, text=True).stdout)
+    versions = json.loads(subprocess.run([python, "-c", _ASK], check=True, capture_output=True, text=True).stdout)
     major, minor = _ARCHITECTURE.rstrip("a").split(".")
     manifest = {
-        **about,
+        **versions,
         "processor": platform.machine(),
         "capability": [int(major), int(minor)],
         "native": digest("native"),
@@ -160,10 +160,10 @@ def make(python: str, folder: Path = KIT) -> None:
         "commit": commit(),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-        whole, parts = Path(made) / "kit", Path(made) / "parts"
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        whole, parts = Path(scratch) / "kit", Path(scratch) / "parts"
         whole.mkdir()
-        _make_native(python, parts, whole / f"_C{about['suffix']}")
+        _make_native(python, parts, whole / f"_C{versions['suffix']}")
         _make_kernels(python, parts / "kernels", whole / _KERNELS)
         files.write_text(whole / _MANIFEST, files.to_json(manifest))
         shutil.rmtree(folder, ignore_errors=True)
@@ -171,17 +171,17 @@ def make(python: str, folder: Path = KIT) -> None:
 
 
 def _make_native(python: str, parts: Path, target: Path) -> None:
-    """As a wheel has it: built under isolation, by that Python."""
-    told = {"TORCH_CUDA_ARCH_LIST": _ARCHITECTURE, "INTERFORMER_CUDA": "1"}
+    """Build the native module as a wheel has it: under isolation, by that Python."""
+    settings = {"TORCH_CUDA_ARCH_LIST": _ARCHITECTURE, "INTERFORMER_CUDA": "1"}
     command = [python, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "-w", str(parts)]
-    subprocess.run([*command, str(ROOT)], check=True, env={**os.environ, **told})
+    subprocess.run([*command, str(ROOT)], check=True, env={**os.environ, **settings})
     (wheel,) = parts.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         target.write_bytes(archive.read(f"interformer_kernels/{target.name}"))
 
 
 def _make_kernels(python: str, cache: Path, target: Path) -> None:
-    """Every kernel that parity, the checks and the bench would compile."""
+    """Compile every kernel that parity, the checks and the bench would compile."""
     command = [python, str(ROOT / "tools" / "fill_triton_cache.py"), "--out", str(cache)]
     subprocess.run(command, check=True, env=environment(os.environ))
     with tarfile.open(target, "w:xz") as archive:
@@ -193,13 +193,13 @@ def contents(folder: Path = KIT) -> Iterator[tuple[str, int]]:
     for file in sorted(folder.iterdir()):
         yield file.name, file.stat().st_size
     with tarfile.open(folder / _KERNELS) as archive:
-        members = [one for one in archive.getmembers() if one.isfile()]
-        kernels = sum(one.name.endswith(".cubin") for one in members)
-        yield f"  in it: {len(members)} files, {kernels} kernels", sum(one.size for one in members)
+        members = [member for member in archive.getmembers() if member.isfile()]
+        kernels = sum(member.name.endswith(".cubin") for member in members)
+        yield f"  in it: {len(members)} files, {kernels} kernels", sum(member.size for member in members)
 
 
 def main() -> int:
-    """Make it, and print what it holds; 1 where it is too large to take along."""
+    """Make the kit and print its contents; 1 where it is too large to take along."""
     parser = argparse.ArgumentParser(prog="make gpu-kit", description=__doc__)
     parser.add_argument("--python", default=sys.executable, help="with the GPU machine's minor version, torch, Triton")
     chosen = parser.parse_args()

@@ -1,7 +1,8 @@
 """The steps of a report in order of value, for a machine with one GPU that is available for minutes.
 
-Part 1 (330 s): is it right, and how fast is it on the shapes that matter. Part 2 (300 s, best at once after it): what
-failed or was cut off, the tools that see more, the other shapes, and last what takes minutes to compile.
+Part 1 (330 s) checks the results and measures the shapes that matter. Part 2 (300 s, best at once after it) repeats the
+steps that failed or were cut off, runs profiler and sanitizers, measures the other shapes, and last the runners that
+take minutes to compile.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _FOR_TABLES = 0.03
 
 
 def tools() -> dict[str, str | None]:
-    """Where the tools are that steps may use; None: not installed."""
+    """Paths of the tools that steps may use; None where a tool is not installed."""
     return {name: _find(name) for name in _TOOLS}
 
 
@@ -59,7 +60,7 @@ class Plan:
     Attributes:
         file: the results.
         device: "cuda"; or "cpu", for rehearsals, where everything is tiny, too.
-        found: what the steps `machine`, `backends` and `jobs` found.
+        tries: the steps `machine`, `backends` and `jobs` with their results.
     """
 
     file: Path
@@ -67,18 +68,18 @@ class Plan:
     python: str = sys.executable
     data: Path | None = None
     tools: Mapping[str, str | None] = field(default_factory=tools)
-    found: Mapping[str, Try] = field(default_factory=dict)
+    tries: Mapping[str, Try] = field(default_factory=dict)
 
     @property
     def tiny(self) -> bool:
-        """A rehearsal."""
+        """Whether this is a rehearsal."""
         return self.device == "cpu"
 
-    # ------------------------------------------------------------ what was found
+    # ------------------------------------------------------------ results of the first steps
 
     def _records(self, step: str, kind: str) -> list[dict[str, Any]]:
-        one = self.found.get(step)
-        return [record for record in one.records if record["kind"] == kind] if one else []
+        attempt = self.tries.get(step)
+        return [record for record in attempt.records if record["kind"] == kind] if attempt else []
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -86,7 +87,7 @@ class Plan:
         return next(iter(self._records("machine", "machine")), {})
 
     def _unsupported_reasons(self, backend: str) -> Mapping[str, str | None]:
-        """Why ops are not served, by op; empty where it is unknown."""
+        """Reasons why ops are not served, by op; empty where they are unknown."""
         records = self._records("backends", "backend")
         return next((record["why_not"] for record in records if record.get("backend") == backend), {})
 
@@ -94,7 +95,7 @@ class Plan:
         return self._unsupported_reasons(backend).get(op) is None
 
     def _missing(self, backend: str) -> str | None:
-        """Why a backend serves nothing here."""
+        """The reason why a backend serves nothing here, if it serves nothing."""
         reasons = self._unsupported_reasons(backend)
         return next(iter(reasons.values())) if reasons and None not in reasons.values() else None
 
@@ -102,17 +103,19 @@ class Plan:
         for record in self._records("jobs", "job"):
             job = record["job"]
             whole = isinstance(job.get("name"), str) and isinstance(job.get("seconds"), (int, float))
-            asked = program, part, compiled
-            if whole and (record["program"], job.get("part"), job.get("compiled", False)) == asked:
+            key = program, part, compiled
+            if whole and (record["program"], job.get("part"), job.get("compiled", False)) == key:
                 yield job
 
     # ------------------------------------------------------------ steps
 
-    def _inside(self, name: str, limit: float, *arguments: str, backend: str = "", **more: Any) -> Step:
+    def _inside(self, name: str, limit: float, *arguments: str, backend: str = "", **options: Any) -> Step:
         """A step of `inside.py`."""
         command = [self.python, "-m", "gpu.inside", *arguments, "--device", self.device]
         command += ["--results", str(self.file), "--step", name, *(["--backend", backend] if backend else [])]
-        return Step(name, tuple(command), limit, **({"missing": self._missing(backend)} | more if backend else more))
+        return Step(
+            name, tuple(command), limit, **({"missing": self._missing(backend)} | options if backend else options)
+        )
 
     def look(self) -> Stage:
         """Versions, and whether there is a GPU."""
@@ -123,13 +126,13 @@ class Plan:
         return Stage([self._inside("backends", 60, "backends"), self._inside("jobs", 60, "jobs")], 60, 2)
 
     def write_down(self) -> Stage:
-        """bench/results from what was found, in a process, since the bench's tables need torch."""
+        """Write bench/results from the results, in a process, since the bench's tables need torch."""
         command = [self.python, str(ROOT / "tools" / "gpu_report.py"), "--table", str(self.file.parent)]
         command += ["--into", str(self.file.parent)] if self.tiny else []
         return Stage([Step("write", tuple(command), 60, finds=False)], 60)
 
     def build(self) -> Stage:
-        """The native module for this device alone, where it is missing and can be built."""
+        """Build the native module for this device alone, where it is missing and can be built."""
         native = next((record.get("native") for record in self._records("backends", "backend")), None)
         if not isinstance(native, str) or self.tiny:
             return Stage([], 0)
@@ -152,7 +155,7 @@ class Plan:
     def _checks(self, part: int, alone: bool = False) -> Iterator[Step]:
         """The checks that only a GPU can answer: those of an op by a backend in a process of their own, side by side.
 
-        What must be `alone` on the GPU would take long to start so often: there a backend has a process for all ops.
+        Checks that must be `alone` on the GPU would take long to start one by one: a backend has a process for all ops.
         """
         groups: dict[str, list[Mapping[str, Any]]] = {}
         for job in self._jobs(CHECKS, part):
@@ -164,22 +167,24 @@ class Plan:
                 yield self._job(CHECKS, f"{name}-{backend}", jobs, backend)
 
     def _job(self, program: str, name: str, jobs: Sequence[Mapping[str, Any]], backend: str | None = None) -> Step:
-        """Some of what a program of the bench lists, in one process."""
-        serving = [one for one in BACKENDS if self._missing(one) is None]
-        asked = [("--only", job["name"]) for job in jobs]
-        asked += [("--backend", one) for one in ([backend] if backend else serving)]
-        asked += [("--results", str(self.file)), ("--device", self.device)]
-        command = [self.python, "-m", program, *(word for pair in asked for word in pair)]
+        """Some of the jobs that a program of the bench lists, in one process."""
+        serving = [candidate for candidate in BACKENDS if self._missing(candidate) is None]
+        options = [("--only", job["name"]) for job in jobs]
+        options += [("--backend", candidate) for candidate in ([backend] if backend else serving)]
+        options += [("--results", str(self.file)), ("--device", self.device)]
+        command = [self.python, "-m", program, *(word for pair in options for word in pair)]
         command += ["--tiny"] if self.tiny else ["--data", str(self.data)] if self.data and backend is None else []
         limit = 20 + 3 * sum(job["seconds"] for job in jobs)
         missing = self._missing(backend) if backend else None
         records = tuple(job["name"] for job in jobs)
         # Checks run side by side: a pool of compilers for each would be a crowd.
-        few = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"} if backend else {}
-        return Step(name, tuple(command), limit, environment=few, missing=missing, records=records, backend=backend)
+        one_thread = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"} if backend else {}
+        return Step(
+            name, tuple(command), limit, environment=one_thread, missing=missing, records=records, backend=backend
+        )
 
     def _parity(self) -> Iterator[Step]:
-        """Every case against float64, the wanted dtypes and the long jobs first."""
+        """Every case against float64, the most used dtypes and the long jobs first."""
         for dtype in DTYPES[:1] if self.tiny else DTYPES:
             for op in OPS:
                 for backend in BACKENDS:
@@ -196,16 +201,16 @@ class Plan:
             one_thread = {"OMP_NUM_THREADS": "1"}
             yield Step(name, (*command, "--lines", str(self.file), "--step", name), 90, environment=one_thread)
 
-    def _of_backends(self, what: str, limit: float) -> list[Step]:
-        return [self._inside(f"{what}-{name}", limit, what, backend=name) for name in BACKENDS]
+    def _of_backends(self, program: str, limit: float) -> list[Step]:
+        return [self._inside(f"{program}-{name}", limit, program, backend=name) for name in BACKENDS]
 
     def _profiles(self) -> Iterator[Step]:
         tool = self.tools.get("ncu")
         for backend in BACKENDS:
             target = self.file.with_name(f"{backend}.ncu-rep")
             missing = self._missing(backend) or (None if tool else "ncu is not installed")
-            told = ("--tool", str(tool), "--profile", str(target))
-            yield self._inside(f"ncu-{backend}", 60, "ncu", *told, backend=backend, missing=missing)
+            arguments = ("--tool", str(tool), "--profile", str(target))
+            yield self._inside(f"ncu-{backend}", 60, "ncu", *arguments, backend=backend, missing=missing)
 
     def _sanitizers(self) -> Iterator[Step]:
         """Small calls; without PyTorch's cache of memory, inside which nothing is out of bounds."""
@@ -225,25 +230,25 @@ class Plan:
 
     def stages(self, part: int | None) -> list[Stage]:
         """The stages of part 1 or 2, or of both; the runner skips steps that ended well before."""
-        one = () if part == 2 else self.part_1()
-        two = () if part == 1 else self.part_2()
-        return _once([*one, *two])
+        first_stages = () if part == 2 else self.part_1()
+        second_stages = () if part == 1 else self.part_2()
+        return _once([*first_stages, *second_stages])
 
     def part_1(self) -> Iterator[Stage]:
-        """Is it right, and how fast is it on the shapes that matter."""
-        everybody = os.cpu_count() or 1
+        """Checks of results, and times of the shapes that matter."""
+        cpus = os.cpu_count() or 1
         yield Stage(list(self._ceilings()), 40, leave=_FOR_BENCH)
         yield Stage(self._of_backends("smoke", 60), 60, 2, _FOR_BENCH)
-        yield Stage(list(self._checks(1)), 80, everybody, _FOR_BENCH)
-        yield Stage(list(self._parity()), 110, everybody, _FOR_BENCH)
+        yield Stage(list(self._checks(1)), 80, cpus, _FOR_BENCH)
+        yield Stage(list(self._parity()), 110, cpus, _FOR_BENCH)
         yield Stage(self._of_backends("first", 25), 40, leave=_FOR_BENCH)
         yield Stage(list(self._bench(1)), 3600)
 
     def part_2(self) -> Iterator[Stage]:
-        """The rest of part 1, then the tools that see more, then the other shapes."""
-        everybody = os.cpu_count() or 1
-        yield Stage(list(self._parity()), 110, everybody, _FOR_PART_2)
-        yield Stage([*self._checks(1), *self._checks(2)], 80, everybody, _FOR_PART_2)
+        """The rest of part 1, then profiler and sanitizers, then the other shapes."""
+        cpus = os.cpu_count() or 1
+        yield Stage(list(self._parity()), 110, cpus, _FOR_PART_2)
+        yield Stage([*self._checks(1), *self._checks(2)], 80, cpus, _FOR_PART_2)
         yield Stage(self._of_backends("determinism", 60), 60, 2, _FOR_PART_2)
         yield Stage(list(self._profiles()), 70, leave=0.4)
         yield Stage(list(self._sanitizers()), 100, len(_SANITIZERS), 0.25)
@@ -254,14 +259,14 @@ class Plan:
 
 
 def _once(stages: Iterable[Stage]) -> list[Stage]:
-    """Without steps that an earlier stage has: within one report nothing is tried twice."""
+    """The stages without steps that an earlier one has: within one report nothing is tried twice."""
     seen: set[str] = set()
-    found = []
+    unique = []
     for stage in stages:
         steps = [step for step in stage.steps if step.name not in seen]
         seen |= {step.name for step in steps}
-        found.append(replace(stage, steps=steps, leave=max(stage.leave, _FOR_TABLES)))
-    return found
+        unique.append(replace(stage, steps=steps, leave=max(stage.leave, _FOR_TABLES)))
+    return unique
 
 
 def environment(base: Mapping[str, str]) -> dict[str, str]:
@@ -271,5 +276,5 @@ def environment(base: Mapping[str, str]) -> dict[str, str]:
     with contextlib.suppress(FileExistsError):
         link.symlink_to(Path("..") / ".." / "bench")
     paths = [ROOT, ROOT / "python", ROOT / "tools", link.parent, *filter(None, [base.get("PYTHONPATH")])]
-    told = {"PYTHONUNBUFFERED": "1", "TRITON_DEFAULT_FP_FUSION": "1", "OMP_WAIT_POLICY": "passive"}
-    return {**base, **told, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    settings = {"PYTHONUNBUFFERED": "1", "TRITON_DEFAULT_FP_FUSION": "1", "OMP_WAIT_POLICY": "passive"}
+    return {**base, **settings, "PYTHONPATH": os.pathsep.join(map(str, paths))}

@@ -1,4 +1,4 @@
-"""Steps that go wrong in every way that was thought of, and what a report must say of each: to test it."""
+"""Planted steps that go wrong, each in a way of its own, with the status that a report must give them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def good():
 def raw(data):
     with open(results, "ab") as file:
         file.write(data)
-def stubborn(**how):
+def stubborn(**options):
     ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    return subprocess.Popen([sys.executable, "-c", ignore], **how)
+    return subprocess.Popen([sys.executable, "-c", ignore], **options)
 """
 # By name: the program, and the status that it must get.
 PROGRAMS = {
@@ -44,11 +44,11 @@ PROGRAMS = {
     "closes-its-output": ("good(); os.close(1); os.close(2); time.sleep(600)", "out of time"),
     "finds-nothing": ("print('all is well')", "failed: it left no results"),
 }  # fmt: skip
-PATIENCE = 2.0  # seconds, with those that do not end
+PATIENCE = 2.0  # seconds that steps which do not end may take
 
 
 def step(name: str, file: Path, patience: float = PATIENCE) -> Step:
-    """One of them."""
+    """The planted step of this name."""
     program, status = PROGRAMS[name]
     command = (sys.executable, "-S", "-c", f"{_TOOLS}\n{program}", str(file), f"planted-{name}")
     return Step(f"planted-{name}", command, patience if status == "out of time" else 60.0)

@@ -14,19 +14,19 @@ from typing import NamedTuple
 
 from gpu.guard import MARK, end_marked, marked
 
-_FIRST, _LAST = 16 << 10, 48 << 10  # bytes kept of what a step says
+_FIRST, _LAST = 16 << 10, 48 << 10  # bytes of a step's output that are kept
 _READ = 64 << 10
 _MOMENT = 1.0  # seconds that its helpers may go on when a step has ended
 _PATIENCE = 5.0  # seconds that a killed process may take to go
 
 
 class End(NamedTuple):
-    """How a step ended: `code` as `subprocess` has it, None where it was ended from outside."""
+    """The end of a step: `code` as `subprocess` has it, None where it was ended from outside."""
 
     code: int | None
-    said: str
-    left_behind: int  # processes that went on when the first one had ended
-    stuck: bool  # it did not go when it was killed
+    output: str
+    left_behind: int  # processes that still ran when the first one had ended
+    stuck: bool  # whether it survived being killed
 
 
 class Running:
@@ -61,7 +61,7 @@ class Running:
         return self._pipe
 
     def listen(self) -> None:
-        """Take what it has said so far; bounded, so that one that never stops talking keeps nobody."""
+        """Read its output so far; bounded, so that a step that never stops writing does not hold up the others."""
         for _ in range(64):
             try:
                 part = os.read(self._pipe, _READ)
@@ -73,7 +73,7 @@ class Running:
             self._keep(part)
 
     def _keep(self, part: bytes) -> None:
-        """The first bytes and the last ones."""
+        """Keep the first bytes and the last ones."""
         room = _FIRST - len(self._first)
         self._first += part[:room]
         if part[room:]:
@@ -88,9 +88,9 @@ class Running:
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def finish(self) -> End:
-        """End the whole group and whoever bears the mark, and say how it ended."""
+        """End the whole group and every process that bears the mark, and say how it ended."""
         by_itself = self.has_ended()
-        left = self._left() if by_itself else set()
+        left_behind = self._left_behind() if by_itself else set()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         end_marked(self.mark)
@@ -102,16 +102,16 @@ class Running:
         self.listen()
         assert self._process.stdout is not None
         self._process.stdout.close()
-        return End(code if by_itself else None, self._said(), len(left), stuck)
+        return End(code if by_itself else None, self._output(), len(left_behind), stuck)
 
-    def _left(self) -> set[int]:
+    def _left_behind(self) -> set[int]:
         """Processes that outlive the first one; helpers that notice its end get a moment to end, too."""
         end = time.monotonic() + _MOMENT
-        while (left := set(marked(self.mark)) - {self._process.pid}) and time.monotonic() < end:
+        while (processes := set(marked(self.mark)) - {self._process.pid}) and time.monotonic() < end:
             time.sleep(0.05)
-        return left
+        return processes
 
-    def _said(self) -> str:
+    def _output(self) -> str:
         first, last = bytes(self._first), b"".join(self._last)
         gap = f"\n... {self._dropped} bytes left out ...\n".encode() if self._dropped else b""
         return (first + gap + last).decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Nsight Compute on the heaviest kernels: its command lines, and what it says."""
+"""Nsight Compute on the heaviest kernels: its command lines, and its tables."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def profiling(tool: str, backend: str, target: Path, driver: Sequence[str]) -> l
     return [tool, "--set", "full", "--clock-control", "none", *chosen, "-f", "--export", str(target), *driver]
 
 
-def telling(tool: str, source: Path) -> list[str]:
-    """Tell a profile as a table."""
+def printing(tool: str, source: Path) -> list[str]:
+    """Print a profile as a table."""
     return [tool, "--import", str(source), "--csv", "--page", "details"]
 
 
 def metrics(table: str) -> dict[str, dict[str, str]]:
-    """By kernel, what the table says, as `section: name [unit]`."""
+    """The values of the table, by kernel and `section: name [unit]`."""
     lines = table.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    found: dict[str, dict[str, str]] = {}
+    by_kernel: dict[str, dict[str, str]] = {}
     for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
         kernel, name, value = (row.get(key) or "" for key in ("Kernel Name", "Metric Name", "Metric Value"))
         if kernel and name:
             unit = f" [{row['Metric Unit']}]" if row.get("Metric Unit") else ""
-            found.setdefault(kernel, {})[f"{row.get('Section Name')}: {name}{unit}"] = value
-    return found
+            by_kernel.setdefault(kernel, {})[f"{row.get('Section Name')}: {name}{unit}"] = value
+    return by_kernel

@@ -1,7 +1,7 @@
-"""`results.jsonl`: a line for each result, appended at once by whoever found it; read again whatever became of them.
+"""`results.jsonl`: a line for each result, appended at once by the process that has it. Damaged lines do no harm.
 
-Lines of the report itself: `report` where one begins (what it runs on), `begin` and `step` (status, seconds, the last
-that it said) around every step. What steps find has a `kind` of its own, and a `step`.
+Lines of the report itself: `report` where one begins (with commit and tools), `begin` and `step` (status, seconds, last
+lines of output) around every step. Results of steps have kinds of their own, and name their `step`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 FILE = "results.jsonl"
 OK, CUT_OFF, OUT_OF_TIME = "ok", "cut off", "out of time"
-NOT_STARTED, MISSING = "not started: ", "missing: "  # and why
-_LONGEST = 1 << 20  # of a line that could be one of ours
-_MOST_BEGINS = 100  # of records, in a damaged line
+NOT_STARTED, MISSING = "not started: ", "missing: "  # the reason follows
+_LONGEST = 1 << 20  # bytes; no line of a report is longer
+_MOST_BEGINS = 100  # places in a damaged line at which a record may begin
 Record = dict[str, Any]
 _Kinds = type | tuple[type, ...]
 _NUMBER: _Kinds = (int, float)
 _MAYBE: tuple[type, ...] = (int, float, type(None))
 _TEXT: tuple[type, ...] = (str, type(None))
-# By kind of record, what is read of it, and what that must be.
+# By kind of record, the fields that are read, and their types.
 _FIELDS: dict[str, dict[str, _Kinds]] = {
     "begin": {"step": str, "records": list, "backend": _TEXT},
     "step": {"step": str, "status": str, "seconds": _NUMBER, "last": list},
@@ -66,17 +66,17 @@ files = _files()
 
 def read(path: Path, start: int = 0) -> tuple[list[Record], int]:
     """The records from byte `start` on, and how many lines are not one, or hold something else besides."""
-    found: list[Record] = []
+    records: list[Record] = []
     damaged = 0
     for line in _lines(path, start):
         record, begin = _record(line)
-        found += [record] if record else []
+        records += [record] if record else []
         damaged += record is None or begin > 0
-    return found, damaged
+    return records, damaged
 
 
 def _lines(path: Path, start: int) -> Iterator[bytes]:
-    """Those that are not empty, each cut off where it is longer than any of ours."""
+    """Lines that are not empty, each cut off where it is longer than any of a report."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -102,13 +102,13 @@ def _record(line: bytes) -> tuple[Record | None, int]:
 
 
 def _makes_sense(record: Record) -> bool:
-    """Whether it has what records of its kind have; a step may write anything."""
-    wanted = {"kind": str, **_FIELDS.get(str(record.get("kind")), {})}
-    return all(name in record and isinstance(record[name], kinds) for name, kinds in wanted.items())
+    """Whether it has the fields of its kind; a step may write anything."""
+    fields = {"kind": str, **_FIELDS.get(str(record.get("kind")), {})}
+    return all(name in record and isinstance(record[name], kinds) for name, kinds in fields.items())
 
 
 def mend(path: Path) -> None:
-    """End a last line that was cut off, so that what comes next has a line of its own."""
+    """End a last line that was cut off, so that the next record has a line of its own."""
     if path.exists() and (size := path.stat().st_size):
         with open(path, "r+b") as file:
             file.seek(size - 1)
@@ -134,7 +134,7 @@ class Try:
 
     @property
     def begun(self) -> bool:
-        """It was not passed over."""
+        """Whether it was started."""
         return not self.status.startswith((NOT_STARTED, MISSING))
 
     def has(self, record: Record) -> bool:
@@ -144,13 +144,13 @@ class Try:
 
     @property
     def ok(self) -> bool:
-        """It ended well."""
+        """Whether it ended well."""
         return self.status == OK
 
 
 def tries(records: list[Record]) -> dict[str, Try]:
     """The try of every step that counts: the last that ended well, otherwise the one with most records."""
-    found: dict[str, list[Try]] = {}
+    by_step: dict[str, list[Try]] = {}
     running: dict[str, Try] = {}
     for record in records:
         step = str(record.get("step"))
@@ -158,20 +158,20 @@ def tries(records: list[Record]) -> dict[str, Try]:
             running.clear()
         if record["kind"] == "begin":
             running[step] = Try(step, names=record.get("records") or (), backend=record.get("backend"))
-            found.setdefault(step, []).append(running[step])
+            by_step.setdefault(step, []).append(running[step])
         elif record["kind"] == "step":
-            one = running.pop(step, None) or Try(step)
-            if one not in found.setdefault(step, []):
-                found[step].append(one)
-            one.status, one.seconds = str(record.get("status")), record.get("seconds") or 0.0
-            one.last, one.left_behind = record.get("last") or [], record.get("left_behind") or 0
+            attempt = running.pop(step, None) or Try(step)
+            if attempt not in by_step.setdefault(step, []):
+                by_step[step].append(attempt)
+            attempt.status, attempt.seconds = str(record.get("status")), record.get("seconds") or 0.0
+            attempt.last, attempt.left_behind = record.get("last") or [], record.get("left_behind") or 0
         else:
-            owners = [one for one in running.values() if one.has(record)]
-            one = owners[0] if owners else found.setdefault(step, [Try(step, OK)])[-1]
-            one.records.append(record)
-    return {step: _best(all_tries) for step, all_tries in found.items()}
+            owners = [attempt for attempt in running.values() if attempt.has(record)]
+            attempt = owners[0] if owners else by_step.setdefault(step, [Try(step, OK)])[-1]
+            attempt.records.append(record)
+    return {step: _best(all_tries) for step, all_tries in by_step.items()}
 
 
 def _best(all_tries: list[Try]) -> Try:
-    well = [one for one in all_tries if one.ok]
-    return well[-1] if well else max(reversed(all_tries), key=lambda one: len(one.records))
+    successful = [attempt for attempt in all_tries if attempt.ok]
+    return successful[-1] if successful else max(reversed(all_tries), key=lambda attempt: len(attempt.records))

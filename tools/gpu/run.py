@@ -23,14 +23,14 @@ from gpu.results import CUT_OFF, MISSING, NOT_STARTED, OK, OUT_OF_TIME, ROOT
 
 try:
     import fcntl
-except ImportError:  # no POSIX: nobody looks for a second report
+except ImportError:  # without POSIX a second report is not detected
     fcntl = None  # type: ignore[assignment]
 
 LOG = "steps.log"
-_LOG_BYTES = 8 << 20  # at most; what does not fit is left out, but for the last lines, which are in the results
-_LEAST = 3.0  # seconds that are left: fewer are not worth a start
+_LOG_BYTES = 8 << 20  # at most; output beyond is left out, but the last lines of each step are in the results
+_LEAST = 3.0  # seconds; a step is not started with fewer left
 _TICK = 0.1
-_LINES, _WIDTH = 6, 300  # of what a step said last
+_LINES, _WIDTH = 6, 300  # lines of a step's last output, and characters of a line
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,19 @@ class BusyError(Exception):
 
 
 def say(line: str) -> None:
-    """Print it at once; nobody may be listening any more."""
+    """Print a line at once; standard output may be closed."""
     with contextlib.suppress(OSError):
         print(line, flush=True)
 
 
 class Report:
-    """A folder with results, and what runs the steps that write there."""
+    """A folder with results, and the runner of the steps that write there."""
 
-    def __init__(self, folder: Path, seconds: float, tell: Callable[[str], None] = say) -> None:
+    def __init__(self, folder: Path, seconds: float, show: Callable[[str], None] = say) -> None:
         self.folder, self.file = folder.resolve(), folder.resolve() / results.FILE
         self.seconds, self.end = seconds, time.monotonic() + seconds
         self.environment: dict[str, str] = dict(os.environ)
-        self.tell = tell
+        self.show = show
         self._mark = f"{self.folder}//"
         self._run = f"{self._mark}{secrets.token_hex(4)}//"
         self._running: dict[Step, Running] = {}
@@ -100,7 +100,7 @@ class Report:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """For the time inside: nobody else writes there, and nothing that is started outlives it.
+        """Inside, no other report writes to the folder; at the end, every process that was started is ended.
 
         Raises `Stopped` inside on a signal, and `BusyError` where another report has the folder.
         """
@@ -111,7 +111,7 @@ class Report:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise BusyError(f"{self.folder}: another report writes there") from None
-            guard.end_marked(self._mark)  # what an earlier report left that was killed together with its guard
+            guard.end_marked(self._mark)  # processes of an earlier report that was killed together with its guard
             results.mend(self.file)
             watch = subprocess.Popen(
                 [sys.executable, "-S", "-I", str(Path(guard.__file__)), self._run],
@@ -137,17 +137,17 @@ class Report:
         try:
             results.files.append_line(self.file, record)
         except OSError as error:
-            self.tell(f"NOT WRITTEN: {error}: {record}"[:_WIDTH])
+            self.show(f"NOT WRITTEN: {error}: {record}"[:_WIDTH])
 
     # ---------------------------------------------------------------- stages
 
     def run(self, stages: Sequence[Stage], again: bool = False) -> None:
-        """All steps but those that are done, or these `again`."""
-        done = set() if again else {name for name, one in self.tries().items() if one.ok}
+        """Run all steps but those that are done; with `again`, these too."""
+        done = set() if again else {name for name, attempt in self.tries().items() if attempt.ok}
         for stage in stages:
-            wanted = [step for step in stage.steps if step.name not in done]
+            steps = [step for step in stage.steps if step.name not in done]
             try:
-                self._run_stage(wanted, stage)
+                self._run_stage(steps, stage)
             finally:
                 for step in list(self._running):
                     self._finish(step, CUT_OFF)
@@ -158,13 +158,13 @@ class Report:
         while waiting or self._running:
             while waiting and len(self._running) < stage.workers:
                 step = waiting.popleft()
-                left = end - time.monotonic()
+                seconds_left = end - time.monotonic()
                 if step.missing is not None:
-                    self._told(step, f"{MISSING}{step.missing}")
-                elif left < _LEAST:
-                    self._told(step, f"{NOT_STARTED}{OUT_OF_TIME}")
+                    self._record_end(step, f"{MISSING}{step.missing}")
+                elif seconds_left < _LEAST:
+                    self._record_end(step, f"{NOT_STARTED}{OUT_OF_TIME}")
                 else:
-                    self._start(step, min(step.limit, left))
+                    self._start(step, min(step.limit, seconds_left))
             self._wait()
 
     def _start(self, step: Step, limit: float) -> None:
@@ -174,43 +174,43 @@ class Report:
         try:
             self._running[step] = Running(step.command, environment, f"{self._run}{step.name}", limit, ROOT)
         except OSError as error:
-            self._told(step, f"failed: cannot be started: {error}")
+            self._record_end(step, f"failed: cannot be started: {error}")
 
     def _wait(self) -> None:
-        """A moment, in which steps are heard; those that have ended, or must, are finished."""
-        heard, _, _ = select.select([one for one in self._running.values() if one.talks], [], [], _TICK)
-        for one in heard:
-            one.listen()
-        for step, one in list(self._running.items()):
-            if one.has_ended():
+        """Wait a moment, read the steps' output, and finish those that have ended or must."""
+        readable, _, _ = select.select([running for running in self._running.values() if running.talks], [], [], _TICK)
+        for running in readable:
+            running.listen()
+        for step, running in list(self._running.items()):
+            if running.has_ended():
                 self._finish(step)
-            elif time.monotonic() > one.end:
+            elif time.monotonic() > running.end:
                 self._finish(step, OUT_OF_TIME)
 
-    def _finish(self, step: Step, why: str = "") -> None:
-        """End it, with all that it has started; `why`, where it has not ended by itself."""
-        one = self._running.pop(step)
-        end = one.finish()
-        status = _status(end, why)
+    def _finish(self, step: Step, reason: str = "") -> None:
+        """End a step with all that it has started, for a `reason` where it has not ended by itself."""
+        running = self._running.pop(step)
+        end = running.finish()
+        status = _status(end, reason)
         if status == OK and step.finds and not self._has_found(step):
             status = "failed: it left no results"
-        self._told(step, status, time.monotonic() - one.began, end)
+        self._record_end(step, status, time.monotonic() - running.began, end)
 
     def _has_found(self, step: Step) -> bool:
-        one = results.Try(step.name, names=step.records, backend=step.backend)
+        attempt = results.Try(step.name, names=step.records, backend=step.backend)
         records, _ = results.read(self.file, self._offsets[step])
-        return any(record["kind"] not in ("begin", "step") and one.has(record) for record in records)
+        return any(record["kind"] not in ("begin", "step") and attempt.has(record) for record in records)
 
-    def _told(self, step: Step, status: str, seconds: float = 0.0, end: End | None = None) -> None:
+    def _record_end(self, step: Step, status: str, seconds: float = 0.0, end: End | None = None) -> None:
         """Write down how a step ended, and show it."""
-        said = end.said if end else ""
-        last = [line.strip()[:_WIDTH] for line in said.splitlines() if line.strip()][-_LINES:]
-        told: dict[str, Any] = {"kind": "step", "step": step.name, "status": status, "seconds": round(seconds, 1)}
+        output = end.output if end else ""
+        last = [line.strip()[:_WIDTH] for line in output.splitlines() if line.strip()][-_LINES:]
+        entry: dict[str, Any] = {"kind": "step", "step": step.name, "status": status, "seconds": round(seconds, 1)}
         if end and end.left_behind:
-            told["left_behind"] = end.left_behind
-        self.record({**told, "last": last})
-        self._log(f"==== {step.name}: {status}, {seconds:.1f} s\n{said}\n")
-        self.tell(f"[{seconds:5.0f} s] {step.name}: {status}")
+            entry["left_behind"] = end.left_behind
+        self.record({**entry, "last": last})
+        self._log(f"==== {step.name}: {status}, {seconds:.1f} s\n{output}\n")
+        self.show(f"[{seconds:5.0f} s] {step.name}: {status}")
 
     def _log(self, text: str) -> None:
         with contextlib.suppress(OSError), open(self.folder / LOG, "a", errors="replace") as log:
@@ -218,11 +218,11 @@ class Report:
                 log.write(text)
 
 
-def _status(end: End, why: str) -> str:
+def _status(end: End, reason: str) -> str:
     if end.stuck:
-        return f"{why or CUT_OFF}; it could not be killed"
-    if why and end.code is None:
-        return why
+        return f"{reason or CUT_OFF}; it could not be killed"
+    if reason and end.code is None:
+        return reason
     if end.code == 0:
         return OK
     if end.code is not None and end.code < 0:
@@ -236,13 +236,15 @@ def _signals() -> Iterator[None]:
     """`Stopped` is raised where a signal would end the process on the spot; children can be waited for."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for one in ending:
-            signal.signal(one, signal.SIG_IGN)  # a second one must not disturb the end
+        for ending_number in ending:
+            signal.signal(ending_number, signal.SIG_IGN)  # a second one must not disturb the end
         raise Stopped(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
     before = {number: signal.getsignal(number) for number in numbers}
-    ending = [number for number in numbers[:3] if before[number] != signal.SIG_IGN]  # not SIGHUP under `nohup`
+    ending = [
+        number for number in numbers[:3] if before[number] != signal.SIG_IGN
+    ]  # SIGHUP stays ignored under `nohup`
     for number in ending:
         signal.signal(number, stop)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

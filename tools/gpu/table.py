@@ -14,8 +14,8 @@ _OURS = "interformer"
 
 
 def printed(tries: Mapping[str, Try], damaged: int = 0) -> str:
-    """All of it, cut off at the end where it is too long."""
-    records = [record for one in tries.values() for record in one.records]
+    """The whole table, cut off at the end where it is too long."""
+    records = [record for attempt in tries.values() for record in attempt.records]
     parts = [
         header(records),
         _titled("FAILED", failures(tries, records, damaged)),
@@ -37,7 +37,7 @@ def _titled(title: str, lines: Iterable[str]) -> str:
 
 
 def of_kind(records: Iterable[Record], kind: str) -> list[Record]:
-    """Those of one kind."""
+    """The records of one kind."""
     return [record for record in records if record["kind"] == kind]
 
 
@@ -55,120 +55,135 @@ def header(records: Sequence[Record]) -> str:
     return "\n".join([*lines, *(kit[-1]["said"] if kit else ())])
 
 
-# ---------------------------------------------------------------- what failed
+# ---------------------------------------------------------------- failures
 
 
 def failures(tries: Mapping[str, Try], records: Sequence[Record], damaged: int = 0) -> Iterator[str]:
     """Wrong numbers, then steps that did not end well; the first ones of each kind."""
-    bad = [f"{one.step}: {one.status}{_last_of(one)}" for one in tries.values() if one.begun and not one.ok]
-    bad += [f"{one.step}: left {one.left_behind} processes behind" for one in tries.values() if one.left_behind]
+    bad = [
+        f"{attempt.step}: {attempt.status}{_last_of(attempt)}"
+        for attempt in tries.values()
+        if attempt.begun and not attempt.ok
+    ]
+    bad += [
+        f"{attempt.step}: left {attempt.left_behind} processes behind"
+        for attempt in tries.values()
+        if attempt.left_behind
+    ]
     bad += [f"{damaged} lines of the results are damaged and left out"] if damaged else []
-    for lines, most in ((list(_breaches(records)), 10), (list(_wrong(records)), 10), (bad, 20)):
-        yield from lines[:most]
-        if lines[most:]:
-            yield f"... and {len(lines) - most} more of this kind"
+    for lines, limit in ((list(_breaches(records)), 10), (list(_wrong(records)), 10), (bad, 20)):
+        yield from lines[:limit]
+        if lines[limit:]:
+            yield f"... and {len(lines) - limit} more of this kind"
 
 
 def not_done(tries: Mapping[str, Try]) -> Iterator[str]:
     """Steps that were not begun: a line for each reason."""
-    found: dict[str, list[str]] = {}
-    for one in tries.values():
-        if not one.begun:
-            found.setdefault(one.status, []).append(one.step)
-    for reason, names in found.items():
+    steps_of: dict[str, list[str]] = {}
+    for attempt in tries.values():
+        if not attempt.begun:
+            steps_of.setdefault(attempt.status, []).append(attempt.step)
+    for reason, names in steps_of.items():
         yield f"{reason}: {', '.join(names)}"
 
 
-def _last_of(one: Try) -> str:
-    return f" | {one.last[-1]}" if one.last and one.status.startswith("failed") else ""
+def _last_of(attempt: Try) -> str:
+    return f" | {attempt.last[-1]}" if attempt.last and attempt.status.startswith("failed") else ""
 
 
 def _breaches(records: Sequence[Record]) -> Iterator[str]:
-    wrong = [one for one in of_kind(records, "parity") if not one["ok"]]
-    for one in sorted(wrong, key=lambda one: -(one["share"] or float("inf"))):
-        share = "" if one["share"] is None else f" {one['share']:.3g} times the budget"
-        where = " ".join(str(one[name]) for name in ("backend", "op", "dtype", "case", "quantity"))
-        yield f"PARITY {where}:{share} {one['problem'] or ''}".rstrip()
+    wrong = [record for record in of_kind(records, "parity") if not record["ok"]]
+    for record in sorted(wrong, key=lambda record: -(record["share"] or float("inf"))):
+        share = "" if record["share"] is None else f" {record['share']:.3g} times the budget"
+        subject = " ".join(str(record[name]) for name in ("backend", "op", "dtype", "case", "quantity"))
+        yield f"PARITY {subject}:{share} {record['problem'] or ''}".rstrip()
 
 
 def _wrong(records: Sequence[Record]) -> Iterator[str]:
-    for one in records:
-        about = " ".join(str(one[name]) for name in ("backend", "what", "dtype", "case") if one.get(name))
-        if one["kind"] in ("check", "smoke", "determinism") and one.get("ok") is False:
-            yield f"{one['step']} {about}: {one.get('problem') or one.get('differing')}"
-        elif one["kind"] == "failed":
-            yield f"{one['step']}: {one.get('problem')}"
-    for one in _latest(of_kind(records, "bench")):
-        if one["runner"] == _OURS and one["problem"]:
-            yield f"{one['step']} {one['backend']} {one['pass']}: {one['problem']}"
+    for record in records:
+        subject = " ".join(str(record[name]) for name in ("backend", "what", "dtype", "case") if record.get(name))
+        if record["kind"] in ("check", "smoke", "determinism") and record.get("ok") is False:
+            yield f"{record['step']} {subject}: {record.get('problem') or record.get('differing')}"
+        elif record["kind"] == "failed":
+            yield f"{record['step']}: {record.get('problem')}"
+    for record in _latest(of_kind(records, "bench")):
+        if record["runner"] == _OURS and record["problem"]:
+            yield f"{record['step']} {record['backend']} {record['pass']}: {record['problem']}"
 
 
-# ---------------------------------------------------------------- what was found
+# ---------------------------------------------------------------- results
 
 
 def parity(records: Sequence[Record]) -> Iterator[str]:
-    """A line for each backend and op: by dtype what was compared and what was wrong."""
+    """A line for each backend and op: by dtype the numbers of comparisons and of breaches, and the largest share."""
     groups: dict[tuple[str, str], dict[str, list[Record]]] = {}
-    for one in of_kind(records, "parity"):
-        groups.setdefault((one["backend"], one["op"]), {}).setdefault(one["dtype"], []).append(one)
+    for record in of_kind(records, "parity"):
+        groups.setdefault((record["backend"], record["op"]), {}).setdefault(record["dtype"], []).append(record)
     for (backend, op), dtypes in groups.items():
-        told = []
+        columns = []
         for dtype, compared in dtypes.items():
-            shares = [one["share"] for one in compared if one["share"] is not None]
-            wrong = sum(not one["ok"] for one in compared)
-            told.append(f"{dtype} {len(compared)}, {wrong}, {max(shares, default=0.0):.2f}")
-        yield f"{backend:9} {op:22} {'; '.join(told)}"
+            shares = [record["share"] for record in compared if record["share"] is not None]
+            wrong = sum(not record["ok"] for record in compared)
+            columns.append(f"{dtype} {len(compared)}, {wrong}, {max(shares, default=0.0):.2f}")
+        yield f"{backend:9} {op:22} {'; '.join(columns)}"
 
 
 def checks(records: Sequence[Record]) -> Iterator[str]:
     """A line for each backend and kind of check."""
     groups: dict[tuple[str, str], list[Any]] = {}
-    for one in records:
-        if one["kind"] in ("check", "smoke", "determinism"):
-            kind = str(one["step"]).partition(".")[0] if one["kind"] == "check" else one["kind"]
-            groups.setdefault((str(one.get("backend")), kind), []).append(one["ok"])
+    for record in records:
+        if record["kind"] in ("check", "smoke", "determinism"):
+            kind = str(record["step"]).partition(".")[0] if record["kind"] == "check" else record["kind"]
+            groups.setdefault((str(record.get("backend")), kind), []).append(record["ok"])
     for (backend, kind), oks in sorted(groups.items()):
         yield f"{backend:9} {kind:22} {oks.count(True)}, {oks.count(False)}, {oks.count(None)}"
 
 
 def ceilings(records: Sequence[Record]) -> Iterator[str]:
     """The rates of products and copies."""
-    for one in {one["dtype"]: one for one in of_kind(records, "ceiling")}.values():
-        yield f"{one['dtype']:9} {one['gemm'] / 1e12:.4g} TFLOP/s, {one['copy'] / 1e9:.4g} GB/s"
+    for record in {record["dtype"]: record for record in of_kind(records, "ceiling")}.values():
+        yield f"{record['dtype']:9} {record['gemm'] / 1e12:.4g} TFLOP/s, {record['copy'] / 1e9:.4g} GB/s"
 
 
 def bench(records: Sequence[Record]) -> Iterator[str]:
     """A line for each job, pass and backend of this package; by graphs, where both have one."""
     groups: dict[tuple[str, str], list[Record]] = {}
-    for one in _latest(of_kind(records, "bench")):
-        groups.setdefault((one["step"], one["pass"]), []).append(one)
+    for record in _latest(of_kind(records, "bench")):
+        groups.setdefault((record["step"], record["pass"]), []).append(record)
     for (step, direction), group in groups.items():
-        for ours in (one for one in group if one["runner"] == _OURS and one["median"] is not None):
-            peers = [_faster(ours, group, of) for of in ("median", "graph")]
+        for ours in (record for record in group if record["runner"] == _OURS and record["median"] is not None):
+            peers = [_faster(ours, group, statistic) for statistic in ("median", "graph")]
             times = f"{_time(ours['median'])}, {_time(ours['graph'])}"
             yield f"{step:24} {direction:16} {ours['backend']:7} {times}; {'; '.join(filter(None, peers)) or 'no peer'}"
 
 
-def _faster(ours: Record, group: Sequence[Record], of: str) -> str | None:
+def _faster(ours: Record, group: Sequence[Record], statistic: str) -> str | None:
     """The fastest right peer, and how many times as fast as it ours is."""
-    right = [one for one in group if one["runner"] != _OURS and one["problem"] is None and one[of] is not None]
-    if not right or not ours[of] or ours["problem"] is not None:
+    right = [
+        record
+        for record in group
+        if record["runner"] != _OURS and record["problem"] is None and record[statistic] is not None
+    ]
+    if not right or not ours[statistic] or ours["problem"] is not None:
         return None
-    peer = min(right, key=lambda one: float(one[of]))
-    wanted = f" (wanted {ours['wanted']:g})" if ours["wanted"] is not None and of == "median" else ""
-    name = "eager" if of == "median" else "graph"
-    return f"{name} {peer['runner']} {_time(peer[of])} {float(peer[of]) / float(ours[of]):.2f}x{wanted}"
+    peer = min(right, key=lambda record: float(record[statistic]))
+    target = f" (wanted {ours['wanted']:g})" if ours["wanted"] is not None and statistic == "median" else ""
+    name = "eager" if statistic == "median" else "graph"
+    speed = float(peer[statistic]) / float(ours[statistic])
+    return f"{name} {peer['runner']} {_time(peer[statistic])} {speed:.2f}x{target}"
 
 
 def _latest(records: Iterable[Record]) -> list[Record]:
     """A later record of the same runner takes an earlier one's place."""
-    return list({(one["step"], one["pass"], one["runner"], one["backend"]): one for one in records}.values())
+    return list(
+        {(record["step"], record["pass"], record["runner"], record["backend"]): record for record in records}.values()
+    )
 
 
 def first_calls(records: Sequence[Record]) -> Iterator[str]:
-    """Compiling included."""
-    for one in of_kind(records, "first"):
-        yield f"{one['backend']:9} {one['op']:22} {_time(one['first'])}, {_time(one['second'])}"
+    """Times of first calls, compiling included, and of second ones."""
+    for record in of_kind(records, "first"):
+        yield f"{record['backend']:9} {record['op']:22} {_time(record['first'])}, {_time(record['second'])}"
 
 
 def _time(seconds: float | None) -> str:
@@ -178,12 +193,14 @@ def _time(seconds: float | None) -> str:
 
 
 def steps(tries: Mapping[str, Try]) -> Iterator[str]:
-    """Those that ended well, in a paragraph."""
-    well = [f"{one.step} {one.seconds:.0f}" for one in tries.values() if one.ok and one.step != "report"]
-    for start in range(0, len(well), 6):
-        yield "; ".join(well[start : start + 6])
+    """Steps that ended well, in a paragraph."""
+    successful = [
+        f"{attempt.step} {attempt.seconds:.0f}" for attempt in tries.values() if attempt.ok and attempt.step != "report"
+    ]
+    for start in range(0, len(successful), 6):
+        yield "; ".join(successful[start : start + 6])
 
 
 def now() -> str:
-    """In UTC."""
+    """The time in UTC."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
