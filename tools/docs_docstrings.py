@@ -16,7 +16,7 @@ LITERAL = re.compile(r"::$", re.MULTILINE)
 
 def to_markdown(text: str) -> str:
     """Formulas become MathML, which browsers draw without a script; roles become code."""
-    text = MATH.sub(lambda found: _formula(" ".join(found[1].split())), text)
+    text = MATH.sub(lambda match: _formula(" ".join(match[1].split())), text)
     return LITERAL.sub(":", ROLE.sub(r"`\1`", text))
 
 

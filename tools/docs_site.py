@@ -40,8 +40,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Point links at pages of the site; names of files that are no pages stay as text."""
-    here = page.file.src_uri
-    source = INSIDE.get(here, f"docs/{here}")
+    site_path = page.file.src_uri
+    source = INSIDE.get(site_path, f"docs/{site_path}")
 
     def link(match: re.Match[str]) -> str:
         picture, text, target, anchor = match[1], match[2], match[3], match[4] or ""
@@ -49,7 +49,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         site = OUTSIDE.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
         if site is None:
             return text if "`" in text else f"`{text}`"
-        return f"{picture}[{text}]({posixpath.relpath(site, posixpath.dirname(here) or '.')}{anchor})"
+        return f"{picture}[{text}]({posixpath.relpath(site, posixpath.dirname(site_path) or '.')}{anchor})"
 
     parts = FENCE.split(markdown)
     return "".join(part if part.startswith("```") else LIST.sub(r"\1\n", LINK.sub(link, part)) for part in parts)

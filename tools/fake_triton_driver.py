@@ -69,7 +69,7 @@ class FakeDriver:
 
 
 def install(target: str) -> FakeDriver:
-    """From now on Triton compiles for this target of `triton_kernels.TARGETS`, and this process launches nothing."""
+    """Make Triton compile for this target of `triton_kernels.TARGETS`; from now on this process launches nothing."""
     fake = FakeDriver(target)
     driver.set_active(fake)
     kernels_for, _ = triton_kernels.TARGETS[target]
@@ -79,7 +79,7 @@ def install(target: str) -> FakeDriver:
     return fake
 
 
-# ---------------------------------------------------------------- what was compiled
+# ---------------------------------------------------------------- compiled kernels
 
 
 class Compiled(NamedTuple):
@@ -95,7 +95,7 @@ class Compiled(NamedTuple):
 def compiled_in(cache: Path) -> Iterator[Compiled]:
     """All kernels for NVIDIA GPUs in a cache folder."""
     for cubin in sorted(cache.glob("*/*.cubin")):
-        about = json.loads(cubin.with_suffix(".json").read_text())
-        arch = about["target"]["arch"]
+        metadata = json.loads(cubin.with_suffix(".json").read_text())
+        arch = metadata["target"]["arch"]
         registers, spills = triton_kernels.usage_of_cubin(cubin, cubin.with_suffix(".ptx"), arch)
-        yield Compiled(cubin.stem, registers, spills, about["shared"], about["num_warps"])
+        yield Compiled(cubin.stem, registers, spills, metadata["shared"], metadata["num_warps"])

@@ -131,12 +131,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         fill(chosen.out.resolve(), chosen.target, calls, chosen.jobs)
         kernels, size = prune(chosen.out)
-        again = compiled_again(chosen.out, chosen.target, calls, chosen.jobs)
+        recompiled = compiled_again(chosen.out, chosen.target, calls, chosen.jobs)
     except subprocess.CalledProcessError as error:
         print(f"fill_triton_cache: {' '.join(map(str, error.cmd[-2:]))} failed; see above", file=sys.stderr)
         return 1
-    print(f"{kernels} kernels for {chosen.target}, {size / 1e6:.1f} MB; {again} compiled again from a copy elsewhere")
-    return 1 if again or not kernels else 0
+    print(
+        f"{kernels} kernels for {chosen.target}, {size / 1e6:.1f} MB; {recompiled} compiled again from a copy elsewhere"
+    )
+    return 1 if recompiled or not kernels else 0
 
 
 if __name__ == "__main__":

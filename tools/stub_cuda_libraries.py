@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-# Whose functions start with what, where symbols have no versions: the first that fits; the driver's are the rest.
+# The library of a symbol without version, by the prefix of its name: the first that fits. The driver's come last.
 PREFIXES = {
     "cublasLt": "libcublasLt", "cublas": "libcublas", "cudnn": "libcudnn", "cufft": "libcufft",
     "curand": "libcurand", "cusolver": "libcusolver", "cusparseLt": "libcusparseLt", "cusparse": "libcusparse",
@@ -27,7 +27,7 @@ PREFIXES = {
 NO_DEVICE = 100  # cudaErrorNoDevice, and the driver's CUDA_ERROR_NO_DEVICE
 
 
-def said(*command: str) -> list[str]:
+def output_lines(*command: str) -> list[str]:
     """The lines that a tool prints."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
@@ -40,38 +40,40 @@ def is_cudas(library: str) -> bool:
 def needed(libraries: list[Path]) -> set[str]:
     """Names of NVIDIA's libraries that these are linked against."""
     entries = (
-        re.search(r"NEEDED.*\[(.+)\]", line) for library in libraries for line in said("readelf", "-dW", library)
+        re.search(r"NEEDED.*\[(.+)\]", line)
+        for library in libraries
+        for line in output_lines("readelf", "-dW", library)
     )
     return {entry[1] for entry in entries if entry and is_cudas(entry[1])}
 
 
 def versions(library: Path) -> Iterator[tuple[str, str]]:
-    """Pairs of a library of NVIDIA's and a version of symbols that is wanted of it."""
+    """Pairs of a library of NVIDIA's and a version of its symbols that this library needs."""
     file = ""
-    for line in said("readelf", "-VW", library):
-        if found := re.search(r"File: (\S+)", line):
-            file = found[1]
-        if (found := re.search(r"Name: (\S+)\s+Flags", line)) and is_cudas(file):
-            yield file, found[1]
+    for line in output_lines("readelf", "-VW", library):
+        if match := re.search(r"File: (\S+)", line):
+            file = match[1]
+        if (match := re.search(r"Name: (\S+)\s+Flags", line)) and is_cudas(file):
+            yield file, match[1]
 
 
-def wanted_symbols(libraries: list[Path], stubs: set[str]) -> dict[str, dict[str, set[str]]]:
-    """Stub -> version ("" where symbols have none) -> names of functions."""
+def needed_symbols(libraries: list[Path], stubs: set[str]) -> dict[str, dict[str, set[str]]]:
+    """The names of the functions that libraries need, by stub and version ("" where symbols have none)."""
     files = {stub.split(".so")[0]: stub for stub in stubs}
-    found: dict[str, dict[str, set[str]]] = {stub: defaultdict(set) for stub in stubs}
+    symbols: dict[str, dict[str, set[str]]] = {stub: defaultdict(set) for stub in stubs}
     for library in libraries:
         file_of = {version: file for file, version in versions(library)}
-        for line in said("nm", "-D", "--undefined-only", library):
+        for line in output_lines("nm", "-D", "--undefined-only", library):
             name, _, version = line.split()[-1].partition("@")
             version = version.lstrip("@")
             if version:
                 if version in file_of:
-                    found[file_of[version]][version].add(name)
+                    symbols[file_of[version]][version].add(name)
                 continue
             owner = next((file for prefix, file in PREFIXES.items() if re.match(prefix + "[A-Z_]", name)), None)
             if owner in files:
-                found[files[owner]][""].add(name)
-    return found
+                symbols[files[owner]][""].add(name)
+    return symbols
 
 
 def build(folder: Path, stub: str, symbols: dict[str, set[str]]) -> None:
@@ -98,14 +100,14 @@ def _function(name: str) -> str:
 
 def main() -> int:
     """Build all stubs, and import torch."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
         print("stub_cuda_libraries: needs torch, which this Python does not have", file=sys.stderr)
         return 2
-    folder = Path(found.origin).parent / "lib"
+    folder = Path(spec.origin).parent / "lib"
     libraries = [library for library in folder.glob("*.so*") if not is_cudas(library.name)]
     stubs = needed(libraries)
-    for stub, symbols in wanted_symbols(libraries, stubs).items():
+    for stub, symbols in needed_symbols(libraries, stubs).items():
         build(folder, stub, symbols)
     subprocess.run([sys.executable, "-c", "import torch; assert not torch.cuda.is_available()"], check=True)
     print(f"{len(stubs)} stubs of CUDA's libraries in {folder}")

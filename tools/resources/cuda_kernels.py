@@ -45,28 +45,28 @@ class Usage:
 
 def tool(name: str) -> str:
     """Path of a tool of the CUDA toolkit: the one in PATH, or else the one that Triton ships."""
-    found = shutil.which(name)
+    path = shutil.which(name)
     spec = importlib.util.find_spec("triton")
-    if found is None and spec is not None and spec.origin is not None:
+    if path is None and spec is not None and spec.origin is not None:
         shipped = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
-        found = str(shipped) if shipped.exists() else None
-    if found is None:
+        path = str(shipped) if shipped.exists() else None
+    if path is None:
         raise FileNotFoundError(f"{name} is neither in PATH nor part of an installed Triton")
-    return found
+    return path
 
 
 def _lines(flag: str, module: str) -> Iterator[tuple[str, str, str]]:
     """Lines of cuobjdump's output, each with the device and the mangled name of its kernel."""
     command = [tool("cuobjdump"), flag, module]
-    environment = {"PATH": f"{Path(tool('nvdisasm')).parent}:/usr/bin:/bin"}  # it calls nvdisasm
+    environment = {"PATH": f"{Path(tool('nvdisasm')).parent}:/usr/bin:/bin"}  # cuobjdump calls nvdisasm
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         target = kernel = ""
         for line in process.stdout:
-            if found := re.match(r"arch = (\w+)", line):
-                target = found[1]
-            elif found := re.match(r"\s*Function\s*:?\s*(\w+):?$", line):
-                kernel = found[1]
+            if match := re.match(r"arch = (\w+)", line):
+                target = match[1]
+            elif match := re.match(r"\s*Function\s*:?\s*(\w+):?$", line):
+                kernel = match[1]
             yield target, kernel, line
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ends with status {process.returncode}")
@@ -74,9 +74,9 @@ def _lines(flag: str, module: str) -> Iterator[tuple[str, str, str]]:
 
 def readable(mangled: Sequence[str]) -> dict[str, str]:
     """`row_products<Float16, true>` of each mangled name."""
-    said = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
+    demangled = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
     names = {}
-    for name, long in zip(mangled, said, strict=True):
+    for name, long in zip(mangled, demangled, strict=True):
         short = re.sub(r"\(anonymous namespace\)::|interformer::|cuda::", "", long.removeprefix("void "))
         names[name] = short.split("(")[0]
     return names
@@ -84,17 +84,20 @@ def readable(mangled: Sequence[str]) -> dict[str, str]:
 
 def usages(module: str) -> list[Usage]:
     """All kernels in a native module, on all devices that it was built for."""
-    taken = {}
+    registers_and_stack = {}
     for target, kernel, line in _lines("-res-usage", module):
-        if found := re.search(r"REG:(\d+) STACK:(\d+)", line):
-            taken[target, kernel] = int(found[1]), int(found[2])
-    products = dict.fromkeys(taken, 0)
+        if match := re.search(r"REG:(\d+) STACK:(\d+)", line):
+            registers_and_stack[target, kernel] = int(match[1]), int(match[2])
+    products = dict.fromkeys(registers_and_stack, 0)
     for target, kernel, line in _lines("-sass", module):
         if "MMA." in line:
             products[target, kernel] += 1
-    names = readable(sorted({kernel for _, kernel in taken}))
-    made = [Usage(names[kernel], target, *taken[target, kernel], products[target, kernel]) for target, kernel in taken]
-    return sorted(made, key=lambda one: (one.kernel, one.target))
+    names = readable(sorted({kernel for _, kernel in registers_and_stack}))
+    kernels = [
+        Usage(names[kernel], target, *registers_and_stack[target, kernel], products[target, kernel])
+        for target, kernel in registers_and_stack
+    ]
+    return sorted(kernels, key=lambda usage: (usage.kernel, usage.target))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,20 +109,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if module is None or not module.build_info()["cuda_built"]:
         print(f"no CUDA part to look at: {_backend._missing('cuda')}", file=sys.stderr)
         return 0
-    found = usages(str(module.__file__))
+    table = usages(str(module.__file__))
     if chosen.json:
-        for one in found:
-            print(json.dumps({**dataclasses.asdict(one), "fits": one.fits}))
+        for usage in table:
+            print(json.dumps({**dataclasses.asdict(usage), "fits": usage.fits}))
     else:
         lines = [
-            (one.kernel, one.target, str(one.registers), str(one.stack), str(one.products),
-             "ok" if one.fits else "DOES NOT FIT")
-            for one in found
+            (usage.kernel, usage.target, str(usage.registers), str(usage.stack), str(usage.products),
+             "ok" if usage.fits else "DOES NOT FIT")
+            for usage in table
         ]  # fmt: skip
         columns = "kernel", "target", "registers", "stack", "tensor-core instructions", ""
         print_table("Resources of the CUDA kernels, as built", columns, lines)
-        print(f"{len(found)} kernels, {sum(not one.fits for one in found)} do not fit")
-    return 0 if found and all(one.fits for one in found) else 1
+        print(f"{len(table)} kernels, {sum(not usage.fits for usage in table)} do not fit")
+    return 0 if table and all(usage.fits for usage in table) else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Loops of a kernel in its machine code: instructions by class, stalls, and what a multiprocessor would need for them.
+"""Loops of a kernel in its machine code: instructions by class, stalls, and the cycles that a multiprocessor needs.
 
 `PYTHONPATH=tools python -m resources.machine_code FILE [PATTERN]` prints the loops of a cubin, an object file, or a
 library, such as PyTorch's own (`cuobjdump -xelf sm_90 libtorch_cuda.so` extracts its cubins).
 
-A loop is what lies between a backward branch and its target. Cycles are lower bounds of one multiprocessor, whose four
+A loop is the code between a backward branch and its target. Cycles are lower bounds of one multiprocessor, whose four
 schedulers issue one warp instruction each per cycle: by issue, by the special functions (16 lanes a cycle), and by the
 sum of the stalls that the assembler has written into the instructions of one warp (bits 41 to 44 of their upper half).
 Memory that does not answer in time, and warps that wait for each other, come on top.
@@ -131,11 +131,11 @@ def _loop(code: Sequence[Instruction], start: int, end: int) -> Loop:
 
 def main_loop(code: Sequence[Instruction]) -> Loop | None:
     """The innermost loop with the most tensor instructions, or else with the most of all; None without loops."""
-    found = loops(code)
+    all_loops = loops(code)
     innermost = [
         loop
-        for loop in found
-        if not any(loop.start <= other.start and other.end <= loop.end for other in found if other != loop)
+        for loop in all_loops
+        if not any(loop.start <= inner.start and inner.end <= loop.end for inner in all_loops if inner != loop)
     ]
     return max(innermost, key=lambda loop: (loop.classes.get("tensor", 0), loop.instructions), default=None)
 

@@ -187,34 +187,34 @@ def _usage_on_nvidia(compiled: Any, target: GPUTarget) -> tuple[int, int]:
 def usage_of_cubin(cubin: Path, ptx: Path, arch: int) -> tuple[int, int]:
     """Registers, and bytes of spills, of a kernel's binary that was assembled from this PTX."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    said = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    if found is None:
-        raise RuntimeError(f"cuobjdump reports no registers: {said}")
+    output = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", output)
+    if match is None:
+        raise RuntimeError(f"cuobjdump reports no registers: {output}")
     # A stack frame need not hold spills; the assembler reports those alone.
-    return int(found[1]), _spills(ptx, arch) if int(found[2]) else 0
+    return int(match[1]), _spills(ptx, arch) if int(match[2]) else 0
 
 
 def _spills(ptx: Path, arch: int) -> int:
     name = f"sm_{arch}" + ("a" if arch >= 90 else "")
     command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", ptx, "-o", "/dev/null"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return max(int(found) for found in re.findall(r"(\d+) bytes spill stores", said))
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return max(int(size) for size in re.findall(r"(\d+) bytes spill stores", output))
 
 
 def _usage_on_amd(compiled: Any) -> tuple[int, int]:
     def number(field: str) -> int:
-        found = re.search(rf"\.{field}:\s*(\d+)", compiled.asm["amdgcn"])
-        if found is None:
+        match = re.search(rf"\.{field}:\s*(\d+)", compiled.asm["amdgcn"])
+        if match is None:
             raise RuntimeError(f"the assembly has no .{field}")
-        return int(found[1])
+        return int(match[1])
 
     return number("vgpr_count"), number("private_segment_fixed_size")
 
 
 def usage(call: str, width: int, dtype: str, target: str) -> list[Usage]:
     """Compile the kernels that a call launches."""
-    found = []
+    of_call = []
     device, compiler = TARGETS[target]
     with _run.recording(device) as launches:
         CALLS[call](width, DTYPES[dtype])
@@ -224,17 +224,17 @@ def usage(call: str, width: int, dtype: str, target: str) -> list[Usage]:
         registers, spills = _usage_on_amd(compiled) if device.kind == "hip" else _usage_on_nvidia(compiled, compiler)
         name = launch.kernel.fn.__name__
         tiles = "x".join(map(str, launch.tiles[:2])) + f", {launch.tiles.warps} warps, {launch.tiles.stages} stages"
-        found.append(Usage(call, name, width, dtype, target, tiles, registers, spills, compiled.metadata.shared))
-    return found
+        of_call.append(Usage(call, name, width, dtype, target, tiles, registers, spills, compiled.metadata.shared))
+    return of_call
 
 
 def usages(entries: Sequence[tuple[str, int, str, str]], jobs: int) -> Iterator[list[Usage]]:
     """`usage` of each entry, in order, `jobs` at once: compiling a kernel is single-threaded."""
     # A forked process would inherit locks of the threads that torch and LLVM have started.
     with ProcessPoolExecutor(min(jobs, len(entries)), multiprocessing.get_context("spawn")) as pool:
-        for entry, done in zip(entries, pool.map(usage, *zip(*entries, strict=True)), strict=True):
+        for entry, of_entry in zip(entries, pool.map(usage, *zip(*entries, strict=True)), strict=True):
             status_line(", ".join(map(str, entry)))
-            yield done
+            yield of_entry
     status_line("")
 
 
@@ -253,38 +253,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel")
     chosen = parser.parse_args(arguments)
     axes = chosen.call or CALLS, chosen.width or WIDTHS, chosen.dtype or DTYPES, chosen.target or TARGETS
-    asked = [entry.split("/") for entry in chosen.entry] if chosen.entry else itertools.product(*axes)
-    entries = [(call, int(width), dtype, target) for call, width, dtype, target in asked][:: chosen.every]
-    found: list[Usage] = []
-    for done in usages(entries, chosen.jobs):
-        found += done
+    requested = [entry.split("/") for entry in chosen.entry] if chosen.entry else itertools.product(*axes)
+    entries = [(call, int(width), dtype, target) for call, width, dtype, target in requested][:: chosen.every]
+    table: list[Usage] = []
+    for of_entry in usages(entries, chosen.jobs):
+        table += of_entry
         if chosen.json:
-            for taken in done:
-                print(json.dumps({**dataclasses.asdict(taken), "fits": taken.fits}), flush=True)
+            for row in of_entry:
+                print(json.dumps({**dataclasses.asdict(row), "fits": row.fits}), flush=True)
     if not chosen.json:
-        _show(found)
-    return 0 if all(taken.fits for taken in found) else 1
+        _show(table)
+    return 0 if all(row.fits for row in table) else 1
 
 
-def _show(found: Sequence[Usage]) -> None:
+def _show(table: Sequence[Usage]) -> None:
     columns = "call", "kernel", "width", "dtype", "tiles", "target", "registers", "spills", "shared", ""
     lines = [
         (
-            taken.call,
-            taken.kernel,
-            str(taken.width),
-            taken.dtype,
-            taken.tiles,
-            taken.target,
-            str(taken.registers),
-            str(taken.spills),
-            str(taken.shared),
-            "ok" if taken.fits else "DOES NOT FIT",
+            row.call,
+            row.kernel,
+            str(row.width),
+            row.dtype,
+            row.tiles,
+            row.target,
+            str(row.registers),
+            str(row.spills),
+            str(row.shared),
+            "ok" if row.fits else "DOES NOT FIT",
         )
-        for taken in found
+        for row in table
     ]
     print_table("Resources of the Triton kernels, compiled ahead of time", columns, lines)
-    print(f"{len(found)} kernels, {sum(not taken.fits for taken in found)} do not fit")
+    print(f"{len(table)} kernels, {sum(not row.fits for row in table)} do not fit")
 
 
 if __name__ == "__main__":
