@@ -1,4 +1,4 @@
-"""Ways to call an op on a GPU that the grid of small calls does not cover; each must give what a plain call gives."""
+"""Ways to call an op on a GPU that the grid of small calls does not cover; each must give a plain call's results."""
 
 from __future__ import annotations
 
@@ -109,11 +109,11 @@ def index_views(context: CheckContext) -> Iterator[Finding]:
         expected = context.run(arguments)
         for name in _INDICES:
             for kind in (torch.int32, torch.int64) if arguments.get(name) is not None else ():
-                for what, view in _VIEWS.items():
+                for view_name, view in _VIEWS.items():
                     x = arguments[name]
                     changed = tuple(view(y.to(kind)) for y in x) if isinstance(x, tuple) else view(x.to(kind))
                     actual = context.run({**arguments, name: changed})
-                    yield same_bits(f"{name} {dtype_name(kind)}, {what}", dtype, actual, expected)
+                    yield same_bits(f"{name} {dtype_name(kind)}, {view_name}", dtype, actual, expected)
 
 
 def _with_all_indices(context: CheckContext) -> testing.Case:
@@ -186,7 +186,7 @@ def full_validation(context: CheckContext) -> Iterator[Finding]:
     previous = interformer_kernels.set_validation("full")
     try:
         yield same_bits("offsets checked", dtype, context.run(inputs), expected, lengths)
-        for what, index, value in (("out of order", 1, 10**6), ("beyond the tokens", -1, 10**6), ("negative", 1, -1)):
+        for fault, index, value in (("out of order", 1, 10**6), ("beyond the tokens", -1, 10**6), ("negative", 1, -1)):
             bad = inputs[name].clone()
             bad[index] = value
             try:
@@ -194,10 +194,10 @@ def full_validation(context: CheckContext) -> Iterator[Finding]:
             except ValueError as error:
                 ok = name in str(error)
                 yield Finding(
-                    f"offsets {what}", dtype_name(dtype), ok, None if ok else f"the error names none: {error}"
+                    f"offsets {fault}", dtype_name(dtype), ok, None if ok else f"the error names none: {error}"
                 )
             else:
-                yield Finding(f"offsets {what}", dtype_name(dtype), False, "no error")
+                yield Finding(f"offsets {fault}", dtype_name(dtype), False, "no error")
     finally:
         interformer_kernels.set_validation(previous)
 
@@ -235,11 +235,11 @@ def compiled(context: CheckContext) -> Iterator[Finding]:
     for dtype in DTYPES:
         inputs = context.draw(context.case(lengths), dtype)
         arguments = {name: x for name, x in inputs.items() if name != "grad_out"}
-        what = f"compiled by {backend}"
+        title = f"compiled by {backend}"
         try:
             actual = testing.evaluate(lambda: model(arguments), context.op, inputs)  # noqa: B023
         except Exception as error:
-            yield Finding(what, dtype_name(dtype), False, f"failed: {error_line(error)}")
+            yield Finding(title, dtype_name(dtype), False, f"failed: {error_line(error)}")
             continue
         eager, truth = eager_and_truth(context.op, inputs)
-        yield within_budget(what, dtype, actual, eager, truth)
+        yield within_budget(title, dtype, actual, eager, truth)

@@ -1,4 +1,4 @@
-"""Shared parts of the GPU checks: how this package is called, the findings of a check, and the comparison of bits."""
+"""Shared parts of the GPU checks: calls of this package, the findings of a check, and the comparison of bits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class CheckContext:
-    """One op on one backend in one place; `serve` calls it (tests put a faulty implementation in its place)."""
+    """One op on one backend in one device; `serve` calls it (tests replace it by a faulty implementation)."""
 
     place: Place
     op: str
@@ -92,7 +92,7 @@ def random_lengths(count: int, shortest: int, longest: int, seed: int = 0) -> li
 
 
 def same_bits(
-    what: str,
+    title: str,
     dtype: torch.dtype,
     actual: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
@@ -103,13 +103,13 @@ def same_bits(
         y = expected[quantity]
         if x.shape != y.shape or x.dtype != y.dtype:
             problem = f"found {dtype_name(x.dtype)} {list(x.shape)}, wanted {dtype_name(y.dtype)} {list(y.shape)}"
-            return Finding(what, dtype_name(dtype), False, problem, quantity)
+            return Finding(title, dtype_name(dtype), False, problem, quantity)
         index, differing = difference(x, y)
         if index is not None:
             problem = f"{quantity}{list(index)} is {x[index].item():.9g}, wanted {y[index].item():.9g}"
             row = row_at(index[0], len(x), lengths) if index else None
-            return Finding(what, dtype_name(dtype), False, problem, quantity, row, index, differing)
-    return Finding(what, dtype_name(dtype), True)
+            return Finding(title, dtype_name(dtype), False, problem, quantity, row, index, differing)
+    return Finding(title, dtype_name(dtype), True)
 
 
 def difference(x: Tensor, y: Tensor) -> tuple[tuple[int, ...] | None, int]:
@@ -143,17 +143,17 @@ def row_at(place: int, size: int, lengths: Sequence[int]) -> int | None:
 
 
 def within_budget(
-    what: str, dtype: torch.dtype, actual: Results, eager: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+    title: str, dtype: torch.dtype, actual: Results, eager: Mapping[str, Tensor], truth: Mapping[str, Tensor]
 ) -> Finding:
     """Whether every quantity of 1024 numbers or more is within the budget; with fewer, chance would decide."""
     errors = {name: testing.Sums.of(x, eager[name], truth[name]) for name, x in actual.items()}
     rows = testing.judge({name: sums for name, sums in errors.items() if not 0 < sums.numbers < testing.NUMBERS})
     if not rows:
-        return Finding(what, dtype_name(dtype), None, "no quantity has 1024 numbers")
+        return Finding(title, dtype_name(dtype), None, "no quantity has 1024 numbers")
     worst = max(rows, key=lambda row: row.share)
     if worst.ok:
-        return Finding(what, dtype_name(dtype), True)
-    return Finding(what, dtype_name(dtype), False, f"{worst.share:.2f} of the error budget", worst.quantity)
+        return Finding(title, dtype_name(dtype), True)
+    return Finding(title, dtype_name(dtype), False, f"{worst.share:.2f} of the error budget", worst.quantity)
 
 
 def eager_and_truth(op: str, inputs: Inputs) -> tuple[Results, Results]:

@@ -74,11 +74,11 @@ def chosen_rows(lengths: Sequence[int]) -> list[int]:
 
 def _in_slices(context: CheckContext, inputs: Inputs, lengths: Sequence[int], whole: Results, suffix: str) -> Finding:
     """Every row, in slices of the batch that are one call each."""
-    what, step = f"slices of the batch{suffix}", -(-len(lengths) // _SLICES)
-    finding = Finding(what, dtype_name(inputs["grad_out"].dtype), True)
+    title, step = f"slices of the batch{suffix}", -(-len(lengths) // _SLICES)
+    finding = Finding(title, dtype_name(inputs["grad_out"].dtype), True)
     for first in range(0, len(lengths), step):
         end = min(first + step, len(lengths))
-        finding = _compared(what, context, inputs, lengths, whole, first, end)
+        finding = _compared(title, context, inputs, lengths, whole, first, end)
         if not finding.ok:
             break
     return finding
@@ -88,23 +88,23 @@ def _alone(
     context: CheckContext, inputs: Inputs, lengths: Sequence[int], whole: Results, rows: Sequence[int], suffix: str
 ) -> Finding:
     """Single rows, one call each."""
-    what = f"rows alone{suffix}"
-    finding = Finding(what, dtype_name(inputs["grad_out"].dtype), True)
+    title = f"rows alone{suffix}"
+    finding = Finding(title, dtype_name(inputs["grad_out"].dtype), True)
     for b in rows:
-        finding = _compared(what, context, inputs, lengths, whole, b, b + 1)
+        finding = _compared(title, context, inputs, lengths, whole, b, b + 1)
         if not finding.ok:
             break
     return finding
 
 
 def _compared(
-    what: str, context: CheckContext, inputs: Inputs, lengths: Sequence[int], whole: Results, first: int, end: int
+    title: str, context: CheckContext, inputs: Inputs, lengths: Sequence[int], whole: Results, first: int, end: int
 ) -> Finding:
     """Rows `first .. end - 1` in a call of their own against the same rows of the whole batch."""
     alone = context.run(testing.alone(inputs, lengths, first, end))
     actual = {name: x for name, x in alone.items() if name not in _SUMS}
     expected = {name: testing.row_of(whole[name], lengths, first, end) for name in actual}
-    finding = same_bits(what, inputs["grad_out"].dtype, actual, expected, lengths[first:end])
+    finding = same_bits(title, inputs["grad_out"].dtype, actual, expected, lengths[first:end])
     if finding.ok or finding.row is None:
         return finding
     return Finding(**{**vars(finding), "row": first + finding.row})
@@ -115,23 +115,23 @@ def _against_float64(
 ) -> Finding:
     """Rows of the whole batch against float64; sums over rows come from a call on these rows."""
     not_empty = [b for b in rows if lengths[b]]
-    few = checks.call_on_rows(inputs, lengths, not_empty)
-    eager, truth = eager_and_truth(context.op, few)
+    sampled = checks.call_on_rows(inputs, lengths, not_empty)
+    eager, truth = eager_and_truth(context.op, sampled)
     actual = {name: checks.select_rows(x, lengths, not_empty) for name, x in whole.items() if name not in _SUMS}
-    sums = {name: x for name, x in context.run(few).items() if name in _SUMS}
-    what = f"{len(not_empty)} rows against float64{suffix}"
-    return within_budget(what, inputs["grad_out"].dtype, {**actual, **sums}, eager, truth)
+    sums = {name: x for name, x in context.run(sampled).items() if name in _SUMS}
+    title = f"{len(not_empty)} rows against float64{suffix}"
+    return within_budget(title, inputs["grad_out"].dtype, {**actual, **sums}, eager, truth)
 
 
 def _sums_against_float64(context: CheckContext, inputs: Inputs, whole: Results, suffix: str) -> Finding:
     """Sums over all rows of the batch against float64, where memory suffices for the definition of the whole batch."""
-    what, dtype = f"sums over rows against float64{suffix}", inputs["grad_out"].dtype
+    title, dtype = f"sums over rows against float64{suffix}", inputs["grad_out"].dtype
     needed, free = _DEFINITION_TENSORS * 8 * inputs["k"].numel(), context.place.free_bytes()
     if needed > free:
         problem = f"needs {needed / 2**30:.0f} GiB of memory, found {free / 2**30:.0f} free"
-        return Finding(what, dtype_name(dtype), None, problem)
+        return Finding(title, dtype_name(dtype), None, problem)
     eager, truth = eager_and_truth(context.op, inputs)
-    return within_budget(what, dtype, {name: whole[name] for name in _SUMS}, eager, truth)
+    return within_budget(title, dtype, {name: whole[name] for name in _SUMS}, eager, truth)
 
 
 # ---------------------------------------------------------------- beyond 2^31 numbers

@@ -113,16 +113,16 @@ class Sample:
     def __init__(self, op: str, lengths: Sequence[int], sizes: Sizes, arguments: Inputs) -> None:
         self.op, self.lengths = op, tuple(lengths)
         self.rows = sample_rows(lengths, sizes.heads)
-        few = call_on_rows(arguments, self.lengths, self.rows)
-        in_float64 = testing.cast_inputs(few, torch.float64)
+        sampled = call_on_rows(arguments, self.lengths, self.rows)
+        in_float64 = testing.cast_inputs(sampled, torch.float64)
         self.truth, self.eager = (
-            workloads.training(op, lambda **call: workloads.definition(op, call), x) for x in (in_float64, few)
+            workloads.training(op, lambda **call: workloads.definition(op, call), x) for x in (in_float64, sampled)
         )
 
-    def problem(self, results: dict[str, Tensor], ours: bool) -> str | None:
+    def problem(self, results: dict[str, Tensor], is_ours: bool) -> str | None:
         """The first error in these rows of a result of the whole batch; None where they are right."""
         sampled = {name: select_rows(x, self.lengths, self.rows) for name, x in results.items() if name != "dseeds"}
-        problem = wrong(sampled, self.truth, self.eager, 1.0 if ours else _PEER_ALLOWANCE)
+        problem = wrong(sampled, self.truth, self.eager, 1.0 if is_ours else _PEER_ALLOWANCE)
         return problem and f"{problem}, in the whole batch"
 
 

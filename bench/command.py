@@ -110,54 +110,54 @@ def _measure(chosen: argparse.Namespace, selected: Sequence[grid.Shape], shown: 
     return report.Report(measured, machine.rates(), peaks, costs, swept)
 
 
-def _extend(items: list[_T], more: Iterable[_T]) -> None:
+def _extend(items: list[_T], new_items: Iterable[_T]) -> None:
     """Append one by one, so that an interrupted run keeps what it has measured."""
-    for item in more:
+    for item in new_items:
         items.append(item)
 
 
-def _write(chosen: argparse.Namespace, made: report.Report) -> None:
+def _write(chosen: argparse.Namespace, results: report.Report) -> None:
     if chosen.markdown == Path("-"):
-        print(report.markdown(made))
+        print(report.markdown(results))
     elif chosen.markdown:
-        write_text(chosen.markdown, report.markdown(made))
+        write_text(chosen.markdown, report.markdown(results))
     if chosen.json:
-        report.write_json(chosen.json, made)
+        report.write_json(chosen.json, results)
     if chosen.out:
-        pictures = _draw(chosen.out, made)
-        write_text(chosen.out / "report.md", report.markdown(made, pictures))
-        report.write_json(chosen.out / "report.json", made)
+        pictures = _draw(chosen.out, results)
+        write_text(chosen.out / "report.md", report.markdown(results, pictures))
+        report.write_json(chosen.out / "report.json", results)
 
 
-def _draw(folder: Path, made: report.Report) -> list[str]:
-    """Draw the pictures; their file names."""
+def _draw(folder: Path, results: report.Report) -> list[str]:
+    """Draw the pictures; returns their file names."""
     names = []
-    for axis, measured in made.sweeps.items():
+    for axis, measured in results.sweeps.items():
         names.append(f"{axis}.png")
         curves.sweep(folder / names[-1], sweeps.SWEEPS[axis], measured)
-    if made.measurements:
+    if results.measurements:
         names.append("roofline.png")
-        curves.roofline(folder / names[-1], made.measurements, made.machine)
-        results = plots.results_of(made.measurements, made.machine)
-        for dtype in dict.fromkeys(result.dtype for result in results):
+        curves.roofline(folder / names[-1], results.measurements, results.machine)
+        lines = plots.results_of(results.measurements, results.machine)
+        for dtype in dict.fromkeys(result.dtype for result in lines):
             names.append(f"speed-{dtype}.png")
-            plots.speed(folder / names[-1], results, dtype=dtype, title=dtype)
+            plots.speed(folder / names[-1], lines, dtype=dtype, title=dtype)
     return names
 
 
-def _show(made: report.Report) -> None:
-    for op, lines in report.by_op(made).items():
+def _show(results: report.Report) -> None:
+    for op, lines in report.by_op(results).items():
         print_table(op, report.COLUMNS, lines)
         print()
-    if made.peaks:
-        print_table("peak memory beyond inputs and outputs", report.MEMORY_COLUMNS, report.memory_table(made.peaks))
-    if made.calls:
-        print_table("the cost of a call", report.CALL_COLUMNS, made.calls)
-    for axis, measured in made.sweeps.items():
+    if results.peaks:
+        print_table("peak memory beyond inputs and outputs", report.MEMORY_COLUMNS, report.memory_table(results.peaks))
+    if results.calls:
+        print_table("the cost of a call", report.CALL_COLUMNS, results.calls)
+    for axis, measured in results.sweeps.items():
         print_table(sweeps.SWEEPS[axis].title(), *report.sweep_table(sweeps.SWEEPS[axis], measured))
         print()
-    machine = [report.rates(made.machine)] if made.machine else []
-    print("\n".join([*machine, *report.missed(made), *report.problems(made.everything())]))
+    machine = [report.rates(results.machine)] if results.machine else []
+    print("\n".join([*machine, *report.missed(results), *report.problems(results.everything())]))
 
 
 def _missing(chosen: argparse.Namespace) -> str | None:
@@ -179,8 +179,8 @@ def run(chosen: argparse.Namespace) -> int:
     with progress.shown() as shown:
         if sys.stderr.isatty() and importlib.util.find_spec("rich") is None:
             shown.say(f"tables and progress are plain without rich: {_EXTRA}")
-        made = _measure(chosen, shapes_of(chosen), shown)
+        results = _measure(chosen, shapes_of(chosen), shown)
     if chosen.markdown != Path("-"):
-        _show(made)
-    _write(chosen, made)
-    return 1 if any(result.problem and result.runner == OURS for result in made.everything()) else 0
+        _show(results)
+    _write(chosen, results)
+    return 1 if any(result.problem and result.runner == OURS for result in results.everything()) else 0

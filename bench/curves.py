@@ -13,23 +13,23 @@ from interformer_bench.run import PASSES, Measurement
 from interformer_bench.sweeps import Sweep
 
 
-def sweep(path: Path, about: Sweep, measurements: Sequence[Measurement]) -> None:
+def sweep(path: Path, sweep: Sweep, measurements: Sequence[Measurement]) -> None:
     """Median and quartiles of every runner along the axis, a panel for each pass."""
     names = list(dict.fromkeys(m.runner for m in measurements))
     figure, axes = plots.panels(len(PASSES), 5.2)
     for axis, direction in zip(axes[0], PASSES, strict=True):
         for name in names:
-            _curve(axis, about, name, [m for m in measurements if m.runner == name and m.direction == direction])
-        _scales(axis, about)
+            _curve(axis, sweep, name, [m for m in measurements if m.runner == name and m.direction == direction])
+        _scales(axis, sweep)
         axis.set_title(direction)
-        axis.set_xlabel(about.label)
+        axis.set_xlabel(sweep.label)
         axis.set_ylabel("time of a call, ms")
-    figure.suptitle(about.title())
+    figure.suptitle(sweep.title())
     _legend_below(figure, axes[0])
     plots.save(path, figure)
 
 
-def _curve(axis: Any, about: Sweep, name: str, measurements: Sequence[Measurement]) -> None:
+def _curve(axis: Any, sweep: Sweep, name: str, measurements: Sequence[Measurement]) -> None:
     timed = [m for m in measurements if m.median is not None]
     all_count, untimed_count = len(measurements), len(measurements) - len(timed)
     missing = f" (not timed at {untimed_count} of {all_count})" if untimed_count else ""
@@ -39,16 +39,16 @@ def _curve(axis: Any, about: Sweep, name: str, measurements: Sequence[Measuremen
         [(m.high - m.median) * 1e3 for m in timed],  # type: ignore[operator]
     ]
     style = {"linewidth": 2.2, "color": "black", "zorder": 3} if name == OURS else {"linewidth": 1.2}
-    places = [about.at(m) for m in timed]
+    places = [sweep.at(m) for m in timed]
     bars = {"yerr": quartile_distances, "marker": "o", "markersize": 4, "capsize": 2}
     axis.errorbar(places, medians, label=name + missing, **bars, **style)
 
 
-def _scales(axis: Any, about: Sweep) -> None:
+def _scales(axis: Any, sweep: Sweep) -> None:
     axis.set_yscale("log")
     _plain_decades(axis.yaxis)
     axis.grid(which="major", alpha=0.4)
-    if about.axis == "fill":
+    if sweep.axis == "fill":
         axis.set_xlim(0, 1.03)
         return
     axis.set_xscale("log", base=2)

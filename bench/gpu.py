@@ -25,14 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compiled", action="store_true", help="also the jobs with compiled peers, which take minutes")
     parser.add_argument("--data", type=Path, help="directory with the length files")
     chosen = parser.parse_args(arguments)
-    known = jobs(chosen.data, chosen.tiny)
+    all_jobs = jobs(chosen.data, chosen.tiny)
     if chosen.list:
-        return print_list(job.plain() for job in known if chosen.compiled or not job.compiled)
-    require_known_names(parser, chosen.only, [job.name for job in known])
+        return print_list(job.plain() for job in all_jobs if chosen.compiled or not job.compiled)
+    require_known_names(parser, chosen.only, [job.name for job in all_jobs])
     place = Place(chosen.device, chosen.tiny)
     write = writer(parser, chosen, place)
     right = True
-    for job in known:
+    for job in all_jobs:
         selected = job.name in chosen.only if chosen.only else chosen.compiled or not job.compiled
         if selected:
             right &= measure(job, chosen.backend or BACKENDS, place, write)

@@ -70,12 +70,12 @@ def chosen_names(requested: Sequence[str] | None) -> list[str]:
 
 
 def check(name: str, context: CheckContext, write: Write) -> bool:
-    """Run one check on one backend; whether nothing was wrong."""
+    """Run one check on one backend; returns whether nothing was wrong."""
     start, right = time.perf_counter(), True
 
     def record(finding: Finding) -> None:
-        about = {"step": name, "op": context.op, "backend": context.backend, "seconds": time.perf_counter() - start}
-        write({**finding.record(), **about})
+        fields = {"step": name, "op": context.op, "backend": context.backend, "seconds": time.perf_counter() - start}
+        write({**finding.record(), **fields})
 
     reasons = [context.place.unsupported_reason(context.op, context.backend, dtype) for dtype in DTYPES]
     reason = next(filter(None, reasons), None)

@@ -29,7 +29,7 @@ class _Row:
     Attributes:
         name: name of the job, without its dtype.
         gated: with a gate and a residual.
-        wanted: target ratios to the fastest right peer, forward and forward+backward.
+        targets: target ratios to the fastest right peer, forward and forward+backward.
     """
 
     name: str = field(kw_only=False)
@@ -40,7 +40,7 @@ class _Row:
     head_size: int
     queries: int = 1
     gated: bool = False
-    wanted: tuple[float | None, float | None] = _NO_TARGET
+    targets: tuple[float | None, float | None] = _NO_TARGET
 
     def job(
         self, distributions: Mapping[str, LengthDistribution], part: int, dtype: str, tiny: bool, compiled: bool = False
@@ -51,18 +51,20 @@ class _Row:
         shape = _rehearsed(shape) if tiny else shape
         name = f"{self.name}-{_SHORT[dtype]}{'-compiled' if compiled else ''}"
         seconds = _COMPILED_SECONDS if compiled else _SECONDS
-        return Job(name, part, seconds, dtype, shape, self.wanted, compiled)
+        return Job(name, part, seconds, dtype, shape, self.targets, compiled)
 
 
 _HEADLINE = (
-    _Row("jagged-104-d16", "jagged_attention", "all 104", rows=2048, heads=4, head_size=16, wanted=(None, 1.5)),
-    _Row("jagged-104-d64", "jagged_attention", "all 104", rows=2048, heads=1, head_size=64, wanted=(None, 1.5)),
-    _Row("pma-104", "pma_pooling", "all 104", rows=2048, heads=4, head_size=16, queries=2, wanted=(3.0, 3.0)),
-    _Row("jagged-tiny", "jagged_attention", "uniform 1..32", rows=65536, heads=2, head_size=32, wanted=(3.0, 3.0)),
-    _Row("jagged-1000-d64", "jagged_attention", "1000 at 0.5", rows=1152, heads=4, head_size=64, wanted=(None, 0.8)),
-    _Row("jagged-4096-d64", "jagged_attention", "all 4096", rows=16, heads=8, head_size=64, wanted=(None, 0.8)),
-    _Row("pma-4096", "pma_pooling", "all 4096", rows=16, heads=8, head_size=64, queries=2, wanted=(3.0, 3.0)),
-    _Row("pma-1000-m32", "pma_pooling", "1000 at 0.5", rows=1152, heads=4, head_size=64, queries=32, wanted=(3.0, 3.0)),
+    _Row("jagged-104-d16", "jagged_attention", "all 104", rows=2048, heads=4, head_size=16, targets=(None, 1.5)),
+    _Row("jagged-104-d64", "jagged_attention", "all 104", rows=2048, heads=1, head_size=64, targets=(None, 1.5)),
+    _Row("pma-104", "pma_pooling", "all 104", rows=2048, heads=4, head_size=16, queries=2, targets=(3.0, 3.0)),
+    _Row("jagged-tiny", "jagged_attention", "uniform 1..32", rows=65536, heads=2, head_size=32, targets=(3.0, 3.0)),
+    _Row("jagged-1000-d64", "jagged_attention", "1000 at 0.5", rows=1152, heads=4, head_size=64, targets=(None, 0.8)),
+    _Row("jagged-4096-d64", "jagged_attention", "all 4096", rows=16, heads=8, head_size=64, targets=(None, 0.8)),
+    _Row("pma-4096", "pma_pooling", "all 4096", rows=16, heads=8, head_size=64, queries=2, targets=(3.0, 3.0)),
+    _Row(
+        "pma-1000-m32", "pma_pooling", "1000 at 0.5", rows=1152, heads=4, head_size=64, queries=32, targets=(3.0, 3.0)
+    ),
     _Row(
         "cross-104",
         "gated_cross_attention",
@@ -72,12 +74,12 @@ _HEADLINE = (
         head_size=16,
         queries=2,
         gated=True,
-        wanted=(1.5, 1.5),
+        targets=(1.5, 1.5),
     ),
-    _Row("pma-tiny", "pma_pooling", "uniform 1..32", rows=65536, heads=2, head_size=32, queries=2, wanted=(3.0, 3.0)),
+    _Row("pma-tiny", "pma_pooling", "uniform 1..32", rows=65536, heads=2, head_size=32, queries=2, targets=(3.0, 3.0)),
 )
 _REST = (
-    _Row("jagged-54-d8", "jagged_attention", "all 54", rows=2048, heads=8, head_size=8, wanted=(None, 1.5)),
+    _Row("jagged-54-d8", "jagged_attention", "all 54", rows=2048, heads=8, head_size=8, targets=(None, 1.5)),
     _Row(
         "cross-1000-m32",
         "gated_cross_attention",
@@ -87,7 +89,7 @@ _REST = (
         head_size=64,
         queries=32,
         gated=True,
-        wanted=(1.5, 1.5),
+        targets=(1.5, 1.5),
     ),
     _Row(
         "cross-tiny",
@@ -98,11 +100,18 @@ _REST = (
         head_size=32,
         queries=2,
         gated=True,
-        wanted=(3.0, 3.0),
+        targets=(3.0, 3.0),
     ),
-    _Row("jagged-1000-d128", "jagged_attention", "1000 at 1.0", rows=1152, heads=4, head_size=128, wanted=(None, 0.8)),
+    _Row("jagged-1000-d128", "jagged_attention", "1000 at 1.0", rows=1152, heads=4, head_size=128, targets=(None, 0.8)),
     _Row(
-        "pma-1000-m192", "pma_pooling", "1000 at 1.0", rows=1152, heads=4, head_size=128, queries=192, wanted=(3.0, 3.0)
+        "pma-1000-m192",
+        "pma_pooling",
+        "1000 at 1.0",
+        rows=1152,
+        heads=4,
+        head_size=128,
+        queries=192,
+        targets=(3.0, 3.0),
     ),
     _Row("ffn-256", "personalized_ffn", "all 256", rows=1152, heads=1, head_size=64),
     _Row("rotary-104", "apply_rotary", "all 104", rows=2048, heads=4, head_size=16),
@@ -110,11 +119,11 @@ _REST = (
 _REAL = ("movielens", "beauty", "grocery", "diginetica")
 _REAL_LENGTHS = (
     *(
-        _Row(f"jagged-{name}", "jagged_attention", name, rows=4096, heads=4, head_size=32, wanted=(None, 1.5))
+        _Row(f"jagged-{name}", "jagged_attention", name, rows=4096, heads=4, head_size=32, targets=(None, 1.5))
         for name in _REAL
     ),
     *(
-        _Row(f"pma-{name}", "pma_pooling", name, rows=4096, heads=4, head_size=32, queries=2, wanted=(3.0, 3.0))
+        _Row(f"pma-{name}", "pma_pooling", name, rows=4096, heads=4, head_size=32, queries=2, targets=(3.0, 3.0))
         for name in _REAL
     ),
 )
@@ -135,7 +144,7 @@ class Job:
         seconds: approximate time on a GPU.
         dtype: name; "" for the ceilings.
         shape: None for the ceilings.
-        wanted: target ratios to the fastest right peer, forward and forward+backward; None where there is no target.
+        targets: ratios to reach to the fastest right peer, forward and forward+backward; None where there is no target.
         compiled: whether it measures the peers that `torch.compile` makes.
     """
 
@@ -144,13 +153,13 @@ class Job:
     seconds: float
     dtype: str = ""
     shape: Shape | None = None
-    wanted: tuple[float | None, float | None] = _NO_TARGET
+    targets: tuple[float | None, float | None] = _NO_TARGET
     compiled: bool = False
 
     def plain(self) -> dict[str, object]:
         """The entry of the job in `--list`."""
-        about = {"kind": "bench" if self.shape else "ceiling", "compiled": self.compiled}
-        return {"name": self.name, "part": self.part, "seconds": self.seconds, **about}
+        fields = {"kind": "bench" if self.shape else "ceiling", "compiled": self.compiled}
+        return {"name": self.name, "part": self.part, "seconds": self.seconds, **fields}
 
 
 def jobs(data: Path | None = None, tiny: bool = False) -> list[Job]:
@@ -175,14 +184,14 @@ def _distributions(data: Path | None) -> Mapping[str, LengthDistribution]:
 
 def _rehearsed(shape: Shape) -> Shape:
     """A few short, narrow rows of the same length distribution."""
-    full, most, sizes = shape.distribution, _TINY_SIZES, shape.sizes
+    full, limits, sizes = shape.distribution, _TINY_SIZES, shape.sizes
     clipped = replace(full, quantile=lambda level: full.quantile(level).clamp(max=_TINY_LENGTH))
-    head_size = min(sizes.head_size, most.head_size)
+    head_size = min(sizes.head_size, limits.head_size)
     narrow = replace(
         sizes,
-        heads=min(sizes.heads, most.heads),
+        heads=min(sizes.heads, limits.heads),
         head_size=head_size,
-        queries=min(sizes.queries, most.queries),
+        queries=min(sizes.queries, limits.queries),
         width=min(sizes.width, head_size),
     )
     return replace(shape, distribution=clipped, rows=min(shape.rows, _TINY_ROWS), sizes=narrow)

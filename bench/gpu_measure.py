@@ -54,7 +54,7 @@ class Runner:
 
 
 def measure(job: Job, backends: Sequence[str], place: Place, write: Write) -> bool:
-    """Run a job; whether this package had no problem."""
+    """Run a job; returns whether this package had no problem."""
     if job.shape is None:
         return measure_ceilings(job, place, write)
     return Session(job, backends, place, write).run()
@@ -91,7 +91,7 @@ class Session:
         self.wrong = False
 
     def run(self) -> bool:
-        """Check, time and capture every runner; whether this package had no problem."""
+        """Check, time and capture every runner; returns whether this package had no problem."""
         try:
             self._run()
         except Exception as error:
@@ -272,14 +272,14 @@ class Session:
         shape, sets = self.shape, self.sets
         stand_in = self.place.backend(runner.backend) if runner.ours and not self.place.gpu else None
         work = limits.work(shape.op, sets[0], self.lengths, shape.sizes, direction) if sets else None
-        wanted = dict(zip(PASSES, self.job.wanted, strict=True))[direction]
+        target = dict(zip(PASSES, self.job.targets, strict=True))[direction]
         return {
             "kind": "bench", "step": self.job.name, "op": shape.op, "law": shape.distribution.name,
             "source": shape.distribution.source,
             "rows": shape.rows, "tokens": sum(self.lengths), "longest": max(self.lengths, default=0),
             "sizes": str(shape.sizes), "dtype": self.job.dtype, "pass": direction, "runner": runner.name,
             "backend": runner.backend, "stand_in": stand_in, "compiled": self.job.compiled, "sets": len(sets),
-            "flops": work and work.flops, "bytes": work and work.bytes, "wanted": wanted, "median": None, "low": None,
+            "flops": work and work.flops, "bytes": work and work.bytes, "wanted": target, "median": None, "low": None,
             "high": None, "samples": 0, "spread": None, "graph": None, "graph_low": None, "graph_high": None,
             "graph_problem": None if self.place.gpu else "no GPU, no graph", "peak": None, "problem": runner.problem,
         }  # fmt: skip
@@ -291,7 +291,7 @@ def _times(times: timing.Timing) -> Record:
 
 
 def _last_result(calls: Sequence[timing.TimedCall]) -> object:
-    """Make these calls; the result of the last one. The other results are released, to save memory."""
+    """Make these calls; returns the result of the last one. The other results are released, to save memory."""
     for call in calls:
         result = call()
     return result

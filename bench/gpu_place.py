@@ -1,4 +1,4 @@
-"""Where the GPU's bench and checks run: a GPU, or the CPU for rehearsals; and the options of both commands."""
+"""The device of the GPU's bench and checks, a GPU or the CPU for rehearsals, and the options of both commands."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Place:
         return {"device": self.device, "tiny": self.tiny}
 
     def unsupported_reason(self, op: str, backend: str, dtype: torch.dtype, channels: int = 0) -> str | None:
-        """Why a named backend cannot serve an op here."""
+        """The reason why a named backend cannot serve an op here, or None."""
         reason = _backend.unsupported_reason(op, self.backend(backend), self.device, dtype, channels)
         return None if reason is None else f"cannot serve: {reason}"
 
@@ -103,7 +103,7 @@ def _overwrite(target: Any, source: Any) -> None:
 
 
 def no_capture_reason(call: Callable[[], Any]) -> str | None:
-    """Why a call cannot become a CUDA graph, found without a capture: a failed one leaves torch's allocator unusable.
+    """The reason why a call cannot become a CUDA graph, without a capture: a failed one leaves the allocator unusable.
 
     PyTorch reports whether a call synchronises with the device, which is impossible in a graph.
     """
@@ -140,10 +140,12 @@ def print_list(entries: Iterable[Mapping[str, Any]]) -> int:
     return 0
 
 
-def require_known_names(parser: argparse.ArgumentParser, names: Sequence[str] | None, known: Sequence[str]) -> None:
+def require_known_names(
+    parser: argparse.ArgumentParser, names: Sequence[str] | None, valid_names: Sequence[str]
+) -> None:
     """End the command with status 2 where a name is unknown."""
     for name in names or ():
-        if name not in known:
+        if name not in valid_names:
             parser.error(f"--only: wanted a name of --list, found {name[:60]!r}")
 
 

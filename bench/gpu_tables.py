@@ -151,11 +151,11 @@ def _ratio_row(ours: Record, group: Sequence[Record], ceiling: Record | None) ->
 
 
 def _verdict(ours: Record, reached: float | None) -> str:
-    wanted = ours["wanted"]
-    if wanted is None or reached is None:
+    target = ours["wanted"]
+    if target is None or reached is None:
         return "-"
-    verdict = "pass" if reached >= wanted else "MISS"
-    return f">= {wanted:g}x {'(rehearsal)' if ours['tiny'] else verdict}"
+    verdict = "pass" if reached >= target else "MISS"
+    return f">= {target:g}x {'(rehearsal)' if ours['tiny'] else verdict}"
 
 
 def _peer(group: Sequence[Record], time: str) -> str:
@@ -226,8 +226,8 @@ def _wrong(checks: Sequence[Record], records: Sequence[Record]) -> list[str]:
 
 def _read_check(record: Record) -> str:
     row = f", row {record['row']}" if record["row"] is not None else ""
-    where = f"{record['step']} ({record['backend']}), {record['what']}, {record['dtype']}{row}"
-    return f"{where}: {record['problem']}"
+    subject = f"{record['step']} ({record['backend']}), {record['what']}, {record['dtype']}{row}"
+    return f"{subject}: {record['problem']}"
 
 
 def _not_timed(bench: Sequence[Record]) -> list[str]:
@@ -239,8 +239,8 @@ def _not_timed(bench: Sequence[Record]) -> list[str]:
             jobs.setdefault(record["step"], []).append(record["pass"])
     lines = []
     for (runner, problem), jobs in by_reason.items():
-        where = (f"{job}, {passes[0]}" if len(passes) == 1 else job for job, passes in jobs.items())
-        lines.append(f"{runner}: {problem} ({'; '.join(where)})")
+        places = (f"{job}, {passes[0]}" if len(passes) == 1 else job for job, passes in jobs.items())
+        lines.append(f"{runner}: {problem} ({'; '.join(places)})")
     return lines
 
 

@@ -65,7 +65,7 @@ class Peak:
 
 
 def unsupported_reason() -> str | None:
-    """Why peaks cannot be read on this system; None where they can."""
+    """The reason why peaks cannot be read on this system; None where they can."""
     return None if _CLEAR.exists() else "peak memory is read from Linux's /proc"
 
 
@@ -93,7 +93,7 @@ def peaks(chosen: Sequence[Shape], data: Path | None, threads: int, progress: Pr
 
 
 def _in_child(shape: Shape, name: str, data: Path | None, threads: int) -> list[Peak]:
-    about = shape.op, shape.distribution.name, str(shape.sizes)
+    labels = shape.op, shape.distribution.name, str(shape.sizes)
     request = {
         "shape": {"op": shape.op, "rows": shape.rows},
         "distribution": shape.distribution.name,
@@ -103,12 +103,12 @@ def _in_child(shape: Shape, name: str, data: Path | None, threads: int) -> list[
         "threads": threads,
     }
     command = [sys.executable, "-m", "interformer_bench.memory", json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        return [Peak(*about, direction, name, None, reason[:200]) for direction in PASSES]
-    extra_bytes = json.loads(done.stdout.splitlines()[-1])
-    return [Peak(*about, direction, name, extra_bytes[direction]) for direction in PASSES]
+    completed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
+    if completed.returncode:
+        reason = (completed.stderr.strip().splitlines() or [f"status {completed.returncode}"])[-1]
+        return [Peak(*labels, direction, name, None, reason[:200]) for direction in PASSES]
+    extra_bytes = json.loads(completed.stdout.splitlines()[-1])
+    return [Peak(*labels, direction, name, extra_bytes[direction]) for direction in PASSES]
 
 
 def extra(shape: Shape, name: str, direction: str) -> int:

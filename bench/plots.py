@@ -68,7 +68,7 @@ class Bar:
 
 def results_of(measurements: Sequence[Measurement], machine: Machine) -> list[Result]:
     """One result for each shape, dtype and pass that has a best peer, on the largest number of threads."""
-    threads = max((one.threads for one in measurements), default=0)
+    threads = max((measurement.threads for measurement in measurements), default=0)
     results = []
     for group in report.groups(measurements):
         ours, peer, ratio = group[OURS], report.best_peer(group), report.ratio(group)

@@ -24,7 +24,7 @@ class Progress:
         """The current activity within the step."""
 
     def say(self, text: str) -> None:
-        """A message that stays visible, whatever follows."""
+        """A message that stays visible until the end."""
 
     def end(self) -> None:
         """End the display."""

@@ -77,8 +77,8 @@ def best_peer(group: Group, peer_group: str = "") -> Measurement | None:
 
 def ratio(group: Group, peer_group: str = "") -> float | None:
     """The best peer's time over ours; None where either was not timed."""
-    mine, theirs = group[OURS].median, best_peer(group, peer_group)
-    return theirs.median / mine if mine and theirs and theirs.median else None
+    seconds, peer = group[OURS].median, best_peer(group, peer_group)
+    return peer.median / seconds if seconds and peer and peer.median else None
 
 
 def of_limit(measurement: Measurement, machine: Machine) -> tuple[str, float] | None:
@@ -208,13 +208,13 @@ def distribution_label(name: str, source: str) -> str:
     return name if source == "synthetic" else f"{name} ({source})"
 
 
-def by_op(made: Report) -> dict[str, list[tuple[str, ...]]]:
+def by_op(report: Report) -> dict[str, list[tuple[str, ...]]]:
     """The table of each op."""
-    ops = dict.fromkeys(m.op for m in made.measurements)
-    return {op: table([m for m in made.measurements if m.op == op], made.machine) for op in ops}
+    ops = dict.fromkeys(m.op for m in report.measurements)
+    return {op: table([m for m in report.measurements if m.op == op], report.machine) for op in ops}
 
 
-def sweep_table(about: Sweep, measured: Sequence[Measurement]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def sweep_table(sweep: Sweep, measured: Sequence[Measurement]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Columns, and a row for each pass and place: every runner's median, and the best peer's over ours."""
     names = tuple(dict.fromkeys(m.runner for m in measured))
     table_rows = []
@@ -222,9 +222,9 @@ def sweep_table(about: Sweep, measured: Sequence[Measurement]) -> tuple[tuple[st
         for group in groups(m for m in measured if m.direction == direction):
             times = ratio(group)
             cells = (time_of(group[name]) if name in group else "-" for name in names)
-            place = f"{about.at(group[OURS]):.4g}"
+            place = f"{sweep.at(group[OURS]):.4g}"
             table_rows.append((direction, place, *cells, f"{times:.2f}x" if times else "-"))
-    return ("pass", about.label, *names, "ratio"), table_rows
+    return ("pass", sweep.label, *names, "ratio"), table_rows
 
 
 def problems(measurements: Iterable[Measurement]) -> list[str]:
@@ -241,16 +241,16 @@ def problems(measurements: Iterable[Measurement]) -> list[str]:
     return [f"{op}: {runner} {kind} ({'; '.join(shapes)})" for (op, runner, kind), shapes in shapes_by_reason.items()]
 
 
-def missed(made: Report) -> list[str]:
+def missed(report: Report) -> list[str]:
     """Every target of a row that was not reached."""
-    forward_seconds = forward_times(made.measurements)
+    forward_seconds = forward_times(report.measurements)
     texts = []
-    for group in groups(made.measurements):
+    for group in groups(report.measurements):
         m = group[OURS]
-        for judged in judge(group, made.machine, backward_over_forward(group, forward_seconds)):
+        for judged in judge(group, report.machine, backward_over_forward(group, forward_seconds)):
             if not judged.ok:
-                where = f"{m.op}, {m.law}, {m.sizes}, {m.dtype}, {m.threads} threads, {m.direction}"
-                texts.append(f"{where}: {judged}")
+                case = f"{m.op}, {m.law}, {m.sizes}, {m.dtype}, {m.threads} threads, {m.direction}"
+                texts.append(f"{case}: {judged}")
     return texts
 
 
@@ -282,10 +282,12 @@ def rates(machine: Machine) -> str:
 def _busy(machine: Machine) -> list[str]:
     """A warning where more threads did not multiply matrices faster, which other load on the machine explains."""
     warnings = []
-    for (dtype, threads), many in machine.items():
+    for (dtype, threads), parallel in machine.items():
         single = machine.get((dtype, 1))
-        if single is not None and threads > 1 and many.gemm < _MIN_SPEEDUP * single.gemm:
-            observed = f"{threads} threads multiplied {dtype} at {many.gemm / single.gemm:.1f} times the rate of one"
+        if single is not None and threads > 1 and parallel.gemm < _MIN_SPEEDUP * single.gemm:
+            observed = (
+                f"{threads} threads multiplied {dtype} at {parallel.gemm / single.gemm:.1f} times the rate of one"
+            )
             warnings.append(f"THE CORES WERE BUSY: {observed}; times on {threads} threads are not to be trusted.")
     return warnings
 
@@ -308,22 +310,22 @@ def memory_table(peaks: Sequence[Peak]) -> list[tuple[str, ...]]:
 # ---------------------------------------------------------------- files
 
 
-def markdown(made: Report, pictures: Sequence[str] = ()) -> str:
+def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
     """The whole report in Markdown: tables, the machine's rates, memory, costs of calls, missed targets, problems."""
     parts = []
-    for op, lines in by_op(made).items():
+    for op, lines in by_op(report).items():
         parts += [f"## {op}", rows(COLUMNS, lines)]
-    for axis, measured in made.sweeps.items():
+    for axis, measured in report.sweeps.items():
         parts += [f"## Time against {axis}", SWEEPS[axis].title(), rows(*sweep_table(SWEEPS[axis], measured))]
-    if made.machine:
-        parts += ["## The machine", rates(made.machine)]
-    if made.peaks:
-        parts += ["## Peak memory beyond inputs and outputs", rows(MEMORY_COLUMNS, memory_table(made.peaks))]
-    if made.calls:
-        parts += ["## The cost of a call", rows(CALL_COLUMNS, made.calls)]
+    if report.machine:
+        parts += ["## The machine", rates(report.machine)]
+    if report.peaks:
+        parts += ["## Peak memory beyond inputs and outputs", rows(MEMORY_COLUMNS, memory_table(report.peaks))]
+    if report.calls:
+        parts += ["## The cost of a call", rows(CALL_COLUMNS, report.calls)]
     if pictures:
         parts += ["## Pictures", *(f"![{name}]({name})" for name in pictures)]
-    for title, items in (("Targets missed", missed(made)), ("Not timed", problems(made.everything()))):
+    for title, items in (("Targets missed", missed(report)), ("Not timed", problems(report.everything()))):
         if items:
             parts += [f"## {title}", "\n".join(f"- {item}" for item in items)]
     return "\n\n".join(parts) + "\n"
@@ -334,18 +336,18 @@ def rows(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *lines))
 
 
-def write_json(path: Path, made: Report) -> None:
+def write_json(path: Path, report: Report) -> None:
     """Write the whole report as JSON."""
-    write_text(path, to_json(plain(made)))
+    write_text(path, to_json(plain(report)))
 
 
-def plain(made: Report) -> dict[str, Any]:
+def plain(report: Report) -> dict[str, Any]:
     """The whole report as JSON values."""
     return {
         "level": isa(),
-        "machine": [{"dtype": name, "threads": n, **asdict(r)} for (name, n), r in made.machine.items()],
-        "measurements": [asdict(measurement) for measurement in made.measurements],
-        "memory": [asdict(peak) for peak in made.peaks],
-        "calls": made.calls,
-        "sweeps": {axis: [asdict(measurement) for measurement in swept] for axis, swept in made.sweeps.items()},
+        "machine": [{"dtype": name, "threads": n, **asdict(r)} for (name, n), r in report.machine.items()],
+        "measurements": [asdict(measurement) for measurement in report.measurements],
+        "memory": [asdict(peak) for peak in report.peaks],
+        "calls": report.calls,
+        "sweeps": {axis: [asdict(measurement) for measurement in swept] for axis, swept in report.sweeps.items()},
     }

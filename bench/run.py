@@ -54,7 +54,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """The settings of a run.
 
     Attributes:
         dtypes: names of dtypes; None takes each shape's own.
@@ -102,9 +102,9 @@ class _Session:
         self.torch_dtype: torch.dtype = getattr(torch, dtype)
         self.lengths = shape.lengths()
         self.small = checks.small_lengths(self.lengths, shape.sizes.heads)
-        known = candidates(shape.op, settings.backend, settings.compiled)
-        chosen = known if settings.peers is None else (OURS, *settings.peers)
-        self.runners = {name: peer for name, peer in known.items() if name in chosen}
+        available = candidates(shape.op, settings.backend, settings.compiled)
+        chosen = available if settings.peers is None else (OURS, *settings.peers)
+        self.runners = {name: peer for name, peer in available.items() if name in chosen}
 
     def measurements(self) -> Iterator[Measurement]:
         """The measurements of all runners, passes and numbers of threads."""
@@ -199,7 +199,7 @@ class _Session:
 
 
 def too_large(peer: Peer, arguments: workloads.Inputs, direction: str) -> str | None:
-    """Why a peer is not run on the whole batch: the memory it would take; None where it is."""
+    """The reason why a peer is not run on the whole batch, the memory it would take; None where it is run."""
     needed = peer.needs(arguments) * (1 if direction == PASSES[0] else 2)
     allowed = max_peer_bytes(str(workloads.key_offsets(arguments).device))
     return f"would allocate about {needed / 2**30:.0f} GiB" if needed > allowed else None

@@ -121,7 +121,7 @@ def fold(seeds: Tensor, key_weight: Tensor) -> Tensor:
 
 
 def unfold(pooled: Tensor, value_weight: Tensor) -> Tensor:
-    """Turn pooled raw tokens `[B, M, H, E]` into pooled values `[B, M, H, D]`."""
+    """Project pooled raw tokens `[B, M, H, E]` to pooled values `[B, M, H, D]`."""
     return torch.einsum("bmhe,ehd->bmhd", pooled, value_weight)
 
 

@@ -59,10 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Build, measure, print and write; 1 where there is a regression, 2 where nothing can be compared."""
     chosen = _parser().parse_args(arguments)
     try:
-        here = tree.this()
+        new_tree = tree.current()
         with progress.shown() as shown:
-            there = tree.other(here.path, chosen.ref, shown.say)
-            heading, comparisons = measured(chosen, (there, here), shown)
+            old_tree = tree.at_ref(new_tree.path, chosen.ref, shown.say)
+            heading, comparisons = measured(chosen, (old_tree, new_tree), shown)
     except tree.RefusedError as error:
         print(f"bench-compare: {error}", file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ from interformer_bench.workloads import Sizes
 
 import interformer_kernels
 
-Answer = dict[str, Any]
+Message = dict[str, Any]
 # A sample repeats calls until it takes this long. The other process has used the caches since the last sample, so an
 # untimed call goes first where calls are cheap.
 _SAMPLE_SECONDS, _CHEAP_SECONDS = 5e-3, 0.1
@@ -31,12 +31,12 @@ class Timer:
     """The call that was prepared last."""
 
     def __init__(self) -> None:
-        self.about: Answer = {}
+        self.shape: Message = {}
         self.call: timing.TimedCall = lambda: None
         self.typical, self.repeats = 0.0, 1
 
-    def prepare(self, job: Answer) -> Answer:
-        """Make the job's inputs, check a few rows and warm up; the seconds of a call, or the problem."""
+    def prepare(self, job: Message) -> Message:
+        """Make the job's inputs, check a few rows and warm up; returns the seconds of a call, or the problem."""
         kernel = workloads.kernel_of(job["op"])
         if not hasattr(interformer_kernels, kernel):
             return {"problem": f"has no {kernel}"}
@@ -52,20 +52,20 @@ class Timer:
         self.repeats = max(1, math.ceil(_SAMPLE_SECONDS / self.typical))
         return {"seconds": self.typical}
 
-    def _inputs(self, job: Answer) -> str | None:
-        """Make new inputs where the shape has changed; the problem of this package on this shape, if any."""
-        about = {name: job[name] for name in ("op", "lengths", "sizes", "dtype")}
-        if about != self.about:
-            self.about = {}
+    def _inputs(self, job: Message) -> str | None:
+        """Make new inputs where the shape has changed; returns the problem of this package on this shape, if any."""
+        shape = {name: job[name] for name in ("op", "lengths", "sizes", "dtype")}
+        if shape != self.shape:
+            self.shape = {}
             op, lengths, sizes, dtype = job["op"], job["lengths"], Sizes(**job["sizes"]), getattr(torch, job["dtype"])
             self.peer = Peer(workloads.ours(op))
             small = checks.small_lengths(lengths, sizes.heads)
             self.problem = checks.Checker(op, small, sizes, dtype).check(OURS, self.peer).problem
             self.arguments = workloads.inputs(op, lengths, sizes, dtype)
-            self.about = about
+            self.shape = shape
         return self.problem
 
-    def sample(self, job: Answer) -> Answer:
+    def sample(self, job: Message) -> Message:
         """Seconds of one call, and of all calls of this sample."""
         if self.typical < _CHEAP_SECONDS:
             self.call()
@@ -80,15 +80,15 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def answer(content: Answer) -> None:
+    def send(content: Message) -> None:
         print(json.dumps(content), file=answers, flush=True)
 
     timer = Timer()
-    handlers: dict[str, Callable[[Answer], Answer]] = {"prepare": timer.prepare, "sample": timer.sample}
-    answer({"package": interformer_kernels.__file__, "kernels": report.isa()})
+    handlers: dict[str, Callable[[Message], Message]] = {"prepare": timer.prepare, "sample": timer.sample}
+    send({"package": interformer_kernels.__file__, "kernels": report.isa()})
     for line in sys.stdin:
         request = json.loads(line)
-        answer(handlers[request["do"]](request))
+        send(handlers[request["do"]](request))
 
 
 if __name__ == "__main__":

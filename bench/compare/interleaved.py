@@ -35,10 +35,10 @@ def jobs(chosen: Sequence[Shape], dtypes: tuple[str, ...] | None, threads: tuple
     all_jobs = []
     for (shape, dtype), number, direction in itertools.product(shape_dtypes, threads, PASSES):
         lengths = shape.lengths()
-        about = shape.distribution.name, shape.distribution.source, shape.rows, sum(lengths), str(shape.sizes)
+        description = shape.distribution.name, shape.distribution.source, shape.rows, sum(lengths), str(shape.sizes)
         call = {"op": shape.op, "lengths": lengths, "sizes": asdict(shape.sizes), "dtype": dtype}
         request = {**call, "threads": number, "direction": direction}
-        all_jobs.append(Job(ComparedCase(shape.op, *about, dtype, number, direction), request))
+        all_jobs.append(Job(ComparedCase(shape.op, *description, dtype, number, direction), request))
     return all_jobs
 
 
@@ -73,7 +73,7 @@ class Pair:
                     answer = self.workers[at].ask("sample")
                 except DiedError as error:
                     problems[at] = self._replace_worker(at, error)
-                    alive = [other for other in alive if other != at]
+                    alive = [index for index in alive if index != at]
                     break
                 samples[at].append(answer["seconds"])
                 spent += answer["spent"]

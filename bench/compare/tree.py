@@ -29,13 +29,13 @@ class Tree:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise RefusedError(f"git {' '.join(arguments)}: {done.stderr.strip() or f'status {done.returncode}'}")
-    return done.stdout.strip()
+    completed = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    if completed.returncode:
+        raise RefusedError(f"git {' '.join(arguments)}: {completed.stderr.strip() or f'status {completed.returncode}'}")
+    return completed.stdout.strip()
 
 
-def this() -> Tree:
+def current() -> Tree:
     """The checkout that this package is imported from."""
     root = Path(interformer_kernels.__file__).resolve().parents[1]
     if not (root / ".git").exists():
@@ -52,7 +52,7 @@ def commit_of(root: Path, ref: str) -> str:
         raise RefusedError(f"git knows no commit named {ref!r} in {root}") from error
 
 
-def other(root: Path, ref: str, say: Callable[[str], None]) -> Tree:
+def at_ref(root: Path, ref: str, say: Callable[[str], None]) -> Tree:
     """The tree of another ref; it is built if it was not built before."""
     commit = commit_of(root, ref)
     place = root / "build" / "compare" / f"{commit[:12]}-{sys.implementation.cache_tag}"
@@ -90,9 +90,9 @@ def _pip(source: Path, target: Path, log: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
     environment = {"INTERFORMER_CUDA": "0", **os.environ}
     with log.open("w") as file:
-        done = subprocess.run(
+        completed = subprocess.run(
             [*command, "--target", str(target), str(source)], stdout=file, stderr=subprocess.STDOUT, env=environment
         )
-    if done.returncode:
+    if completed.returncode:
         last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-5:])
         raise RefusedError(f"it does not build (all of its output: {log}):\n{last}")

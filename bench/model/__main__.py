@@ -40,17 +40,17 @@ def _profile(chosen: Sequence[Case], compile_too: bool) -> None:
             print()
 
 
-def _chosen(texts: Sequence[str] | None, known: Sequence[Case]) -> list[Case]:
-    return [case for case in known if not texts or any(text in case.name for text in texts)]
+def _chosen(texts: Sequence[str] | None, all_cases: Sequence[Case]) -> list[Case]:
+    return [case for case in all_cases if not texts or any(text in case.name for text in texts)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; 1 where our own model is wrong somewhere, 2 where no case has such a name."""
     options = _parser().parse_args(arguments)
-    known = cases(shapes.length_distributions(options.data))
-    chosen = _chosen(options.case, known)
+    all_cases = cases(shapes.length_distributions(options.data))
+    chosen = _chosen(options.case, all_cases)
     if not chosen:
-        print(f"--case must be part of one of: {'; '.join(case.name for case in known)}", file=sys.stderr)
+        print(f"--case must be part of one of: {'; '.join(case.name for case in all_cases)}", file=sys.stderr)
         return 2
     if options.list:
         print("\n".join(case.name for case in chosen))

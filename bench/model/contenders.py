@@ -43,7 +43,7 @@ def contenders(compile_too: bool) -> tuple[str, ...]:
 
 
 def unsupported_reason(name: str, case: Case) -> str | None:
-    """Why a contender is not measured on the case; None where it is."""
+    """The reason why a contender is not measured on the case; None where it is."""
     lengths = case.lengths()
     tokens, max_tokens = len(lengths) * max(lengths), _MAX_TOKENS[case.direction == TRAINING]
     if name in (PADDED, PADDED_COMPILED) and tokens > max_tokens:

@@ -93,10 +93,10 @@ def _prepare(name: str, case: Case, calls: dict[str, timing.TimedCall]) -> str |
 def _peak(case: Case, name: str, data: Path | None) -> int | str:
     request = json.dumps([case.name, name, str(data) if data else None, torch.get_num_threads()])
     command = [sys.executable, "-m", "interformer_bench.model.measure", request]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **memory.ENVIRONMENT})
-    if done.returncode:
-        return f"failed: {(done.stderr.strip().splitlines() or [str(done.returncode)])[-1][:200]}"
-    return int(done.stdout.split()[-1])
+    completed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **memory.ENVIRONMENT})
+    if completed.returncode:
+        return f"failed: {(completed.stderr.strip().splitlines() or [str(completed.returncode)])[-1][:200]}"
+    return int(completed.stdout.split()[-1])
 
 
 def main(request: str) -> None:

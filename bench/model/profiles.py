@@ -1,4 +1,4 @@
-"""Where the time of a model goes: shares of a call by the kind of work, from PyTorch's profiler."""
+"""Shares of a model's time by the kind of work, from PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -57,5 +57,5 @@ def table(case: Case, contender: str) -> list[tuple[str, ...]]:
     """Rows of the table, in the order of `COLUMNS`."""
     by_kind = shares(case, contender)
     whole = sum(by_kind.values())
-    about = case.distribution.name, str(case.rows), case.direction, contender
-    return [(*about, kind, f"{time * 1e3:.2f} ms", f"{time / whole:.0%}") for kind, time in by_kind.items()]
+    cells = case.distribution.name, str(case.rows), case.direction, contender
+    return [(*cells, kind, f"{time * 1e3:.2f} ms", f"{time / whole:.0%}") for kind, time in by_kind.items()]

@@ -35,22 +35,22 @@ def _row(result: Measured, group: Group) -> tuple[str, ...]:
     case, ours, lengths, time = result.case, group[OURS], result.case.lengths(), result.time
     batch = f"{case.rows} x {sum(lengths) / len(lengths):.0f} ({max(lengths)})"
     label = distribution_label(case.distribution.name, case.distribution.source)
-    about = label, batch, case.direction, result.contender
+    cells = label, batch, case.direction, result.contender
     if time is None:
-        return (*about, result.problem or "-", "-", "-", "-", "-")
+        return (*cells, result.problem or "-", "-", "-", "-", "-")
     spread = f"{(time.high - time.low) / time.median:.0%} of {time.samples}"
     peak = result.peak if isinstance(result.peak, str) else f"{result.peak / 2**20:.0f} MiB"
     of_ours = f"{time.median / ours.time.median:.2f}x" if ours.time else "-"
     targets = "; ".join(verdicts(group)) if result is ours else ""
-    return (*about, f"{time.median * 1e3:.4g} ms", spread, peak, of_ours, targets or "-")
+    return (*cells, f"{time.median * 1e3:.4g} ms", spread, peak, of_ours, targets or "-")
 
 
 def verdicts(group: Group) -> list[str]:
     """The targets of the case with their results, and whether they are met."""
     case, texts = group[OURS].case, []
-    mine, theirs = (_best(group, names) for names in _SIDES)
-    if case.ratio is not None and mine and theirs:
-        ratio = theirs / mine
+    our_seconds, padded_seconds = (_best(group, names) for names in _SIDES)
+    if case.ratio is not None and our_seconds and padded_seconds:
+        ratio = padded_seconds / our_seconds
         texts.append(f">= {case.ratio:g}x padded: {ratio:.2f}x {'pass' if ratio >= case.ratio else 'MISS'}")
     peaks = [
         [x for x in (group[name].peak for name in names if name in group) if isinstance(x, int)] for names in _SIDES

@@ -86,8 +86,12 @@ def _full(kind: str, length: int, packed: bool) -> AttentionCore:
 
 
 def _rotary(longest: int) -> dict[str, Peer]:
-    known = functools.partial(rotary.padded, width=longest)
-    return {"two halves": Peer(rotary.halves), "rotate_half": Peer(rotary.rotate_half), "padded": Peer(known, tokens=3)}
+    padded_rotary = functools.partial(rotary.padded, width=longest)
+    return {
+        "two halves": Peer(rotary.halves),
+        "rotate_half": Peer(rotary.rotate_half),
+        "padded": Peer(padded_rotary, tokens=3),
+    }
 
 
 def _ffn(longest: int) -> dict[str, Peer]:

@@ -249,5 +249,5 @@ def peers_of(op: str) -> dict[str, Peer]:
 
 def candidates(op: str, backend: str | None = None, compile_too: bool = True) -> dict[str, Peer]:
     """This package's implementation first, then its peers."""
-    others = {name: peer for name, peer in peers_of(op).items() if compile_too or not peer.compiled}
-    return {OURS: Peer(workloads.ours(op, backend)), **others}
+    peers = {name: peer for name, peer in peers_of(op).items() if compile_too or not peer.compiled}
+    return {OURS: Peer(workloads.ours(op, backend)), **peers}

@@ -1,4 +1,4 @@
-"""The bench measures what it says: laws of lengths, the grid of shapes, peers that are right, medians."""
+"""The parts of the bench: distributions of lengths, the grid of shapes, peers that are right, medians."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def quantiles(lengths: tuple[int, ...], *levels: float) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted", "mean", "longest"),
+    ("name", "expected", "mean", "longest"),
     [
         ("movielens", (10, 70, 233, 451), 101, 736),
         ("beauty", (5, 6, 14, 43), 8.9, 204),
@@ -38,12 +38,12 @@ def quantiles(lengths: tuple[int, ...], *levels: float) -> list[float]:
     ],
 )
 def test_fitted_laws_have_the_quantiles_of_the_real_ones(
-    name: str, wanted: tuple[int, ...], mean: float, longest: int
+    name: str, expected: tuple[int, ...], mean: float, longest: int
 ) -> None:
     distribution = shapes.length_distributions(NOWHERE)[name]
     assert distribution.source == "fitted"
     lengths = distribution.lengths(50_000)
-    assert quantiles(lengths, 0.1, 0.5, 0.9, 0.99) == pytest.approx(wanted, rel=0.08, abs=1)
+    assert quantiles(lengths, 0.1, 0.5, 0.9, 0.99) == pytest.approx(expected, rel=0.08, abs=1)
     assert sum(lengths) / len(lengths) == pytest.approx(mean, rel=0.08)
     assert max(lengths) <= longest
 
@@ -94,24 +94,26 @@ def test_every_op_meets_every_law() -> None:
 
 
 def test_the_grid_has_every_size_that_is_promised() -> None:
-    found = grid.shapes(shapes.length_distributions(NOWHERE))
-    attention = [shape for shape in found if shape.op in ("jagged_attention", "pma_pooling", "gated_cross_attention")]
+    all_shapes = grid.shapes(shapes.length_distributions(NOWHERE))
+    attention = [
+        shape for shape in all_shapes if shape.op in ("jagged_attention", "pma_pooling", "gated_cross_attention")
+    ]
     assert {shape.sizes.heads for shape in attention} >= {2, 4, 8}
     assert {shape.sizes.head_size for shape in attention} >= {16, 32, 64}
     assert {shape.sizes.queries for shape in attention if shape.op == "pma_pooling"} == {1, 2, 4, 32}
     assert {shape.sizes.queries for shape in attention if shape.op == "gated_cross_attention"} >= {1, 2, 4, 8, 16}
-    folded = {(s.sizes.width, s.sizes.heads, s.sizes.queries) for s in found if s.op == "pma_folded"}
+    folded = {(s.sizes.width, s.sizes.heads, s.sizes.queries) for s in all_shapes if s.op == "pma_folded"}
     assert folded == {(64, 4, 4), (128, 8, 2), (64, 4, 2)}
-    paper = [shape for shape in found if shape.distribution.name == "all 104"]
+    paper = [shape for shape in all_shapes if shape.distribution.name == "all 104"]
     assert all(
         shape.rows == 2048 and max(s.width, s.heads * s.head_size) == 64 for shape in paper for s in [shape.sizes]
     )
     for op in workloads.OPS:
-        own = [shape for shape in found if shape.op == op]
-        assert {dtype for shape in own for dtype in shape.dtypes} == {"float32", "bfloat16"}
-        assert any(shape.memory and shape.distribution.name == "fill 0.1" for shape in own)
-        assert any(shape.quick for shape in own)
-    assert {shape.kind for shape in found} == set(targets.KINDS)
+        of_op = [shape for shape in all_shapes if shape.op == op]
+        assert {dtype for shape in of_op for dtype in shape.dtypes} == {"float32", "bfloat16"}
+        assert any(shape.memory and shape.distribution.name == "fill 0.1" for shape in of_op)
+        assert any(shape.quick for shape in of_op)
+    assert {shape.kind for shape in all_shapes} == set(targets.KINDS)
 
 
 @pytest.mark.parametrize(
@@ -124,14 +126,14 @@ def test_the_grid_has_every_size_that_is_promised() -> None:
     ],
 )
 def test_the_prototypes_cases_are_in_the_grid(law: str, rows: int, sizes: Sizes) -> None:
-    found = grid.shapes(shapes.length_distributions(NOWHERE), ["jagged_attention"])
-    assert [(s.rows, s.sizes) for s in found if s.distribution.name == law] == [(rows, sizes)]
+    selected = grid.shapes(shapes.length_distributions(NOWHERE), ["jagged_attention"])
+    assert [(s.rows, s.sizes) for s in selected if s.distribution.name == law] == [(rows, sizes)]
 
 
 def test_shapes_are_chosen_by_op_law_and_size() -> None:
     distributions = shapes.length_distributions(NOWHERE)
-    found = grid.shapes(distributions, ["pma_pooling"], ["beauty"], rows=3)
-    assert [(s.op, s.distribution.name, s.rows) for s in found] == [("pma_pooling", "beauty", 3)]
+    selected = grid.shapes(distributions, ["pma_pooling"], ["beauty"], rows=3)
+    assert [(s.op, s.distribution.name, s.rows) for s in selected] == [("pma_pooling", "beauty", 3)]
     assert 0 < len(grid.shapes(distributions, quick=True)) < len(grid.shapes(distributions)) / 3
     named = grid.shapes(distributions, ["pma_pooling"], ["diginetica"], quick=True)
     assert [s.distribution.name for s in named] == ["diginetica"]  # a law that is asked for is measured
@@ -173,14 +175,14 @@ def test_what_is_folded_is_what_is_projected() -> None:
     ids=["wrong", "no gradient", "raises"],
 )
 def test_a_wrong_peer_is_not_timed(wrong: Callable[..., Any], shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = peers.candidates("pma_pooling", compile_too=False)
-    right = {name: found[name] for name in (peers.OURS, "padded SDPA")}
-    broken = peers.Peer(wrong(found["per-row SDPA"].run))
+    candidates = peers.candidates("pma_pooling", compile_too=False)
+    right = {name: candidates[name] for name in (peers.OURS, "padded SDPA")}
+    broken = peers.Peer(wrong(candidates["per-row SDPA"].run))
     monkeypatch.setattr(run, "candidates", lambda *_: {**right, "broken": broken})
     shape = grid.Shape("pma_pooling", shapes.length_distributions(NOWHERE)["diginetica"], rows=8)
     measured = list(run.measure([shape], run.Settings(threads=(1,), seconds=0.0)))
-    assert [one.runner for one in measured if one.median is None] == ["broken"] * 2
-    assert [one.direction for one in measured] == [d for d in run.PASSES for _ in range(3)]
+    assert [measurement.runner for measurement in measured if measurement.median is None] == ["broken"] * 2
+    assert [measurement.direction for measurement in measured] == [d for d in run.PASSES for _ in range(3)]
     problems = report.problems(measured)
     assert len(problems) == 1
     assert shown in problems[0]
@@ -190,24 +192,24 @@ def test_what_is_too_large_is_not_tried() -> None:
     shape = grid.Shape(
         "jagged_attention", shapes.length_distributions(NOWHERE)["log-normal, mean 500"], 64, Sizes(4, 64)
     )
-    made = shape.inputs(torch.float32)
+    inputs = shape.inputs(torch.float32)
     eager, padded = (peers.candidates("jagged_attention")[name] for name in ("eager with mask", "padded SDPA"))
     # Scores alone: 64 rows, 4 heads, longest squared, 4 bytes, three times.
     longest = max(shape.lengths())
-    least = 3 * 64 * 4 * longest**2 * 4
-    assert least <= eager.needs(made) <= 1.2 * least
-    assert "GiB" in (run.too_large(eager, made, run.PASSES[0]) or "")
-    assert run.too_large(padded, made, run.PASSES[0]) is None
+    scores_bytes = 3 * 64 * 4 * longest**2 * 4
+    assert scores_bytes <= eager.needs(inputs) <= 1.2 * scores_bytes
+    assert "GiB" in (run.too_large(eager, inputs, run.PASSES[0]) or "")
+    assert run.too_large(padded, inputs, run.PASSES[0]) is None
     # Two rows of 10 places in a second (3 with gradients): 64 rows of `longest` take so many times as long.
     verdict = checks.Verdict(None, forward=1.0, training=3.0)
-    times = 64 * longest**2 / (2 * 10**2)
-    found = [run.expected_seconds(shape, padded, (10, 1), verdict, direction) for direction in run.PASSES]
-    assert found == pytest.approx([times, 3 * times])
+    slowdown = 64 * longest**2 / (2 * 10**2)
+    seconds = [run.expected_seconds(shape, padded, (10, 1), verdict, direction) for direction in run.PASSES]
+    assert seconds == pytest.approx([slowdown, 3 * slowdown])
 
 
 def test_a_peer_far_behind_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = peers.candidates("pma_pooling", compile_too=False)
-    chosen = {name: found[name] for name in (peers.OURS, "padded SDPA", "per-row SDPA")}
+    candidates = peers.candidates("pma_pooling", compile_too=False)
+    chosen = {name: candidates[name] for name in (peers.OURS, "padded SDPA", "per-row SDPA")}
     monkeypatch.setattr(run, "candidates", lambda *_: chosen)
     expected = {"padded SDPA": 1.0, "per-row SDPA": 11.0}
     monkeypatch.setattr(
@@ -215,8 +217,10 @@ def test_a_peer_far_behind_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
     )
     shape = grid.Shape("pma_pooling", shapes.length_distributions(NOWHERE)["diginetica"], rows=8)
     measured = list(run.measure([shape], run.Settings(threads=(1,), seconds=0.0)))
-    assert {(one.runner, one.problem) for one in measured if one.problem} == {("per-row SDPA", "would take about 11 s")}
-    assert [one.runner for one in measured if one.median is None] == ["per-row SDPA"] * 2
+    assert {(measurement.runner, measurement.problem) for measurement in measured if measurement.problem} == {
+        ("per-row SDPA", "would take about 11 s")
+    }
+    assert [measurement.runner for measurement in measured if measurement.median is None] == ["per-row SDPA"] * 2
 
 
 # ---------------------------------------------------------------- timing
@@ -225,8 +229,8 @@ def test_a_peer_far_behind_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
 def test_interleaved_runs_take_turns_and_report_medians() -> None:
     calls: list[str] = []
     runs = {name: lambda name=name: calls.append(name) for name in "ab"}
-    taken = timing.interleaved(runs, seconds=1.0, min_samples=3, max_samples=3)
-    assert {name: time.samples for name, time in taken.items()} == {"a": 3, "b": 3}
+    times = timing.interleaved(runs, seconds=1.0, min_samples=3, max_samples=3)
+    assert {name: timed.samples for name, timed in times.items()} == {"a": 3, "b": 3}
     order = "".join(calls[4:])  # after two calls of each before the timing
     assert order.lstrip("a").startswith("b")
     assert "a" in order.lstrip("a").lstrip("b")
@@ -243,16 +247,16 @@ def test_the_machines_rates_are_those_of_each_dtype_and_number_of_threads(monkey
         machine.sample(dtype)
     rates = machine.rates()
     assert set(rates) == {("float32", 1), ("float64", 1)}
-    assert all(one.gemm > 0 and one.copy > 0 and one.size == 64 for one in rates.values())
+    assert all(rate.gemm > 0 and rate.copy > 0 and rate.size == 64 for rate in rates.values())
 
 
 def test_the_bench_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["--op", "personalized_ffn", "--rows", "4", "--seconds", "0", "--threads", "1", "--quick"]
     target = tmp_path / "made" / "bench.json"
     assert main([*chosen, "--law", "movielens", "--dtype", "float32", "--json", str(target)]) == 0
-    found = json.loads(target.read_text())
-    assert {(one["law"], one["rows"], one["threads"]) for one in found["measurements"]} == {("movielens", 4, 1)}
-    assert [one["dtype"] for one in found["machine"]] == ["float32"]
+    written = json.loads(target.read_text())
+    assert {(line["law"], line["rows"], line["threads"]) for line in written["measurements"]} == {("movielens", 4, 1)}
+    assert [line["dtype"] for line in written["machine"]] == ["float32"]
     assert "Kernels: " in capsys.readouterr().out
 
 

@@ -32,7 +32,7 @@ def timed(median: float, spread: float = 0.0, samples: int = 9) -> TreeTiming:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "again", "wanted"),
+    ("old", "new", "second_run", "expected"),
     [
         (timed(1.0, 0.1), timed(1.5, 0.1), (timed(1.0), timed(1.5)), "REGRESSION"),
         (timed(1.0, 0.1), timed(1.5, 0.1), (timed(1.0, 0.3), timed(1.5, 0.3)), "same: slower once of twice"),
@@ -49,11 +49,11 @@ def timed(median: float, spread: float = 0.0, samples: int = 9) -> TreeTiming:
     ],
 )
 def test_a_regression_is_what_the_spread_does_not_explain(
-    old: TreeTiming, new: TreeTiming, again: tuple[TreeTiming, TreeTiming] | None, wanted: str
+    old: TreeTiming, new: TreeTiming, second_run: tuple[TreeTiming, TreeTiming] | None, expected: str
 ) -> None:
-    comparison = Comparison(LINE, old, new, again)
-    assert verdicts.verdict(comparison) == wanted
-    assert verdicts.failed([comparison]) == ([comparison] if wanted.startswith(("REGRESSION", "BROKEN")) else [])
+    comparison = Comparison(LINE, old, new, second_run)
+    assert verdicts.verdict(comparison) == expected
+    assert verdicts.failed([comparison]) == ([comparison] if expected.startswith(("REGRESSION", "BROKEN")) else [])
 
 
 def test_the_table_shows_both_trees_and_both_runs() -> None:
@@ -67,27 +67,29 @@ def test_the_table_shows_both_trees_and_both_runs() -> None:
     assert verdicts.summary(comparisons) == "2 lines: 1 REGRESSION, 1 only new."
 
 
-# ---------------------------------------------------------------- turns
+# ---------------------------------------------------------------- interleaving
 
 
 class Planted:
-    """In a worker's place: the old tree's calls take a second or a little more, the new one's `factor` times that."""
+    """A stand-in for a worker: the old tree's calls take about a second, the new tree's `factor` times as long."""
 
     factor: ClassVar[float] = 1.0
-    asked: ClassVar[list[str]] = []
-    made: ClassVar[list[str]] = []
+    sampled: ClassVar[list[str]] = []
+    started: ClassVar[list[str]] = []
     dies: ClassVar[set[str]] = set()
 
-    def __init__(self, of: Tree) -> None:
-        self.tree, self.kernels = of, "avx2"
-        self.made.append(of.name)
+    def __init__(self, tree: Tree) -> None:
+        self.tree, self.kernels = tree, "avx2"
+        self.started.append(tree.name)
         jitter = itertools.cycle((1.0, 1.02, 1.01))
-        self.times: Iterator[float] = (next(jitter) * (self.factor if of.name == "new" else 1.0) for _ in iter(int, 1))
+        self.times: Iterator[float] = (
+            next(jitter) * (self.factor if tree.name == "new" else 1.0) for _ in iter(int, 1)
+        )
 
     def ask(self, do: str, **job: Any) -> dict[str, Any]:
         if do == "prepare":
             return {"seconds": 1.0}
-        self.asked.append(self.tree.name)
+        self.sampled.append(self.tree.name)
         if self.tree.name in self.dies:
             raise DiedError("its process ended with status -11")
         seconds = next(self.times)
@@ -100,11 +102,11 @@ class Planted:
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> type[Planted]:
     """Two planted trees instead of processes; nothing is built."""
-    kind = type("Fresh", (Planted,), {"asked": [], "made": [], "dies": set()})
+    kind = type("Fresh", (Planted,), {"sampled": [], "started": [], "dies": set()})
     monkeypatch.setattr(interleaved, "Worker", kind)
     monkeypatch.setattr(interleaved, "_PAUSE", 0.0)
-    monkeypatch.setattr(tree, "this", lambda: Tree(Path(), "new"))
-    monkeypatch.setattr(tree, "other", lambda root, ref, say: Tree(Path(), "old"))
+    monkeypatch.setattr(tree, "current", lambda: Tree(Path(), "new"))
+    monkeypatch.setattr(tree, "at_ref", lambda root, ref, say: Tree(Path(), "old"))
     return kind
 
 
@@ -114,17 +116,17 @@ def some_jobs() -> list[interleaved.Job]:
 
 
 def test_every_pass_on_every_number_of_threads_is_a_job() -> None:
-    found = [(job.case.threads, job.case.direction) for job in some_jobs()]
-    assert found == [(2, "forward"), (2, "forward+backward"), (1, "forward"), (1, "forward+backward")]
-    asked = json.loads(json.dumps(some_jobs()[0].request))
-    assert asked["sizes"]["head_size"] == 16
-    assert sum(asked["lengths"]) == some_jobs()[0].case.tokens
+    passes = [(job.case.threads, job.case.direction) for job in some_jobs()]
+    assert passes == [(2, "forward"), (2, "forward+backward"), (1, "forward"), (1, "forward+backward")]
+    request = json.loads(json.dumps(some_jobs()[0].request))
+    assert request["sizes"]["head_size"] == 16
+    assert sum(request["lengths"]) == some_jobs()[0].case.tokens
 
 
 def test_trees_take_turns_and_neither_always_follows_the_other(planted: type[Planted]) -> None:
     pair = interleaved.Pair(Tree(Path(), "old"), Tree(Path(), "new"))
     old, new = pair.measure(some_jobs()[0], seconds=9.0)
-    assert planted.asked == ["old", "new", "new", "old"] * 2 + ["old", "new"]
+    assert planted.sampled == ["old", "new", "new", "old"] * 2 + ["old", "new"]
     assert old.time == new.time == Timing.of([1.0, 1.02, 1.01, 1.0, 1.02])
 
 
@@ -133,21 +135,23 @@ def test_a_planted_slowdown_is_a_regression(
 ) -> None:
     planted.factor = 1.2
     assert main(["some-ref", *CHOSEN, "--seconds", "9", "--out", str(tmp_path)]) == 1
-    said = capsys.readouterr()
-    assert "2 lines: 2 REGRESSION." in said.out
-    assert verdicts.RULE in said.out
-    assert "second run 2/2: personalized_ffn, float32: 4 rows, movielens" in said.err
-    assert planted.made == ["old", "new"] * 2  # the second run is of new processes
-    found = json.loads((tmp_path / "compare.json").read_text())
-    assert [line["verdict"] for line in found["lines"]] == ["REGRESSION"] * 2
-    assert found["lines"][0]["new"]["time"]["median"] == pytest.approx(1.2 * found["lines"][0]["old"]["time"]["median"])
+    printed = capsys.readouterr()
+    assert "2 lines: 2 REGRESSION." in printed.out
+    assert verdicts.RULE in printed.out
+    assert "second run 2/2: personalized_ffn, float32: 4 rows, movielens" in printed.err
+    assert planted.started == ["old", "new"] * 2  # the second run is of new processes
+    written = json.loads((tmp_path / "compare.json").read_text())
+    assert [line["verdict"] for line in written["lines"]] == ["REGRESSION"] * 2
+    assert written["lines"][0]["new"]["time"]["median"] == pytest.approx(
+        1.2 * written["lines"][0]["old"]["time"]["median"]
+    )
     assert "| 1.20, 1.20 | REGRESSION |" in (tmp_path / "compare.md").read_text()
 
 
 def test_what_is_as_fast_ends_with_0_and_is_not_repeated(planted: type[Planted], tmp_path: Path) -> None:
     planted.factor = 1.01
     assert main(["some-ref", *CHOSEN, "--seconds", "9", "--out", str(tmp_path)]) == 0
-    assert planted.made == ["old", "new"]
+    assert planted.started == ["old", "new"]
 
 
 def test_a_process_that_dies_is_shown_and_the_others_go_on(planted: type[Planted], tmp_path: Path) -> None:
@@ -156,7 +160,7 @@ def test_a_process_that_dies_is_shown_and_the_others_go_on(planted: type[Planted
     lines = json.loads((tmp_path / "compare.json").read_text())["lines"]
     assert [line["verdict"] for line in lines] == ["BROKEN: new its process ended with status -11"] * 2
     assert all(line["old"]["time"] for line in lines)
-    assert planted.made == ["old", "new", "new", "new"]
+    assert planted.started == ["old", "new", "new", "new"]
 
 
 def test_where_neither_tree_can_be_timed_it_ends_with_2(
@@ -164,35 +168,35 @@ def test_where_neither_tree_can_be_timed_it_ends_with_2(
 ) -> None:
     planted.dies.update(("old", "new"))
     assert main(["some-ref", *CHOSEN, "--seconds", "9", "--out", str(tmp_path)]) == 2
-    said = capsys.readouterr()
-    assert "2 lines: 2 neither." in said.out
-    assert said.err.endswith("bench-compare: neither tree could be timed on any line\n")
+    printed = capsys.readouterr()
+    assert "2 lines: 2 neither." in printed.out
+    assert printed.err.endswith("bench-compare: neither tree could be timed on any line\n")
 
 
 # ---------------------------------------------------------------- processes
 
 
 def test_a_tree_against_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it but the build; one sample tells nothing, and says so."""
-    monkeypatch.setattr(tree, "other", lambda root, ref, say: Tree(root, ref))
+    """The whole command but for the build; one sample is too few, and the verdict says so."""
+    monkeypatch.setattr(tree, "at_ref", lambda root, ref, say: Tree(root, ref))
     assert main(["itself", *CHOSEN, "--seconds", "0", "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "compare.json").read_text())
-    assert "against itself; kernels: " in found["heading"]
-    assert [line["verdict"] for line in found["lines"]] == ["too few samples"] * 2
-    assert all(line[side]["time"]["samples"] == 1 for line in found["lines"] for side in ("old", "new"))
+    written = json.loads((tmp_path / "compare.json").read_text())
+    assert "against itself; kernels: " in written["heading"]
+    assert [line["verdict"] for line in written["lines"]] == ["too few samples"] * 2
+    assert all(line[side]["time"]["samples"] == 1 for line in written["lines"] for side in ("old", "new"))
 
 
 def test_what_a_tree_lacks_or_gets_wrong_is_a_problem_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = some_jobs()[0].request
+    request = some_jobs()[0].request
     timer = child.Timer()
     monkeypatch.setattr(child.timing, "once", lambda run, device="cpu", repeats=1: 0.5)
-    assert timer.prepare(asked) == {"seconds": 0.5}
-    assert timer.sample(asked) == {"seconds": 0.5, "spent": 0.5}
-    right = interformer_kernels.pma_pooling
-    monkeypatch.setattr(interformer_kernels, "pma_pooling", lambda *a, **k: right(*a, **k) * 1.001)
-    assert "wrong out" in child.Timer().prepare(asked)["problem"]
+    assert timer.prepare(request) == {"seconds": 0.5}
+    assert timer.sample(request) == {"seconds": 0.5, "spent": 0.5}
+    pma_pooling = interformer_kernels.pma_pooling
+    monkeypatch.setattr(interformer_kernels, "pma_pooling", lambda *a, **k: pma_pooling(*a, **k) * 1.001)
+    assert "wrong out" in child.Timer().prepare(request)["problem"]
     monkeypatch.delattr(interformer_kernels, "pma_pooling")
-    assert child.Timer().prepare(asked) == {"problem": "has no pma_pooling"}
+    assert child.Timer().prepare(request) == {"problem": "has no pma_pooling"}
 
 
 def test_a_tree_that_the_bench_cannot_measure_says_why(tmp_path: Path) -> None:
@@ -233,18 +237,18 @@ def test_a_ref_is_built_once_and_only_its_package_stays(repository: Path, monkey
 
     monkeypatch.setattr(tree, "_pip", pip)
     (repository / "interformer_kernels/__init__.py").write_text("age = 2\n")  # in this tree only
-    said: list[str] = []
-    found = [tree.other(repository, "HEAD", said.append) for _ in range(2)]
-    assert found[0] == found[1]
-    assert len(said) == 1
-    assert [entry.name for entry in found[0].path.iterdir()] == ["interformer_kernels"]
-    assert (found[0].path / "interformer_kernels/age").read_text() == "age = 1\n"
+    messages: list[str] = []
+    trees = [tree.at_ref(repository, "HEAD", messages.append) for _ in range(2)]
+    assert trees[0] == trees[1]
+    assert len(messages) == 1
+    assert [entry.name for entry in trees[0].path.iterdir()] == ["interformer_kernels"]
+    assert (trees[0].path / "interformer_kernels/age").read_text() == "age = 1\n"
     assert len(git(repository, "worktree", "list").splitlines()) == 1
 
 
 def test_a_ref_that_does_not_build_leaves_nothing_behind(repository: Path) -> None:
     with pytest.raises(RefusedError, match=r"HEAD \(\w+\): it does not build \(all of its output: .*\.log\)"):
-        tree.other(repository, "HEAD", lambda text: None)  # it has no setup.py
+        tree.at_ref(repository, "HEAD", lambda text: None)  # it has no setup.py
     assert len(git(repository, "worktree", "list").splitlines()) == 1
     assert not list((repository / "build/compare").glob("*/site"))
 
@@ -256,10 +260,10 @@ def test_an_unknown_ref_ends_with_2(repository: Path, ref: str, capsys: pytest.C
 
 
 def test_a_dirty_tree_is_named_so(repository: Path) -> None:
-    assert tree.this().name.endswith(")")
-    assert "uncommitted" not in tree.this().name
+    assert tree.current().name.endswith(")")
+    assert "uncommitted" not in tree.current().name
     (repository / "interformer_kernels/new.py").touch()
-    assert "with uncommitted changes, as it lies" in tree.this().name
+    assert "with uncommitted changes, as it lies" in tree.current().name
 
 
 def test_no_checkout_ends_with_2(

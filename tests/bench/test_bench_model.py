@@ -1,4 +1,4 @@
-"""The bench of whole models: the padded model is InterFormer, and the report says what was measured."""
+"""The bench of whole models: the padded model is InterFormer, and the report shows the measurements."""
 
 from __future__ import annotations
 
@@ -80,14 +80,16 @@ def test_a_wrong_contender_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     make = contenders.make
 
     def spoiled(name: str, batch: Any) -> contenders.Contender:
-        made = make(name, batch)
-        return made if name == contenders.REFERENCE else made._replace(call=lambda batch: made.call(batch) + 1)
+        contender = make(name, batch)
+        if name == contenders.REFERENCE:
+            return contender
+        return contender._replace(call=lambda batch: contender.call(batch) + 1)
 
     monkeypatch.setattr(measure, "make", spoiled)
-    found = list(measure.measure([TINY], None, False, 0.01, Progress()))
-    assert "wrong logits" in (found[0].problem or "")
-    assert found[0].time is None
-    assert any("wrong logits" in cell for line in report.table(found) for cell in line)
+    measured = list(measure.measure([TINY], None, False, 0.01, Progress()))
+    assert "wrong logits" in (measured[0].problem or "")
+    assert measured[0].time is None
+    assert any("wrong logits" in cell for line in report.table(measured) for cell in line)
 
 
 def test_what_memory_does_not_hold_is_not_tried() -> None:
@@ -96,27 +98,27 @@ def test_what_memory_does_not_hold_is_not_tried() -> None:
     assert contenders.unsupported_reason(contenders.OURS, huge) is None
 
 
-def _measured(ours: float, theirs: float, peaks: tuple[int, int]) -> list[measure.Measured]:
-    times = [timing.Timing(median, median, median, 5) for median in (ours, theirs)]
+def _measured(our_seconds: float, padded_seconds: float, peaks: tuple[int, int]) -> list[measure.Measured]:
+    times = [timing.Timing(median, median, median, 5) for median in (our_seconds, padded_seconds)]
     names = contenders.OURS, contenders.PADDED
-    return [measure.Measured(TINY, *both) for both in zip(names, times, peaks, strict=True)]
+    return [measure.Measured(TINY, *time_and_name) for time_and_name in zip(names, times, peaks, strict=True)]
 
 
 @pytest.mark.parametrize(
-    ("theirs", "peaks", "verdicts"),
+    ("padded_seconds", "peaks", "verdicts"),
     [(0.5, (40, 100), ["pass", "pass"]), (0.1, (60, 100), ["MISS", "MISS"])],
     ids=["reached", "missed"],
 )
-def test_targets_are_judged(theirs: float, peaks: tuple[int, int], verdicts: list[str]) -> None:
-    (group,) = report.groups(_measured(0.1, theirs, peaks))
+def test_targets_are_judged(padded_seconds: float, peaks: tuple[int, int], verdicts: list[str]) -> None:
+    (group,) = report.groups(_measured(0.1, padded_seconds, peaks))
     assert [text.split()[-1] for text in report.verdicts(group)] == verdicts
-    assert f"{theirs / 0.1:.2f}x" in report.markdown(list(group.values()))
+    assert f"{padded_seconds / 0.1:.2f}x" in report.markdown(list(group.values()))
 
 
 def test_the_shares_of_a_profile_are_those_of_the_whole_call() -> None:
-    found = profiles.shares(TINY, contenders.OURS, calls=1)
-    assert {"kernels", "products over tokens", "products over rows", "optimiser", profiles.BETWEEN} <= found.keys()
-    assert list(found.values()) == sorted(found.values(), reverse=True)
+    shares = profiles.shares(TINY, contenders.OURS, calls=1)
+    assert {"kernels", "products over tokens", "products over rows", "optimiser", profiles.BETWEEN} <= shares.keys()
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
     assert sum(int(line[-1].rstrip("%")) for line in profiles.table(ANSWER, contenders.OURS)) == pytest.approx(
         100, abs=5
     )
@@ -134,8 +136,8 @@ def test_the_command_measures_prints_and_writes(
         torch.set_num_threads(before)
     assert "padded SDPA" in capsys.readouterr().out
     written = json.loads((tmp_path / "model.json").read_text())
-    assert {one["contender"] for one in written} == set(contenders.contenders(compile_too=False))
-    assert {one["case"] for one in written} == {TINY.name}
+    assert {line["contender"] for line in written} == set(contenders.contenders(compile_too=False))
+    assert {line["case"] for line in written} == {TINY.name}
     assert (tmp_path / "model.md").read_text().count("diginetica") == len(written)
 
 

@@ -12,41 +12,41 @@ from interformer_bench import grid, peers, progress, run, shapes
 from interformer_bench.__main__ import main
 
 
-class Heard(progress.Progress):
-    """Remembers what it is told."""
+class RecordedProgress(progress.Progress):
+    """Records all of its calls."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, str]] = []
+        self.events: list[tuple[str, str]] = []
 
     def begin(self, stage: str, steps: int) -> None:
-        self.told.append(("begin", f"{stage} {steps}"))
+        self.events.append(("begin", f"{stage} {steps}"))
 
     def step(self, text: str) -> None:
-        self.told.append(("step", text))
+        self.events.append(("step", text))
 
     def doing(self, text: str) -> None:
-        self.told.append(("doing", text))
+        self.events.append(("doing", text))
 
 
 @pytest.fixture
 def few_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pooling has one right peer and one that fails."""
-    found = peers.candidates("pma_pooling", compile_too=False)
+    candidates = peers.candidates("pma_pooling", compile_too=False)
     broken = peers.Peer(lambda **arguments: 1 / 0)
-    chosen = {name: found[name] for name in (peers.OURS, "padded SDPA")} | {"broken peer": broken}
+    chosen = {name: candidates[name] for name in (peers.OURS, "padded SDPA")} | {"broken peer": broken}
     monkeypatch.setattr(run, "candidates", lambda *_: chosen)
 
 
 @pytest.mark.usefixtures("few_peers")
 def test_a_run_says_which_shape_is_checked_and_timed() -> None:
-    heard = Heard()
+    recorded = RecordedProgress()
     shape = grid.Shape("pma_pooling", shapes.length_distributions("nowhere")["diginetica"], rows=8)
-    list(run.measure([shape, shape], run.Settings(threads=(1,), seconds=0.0, progress=heard)))
-    assert heard.told[0] == ("begin", "speed 2")
-    assert [text for kind, text in heard.told if kind == "step"] == [
+    list(run.measure([shape, shape], run.Settings(threads=(1,), seconds=0.0, progress=recorded)))
+    assert recorded.events[0] == ("begin", "speed 2")
+    assert [text for kind, text in recorded.events if kind == "step"] == [
         "pma_pooling, float32: 8 rows, diginetica (fitted), H1 D16 M1"
     ] * 2
-    details = [text for kind, text in heard.told if kind == "doing"]
+    details = [text for kind, text in recorded.events if kind == "doing"]
     assert details[:3] == [f"checking {name}" for name in (peers.OURS, "padded SDPA", "broken peer")]
     assert "timing forward, 1 threads: interformer, padded SDPA" in details
 
@@ -56,14 +56,14 @@ def test_what_fails_is_in_the_log_the_table_and_the_report(tmp_path: Path, capsy
     report = tmp_path / "bench.md"
     chosen = ["--op", "pma_pooling", "--law", "movielens", "--rows", "4", "--seconds", "0", "--threads", "1", "--quick"]
     assert main([*chosen, "--markdown", str(report)]) == 0
-    said = capsys.readouterr()
-    why = "pma_pooling: broken peer failed: ZeroDivisionError: division by zero"
-    for text in (said.out, report.read_text()):
-        assert why in text
+    printed = capsys.readouterr()
+    failure = "pma_pooling: broken peer failed: ZeroDivisionError: division by zero"
+    for text in (printed.out, report.read_text()):
+        assert failure in text
         line = next(line for line in text.splitlines() if line.lstrip("| ").startswith("movielens"))
         assert "broken peer" in line
-    assert "speed 1/1: pma_pooling, float32: 4 rows, movielens" in said.err
-    assert "checking" not in said.err  # details are for terminals
+    assert "speed 1/1: pma_pooling, float32: 4 rows, movielens" in printed.err
+    assert "checking" not in printed.err  # details are for terminals
 
 
 def test_plain_lines_count_the_steps(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The bench's report tells the truth: what a call must compute and move, ratios, targets, memory, pictures."""
+"""The bench's report: FLOPs and bytes of a call, ratios, targets, memory, pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from interformer_kernels._cli import parity
 
-# ---------------------------------------------------------------- what must be computed and moved
+# ---------------------------------------------------------------- FLOPs and bytes
 
 
 def test_flops_by_hand() -> None:
@@ -32,18 +32,18 @@ def test_flops_by_hand() -> None:
     assert limits.flops("personalized_ffn", lengths, Sizes(1, 6, width=9)) == (2 * 6 * 9 * 5, 4 * 6 * 9 * 5)
     assert limits.flops("apply_rotary", lengths, Sizes(2, 6)) == (5 * 2 * 3 * 6,) * 2  # tokens, heads, pairs, 6 a pair
     # Folded: 7 seeds of 2 heads against 5 raw tokens of 10; seeds by W_k, and 3 pooled rows by W_v.
-    there, back = limits.flops("pma_folded", lengths, Sizes(2, 5, 7, width=10))
-    assert there == 4 * 7 * 2 * 10 * 5 + 2 * 7 * 2 * 5 * 10 + 2 * 3 * 7 * 2 * 5 * 10
-    assert back == 10 * 7 * 2 * 10 * 5 + 2 * (2 * 7 * 2 * 5 * 10 + 2 * 3 * 7 * 2 * 5 * 10)
+    forward, backward = limits.flops("pma_folded", lengths, Sizes(2, 5, 7, width=10))
+    assert forward == 4 * 7 * 2 * 10 * 5 + 2 * 7 * 2 * 5 * 10 + 2 * 3 * 7 * 2 * 5 * 10
+    assert backward == 10 * 7 * 2 * 10 * 5 + 2 * (2 * 7 * 2 * 5 * 10 + 2 * 3 * 7 * 2 * 5 * 10)
 
 
 def test_flops_are_those_of_pytorchs_own_counter_where_nothing_is_padded() -> None:
     arguments = workloads.inputs("personalized_ffn", (4, 4), Sizes(head_size=6, width=3), torch.float32)
     bmm = peers.candidates("personalized_ffn")["padded bmm"]
-    there, back = limits.flops("personalized_ffn", (4, 4), Sizes(head_size=6, width=3))
+    forward, backward = limits.flops("personalized_ffn", (4, 4), Sizes(head_size=6, width=3))
     with FlopCounterMode(display=False) as counter:
         workloads.training("personalized_ffn", bmm.run, arguments)
-    assert counter.get_total_flops() == there + back
+    assert counter.get_total_flops() == forward + backward
 
 
 @pytest.mark.parametrize("op", workloads.OPS)
@@ -66,34 +66,34 @@ def test_bytes_by_hand(dtype: torch.dtype, size: int) -> None:
     lengths, sizes = (3, 0, 2), Sizes(2, 4, 7)
     tokens, out, offsets = 5 * 2 * 4 * size, 3 * 7 * 2 * 4 * size, 4 * 8
 
-    def found(op: str, direction: str, sizes: Sizes = sizes) -> int:
+    def bytes_of(op: str, direction: str, sizes: Sizes = sizes) -> int:
         arguments = workloads.inputs(op, lengths, sizes, dtype)
         return limits.work(op, arguments, lengths, sizes, direction).bytes
 
     forward = 3 * tokens + offsets + tokens  # q, k, v, offsets; out
-    assert found("jagged_attention", "forward") == forward
-    assert found("jagged_attention", "forward+backward") == 2 * forward + 3 * tokens  # grad_out for out; dq, dk, dv
+    assert bytes_of("jagged_attention", "forward") == forward
+    assert bytes_of("jagged_attention", "forward+backward") == 2 * forward + 3 * tokens  # grad_out for out; dq, dk, dv
     seeds = 7 * 2 * 4 * size
     forward = seeds + 2 * tokens + offsets + out
-    assert found("pma_pooling", "forward") == forward
-    assert found("pma_pooling", "forward+backward") == 2 * forward + seeds + 2 * tokens
+    assert bytes_of("pma_pooling", "forward") == forward
+    assert bytes_of("pma_pooling", "forward+backward") == 2 * forward + seeds + 2 * tokens
     # A residual's gradient is the output's own: it is not written.
     gated = replace(sizes, gated=True)
     forward = out + 2 * tokens + offsets + 2 * out + out  # q; k, v; offsets; gate, residual; out
-    assert found("gated_cross_attention", "forward+backward", gated) == 2 * forward + out + 2 * tokens + out
+    assert bytes_of("gated_cross_attention", "forward+backward", gated) == 2 * forward + out + 2 * tokens + out
     x, tables = 5 * 2 * 4 * size, 2 * 3 * 2 * 4  # cos and sin of 3 places and 2 pairs, float32 always
-    assert found("apply_rotary", "forward") == 2 * x + tables + offsets
-    assert found("apply_rotary", "forward+backward") == 2 * (2 * x + tables + offsets)
+    assert bytes_of("apply_rotary", "forward") == 2 * x + tables + offsets
+    assert bytes_of("apply_rotary", "forward+backward") == 2 * (2 * x + tables + offsets)
     wide = Sizes(head_size=6, width=9)
     forward = size * (5 * 6 + 3 * 6 * 9 + 3 * 9 + 5 * 9) + offsets
-    assert found("personalized_ffn", "forward", wide) == forward
+    assert bytes_of("personalized_ffn", "forward", wide) == forward
 
 
 # ---------------------------------------------------------------- the table
 
 
 def measurement(**changes: Any) -> run.Measurement:
-    one = run.Measurement(
+    default = run.Measurement(
         op="pma_pooling",
         law="beauty",
         source="fitted",
@@ -116,7 +116,7 @@ def measurement(**changes: Any) -> run.Measurement:
         high=0.003,
         samples=3,
     )
-    return replace(one, **changes)
+    return replace(default, **changes)
 
 
 MACHINE = {("float32", 2): timing.Rates(gemm=2e9, copy=3e9), ("bfloat16", 2): timing.Rates(gemm=1e8, copy=3e9)}
@@ -131,8 +131,8 @@ def test_the_table_compares_with_the_best_peer_only(tmp_path: Path) -> None:
         measurement(direction="forward+backward", median=0.008),
         measurement(direction="forward+backward", runner="fast", median=0.032),
     ]
-    made = report.Report(measured, MACHINE, calls=[("a call", "2 us", "-")])
-    text = report.markdown(made, ["ratios.png"])
+    results = report.Report(measured, MACHINE, calls=[("a call", "2 us", "-")])
+    text = report.markdown(results, ["ratios.png"])
     shape = "| beauty (fitted) | 2 x 5 (9) | H4 D16 M2 | float32 | 2 |"
     missed = ">= 0.95x: 0.50 MISS; >= 3x: 0.50 MISS"
     # 1 MFLOP at 2 GFLOP/s takes 0.5 ms, 3 MB at 3 GB/s 1 ms: copies are the nearer limit, half of it is reached.
@@ -146,16 +146,18 @@ def test_the_table_compares_with_the_best_peer_only(tmp_path: Path) -> None:
     assert "- pma_pooling: wrong wrong out: error .., budget .. (beauty, H4 D16 M2, float32, forward: 1 0)" in text
     assert "| a call | 2 us | - |" in text
     assert "![ratios.png](ratios.png)" in text
-    assert len(report.missed(made)) == 3
-    report.write_json(tmp_path / "new" / "speed.json", made)
-    found = json.loads((tmp_path / "new" / "speed.json").read_text())
-    assert len(found["measurements"]) == 6
-    assert found["machine"][0] == {"dtype": "float32", "threads": 2, "gemm": 2e9, "copy": 3e9, "size": 2048}
+    assert len(report.missed(results)) == 3
+    report.write_json(tmp_path / "new" / "speed.json", results)
+    written = json.loads((tmp_path / "new" / "speed.json").read_text())
+    assert len(written["measurements"]) == 6
+    assert written["machine"][0] == {"dtype": "float32", "threads": 2, "gemm": 2e9, "copy": 3e9, "size": 2048}
 
 
 def test_targets_hold_on_two_threads_and_the_floor_on_any() -> None:
     def texts(**changes: Any) -> list[str]:
-        group = {one.runner: one for one in (measurement(**changes), measurement(**{**changes, "runner": "peer"}))}
+        group = {
+            result.runner: result for result in (measurement(**changes), measurement(**{**changes, "runner": "peer"}))
+        }
         return [judged.text for judged in report.judge(group, MACHINE, back=None)]
 
     assert texts() == [">= 0.95x", ">= 3x"]
@@ -169,8 +171,8 @@ def test_targets_hold_on_two_threads_and_the_floor_on_any() -> None:
 
 def test_groups_of_peers_have_targets_of_their_own() -> None:
     group = {
-        one.runner: one
-        for one in (
+        result.runner: result
+        for result in (
             measurement(op="pma_folded", kind="folded", median=1.0),
             measurement(op="pma_folded", kind="folded", runner="a", group="that projects", median=9.0),
             measurement(op="pma_folded", kind="folded", runner="b", group="that folds", median=4.0),
@@ -191,10 +193,10 @@ def test_a_slow_product_of_16_bit_numbers_is_no_limit() -> None:
 
 
 def test_busy_cores_are_told() -> None:
-    one, two = (timing.Rates(gemm, copy=1e9) for gemm in (1e9, 1.9e9))
-    assert "BUSY" not in report.rates({("float32", 1): one, ("float32", 2): two})
-    told = report.rates({("float32", 1): one, ("float32", 2): replace(two, gemm=0.9e9)})
-    assert "THE CORES WERE BUSY: 2 threads multiplied float32 at 0.9 times the rate of one" in told
+    single, double = (timing.Rates(gemm, copy=1e9) for gemm in (1e9, 1.9e9))
+    assert "BUSY" not in report.rates({("float32", 1): single, ("float32", 2): double})
+    text = report.rates({("float32", 1): single, ("float32", 2): replace(double, gemm=0.9e9)})
+    assert "THE CORES WERE BUSY: 2 threads multiplied float32 at 0.9 times the rate of one" in text
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
@@ -211,8 +213,8 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
 def test_a_bar_has_both_passes_of_a_shape() -> None:
     measured = [
         measurement(direction=d, runner=name, median=median)
-        for d, ours in zip(run.PASSES, (1.0, 2.0), strict=True)
-        for name, median in ((peers.OURS, ours), ("peer", 6.0), ("slower", 9.0))
+        for d, our_seconds in zip(run.PASSES, (1.0, 2.0), strict=True)
+        for name, median in ((peers.OURS, our_seconds), ("peer", 6.0), ("slower", 9.0))
     ]
     (bars,) = plots.bars_by_op(plots.results_of(measured, MACHINE)).values()
     (bar,) = bars
@@ -223,12 +225,12 @@ def test_a_bar_has_both_passes_of_a_shape() -> None:
 
 def test_a_written_table_is_read_back(tmp_path: Path) -> None:
     measured = [measurement(direction=d, runner=name) for d in run.PASSES for name in (peers.OURS, "peer")]
-    made = report.Report(measured, MACHINE)
+    results = report.Report(measured, MACHINE)
     file = tmp_path / "report.md"
-    file.write_text(report.markdown(made))
+    file.write_text(report.markdown(results))
     read, drawn = read_results(file), plots.results_of(measured, MACHINE)
-    assert [replace(one, share=0) for one in read] == [replace(one, share=0) for one in drawn]
-    assert [one.share for one in read] == pytest.approx([one.share for one in drawn], abs=0.005)
+    assert [replace(line, share=0) for line in read] == [replace(line, share=0) for line in drawn]
+    assert [line.share for line in read] == pytest.approx([line.share for line in drawn], abs=0.005)
     file.write_text("# nothing\n")
     with pytest.raises(ValueError, match="wanted a table of results"):
         read_results(file)
@@ -236,7 +238,7 @@ def test_a_written_table_is_read_back(tmp_path: Path) -> None:
 
 def test_a_line_measured_again_takes_the_place_of_the_first() -> None:
     results = read_results(Path(__file__).parents[2] / "bench/results/cpu-avx512-zen4.md")
-    assert list(dict.fromkeys(one.op for one in results))[:2] == ["jagged_attention", "pma_pooling"]
+    assert list(dict.fromkeys(line.op for line in results))[:2] == ["jagged_attention", "pma_pooling"]
     (pooling,) = plots.bars_by_op(results, lengths=["all 1024"])["pma_pooling"]
     assert pooling.training is not None
     assert (pooling.training.ratio, pooling.training.peer) == (2.84, "per-row SDPA")
@@ -250,7 +252,7 @@ needs_linux = pytest.mark.skipif(memory.unsupported_reason() is not None, reason
 
 @needs_linux
 def test_a_peak_is_seen_though_it_is_gone_in_the_end() -> None:
-    """In a process of its own, as it is measured: in this one 96 MiB may hide in what earlier tests have freed."""
+    """In a process of its own, as it is measured: here 96 MiB may hide in memory that earlier tests have freed."""
     program = """
 import torch
 from interformer_bench import memory
@@ -263,8 +265,8 @@ print(*memory.growth(run))
 """
     environment = {**os.environ, **memory.ENVIRONMENT}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    grown, result = done.stdout.split(maxsplit=1)
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    grown, result = completed.stdout.split(maxsplit=1)
     assert 0.95 < int(grown) / (96 * 2**20) < 1.3
     assert result.startswith("tensor([1., 1.")
 
@@ -276,12 +278,12 @@ def test_peaks_come_from_children_and_padding_shows(monkeypatch: pytest.MonkeyPa
     unmarked = replace(shape, memory=False)
     peaks = list(memory.peaks([shape, unmarked], None, threads=1, progress=Progress()))
     assert [peak.problem for peak in peaks] == [None] * 4
-    found = {(peak.runner, peak.direction): peak.extra or 0 for peak in peaks}
+    extra_bytes = {(peak.runner, peak.direction): peak.extra or 0 for peak in peaks}
     # Keys and values: 64 rows of up to 512 places, 128 numbers of 4 bytes; a tenth of the places is taken.
     padded = 2 * 64 * max(shape.lengths()) * 128 * 4
-    assert padded < found["padded SDPA", "forward"] < 3 * padded
-    assert padded < found["padded SDPA", "forward+backward"] < 8 * padded
-    assert all(found[peers.OURS, direction] < 0.5 * padded for direction in run.PASSES)
+    assert padded < extra_bytes["padded SDPA", "forward"] < 3 * padded
+    assert padded < extra_bytes["padded SDPA", "forward+backward"] < 8 * padded
+    assert all(extra_bytes[peers.OURS, direction] < 0.5 * padded for direction in run.PASSES)
     table = report.memory_table(peaks)
     assert all(line[6].endswith((" pass", " MISS")) for line in table[:2])
     assert [line[6] for line in table[2:]] == ["100%"] * 2
@@ -312,16 +314,16 @@ def test_memory_is_judged_by_its_share_of_padding() -> None:
 
 
 def test_the_cost_of_a_call_is_told_for_every_way() -> None:
-    found = calls.lines(seconds=0.01)
-    assert len(found) >= len(calls.OPS) * len(calls.RUNNERS)
-    assert all(" us" in line[1] for line in found)
-    judged = [line[2] for line in found if line[2] != "-"]
+    lines = calls.lines(seconds=0.01)
+    assert len(lines) >= len(calls.OPS) * len(calls.RUNNERS)
+    assert all(" us" in line[1] for line in lines)
+    judged = [line[2] for line in lines if line[2] != "-"]
     assert len(judged) >= len(calls.OPS)
     assert all(target.endswith(("pass", "MISS")) for target in judged)
 
 
 def test_every_target_has_a_kind_and_a_pass() -> None:
     for kind in targets.KINDS:
-        found = targets.target(kind, "float32")
-        assert bool(found.forward) == bool(found.training) == (kind != "none")
+        target = targets.target(kind, "float32")
+        assert bool(target.forward) == bool(target.training) == (kind != "none")
     assert targets.target("short rows", "float64") == targets.Target()
