@@ -11,7 +11,7 @@ from torch import Tensor
 
 from interformer_kernels import testing
 
-# The layout of the queries decides what a kernel sums over: each of the three, with its own or the keys' offsets.
+# Each of the three layouts of the queries, which decide the axes of a kernel's sums, with its own or the keys' offsets.
 LAYOUTS: tuple[dict[str, Any], ...] = (
     {"op": "jagged_attention", "name": "self"},
     {"op": "jagged_attention", "name": "cross", "query_lengths": True},
@@ -32,9 +32,12 @@ def layouts(lengths: tuple[int, ...], **sizes: Any) -> list[testing.Case]:
 
 def all_ops(lengths: tuple[int, ...], **sizes: Any) -> list[testing.Case]:
     """One case of each layout of the attention family, and one of each other op."""
-    others = ("personalized_ffn", {"residual": True, "options": {"activation": "gelu"}}), ("apply_rotary", {"rope": 6})
+    other_ops = (
+        ("personalized_ffn", {"residual": True, "options": {"activation": "gelu"}}),
+        ("apply_rotary", {"rope": 6}),
+    )
     return layouts(lengths, **sizes) + [
-        testing.Case(op, "tokens", lengths=lengths, **{**sizes, **options}) for op, options in others
+        testing.Case(op, "tokens", lengths=lengths, **{**sizes, **options}) for op, options in other_ops
     ]
 
 
@@ -73,24 +76,24 @@ def replaced(inputs: Mapping[str, Any], change: Callable[[str, Tensor], Tensor])
     return changed
 
 
-def relaid(x: Tensor, how: str) -> Tensor:
+def relaid(x: Tensor, layout: str) -> Tensor:
     """The same numbers with other strides, one of MEMORY_LAYOUTS, with NaN in the gaps."""
     if x.dim() < 2:
         return x
     hole = torch.full_like(x, torch.nan)
-    if how == "sliced":
+    if layout == "sliced":
         return torch.cat((hole, x, hole), -1)[..., x.shape[-1] : 2 * x.shape[-1]]
-    if how == "transposed":
+    if layout == "transposed":
         return x.transpose(0, 1).contiguous().transpose(0, 1)
-    return torch.stack((x, hole), 1)[:, 0] if how == "spread" else torch.stack((x, hole), -1)[..., 0]
+    return torch.stack((x, hole), 1)[:, 0] if layout == "spread" else torch.stack((x, hole), -1)[..., 0]
 
 
-def relaid_inputs(inputs: Mapping[str, Any], how: str) -> dict[str, Any]:
+def relaid_inputs(inputs: Mapping[str, Any], layout: str) -> dict[str, Any]:
     """The inputs with all floating tensors relaid."""
-    changed = replaced(inputs, lambda name, x: relaid(x, how))
-    changed["grad_out"] = relaid(inputs["grad_out"], how)
+    changed = replaced(inputs, lambda name, x: relaid(x, layout))
+    changed["grad_out"] = relaid(inputs["grad_out"], layout)
     if "rope" in inputs:
-        changed["rope"] = tuple(relaid(x, how) for x in inputs["rope"])
+        changed["rope"] = tuple(relaid(x, layout) for x in inputs["rope"])
     return changed
 
 

@@ -1,4 +1,4 @@
-"""How much the tests ask. With EVERY=1 (`make nightly`) all of it, which takes hours; else a part that is fixed."""
+"""The extent of the tests: with EVERY=1 (`make nightly`) all cases, which takes hours; else a part that is fixed."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ EVERY = bool(os.environ.get("EVERY"))
 
 
 def most_draws(few: int) -> int | None:
-    """Draws of a case on a slow backend, or of a whole model: quantities that so few leave short are not judged."""
+    """Draws of a case on a slow backend, or of a whole model; quantities that need more are not judged."""
     return None if EVERY else few

@@ -1,6 +1,6 @@
-"""The shared hard inputs as the tests of the slow backends, interpreted and emulated, ask them.
+"""The shared hard inputs for the tests of the slow backends, interpreted and emulated.
 
-In CI a part, by turns of the dtype; with EVERY=1 all values, places, dtypes and draws.
+CI runs a part, each case in one dtype in rotation; EVERY=1 runs all values, places, dtypes and draws.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from interformer_kernels.testing import Case
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _by_turns(cases: list[Case], share: int = 1) -> pytest.MarkDecorator:
+def _in_rotation(cases: list[Case], share: int = 1) -> pytest.MarkDecorator:
     """Parametrise over the cases, or one in `share` of them, and a dtype each."""
-    found = [
+    parameters = [
         pytest.param(case, dtype, id=f"{name}-{i}-{dtype}")
         for i, (case, name) in enumerate(zip(cases, case_ids(cases), strict=True))
         if EVERY or i % share == 0
         for dtype in (DTYPES if EVERY else (DTYPES[i % len(DTYPES)],))
     ]
-    return pytest.mark.parametrize(("case", "dtype"), found)
+    return pytest.mark.parametrize(("case", "dtype"), parameters)
 
 
-over_planted = _by_turns([case for op in testing.OPS for case in testing.hard_cases(op)])
-over_values = _by_turns([case for op in testing.OPS for case in testing.hard_value_cases(op)], share=8)
+over_planted = _in_rotation([case for op in testing.OPS for case in testing.hard_cases(op)])
+over_values = _in_rotation([case for op in testing.OPS for case in testing.hard_value_cases(op)], share=8)
 
 
 def planted_problems(backend: str, case: Case, dtype: torch.dtype) -> list[str]:

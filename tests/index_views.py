@@ -38,15 +38,15 @@ def with_indices(
     inputs: dict[str, Any], offsets: Callable[[Tensor], Tensor], positions: Callable[[Tensor], Tensor]
 ) -> Any:
     """The call with its index tensors changed."""
-    found = dict(inputs)
+    changed = dict(inputs)
     for name in _OFFSETS:
         if inputs.get(name) is not None:
-            found[name] = offsets(inputs[name])
+            changed[name] = offsets(inputs[name])
     if "positions" in inputs:
-        found["positions"] = positions(inputs["positions"])
+        changed["positions"] = positions(inputs["positions"])
     if "rope_positions" in inputs:
-        found["rope_positions"] = tuple(map(positions, inputs["rope_positions"]))
-    return found
+        changed["rope_positions"] = tuple(map(positions, inputs["rope_positions"]))
+    return changed
 
 
 def pairs(inputs: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

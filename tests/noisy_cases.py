@@ -1,4 +1,4 @@
-"""Calls that are asked to keep float32's budget where exponentials and divisions err as much as a GPU's may."""
+"""Calls that must keep float32's budget where exponentials and divisions err as much as a GPU's may."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FEW = [
     Case("personalized_ffn", "gelu", lengths=(5, 20), options={"activation": "gelu"}),
     Case("personalized_ffn", "silu", lengths=(5, 20), options={"activation": "silu"}),
 ]  # fmt: skip
-# With two heads, not four, as the slow backends are asked.
+# The slow backends get two heads instead of four.
 ASKED = FEW + [
     dataclasses.replace(case, heads=2, kv_heads=2) if case.heads == case.kv_heads else case
     for case in (ALL_CASES if EVERY else [])

@@ -1,4 +1,4 @@
-"""Hypothesis strategies of calls: shapes, lengths, options, layouts in memory; and how one is judged on a backend."""
+"""Hypothesis strategies of calls: shapes, lengths, options, layouts in memory; and checks of a call on a backend."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from interformer_kernels.testing import Case
 
 row_lengths = st.one_of(st.integers(0, 3), st.integers(0, 3), st.integers(0, 40), st.integers(0, 150))
 lengths = st.lists(row_lengths, max_size=6).map(tuple)
-# Mostly small ones, those of vectors and tiles, and now and then anything.
+# Mostly small numbers of channels, those of vectors and tiles, and now and then any.
 small = st.integers(1, 20)
 channels = st.one_of(small, small, small, st.sampled_from((16, 32, 64, 128)), st.integers(1, 512))
 
-# Draws of a call: what these leave short of 1024 numbers is judged by the grids of the other tests.
+# Draws of a call: quantities for which these yield fewer than 1024 numbers are judged by the grids of the other tests.
 MOST_DRAWS = 32
 
 
@@ -50,12 +50,12 @@ def attention_cases(draw: st.DrawFn, op: str) -> Case:
         "strided": draw(st.booleans()),
         "index_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
     }
-    own = st.lists(st.integers(0, 9), min_size=len(rows), max_size=len(rows)).map(tuple)
+    query_lengths = st.lists(st.integers(0, 9), min_size=len(rows), max_size=len(rows)).map(tuple)
     if op == "pma_pooling":
         options["skip_prefix"] = draw(st.integers(0, 4))
         fields["shared_value"] = draw(st.booleans())
     else:
-        fields["query_lengths"] = draw(st.one_of(st.none(), own))
+        fields["query_lengths"] = draw(st.one_of(st.none(), query_lengths))
     if op == "jagged_attention":
         options["causal"] = draw(st.booleans())
         options["window"] = draw(st.tuples(st.integers(-1, 6), st.integers(-1, 6)))
@@ -92,12 +92,12 @@ cases = st.one_of(*(attention_cases(op) for op in testing.OPS[:3]), *(row_cases(
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 seeds = st.integers(0, 2**16)
 memories = st.sampled_from(("", *MEMORY_LAYOUTS))
-# Which of a call's plants: their number depends on the call.
+# The index of one of a call's plants, modulo their number, which depends on the call.
 plant_numbers = st.integers(0, 2**16)
 
 
 def _small(case: Case) -> Case:
-    """The call with heads that take a slow backend no minutes, of a size that each of them serves."""
+    """The call with heads small enough for the slow backends, of a size that each of them serves."""
     sizes = {"head_size": min(case.head_size, 128), "value_size": min(case.value_size, 128)}
     sizes["rope"] = min(case.rope, sizes["head_size"] // 2 * 2)
     return dataclasses.replace(case, **sizes)
@@ -108,7 +108,7 @@ small_cases = cases.map(_small)
 on_slow_backends = hypothesis.settings(max_examples=3) if hypothesis.settings().derandomize else hypothesis.settings()
 
 
-def made(case: Case, dtype: torch.dtype, seed: int, memory: str) -> dict[str, Any]:
+def laid_out_inputs(case: Case, dtype: torch.dtype, seed: int, memory: str) -> dict[str, Any]:
     """The inputs of a call, laid out in memory in one of MEMORY_LAYOUTS, or densely."""
     inputs = testing.make_inputs(case, dtype, seed=seed)
     return relaid_inputs(inputs, memory) if memory else inputs
@@ -117,20 +117,20 @@ def made(case: Case, dtype: torch.dtype, seed: int, memory: str) -> dict[str, An
 def check_call(
     backend: str, case: Case, dtype: torch.dtype, seed: int, memory: str, most_draws: int = MOST_DRAWS
 ) -> None:
-    """The call is within the budget; what is kept for a backward changes no bit of the output."""
+    """The call is within the budget; keeping tensors for a backward changes no bit of the output."""
     rows = testing.compare(
         case, backend, dtype, seed=seed, most_draws=most_draws,
-        make=lambda case, dtype, device, seed: made(case, dtype, seed, memory),
+        make=lambda case, dtype, device, seed: laid_out_inputs(case, dtype, seed, memory),
     )  # fmt: skip
     assert not [row for row in rows if not row.ok]
-    inputs = made(case, dtype, seed, memory)
+    inputs = laid_out_inputs(case, dtype, seed, memory)
     with torch.no_grad():
         served = testing.call(case.op, inputs, backend)[0]
     assert not differing({"out": served}, {"out": testing.call(case.op, inputs, backend)[0]})
 
 
 def check_plant(backend: str, case: Case, dtype: torch.dtype, seed: int, number: int) -> None:
-    """A value that is extreme or not finite, at one place of one input, is noticed where it may be, and only there."""
+    """A value that is extreme or not finite, at one place of one input, changes only the results that depend on it."""
     inputs = testing.make_inputs(case, dtype, seed=seed)
     plants = list(testing.plants(inputs))
     if plants:

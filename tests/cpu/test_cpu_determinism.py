@@ -39,8 +39,8 @@ def on_threads(counts: tuple[int, ...], op: str, inputs: dict[str, Any]) -> None
     for threads in counts:
         torch.set_num_threads(threads)
         by_threads.append(results(op, inputs))
-    for threads, other in zip(counts[1:], by_threads[1:], strict=True):
-        assert not differing(by_threads[0], other), threads
+    for threads, of_threads in zip(counts[1:], by_threads[1:], strict=True):
+        assert not differing(by_threads[0], of_threads), threads
 
 
 @pytest.mark.usefixtures("restored_threads")
@@ -127,13 +127,13 @@ def along(case: Case, name: str) -> str | None:
     name = name.removeprefix("d") if name != "dense" else name
     if name in ("gate", "residual", "grad_out"):
         name = "out"
-    found = ALONG[case.op].get(name)
-    if found == QUERIES and case.name == "dense":
+    axis = ALONG[case.op].get(name)
+    if axis == QUERIES and case.name == "dense":
         return ROWS
-    return KEYS if found == QUERIES and not case.query_lengths else found
+    return KEYS if axis == QUERIES and not case.query_lengths else axis
 
 
-def taken(case: Case, name: str, x: Tensor, rows: tuple[int, ...]) -> Tensor:
+def rows_of(case: Case, name: str, x: Tensor, rows: tuple[int, ...]) -> Tensor:
     """The slices of an argument or result that belong to these rows, in their order."""
     axis = along(case, name)
     if axis is None:
@@ -148,17 +148,17 @@ def taken(case: Case, name: str, x: Tensor, rows: tuple[int, ...]) -> Tensor:
 
 def batch_of(case: Case, inputs: dict[str, Any], rows: tuple[int, ...]) -> dict[str, Any]:
     """The inputs of a batch of these rows, in new memory."""
-    found = replaced(inputs, lambda name, x: taken(case, name, x, rows).clone())
-    found["grad_out"] = taken(case, "grad_out", inputs["grad_out"], rows).clone()
+    batch = replaced(inputs, lambda name, x: rows_of(case, name, x, rows).clone())
+    batch["grad_out"] = rows_of(case, "grad_out", inputs["grad_out"], rows).clone()
     keys, queries = (
         None if lengths is None else offsets_of([lengths[row] for row in rows])
         for lengths in (case.lengths, case.query_lengths)
     )
     if case.op == "gated_cross_attention":
-        return {**found, "kv_offsets": keys, "q_offsets": queries}
+        return {**batch, "kv_offsets": keys, "q_offsets": queries}
     if queries is not None:
-        return {**found, "offsets": queries, "kv_offsets": keys}
-    return {**found, "offsets": keys}
+        return {**batch, "offsets": queries, "kv_offsets": keys}
+    return {**batch, "offsets": keys}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -175,10 +175,10 @@ def test_batch_invariance(layout: int, sizes: tuple[int, int], dtype: torch.dtyp
     together = results(case.op, inputs)
     alone = [(row,) for row in range(len(lengths))]
     for rows in (*alone, tuple(reversed(range(len(lengths)))), (4, 5, 2), (5, 2, 4), (2, 4, 5), (0, 0, 0)):
-        found = results(case.op, batch_of(case, inputs, rows))
-        for name, x in found.items():
+        actual = results(case.op, batch_of(case, inputs, rows))
+        for name, x in actual.items():
             if along(case, name) is not None:
-                expected = taken(case, name, together[name], rows)
+                expected = rows_of(case, name, together[name], rows)
                 assert not differing({name: x}, {name: expected}), (rows, name)
 
 
@@ -206,16 +206,16 @@ def test_offsets_of_any_content(case: Case, index: torch.dtype) -> None:
             broken[name] = (apart if draw % 4 == 0 else drawn).to(index)
         if "rope" in inputs:  # a clamped row may be longer than the tables: places in them are clamped, too
             broken["positions"] = extremes[torch.randint(8, (20,), generator=generator)].to(index)
-        found = results(case.op, broken)
-        for name, x in found.items():
+        actual = results(case.op, broken)
+        for name, x in actual.items():
             assert not x.isnan().any(), (draw, name, broken)
             assert name == "lse" or x.isfinite().all(), (draw, name)
         if per_row or draw % 4 == 0:
-            torch.testing.assert_close(found["out"], truth(case.op, broken)["out"])
+            torch.testing.assert_close(actual["out"], truth(case.op, broken)["out"])
 
 
 def test_rows_that_overlap_are_served_in_one_order() -> None:
-    """Which of two rows a shared token's output comes from must not depend on threads."""
+    """The row that a shared token's output comes from must not depend on threads."""
     interformer_kernels.set_validation("off")
     for case in all_ops(MANY, **SIZES, tail=0):
         inputs = make_inputs(case, torch.float32)
@@ -244,10 +244,10 @@ def test_positions_of_any_content_are_clamped() -> None:
             wild = [x.index_fill(0, torch.tensor([0, 2]), torch.iinfo(index).max).to(index) for x in places]
             wild = [x.index_fill(0, torch.tensor([1]), torch.iinfo(index).min) for x in wild]
             tame = [x.clamp(0, 8) for x in wild]
-            found, expected = (
+            actual, expected = (
                 results(case.op, {**inputs, name: tuple(xs) if len(xs) > 1 else xs[0]}) for xs in (wild, tame)
             )
-            assert not differing(found, expected)
+            assert not differing(actual, expected)
 
 
 # ---------------------------------------------------------------- NaN and infinity
@@ -278,12 +278,12 @@ def test_a_nan_stays_in_its_row_and_head(op: str) -> None:
     inputs = make_inputs(case, torch.float32)
     with torch.no_grad():
         inputs["k"][40, 1, 3] = torch.nan
-    found = results(op, inputs)
+    actual = results(op, inputs)
     row = slice(4, 74) if op == "jagged_attention" else slice(1, 2)
     for name, rows in (("out", row), ("lse", row), ("dk", slice(4, 74)), ("dv", slice(4, 74))):
         head = (..., 1) if name == "lse" else (..., 1, slice(None))
-        assert found[name][rows][head].isnan().all(), name
-        assert found[name].isnan().sum() == found[name][rows][head].numel(), name
+        assert actual[name][rows][head].isnan().all(), name
+        assert actual[name].isnan().sum() == actual[name][rows][head].numel(), name
 
 
 @pytest.mark.parametrize("pattern", ["first tile -inf", "one inf", "all -inf", "inf then nan", "one finite"])

@@ -44,10 +44,10 @@ def test_an_attention_output_beyond_float16_reaches_the_backward(score: str, for
     }
     inputs = {name: x.half().requires_grad_(name != "grad_out") for name, x in inputs.items()}
     options = {"score": score, "scale": 0.0625, "gate_form": form, "gate_activation": "sigmoid"}
-    made = {**inputs, **options, "kv_offsets": offsets_of((n,))}
-    found = results("gated_cross_attention", made)
-    exact = truth("gated_cross_attention", testing.cast_inputs(made, torch.float32))
-    for name, x in found.items():
+    arguments = {**inputs, **options, "kv_offsets": offsets_of((n,))}
+    actual = results("gated_cross_attention", arguments)
+    exact = truth("gated_cross_attention", testing.cast_inputs(arguments, torch.float32))
+    for name, x in actual.items():
         expected = exact[name].half()
         assert x.isfinite().all(), name
         torch.testing.assert_close(x, expected, msg=lambda text, name=name: f"{name}: {text}")
@@ -63,12 +63,12 @@ def test_gradients_of_broadcast_gates_are_sums_of_unrounded_terms(case: Case, fo
         if math.prod(shape) * 16 > inputs["grad_out"].numel():
             continue  # too few terms in a sum for the rounding of each to show
         gated = {**inputs, "gate": torch.randn(shape).to(dtype).requires_grad_()}
-        found = results(case.op, gated)["dgate"]
+        actual = results(case.op, gated)["dgate"]
         exact = truth(case.op, testing.cast_inputs(gated, torch.float64))["dgate"]
         rounded = exact.to(dtype)
         unit = torch.finfo(dtype).eps
         # avx512_bf16 rounds operands of products, so attn_out may err as much as a sum of rounded probabilities.
-        assert rms(found - exact) <= 2 * rms(rounded - exact) + unit * rms(exact), (shape, form)
+        assert rms(actual - exact) <= 2 * rms(rounded - exact) + unit * rms(exact), (shape, form)
 
 
 # ---------------------------------------------------------------- means of large values
@@ -112,10 +112,10 @@ def test_means_of_large_values_under_masks(dtype: torch.dtype, mask: dict[str, A
     inputs = {"q": q, "k": k, "v": v, "offsets": offsets_of((n,)), **mask}
     inputs = {name: x.requires_grad_() if name in "qkv" else x for name, x in inputs.items()}
     small = {**inputs, "v": (v.detach() / 2**40).requires_grad_()}
-    found, expected = (results("jagged_attention", {**made, "grad_out": grad}) for made in (inputs, small))
+    actual, expected = (results("jagged_attention", {**arguments, "grad_out": grad}) for arguments in (inputs, small))
     for name, power in (("out", 40), ("lse", 0), ("dv", 0), ("dq", 40), ("dk", 40)):
-        assert found[name].isfinite().all(), name
-        assert torch.equal(found[name], expected[name] * 2.0**power), name  # powers of two change no bit
+        assert actual[name].isfinite().all(), name
+        assert torch.equal(actual[name], expected[name] * 2.0**power), name  # powers of two change no bit
 
 
 @pytest.mark.parametrize("score", SCORES[1:])
@@ -124,15 +124,15 @@ def test_post_scale_comes_before_the_sum(dtype: torch.dtype, score: str) -> None
     large = 1e38 if dtype == torch.float32 else 5e307
     n = 40
     k, v, q = torch.ones(n, 1, 4, dtype=dtype), torch.full((n, 1, 8), large, dtype=dtype), torch.ones(1, 3, 1, 4)
-    made = {"q": q.to(dtype), "k": k, "v": v, "kv_offsets": offsets_of((n,)), "score": score, "post_scale": 1 / n}
-    made["grad_out"] = torch.full((1, 3, 1, 8), 0.125, dtype=dtype)
-    made = {name: x.requires_grad_() if name in "qkv" else x for name, x in made.items()}
-    found = results("gated_cross_attention", made)
-    small = {**made, "v": (v.detach() * 2.0**-40).requires_grad_()}
+    arguments = {"q": q.to(dtype), "k": k, "v": v, "kv_offsets": offsets_of((n,)), "score": score, "post_scale": 1 / n}
+    arguments["grad_out"] = torch.full((1, 3, 1, 8), 0.125, dtype=dtype)
+    arguments = {name: x.requires_grad_() if name in "qkv" else x for name, x in arguments.items()}
+    actual = results("gated_cross_attention", arguments)
+    small = {**arguments, "v": (v.detach() * 2.0**-40).requires_grad_()}
     expected = results("gated_cross_attention", small)
     for name, power in (("out", 40), ("dv", 0), ("dq", 40), ("dk", 40)):
-        assert found[name].isfinite().all(), name
-        assert torch.equal(found[name], expected[name] * 2.0**power), name
+        assert actual[name].isfinite().all(), name
+        assert torch.equal(actual[name], expected[name] * 2.0**power), name
 
 
 # ---------------------------------------------------------------- values that are not finite stay in their place
@@ -166,12 +166,12 @@ def test_neighbours_keep_their_bits_under_apply_rotary(dtype: torch.dtype) -> No
     clean = results(case.op, inputs)
     for name, quantity in (("x", "out"), ("grad_out", "dx")):
         for channel, pair in ((1, [1, 4]), (5, [2, 5]), (7, [7])):
-            found = results(case.op, testing.hard.planted(inputs, testing.hard.Plant(name, (11, 2, channel), "nan")))
-            for other, x in found.items():
-                wrong = (x != clean[other]) & ~(x.isnan() & clean[other].isnan())
-                if other == quantity:
+            actual = results(case.op, testing.hard.planted(inputs, testing.hard.Plant(name, (11, 2, channel), "nan")))
+            for result_name, x in actual.items():
+                wrong = (x != clean[result_name]) & ~(x.isnan() & clean[result_name].isnan())
+                if result_name == quantity:
                     wrong[11, 2, pair] = False
-                assert not wrong.any(), (name, channel, other)
+                assert not wrong.any(), (name, channel, result_name)
 
 
 # ---------------------------------------------------------------- rows of many shards
@@ -204,8 +204,8 @@ def test_shards_of_a_row_have_the_bits_of_the_whole(options: dict[str, Any], dty
             for threads in (1, 2, 3, 8):
                 torch.set_num_threads(threads)
                 by_threads.append(results(case.op, inputs))
-            for other in by_threads[1:]:
-                assert not differing(by_threads[0], other), case.name
+            for of_threads in by_threads[1:]:
+                assert not differing(by_threads[0], of_threads), case.name
     finally:
         torch.set_num_threads(before)
 
@@ -226,14 +226,14 @@ def test_sizes_of_zero() -> None:
     offsets = {0: torch.tensor([0]), 2: torch.tensor([0, 0, 3])}
     for rows, tokens in ((0, 0), (0, 4), (2, 4)):
         for inputs_size, outputs in ((0, 0), (0, 5), (5, 0)):
-            made: dict[str, Any] = {
+            arguments: dict[str, Any] = {
                 "x": torch.randn(tokens, inputs_size),
                 "weight": torch.randn(rows, inputs_size, outputs),
                 "bias": torch.randn(rows, outputs),
             }
-            made = {name: x.requires_grad_() for name, x in made.items()}
-            made.update(offsets=offsets[rows], grad_out=torch.randn(tokens, outputs))
-            compare_with_truth("personalized_ffn", made)
+            arguments = {name: x.requires_grad_() for name, x in arguments.items()}
+            arguments.update(offsets=offsets[rows], grad_out=torch.randn(tokens, outputs))
+            compare_with_truth("personalized_ffn", arguments)
     for queries, heads in ((0, 2), (3, 2)):
         for rows, tokens in ((0, 0), (2, 4)):
             kv = {name: torch.randn(tokens, 2, 4).requires_grad_() for name in "kv"}
@@ -251,6 +251,6 @@ def test_sizes_of_zero() -> None:
 
 
 def compare_with_truth(op: str, inputs: dict[str, Any]) -> None:
-    found, expected = results(op, inputs), truth(op, inputs)
-    for name, x in found.items():
+    actual, expected = results(op, inputs), truth(op, inputs)
+    for name, x in actual.items():
         torch.testing.assert_close(x, expected[name], msg=lambda text, name=name: f"{op} {name}: {text}")

@@ -63,14 +63,14 @@ print(_C.build_info()["cpu_level"], rows > 100)
 
 @pytest.mark.parametrize("isa", _C.build_info()["cpu_levels"])
 def test_every_isa_is_right(isa: str) -> None:
-    done = python(GRID, isa)
-    assert done.stdout == f"{isa} True\n", done.stdout + done.stderr
+    completed = python(GRID, isa)
+    assert completed.stdout == f"{isa} True\n", completed.stdout + completed.stderr
 
 
 @pytest.mark.parametrize("isa", [None, ""], ids=["unset", "empty"])
 def test_the_best_isa_is_chosen(isa: str | None) -> None:
-    done = python("import torch\nfrom interformer_kernels import _C\nprint(_C.build_info()['cpu_level'])", isa)
-    assert done.stdout.strip() == _C.build_info()["cpu_levels"][-1], done.stderr
+    completed = python("import torch\nfrom interformer_kernels import _C\nprint(_C.build_info()['cpu_level'])", isa)
+    assert completed.stdout.strip() == _C.build_info()["cpu_levels"][-1], completed.stderr
 
 
 def test_an_unknown_isa_is_an_error() -> None:
@@ -90,9 +90,9 @@ for _ in range(2):
         except ValueError as error:
             print(error)
 """
-    done = python(script, "avx3")
+    completed = python(script, "avx3")
     expected = f"INTERFORMER_CPU_LEVEL must be one of {', '.join(_C.build_info()['cpu_levels'])}, found avx3\n"
-    assert done.stdout == 4 * expected, done.stderr
+    assert completed.stdout == 4 * expected, completed.stderr
 
 
 # ---------------------------------------------------------------- forks and threads
@@ -117,8 +117,8 @@ for _ in range(2):
     assert os.waitpid(child, 0)[1] == 0
 print("joined")
 """
-    done = python(script)
-    assert done.stdout == "joined\n", done.stderr
+    completed = python(script)
+    assert completed.stdout == "joined\n", completed.stderr
 
 
 def test_workers_of_a_data_loader() -> None:
@@ -152,8 +152,8 @@ for items in DataLoader(Items(), batch_size=2, num_workers=2, collate_fn=collate
         seen += 1
 print(seen == len(cases))
 """
-    done = python(script)
-    assert done.stdout == "True\n", done.stdout + done.stderr
+    completed = python(script)
+    assert completed.stdout == "True\n", completed.stdout + completed.stderr
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -161,14 +161,14 @@ def test_python_threads_at_once(threads: int) -> None:
     """Threads with different inputs get the results of sequential calls."""
     cases = all_ops((400, *range(1, 50)), **SIZES)
     inputs = [make_inputs(case, torch.float32, seed=seed) for seed, case in enumerate(cases)]
-    expected = [results(case.op, made) for case, made in zip(cases, inputs, strict=True)]
+    expected = [results(case.op, arguments) for case, arguments in zip(cases, inputs, strict=True)]
 
     def repeat(order: list[int]) -> list[str]:
         torch.set_num_threads(threads)
         wrong = []
         for i in order * 2:
-            found = results(cases[i].op, inputs[i])
-            wrong += [f"{name_of(cases[i])} {name}" for name in differing(found, expected[i])]
+            actual = results(cases[i].op, inputs[i])
+            wrong += [f"{name_of(cases[i])} {name}" for name in differing(actual, expected[i])]
         return wrong
 
     order = list(range(len(cases)))

@@ -101,10 +101,10 @@ def test_every_length(dtype: torch.dtype, d: int, dv: int, options: dict[str, An
     inputs = make_inputs(Case("jagged_attention", "", lengths=lengths, **sizes), dtype)
     exact = testing.cast_inputs(inputs, torch.float64)
     coarse = testing.cast_inputs(inputs, torch.float32) if dtype == torch.float64 else inputs
-    found = results("jagged_attention", inputs)
+    actual = results("jagged_attention", inputs)
     true, eager = truth("jagged_attention", exact), truth("jagged_attention", coarse)
     ends = offsets_of(lengths).tolist()
-    for name, x in found.items():
+    for name, x in actual.items():
         largest = float(testing.differences(eager[name], true[name]).max())
         unit = torch.finfo(x.dtype).eps
         share = 3 * 2.0**-29 if dtype == torch.float64 else 2
@@ -204,24 +204,24 @@ class Spy:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("how", MEMORY_LAYOUTS)
-def test_strided_inputs_are_read_in_place(how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", MEMORY_LAYOUTS)
+def test_strided_inputs_are_read_in_place(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy()
     for module in ("attention", "personalized_ffn", "apply_rotary"):
         monkeypatch.setattr(f"interformer_kernels._cpu.{module}._C", spy)
     for case in all_ops((5, 0, 70), kv_heads=2, head_size=8, value_size=16):
         gated = {"gate": "full", "residual": True} if case.op.endswith(("attention", "pooling")) else {}
         inputs = make_inputs(Case(**{**vars(case), **gated}), dtype)
-        strided = relaid_inputs(inputs, how)
+        strided = relaid_inputs(inputs, layout)
         for name in ("offsets", "kv_offsets", "q_offsets"):
             if inputs.get(name) is not None:
                 strided[name] = torch.stack((inputs[name], inputs[name].flip(0)), 1)[:, 0].int()
         spy.handed.clear()
         assert not differing(results(case.op, strided), results(case.op, inputs)), name_of(case)
-        given = {name: x for name, x in strided.items() if isinstance(x, Tensor)}
-        if how == "channels apart":  # the kernels read k and v by whole vectors, so these are copied
-            given = {name: x for name, x in given.items() if name not in ("k", "v")}
-        assert {name for name, x in given.items() if x.data_ptr() not in spy.handed} == set()
+        read_in_place = {name: x for name, x in strided.items() if isinstance(x, Tensor)}
+        if layout == "channels apart":  # the kernels read k and v by whole vectors, so these are copied
+            read_in_place = {name: x for name, x in read_in_place.items() if name not in ("k", "v")}
+        assert {name for name, x in read_in_place.items() if x.data_ptr() not in spy.handed} == set()
 
 
 @pytest.mark.parametrize("case", all_ops((4, 5), head_size=8, value_size=8), ids=name_of)
@@ -248,8 +248,8 @@ def test_lazily_conjugated_views() -> None:
         interformer_kernels.jagged_attention(x, x, x, **rows)
     half = x.imag
     assert half.is_neg()
-    found = interformer_kernels.jagged_attention(half, half, half, **rows)
-    assert torch.equal(found, interformer_kernels.jagged_attention(*[half.clone()] * 3, **rows))
+    actual = interformer_kernels.jagged_attention(half, half, half, **rows)
+    assert torch.equal(actual, interformer_kernels.jagged_attention(*[half.clone()] * 3, **rows))
 
 
 @pytest.mark.parametrize(
@@ -279,9 +279,9 @@ def test_beyond_two_to_the_31(op: str, far: str) -> None:
     with torch.no_grad():  # gradients have the inputs' shapes, but not their strides
         out = testing.call(op, distant, "cpu")[0]
     torch.utils.deterministic.fill_uninitialized_memory = True
-    found = results(op, inputs)
-    assert torch.equal(out, found["out"])
-    assert not differing(results(op, distant), found)
+    actual = results(op, inputs)
+    assert torch.equal(out, actual["out"])
+    assert not differing(results(op, distant), actual)
 
 
 # ---------------------------------------------------------------- element types
@@ -309,16 +309,16 @@ def as_multiplied(values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_bit_pattern_comes_through(dtype: torch.dtype) -> None:
-    # All but -0, which the sum that starts at 0 turns into 0, as a matrix product does.
+    # All but -0, which a sum that starts at 0 makes 0, as a matrix product does.
     every = torch.arange(1 - 2**15, 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     # Channels that do not rotate are not touched at all, so -0 stays.
     pairs = torch.stack((every * 0, every * 0, every), -1).view(-1, 1, 3)
     rope = testing.rotary_tables(every.numel(), 2)
-    kept = interformer_kernels.apply_rotary(pairs, offsets_of((every.numel(),)), rope, backend="cpu")
-    for found, expected in ((converted(every), as_multiplied(every)), (kept[:, 0, 2], every)):
+    unrotated = interformer_kernels.apply_rotary(pairs, offsets_of((every.numel(),)), rope, backend="cpu")
+    for actual, expected in ((converted(every), as_multiplied(every)), (unrotated[:, 0, 2], every)):
         number = ~every.isnan()
-        assert torch.equal(found.view(torch.int16)[number], expected.view(torch.int16)[number])
-        assert found[~number].isnan().all()
+        assert torch.equal(actual.view(torch.int16)[number], expected.view(torch.int16)[number])
+        assert actual[~number].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -336,9 +336,9 @@ def test_megabytes_on_huge_pages(op: str) -> None:
     """Outputs and gradients of more than 8 MiB, which end inside a page."""
     case = Case(op, "large", lengths=(8, 0, 1) * 2000, heads=2, kv_heads=2, head_size=47, value_size=41, queries=4)
     inputs = make_inputs(case, torch.float64)
-    found = results(op, inputs)
-    assert all(found[name].nbytes > 2**23 for name in ("dk", "dv"))
-    torch.testing.assert_close(found, truth(op, inputs))
+    actual = results(op, inputs)
+    assert all(actual[name].nbytes > 2**23 for name in ("dk", "dv"))
+    torch.testing.assert_close(actual, truth(op, inputs))
 
 
 def test_gradients_are_checked_numerically() -> None:

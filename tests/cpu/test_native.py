@@ -1,4 +1,4 @@
-"""The native module: how tensors reach it, and the libraries and symbols of its file."""
+"""The native module: views of tensors, and the libraries and symbols of its file."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def quantized() -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("thing", "name"),
+    ("value", "name"),
     [(None, "NoneType"), (3, "int"), ([0, 3], "list"), (np.zeros(3, dtype=np.int64), "numpy.ndarray"), (Tensor, "")],
     ids=["none", "int", "list", "ndarray", "class"],
 )
-def test_not_a_tensor(thing: object, name: str) -> None:
+def test_not_a_tensor(value: object, name: str) -> None:
     with pytest.raises(TypeError, match=f"^first_bad_offset: offsets must be a torch.Tensor, found {name}"):
-        first_bad(thing)
+        first_bad(value)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -184,5 +184,5 @@ pma_pooling(k[:4], k, None, torch.arange(101) * 200, backend="cpu")
 with open("/proc/self/maps") as maps:
     print(*sorted(set(re.findall(r"/\\S*(?:gomp|iomp|omp5)\\S*", maps.read()))), sep="\\n")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert len(done.stdout.split()) == 1, done.stdout
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert len(completed.stdout.split()) == 1, completed.stdout
