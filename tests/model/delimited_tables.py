@@ -34,8 +34,8 @@ def layout_rows(name: str, seed: int, count: int) -> list[Row]:
         row |= {"timestamp": str(i // 3)} if "timestamp" in row else {"price": f"{rng.expovariate(0.01):.2f}"}
         for column in row:
             if column.endswith(("_history", "_his", "_items")):
-                some = length if name == "amazon_electronics_x1" else max(length - rng.randint(0, 2), 0)
-                row[column] = "^".join(str(min(int(rng.expovariate(0.2)), 40)) for _ in range(some))
+                events = length if name == "amazon_electronics_x1" else max(length - rng.randint(0, 2), 0)
+                row[column] = "^".join(str(min(int(rng.expovariate(0.2)), 40)) for _ in range(events))
         rows.append({column: row[column] for column in LAYOUTS[name].split()})
     return rows
 
@@ -59,11 +59,11 @@ class Expected:
 
     def history(self, row: Row) -> list[tuple[str, ...]]:
         """Events of a row, oldest first, each with its text in every column; "" for a missing one."""
-        how = self.schema.sequences
+        sequences = self.schema.sequences
         columns = []
-        for ids in how.fields:
-            texts = row[ids.column].split(how.separator) if row[ids.column] else []
-            texts = texts[::-1] if how.order == "newest_first" else texts
+        for ids in sequences.fields:
+            texts = row[ids.column].split(sequences.separator) if row[ids.column] else []
+            texts = texts[::-1] if sequences.order == "newest_first" else texts
             columns.append(texts[max(len(texts) - self.max_length, 0) :])
         longest = max(map(len, columns))
         return list(zip(*([""] * (longest - len(texts)) + texts for texts in columns), strict=True))
@@ -83,12 +83,12 @@ class Expected:
 def check(splits: Splits, parts: dict[str, Sequence[Row]], schema: CsvSchema, max_length: int) -> None:
     """Check every id of every row: equal texts of a table have equal ids, and texts rare in training have id 0."""
     counts = Expected(parts["train"], schema, max_length).counts()
-    seen: dict[str, dict[str, int]] = {table: {} for table in schema.tables}
+    ids_of: dict[str, dict[str, int]] = {table: {} for table in schema.tables}
 
-    def same(table: str, text: str, actual: int) -> None:
+    def check_id(table: str, text: str, actual: int) -> None:
         rare = not text or counts[table][text] < schema.tables[table]
         assert (actual == 0) == rare, (table, text, actual, counts[table][text])
-        assert seen[table].setdefault(text, actual) == actual
+        assert ids_of[table].setdefault(text, actual) == actual
 
     users: dict[str, int] = {}
     for name, part in splits.parts().items():
@@ -100,16 +100,16 @@ def check(splits: Splits, parts: dict[str, Sequence[Row]], schema: CsvSchema, ma
             assert batch.label.item() == float(row[schema.label])
             assert users.setdefault(row[schema.user], int(batch.user)) == int(batch.user)
             for ids, actual in zip(schema.categorical, batch.categorical[0].tolist(), strict=True):
-                same(ids.table, row[ids.column], actual)
+                check_id(ids.table, row[ids.column], actual)
             history = expected.history(row)
             assert len(history) == len(batch.sequences)
             for event, numbers in zip(history, batch.sequences.tolist(), strict=True):
                 for ids, text, actual in zip(schema.sequences.fields, event, numbers, strict=True):
-                    same(ids.table, text, actual)
+                    check_id(ids.table, text, actual)
     assert len(set(users.values())) == len(users)
-    for table, numbers in seen.items():
-        known = sorted(number for number in numbers.values() if number)
-        assert known == sorted(set(known))
+    for table, numbers in ids_of.items():
+        known_ids = sorted(number for number in numbers.values() if number)
+        assert known_ids == sorted(set(known_ids))
         assert splits.schema.tables[table] == 1 + sum(
             count >= schema.tables[table] for text, count in counts[table].items() if text
         )

@@ -33,20 +33,22 @@ def read(directory: Path) -> Splits:
     return read_csv(directory, load_schema(LAYOUT), cache=directory / "cache")
 
 
-def same(one: Splits, two: Splits) -> bool:
+def same_splits(first: Splits, second: Splits) -> bool:
     """Whether the splits are equal, bit by bit."""
-    pairs = zip(one.parts().values(), two.parts().values(), strict=True)
-    return one.schema == two.schema and all(torch.equal(getattr(a, x), getattr(b, x)) for a, b in pairs for x in ARRAYS)
+    pairs = zip(first.parts().values(), second.parts().values(), strict=True)
+    return first.schema == second.schema and all(
+        torch.equal(getattr(a, x), getattr(b, x)) for a, b in pairs for x in ARRAYS
+    )
 
 
 def start(target: Callable[..., None], *arguments: object) -> tuple[BaseProcess, Any]:
     """A process that calls `target(*arguments, connection)`, and this end of the connection."""
     _CONTEXT.set_forkserver_preload(["interformer.experiments.worker", "torch._dynamo"])
-    ours, theirs = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=target, args=(*arguments, theirs))
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=target, args=(*arguments, sender))
     process.start()
-    theirs.close()
-    return process, ours
+    sender.close()
+    return process, receiver
 
 
 def answers(started: list[tuple[BaseProcess, Any]]) -> list[Any]:
@@ -76,7 +78,7 @@ def read_again_and_again(directory: Path, times: int, touch: bool, connection: A
                     raise
                 continue
             expected = expected or actual
-            wrong += not same(actual, expected)
+            wrong += not same_splits(actual, expected)
     except BaseException as error:
         connection.send(f"{type(error).__name__}: {error}")
         return

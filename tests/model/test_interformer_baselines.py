@@ -55,8 +55,8 @@ def test_tail_events_of_no_row_change_nothing(name: str) -> None:
 def test_who_knows_the_order_of_events(name: str, ordered: bool) -> None:
     model = build_model(name, replace(CONFIG, embedding_std=0.5), small_schema())
     batch = random_batch(small_schema(), (9,))
-    turned = replace(batch, sequences=batch.sequences.flip(0))
-    assert torch.allclose(model(batch), model(turned), rtol=1e-5, atol=1e-6) is not ordered
+    reversed_events = replace(batch, sequences=batch.sequences.flip(0))
+    assert torch.allclose(model(batch), model(reversed_events), rtol=1e-5, atol=1e-6) is not ordered
 
 
 def test_din_is_a_sum_weighed_by_event_and_candidate() -> None:

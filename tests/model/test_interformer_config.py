@@ -63,9 +63,9 @@ def test_settings_left_out_keep_their_defaults_and_unknown_ones_are_refused() ->
 
 def test_schema_goes_through_json() -> None:
     schema = small_schema()
-    again = Schema.from_dict(json.loads(json.dumps(schema.to_dict())))
-    assert again == schema
-    assert again.num_tokens == 4
+    restored = Schema.from_dict(json.loads(json.dumps(schema.to_dict())))
+    assert restored == schema
+    assert restored.num_tokens == 4
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,10 @@ class Losses(Progress):
     """The loss of every step."""
 
     def __init__(self) -> None:
-        self.found: list[float] = []
+        self.recorded: list[float] = []
 
     def step(self, impressions: int, tokens: int, loss: float) -> None:
-        self.found.append(loss)
+        self.recorded.append(loss)
 
 
 def _losses(config: InterFormerConfig) -> list[float]:
@@ -46,8 +46,8 @@ def _losses(config: InterFormerConfig) -> list[float]:
     law = SyntheticLaw(num_users=users, impressions_per_user=5, mean_length=6, max_history=config.max_history)
     losses = Losses()
     train(synthesize(law), config, TRAINING, progress=losses)
-    assert len(losses.found) == STEPS
-    return losses.found
+    assert len(losses.recorded) == STEPS
+    return losses.recorded
 
 
 SERVING = set.intersection(*(set(backends(op)) for op in OPS)) - {"reference"}

@@ -45,8 +45,10 @@ def _parts(splits: Splits) -> list[tuple[int, int, int]]:
     columns = [field.name for field in splits.schema.categorical]
     item = columns.index("item")
     rows = []
-    for which, part in enumerate(splits.parts().values()):
-        rows += [(u, i, which) for u, i in zip(part.user.tolist(), part.categorical[:, item].tolist(), strict=True)]
+    for part_number, part in enumerate(splits.parts().values()):
+        rows += [
+            (u, i, part_number) for u, i in zip(part.user.tolist(), part.categorical[:, item].tolist(), strict=True)
+        ]
     return rows
 
 
@@ -54,25 +56,25 @@ def _parts(splits: Splits) -> list[tuple[int, int, int]]:
 def test_a_history_is_what_the_user_rated_strictly_before(tmp_path: Path, seed: int) -> None:
     ratings = _random_ratings(seed)
     splits = read_movielens(_write(tmp_path, ratings), valid=0.2, test=0.2)
-    known = {(u, i): (rating, time) for u, i, rating, time in ratings}
+    rating_and_time = {(u, i): (rating, time) for u, i, rating, time in ratings}
     events = [field.name for field in splits.schema.sequences]
-    seen = 0
+    checked = 0
     for part in splits.parts().values():
         for row in range(len(part)):
             batch = part.batch(torch.tensor([row]))
             user, item = f"u{batch.user.item()}", f"i{batch.categorical[0, 4].item()}"
-            rating, now = known[user, item]
+            rating, now = rating_and_time[user, item]
             assert batch.label.item() == (rating >= 4)
             items = [f"i{i}" for i in batch.sequences[:, events.index("item")].tolist()]
-            earlier = {i for (u, i), (_, time) in known.items() if u == user and time < now}
+            earlier = {i for (u, i), (_, time) in rating_and_time.items() if u == user and time < now}
             assert set(items) == earlier
             assert len(items) == len(earlier)
             levels = (batch.sequences[:, events.index("rating")] + 1).tolist()
-            assert levels == [known[user, i][0] for i in items]
-            times = [known[user, i][1] for i in items]
+            assert levels == [rating_and_time[user, i][0] for i in items]
+            times = [rating_and_time[user, i][1] for i in items]
             assert times == sorted(times)
-            seen += 1
-    assert seen == len(ratings)
+            checked += 1
+    assert checked == len(ratings)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -80,14 +82,14 @@ def test_the_split_is_by_time_within_the_user_and_keeps_a_second_together(tmp_pa
     ratings = _random_ratings(seed)
     parts = _parts(read_movielens(_write(tmp_path, ratings), valid=0.2, test=0.2))
     times = {(int(u[1:]), int(i[1:])): time for u, i, _, time in ratings}
-    assert {which for _, _, which in parts} == {0, 1, 2}
+    assert {part_number for _, _, part_number in parts} == {0, 1, 2}
     assert sorted((u, i) for u, i, _ in parts) == sorted(times)
-    where: dict[tuple[int, int], int] = {}
-    for u, i, which in parts:
-        assert where.setdefault((u, times[u, i]), which) == which
-    for u, time in where:
-        later = [part for (other, t), part in where.items() if other == u and t > time]
-        assert all(part >= where[u, time] for part in later)
+    part_of_second: dict[tuple[int, int], int] = {}
+    for u, i, part_number in parts:
+        assert part_of_second.setdefault((u, times[u, i]), part_number) == part_number
+    for u, time in part_of_second:
+        later = [part for (user, t), part in part_of_second.items() if user == u and t > time]
+        assert all(part >= part_of_second[u, time] for part in later)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -106,39 +108,39 @@ def test_an_impression_is_blind_to_its_own_and_to_later_labels(tmp_path: Path, s
     flipped = 0
     prior = before.schema.dense.index("item_liked")
     for name, part in before.parts().items():
-        other = after.parts()[name]
+        changed_part = after.parts()[name]
         for row in range(len(part)):
-            one, two = part.batch(torch.tensor([row])), other.batch(torch.tensor([row]))
-            assert torch.equal(one.categorical, two.categorical)
-            if times[one.user.item(), one.categorical[0, 4].item()] > now:
+            batch, changed_batch = part.batch(torch.tensor([row])), changed_part.batch(torch.tensor([row]))
+            assert torch.equal(batch.categorical, changed_batch.categorical)
+            if times[batch.user.item(), batch.categorical[0, 4].item()] > now:
                 continue
-            assert torch.equal(one.sequences, two.sequences)
+            assert torch.equal(batch.sequences, changed_batch.sequences)
             # The prior of item_liked is one number for all impressions, computed from the whole training part.
-            keep = [i for i in range(one.dense.shape[1]) if i != prior]
-            assert torch.equal(one.dense[:, keep], two.dense[:, keep])
-            flipped += bool(one.label.item() != two.label.item())
+            keep = [i for i in range(batch.dense.shape[1]) if i != prior]
+            assert torch.equal(batch.dense[:, keep], changed_batch.dense[:, keep])
+            flipped += bool(batch.label.item() != changed_batch.label.item())
     assert flipped, "the case must turn over labels of impressions that were compared"
 
 
 def test_popularity_counts_earlier_training_ratings_alone(tmp_path: Path) -> None:
     ratings = _random_ratings(2)
     splits = read_movielens(_write(tmp_path, ratings), valid=0.2, test=0.2)
-    part_of = {(u, i): which for u, i, which in _parts(splits)}
+    part_of = {(u, i): part_number for u, i, part_number in _parts(splits)}
     table = [(int(u[1:]), int(i[1:]), rating, time) for u, i, rating, time in ratings]
     train = [row for row in table if part_of[row[0], row[1]] == 0]
     prior = sum(rating >= 4 for *_, rating, _ in train) / len(train)
     time_of = {(u, i): time for u, i, _, time in table}
     for part in splits.parts().values():
         for u, i, dense in zip(part.user.tolist(), part.categorical[:, 4].tolist(), part.dense, strict=True):
-            liked = [rating >= 4 for _, other, rating, time in train if other == i and time < time_of[u, i]]
+            liked = [rating >= 4 for _, rated, rating, time in train if rated == i and time < time_of[u, i]]
             expected = (sum(liked) + 10 * prior) / (len(liked) + 10) - prior
             assert dense[1].item() == pytest.approx(math.log1p(len(liked)) / 5, abs=1e-6)
             assert dense[2].item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_features_of_people_and_films(tmp_path: Path) -> None:
-    others = [("u0", "i3", 5, 100), ("u0", "i4", 5, 200)]  # so that the other parts are not empty
-    ratings = [(f"u{u}", "i2", 5, 10 * u) for u in range(6)] + others
+    later_ratings = [("u0", "i3", 5, 100), ("u0", "i4", 5, 200)]  # so that the other parts are not empty
+    ratings = [(f"u{u}", "i2", 5, 10 * u) for u in range(6)] + later_ratings
     splits = read_movielens(_write(tmp_path, ratings), valid=0.4, test=0.4)
     part = splits.train
     columns = {field.name: i for i, field in enumerate(splits.schema.categorical)}
@@ -161,7 +163,9 @@ def test_features_of_people_and_films(tmp_path: Path) -> None:
 
 def test_histories_keep_their_latest_events(tmp_path: Path) -> None:
     directory = _write(tmp_path, [("u0", f"i{i}", 3, i) for i in range(9)])
-    whole, short = (read_movielens(directory, max_history=most, valid=0.2, test=0.12).test for most in (200, 3))
+    whole, short = (
+        read_movielens(directory, max_history=max_history, valid=0.2, test=0.12).test for max_history in (200, 3)
+    )
     assert whole.lengths.tolist() == [8]
     assert short.batch(torch.tensor([0])).sequences.equal(whole.batch(torch.tensor([0])).sequences[-3:])
 
@@ -270,17 +274,17 @@ def test_changed_histories_leave_the_rest(tiny: Splits, change: Callable[..., ob
     clicks = tiny.train
     changed = change(clicks)
     rows = torch.arange(len(clicks))
-    one, two = clicks.batch(rows), changed.batch(rows)  # type: ignore[attr-defined]
-    assert two.categorical.equal(one.categorical)
-    assert two.label.equal(one.label)
-    if len(two.sequences):
-        assert two.offsets.equal(one.offsets)
-        assert not two.sequences.equal(one.sequences)
+    original, altered = clicks.batch(rows), changed.batch(rows)  # type: ignore[attr-defined]
+    assert altered.categorical.equal(original.categorical)
+    assert altered.label.equal(original.label)
+    if len(altered.sequences):
+        assert altered.offsets.equal(original.offsets)
+        assert not altered.sequences.equal(original.sequences)
         for b in range(len(rows)):
-            span = slice(int(one.offsets[b]), int(one.offsets[b + 1]))
-            assert sorted(two.sequences[span].tolist()) == sorted(one.sequences[span].tolist())
+            span = slice(int(original.offsets[b]), int(original.offsets[b + 1]))
+            assert sorted(altered.sequences[span].tolist()) == sorted(original.sequences[span].tolist())
     else:
-        assert not two.offsets.any()
+        assert not altered.offsets.any()
 
 
 def test_a_batch_moves_as_a_whole(tiny: Splits) -> None:

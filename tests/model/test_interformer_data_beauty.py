@@ -75,9 +75,9 @@ def test_negatives_are_items_of_others_with_the_history_of_their_positive(tmp_pa
         positives = {item for _, item, label, _ in rows if label}
         assert part.rate() == pytest.approx(1 / (1 + negatives))
         for start in range(0, len(rows), negatives + 1):
-            positive, *others = rows[start : start + negatives + 1]
+            positive, *sampled_negatives = rows[start : start + negatives + 1]
             assert positive[2]
-            for user, item, label, history in others:
+            for user, item, label, history in sampled_negatives:
                 assert (user, label, history) == (positive[0], False, positive[3])
                 assert item in positives - owned[user]
 
@@ -113,24 +113,24 @@ def test_the_inputs_of_training_positives_know_nothing_of_what_is_held_out(tmp_p
     streams = _random_streams(6)
     users = [user for user, items in streams.items() if len(items) > 2]
     changed = streams | {
-        user: [*streams[user][:-2], *streams[other][-2:]]
-        for user, other in zip(users, [*users[1:], users[0]], strict=True)
+        user: [*streams[user][:-2], *streams[next_user][-2:]]
+        for user, next_user in zip(users, [*users[1:], users[0]], strict=True)
     }
     assert changed != streams
-    before, after = (read_beauty(_write(tmp_path, some)) for some in (streams, changed))
+    before, after = (read_beauty(_write(tmp_path, items_of)) for items_of in (streams, changed))
     assert not torch.equal(before.test.categorical, after.test.categorical)
-    one, two = (splits.train.select(splits.train.label == 1) for splits in (before, after))
-    assert torch.equal(one.dense, two.dense)
-    assert _rows(one) == _rows(two)
+    first, second = (splits.train.select(splits.train.label == 1) for splits in (before, after))
+    assert torch.equal(first.dense, second.dense)
+    assert _rows(first) == _rows(second)
 
 
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
     file = _write(tmp_path, _random_streams(7))
-    one, same, other = (read_beauty(file, seed=seed).train.categorical for seed in (1, 1, 2))
+    first, repeated, of_other_seed = (read_beauty(file, seed=seed).train.categorical for seed in (1, 1, 2))
     np.random.seed(3)
-    assert torch.equal(one, same)
-    assert torch.equal(one, read_beauty(tmp_path, seed=1).train.categorical)
-    assert not torch.equal(one, other)
+    assert torch.equal(first, repeated)
+    assert torch.equal(first, read_beauty(tmp_path, seed=1).train.categorical)
+    assert not torch.equal(first, of_other_seed)
 
 
 def test_models_that_compare_find_the_candidate(tmp_path: Path) -> None:

@@ -109,14 +109,16 @@ def test_chunks_and_steps_change_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(compact, "STEP", 4)
     pieces = read_csv(tmp_path, name)
     for part in spec.PARTS:
-        one, two = getattr(whole, part), getattr(pieces, part)
+        of_whole, of_pieces = getattr(whole, part), getattr(pieces, part)
         for array in ("dense", "label", "first", "last"):
-            assert torch.equal(getattr(one, array), getattr(two, array))
+            assert torch.equal(getattr(of_whole, array), getattr(of_pieces, array))
     # Texts are numbered chunk by chunk, so ids differ, but not their meaning.
     assert whole.schema == pieces.schema
     before, after = whole.train.events.T, pieces.train.events.T
-    for one, two in zip((*before, *whole.train.categorical.T), (*after, *pieces.train.categorical.T), strict=True):
-        pairs = set(zip(one.tolist(), two.tolist(), strict=True))
+    for whole_ids, piece_ids in zip(
+        (*before, *whole.train.categorical.T), (*after, *pieces.train.categorical.T), strict=True
+    ):
+        pairs = set(zip(whole_ids.tolist(), piece_ids.tolist(), strict=True))
         assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
@@ -139,8 +141,8 @@ def test_a_file_without_header_with_other_separators(tmp_path: Path) -> None:
     splits = read_csv(tmp_path, schema)
     assert splits.train.dense.tolist() == [[2.5], [-1.0]]
     first, second = (splits.train.batch(torch.tensor([row])) for row in range(2))
-    known = {text: number for number, text in enumerate(("", "m", "n"))}
-    assert sorted(first.sequences[:, 0].tolist()) == [known["m"], known["n"]]
+    id_of = {text: number for number, text in enumerate(("", "m", "n"))}
+    assert sorted(first.sequences[:, 0].tolist()) == [id_of["m"], id_of["n"]]
     assert first.sequences[-1, 0] != first.sequences[0, 0]
     alone = read_csv(tmp_path, schema, max_history=1).train.batch(torch.tensor([0]))
     assert alone.sequences.tolist() == [[1]]  # m, the newest event, is the only text left
@@ -209,13 +211,15 @@ def test_a_split_by_time_keeps_one_time_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("by", ["rows", "users"])
 def test_seeded_splits_have_about_their_shares(tmp_path: Path, by: str) -> None:
     directory = _one_file(tmp_path, [(f"u{n if by == 'rows' else n // 2}", "i", "1") for n in range(2000)])
-    one, same, other = (_where(directory, Split(by, valid=0.3, test=0.1, seed=seed)) for seed in (1, 1, 2))
-    assert one == same
-    assert one != other
+    first, repeated, of_other_seed = (
+        _where(directory, Split(by, valid=0.3, test=0.1, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert first == repeated
+    assert first != of_other_seed
     users = 2000 if by == "rows" else 1000
-    for part, share in zip(one, (0.6, 0.3, 0.1), strict=True):
+    for part, share in zip(first, (0.6, 0.3, 0.1), strict=True):
         assert abs(len(set(part)) - share * users) < 5 * math.sqrt(share * (1 - share) * users)
-    assert not set(one[0]) & set(one[1]) | set(one[1]) & set(one[2]) | set(one[0]) & set(one[2])
+    assert not set(first[0]) & set(first[1]) | set(first[1]) & set(first[2]) | set(first[0]) & set(first[2])
 
 
 def test_a_part_without_rows_is_said(tmp_path: Path) -> None:

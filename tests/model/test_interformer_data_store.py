@@ -28,11 +28,11 @@ def _read(directory: Path, **options: object) -> Splits:
     return read_csv(directory, schema, cache=directory / "cache", **options)  # type: ignore[arg-type]
 
 
-def _same(one: Splits, two: Splits) -> bool:
-    if one.schema != two.schema:
+def _same(first: Splits, second: Splits) -> bool:
+    if first.schema != second.schema:
         return False
     arrays = ("dense", "categorical", "events", "first", "last", "label", "user")
-    pairs = zip(one.parts().values(), two.parts().values(), strict=True)
+    pairs = zip(first.parts().values(), second.parts().values(), strict=True)
     return all(torch.equal(getattr(a, name), getattr(b, name)) for a, b in pairs for name in arrays)
 
 
@@ -66,8 +66,8 @@ def test_what_is_loaded_can_be_written_without_harm(directory: Path) -> None:
 def test_each_schema_and_length_has_its_own_place(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long, short = _read(directory), _read(directory, max_history=2)
     assert short.train.lengths.max() == 2 < long.train.lengths.max()
-    other = read_csv(directory, LAYOUT, cache=directory / "cache")
-    assert other.schema != long.schema
+    other_layout = read_csv(directory, LAYOUT, cache=directory / "cache")
+    assert other_layout.schema != long.schema
     assert len(list((directory / "cache").iterdir())) == 3
     monkeypatch.setattr(delimited, "encode", _forbid)
     assert _same(_read(directory), long)
@@ -83,11 +83,11 @@ def test_a_stale_cache_is_built_anew_and_said(directory: Path, change: str) -> N
     else:
         os.utime(file, ns=(1, 1))
     with pytest.warns(UserWarning, match="is stale: its files have changed since; it is rebuilt"):
-        again = _read(directory)
-    assert len(again.test) == (11 if change == "content" else 10)
+        rebuilt = _read(directory)
+    assert len(rebuilt.test) == (11 if change == "content" else 10)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _same(_read(directory), again)
+        assert _same(_read(directory), rebuilt)
 
 
 @pytest.mark.parametrize(

@@ -59,13 +59,13 @@ def test_data_parallel_training_has_the_curve_of_one_process(together: list[dict
 def _logits_of_equal_rows() -> list[float]:
     """The logits of this process' rows in a step; all rows are equal, so that only dropout makes them differ."""
     splits = synthesize(LAW)
-    same = splits.train.select(torch.zeros(4, dtype=torch.int64))
-    splits = replace(splits, train=replace(same, label=torch.tensor([0.0, 1.0, 0.0, 1.0])))
+    first_click = splits.train.select(torch.zeros(4, dtype=torch.int64))
+    splits = replace(splits, train=replace(first_click, label=torch.tensor([0.0, 1.0, 0.0, 1.0])))
     run = Run(splits, replace(MODEL, dropout=0.5), replace(TRAINING, batch_size=4))
-    seen: list[float] = []
-    run.stepped.register_forward_hook(lambda module, inputs, logits: seen.extend(logits.tolist()))
+    logits_seen: list[float] = []
+    run.stepped.register_forward_hook(lambda module, inputs, logits: logits_seen.extend(logits.tolist()))
     run.train_epoch(Progress())
-    return seen
+    return logits_seen
 
 
 def test_every_process_drops_what_it_likes(together: list[dict[str, Any]]) -> None:
@@ -82,8 +82,8 @@ def _sharded_gradients() -> tuple[float, dict[str, torch.Tensor]]:
         rank, world = dist.get_rank(), WORLD
         for part in (*model.sequence, *model.interaction, model):
             fully_shard(part)
-    mine = rows_of(batch, list(range(rank, len(LENGTHS), world)))
-    summed = binary_cross_entropy_with_logits(model(mine), mine.label, reduction="sum")
+    own_batch = rows_of(batch, list(range(rank, len(LENGTHS), world)))
+    summed = binary_cross_entropy_with_logits(model(own_batch), own_batch.label, reduction="sum")
     (summed * world / len(LENGTHS)).backward()
     loss = summed.detach() / len(LENGTHS)
     if dist.is_initialized():
@@ -115,10 +115,10 @@ def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
         checkpoint = ["--checkpoint", str(tmp_path / f"{count}.pt"), "--json", str(report)]
         command = [sys.executable, *launcher, "-m", "interformer", "train", *options, *checkpoint]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert completed.returncode == 0, completed.stderr
         losses.append(json.loads(report.read_text())["history"][0]["loss"])
-        logs.append(done.stderr)
+        logs.append(completed.stderr)
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert [log.count("epoch  1") for log in logs] == [1, 1]
     state = [torch.load(tmp_path / f"{count}.pt", weights_only=True)["model"] for count in (1, WORLD)]

@@ -139,20 +139,20 @@ def test_a_run_of_another_identity_is_refused(grid: Path, capsys: pytest.Capture
     before = _results(grid)
     changed = _plan(grid, "num_seeds: 0", "num_seeds: 1")
     assert _run(changed, "--out", grid, "--only", "no_pma") == 2
-    told = capsys.readouterr().err
-    assert "runs with other settings exist under these names; --overwrite repeats them" in told
+    printed = capsys.readouterr().err
+    assert "runs with other settings exist under these names; --overwrite repeats them" in printed
     for seed in (1, 2):
-        assert f"{grid / 'trial' / 'runs' / f'no_pma-seed{seed}.json'}: model.num_seeds was 0 and is 1" in told
+        assert f"{grid / 'trial' / 'runs' / f'no_pma-seed{seed}.json'}: model.num_seeds was 0 and is 1" in printed
     assert _results(grid) == before
 
     assert _run(changed, "--out", grid, "--only", "no_pma", "--seeds", "2", "--overwrite") == 0
-    told = capsys.readouterr()
-    assert "left out of the table" in told.err
+    printed = capsys.readouterr()
+    assert "left out of the table" in printed.err
     after = _results(grid)
     assert after["no_pma-seed2"]["identity"]["model"]["num_seeds"] == 1
     assert after.pop("no_pma-seed2") != before.pop("no_pma-seed2")
     assert after == before
-    assert "| no_pma | pieces | 1 |" in told.out
+    assert "| no_pma | pieces | 1 |" in printed.out
 
 
 def test_other_data_is_another_identity(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,8 +191,8 @@ def test_mistakes_are_one_line(
 def test_data_that_cannot_be_read_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = _plan(tmp_path, "reader: synthetic,", "reader: synthetic, num_films: 3,")
     assert _run(plan, "--out", tmp_path) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert told[-1].startswith("ValueError: data: ValueError: reader 'synthetic': options must be among")
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[-1].startswith("ValueError: data: ValueError: reader 'synthetic': options must be among")
     assert not (tmp_path / "trial" / "runs").exists()
 
 
@@ -229,12 +229,12 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert not job.finished()
     assert job.conflict() is None
     job.unfinished("pt.1.tmp").touch()  # a temporary file of a killed write
-    done = len(torch.load(job.unfinished("pt"))["history"])
-    assert 1 <= done < 60
+    epochs_done = len(torch.load(job.unfinished("pt"))["history"])
+    assert 1 <= epochs_done < 60
 
     assert Grid(Path(), 2, Watch()).run([job, whole]) == {}
     results = [json.loads(path.result.read_text()) for path in (job, whole)]
-    assert [result["report"]["resumed_at"] for result in results] == [done, 0]
+    assert [result["report"]["resumed_at"] for result in results] == [epochs_done, 0]
     assert _outcome(results[0]) == _outcome(results[1])
     assert list((job.folder / "unfinished").iterdir()) == []
 
@@ -249,9 +249,9 @@ def test_tuning_ranks_by_validation_and_shows_nothing_else(tmp_path: Path, capsy
     aucs = [trial["valid"]["auc"] for trial in ranked]
     assert aucs == sorted(aucs, reverse=True)
     assert {trial["settings"]["training.lr"] for trial in ranked} == {0.001, 0.005}
-    said = capsys.readouterr()
-    assert said.out == (folder / "tune.md").read_text()
-    assert "test" not in said.out + said.err
+    printed = capsys.readouterr()
+    assert printed.out == (folder / "tune.md").read_text()
+    assert "test" not in printed.out + printed.err
     for path in (folder / "runs").iterdir():
         result = json.loads(path.read_text())
         assert result["report"]["test"] is None

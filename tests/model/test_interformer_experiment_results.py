@@ -109,7 +109,7 @@ def test_the_table_has_a_line_a_variant(rows: list[Row]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "signed", "text"),
+    ("estimate", "signed", "text"),
     [
         (None, False, "-"),
         (Estimate(math.nan, math.nan, 3), False, "-"),
@@ -117,8 +117,8 @@ def test_the_table_has_a_line_a_variant(rows: list[Row]) -> None:
         (Estimate(0.00123, 0.0004, 3), True, "+0.0012 +- 0.0004"),
     ],
 )
-def test_an_estimate_in_words(found: Estimate | None, signed: bool, text: str) -> None:
-    assert format_estimate(found, signed=signed) == text
+def test_an_estimate_in_words(estimate: Estimate | None, signed: bool, text: str) -> None:
+    assert format_estimate(estimate, signed=signed) == text
 
 
 def test_the_reference_is_beside_every_group(rows: list[Row]) -> None:

@@ -51,11 +51,11 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def _flipped(whole: bytes, some: int) -> Iterator[bytes]:
+def _flipped(whole: bytes, random_count: int) -> Iterator[bytes]:
     """The contents of a file with one bit flipped: at its ends, around headers, and at random places."""
     size, rng = len(whole), random.Random(len(whole))
     fixed = {0, 1, 5, 8, 9, 10, 40, 127, 128, 129, size // 2, size - 2, size - 1} & set(range(size))
-    for position in [*sorted(fixed), *(rng.randrange(size) for _ in range(some))]:
+    for position in [*sorted(fixed), *(rng.randrange(size) for _ in range(random_count))]:
         yield whole[:position] + bytes([whole[position] ^ (1 << rng.randrange(8))]) + whole[position + 1 :]
 
 
@@ -80,7 +80,7 @@ def test_a_kill_leaves_nothing_wrong_and_the_next_reader_clears_up(tmp_path: Pat
     began = time.perf_counter()
     expected = read_csv(directory, fire.LAYOUT)
     longest = 1.2 * (time.perf_counter() - began)
-    left = 0
+    interrupted = 0
     for round_ in range(8 * MORE):
         os.utime(directory / "train.csv", ns=(round_, round_))  # The existing generation is stale.
         process, connection = fire.start(fire.build, directory)
@@ -88,12 +88,12 @@ def test_a_kill_leaves_nothing_wrong_and_the_next_reader_clears_up(tmp_path: Pat
         time.sleep(rng.random() * longest)
         process.kill()
         process.join()
-        left += any(path.name.startswith(store.BUILDING) for path in (directory / "cache").glob("*/*"))
-    assert left, "the kills must have cut off a build"
+        interrupted += any(path.name.startswith(store.BUILDING) for path in (directory / "cache").glob("*/*"))
+    assert interrupted, "the kills must have cut off a build"
     os.utime(directory / "train.csv", ns=(1, 99))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The last kill may have left an older generation.
-        assert fire.same(fire.read(directory), expected)
+        assert fire.same_splits(fire.read(directory), expected)
     assert {path.name for path in fire.generation(directory).iterdir()} == {
         "about.json",
         *(f"{array}.npy" for array in store.KINDS),
@@ -103,15 +103,15 @@ def test_a_kill_leaves_nothing_wrong_and_the_next_reader_clears_up(tmp_path: Pat
 @pytest.mark.parametrize("room", [100, 2_000, 10_000])
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, room: int) -> None:
     directory = fire.write_files(tmp_path, 60)
-    (said,) = fire.answers([fire.start(fire.build_on_a_full_disk, directory, room)])
-    assert said.startswith("[Errno 27] File too large: "), said
+    (message,) = fire.answers([fire.start(fire.build_on_a_full_disk, directory, room)])
+    assert message.startswith("[Errno 27] File too large: "), message
     assert {path.name for path in (directory / "cache").glob("*/*")} == {store.LOCK}
     fire.read(directory)
 
 
 def test_every_damaged_byte_of_a_generation_is_seen(directory: Path) -> None:
     expected, place = fire.read(directory), fire.generation(directory)
-    tried = seen = 0
+    tried = refused = 0
     for path in sorted(place.iterdir()):
         whole = path.read_bytes()
         cut = [whole[:-1], whole[: len(whole) // 2], b"", whole + b"\0"]
@@ -119,32 +119,32 @@ def test_every_damaged_byte_of_a_generation_is_seen(directory: Path) -> None:
             path.unlink()  # It must not be overwritten, because `expected` has mapped it.
             path.write_bytes(damaged)
             tried += 1
-            said = None
+            message = None
             try:
-                assert fire.same(store.load(expected.name, place), expected), f"{path.name} was served damaged"
+                assert fire.same_splits(store.load(expected.name, place), expected), f"{path.name} was served damaged"
             except store.BrokenStoreError as error:
-                said = str(error)
-            assert said is None or (path.name in said and "\n" not in said)
-            seen += said is not None
+                message = str(error)
+            assert message is None or (path.name in message and "\n" not in message)
+            refused += message is not None
         path.write_bytes(whole)
-    assert seen > 0.95 * tried
-    assert fire.same(store.load(expected.name, place), expected)
+    assert refused > 0.95 * tried
+    assert fire.same_splits(store.load(expected.name, place), expected)
 
 
 def test_arrays_of_two_generations_do_not_mix(tmp_path: Path) -> None:
-    one, two = (fire.write_files(tmp_path / name, rows) for name, rows in (("one", 60), ("two", 60)))
-    (two / "train.csv").write_bytes((two / "train.csv").read_bytes().replace(b"\n1,", b"\n0,"))
-    expected = fire.read(one)
-    fire.read(two)
+    first, second = (fire.write_files(tmp_path / name, rows) for name, rows in (("one", 60), ("two", 60)))
+    (second / "train.csv").write_bytes((second / "train.csv").read_bytes().replace(b"\n1,", b"\n0,"))
+    expected = fire.read(first)
+    fire.read(second)
     for name in ("label.npy", "events.npy", "about.json"):
         mixed = tmp_path / name
-        shutil.copytree(fire.generation(one), mixed)
-        shutil.copy(fire.generation(two) / name, mixed / name)
+        shutil.copytree(fire.generation(first), mixed)
+        shutil.copy(fire.generation(second) / name, mixed / name)
         try:
-            assert fire.same(store.load(expected.name, mixed), expected)
+            assert fire.same_splits(store.load(expected.name, mixed), expected)
         except store.BrokenStoreError:
             continue
-        assert (mixed / name).read_bytes() == (fire.generation(one) / name).read_bytes()
+        assert (mixed / name).read_bytes() == (fire.generation(first) / name).read_bytes()
 
 
 def test_what_a_reader_has_mapped_stays(directory: Path) -> None:
@@ -191,14 +191,14 @@ def splits() -> Splits:
     return synthesize(SyntheticLaw(num_users=40, impressions_per_user=4, mean_length=5, max_history=8))
 
 
-def _equal(one: Any, two: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
-    if isinstance(one, dict):
-        return set(one) == set(two) and all(_equal(one[key], two[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(two) and all(map(_equal, one, two))
-    return bool(one == two)
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return set(first) == set(second) and all(_equal(first[key], second[key]) for key in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    return bool(first == second)
 
 
 def test_a_damaged_checkpoint_is_one_line_and_changes_nothing(splits: Splits, tmp_path: Path) -> None:
@@ -214,10 +214,10 @@ def test_a_damaged_checkpoint_is_one_line_and_changes_nothing(splits: Splits, tm
         path.write_bytes(damaged)
         with pytest.raises(DamagedFileError) as caught:
             fresh.load(path)
-        said = str(caught.value)
-        assert said.startswith(f"{path}: ")
-        assert said.endswith("; remove it to start again")
-        assert "\n" not in said
+        message = str(caught.value)
+        assert message.startswith(f"{path}: ")
+        assert message.endswith("; remove it to start again")
+        assert "\n" not in message
         assert fresh.history == []
         assert _equal(fresh.model.state_dict(), untouched)
     path.write_bytes(whole)
@@ -378,9 +378,9 @@ def test_a_damaged_result_is_told_left_out_and_run_anew(
     path.write_text(before.replace('"best_epoch": ', '"best_epoch": 1'))
     command = ["experiment", str(tmp_path / "plan.yaml"), "--out", str(tmp_path)]
     assert main([*command, "--report"]) == 0
-    said = capsys.readouterr()
-    assert f"left out of the table: {path}: damaged: its checksum does not match" in said.err
-    assert "| whole |  | 1 |" in said.out
+    printed = capsys.readouterr()
+    assert f"left out of the table: {path}: damaged: its checksum does not match" in printed.err
+    assert "| whole |  | 1 |" in printed.out
     assert main(command) == 2
     assert f"--overwrite repeats them: {path}: damaged" in _one_line(capsys)
     assert main([*command, "--overwrite"]) == 0

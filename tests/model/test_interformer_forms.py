@@ -39,9 +39,9 @@ def _x_sum() -> Tensor:
     return torch.randn(3, SMALL.num_cls, 8, dtype=torch.float64)
 
 
-def _close(found: Tensor, expected: Tensor) -> None:
+def _close(actual: Tensor, expected: Tensor) -> None:
     """Check equality up to the order of float64 sums, more strictly than the 1e-7 of `assert_close`."""
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
 
 # ---------------------------------------------------------------- the personalised feed-forward
@@ -173,9 +173,9 @@ def test_under_a_window_only_neighbours_and_the_prefix_are_seen() -> None:
     offsets, tokens = torch.tensor([0, 7]), _tokens()
     before = attention(tokens, offsets)
     for changed in range(7):
-        other = tokens.clone()
-        other[changed] += 1
-        moved = (attention(other, offsets) - before).abs().amax(1) > 1e-9
+        moved_tokens = tokens.clone()
+        moved_tokens[changed] += 1
+        moved = (attention(moved_tokens, offsets) - before).abs().amax(1) > 1e-9
         sees = [i == 0 or changed == 0 or abs(i - changed) <= 1 for i in range(7)]
         assert moved.tolist() == sees
 
@@ -183,14 +183,14 @@ def test_under_a_window_only_neighbours_and_the_prefix_are_seen() -> None:
 # ---------------------------------------------------------------- exchange between the sides
 
 
-def _heard(flow: str, change: Batch, base: Batch) -> tuple[bool, bool]:
+def _changed_summaries(flow: str, change: Batch, base: Batch) -> tuple[bool, bool]:
     """Whether `X_sum` and `S_sum` of the head's Cross Arch differ between two batches."""
     torch.manual_seed(0)
     model = InterFormer(replace(SMALL, flow=flow), small_schema()).double()
 
     def summaries(batch: Batch) -> tuple[Tensor, Tensor]:
-        both = model._both_sides(model.embedding.tokens(batch), batch)
-        return both[:, : SMALL.num_cls], both[:, SMALL.num_cls :]
+        tokens = model._both_sides(model.embedding.tokens(batch), batch)
+        return tokens[:, : SMALL.num_cls], tokens[:, SMALL.num_cls :]
 
     pairs = zip(summaries(base), summaries(change), strict=True)
     x_moved, s_moved = (not torch.equal(a, b) for a, b in pairs)
@@ -205,8 +205,8 @@ def test_a_flow_is_who_hears_whom(flow: str, to_static: bool, to_sequence: bool)
     base = random_batch(small_schema(), (5, 9))
     other_history = replace(base, sequences=1 - base.sequences.clamp(max=1))
     other_static = replace(base, dense=base.dense + 1)
-    assert _heard(flow, other_history, base) == (to_static, True)
-    assert _heard(flow, other_static, base) == (True, to_sequence)
+    assert _changed_summaries(flow, other_history, base) == (to_static, True)
+    assert _changed_summaries(flow, other_static, base) == (True, to_sequence)
 
 
 def test_sole_does_not_read_the_history() -> None:
@@ -219,10 +219,10 @@ def test_sole_does_not_read_the_history() -> None:
 def test_event_fields_choose_what_is_read_of_an_event() -> None:
     model = InterFormer(replace(SMALL, event_fields=("category", "item")), small_schema())
     base = random_batch(small_schema(), (5, 9))
-    other = base.sequences.clone()
-    other[:, 2] = 1 - other[:, 2]
-    assert torch.equal(model(base), model(replace(base, sequences=other)))
-    other[:, 0] = (other[:, 0] + 1) % 23
-    assert not torch.equal(model(base), model(replace(base, sequences=other)))
+    sequences = base.sequences.clone()
+    sequences[:, 2] = 1 - sequences[:, 2]
+    assert torch.equal(model(base), model(replace(base, sequences=sequences)))
+    sequences[:, 0] = (sequences[:, 0] + 1) % 23
+    assert not torch.equal(model(base), model(replace(base, sequences=sequences)))
     with pytest.raises(ValueError, match="event_fields must be among item, category, opinion; found 'price'"):
         InterFormer(replace(SMALL, event_fields=("price",)), small_schema())

@@ -145,19 +145,19 @@ def test_draws_among_others_are_in_proportion_to_the_counts() -> None:
         owned = np.unique(np.concatenate([one_each, rng.integers(users * items, size=rng.integers(0, 10))]))
         count = rng.integers(0, 4, size=items)
         for user in range(users):
-            left = count.copy()
-            left[owned[owned // items == user] % items] = 0
-            if not left.sum():
+            remaining = count.copy()
+            remaining[owned[owned // items == user] % items] = 0
+            if not remaining.sum():
                 continue
 
             class Tickets:
                 def integers(self, high: Any) -> Any:
-                    assert (high == left.sum()).all()  # noqa: B023
-                    return np.arange(left.sum())  # noqa: B023
+                    assert (high == remaining.sum()).all()  # noqa: B023
+                    return np.arange(remaining.sum())  # noqa: B023
 
-            asked = np.full(left.sum(), user)
-            result = beauty_reader._draw_exactly(owned, asked, np.cumsum(count), count, Tickets())  # type: ignore[arg-type]
-            assert np.bincount(result, minlength=items).tolist() == left.tolist()
+            repeated_user = np.full(remaining.sum(), user)
+            result = beauty_reader._draw_exactly(owned, repeated_user, np.cumsum(count), count, Tickets())  # type: ignore[arg-type]
+            assert np.bincount(result, minlength=items).tolist() == remaining.tolist()
 
 
 # ---------------------------------------------------------------- schemas, plans
@@ -318,9 +318,9 @@ def test_fields_may_have_any_name(names: list[str]) -> None:
         batch = random_batch(schema, lengths=(3, 0, 2))
         model(batch).sum().backward()
         state = model.state_dict()
-        again = type(model)(config, schema)
-        again.load_state_dict(state)
-        assert torch.equal(again.eval()(batch), model.eval()(batch))
+        restored = type(model)(config, schema)
+        restored.load_state_dict(state)
+        assert torch.equal(restored.eval()(batch), model.eval()(batch))
 
 
 def test_ordinary_names_are_the_keys_they_were() -> None:

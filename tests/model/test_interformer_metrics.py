@@ -23,11 +23,11 @@ def _impressions(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_grouped_auc_is_the_weighted_mean_of_users_aucs(seed: int) -> None:
     label, score, user = _impressions(seed)
     total = weight = 0.0
-    for one in np.unique(user):
-        mine = user == one
-        if len(set(label[mine])) == 2:
-            total += mine.sum() * roc_auc_score(label[mine], score[mine])
-            weight += mine.sum()
+    for user_id in np.unique(user):
+        of_user = user == user_id
+        if len(set(label[of_user])) == 2:
+            total += of_user.sum() * roc_auc_score(label[of_user], score[of_user])
+            weight += of_user.sum()
     assert weight < len(label), "the case must hold users with one class"
     assert metrics.grouped_auc(label, score, user) == pytest.approx(total / weight, abs=1e-12)
 

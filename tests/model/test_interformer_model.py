@@ -135,8 +135,8 @@ def test_a_schema_without_dense_scalars_has_one_token_less() -> None:
 def test_order_of_the_history_matters() -> None:
     model = _model(SMALL)
     batch = random_batch(model.schema, (9,))
-    turned = replace(batch, sequences=torch.cat((batch.sequences[:7].flip(0), batch.sequences[7:])))
-    assert not torch.allclose(model(batch), model(turned), rtol=1e-4)
+    reversed_row = replace(batch, sequences=torch.cat((batch.sequences[:7].flip(0), batch.sequences[7:])))
+    assert not torch.allclose(model(batch), model(reversed_row), rtol=1e-4)
 
 
 def _logits_and_loss(model: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -251,9 +251,9 @@ def test_a_history_longer_than_the_tables_is_refused() -> None:
 def test_a_batch_of_another_schema_is_named(side: str) -> None:
     model = _model(SMALL)
     batch = random_batch(model.schema, LENGTHS)
-    other = replace(batch, **{side: getattr(batch, side)[:, 1:]})
+    narrow_batch = replace(batch, **{side: getattr(batch, side)[:, 1:]})
     with pytest.raises(ValueError, match=rf"batch\.{side} must have one column for each of .*; found shape \[\d+, 2\]"):
-        model(other)
+        model(narrow_batch)
 
 
 def test_bfloat16_autocast_trains() -> None:

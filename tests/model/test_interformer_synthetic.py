@@ -21,13 +21,13 @@ def train() -> Clicks:
 def test_a_law_gives_the_same_clicks_whatever_the_state_of_the_generator() -> None:
     small = replace(LAW, num_users=40)
     torch.manual_seed(1)
-    one = synthesize(small)
+    first = synthesize(small)
     torch.manual_seed(2)
-    two, other = synthesize(small), synthesize(replace(small, seed=4))
+    repeated, of_other_seed = synthesize(small), synthesize(replace(small, seed=4))
     for name in ("dense", "categorical", "events", "first", "last", "label", "user"):
-        assert getattr(one.train, name).equal(getattr(two.train, name)), name
-    assert not one.train.label.equal(other.train.label)
-    assert one.facts == two.facts
+        assert getattr(first.train, name).equal(getattr(repeated.train, name)), name
+    assert not first.train.label.equal(of_other_seed.train.label)
+    assert first.facts == repeated.facts
 
 
 def test_lengths_have_the_quantiles_of_movielens() -> None:
@@ -54,11 +54,11 @@ def test_what_the_label_depends_on(train: Clicks) -> None:
     for b in range(len(batch)):
         history = batch.sequences[int(batch.offsets[b]) : int(batch.offsets[b + 1])]
         category = batch.categorical[b, 1]
-        same = history[:, 1] == category
-        said = (history[same, 2] * 2 - 1).tolist()
-        scores["share"].append(same.float().mean().item() if len(same) else 0.0)
-        scores["last opinion"].append(said[-1] if said else 0)
-        scores["mean opinion"].append(sum(said) / len(said) if said else 0)
+        same_category = history[:, 1] == category
+        opinions = (history[same_category, 2] * 2 - 1).tolist()
+        scores["share"].append(same_category.float().mean().item() if len(same_category) else 0.0)
+        scores["last opinion"].append(opinions[-1] if opinions else 0)
+        scores["mean opinion"].append(sum(opinions) / len(opinions) if opinions else 0)
         follows = len(history) and (history[-1, 1] + 1) % LAW.num_categories == category
         scores["next"].append(float(follows))
     result = {name: auc(train.label, score) for name, score in scores.items()}
@@ -69,10 +69,10 @@ def test_what_the_label_depends_on(train: Clicks) -> None:
 
 
 def test_histories_are_prefixes_of_the_users_stream(train: Clicks) -> None:
-    mine = train.user == 7
-    lengths = train.lengths[mine]
+    of_user = train.user == 7
+    lengths = train.lengths[of_user]
     assert lengths.tolist() == sorted(lengths.tolist())
-    assert len(set(train.first[mine].tolist())) == 1
+    assert len(set(train.first[of_user].tolist())) == 1
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ CONFIG = InterFormerConfig(
 LENGTHS = (3, 0, 17, 1)
 
 
-def made() -> InterFormer:
+def small_model() -> InterFormer:
     return InterFormer(CONFIG, SCHEMA).eval()
 
 
@@ -38,7 +38,7 @@ def loss_of(logits: Tensor, rows: Batch) -> Tensor:
 def test_one_graph_serves_batches_of_any_lengths() -> None:
     torch._dynamo.reset()
     counters.clear()
-    model = made()
+    model = small_model()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     generator = torch.Generator().manual_seed(0)
     for step in range(20):
@@ -50,7 +50,7 @@ def test_one_graph_serves_batches_of_any_lengths() -> None:
 
 def test_gradients_of_the_compiled_model() -> None:
     torch._dynamo.reset()
-    model, rows = made(), batch()
+    model, rows = small_model(), batch()
     expected = torch.autograd.grad(loss_of(model(rows), rows), list(model.parameters()))
     # Like inductor, it decomposes the backward of layer norm, whose fake result has other strides than the real one.
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager_decomp_partition")
@@ -60,27 +60,27 @@ def test_gradients_of_the_compiled_model() -> None:
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "safetensors"])
 def test_copies_compute_the_same(way: str, tmp_path: Path) -> None:
-    model, rows = made(), batch()
+    model, rows = small_model(), batch()
     if way == "deepcopy":
-        other = copy.deepcopy(model)
+        copied = copy.deepcopy(model)
     elif way == "pickle":
-        other = pickle.loads(pickle.dumps(model))
+        copied = pickle.loads(pickle.dumps(model))
     elif way == "torch.save":
         file = io.BytesIO()
         torch.save(model.state_dict(), file)
         file.seek(0)
-        other = made()
-        other.load_state_dict(torch.load(file, weights_only=True))
+        copied = small_model()
+        copied.load_state_dict(torch.load(file, weights_only=True))
     else:
         library = pytest.importorskip("safetensors.torch", reason="needs safetensors")
         library.save_file(model.state_dict(), tmp_path / "model.safetensors")
-        other = made()
-        other.load_state_dict(library.load_file(tmp_path / "model.safetensors"))
-    assert torch.equal(other(rows), model(rows))
+        copied = small_model()
+        copied.load_state_dict(library.load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(copied(rows), model(rows))
 
 
 def test_autocast_trains_in_bfloat16() -> None:
-    model, rows = made(), batch()
+    model, rows = small_model(), batch()
     exact = model(rows)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(rows)
@@ -93,7 +93,7 @@ def test_autocast_trains_in_bfloat16() -> None:
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:
-    model, rows = made(), batch()
+    model, rows = small_model(), batch()
     expected = torch.autograd.grad(loss_of(model(rows), rows), list(model.parameters()))
     logits = checkpoint(model, rows, use_reentrant=False)
     actual = torch.autograd.grad(loss_of(logits, rows), list(model.parameters()))
@@ -101,7 +101,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 
 def test_gradients_by_torch_func() -> None:
-    model, rows = made(), batch()
+    model, rows = small_model(), batch()
     parameters = dict(model.named_parameters())
 
     def loss(values: dict[str, Tensor]) -> Tensor:

@@ -39,9 +39,9 @@ TRAINING = TrainConfig(epochs=3, batch_size=64, lr=5e-3, lr_decay=0.9, weight_de
 
 
 def _as_option(name: str, value: object) -> str:
-    said = ("no", "yes")[value] if isinstance(value, bool) else value
-    said = ",".join(map(str, value)) if isinstance(value, tuple) else said
-    return f"--{name.replace('_', '-')}={said}"
+    text = ("no", "yes")[value] if isinstance(value, bool) else value
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else text
+    return f"--{name.replace('_', '-')}={text}"
 
 
 OPTIONS = [
@@ -106,9 +106,9 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one(tmp_path: Path, split
 def test_resuming_a_finished_run_only_measures(tmp_path: Path, splits: Splits) -> None:
     checkpoint = tmp_path / "run.pt"
     first = train(splits, MODEL, TRAINING, checkpoint=checkpoint)
-    again = train(splits, MODEL, TRAINING, checkpoint=checkpoint, resume=True, progress=KillAfter(0))
-    assert (again.valid, again.test, again.step_ms) == (first.valid, first.test, first.step_ms)
-    assert again.seconds >= first.history[-1].seconds
+    resumed = train(splits, MODEL, TRAINING, checkpoint=checkpoint, resume=True, progress=KillAfter(0))
+    assert (resumed.valid, resumed.test, resumed.step_ms) == (first.valid, first.test, first.step_ms)
+    assert resumed.seconds >= first.history[-1].seconds
 
 
 def test_a_finished_run_goes_on_with_more_epochs(tmp_path: Path, splits: Splits) -> None:
@@ -142,16 +142,16 @@ def test_resuming_needs_a_checkpoint_and_starts_where_there_is_none_yet(tmp_path
     with pytest.raises(ValueError, match="resume needs a checkpoint to resume from, found None"):
         train(splits, MODEL, TRAINING, resume=True)
 
-    said: list[str] = []
+    messages: list[str] = []
 
     class Listener(Progress):
         def say(self, message: str) -> None:
-            said.append(message)
+            messages.append(message)
 
-    one = replace(TRAINING, epochs=1)
-    report = train(splits, MODEL, one, checkpoint=tmp_path / "run.pt", resume=True, progress=Listener())
+    one_epoch = replace(TRAINING, epochs=1)
+    report = train(splits, MODEL, one_epoch, checkpoint=tmp_path / "run.pt", resume=True, progress=Listener())
     assert report.resumed_at == 0
-    assert "no checkpoint yet" in said[0]
+    assert "no checkpoint yet" in messages[0]
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
@@ -274,9 +274,9 @@ def test_the_report_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert report["kind"] == "interformer"
     assert set(report["test"]) == {"auc", "gauc", "logloss", "ne"}
     assert report["valid"] == report["history"][report["best_epoch"]]["valid"]
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert f"test  AUC {report['test']['auc']:.4f}" in said.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"test  AUC {report['test']['auc']:.4f}" in printed.err
 
 
 def test_json_has_null_for_what_is_undefined(tmp_path: Path) -> None:
@@ -290,8 +290,8 @@ def test_json_goes_to_standard_output_alone(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_seed_changes_the_run_and_not_the_data() -> None:
-    one, two = (build_parser().parse_args(["train", *OPTIONS, f"--seed={seed}"]) for seed in (1, 2))
-    assert load(one, 9).train.label.equal(load(two, 9).train.label)
+    first, second = (build_parser().parse_args(["train", *OPTIONS, f"--seed={seed}"]) for seed in (1, 2))
+    assert load(first, 9).train.label.equal(load(second, 9).train.label)
 
 
 def test_movielens_is_trained_on_its_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -336,12 +336,12 @@ def test_a_process_killed_by_a_signal_is_resumed(tmp_path: Path) -> None:
             if line.startswith("epoch  2"):
                 process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=60) == -signal.SIGKILL
-    done = len(torch.load(checkpoint)["history"])
-    assert 1 <= done < 50
+    epochs_done = len(torch.load(checkpoint)["history"])
+    assert 1 <= epochs_done < 50
 
     def report(*extra: str) -> dict[str, Any]:
         target = tmp_path / "report.json"
-        assert main([*arguments, f"--epochs={done + 1}", f"--json={target}", *extra]) == 0
+        assert main([*arguments, f"--epochs={epochs_done + 1}", f"--json={target}", *extra]) == 0
         result: dict[str, Any] = json.loads(target.read_text())
         for record in (result, *result["history"]):
             del record["seconds"]
@@ -350,6 +350,6 @@ def test_a_process_killed_by_a_signal_is_resumed(tmp_path: Path) -> None:
         return result
 
     resumed, whole = report(f"--checkpoint={checkpoint}", "--resume"), report()
-    assert resumed.pop("resumed_at") == done
+    assert resumed.pop("resumed_at") == epochs_done
     assert whole.pop("resumed_at") == 0
     assert resumed == whole

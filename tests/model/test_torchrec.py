@@ -44,10 +44,10 @@ def test_one_key_of_a_keyed_tensor() -> None:
 
 def test_round_trip() -> None:
     values = torch.randn(7, 3)
-    there = jagged.to_torchrec(values, torch.tensor([0, 2, 2, 5]), torchrec.JaggedTensor)
-    assert isinstance(there, torchrec.JaggedTensor)
-    assert there.lengths().tolist() == [2, 0, 3]
-    back = jagged.from_torchrec(there)
+    torchrec_tensor = jagged.to_torchrec(values, torch.tensor([0, 2, 2, 5]), torchrec.JaggedTensor)
+    assert isinstance(torchrec_tensor, torchrec.JaggedTensor)
+    assert torchrec_tensor.lengths().tolist() == [2, 0, 3]
+    back = jagged.from_torchrec(torchrec_tensor)
     assert torch.equal(back.values, values[:5])
     assert back.offsets.tolist() == [0, 2, 2, 5]
 
@@ -89,8 +89,8 @@ class TorchRecEmbedding(nn.Module):
         self.bags = torchrec.EmbeddingBagCollection(tables=self._tables(torchrec.EmbeddingBagConfig, fields))
         self.rows = torchrec.EmbeddingCollection(tables=self._tables(torchrec.EmbeddingConfig, events))
         for name, weight in like.tables.named_parameters():
-            for own in self.parameters_of(name.removesuffix(".weight")):
-                own.data.copy_(weight.data)
+            for parameter in self.parameters_of(name.removesuffix(".weight")):
+                parameter.data.copy_(weight.data)
 
     @staticmethod
     def _tables(kind: type, fields: dict[str, str]) -> list[object]:
@@ -121,10 +121,10 @@ def test_interformer_over_torchrecs_tables() -> None:
     model = InterFormer(CONFIG, SCHEMA).eval()
     expected = model(batch)
     expected.square().sum().backward()
-    wanted = {name: table.weight.grad for name, table in model.embedding.tables.items()}
-    model.embedding = own = TorchRecEmbedding(model.embedding)
+    expected_grads = {name: table.weight.grad for name, table in model.embedding.tables.items()}
+    model.embedding = torchrec_tables = TorchRecEmbedding(model.embedding)
     actual = model(batch)
     torch.testing.assert_close(actual, expected)
     actual.square().sum().backward()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(sum(weight.grad for weight in own.parameters_of(name)), gradient)
+    for name, gradient in expected_grads.items():
+        torch.testing.assert_close(sum(weight.grad for weight in torchrec_tables.parameters_of(name)), gradient)
