@@ -35,16 +35,16 @@ SIZES: dict[str, Any] = {
 
 def config(kind: str) -> Any:
     """A tiny config of a model type."""
-    made = CONFIG_MAPPING[kind]
-    known: set[str] = set()
-    for parent in made.__mro__:
-        known |= set(getattr(parent, "__annotations__", {})) | set(inspect.signature(parent.__init__).parameters)
-        known |= set(getattr(parent, "attribute_map", {}))
-    sizes = {name: size for name, size in SIZES.items() if name in known}
-    for name, other in made.attribute_map.items():
-        if name in sizes and other in sizes:
+    config_class = CONFIG_MAPPING[kind]
+    parameters: set[str] = set()
+    for parent in config_class.__mro__:
+        parameters |= set(getattr(parent, "__annotations__", {})) | set(inspect.signature(parent.__init__).parameters)
+        parameters |= set(getattr(parent, "attribute_map", {}))
+    sizes = {name: size for name, size in SIZES.items() if name in parameters}
+    for name, alias in config_class.attribute_map.items():
+        if name in sizes and alias in sizes:
             del sizes[name]
-    result = made(**sizes)
+    result = config_class(**sizes)
     result._experts_implementation = "eager"  # The other implementations' grouped product has no float64.
     return result
 
@@ -55,13 +55,13 @@ def model_class(kind: str) -> Any:
     return getattr(transformers, name if isinstance(name, str) else name[0])
 
 
-def eager(kind: str, made: Any = None) -> Any:
+def eager(kind: str, head_class: Any = None) -> Any:
     """A model with transformers' eager attention, its weights large enough to matter, in eval mode.
 
     The class is `made`, by default the one without head.
     """
     torch.manual_seed(0)
-    model = (made or model_class(kind))._from_config(config(kind), attn_implementation="eager").eval()
+    model = (head_class or model_class(kind))._from_config(config(kind), attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -85,6 +85,6 @@ def served(model: Any, implementation: str = "interformer") -> Any:
     settings.pop("_attn_implementation", None)
     settings = type(model.config).from_dict(settings)
     settings._experts_implementation = "eager"
-    made = type(model)._from_config(settings, attn_implementation=implementation)
-    made.to(next(model.parameters()).dtype).load_state_dict(model.state_dict())
-    return made.train(model.training)
+    copy = type(model)._from_config(settings, attn_implementation=implementation)
+    copy.to(next(model.parameters()).dtype).load_state_dict(model.state_dict())
+    return copy.train(model.training)

@@ -95,14 +95,14 @@ def test_attention_without_masks() -> None:
 
 
 def test_inference_of_a_padded_row_is_finite() -> None:
-    """PyTorch's fused path returns NaN there."""
+    """PyTorch's fused path returns NaN for a row of padding only."""
     before = perturbed(nn.MultiheadAttention(E, H, batch_first=True)).eval()
     x, padding = torch.randn(3, 6, E), budget.padding("a row of padding")
     with torch.no_grad():
-        theirs, ours = (attend(m, {"x": x}, key_padding_mask=padding) for m in (before, swapped(before)))
-    torch.testing.assert_close(ours[1:], theirs[1:])
-    assert theirs[0].isnan().all()
-    assert torch.equal(ours[0], before.out_proj.bias.expand(6, E))
+        expected, actual = (attend(m, {"x": x}, key_padding_mask=padding) for m in (before, swapped(before)))
+    torch.testing.assert_close(actual[1:], expected[1:])
+    assert expected[0].isnan().all()
+    assert torch.equal(actual[0], before.out_proj.bias.expand(6, E))
 
 
 X, BANDED = torch.randn(3, 6, E), torch.ones(6, 6, dtype=torch.bool).triu(2)
@@ -120,10 +120,10 @@ UNSERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("why", UNSERVED)
-def test_calls_that_take_pytorchs_path_say_so_once(why: str, notices: Callable[[], list[str]]) -> None:
-    """They also give PyTorch's bits."""
-    options, arguments = UNSERVED[why]
+@pytest.mark.parametrize("reason", UNSERVED)
+def test_calls_that_take_pytorchs_path_say_so_once(reason: str, notices: Callable[[], list[str]]) -> None:
+    """Such calls give PyTorch's bits, too."""
+    options, arguments = UNSERVED[reason]
     before = perturbed(nn.MultiheadAttention(E, H, batch_first=True, **options))
     after = swapped(before)
     result = []
@@ -132,8 +132,8 @@ def test_calls_that_take_pytorchs_path_say_so_once(why: str, notices: Callable[[
         result.append(module(X, X, X, **{"need_weights": False, **arguments}))
     assert torch.equal(result[0][0], result[1][0])
     assert (result[1][1] is None) == (not arguments.get("need_weights"))
-    (said,) = notices()
-    assert said.startswith(f"MultiheadAttention takes PyTorch's own path for {why}")
+    (notice,) = notices()
+    assert notice.startswith(f"MultiheadAttention takes PyTorch's own path for {reason}")
 
 
 def test_pytorch_refuses_what_it_refused() -> None:
@@ -185,8 +185,8 @@ def test_encoder_at_inference(kind: str) -> None:
     before, x = perturbed(encoder()).eval(), torch.randn(3, 6, E)
     padding = budget.padding(kind)
     with torch.no_grad():
-        theirs, ours = (module(x, src_key_padding_mask=padding) for module in (before, swapped(before)))
-    torch.testing.assert_close(ours, theirs)
+        expected, actual = (module(x, src_key_padding_mask=padding) for module in (before, swapped(before)))
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("case", ["causal", "hooks", "batch second", "norm first", "no padding", "dropout"])
@@ -217,8 +217,8 @@ def test_nested_tensors_take_pytorchs_path(notices: Callable[[], list[str]]) -> 
     before = perturbed(encoder_layer()).eval()
     nested = torch.nested.nested_tensor([X[0, :3], X[1]])
     with torch.no_grad():
-        theirs, ours = (module(nested).to_padded_tensor(0.0) for module in (before, swapped(before)))
-    assert torch.equal(ours, theirs)
+        expected, actual = (module(nested).to_padded_tensor(0.0) for module in (before, swapped(before)))
+    assert torch.equal(actual, expected)
     assert notices() == ["TransformerEncoderLayer takes PyTorch's own path for nested tensors"]
 
 
@@ -236,8 +236,8 @@ def test_compiled(notices: Callable[[], list[str]]) -> None:
     padding = budget.padding("holes")
     result = attend(compiled, {"x": X}, key_padding_mask=padding)
     assert torch.equal(result, attend(before, {"x": X}, key_padding_mask=padding))
-    (said,) = notices()
-    assert "padding masks under torch.compile" in said
+    (notice,) = notices()
+    assert "padding masks under torch.compile" in notice
 
 
 # ---------------------------------------------------------------- under torch.func
@@ -278,15 +278,15 @@ def transforms() -> dict[str, tuple[str, Callable[[Any], Tensor]]]:
 @pytest.mark.parametrize("case", transforms())
 def test_transforms_that_the_ops_have_not_take_pytorchs_path(case: str, notices: Callable[[], list[str]]) -> None:
     """The bits are PyTorch's, and the calls are counted and logged."""
-    why, run = transforms()[case]
+    reason, run = transforms()[case]
     before = perturbed(nn.MultiheadAttention(E, H, batch_first=True))
     after = copy.deepcopy(before)
     calls = accelerate(after).calls()[""]
     with sdpa_kernel(SDPBackend.MATH):  # PyTorch's other kernels have no forward-mode derivative.
         assert torch.equal(run(after), run(before))
     assert calls.served == 0
-    assert set(calls.unserved) == {why}
-    assert notices() == [f"MultiheadAttention takes PyTorch's own path for {why}"]
+    assert set(calls.unserved) == {reason}
+    assert notices() == [f"MultiheadAttention takes PyTorch's own path for {reason}"]
 
 
 def test_one_mask_for_all_of_vmap_is_served() -> None:
@@ -350,5 +350,5 @@ def test_the_report_counts_calls_of_encoders() -> None:
     model(X)
     assert {name: (c.served, c.unserved) for name, c in calls.items()} == dict.fromkeys(calls, (2, {}))
     model(X, mask=BANDED)
-    why = "an attn_mask that is not the causal one (or cannot be read under torch.compile without is_causal)"
-    assert {name: (c.served, c.unserved) for name, c in calls.items()} == dict.fromkeys(calls, (2, {why: 1}))
+    reason = "an attn_mask that is not the causal one (or cannot be read under torch.compile without is_causal)"
+    assert {name: (c.served, c.unserved) for name, c in calls.items()} == dict.fromkeys(calls, (2, {reason: 1}))

@@ -97,9 +97,9 @@ def test_calls_that_take_the_original_path_say_so_once(case: str, notices: Calla
     torch.testing.assert_close(run(call), run(before))
     run(call)
     words = {"dropout": "dropout = 0.5 in training", "cut sets": "max_num_elements"}.get(case, "torch.compile")
-    (said,) = [line for line in notices() if line.startswith(kind)]
-    assert said.startswith(f"{kind} takes torch_geometric's own path")
-    assert words in said
+    (notice,) = [line for line in notices() if line.startswith(kind)]
+    assert notice.startswith(f"{kind} takes torch_geometric's own path")
+    assert words in notice
 
 
 def test_compiled(notices: Callable[[], list[str]]) -> None:
@@ -146,5 +146,5 @@ def test_a_model_travels_and_keeps_its_keys() -> None:
 def test_what_cannot_be_served_is_left() -> None:
     model = SetTransformerAggregation(E)
     model.pma.mab.attn = nn.MultiheadAttention(E, 1, add_zero_attn=True, batch_first=True)
-    why = {entry.name: entry.why for entry in ik.accelerate(model).left}
-    assert why[""] == why["pma"] == "add_bias_kv or add_zero_attn, which the ops do not support"
+    reasons = {entry.name: entry.why for entry in ik.accelerate(model).left}
+    assert reasons[""] == reasons["pma"] == "add_bias_kv or add_zero_attn, which the ops do not support"

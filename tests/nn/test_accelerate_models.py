@@ -56,18 +56,18 @@ def test_the_report_lists_every_module() -> None:
     assert (report.entries, dry.dry_run, report.dry_run) == (dry.entries, True, False)
     assert [entry.name for entry in report.entries] == [name for name, _ in model.named_modules()]
     assert [entry.name for entry in report.swapped] == SWAPPED
-    why = {entry.name: entry.why for entry in report.left}
-    assert why["own"].startswith("a subclass of MultiheadAttention, whose forward may differ")
-    assert why["zero"] == "add_bias_kv or add_zero_attn, which the ops do not support"
-    assert why["embed"] == why[""] == "no adapter is registered for this class"
+    reasons = {entry.name: entry.why for entry in report.left}
+    assert reasons["own"].startswith("a subclass of MultiheadAttention, whose forward may differ")
+    assert reasons["zero"] == "add_bias_kv or add_zero_attn, which the ops do not support"
+    assert reasons["embed"] == reasons[""] == "no adapter is registered for this class"
     lines = str(report).splitlines()
     assert lines[0] == f"6 of {len(classes)} modules swapped"
     assert "  swapped: pool (MultiheadAttention)" in lines
     assert "  left: 1 Embedding: no adapter is registered for this class" in lines
     assert "would be swapped: pool" in str(dry)
-    again = ik.accelerate(model)
-    assert not again.swapped
-    assert {entry.why for entry in again.entries if entry.name in SWAPPED} == {"it is swapped already"}
+    second_report = ik.accelerate(model)
+    assert not second_report.swapped
+    assert {entry.why for entry in second_report.entries if entry.name in SWAPPED} == {"it is swapped already"}
 
 
 def test_a_model_trains_as_before() -> None:
@@ -75,8 +75,8 @@ def test_a_model_trains_as_before() -> None:
     before = perturbed(Model())
     after = copy.deepcopy(before)
     parameters, keys = list(after.parameters()), list(after.state_dict())
-    optimizer, seen = torch.optim.SGD(after.parameters(), 1e-4), []
-    after.pool.register_forward_hook(lambda *call: seen.append(call))
+    optimizer, hook_calls = torch.optim.SGD(after.parameters(), 1e-4), []
+    after.pool.register_forward_hook(lambda *call: hook_calls.append(call))
     ik.accelerate(after)
     assert list(after.state_dict()) == keys
     assert all(x is y for x, y in zip(after.parameters(), parameters, strict=True))
@@ -87,7 +87,7 @@ def test_a_model_trains_as_before() -> None:
         return {"ids": torch.randint(10, (3, 6), generator=torch.Generator().manual_seed(seed))}
 
     budget.assert_within_budget(before, after, make, lambda module, inputs: module(inputs["ids"], padding))
-    assert seen
+    assert hook_calls
     ids = make(0)["ids"]
     start = after(ids, padding).square().sum()
     start.backward()
@@ -100,9 +100,9 @@ def test_accelerated_models_travel() -> None:
     ids, padding = torch.arange(18).view(3, 6) % 10, budget.padding("holes")
     fresh = Model()
     fresh.load_state_dict(model.state_dict())
-    for way, other in {**budget.copies(model), "state_dict": swapped(fresh)}.items():
-        assert torch.equal(other(ids, padding), model(ids, padding)), way
-        assert [type(module) for module in other.modules()] == [type(module) for module in model.modules()]
+    for way, copied in {**budget.copies(model), "state_dict": swapped(fresh)}.items():
+        assert torch.equal(copied(ids, padding), model(ids, padding)), way
+        assert [type(module) for module in copied.modules()] == [type(module) for module in model.modules()]
 
 
 def test_accelerated_models_travel_by_safetensors(tmp_path: Path) -> None:

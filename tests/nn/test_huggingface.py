@@ -68,7 +68,7 @@ def pair(name: str) -> tuple[Any, Any]:
     return before, after
 
 
-def answer(model: Any, **inputs: Any) -> Tensor:
+def outputs_of(model: Any, **inputs: Any) -> Tensor:
     out = model(**inputs)
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
@@ -86,7 +86,7 @@ def test_padded(name: str, kind: str, notices: Callable[[], list[str]]) -> None:
     padding = budget.padding(kind)
 
     def run(model: Any, inputs: Mapping[str, Any]) -> Tensor:
-        out = answer(model, input_ids=inputs["ids"], attention_mask=(~padding).long())
+        out = outputs_of(model, input_ids=inputs["ids"], attention_mask=(~padding).long())
         assert model is not after or out.isfinite().all()
         return out[~padding]
 
@@ -99,7 +99,7 @@ def test_without_padding(name: str, notices: Callable[[], list[str]]) -> None:
     before, after = pair(name)
     for mask in (None, torch.ones_like(IDS)):
         run = partial(
-            lambda model, inputs, mask: answer(model, input_ids=inputs["ids"], attention_mask=mask), mask=mask
+            lambda model, inputs, mask: outputs_of(model, input_ids=inputs["ids"], attention_mask=mask), mask=mask
         )
         compare(before, after, run)
     assert not notices()
@@ -114,7 +114,7 @@ def test_encoder_and_decoder(kind: str, notices: Callable[[], list[str]]) -> Non
 
         def run(model: Any, inputs: Mapping[str, Any], decoded: Tensor = decoded) -> Tensor:
             tokens = (~padding).long()
-            return answer(model, input_ids=inputs["ids"], attention_mask=tokens, decoder_input_ids=decoded)
+            return outputs_of(model, input_ids=inputs["ids"], attention_mask=tokens, decoder_input_ids=decoded)
 
         compare(before, after, run)
     assert not notices()
@@ -123,23 +123,23 @@ def test_encoder_and_decoder(kind: str, notices: Callable[[], list[str]]) -> Non
 LENGTHS = (4, 1, 5)
 
 
-@pytest.mark.parametrize("told", ["position_ids", "cu_seq_lens"])
+@pytest.mark.parametrize("rows_by", ["position_ids", "cu_seq_lens"])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_packed(name: str, told: str, notices: Callable[[], list[str]]) -> None:
+def test_packed(name: str, rows_by: str, notices: Callable[[], list[str]]) -> None:
     """Each packed row is computed as if it were alone. (Rows longer than a sliding window use transformers' sdpa.)"""
     before, after = pair(name)
     rows: dict[str, Any] = {"position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
-    if told == "cu_seq_lens":
+    if rows_by == "cu_seq_lens":
         offsets = torch.tensor([0, *LENGTHS]).cumsum(0).int()
         rows.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=5, max_length_k=5)
 
     def run(model: Any, inputs: Mapping[str, Any]) -> Tensor:
         if model is after:
-            return answer(model, input_ids=inputs["ids"], use_cache=False, **rows)
-        return torch.cat([answer(model, input_ids=row) for row in inputs["ids"].split(LENGTHS, 1)], 1)
+            return outputs_of(model, input_ids=inputs["ids"], use_cache=False, **rows)
+        return torch.cat([outputs_of(model, input_ids=row) for row in inputs["ids"].split(LENGTHS, 1)], 1)
 
     compare(before, after, run, (1, sum(LENGTHS)))
-    assert [("of another form" in said) for said in notices()] == ([] if name == "llama" else [True, False])
+    assert [("of another form" in notice) for notice in notices()] == ([] if name == "llama" else [True, False])
 
 
 def test_generation_with_a_cache(notices: Callable[[], list[str]]) -> None:
@@ -147,9 +147,9 @@ def test_generation_with_a_cache(notices: Callable[[], list[str]]) -> None:
     before, after = pair("llama")
     arguments: dict[str, Any] = {"input_ids": IDS, "attention_mask": (~budget.padding("left")).long()}
     arguments.update(max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    theirs, ours = (model.eval().generate(**arguments) for model in (before, after))
-    assert torch.equal(theirs.sequences, ours.sequences)
-    torch.testing.assert_close(ours.logits, theirs.logits)
+    expected, actual = (model.eval().generate(**arguments) for model in (before, after))
+    assert torch.equal(expected.sequences, actual.sequences)
+    torch.testing.assert_close(actual.logits, expected.logits)
     assert not notices()
 
 
@@ -175,24 +175,24 @@ def test_calls_that_take_sdpa_say_so_once(case: str, notices: Callable[[], list[
     if case == "a static cache":
         arguments: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
         arguments["disable_compile"] = True
-        theirs, ours = (m.eval().generate(**inputs, **arguments) for m in (before, after))
-        assert torch.equal(theirs, ours)
+        expected, actual = (m.eval().generate(**inputs, **arguments) for m in (before, after))
+        assert torch.equal(expected, actual)
     else:
         call = torch.compile(after, backend="eager") if case == "compiled with padding" else after
         inputs["use_cache"] = False
         before.set_attn_implementation("sdpa")
         held = ~padding
-        torch.testing.assert_close(answer(call, **inputs)[held], answer(before, **inputs)[held])
-    said = [line for line in notices() if "transformers' sdpa serves" in line]
+        torch.testing.assert_close(outputs_of(call, **inputs)[held], outputs_of(before, **inputs)[held])
+    notice = [line for line in notices() if "transformers' sdpa serves" in line]
     words = {"a window": "of another form", "a static cache": "static cache", "a mask of pairs": "masks [B, 1, Lq, Lk]"}
-    assert len([line for line in said if words.get(case, "torch.compile") in line]) == 1
+    assert len([line for line in notice if words.get(case, "torch.compile") in line]) == 1
 
 
 def test_compiled_without_padding() -> None:
     _, after = pair("llama")
     compiled = torch.compile(after, backend="eager")
     torch.testing.assert_close(
-        answer(compiled, input_ids=IDS, use_cache=False), answer(after, input_ids=IDS, use_cache=False)
+        outputs_of(compiled, input_ids=IDS, use_cache=False), outputs_of(after, input_ids=IDS, use_cache=False)
     )
 
 
@@ -205,8 +205,8 @@ def test_dropout_takes_the_reference_and_says_so(notices: Callable[[], list[str]
     mask = torch.ones(5, 1, 1, 1, dtype=torch.bool)
     out = huggingface.attention(nn.Identity(), *torch.ones(3, 5, 4, 1, 8).unbind(0), mask, dropout=0.5)[0]
     assert set(out.flatten().tolist()) <= {0.0, 2.0}
-    (said,) = notices()
-    assert "dropout = 0.5 in training: the reference computes the attention" in said
+    (notice,) = notices()
+    assert "dropout = 0.5 in training: the reference computes the attention" in notice
 
 
 def test_a_layers_window() -> None:
@@ -220,9 +220,9 @@ def test_a_layers_window() -> None:
 def test_a_mask_of_four_axes_says_all() -> None:
     """A mask contains the layer's window and causality, so they are not applied a second time to a single query."""
     q, k = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 3, 8)
-    seen = torch.tensor([[True, False, True], [False, False, True]])[:, None, None]
-    out = huggingface.attention(nn.Identity(), q, k, k, seen, sliding_window=1, is_causal=True)[0]
-    torch.testing.assert_close(out.transpose(1, 2), F.scaled_dot_product_attention(q, k, k, seen))
+    visible = torch.tensor([[True, False, True], [False, False, True]])[:, None, None]
+    out = huggingface.attention(nn.Identity(), q, k, k, visible, sliding_window=1, is_causal=True)[0]
+    torch.testing.assert_close(out.transpose(1, 2), F.scaled_dot_product_attention(q, k, k, visible))
 
 
 def test_options_that_the_ops_have_not_are_refused() -> None:

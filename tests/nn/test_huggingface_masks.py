@@ -126,24 +126,27 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
 # ---------------------------------------------------------------- packed rows
 
 
-@pytest.mark.parametrize("told", ["cu_seq_lens", "position_ids", "both"])
+@pytest.mark.parametrize("rows_by", ["cu_seq_lens", "position_ids", "both"])
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text", "gpt_bigcode", "olmo3", "llama4_text"])
-def test_packed_rows_stand_alone(kind: str, use_cache: bool, told: str) -> None:
+def test_packed_rows_stand_alone(kind: str, use_cache: bool, rows_by: str) -> None:
     """This holds for windows shorter than the row and for chunks too, whatever the other row contains."""
     before = models.eager(kind)
     after, tokens = models.served(before), ids()
-    rows = {**(ROWS if told != "position_ids" else {}), **({"position_ids": PLACES} if told != "cu_seq_lens" else {})}
-    if kind == "llama4_text" and told == "cu_seq_lens":
+    rows = {
+        **(ROWS if rows_by != "position_ids" else {}),
+        **({"position_ids": PLACES} if rows_by != "cu_seq_lens" else {}),
+    }
+    if kind == "llama4_text" and rows_by == "cu_seq_lens":
         with pytest.raises(ValueError, match="packed rows are not supported with this mask"):
             hidden(after, tokens, use_cache=use_cache, **rows)
         return
     result = hidden(after, tokens, use_cache=use_cache, **rows)
-    again = tokens.clone()
-    again[0, :SPLIT] = 3 + (again[0, :SPLIT] + 7) % 57
-    moved = hidden(after, again, use_cache=use_cache, **rows)
+    changed = tokens.clone()
+    changed[0, :SPLIT] = 3 + (changed[0, :SPLIT] + 7) % 57
+    moved = hidden(after, changed, use_cache=use_cache, **rows)
     assert torch.equal(result[:, SPLIT:], moved[:, SPLIT:])
-    if told == "cu_seq_lens" and kind == "gpt_bigcode":  # Its positions are learned, and continue from row to row.
+    if rows_by == "cu_seq_lens" and kind == "gpt_bigcode":  # Its positions are learned, and continue from row to row.
         return
     alone = torch.cat([hidden(before, row) for row in tokens.split((SPLIT, LENGTH - SPLIT), 1)], 1)
     torch.testing.assert_close(result, alone, rtol=1e-4, atol=1e-4)
@@ -164,12 +167,12 @@ def test_packed_rows_of_an_encoder() -> None:
 def test_a_mask_of_ones_own_beside_packed_rows() -> None:
     """Masks `[1, 1, L, L]` without and with a masked key are combined with the packed rows."""
     q = torch.randn(1, 4, LENGTH, 8)
-    same = (torch.arange(LENGTH) >= SPLIT)[:, None] == (torch.arange(LENGTH) >= SPLIT)
-    for given in (torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), (torch.arange(LENGTH) != 1)[None, None, None]):
-        shown = given.expand(1, 1, LENGTH, LENGTH)
-        for mask in (given, torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)):
+    same_row = (torch.arange(LENGTH) >= SPLIT)[:, None] == (torch.arange(LENGTH) >= SPLIT)
+    for shown in (torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), (torch.arange(LENGTH) != 1)[None, None, None]):
+        of_pairs = shown.expand(1, 1, LENGTH, LENGTH)
+        for mask in (shown, torch.zeros(of_pairs.shape).masked_fill(~of_pairs, torch.finfo(torch.float32).min)):
             out = huggingface.attention(nn.Identity(), q, q, q, mask, cu_seq_lens_q=OFFSETS, cu_seq_lens_k=OFFSETS)[0]
-            expected = F.scaled_dot_product_attention(q, q, q, shown & same)
+            expected = F.scaled_dot_product_attention(q, q, q, of_pairs & same_row)
             torch.testing.assert_close(out.transpose(1, 2), expected)
 
 
@@ -217,7 +220,7 @@ def test_rows_that_cannot_be_kept_apart_are_refused(case: str) -> None:
 
 @pytest.mark.parametrize("kind", ["stablelm", "nemotron"])
 def test_models_that_keep_packed_rows_from_their_attention(kind: str) -> None:
-    """They accept `cu_seq_lens` and ignore it; rows given by positions are computed as if alone."""
+    """Such models accept `cu_seq_lens` and ignore it; rows given by positions are computed as if alone."""
     model = served(kind)
     with pytest.raises(
         ValueError, match=f"{type(model).__name__} does not pass cu_seq_lens_q and cu_seq_lens_k to its"
@@ -262,8 +265,8 @@ def test_a_call_that_says_causal() -> None:
     q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 8, 8)
     out = huggingface.attention(layer(), q, k, k, None, is_causal=True)[0].transpose(1, 2)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, k, is_causal=True))
-    one = huggingface.attention(layer(), q[:, :, :1], k, k, None, is_causal=True)[0].transpose(1, 2)
-    torch.testing.assert_close(one, F.scaled_dot_product_attention(q[:, :, :1], k, k))
+    single = huggingface.attention(layer(), q[:, :, :1], k, k, None, is_causal=True)[0].transpose(1, 2)
+    torch.testing.assert_close(single, F.scaled_dot_product_attention(q[:, :, :1], k, k))
     with pytest.raises(ValueError, match="must have as many keys as queries, found 8 queries over 5 keys"):
         huggingface.attention(layer(), k, q, q, None, is_causal=True)
 
@@ -285,12 +288,12 @@ def test_what_would_change_the_attention_is_refused(name: str) -> None:
 # ---------------------------------------------------------------- generation
 
 
-def generated(model: Any, **how: Any) -> Any:
+def generated(model: Any, **options: Any) -> Any:
     mask, tokens = torch.ones(3, LENGTH, dtype=torch.long), ids(3)
     mask[0, :3] = mask[1, :1] = 0
-    how.update(input_ids=tokens.where(mask.bool(), 0), attention_mask=mask, max_new_tokens=6, min_new_tokens=6)
+    options.update(input_ids=tokens.where(mask.bool(), 0), attention_mask=mask, max_new_tokens=6, min_new_tokens=6)
     return model.generate(
-        **how, do_sample=False, return_dict_in_generate=True, output_logits=True, disable_compile=True
+        **options, do_sample=False, return_dict_in_generate=True, output_logits=True, disable_compile=True
     )
 
 
@@ -301,25 +304,25 @@ def test_generation(kind: str, cache: str) -> None:
     with_head = {"bart": transformers.BartForConditionalGeneration, "gpt2": transformers.GPT2LMHeadModel}
     with_head.update(mistral=transformers.MistralForCausalLM, llama4_text=transformers.Llama4ForCausalLM)
     before = models.eager(kind, with_head[kind])
-    how = {"num_beams": 2} if cache == "dynamic" else {"cache_implementation": cache}
-    theirs, ours = (generated(model, **how) for model in (before, models.served(before)))
-    assert torch.equal(theirs.sequences, ours.sequences)
-    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+    options = {"num_beams": 2} if cache == "dynamic" else {"cache_implementation": cache}
+    expected, actual = (generated(model, **options) for model in (before, models.served(before)))
+    assert torch.equal(expected.sequences, actual.sequences)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- lower precision
 
 
-@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "bert", "llama4_text"])
-def test_padding_in_sixteen_bits(kind: str, how: str) -> None:
+def test_padding_in_sixteen_bits(kind: str, precision: str) -> None:
     model = served(kind)
-    model = model.bfloat16() if how == "bfloat16" else model
-    context = torch.autocast("cpu", torch.bfloat16) if how == "autocast" else contextlib.nullcontext()
+    model = model.bfloat16() if precision == "bfloat16" else model
+    context = torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else contextlib.nullcontext()
     mask, tokens = torch.ones(2, LENGTH, dtype=torch.long), ids(2)
     mask[0, :3] = 0
     with context:
         result = hidden(model, tokens, attention_mask=mask)[mask.bool()]
-        again = hidden(model, tokens.where(mask.bool(), 5), attention_mask=mask)[mask.bool()]
+        repeated = hidden(model, tokens.where(mask.bool(), 5), attention_mask=mask)[mask.bool()]
     assert result.isfinite().all()
-    assert torch.equal(result, again)
+    assert torch.equal(result, repeated)

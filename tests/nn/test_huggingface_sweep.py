@@ -72,7 +72,7 @@ def ids(seed: int = 0) -> Tensor:
     return torch.randint(3, 60, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
-def other(tokens: Tensor) -> Tensor:
+def replaced(tokens: Tensor) -> Tensor:
     """Ids that all differ from the given ones."""
     return 3 + (tokens - 3 + 7) % 57
 
@@ -90,10 +90,10 @@ def rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
-def assert_as_eager(before: Any, after: Any, run: Run, told: Run | None = None) -> None:
+def assert_as_eager(before: Any, after: Any, run: Run, run_eager: Run | None = None) -> None:
     """The error budget of a whole model: 2 x eager's error against float64, plus a rounding unit for each layer."""
-    truth = (told or run)(models.truth(before), ids())
-    rough = (told or run)(before.float(), ids())
+    truth = (run_eager or run)(models.truth(before), ids())
+    rough = (run_eager or run)(before.float(), ids())
     result = run(after, ids())
     units = 4 * torch.finfo(torch.float32).eps * rms(truth)
     assert rms(result - truth) <= 2 * rms(rough - truth) + units, (rms(result - truth), rms(rough - truth), units)
@@ -109,7 +109,7 @@ def moved_and_allowed(model: Any, run: Run, place: Any) -> tuple[float, float]:
     model = model.double() if experts else model
     tokens = ids()
     first = run(model, tokens)
-    tokens[place] = other(tokens[place])
+    tokens[place] = replaced(tokens[place])
     moved = float((first - run(model, tokens)).abs().max())
     model.float()
     return moved, torch.finfo(torch.float32).eps * float(first.abs().max()) if experts else 0.0
@@ -124,10 +124,10 @@ def padded(side: str, before: Any, after: Any) -> None:
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[0] = torch.tensor(PADDED[side])
     decoder = hasattr(before, "decoder") and hasattr(before, "encoder")
-    kept = torch.ones(2, LENGTH, dtype=torch.bool) if decoder else mask.bool()
+    compared = torch.ones(2, LENGTH, dtype=torch.bool) if decoder else mask.bool()
 
     def run(model: Any, tokens: Tensor) -> Tensor:
-        return call(model, tokens, attention_mask=mask)[kept]
+        return call(model, tokens, attention_mask=mask)[compared]
 
     assert_as_eager(before, after, run)
     assert_unmoved(after, run, ~mask.bool())
@@ -160,14 +160,14 @@ def cached(before: Any, after: Any) -> None:
     assert_unmoved(after, run, ~mask.bool())
 
 
-def packed(told: str, before: Any, after: Any) -> None:
+def packed(rows_by: str, before: Any, after: Any) -> None:
     """Two packed rows are computed as if each were alone."""
     lengths = (SPLIT, LENGTH - SPLIT)
     rows: dict[str, Any] = {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
-    if told != "position_ids":
+    if rows_by != "position_ids":
         offsets = torch.tensor([0, *lengths]).cumsum(0).int()
         rows.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=5, max_length_k=5)
-    if told == "cu_seq_lens":
+    if rows_by == "cu_seq_lens":
         del rows["position_ids"]
 
     def run(model: Any, tokens: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def packed(told: str, before: Any, after: Any) -> None:
     def alone(model: Any, tokens: Tensor) -> Tensor:
         return torch.cat([call(model, row) for row in tokens[:1].split(lengths, 1)], 1)
 
-    if told != "cu_seq_lens":  # Learned positions continue from row to row unless they are given.
+    if rows_by != "cu_seq_lens":  # Learned positions continue from row to row unless they are given.
         assert_as_eager(before, after, run, alone)
     assert_unmoved(after, lambda model, tokens: run(model, tokens)[:, SPLIT:], (slice(None), slice(SPLIT)))
     assert_unmoved(after, lambda model, tokens: run(model, tokens)[:, :SPLIT], (slice(None), slice(SPLIT, None)))
@@ -256,10 +256,10 @@ def test_every_other_class(kind: str) -> None:
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     for tokens in PADDED.values():
         mask[0] = torch.tensor(tokens)
-        kept = torch.ones_like(mask, dtype=torch.bool) if "decoder_input_ids" in signature(before) else mask.bool()
+        compared = torch.ones_like(mask, dtype=torch.bool) if "decoder_input_ids" in signature(before) else mask.bool()
 
-        def run(model: Any, tokens: Tensor, kept: Tensor = kept) -> Tensor:
-            return call(model, tokens, attention_mask=mask)[kept]
+        def run(model: Any, tokens: Tensor, compared: Tensor = compared) -> Tensor:
+            return call(model, tokens, attention_mask=mask)[compared]
 
         if below(moved_and_allowed(before, run, ~mask.bool())):
             assert_as_eager(before, after, run)

@@ -48,8 +48,8 @@ def test_mask_round_trip_restores_every_token(mask: Tensor, trailing: tuple[int,
 def test_both_polarities_and_integer_masks_agree(mask: Tensor) -> None:
     x = numbered(*mask.shape, 2)
     expected = jagged.from_padded(x, mask=mask)
-    for same in ({"padding_mask": ~mask}, {"mask": mask.int()}, {"padding_mask": (~mask).to(torch.uint8)}):
-        actual = jagged.from_padded(x, **same)
+    for mask_options in ({"padding_mask": ~mask}, {"mask": mask.int()}, {"padding_mask": (~mask).to(torch.uint8)}):
+        actual = jagged.from_padded(x, **mask_options)
         assert torch.equal(actual.values, expected.values)
         assert torch.equal(actual.offsets, expected.offsets)
 
@@ -151,10 +151,10 @@ def test_nested_round_trip_with_gradients() -> None:
     offsets = torch.tensor([0, 3, 3, 5])
     nested = jagged.to_nested(values, offsets)
     assert [row.shape[0] for row in nested.unbind()] == [3, 0, 2]
-    again = jagged.from_nested(nested * 2)
-    assert torch.equal(again.values, 2 * values[:5])
-    assert torch.equal(again.offsets, offsets)
-    again.values.sum().backward()
+    doubled = jagged.from_nested(nested * 2)
+    assert torch.equal(doubled.values, 2 * values[:5])
+    assert torch.equal(doubled.offsets, offsets)
+    doubled.values.sum().backward()
     assert values.grad is not None
     assert values.grad.tolist() == [[2, 2]] * 5 + [[0, 0]] * 2
 
@@ -212,9 +212,9 @@ class Keyed(WithLengths):
 
 
 def test_torchrec_round_trip() -> None:
-    there = jagged.to_torchrec(numbered(6), torch.tensor([0, 2, 5]), WithOffsets)
-    assert isinstance(there, WithOffsets)
-    values, offsets = jagged.from_torchrec(there)
+    torchrec_tensor = jagged.to_torchrec(numbered(6), torch.tensor([0, 2, 5]), WithOffsets)
+    assert isinstance(torchrec_tensor, WithOffsets)
+    values, offsets = jagged.from_torchrec(torchrec_tensor)
     assert values.tolist() == [1, 2, 3, 4, 5]
     assert offsets.tolist() == [0, 2, 5]
     assert jagged.from_torchrec(WithLengths()).offsets.tolist() == [0, 2, 2, 5]

@@ -26,49 +26,49 @@ LENGTHS = (5, 0, 3)
 @pytest.mark.parametrize("kind", budget.PADDINGS)
 def test_self_attention_is_pytorchs(kind: str, batch_first: bool) -> None:
     """Outputs agree at tokens and are zero at padding."""
-    theirs = perturbed(nn.MultiheadAttention(E, H, batch_first=batch_first))
-    ours = JaggedSelfAttention.from_torch(theirs)
+    original = perturbed(nn.MultiheadAttention(E, H, batch_first=batch_first))
+    ported = JaggedSelfAttention.from_torch(original)
     padding = budget.padding(kind)
 
     def run(module: Any, inputs: Any) -> Tensor:
         x = inputs["x"] if batch_first else inputs["x"].transpose(0, 1)
-        if module is ours:
+        if module is ported:
             out = module(x, key_padding_mask=padding)
         else:
             out = module(x, x, x, key_padding_mask=padding, need_weights=False)[0]
         out = out if batch_first else out.transpose(0, 1)
-        if module is ours:
+        if module is ported:
             assert not out[padding].any()
         return out[~padding]
 
-    budget.assert_within_budget(theirs, ours, lambda seed: budget.draw(seed, x=(3, 6, E)), run)
+    budget.assert_within_budget(original, ported, lambda seed: budget.draw(seed, x=(3, 6, E)), run)
 
 
 @pytest.mark.parametrize("widths", [{}, {"kdim": 12, "vdim": 20}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("kind", budget.PADDINGS)
 def test_cross_attention_is_pytorchs(kind: str, widths: dict[str, Any]) -> None:
-    theirs = perturbed(nn.MultiheadAttention(E, H, batch_first=True, **widths))
-    ours = GatedCrossAttention.from_torch(theirs)
+    original = perturbed(nn.MultiheadAttention(E, H, batch_first=True, **widths))
+    ported = GatedCrossAttention.from_torch(original)
     padding = budget.padding(kind)
 
     def run(module: Any, inputs: Any) -> Tensor:
         sides = inputs["query"], inputs["key"], inputs["value"]
-        if module is ours:
+        if module is ported:
             return module(*sides, key_mask=~padding)
         return module(*sides, key_padding_mask=padding, need_weights=False)[0]
 
-    shapes = {"query": (3, M, E), "key": (3, 6, theirs.kdim), "value": (3, 6, theirs.vdim)}
-    budget.assert_within_budget(theirs, ours, lambda seed: budget.draw(seed, **shapes), run)
+    shapes = {"query": (3, M, E), "key": (3, 6, original.kdim), "value": (3, 6, original.vdim)}
+    budget.assert_within_budget(original, ported, lambda seed: budget.draw(seed, **shapes), run)
 
 
 @pytest.mark.parametrize("options", [{}, {"kdim": 12, "vdim": 20}, {"bias": False}], ids=str)
 def test_modules_start_as_pytorchs(options: dict[str, Any]) -> None:
     torch.manual_seed(3)
-    theirs = nn.MultiheadAttention(E, H, **options).state_dict()
+    original = nn.MultiheadAttention(E, H, **options).state_dict()
     torch.manual_seed(3)
-    ours = GatedCrossAttention(E, H, **options, gate_activation=None).state_dict()
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ported = GatedCrossAttention(E, H, **options, gate_activation=None).state_dict()
+    assert list(ported) == list(original)
+    assert all(torch.equal(ported[name], original[name]) for name in ported)
 
 
 ROUND_TRIPS: dict[str, Callable[[nn.MultiheadAttention], Any]] = {
@@ -81,23 +81,23 @@ ROUND_TRIPS: dict[str, Callable[[nn.MultiheadAttention], Any]] = {
 @pytest.mark.parametrize("name", ROUND_TRIPS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_to_and_from_torch_share_parameters(name: str, bias: bool) -> None:
-    theirs = nn.MultiheadAttention(E, H, dropout=0.25, bias=bias, batch_first=True).eval()
-    back = ROUND_TRIPS[name](theirs).to_torch()
+    original = nn.MultiheadAttention(E, H, dropout=0.25, bias=bias, batch_first=True).eval()
+    back = ROUND_TRIPS[name](original).to_torch()
     back = back[0] if isinstance(back, tuple) else back
-    assert dict(back.named_parameters()).keys() == dict(theirs.named_parameters()).keys()
-    assert all(x is y for x, y in zip(back.parameters(), theirs.parameters(), strict=True))
+    assert dict(back.named_parameters()).keys() == dict(original.named_parameters()).keys()
+    assert all(x is y for x, y in zip(back.parameters(), original.parameters(), strict=True))
     assert (back.dropout, back.batch_first, back.training) == (0.25, True, False)
     x = torch.randn(3, 6, E)
-    assert torch.equal(back(x, x, x)[0], theirs(x, x, x)[0])
+    assert torch.equal(back(x, x, x)[0], original(x, x, x)[0])
 
 
 def test_a_gate_is_added_to_pytorchs_module() -> None:
-    theirs = nn.MultiheadAttention(E, H, batch_first=True).double()
-    ours = GatedCrossAttention.from_torch(theirs, gate_activation="sigmoid")
-    nn.init.zeros_(ours.gate_proj.weight)
-    nn.init.constant_(ours.gate_proj.bias, 100.0)  # An open gate.
+    original = nn.MultiheadAttention(E, H, batch_first=True).double()
+    ported = GatedCrossAttention.from_torch(original, gate_activation="sigmoid")
+    nn.init.zeros_(ported.gate_proj.weight)
+    nn.init.constant_(ported.gate_proj.bias, 100.0)  # An open gate.
     query, key = torch.randn(3, M, E).double(), torch.randn(3, 6, E).double()
-    torch.testing.assert_close(ours(query, key), theirs(query, key, key, need_weights=False)[0])
+    torch.testing.assert_close(ported(query, key), original(query, key, key, need_weights=False)[0])
 
 
 def test_a_parameter_of_seeds_is_shared() -> None:
@@ -177,8 +177,8 @@ def test_the_batch_may_be_second() -> None:
     ):
         first, second = make(True), make(False)
         second.load_state_dict(first.state_dict())
-        turned = call(second, x.transpose(0, 1), query.transpose(0, 1))
-        assert torch.equal(call(first, x, query), turned.transpose(0, 1))
+        transposed = call(second, x.transpose(0, 1), query.transpose(0, 1))
+        assert torch.equal(call(first, x, query), transposed.transpose(0, 1))
 
 
 def test_jagged_queries() -> None:
@@ -201,15 +201,15 @@ def test_jagged_queries() -> None:
     ids=["causal", "window", "prefix"],
 )
 def test_masks_of_self_attention(options: dict[str, Any], hidden: Callable[[Tensor, Tensor], Tensor]) -> None:
-    theirs = perturbed(nn.MultiheadAttention(E, H, batch_first=True))
-    ours = JaggedSelfAttention.from_torch(theirs, **options)
+    original = perturbed(nn.MultiheadAttention(E, H, batch_first=True))
+    ported = JaggedSelfAttention.from_torch(original, **options)
     mask = hidden(torch.arange(6)[:, None], torch.arange(6))
 
     def run(module: Any, inputs: Any) -> Tensor:
         x = inputs["x"]
-        return module(x) if module is ours else module(x, x, x, attn_mask=mask, need_weights=False)[0]
+        return module(x) if module is ported else module(x, x, x, attn_mask=mask, need_weights=False)[0]
 
-    budget.assert_within_budget(theirs, ours, lambda seed: budget.draw(seed, x=(3, 6, E)), run)
+    budget.assert_within_budget(original, ported, lambda seed: budget.draw(seed, x=(3, 6, E)), run)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -219,9 +219,9 @@ def test_rotary_self_attention_sees_distances(interleaved: bool) -> None:
     rope = rotary_tables(6, E)
     x = torch.randn(1, 1, E).expand(1, 6, E) + torch.zeros(1, 6, E)
     padded = torch.cat((torch.full((1, 2, E), torch.nan), x), 1)
-    left = torch.tensor([[True] * 2 + [False] * 6])
+    left_padding = torch.tensor([[True] * 2 + [False] * 6])
     with_rope = module(x, rope=rope)
-    assert torch.equal(module(padded, key_padding_mask=left, rope=rope)[~left], with_rope[0])
+    assert torch.equal(module(padded, key_padding_mask=left_padding, rope=rope)[~left_padding], with_rope[0])
     moved = perturbed(torch.nn.Identity())(torch.randn(1, 6, E))
     assert not torch.allclose(module(moved, rope=rope), module(moved))
 
@@ -287,14 +287,14 @@ def test_dropout_takes_the_reference_and_says_so_once(name: str, notices: Callab
 
     dropped = call()
     call()
-    assert [said for said in notices() if said.startswith(f"{name}: dropout = 0.5 in training")] == notices()
+    assert [notice for notice in notices() if notice.startswith(f"{name}: dropout = 0.5 in training")] == notices()
     assert len(notices()) == 1
     module.eval()
     whole = call()[0]
     bias = module.out_proj.bias
-    kept = (dropped - bias).abs().amax(-1) > 1e-6
-    assert 10 < kept.sum() < rows - 10
-    torch.testing.assert_close(dropped[kept], (bias + 2 * (whole - bias)).expand(int(kept.sum()), E))
+    not_dropped = (dropped - bias).abs().amax(-1) > 1e-6
+    assert 10 < not_dropped.sum() < rows - 10
+    torch.testing.assert_close(dropped[not_dropped], (bias + 2 * (whole - bias)).expand(int(not_dropped.sum()), E))
     dropped.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
 
@@ -333,8 +333,8 @@ def test_copies_compute_the_same(name: str) -> None:
     x = torch.randn(len(LENGTHS), 4, E)
     fresh = make()
     fresh.load_state_dict(module.state_dict())
-    for way, other in {**budget.copies(module), "state_dict": fresh}.items():
-        assert torch.equal(call(other, x), call(module, x)), way
+    for way, copied in {**budget.copies(module), "state_dict": fresh}.items():
+        assert torch.equal(call(copied, x), call(module, x)), way
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -20,30 +20,32 @@ CONTEXT, QUERY = torch.randn(3, 5), torch.randn(3, 2, E)
 @pytest.mark.parametrize("causal", [False, True])
 def test_self_attention_is_called_as_pytorchs(causal: bool) -> None:
     """Arguments are passed by position and by name; the result is the output without weights."""
-    theirs = nn.MultiheadAttention(E, H, batch_first=True)
-    ours = JaggedSelfAttention.from_torch(theirs, causal=causal)
+    original = nn.MultiheadAttention(E, H, batch_first=True)
+    ported = JaggedSelfAttention.from_torch(original, causal=causal)
     hidden = torch.ones(6, 6, dtype=torch.bool).triu(1) if causal else None
-    expected = theirs(X, X, X, key_padding_mask=PADDING, attn_mask=hidden, need_weights=False)[0]
-    rest: dict[str, Any] = {"need_weights": False, "average_attn_weights": True, "is_causal": causal}
+    expected = original(X, X, X, key_padding_mask=PADDING, attn_mask=hidden, need_weights=False)[0]
+    options: dict[str, Any] = {"need_weights": False, "average_attn_weights": True, "is_causal": causal}
     calls: list[Callable[[], Tensor]] = [
-        lambda: ours(X, X, X, key_padding_mask=PADDING),
-        lambda: ours(X, X, X, PADDING, False, None, True, causal),
-        lambda: ours(query=X, key=X, value=X, key_padding_mask=PADDING, attn_mask=None, **rest),
-        lambda: ours(X, key_padding_mask=PADDING),
+        lambda: ported(X, X, X, key_padding_mask=PADDING),
+        lambda: ported(X, X, X, PADDING, False, None, True, causal),
+        lambda: ported(query=X, key=X, value=X, key_padding_mask=PADDING, attn_mask=None, **options),
+        lambda: ported(X, key_padding_mask=PADDING),
     ]
     for call in calls:
         torch.testing.assert_close(call()[~PADDING], expected[~PADDING])
 
 
 def test_cross_attention_is_called_as_pytorchs() -> None:
-    theirs = nn.MultiheadAttention(E, H, batch_first=True)
-    ours = GatedCrossAttention.from_torch(theirs)
-    some = PADDING.clone()
-    some[1] = False
-    expected = theirs(QUERY, X, X, key_padding_mask=some, need_weights=False)[0]
+    original = nn.MultiheadAttention(E, H, batch_first=True)
+    ported = GatedCrossAttention.from_torch(original)
+    padding = PADDING.clone()
+    padding[1] = False
+    expected = original(QUERY, X, X, key_padding_mask=padding, need_weights=False)[0]
     for actual in (
-        ours(QUERY, X, X, some, False),
-        ours(query=QUERY, key=X, value=X, key_padding_mask=some, need_weights=False, attn_mask=None, is_causal=False),
+        ported(QUERY, X, X, padding, False),
+        ported(
+            query=QUERY, key=X, value=X, key_padding_mask=padding, need_weights=False, attn_mask=None, is_causal=False
+        ),
     ):
         torch.testing.assert_close(actual, expected)
 
@@ -64,9 +66,9 @@ def test_lengths(name: str, dtype: torch.dtype) -> None:
     lengths = LENGTHS.to(dtype)
     assert torch.equal(call(module, X, lengths=lengths), call(module, X, key_padding_mask=PADDING))
     offsets = torch.tensor([0, 4, 4, 10])
-    where = {"kv_offsets" if name == "cross" else "offsets": offsets}
+    rows = {"kv_offsets" if name == "cross" else "offsets": offsets}
     packed = X[~PADDING]
-    assert torch.equal(call(module, packed, lengths=lengths), call(module, packed, **where))
+    assert torch.equal(call(module, packed, lengths=lengths), call(module, packed, **rows))
 
 
 SELF = MODULES["self"][0]

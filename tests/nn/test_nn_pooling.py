@@ -24,19 +24,19 @@ LENGTHS = (5, 0, 3)
 @pytest.mark.parametrize("kind", ["right", "holes", "a row of padding"])
 def test_pooling_is_pytorchs(kind: str, options: dict[str, Any], fold: bool) -> None:
     """`module(seeds, x, x)` of `nn.MultiheadAttention`, with and without folded projections."""
-    theirs = perturbed(nn.MultiheadAttention(E, H, **options))
-    theirs.register_parameter("seeds", nn.Parameter(torch.randn(M, E)))
-    ours = PMAPooling.from_torch(theirs, theirs.seeds, fold=fold)
+    original = perturbed(nn.MultiheadAttention(E, H, **options))
+    original.register_parameter("seeds", nn.Parameter(torch.randn(M, E)))
+    pooling = PMAPooling.from_torch(original, original.seeds, fold=fold)
     padding = budget.padding(kind)
 
     def run(module: Any, inputs: Any) -> Tensor:
         x = inputs["x"]
-        if module is ours:
+        if module is pooling:
             return module(x, key_padding_mask=padding)
         seeds = module.seeds[:, None].expand(-1, 3, -1)
         return module(seeds, x, x, key_padding_mask=padding, need_weights=False)[0]
 
-    budget.assert_within_budget(theirs, ours, lambda seed: budget.draw(seed, x=(6, 3, theirs.kdim)), run)
+    budget.assert_within_budget(original, pooling, lambda seed: budget.draw(seed, x=(6, 3, original.kdim)), run)
 
 
 class SetTransformerPMA(nn.Module):
@@ -63,14 +63,14 @@ class SetTransformerPMA(nn.Module):
 @pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize("layer_norm", [True, False])
 def test_set_transformers_form(layer_norm: bool, fold: bool) -> None:
-    ours = perturbed(PMAPooling(E, H, M, batch_first=True, set_transformer=True, layer_norm=layer_norm, fold=fold))
-    theirs = SetTransformerPMA(ours)
+    pooling = perturbed(PMAPooling(E, H, M, batch_first=True, set_transformer=True, layer_norm=layer_norm, fold=fold))
+    original = SetTransformerPMA(pooling)
     tokens = ~budget.padding("holes")
 
     def run(module: Any, inputs: Any) -> Tensor:
-        return module(inputs["x"], key_mask=tokens) if module is ours else module(inputs["x"], tokens)
+        return module(inputs["x"], key_mask=tokens) if module is pooling else module(inputs["x"], tokens)
 
-    budget.assert_within_budget(theirs, ours, lambda seed: budget.draw(seed, x=(3, 6, E)), run)
+    budget.assert_within_budget(original, pooling, lambda seed: budget.draw(seed, x=(3, 6, E)), run)
 
 
 @pytest.mark.parametrize("set_transformer", [True, False])
@@ -90,13 +90,13 @@ def test_folded_is_unfolded(set_transformer: bool, bias: bool) -> None:
 
 def test_the_rule_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the threshold and above it, `fold=None` equals `fold=True` and `fold=False`, bit for bit."""
-    most = int(FOLDED_SHARE * E) // H
-    assert folding_wins(most * H, E)
-    assert not folding_wins((most + 1) * H, E)
+    max_seeds = int(FOLDED_SHARE * E) // H
+    assert folding_wins(max_seeds * H, E)
+    assert not folding_wins((max_seeds + 1) * H, E)
     x, offsets = torch.randn(8, E), offsets_of(LENGTHS)
-    for seeds, folds in ((most, True), (most + 1, False)):
+    for seeds, folds in ((max_seeds, True), (max_seeds + 1, False)):
         module = perturbed(PMAPooling(E, H, seeds))
         chosen = module(x, offsets=offsets)
-        same, other = (setattr(module, "fold", fold) or module(x, offsets=offsets) for fold in (folds, not folds))
+        same, opposite = (setattr(module, "fold", fold) or module(x, offsets=offsets) for fold in (folds, not folds))
         assert torch.equal(chosen, same)
-        assert not torch.equal(chosen, other)
+        assert not torch.equal(chosen, opposite)

@@ -43,9 +43,9 @@ def results(path: Path) -> list[dict[str, Any]]:
 
 
 def test_info_as_json_names_versions_and_backends() -> None:
-    done = run("info", "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    completed = run("info", "--json")
+    assert completed.returncode == 0, completed.stderr
+    result = json.loads(completed.stdout)
     assert result["versions"]["torch"] == torch.__version__
     assert set(result["backends"]) == set(testing.OPS)
     ffn = result["backends"]["personalized_ffn"]["cpu"]["float64"]
@@ -55,21 +55,21 @@ def test_info_as_json_names_versions_and_backends() -> None:
 
 @pytest.mark.parametrize("blocked", ["", "rich", "triton", "interformer_kernels._C numpy rich triton"])
 def test_info_needs_torch_alone(blocked: str) -> None:
-    done = run("info", blocked=blocked)
-    assert done.returncode == 0, done.stderr
+    completed = run("info", blocked=blocked)
+    assert completed.returncode == 0, completed.stderr
     for op in testing.OPS:
-        assert op in done.stdout
+        assert op in completed.stdout
     if "_C" in blocked:
-        assert "missing: the native module interformer_kernels._C cannot be imported" in done.stdout
+        assert "missing: the native module interformer_kernels._C cannot be imported" in completed.stdout
 
 
 def test_it_is_a_module_too() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "interformer_kernels", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert completed.returncode == 0, completed.stderr
     for name in ("info", "parity", "bench", "demo", "tune"):
-        assert name in done.stdout
+        assert name in completed.stdout
 
 
 # ---------------------------------------------------------------- parity
@@ -77,15 +77,15 @@ def test_it_is_a_module_too() -> None:
 
 def test_parity_passes_and_writes_every_quantity(tmp_path: Path) -> None:
     target = tmp_path / "made" / "parity.json"
-    done = run("parity", *SMALL, "--backend", "reference", "--json", str(target), blocked="rich numpy")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 breaches" in done.stdout
+    completed = run("parity", *SMALL, "--backend", "reference", "--json", str(target), blocked="rich numpy")
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    assert "0 breaches" in completed.stdout
     rows = results(target)
     cases = {str(case) for case in testing.cases("personalized_ffn")}
     assert {row["case"] for row in rows} == cases
     assert {row["quantity"] for row in rows} == {"out", "dx", "dweight", "dbias", "dresidual"}
     assert all(row["ok"] and row["share"] <= 1 for row in rows)
-    assert f"{len(rows)} quantities compared" in done.stdout
+    assert f"{len(rows)} quantities compared" in completed.stdout
 
 
 def test_parity_ends_with_1_on_a_planted_breach(tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ right = package.personalized_ffn
 package.personalized_ffn = lambda *args, **options: right(*args, **options) * 1.001
 """
     target = tmp_path / "parity.json"
-    done = run("parity", *SMALL, "--json", str(target), before=plant)
-    assert done.returncode == 1, done.stderr
-    assert "BREACH: personalized_ffn reference float32 cpu, case 'plain', out: error" in done.stdout
+    completed = run("parity", *SMALL, "--json", str(target), before=plant)
+    assert completed.returncode == 1, completed.stderr
+    assert "BREACH: personalized_ffn reference float32 cpu, case 'plain', out: error" in completed.stdout
     assert any(not row["ok"] and row["share"] > 1 for row in results(target))
 
 
@@ -107,15 +107,15 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_parts_of_parity_make_the_whole(parts: int, tmp_path: Path) -> None:
-    """They append to one file, each line with the step's name."""
+    """The processes append to one file, each line with the step's name."""
     lines, whole = tmp_path / "made" / "lines.jsonl", tmp_path / "whole.json"
-    asked = ["parity", *SMALL, "--backend", "reference"]
-    assert main([*asked, "--json", str(whole)]) == 0
+    arguments = ["parity", *SMALL, "--backend", "reference"]
+    assert main([*arguments, "--json", str(whole)]) == 0
     for k in range(1, parts + 1):
-        assert main([*asked, "--part", f"{k}/{parts}", "--lines", str(lines), "--step", f"piece {k}"]) == 0
+        assert main([*arguments, "--part", f"{k}/{parts}", "--lines", str(lines), "--step", f"piece {k}"]) == 0
     result = lines_of(lines)
-    assert {one.pop("step") for one in result} == {f"piece {k}" for k in range(1, parts + 1)}
-    assert {one.pop("kind") for one in result} == {"parity"}
+    assert {record.pop("step") for record in result} == {f"piece {k}" for k in range(1, parts + 1)}
+    assert {record.pop("kind") for record in result} == {"parity"}
     assert result == results(whole)
 
 
@@ -128,10 +128,10 @@ right = testing.compare
 testing.compare = lambda case, *rest, **more: os._exit(9) if case.name == "plain" else right(case, *rest, **more)
 """
     target = tmp_path / "lines.jsonl"
-    done = run("parity", *SMALL, "--backend", "reference", "--lines", str(target), before=plant)
-    assert done.returncode == 9
+    completed = run("parity", *SMALL, "--backend", "reference", "--lines", str(target), before=plant)
+    assert completed.returncode == 9
     names = [case.name for case in testing.cases("personalized_ffn")]
-    assert {one["case"] for one in lines_of(target)} == set(names[: names.index("plain")]) != set()
+    assert {record["case"] for record in lines_of(target)} == set(names[: names.index("plain")]) != set()
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "2", "a/b", "1/0", "-1/2", "1/" + "9" * 5000])
@@ -179,9 +179,9 @@ def test_parity_fails_where_a_named_backend_cannot_serve(capsys: pytest.CaptureF
 
 def test_parity_fails_where_the_native_module_is_missing_and_named() -> None:
     named = ["--op", "pma_pooling", "--dtype", "float32", "--backend", "cpu"]
-    done = run("parity", *named, blocked="interformer_kernels._C")
-    assert done.returncode == 1
-    assert "interformer_kernels._C cannot be imported" in done.stdout
+    completed = run("parity", *named, blocked="interformer_kernels._C")
+    assert completed.returncode == 1
+    assert "interformer_kernels._C cannot be imported" in completed.stdout
 
 
 @pytest.mark.parametrize(
@@ -246,16 +246,16 @@ TINY = ["bench", "--op", "personalized_ffn", "--law", "movielens", "--rows", "4"
 
 def test_bench_needs_torch_alone_to_measure_and_print(tmp_path: Path) -> None:
     target = tmp_path / "bench.json"
-    done = run(*TINY, "--quick", "--json", str(target), blocked="rich matplotlib numpy pytest triton")
-    assert done.returncode == 0, done.stderr
-    assert "movielens" in done.stdout
-    assert {one["rows"] for one in json.loads(target.read_text())["measurements"]} == {4}
+    completed = run(*TINY, "--quick", "--json", str(target), blocked="rich matplotlib numpy pytest triton")
+    assert completed.returncode == 0, completed.stderr
+    assert "movielens" in completed.stdout
+    assert {record["rows"] for record in json.loads(target.read_text())["measurements"]} == {4}
 
 
 def test_bench_says_before_measuring_that_pictures_need_an_extra(tmp_path: Path) -> None:
-    done = run(*TINY, "--out", str(tmp_path / "out"), blocked="matplotlib")
-    assert done.returncode == 1
-    assert done.stderr == (
+    completed = run(*TINY, "--out", str(tmp_path / "out"), blocked="matplotlib")
+    assert completed.returncode == 1
+    assert completed.stderr == (
         "bench: --out draws pictures, which needs matplotlib: pip install 'interformer-kernels[bench]'\n"
     )
     assert not (tmp_path / "out").exists()
@@ -264,23 +264,23 @@ def test_bench_says_before_measuring_that_pictures_need_an_extra(tmp_path: Path)
 def test_bench_has_the_options_of_the_module() -> None:
     helps = []
     for command in (["interformer_bench"], ["interformer_kernels", "bench"]):
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-m", *command, "--help"],
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
             timeout=120,
         )
-        assert done.returncode == 0, done.stderr
-        helps.append(done.stdout.partition("options:")[2])
+        assert completed.returncode == 0, completed.stderr
+        helps.append(completed.stdout.partition("options:")[2])
     assert "--law" in helps[0]
     assert helps[0] == helps[1]
 
 
 def test_bench_says_that_it_is_not_installed_and_others_do_without_it() -> None:
-    done = run(*TINY, blocked="interformer_bench")
-    assert done.returncode == 1
-    assert done.stderr.endswith("interformer_bench is not installed; pip install . installs both\n")
+    completed = run(*TINY, blocked="interformer_bench")
+    assert completed.returncode == 1
+    assert completed.stderr.endswith("interformer_bench is not installed; pip install . installs both\n")
     assert run("info", blocked="interformer_bench").returncode == 0
 
 
@@ -288,6 +288,6 @@ def test_bench_says_that_it_is_not_installed_and_others_do_without_it() -> None:
 
 
 def test_demo_says_what_it_needs() -> None:
-    done = run("demo", before="import importlib.util as u\nfind = u.find_spec\nu.find_spec = lambda name: None")
-    assert done.returncode == 1
-    assert "pip install 'interformer-kernels[bench,train]'" in done.stderr
+    completed = run("demo", before="import importlib.util as u\nfind = u.find_spec\nu.find_spec = lambda name: None")
+    assert completed.returncode == 1
+    assert "pip install 'interformer-kernels[bench,train]'" in completed.stderr

@@ -83,7 +83,7 @@ def test_processes_append_whole_lines_to_one_file(tmp_path: Path) -> None:
         assert process.communicate(timeout=60)[1] == ""
     result = [json.loads(line) for line in (tmp_path / "x").read_text().splitlines()]
     for process in processes:
-        assert [one for one in result if one["pid"] == process.pid] == [
+        assert [entry for entry in result if entry["pid"] == process.pid] == [
             {"pid": process.pid, "n": n, "nan": None} for n in range(300)
         ]
     assert len(result) == 1200
@@ -92,7 +92,7 @@ def test_processes_append_whole_lines_to_one_file(tmp_path: Path) -> None:
 def test_a_kill_leaves_the_old_file_or_the_new_and_the_next_writer_clears_up(tmp_path: Path) -> None:
     path, rng = tmp_path / "x", random.Random(5)
     program = "print('go', flush=True)\nwhile True:\n    for c in 'ab': files.write_text(path, c * 3_000_000)"
-    left = 0
+    leftovers = 0
     for _ in range(ROUNDS):
         with _start(program, path) as process:
             assert process.stdout is not None
@@ -102,8 +102,8 @@ def test_a_kill_leaves_the_old_file_or_the_new_and_the_next_writer_clears_up(tmp
         if path.exists():
             result = path.read_text()
             assert result in ("a" * 3_000_000, "b" * 3_000_000)
-        left += len(os.listdir(tmp_path)) - path.exists()
-    assert left, "the kills must have cut off a write"
+        leftovers += len(os.listdir(tmp_path)) - path.exists()
+    assert leftovers, "the kills must have cut off a write"
     write_text(path, "whole")
     assert os.listdir(tmp_path) == ["x"]
 
@@ -222,20 +222,20 @@ def test_sealed_json_comes_back_and_flipped_bits_of_it_are_seen(tmp_path: Path) 
     write_sealed(path, content)
     expected = {**content, "inner": {"a": None}}
     assert read_sealed(path) == expected
-    whole, seen = path.read_bytes(), 0
+    whole, detected = path.read_bytes(), 0
     for position in range(len(whole)):
         for bit in range(8) if ROUNDS > 12 else (position % 8,):
             damaged = bytearray(whole)
             damaged[position] ^= 1 << bit
             path.write_bytes(damaged)
-            said = None
+            message = None
             try:
                 assert read_sealed(path) == expected  # one kind of white space replaced by another
             except DamagedFileError as error:
-                said = str(error)
-            assert said is None or (said.startswith(f"{path}: damaged: ") and "\n" not in said)
-            seen += said is not None
-    assert seen > 0.9 * len(whole)
+                message = str(error)
+            assert message is None or (message.startswith(f"{path}: damaged: ") and "\n" not in message)
+            detected += message is not None
+    assert detected > 0.9 * len(whole)
     for text in (
         "",
         "[" * 100_000,

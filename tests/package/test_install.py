@@ -19,9 +19,9 @@ NO_COMPILER = {"CXX": "/nonexistent/c++"}
 
 
 def python(script: str, cwd: Path | None = None, **environment: str) -> str:
-    """The output of a fresh interpreter; it sees only what is installed, or this checkout where no `cwd` is given."""
+    """The output of a fresh interpreter; it sees the installed packages alone, or this checkout without a `cwd`."""
     path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"} if cwd is None else {}
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script],
         cwd=cwd or ROOT,
         env={**os.environ, **path, **environment},
@@ -29,8 +29,8 @@ def python(script: str, cwd: Path | None = None, **environment: str) -> str:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
 
 
 # ---------------------------------------------------------------- importing
@@ -51,12 +51,12 @@ def test_works_without(blocked: list[str]) -> None:
 
 
 def test_the_reason_for_a_missing_native_module_is_told() -> None:
-    told = python(
+    output = python(
         "import sys; sys.modules['interformer_kernels._C'] = None\n" + POOLS + "try:\n"
         "    ik.pma_pooling(k[:2], k, None, torch.tensor([0, 3, 7]), backend='cpu')\n"
         "except RuntimeError as error: print(error)"
     )
-    assert "backend 'cpu' cannot serve: the native module interformer_kernels._C cannot be imported: " in told
+    assert "backend 'cpu' cannot serve: the native module interformer_kernels._C cannot be imported: " in output
 
 
 IMPORT_COST = """
@@ -73,8 +73,8 @@ def test_importing_needs_torch_alone_and_is_quick() -> None:
     """Under 0.2 s of processor time beyond torch's own import; of other packages only what torch itself pulls in."""
     runs: list[Any] = [json.loads(python(IMPORT_COST)) for _ in range(3)]
     assert min(spent for spent, _ in runs) < 0.2
-    ours = {"interformer_kernels", "torch", "triton"}  # torch.utils.flop_counter loads Triton where it is installed
-    assert {name for name in runs[0][1] if not name.startswith("_")} - ours <= set(sys.stdlib_module_names)
+    allowed = {"interformer_kernels", "torch", "triton"}  # torch.utils.flop_counter loads Triton where it is installed
+    assert {name for name in runs[0][1] if not name.startswith("_")} - allowed <= set(sys.stdlib_module_names)
 
 
 # ---------------------------------------------------------------- building
@@ -109,11 +109,11 @@ def build(source: Path, *options: str, **environment: str) -> subprocess.Complet
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """An sdist, a wheel made of that sdist without a compiler, and what the build said."""
+    """An sdist, a wheel made of that sdist without a compiler, and the log of the build."""
     source = checkout_copy(tmp_path_factory.mktemp("source"))
-    done = build(source, "--sdist", "--wheel", **NO_COMPILER)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return source / "dist", done.stdout + done.stderr
+    completed = build(source, "--sdist", "--wheel", **NO_COMPILER)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return source / "dist", completed.stdout + completed.stderr
 
 
 @pytest.mark.slow
@@ -150,19 +150,19 @@ def test_the_wheel_holds_every_package(built: tuple[Path, str]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_without_a_compiler(built: tuple[Path, str], tmp_path: Path) -> None:
-    """The build says loudly that the native module is missing, the package works, and later says why it is missing."""
-    dist, said = built
-    assert "THE NATIVE MODULE IS NOT BUILT" in said
+    """The build warns that the native module is missing; the package works, and says why the module is missing."""
+    dist, log = built
+    assert "THE NATIVE MODULE IS NOT BUILT" in log
     (wheel,) = dist.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    told = python(
+    output = python(
         POOLS
         + "print(ik.__file__)\ntry:\n    import interformer_kernels._C\nexcept ImportError as error: print(error)",
         cwd=tmp_path,
         PYTHONPATH=str(tmp_path / "site"),
     )
-    assert told.startswith(str(tmp_path))
-    assert "installed without its native module, since there is no working C++ compiler" in told
+    assert output.startswith(str(tmp_path))
+    assert "installed without its native module, since there is no working C++ compiler" in output
 
 
 @pytest.mark.slow
@@ -180,6 +180,6 @@ def test_without_a_compiler(built: tuple[Path, str], tmp_path: Path) -> None:
     ids=["unknown value", "no nvcc", "no compiler"],
 )
 def test_a_build_that_cannot_be_had_fails(tmp_path: Path, environment: dict[str, str], message: str) -> None:
-    done = build(checkout_copy(tmp_path), "--wheel", **environment)
-    assert done.returncode != 0
-    assert " ".join(message.split()) in " ".join((done.stdout + done.stderr).split())
+    completed = build(checkout_copy(tmp_path), "--wheel", **environment)
+    assert completed.returncode != 0
+    assert " ".join(message.split()) in " ".join((completed.stdout + completed.stderr).split())

@@ -26,7 +26,7 @@ def run(page: str, index: int) -> dict[str, Any]:
 
 
 def test_there_are_snippets() -> None:
-    assert {name: len(found) for name, found in SNIPPETS.items()} == {"readme": 1, "usage": 4}
+    assert {name: len(snippets) for name, snippets in SNIPPETS.items()} == {"readme": 1, "usage": 4}
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,9 @@ def test_every_measured_row_stands_in_the_results() -> None:
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
     assert len(rows) == 6
     committed = {
-        (one.op, one.shape, f"{one.ratio:.2f}x", one.peer)
-        for one in read_results(ROOT / "bench/results/cpu-avx512-zen4.md")
-        if (one.dtype, one.direction) == ("float32", "forward+backward")
+        (result.op, result.shape, f"{result.ratio:.2f}x", result.peer)
+        for result in read_results(ROOT / "bench/results/cpu-avx512-zen4.md")
+        if (result.dtype, result.direction) == ("float32", "forward+backward")
     }
     for _, op, _, shape, _, peer, ratio, _ in rows:
         name = peer.partition("(")[2].strip(" )")
@@ -67,7 +67,7 @@ def test_every_measured_row_stands_in_the_results() -> None:
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_committed_results_can_be_read(name: str) -> None:
-    ops = {one.op for one in read_results(ROOT / "bench/results" / name)}
+    ops = {result.op for result in read_results(ROOT / "bench/results" / name)}
     assert {"jagged_attention", "pma_pooling", "gated_cross_attention", "personalized_ffn"} <= ops
 
 
