@@ -90,8 +90,8 @@ class Layout:
             tokens = tokens if self.cls.shape[1] else torch.nn.functional.pad(tokens, (0, 0, 0, 1))
         elif not tokens.shape[0]:  # Without tokens, index 0 does not exist.
             return tokens.new_zeros(*self.summary.shape, tokens.shape[1])
-        taken = tokens.index_select(0, self.summary.flatten()).unflatten(0, self.summary.shape)
-        return taken.where(self.valid[..., None], 0)
+        summary_tokens = tokens.index_select(0, self.summary.flatten()).unflatten(0, self.summary.shape)
+        return summary_tokens.where(self.valid[..., None], 0)
 
 
 def row_of_tokens(offsets: Tensor, tokens: int) -> Tensor:

@@ -104,7 +104,7 @@ def _load(path: Path, device: torch.device) -> Any:
 
 
 def _mismatch(state: Mapping[str, Any], current: Mapping[str, Any], shapes: Sequence[torch.Size]) -> str | None:
-    """Why this run cannot resume from `state`, which was edited or written by another program; None if it can."""
+    """The reason why this run cannot resume from `state`, which was edited or another program wrote; None if it can."""
     if set(state) != set(current):
         return f"the entries {', '.join(sorted(map(str, state)))}"
     if not _same_tensors(state["model"], current["model"]):
@@ -126,25 +126,25 @@ def _mismatch(state: Mapping[str, Any], current: Mapping[str, Any], shapes: Sequ
     return None
 
 
-def _same_tensors(theirs: object, ours: Mapping[str, Tensor]) -> bool:
+def _same_tensors(stored: object, expected: Mapping[str, Tensor]) -> bool:
     """Whether these are tensors of the same names, shapes and dtypes."""
     return (
-        isinstance(theirs, dict)
-        and set(theirs) == set(ours)
+        isinstance(stored, dict)
+        and set(stored) == set(expected)
         and all(
-            isinstance(theirs[name], Tensor) and (theirs[name].shape, theirs[name].dtype) == (x.shape, x.dtype)
-            for name, x in ours.items()
+            isinstance(stored[name], Tensor) and (stored[name].shape, stored[name].dtype) == (x.shape, x.dtype)
+            for name, x in expected.items()
         )
     )
 
 
-def _optimizer_fits(theirs: Any, ours: Mapping[str, Any], shapes: Sequence[torch.Size]) -> bool:
-    if not isinstance(theirs, dict) or set(theirs) != {"state", "param_groups"}:
+def _optimizer_fits(stored: Any, expected: Mapping[str, Any], shapes: Sequence[torch.Size]) -> bool:
+    if not isinstance(stored, dict) or set(stored) != {"state", "param_groups"}:
         return False
-    groups, moments = theirs["param_groups"], theirs["state"]
+    groups, moments = stored["param_groups"], stored["state"]
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         return False
-    if [{**group, "lr": 0} for group in groups] != [{**group, "lr": 0} for group in ours["param_groups"]]:
+    if [{**group, "lr": 0} for group in groups] != [{**group, "lr": 0} for group in expected["param_groups"]]:
         return False
     if not isinstance(moments, dict) or not set(moments) <= set(range(len(shapes))):
         return False
@@ -179,12 +179,12 @@ def _is_record(epoch: int, record: object) -> bool:
     )
 
 
-def differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
+def differences(stored: Any, current: Any, name: str = "") -> list[str]:
     """Descriptions of all entries in which two nested dictionaries differ."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
+    if isinstance(stored, dict) and isinstance(current, dict):
         all_differences = []
-        for key in sorted({*theirs, *ours}, key=str):
+        for key in sorted({*stored, *current}, key=str):
             full_key = f"{name}.{key}" if name else str(key)
-            all_differences += differences(theirs.get(key), ours.get(key), full_key)
+            all_differences += differences(stored.get(key), current.get(key), full_key)
         return all_differences
-    return [] if theirs == ours else [f"{name} was {short_repr(theirs)} and is {short_repr(ours)}"]
+    return [] if stored == current else [f"{name} was {short_repr(stored)} and is {short_repr(current)}"]

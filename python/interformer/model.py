@@ -65,13 +65,13 @@ class InterFormer(nn.Module):
         """`[X_sum | S_sum]` of the last Cross Arch, `[B, S + (S+M+K), E]`."""
         config, rope = self.config, self.rope()
         layout = self._layout(batch)
-        first, *rest = self.cross
+        first, *later_arches = self.cross
         x_sum = first(x)  # [B, S, E]
         tokens = self.mask_net(self.embedding.events(batch))  # [T, E]
         if config.cls:
             tokens = layout.prepend(x_sum, tokens)  # [T + B*S, E]
         s_sum = first.summarize(tokens, layout)  # [B, S+M+K, E], or None if nothing consumes it
-        for interaction, sequence, cross in zip(self.interaction, self.sequence, rest, strict=True):
+        for interaction, sequence, cross in zip(self.interaction, self.sequence, later_arches, strict=True):
             x, tokens = interaction(x, s_sum), sequence(tokens, x_sum, layout.offsets, rope)
             x_sum, s_sum = cross(x), cross.summarize(tokens, layout)
         return torch.cat((x_sum, s_sum), 1)

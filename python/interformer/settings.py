@@ -44,8 +44,8 @@ def _show(value: object) -> str:
 def read_options(options: argparse.Namespace, preset: Settings, skip: tuple[str, ...] = ()) -> Settings:
     """`preset` with the given options, except for fields in `skip`."""
     names = [field.name for field in dataclasses.fields(preset) if field.name not in skip]  # type: ignore[arg-type]
-    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    return dataclasses.replace(preset, **given)  # type: ignore[type-var]
+    values = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return dataclasses.replace(preset, **values)  # type: ignore[type-var]
 
 
 def _parser_of(kind: Any) -> tuple[Callable[[str], Any], str]:

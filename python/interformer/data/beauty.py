@@ -128,7 +128,7 @@ def _whole(path: Path, line: int, column: int, cell: bytes) -> int:
 
 
 def _draw_negatives(streams: Streams, user: Ints, count: Ints, rng: np.random.Generator) -> Ints:
-    """For each entry of `user` an item that the user does not have, drawn in proportion to `count [items]`."""
+    """An item for each entry of `user` that the user does not have, drawn in proportion to `count [items]`."""
     owned = np.unique(streams.user * streams.items + streams.item)  # sorted keys (user, item)
     drawable = count > 0
     num_owned = np.bincount(owned // streams.items, drawable[owned % streams.items], minlength=streams.users)

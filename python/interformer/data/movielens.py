@@ -82,7 +82,7 @@ def read_movielens(directory: Path | str, *, max_history: int = 200, valid: floa
     sizes = np.bincount(part, minlength=len(PARTS)).tolist()
     check_not_empty(directory, stem.name, dict(zip(PARTS, sizes, strict=True)))
     clicks = _impressions(films, people, ratings, part == 0).latest(max_history)
-    train, valid_part, test_part = (clicks.select(torch.from_numpy(part == which)) for which in range(3))
+    train, valid_part, test_part = (clicks.select(torch.from_numpy(part == number)) for number in range(3))
     return Splits(stem.name, train, valid_part, test_part)
 
 
@@ -197,16 +197,16 @@ def _starts(*keys: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _group_start(begin: NDArray[np.bool_]) -> Ints:
-    """For each row, the index of the first row of its group, given by `_starts`."""
+    """The index of the first row of each row's group, given by `_starts`."""
     return np.maximum.accumulate(np.where(begin, np.arange(len(begin)), 0))
 
 
-def _split_by_time(ratings: Ratings, train: float, seen: float) -> Ints:
+def _split_by_time(ratings: Ratings, train: float, train_and_valid: float) -> Ints:
     """0, 1 or 2 (train, valid, test) for each rating; ratings of one user and time are in the part of their first."""
     first = _group_start(_starts(ratings.user))
     size = np.bincount(ratings.user)[ratings.user]
     share = (_group_start(_starts(ratings.user, ratings.time)) - first) / size  # of the user's ratings, before it
-    return (share >= train).astype(np.int64) + (share >= seen)
+    return (share >= train).astype(np.int64) + (share >= train_and_valid)
 
 
 def _popularity(ratings: Ratings, counted: NDArray[np.bool_]) -> tuple[Ints, NDArray[np.float64]]:
@@ -235,10 +235,10 @@ def _gap_bucket(ratings: Ratings) -> Ints:
 def _impressions(films: Films, people: People, ratings: Ratings, counted: NDArray[np.bool_]) -> Clicks:
     user, item = ratings.user, ratings.item
     level = np.rint(ratings.rating).astype(np.int64) - 1
-    seen, liked = _popularity(ratings, counted)
+    rated, liked = _popularity(ratings, counted)
     prior = float((ratings.rating[counted] >= LIKED).mean())
     first, last = _group_start(_starts(user)), _group_start(_starts(user, ratings.time))
-    dense = np.stack((np.log1p(last - first) / 5, np.log1p(seen) / 5, (liked + 10 * prior) / (seen + 10) - prior), 1)
+    dense = np.stack((np.log1p(last - first) / 5, np.log1p(rated) / 5, (liked + 10 * prior) / (rated + 10) - prior), 1)
     genres = films.genres[item]
     person = people.fields[user]
     categorical = np.concatenate((user[:, None], person, item[:, None], films.year[item][:, None], genres), 1)

@@ -169,9 +169,9 @@ def _logit(
     opinion = torch.zeros(lengths.shape, dtype=torch.float64)
     place = torch.arange(categories.shape[1])
     for i in range(lengths.shape[1]):  # One impression per user at a time bounds the memory to [users, longest].
-        same = (categories == category[:, i : i + 1]) & (place < lengths[:, i : i + 1])
-        share[:, i] = same.sum(1) / lengths[:, i].clamp(min=1)
-        latest = torch.where(same, place, -1).amax(1)
+        same_category = (categories == category[:, i : i + 1]) & (place < lengths[:, i : i + 1])
+        share[:, i] = same_category.sum(1) / lengths[:, i].clamp(min=1)
+        latest = torch.where(same_category, place, -1).amax(1)
         latest_opinion = opinions.gather(1, latest.clamp(min=0)[:, None]).squeeze(1) * 2 - 1
         opinion[:, i] = torch.where(latest >= 0, latest_opinion, 0)
     last = _last_category(categories, lengths)

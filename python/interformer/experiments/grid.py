@@ -96,7 +96,7 @@ def start(target: Callable[..., None], *arguments: object) -> tuple[BaseProcess,
 
 
 def _failure_reason(status: int | None, log: Path) -> str:
-    """Why a process failed: the last line of its log, or its exit status."""
+    """The reason why a process failed: the last line of its log, or its exit status."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = [line for line in text.splitlines() if line.strip()]
     reason = lines[-1] if lines and status == 1 else f"ended with status {status}"
@@ -110,9 +110,9 @@ def part_sizes(data: Mapping[str, Any], root: Path, *, measure_test: bool) -> di
         ValueError: the data cannot be read; with the reader's message.
     """
     process, messages = start(worker.send_sizes, dict(data), root, measure_test)
-    answer = next(messages, {"error": "the process that reads it was killed"})
+    reply = next(messages, {"error": "the process that reads it was killed"})
     process.join()
-    if "error" in answer:
-        raise ValueError(f"data: {answer['error']}")
-    sizes: dict[str, int] = answer["clicks"]
+    if "error" in reply:
+        raise ValueError(f"data: {reply['error']}")
+    sizes: dict[str, int] = reply["clicks"]
     return sizes

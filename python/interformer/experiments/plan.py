@@ -169,8 +169,8 @@ class _Section:
     def key(self, name: str) -> str:
         return f"{self.where}.{name}" if self.where else name
 
-    def error(self, name: str, wanted: str, found: object) -> PlanError:
-        return PlanError(f"{self.path}: {self.key(name)}: wanted {wanted}; found {short_repr(found)}")
+    def error(self, name: str, expected: str, found: object) -> PlanError:
+        return PlanError(f"{self.path}: {self.key(name)}: wanted {expected}; found {short_repr(found)}")
 
     def section(self, name: str, known: set[str] | None) -> _Section:
         return _Section(self.path, self.key(name), self.plain.get(name), known)

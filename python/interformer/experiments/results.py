@@ -44,14 +44,14 @@ def write(plan: Plan, folder: Path) -> Iterator[str]:
 def _stale_reasons(job: Job) -> list[str]:
     """The differences of a finished run's settings from the plan's, or the error of reading it; empty if none."""
     try:
-        theirs = dict(read_sealed(job.result)["identity"])
+        stored = dict(read_sealed(job.result)["identity"])
     except DamagedFileError as error:
         return [str(error).removeprefix(f"{job.result}: ")]
-    ours = dict(job.identity)
-    theirs["data"] = {**theirs["data"], "clicks": None}
+    current = dict(job.identity)
+    stored["data"] = {**stored["data"], "clicks": None}
     for name in NOT_IN_THE_PLAN:
-        del theirs[name], ours[name]
-    return differences(theirs, ours)
+        del stored[name], current[name]
+    return differences(stored, current)
 
 
 def one_line_result(job: Job) -> str:

@@ -67,7 +67,7 @@ def read_csv(
     def build(target: Target) -> dict[str, object]:
         with nullcontext(progress) if progress is not None else _bar() as bar:
             task = bar.add_task(schema.name, total=size)
-            return encode(schema, directory, target, max_length, lambda more: bar.advance(task, more))
+            return encode(schema, directory, target, max_length, lambda count: bar.advance(task, count))
 
     state = functools.partial(state_of, schema, directory)
     if cache is None:

@@ -169,8 +169,8 @@ def _latest(texts: list[str], order: str, max_length: int) -> list[str]:
 
 
 def _check_equal(chunk: Chunk, lengths: dict[str, Ints]) -> None:
-    first, *others = lengths
-    for name in others:
+    first, *other_columns = lengths
+    for name in other_columns:
         for row in np.flatnonzero(lengths[name] != lengths[first]).tolist():
             message = f"wanted {lengths[first][row]} events, as in column {first!r}, found {lengths[name][row]}"
             raise chunk.cell_error(row, name, message)

@@ -67,7 +67,7 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Split:
-    """Which rows of the training file go to the parts that have no file of their own.
+    """The rows of the training file that go to the parts without a file of their own.
 
     Args:
         by: `rows` (random rows), `users` (random users with all their rows) or `time` (the latest rows; rows of equal
@@ -249,10 +249,10 @@ def _parse(kind: Any, plain: object, place: str) -> Any:
         return _as_float(plain, place) if is_whole else _of_type(kind, plain, place)
     if kind in (Ids, Dense) and isinstance(plain, str):
         plain = {"column": plain}
-    given = dict(_of_type(dict, plain, place))
+    plain_fields = dict(_of_type(dict, plain, place))
     if kind is Ids:
-        given.setdefault("table", given.get("column"))
-    return _parse_dataclass(kind, given, place)
+        plain_fields.setdefault("table", plain_fields.get("column"))
+    return _parse_dataclass(kind, plain_fields, place)
 
 
 def _as_float(plain: Any, place: str) -> float:
@@ -262,16 +262,18 @@ def _as_float(plain: Any, place: str) -> float:
         raise SchemaError(f"{place}: wanted a number that is finite; found {short_repr(plain)}") from error
 
 
-def _parse_dataclass(kind: Any, given: dict[str, Any], place: str) -> Any:
+def _parse_dataclass(kind: Any, entries: dict[str, Any], place: str) -> Any:
     kinds = typing.get_type_hints(kind)
-    for key in given:
+    for key in entries:
         if key not in kinds:
             raise SchemaError(f"{place}: wanted keys among {', '.join(kinds)}; found {short_repr(key)}")
     for field_ in dataclasses.fields(kind):
         required = field_.default is dataclasses.MISSING and field_.default_factory is dataclasses.MISSING
-        if required and field_.name not in given:
-            raise SchemaError(f"{place}: wanted the key {field_.name!r}; found only {', '.join(map(str, given))[:400]}")
-    return kind(**{key: _parse(kinds[key], value, f"{place}.{key}") for key, value in given.items()})
+        if required and field_.name not in entries:
+            raise SchemaError(
+                f"{place}: wanted the key {field_.name!r}; found only {', '.join(map(str, entries))[:400]}"
+            )
+    return kind(**{key: _parse(kinds[key], value, f"{place}.{key}") for key, value in entries.items()})
 
 
 def _of_type(kind: Any, plain: object, place: str) -> Any:
