@@ -86,19 +86,19 @@ def padded_layout(
 ) -> PaddedLayout:
     """The layout of padded batches ``[B = rows, L = width, ...]``: arguments and errors of :func:`from_padded`."""
     arguments = {"lengths": lengths, "mask": mask, "padding_mask": padding_mask}
-    given = [name for name, value in arguments.items() if value is not None]
-    if len(given) != 1:
-        names = ", ".join(given) or "none"
+    provided = [name for name, value in arguments.items() if value is not None]
+    if len(provided) != 1:
+        names = ", ".join(provided) or "none"
         raise ValueError(f"from_padded: exactly one of lengths, mask and padding_mask must be given, found {names}")
     checks.check_choice("from_padded", "side", side, SIDES)
     if lengths is not None:
         token_mask = mask_from_lengths(lengths, rows, width, side)
     elif side != "right":
         raise ValueError(
-            f"from_padded: side must be given with lengths only ({given[0]} has padding anywhere), found {side!r}"
+            f"from_padded: side must be given with lengths only ({provided[0]} has padding anywhere), found {side!r}"
         )
     else:
-        token_mask = as_bool_mask("from_padded", given[0], arguments[given[0]], rows, width)
+        token_mask = as_bool_mask("from_padded", provided[0], arguments[provided[0]], rows, width)
         token_mask = ~token_mask if padding_mask is not None else token_mask
     return layout_of_mask(token_mask)
 

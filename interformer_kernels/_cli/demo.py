@@ -69,16 +69,17 @@ def _speed(arguments: argparse.Namespace, results: list[parity.Result]) -> int:
     with progress.shown() as shown:
         settings = bench.Settings(("float32",), "cpu", (threads,), _SECONDS_PER_SHAPE, compiled=False, progress=shown)
         measured = list(bench.measure(cases, settings, machine))
-    made = report.Report(measured, machine.rates())
-    for op, lines in report.by_op(made).items():
+    bench_report = report.Report(measured, machine.rates())
+    for op, lines in report.by_op(bench_report).items():
         print_table(f"{op}; ratio above 1: faster than the best peer", report.COLUMNS, lines)
-    print("\n".join([report.rates(made.machine), *report.problems(made.measurements)]))
-    report.write_json(arguments.out / "speed.json", made)
-    drawn = plots.results_of(made.measurements, made.machine)
+    print("\n".join([report.rates(bench_report.machine), *report.problems(bench_report.measurements)]))
+    report.write_json(arguments.out / "speed.json", bench_report)
+    drawn = plots.results_of(bench_report.measurements, bench_report.machine)
     kernels = [result for result in parity.worst(results) if result.backend != "reference"]
     title = f"this machine, float32, {threads} threads, torch {torch.__version__}"
     plots.speed(arguments.out / "demo.png", drawn, kernels, title=title)
-    return 1 if any(one.problem and one.runner == peers.OURS for one in made.measurements) else 0
+    wrong = any(m.problem and m.runner == peers.OURS for m in bench_report.measurements)
+    return 1 if wrong else 0
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -62,5 +62,5 @@ def _raised_by_us(trace: TracebackType | None) -> bool:
     while trace.tb_next is not None:
         trace = trace.tb_next
     name = trace.tb_frame.f_globals.get("__name__", "")
-    ours = name.partition(".")[0] in _PACKAGES
-    return ours and trace.tb_frame.f_code.co_code[trace.tb_lasti] == _RAISE
+    in_our_package = name.partition(".")[0] in _PACKAGES
+    return in_our_package and trace.tb_frame.f_code.co_code[trace.tb_lasti] == _RAISE

@@ -142,7 +142,7 @@ def _served(op: str, backend: str, kind: str, candidates: Sequence[str]) -> tupl
     return served, None if served else f"cannot serve {reason}"
 
 
-# From a case, backend, dtype and device to rows of errors and budgets.
+# Maps a case, backend, dtype and device to rows of errors and budgets.
 _Judge = Callable[[testing.Case, str, torch.dtype, str], list[testing.Row]]
 
 
@@ -166,16 +166,16 @@ def _compare_planted(case: testing.Case, backend: str, dtype: torch.dtype, devic
     return [testing.Row(f"{plant.value} in {plant.name}", 0.0, 0.0) for plant in plants]
 
 
-def _judged(where: tuple[str, str, str, str, str], case: testing.Case, judge: _Judge) -> Iterator[Result]:
-    _, backend, kind, device, _ = where
+def _judged(key: tuple[str, str, str, str, str], case: testing.Case, judge: _Judge) -> Iterator[Result]:
+    _, backend, kind, device, _ = key
     try:
         rows = judge(case, backend, _DTYPES[kind], device)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         # A kernel that raises is reported as a breach beside the others, and the comparison continues.
-        yield Result(*where, "-", problem=f"{type(error).__name__}: {error}")
+        yield Result(*key, "-", problem=f"{type(error).__name__}: {error}")
         return
     for row in rows:
-        yield Result(*where, *row)
+        yield Result(*key, *row)
 
 
 def _serves_somewhere(op: str, backend: str, dtype: torch.dtype, device: str | None) -> bool:
@@ -184,7 +184,7 @@ def _serves_somewhere(op: str, backend: str, dtype: torch.dtype, device: str | N
 
 
 def worst(results: Iterable[Result]) -> list[Result]:
-    """For each (op, backend, dtype, device, quantity) the result with the largest share of its budget."""
+    """The result with the largest share of its budget, for each (op, backend, dtype, device, quantity)."""
     by_key: dict[tuple[str, ...], Result] = {}
     for result in results:
         key = result.op, result.backend, result.dtype, result.device, result.quantity

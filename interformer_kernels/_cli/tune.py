@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def unsupported_reason() -> str | None:
-    """Why nothing can be measured on this machine; None if it can."""
+    """The reason why nothing can be measured on this machine; None if it can."""
     if not torch.cuda.is_available():
         return "needs a GPU that torch can use, found none"
     if _backend.interprets_triton():

@@ -88,7 +88,7 @@ def unserved_counts(modules: Iterable[nn.Module]) -> tuple[int, ...]:
 
 
 def unsupported_transform(masks: Iterable[Tensor | None], tensors: Iterable[Tensor | None]) -> str:
-    """Why the ops cannot serve a call under `torch.func`; empty if they can.
+    """The reason why the ops cannot serve a call under `torch.func`; empty if they can.
 
     The contents of masks cannot be read under `vmap`, and the ops have no forward-mode derivative.
     """

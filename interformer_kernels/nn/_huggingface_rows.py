@@ -37,8 +37,8 @@ def check_rows_reach_layers(model: nn.Module) -> None:
 
 def _before(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     if not torch.compiler.is_compiling():
-        given = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None
-        model.__dict__["_interformer_rows"] = getattr(_received, "calls", 0) if given else None
+        has_offsets = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None
+        model.__dict__["_interformer_rows"] = getattr(_received, "calls", 0) if has_offsets else None
 
 
 def _after(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -90,11 +90,11 @@ def read_rows(
     offsets_name: str = "offsets",
 ) -> Rows:
     """Check and pack one input; `width` is the required size of its last axis, `op` the module's name for errors."""
-    given = {offsets_name: offsets, "key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
-    named = [argument for argument, value in given.items() if value is not None]
+    arguments = {offsets_name: offsets, "key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
+    named = [argument for argument, value in arguments.items() if value is not None]
     if len(named) > 1:
         raise ValueError(
-            f"{op}: at most one of {', '.join(given)} can be given (the first means that {name} is packed), "
+            f"{op}: at most one of {', '.join(arguments)} can be given (the first means that {name} is packed), "
             f"found {', '.join(named)}"
         )
     if lengths is not None and isinstance(x, Tensor) and x.dim() == 2:
@@ -115,7 +115,7 @@ def read_rows(
         checks.check_index(op, "lengths", lengths, x.device)
         mask = mask_from_lengths(lengths, rows, length, "right", op)
     else:
-        mask = as_bool_mask(op, named[0], given[named[0]], rows, length)
+        mask = as_bool_mask(op, named[0], arguments[named[0]], rows, length)
     if mask.device != x.device:
         raise ValueError(f"{op}: {named[0]} must be on {name}'s device {x.device}, found {mask.device}")
     layout = layout_of_mask(~mask if key_padding_mask is not None else mask)

@@ -159,7 +159,7 @@ class FastMultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> str:
-        """Why the ops cannot serve this call, judged without the padding's contents; empty if they can."""
+        """The reason why the ops cannot serve this call, judged without the padding's contents; empty if they can."""
         batch = 0 if self.batch_first else 1
         compiling = torch.compiler.is_compiling()
         if need_weights:
@@ -279,7 +279,7 @@ class FastTransformerEncoder(nn.TransformerEncoder):
 
 
 def unsupported_reason(attention: nn.Module) -> str:
-    """Why this attention module cannot be swapped; empty if it can."""
+    """The reason why this attention module cannot be swapped; empty if it can."""
     if not isinstance(attention, nn.MultiheadAttention):
         return f"its attention is a {type(attention).__name__}"
     if type(attention) not in (nn.MultiheadAttention, FastMultiheadAttention):
@@ -303,8 +303,8 @@ def _adapt_encoder(module: nn.Module) -> type[nn.Module] | str:
     if not module.use_nested_tensor:
         return "enable_nested_tensor is off or unavailable, so its outputs at padding matter; its layers are swapped"
     for layer in module.layers:
-        known = type(layer) in (nn.TransformerEncoderLayer, FastTransformerEncoderLayer)
-        if not known or unsupported_reason(layer.self_attn):
+        is_known = type(layer) in (nn.TransformerEncoderLayer, FastTransformerEncoderLayer)
+        if not is_known or unsupported_reason(layer.self_attn):
             return "one of its layers cannot be swapped"
     return FastTransformerEncoder
 

@@ -44,7 +44,7 @@ def _pool(pooling: Any, x: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _unsupported_call(attention: nn.MultiheadAttention, mask: Tensor | None, *tensors: Tensor | None) -> str:
-    """Why the ops cannot serve a call, judged without the sets' contents; empty if they can."""
+    """The reason why the ops cannot serve a call, judged without the sets' contents; empty if they can."""
     if attention.training and attention.dropout:
         return f"dropout = {attention.dropout} in training"
     return unsupported_transform((mask,), tensors)

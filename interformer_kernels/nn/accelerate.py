@@ -13,7 +13,7 @@ from torch import nn
 from interformer_kernels import _checks as checks
 from interformer_kernels.nn._calls import Calls, count_served, count_unserved, start_counting
 
-# From a module of its class to the subclass whose `forward` serves it, or to the reason for leaving the module.
+# Maps a module of its class to the subclass whose `forward` serves it, or to the reason for leaving the module.
 Adapter = Callable[[nn.Module], Union[type[nn.Module], str]]
 
 # Class names, and the file that registers their adapters: it is imported when a model has such a class.
@@ -188,17 +188,17 @@ def _subclass_or_reason(module: nn.Module) -> type[nn.Module] | str:
     kind = type(module)
     adapter = _adapter(kind)
     if adapter is None:
-        known = next((parent for parent in kind.__mro__[1:] if _adapter(parent) is not None), None)
-        if known is None:
+        adapted = next((parent for parent in kind.__mro__[1:] if _adapter(parent) is not None), None)
+        if adapted is None:
             return "no adapter is registered for this class"
-        if _adapters[known](module) is kind:
+        if _adapters[adapted](module) is kind:
             return "it is swapped already"
-        return f"a subclass of {known.__name__}, whose forward may differ; register_adapter can name one for it"
-    answer = adapter(module)
-    if isinstance(answer, str) or (isinstance(answer, type) and issubclass(answer, kind)):
-        return answer
+        return f"a subclass of {adapted.__name__}, whose forward may differ; register_adapter can name one for it"
+    result = adapter(module)
+    if isinstance(result, str) or (isinstance(result, type) and issubclass(result, kind)):
+        return result
     expected = f"a subclass of {kind.__name__}, or a string with the reason for leaving the module"
-    raise TypeError(f"accelerate: the adapter of {kind.__name__} must return {expected}; found {answer!r}")
+    raise TypeError(f"accelerate: the adapter of {kind.__name__} must return {expected}; found {result!r}")
 
 
 def _adapter(kind: type) -> Adapter | None:

@@ -113,10 +113,10 @@ class JaggedSelfAttention(shared.AttentionModule):
             found = "neither" if x is None else "both"
             raise TypeError(f"{name}: exactly one of x and query (PyTorch's name for x) must be given; found {found}")
         x = query if x is None else x
-        for argument, given in (("key", key), ("value", value)):
-            if given is not None and given is not x:
+        for argument, tensor in (("key", key), ("value", value)):
+            if tensor is not None and tensor is not x:
                 expected = f"{argument} must be x itself (GatedCrossAttention has separate keys and values)"
-                raise ValueError(f"{name}: {expected}; found {checks.describe(given)}")
+                raise ValueError(f"{name}: {expected}; found {checks.describe(tensor)}")
         shared.check_call(name, need_weights, attn_mask, is_causal, self.masks["causal"])
         mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
         rows = read_rows(name, "x", x, self.embed_dim, offsets=offsets, batch_first=self.batch_first, **mask)
