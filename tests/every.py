@@ -7,6 +7,6 @@ import os
 EVERY = bool(os.environ.get("EVERY"))
 
 
-def most_draws(few: int) -> int | None:
+def most_draws(max_draws: int) -> int | None:
     """Draws of a case on a slow backend, or of a whole model; quantities that need more are not judged."""
-    return None if EVERY else few
+    return None if EVERY else max_draws

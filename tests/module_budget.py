@@ -63,14 +63,16 @@ def assert_within_budget(
     after: nn.Module,
     make: Callable[[int], Inputs],
     run: Run,
-    few: int = 24,
+    max_draws: int = 24,
 ) -> None:
     """Check that `run(after, inputs)` and its gradients agree with those of `before`, over draws `make(seed)`.
 
-    With EVERY=1 there are as many draws as the rule of `testing.compare` needs; else quantities for which `few` draws
+    With EVERY=1 there are as many draws as the rule of `testing.compare` needs; else quantities for which `max_draws`
     are not enough are not judged.
     """
-    rows = testing.judge(testing.pooled(lambda seed: _measure(before, after, make(seed), run), 0, most_draws(few)))
+    rows = testing.judge(
+        testing.pooled(lambda seed: _measure(before, after, make(seed), run), 0, most_draws(max_draws))
+    )
     assert rows
     assert not [row for row in rows if not row.ok]
 

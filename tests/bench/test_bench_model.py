@@ -44,7 +44,7 @@ def test_the_padded_model_is_interformer(lengths: tuple[int, ...]) -> None:
         batch = random_batch(model.schema, lengths, seed=inputs["seed"])
         return model(padded(batch) if isinstance(model, PaddedInterFormer) else batch)
 
-    assert_within_budget(reference, peer, lambda seed: {"seed": seed}, run, few=16)
+    assert_within_budget(reference, peer, lambda seed: {"seed": seed}, run, max_draws=16)
 
 
 def test_a_form_that_is_not_written_on_padded_rows_is_refused() -> None:

@@ -157,7 +157,7 @@ def test_the_kernels_give_the_references_numbers(form: str) -> None:
     fastest = _model(replace(SMALL, **FORMS[form]), seed=1)
     assert list(reference.state_dict()) == list(fastest.state_dict())
     fastest.load_state_dict(reference.state_dict())
-    assert_within_budget(reference, fastest, lambda seed: {"seed": seed}, _logits_and_loss, few=32)
+    assert_within_budget(reference, fastest, lambda seed: {"seed": seed}, _logits_and_loss, max_draws=32)
 
 
 def test_pma_folds_its_projections_where_that_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
