@@ -16,7 +16,7 @@ from interformer_bench.peers import OURS, Peer, on_gpu, registry
 from interformer_bench.workloads import Sizes
 
 from interformer_kernels import testing
-from interformer_kernels.testing import inputs as drawing
+from interformer_kernels.testing import draw as drawing
 
 
 @pytest.fixture
