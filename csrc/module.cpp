@@ -3,11 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <string>
 #include <vector>
 
-#include "common/arguments.h"
 #include "common/checks.h"
+#include "common/entries.h"
 #include "common/exchange.h"
 #include "cpu/apply_rotary.h"
 #include "cpu/attention.h"
@@ -63,50 +64,28 @@ int64_t bind_first_bad_offset(py::handle offsets, int64_t total) {
     return first_bad_offset(view, total);
 }
 
-void bind_attention_forward(py::handle call, py::handle residual, py::handle out, py::handle lse, py::handle attn_out,
-                            int64_t threads) {
-    const Viewer view("attention_forward");
-    const AttentionInputs in = attention_inputs(view, call);
-    const AttentionOutputs outputs = attention_outputs(view, residual, out, lse, attn_out);
-    const py::gil_scoped_release released;
-    attention_forward(in, outputs, threads);
+// The Python function of an operation: two tuples, of what it reads and of what it writes, and a number of threads.
+template <typename Inputs, typename Outputs>
+auto bound(const char* name, const char* written, void (*operation)(const Inputs&, const Outputs&, int64_t)) {
+    return [=](py::handle call, py::handle outputs, int64_t threads) {
+        const Viewer view(name);
+        const auto in = from_tuple<Inputs>(view, "call", call);
+        const auto to = from_tuple<Outputs>(view, written, outputs);
+        const py::gil_scoped_release released;
+        operation(in, to, threads);
+    };
 }
 
-void bind_attention_backward(py::handle call, py::handle grad_out, py::handle attn_out, py::handle grad_q,
-                             py::handle grad_k, py::handle grad_v, py::handle grad_gate, int64_t threads) {
-    const Viewer view("attention_backward");
-    const AttentionInputs in = attention_inputs(view, call);
-    const AttentionGradients grads = attention_gradients(view, grad_out, attn_out, grad_q, grad_k, grad_v, grad_gate);
-    const py::gil_scoped_release released;
-    attention_backward(in, grads, threads);
-}
-
-void bind_personalized_ffn_forward(py::handle x, py::handle weight, py::handle offsets, py::handle bias,
-                                   const std::string& activation, py::handle residual, py::handle out,
-                                   int64_t threads) {
-    const Viewer view("personalized_ffn_forward");
-    const FfnInputs in = ffn_inputs(view, x, weight, offsets, bias, activation);
-    const FfnOutputs outputs = ffn_outputs(view, residual, out);
-    const py::gil_scoped_release released;
-    personalized_ffn_forward(in, outputs, threads);
-}
-
-void bind_personalized_ffn_backward(py::handle x, py::handle weight, py::handle offsets, py::handle bias,
-                                    const std::string& activation, py::handle grad_out, py::handle grad_x,
-                                    py::handle grad_weight, py::handle grad_bias, int64_t threads) {
-    const Viewer view("personalized_ffn_backward");
-    const FfnInputs in = ffn_inputs(view, x, weight, offsets, bias, activation);
-    const FfnGradients grads = ffn_gradients(view, grad_out, grad_x, grad_weight, grad_bias);
-    const py::gil_scoped_release released;
-    personalized_ffn_backward(in, grads, threads);
-}
-
-void bind_apply_rotary(py::handle x, py::handle offsets, py::handle cos, py::handle sin, py::handle positions,
-                       bool interleaved, bool backwards, py::handle out, int64_t threads) {
-    const Viewer view("apply_rotary");
-    const RotaryCall call = rotary_call(view, x, offsets, cos, sin, positions, interleaved, backwards, out);
-    const py::gil_scoped_release released;
-    apply_rotary(call, threads);
+// The names of the entries that are read from each tuple, by the names that interformer_kernels/_calls.py has for them.
+std::map<std::string, std::vector<std::string>> fields() {
+    return {{"AttentionCall", field_names<AttentionInputs>()},
+            {"AttentionOutputs", field_names<AttentionOutputs>()},
+            {"AttentionGradients", field_names<AttentionGradients>()},
+            {"FfnCall", field_names<FfnInputs>()},
+            {"FfnOutputs", field_names<FfnOutputs>()},
+            {"FfnGradients", field_names<FfnGradients>()},
+            {"RotaryCall", field_names<RotaryInputs>()},
+            {"RotaryOutputs", field_names<RotaryOutputs>()}};
 }
 
 }  // namespace
@@ -120,12 +99,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_device_count", &cuda_device_count);
     m.def("first_bad_offset", &bind_first_bad_offset, py::arg("offsets"), py::arg("total"));
 
-    m.def("attention_fields", &attention_fields);
-    m.def("attention_forward", &bind_attention_forward);
-    m.def("attention_backward", &bind_attention_backward);
-    m.def("personalized_ffn_forward", &bind_personalized_ffn_forward);
-    m.def("personalized_ffn_backward", &bind_personalized_ffn_backward);
-    m.def("apply_rotary", &bind_apply_rotary);
+    m.def("fields", &fields);
+    m.def("attention_forward", bound("attention_forward", "outputs", &attention_forward));
+    m.def("attention_backward", bound("attention_backward", "gradients", &attention_backward));
+    m.def("personalized_ffn_forward", bound("personalized_ffn_forward", "outputs", &personalized_ffn_forward));
+    m.def("personalized_ffn_backward", bound("personalized_ffn_backward", "gradients", &personalized_ffn_backward));
+    m.def("apply_rotary", bound("apply_rotary", "outputs", &apply_rotary));
 
 #ifdef INTERFORMER_HAS_CUDA
     cuda::bind(m);

@@ -8,7 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from interformer_kernels._calls import AttentionCall
+from interformer_kernels._calls import (
+    AttentionCall,
+    AttentionGradients,
+    AttentionOutputs,
+    FfnCall,
+    FfnGradients,
+    FfnOutputs,
+    RotaryCall,
+    RotaryOutputs,
+)
 from interformer_kernels._cuda import attention, personalized_ffn
 
 def build_info() -> dict[str, Any]:
@@ -23,77 +32,28 @@ def cuda_device_count() -> int:
 def first_bad_offset(offsets: Tensor, total: int) -> int:
     """Index of the first entry that is not 0 at the start, less than its predecessor, or beyond `total`; else -1."""
 
-def attention_fields() -> list[str]:
-    """Names of the entries that the native module reads from an `AttentionCall`, in order."""
+def fields() -> dict[str, list[str]]:
+    """By the tuple's class: the names of the entries that the native module reads from it, in order."""
 
-def attention_forward(
-    call: AttentionCall,
-    residual: Tensor | None,
-    out: Tensor,
-    lse: Tensor | None,
-    attn_out: Tensor | None,
-    threads: int,
-    /,
-) -> None:
+# Each operation takes its call, and a tuple of what it writes.
+
+def attention_forward(call: AttentionCall, outputs: AttentionOutputs, threads: int, /) -> None:
     """Writes `out`, and `lse` and `attn_out` where given; `gate` has the output's shape, by strides of 0 if need be."""
 
-def attention_backward(
-    call: AttentionCall,
-    grad_out: Tensor,
-    attn_out: Tensor | None,
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor | None,
-    grad_gate: Tensor | None,
-    threads: int,
-    /,
-) -> None:
+def attention_backward(call: AttentionCall, gradients: AttentionGradients, threads: int, /) -> None:
     """Writes the gradients; an axis of size 1 of `grad_gate` that the gate broadcast over is summed.
 
     `grad_gate`, `attn_out`, and `grad_q` of shared queries, are of the type of accumulation. `attn_out` is the ungated
     A, which only the gate's gradient needs.
     """
 
-def personalized_ffn_forward(
-    x: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    out: Tensor,
-    threads: int,
-    /,
-) -> None:
+def personalized_ffn_forward(call: FfnCall, outputs: FfnOutputs, threads: int, /) -> None:
     """Writes `out [T, F]`."""
 
-def personalized_ffn_backward(
-    x: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    grad_out: Tensor,
-    grad_x: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor | None,
-    threads: int,
-    /,
-) -> None:
+def personalized_ffn_backward(call: FfnCall, gradients: FfnGradients, threads: int, /) -> None:
     """Writes the gradients."""
 
-def apply_rotary(
-    x: Tensor,
-    offsets: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    interleaved: bool,
-    backwards: bool,
-    out: Tensor,
-    threads: int,
-    /,
-) -> None:
+def apply_rotary(call: RotaryCall, outputs: RotaryOutputs, threads: int, /) -> None:
     """Writes `out [T, H, D]`: x rotated, or, backwards, turned back."""
 
 # The CUDA part, where it is built: the same calls for tensors on one GPU, on the caller's current stream.
@@ -102,11 +62,7 @@ cuda_scheduler_size: int
 """int64 numbers of memory, of any content, that the tile scheduler of a call needs."""
 
 def cuda_attention_forward(
-    call: AttentionCall,
-    outputs: attention.Outputs,
-    workspace: attention.ForwardWorkspace,
-    tf32: bool,
-    /,
+    call: AttentionCall, outputs: AttentionOutputs, workspace: attention.ForwardWorkspace, tf32: bool, /
 ) -> None:
     """Writes `out`, and `lse` and `attn_out` where given; without rotary tables.
 
@@ -116,11 +72,7 @@ def cuda_attention_forward(
     """
 
 def cuda_attention_backward(
-    call: AttentionCall,
-    gradients: attention.Gradients,
-    workspace: attention.BackwardWorkspace,
-    tf32: bool,
-    /,
+    call: AttentionCall, gradients: AttentionGradients, workspace: attention.BackwardWorkspace, tf32: bool, /
 ) -> None:
     """Writes the gradients; without rotary tables.
 
@@ -132,32 +84,11 @@ def cuda_attention_backward(
     channels, for dense queries alone; `partial_stats` is there only under softmax.
     """
 
-def cuda_personalized_ffn_forward(
-    x: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    out: Tensor,
-    tf32: bool,
-    /,
-) -> None:
+def cuda_personalized_ffn_forward(call: FfnCall, outputs: FfnOutputs, tf32: bool, /) -> None:
     """Writes `out [T, F]`; `tf32`: float32 may be multiplied by tensor cores."""
 
 def cuda_personalized_ffn_backward(
-    x: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    grad_out: Tensor,
-    grad_x: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor | None,
-    workspace: personalized_ffn.Workspace,
-    tf32: bool,
-    /,
+    call: FfnCall, gradients: FfnGradients, workspace: personalized_ffn.Workspace, tf32: bool, /
 ) -> None:
     """Writes the gradients, and to its workspace, unless the activation is identity, `grad_pre_activation [T, F]`.
 
@@ -165,15 +96,5 @@ def cuda_personalized_ffn_backward(
     `[2 T / split_tokens + 1, E F]`, or `[..., E F + F]` with a bias, is memory for the sums of each split.
     """
 
-def cuda_apply_rotary(
-    x: Tensor,
-    offsets: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    interleaved: bool,
-    backwards: bool,
-    out: Tensor,
-    /,
-) -> None:
+def cuda_apply_rotary(call: RotaryCall, outputs: RotaryOutputs, /) -> None:
     """Writes `out [T, H, D]`: x rotated, or, backwards, rotated back."""

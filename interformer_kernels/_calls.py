@@ -2,7 +2,7 @@
 
 A call is a named tuple. Its fields, in their order, are the registered op's schema and the tuple that the native module
 reads; reference, checks, fakes, autograd and DTensor rules follow from their annotations (`ops/_spec.py`). All
-backends take a call as it is.
+backends take a call as it is. The native ones read a second tuple, of what they write.
 
 Axes: `B` rows, `Tq` and `Tk` packed tokens of queries and keys, `N` queries of a row, `M` seeds, `H` query heads, `Hk`
 key/value heads, `D` channels of a query or key head, `Dv` of a value head; `T` packed tokens, `E` input and `F` output
@@ -134,6 +134,26 @@ class AttentionCall(NamedTuple):
         return self.kv_offsets if self.q_offsets is None else self.q_offsets
 
 
+class AttentionOutputs(NamedTuple):
+    """Tensors of the output's side; all but the residual are written."""
+
+    residual: Tensor | None
+    out: Tensor
+    lse: Tensor | None
+    attn_out: Tensor | None
+
+
+class AttentionGradients(NamedTuple):
+    """Gradients of attention; `grad_out` and `attn_out` are read, the others written."""
+
+    grad_out: Tensor
+    attn_out: Tensor | None
+    grad_q: Tensor
+    grad_k: Tensor
+    grad_v: Tensor | None
+    grad_gate: Tensor | None
+
+
 class FfnCall(NamedTuple):
     """Every token times the weight matrix of its row."""
 
@@ -150,6 +170,22 @@ class FfnCall(NamedTuple):
     def out_offsets(self) -> Tensor:
         """Offsets of the output's rows."""
         return self.offsets
+
+
+class FfnOutputs(NamedTuple):
+    """Tensors of the output's side; the residual is read."""
+
+    residual: Tensor | None
+    out: Tensor
+
+
+class FfnGradients(NamedTuple):
+    """Gradients of the feed-forward; `grad_out` is read, the others are written."""
+
+    grad_out: Tensor
+    grad_x: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor | None
 
 
 class RotaryCall(NamedTuple):
@@ -169,3 +205,10 @@ class RotaryCall(NamedTuple):
     def out_offsets(self) -> Tensor:
         """Offsets of the output's rows."""
         return self.offsets
+
+
+class RotaryOutputs(NamedTuple):
+    """The tensor that is written: x rotated or, backwards, turned back."""
+
+    out: Tensor
+    backwards: bool

@@ -48,6 +48,44 @@ struct AttentionGradients {
     std::optional<TensorView> grad_gate;  // of the output's rank; axes of size 1 are summed
 };
 
+template <typename Reader>
+void read(Reader& next, AttentionInputs& in) {
+    in.layout = next.choice("layout", parse_query_layout);
+    next.tensor("q", in.q);
+    next.tensor("k", in.k);
+    next.optional("v", in.v);
+    next.optional("q_offsets", in.q_offsets);
+    next.tensor("kv_offsets", in.kv_offsets);
+    next.optional("gate", in.gate);
+    in.gating.inside = next.choice("gate_form", parse_gate_form);
+    in.gating.activation = next.choice("gate_activation", parse_gate_activation);
+    read(next, in.variant);
+    in.skip_prefix = next.integer("skip_prefix");
+    next.optional("cos", in.cos);
+    next.optional("sin", in.sin);
+    next.optional("positions_q", in.positions_q);
+    next.optional("positions_k", in.positions_k);
+    in.rope_interleaved = next.boolean("rope_interleaved");
+}
+
+template <typename Reader>
+void read(Reader& next, AttentionOutputs& outputs) {
+    next.optional("residual", outputs.residual);
+    next.tensor("out", outputs.out);
+    next.optional("lse", outputs.lse);
+    next.optional("attn_out", outputs.attn_out);
+}
+
+template <typename Reader>
+void read(Reader& next, AttentionGradients& grads) {
+    next.tensor("grad_out", grads.grad_out);
+    next.optional("attn_out", grads.attn_out);
+    next.tensor("grad_q", grads.grad_q);
+    next.tensor("grad_k", grads.grad_k);
+    next.optional("grad_v", grads.grad_v);
+    next.optional("grad_gate", grads.grad_gate);
+}
+
 void check_inputs(const Checks& check, const AttentionInputs& in);
 // `x` must have the output's shape with `last` as its last axis, or without a last axis.
 void check_like_output(const Checks& check, const AttentionInputs& in, const char* argument, const TensorView& x,

@@ -18,15 +18,14 @@ struct AttentionVariant {
     int64_t num_prefix = 0;
 };
 
-// Reads the fields of the variant from the call's tuple, where they are neighbours. `next` is as in arguments.h.
+// Reads the fields of the variant from the call's tuple, where they are neighbours. `next` is as in entries.h.
 template <typename Reader>
-AttentionVariant read_variant(Reader& next) {
+void read(Reader& next, AttentionVariant& variant) {
     constexpr int64_t kWidest = int64_t{1} << 62;  // longer than any row; adding a position cannot overflow
     const auto limit = [&](const char* name) {
         const int64_t tokens = next.integer(name);
         return tokens < kWidest ? tokens : kWidest;
     };
-    AttentionVariant variant;
     variant.scale = next.number("scale");
     variant.score = next.choice("score", parse_score);
     const double factor = next.number("post_scale");
@@ -35,7 +34,6 @@ AttentionVariant read_variant(Reader& next) {
     variant.window_left = limit("window_left");
     variant.window_right = limit("window_right");
     variant.num_prefix = limit("num_prefix");
-    return variant;
 }
 
 }  // namespace interformer

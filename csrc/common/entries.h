@@ -1,5 +1,8 @@
-// Reads a Python tuple entry by entry. Passing one tuple costs a third of passing its entries as arguments of a bound
-// function. Only the bindings include this file.
+// Reads Python tuples, entry by entry, into the structs of calls. Passing one tuple costs a third of passing its
+// entries as arguments of a bound function. Only the bindings include this file.
+//
+// Each struct has a function `read(next, struct)` beside it, which asks `next` for the entries in their order:
+// `Entries` takes them from a tuple, `EntryNames` records their names.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -21,7 +24,11 @@ class Entries {
         if (!PyTuple_Check(tuple.ptr())) view.refuse(argument, "a tuple", Py_TYPE(tuple.ptr())->tp_name);
     }
 
-    void tensor(const char* name, TensorView& view) { view_.fill(view, name, next(name)); }
+    void tensor(const char* name, TensorView& view) {
+        const py::handle entry = next(name);
+        view_.fill(view, name, entry);
+        if (!first_tensor_) first_tensor_ = entry;
+    }
 
     void optional(const char* name, std::optional<TensorView>& view) {
         const py::handle entry = next(name);
@@ -59,6 +66,9 @@ class Entries {
         return entry.ptr() == Py_True;
     }
 
+    // The first entry that is a tensor in every call.
+    py::handle first_tensor() const { return first_tensor_; }
+
     // Refuses further entries.
     void end() const {
         if (index_ < size()) view_.refuse(argument_, "a tuple of " + std::to_string(index_), tuple_of(size()));
@@ -82,11 +92,10 @@ class Entries {
 
     const Viewer& view_;
     const char* argument_;
-    py::handle tuple_;
+    py::handle tuple_, first_tensor_;
     Py_ssize_t index_ = 0;
 };
 
-// Has the methods of `Entries`, reads nothing, and records the names that it is asked for.
 class EntryNames {
   public:
     void tensor(const char* name, TensorView&) { record(name); }
@@ -108,7 +117,6 @@ class EntryNames {
         record(name);
         return false;
     }
-    void end() const {}
 
     std::vector<std::string> names() { return std::move(names_); }
 
@@ -117,5 +125,23 @@ class EntryNames {
 
     std::vector<std::string> names_;
 };
+
+template <typename Struct>
+Struct from_tuple(const Viewer& view, const char* argument, py::handle tuple, py::handle* first_tensor = nullptr) {
+    Entries next(view, argument, tuple);
+    Struct in{};
+    read(next, in);
+    next.end();
+    if (first_tensor) *first_tensor = next.first_tensor();
+    return in;
+}
+
+template <typename Struct>
+std::vector<std::string> field_names() {
+    EntryNames next;
+    Struct in{};
+    read(next, in);
+    return next.names();
+}
 
 }  // namespace interformer

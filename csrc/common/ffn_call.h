@@ -28,6 +28,29 @@ struct FfnGradients {
     std::optional<TensorView> grad_bias;  // shaped like bias
 };
 
+template <typename Reader>
+void read(Reader& next, FfnInputs& in) {
+    next.tensor("x", in.x);
+    next.tensor("weight", in.weight);
+    next.tensor("offsets", in.offsets);
+    next.optional("bias", in.bias);
+    in.activation = next.choice("activation", parse_activation);
+}
+
+template <typename Reader>
+void read(Reader& next, FfnOutputs& outputs) {
+    next.optional("residual", outputs.residual);
+    next.tensor("out", outputs.out);
+}
+
+template <typename Reader>
+void read(Reader& next, FfnGradients& grads) {
+    next.tensor("grad_out", grads.grad_out);
+    next.tensor("grad_x", grads.grad_x);
+    next.tensor("grad_weight", grads.grad_weight);
+    next.optional("grad_bias", grads.grad_bias);
+}
+
 void check_forward(const Checks& check, const FfnInputs& in, const FfnOutputs& outputs);
 void check_backward(const Checks& check, const FfnInputs& in, const FfnGradients& grads);
 

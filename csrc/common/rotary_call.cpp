@@ -18,14 +18,14 @@ void check_positions(const Checks& check, const char* argument, const std::optio
     if (positions->shape[0] != tokens) check.refuse(argument, "one for each token", describe(*positions));
 }
 
-void check_call(const Checks& check, const RotaryCall& call) {
-    const TensorView& x = call.x;
+void check_call(const Checks& check, const RotaryInputs& in, const RotaryOutputs& outputs) {
+    const TensorView& x = in.x;
     check.floating("x", x);
     check.tensor("x", x, x.dtype, {{"T"}, {"H"}, {"D"}});
-    check.offsets("offsets", call.offsets);
-    check.gradient("out", call.out, "x", x);
-    check_tables(check, call.cos, call.sin, x.shape[2]);
-    check_positions(check, "positions", call.positions, x.shape[0]);
+    check.offsets("offsets", in.offsets);
+    check.gradient("out", outputs.out, "x", x);
+    check_tables(check, in.cos, in.sin, x.shape[2]);
+    check_positions(check, "positions", in.positions, x.shape[0]);
 }
 
 }  // namespace interformer

@@ -9,10 +9,10 @@
 
 namespace interformer {
 
-void apply_rotary(const RotaryCall& call, int64_t threads) {
-    check_call(Checks("apply_rotary"), call);
-    const TensorView &x = call.x, &out = call.out;
-    const Rows rows(call.offsets, x.shape[0]);
+void apply_rotary(const RotaryInputs& in, const RotaryOutputs& outputs, int64_t threads) {
+    check_call(Checks("apply_rotary"), in, outputs);
+    const TensorView &x = in.x, &out = outputs.out;
+    const Rows rows(in.offsets, x.shape[0]);
     RotaryProblem p;
     p.heads = x.shape[1];
     p.head_size = x.shape[2];
@@ -20,9 +20,9 @@ void apply_rotary(const RotaryCall& call, int64_t threads) {
     p.counts = rows.counts();
     p.x = {x.data, rows.begins(), 0, x.strides[0], x.strides[1], x.strides[2], true};
     p.out = {out.data, rows.begins(), 0, out.strides[0], out.strides[1], out.strides[2], true};
-    p.rope = rotary_tables(call.cos, call.sin, call.interleaved);
-    p.positions = positions_of(call.positions);
-    p.backwards = call.backwards;
+    p.rope = rotary_tables(in.cos, in.sin, in.interleaved);
+    p.positions = positions_of(in.positions);
+    p.backwards = outputs.backwards;
     advise_huge_pages(out);
     zero_gaps(rows, out);
     const Kernels& native = kernels(x.dtype);

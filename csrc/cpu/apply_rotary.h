@@ -1,4 +1,4 @@
-// `apply_rotary` of docs/ops.md on the CPU. `backwards` is its inverse, which is also its gradient.
+// `apply_rotary` of docs/ops.md on the CPU. Backwards it is its inverse, which is also its gradient.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,6 @@
 
 namespace interformer {
 
-void apply_rotary(const RotaryCall& call, int64_t threads);
+void apply_rotary(const RotaryInputs& in, const RotaryOutputs& outputs, int64_t threads);
 
 }  // namespace interformer

@@ -88,36 +88,36 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void apply_rotary(const RotaryCall& call, const Stream& stream) {
+void apply_rotary(const RotaryInputs& in, const RotaryOutputs& outputs, const Stream& stream) {
     const Checks check = stream.checks();
-    check_call(check, call);
-    check.contiguous_last_axis("x", call.x);
-    if (call.x.size() == 0) return;
-    with_element(call.x.dtype, [&](auto element) {
+    check_call(check, in, outputs);
+    check.contiguous_last_axis("x", in.x);
+    if (in.x.size() == 0) return;
+    with_element(in.x.dtype, [&](auto element) {
         using T = decltype(element);
         constexpr int kWide = 16 / static_cast<int>(sizeof(T));
         Rotation<T> p;
-        p.x = static_cast<const T*>(call.x.data);
-        p.out = static_cast<T*>(call.out.data);
-        p.cos = static_cast<const float*>(call.cos.data);
-        p.sin = static_cast<const float*>(call.sin.data);
-        if (call.positions) p.positions = Indices(*call.positions);
-        p.x_token = call.x.strides[0];
-        p.x_head = call.x.strides[1];
-        p.cos_row = call.cos.strides[0];
-        p.sin_row = call.sin.strides[0];
-        p.table_rows = call.cos.shape[0];
-        p.heads = static_cast<int>(call.x.shape[1]);
-        p.channels = static_cast<int>(call.x.shape[2]);
-        p.half = static_cast<int>(call.cos.shape[1]);
+        p.x = static_cast<const T*>(in.x.data);
+        p.out = static_cast<T*>(outputs.out.data);
+        p.cos = static_cast<const float*>(in.cos.data);
+        p.sin = static_cast<const float*>(in.sin.data);
+        if (in.positions) p.positions = Indices(*in.positions);
+        p.x_token = in.x.strides[0];
+        p.x_head = in.x.strides[1];
+        p.cos_row = in.cos.strides[0];
+        p.sin_row = in.sin.strides[0];
+        p.table_rows = in.cos.shape[0];
+        p.heads = static_cast<int>(in.x.shape[1]);
+        p.channels = static_cast<int>(in.x.shape[2]);
+        p.half = static_cast<int>(in.cos.shape[1]);
         p.pairs = static_cast<int>(std::max<int64_t>(1, kNumbers / p.channels));
-        p.backwards = call.backwards;
-        const Offsets offsets(call.offsets, call.x.shape[0]);
+        p.backwards = outputs.backwards;
+        const Offsets offsets(in.offsets, in.x.shape[0]);
         const int64_t blocks = (offsets.tokens * p.heads + p.pairs - 1) / p.pairs;
-        const bool wide = std::min(alignment_of(call.x), alignment_of(call.out)) == 16 && p.half % kWide == 0 &&
+        const bool wide = std::min(alignment_of(in.x), alignment_of(outputs.out)) == 16 && p.half % kWide == 0 &&
                           p.channels % kWide == 0;
-        const auto kernel = call.interleaved ? (wide ? rotate_rows<T, kWide, true> : rotate_rows<T, 1, true>)
-                                             : (wide ? rotate_rows<T, kWide, false> : rotate_rows<T, 1, false>);
+        const auto kernel = in.interleaved ? (wide ? rotate_rows<T, kWide, true> : rotate_rows<T, 1, true>)
+                                           : (wide ? rotate_rows<T, kWide, false> : rotate_rows<T, 1, false>);
         stream.launch(kernel, blocks, kThreads, 0, p, offsets);
     });
 }

@@ -7,7 +7,7 @@
 namespace interformer {
 namespace cuda {
 
-void apply_rotary(const RotaryCall& call, const Stream& stream);
+void apply_rotary(const RotaryInputs& in, const RotaryOutputs& outputs, const Stream& stream);
 
 }  // namespace cuda
 }  // namespace interformer

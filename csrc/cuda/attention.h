@@ -42,6 +42,31 @@ struct BackwardWorkspace {
     TensorView scheduler;  // as in the forward
 };
 
+template <typename Reader>
+void read(Reader& next, SplitKv& splits) {
+    splits.split_kv = next.integer("split_kv");
+    next.optional("partials", splits.partials);
+    next.optional("partial_stats", splits.partial_stats);
+}
+
+template <typename Reader>
+void read(Reader& next, ForwardWorkspace& workspace) {
+    read(next, workspace.splits);
+    next.tensor("scheduler", workspace.scheduler);
+}
+
+template <typename Reader>
+void read(Reader& next, BackwardWorkspace& workspace) {
+    next.optional("lse", workspace.lse);
+    next.optional("delta", workspace.delta);
+    next.optional("inv_row_sum", workspace.inv_row_sum);
+    next.optional("grad_attn_out", workspace.grad_attn_out);
+    workspace.gate_block = next.integer("gate_block");
+    workspace.key_shards = next.integer("key_shards");
+    read(next, workspace.splits);
+    next.tensor("scheduler", workspace.scheduler);
+}
+
 // `tf32`: float32 may be multiplied by tensor cores.
 void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, const ForwardWorkspace& workspace,
                        bool tf32, const Stream& stream);

@@ -19,6 +19,13 @@ struct FfnWorkspace {
     std::optional<TensorView> partials;
 };
 
+template <typename Reader>
+void read(Reader& next, FfnWorkspace& workspace) {
+    next.optional("grad_pre_activation", workspace.grad_pre_activation);
+    workspace.split_tokens = next.integer("split_tokens");
+    next.optional("partials", workspace.partials);
+}
+
 // `tf32`: float32 may be multiplied by tensor cores.
 void personalized_ffn_forward(const FfnInputs& in, const FfnOutputs& to, bool tf32, const Stream& stream);
 void personalized_ffn_backward(const FfnInputs& in, const FfnGradients& grads, const FfnWorkspace& workspace, bool tf32,

@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _C
-from interformer_kernels._calls import RotaryCall
+from interformer_kernels._calls import RotaryCall, RotaryOutputs
 from interformer_kernels._launch.tensors import readable, resolved
 
 
 def _rotated(x: Tensor, call: RotaryCall, backwards: bool) -> Tensor:
     out = x.new_empty(x.shape)
-    tables = readable(call.cos), readable(call.sin)
-    options = call.interleaved, backwards
-    _C.apply_rotary(resolved(x), call.offsets, *tables, call.positions, *options, out, torch.get_num_threads())
+    call = call._replace(x=resolved(x), cos=readable(call.cos), sin=readable(call.sin))
+    _C.apply_rotary(call, RotaryOutputs(out, backwards), torch.get_num_threads())
     return out
 
 

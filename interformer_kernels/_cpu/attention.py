@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _C
-from interformer_kernels._calls import AttentionCall
+from interformer_kernels._calls import AttentionCall, AttentionGradients, AttentionOutputs
 from interformer_kernels._launch.tensors import accumulation_dtype, broadcast_axes_as_ones, fitted, resolved
 
 
@@ -16,14 +16,8 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
     out = k.new_empty(*shape)
     lse = k.new_empty(*(shape[:-1] if softmax else (0,)), dtype=accumulation_dtype(k.dtype))
     attn_out = k.new_empty(*(shape if keep_attn_out else (0,)), dtype=accumulation_dtype(k.dtype))
-    _C.attention_forward(
-        fitted(call, shape),
-        resolved(residual),
-        out,
-        lse if softmax else None,
-        attn_out if keep_attn_out else None,
-        torch.get_num_threads(),
-    )
+    outputs = AttentionOutputs(resolved(residual), out, lse if softmax else None, attn_out if keep_attn_out else None)
+    _C.attention_forward(fitted(call, shape), outputs, torch.get_num_threads())
     return out, lse, attn_out
 
 
@@ -38,14 +32,13 @@ def backward(
     grad_v = k.new_empty(*((0,) if v is None else v.shape))
     # A gate that broadcasts along every axis has no axis of its own.
     grad_gate = k.new_empty((0,) if gate is None else tuple(gate.shape), dtype=exact)
-    _C.attention_backward(
-        fitted(call, tuple(grad_out.shape)),
-        resolved(grad_out),
-        None if gate is None else resolved(attn_out),
-        grad_q,
-        grad_k,
-        None if v is None else grad_v,
-        None if gate is None else broadcast_axes_as_ones(grad_gate, grad_out.dim()),
-        torch.get_num_threads(),
+    gradients = AttentionGradients(
+        grad_out=resolved(grad_out),
+        attn_out=None if gate is None else resolved(attn_out),
+        grad_q=grad_q,
+        grad_k=grad_k,
+        grad_v=None if v is None else grad_v,
+        grad_gate=None if gate is None else broadcast_axes_as_ones(grad_gate, grad_out.dim()),
     )
+    _C.attention_backward(fitted(call, tuple(grad_out.shape)), gradients, torch.get_num_threads())
     return grad_q.to(dtype), grad_k, grad_v, grad_gate.to(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from interformer_kernels import _C
-from interformer_kernels._calls import RotaryCall
+from interformer_kernels._calls import RotaryCall, RotaryOutputs
 from interformer_kernels._launch.tensors import readable
 
 
@@ -14,7 +14,8 @@ def rotated(
 ) -> Tensor:
     """`x [T, H, D]` rotated by each token's position, or rotated back; zero on the tail."""
     out = x.new_empty(x.shape)
-    _C.cuda_apply_rotary(readable(x), offsets, readable(cos), readable(sin), positions, interleaved, backwards, out)
+    call = RotaryCall(readable(x), offsets, readable(cos), readable(sin), positions, interleaved)
+    _C.cuda_apply_rotary(call, RotaryOutputs(out, backwards))
     return out
 
 

@@ -8,22 +8,13 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _C
-from interformer_kernels._calls import AttentionCall
+from interformer_kernels._calls import AttentionCall, AttentionGradients, AttentionOutputs
 from interformer_kernels._cuda.apply_rotary import rotated
 from interformer_kernels._launch import splits
 from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
 from interformer_kernels._launch.tensors import allows_tf32, fitted, readable
 
 _GATE_BLOCK = 32  # tokens over which gradients of a gate that all tokens share are summed at once
-
-
-class Outputs(NamedTuple):
-    """Tensors of the output's side, in the order that the native module reads; it writes all but the residual."""
-
-    residual: Tensor | None
-    out: Tensor
-    lse: Tensor | None
-    attn_out: Tensor | None
 
 
 class ForwardWorkspace(NamedTuple):
@@ -33,17 +24,6 @@ class ForwardWorkspace(NamedTuple):
     partials: Tensor | None
     partial_stats: Tensor | None
     scheduler: Tensor
-
-
-class Gradients(NamedTuple):
-    """Gradients in the order that the native module reads; `grad_out` and `attn_out` are read, the others written."""
-
-    grad_out: Tensor
-    attn_out: Tensor | None
-    grad_q: Tensor
-    grad_k: Tensor
-    grad_v: Tensor | None
-    grad_gate: Tensor | None
 
 
 class BackwardWorkspace(NamedTuple):
@@ -102,7 +82,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
     if not out.numel():
         return out, lse, attn_out
     split_kv = splits.split_kv(call)
-    outputs = Outputs(readable(residual), out, lse if softmax else None, attn_out if keep_attn_out else None)
+    outputs = AttentionOutputs(readable(residual), out, lse if softmax else None, attn_out if keep_attn_out else None)
     partials = _partials(call, split_kv, shape[-1]), _partials(call, split_kv, 2)
     workspace = ForwardWorkspace(split_kv, *partials, _scheduler(call))
     _C.cuda_attention_forward(_rotated_call(call), outputs, workspace, allows_tf32(k.dtype))
@@ -121,7 +101,7 @@ def backward(
     grad_q = k.new_empty(grad_q_shape, dtype=torch.float32 if shared else k.dtype)
     grad_k, grad_v = k.new_empty(k.shape), k.new_empty((0,) if v is None else v.shape)
     sums, over_tokens, _ = (k.new_empty(0), False, False) if gate is None else gate_sums(gate, shape, _GATE_BLOCK)
-    gradients = Gradients(
+    gradients = AttentionGradients(
         grad_out=readable(grad_out),
         attn_out=None if gate is None else attn_out,
         grad_q=grad_q,

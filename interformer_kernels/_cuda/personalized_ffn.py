@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _C
-from interformer_kernels._calls import FfnCall
+from interformer_kernels._calls import FfnCall, FfnGradients, FfnOutputs
 from interformer_kernels._launch import splits
 from interformer_kernels._launch.ffn import empty_gradients, viewed
 from interformer_kernels._launch.tensors import allows_tf32, readable
@@ -25,15 +25,15 @@ class Workspace(NamedTuple):
 def forward(call: FfnCall, residual: Tensor | None) -> Tensor:
     """The output `[T, F]`."""
     out = call.x.new_empty(call.out_shape())
-    tf32 = allows_tf32(call.x.dtype)
-    _C.cuda_personalized_ffn_forward(*viewed(call, readable), readable(residual), out, tf32)
+    outputs = FfnOutputs(readable(residual), out)
+    _C.cuda_personalized_ffn_forward(viewed(call, readable), outputs, allows_tf32(call.x.dtype))
     return out
 
 
 def backward(call: FfnCall, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `x, weight, bias`; an empty one for a bias that was not given."""
     grad_x, grad_weight, grad_bias = empty_gradients(call)
-    written = grad_x, grad_weight, None if call.bias is None else grad_bias
+    gradients = FfnGradients(readable(grad_out), grad_x, grad_weight, None if call.bias is None else grad_bias)
     tokens, partials = call.x.shape[0], None
     if tokens > splits.SPLIT_TOKENS:
         inner, columns = call.weight.shape[1:]
@@ -44,6 +44,5 @@ def backward(call: FfnCall, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         split_tokens=splits.SPLIT_TOKENS,
         partials=partials,
     )
-    tf32 = allows_tf32(call.x.dtype)
-    _C.cuda_personalized_ffn_backward(*viewed(call, readable), readable(grad_out), *written, workspace, tf32)
+    _C.cuda_personalized_ffn_backward(viewed(call, readable), gradients, workspace, allows_tf32(call.x.dtype))
     return grad_x, grad_weight, grad_bias

@@ -9,8 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from interformer_kernels._calls import (
+    AttentionCall,
+    AttentionGradients,
+    AttentionOutputs,
+    FfnCall,
+    FfnGradients,
+    FfnOutputs,
+    RotaryCall,
+    RotaryOutputs,
+)
+
 _C = pytest.importorskip("interformer_kernels._C", exc_type=ImportError)
-AttentionCall = pytest.importorskip("interformer_kernels._cpu.attention", exc_type=ImportError).AttentionCall
 
 FLOATS = "float32, float64, bfloat16 or float16"
 B, M, H, HK, D, DV, T = 2, 3, 4, 2, 5, 6, 7
@@ -35,33 +45,25 @@ def attention_arguments() -> dict[str, Any]:
     }
 
 
-def attention(function: Callable[..., None], others: dict[str, Any], changed: dict[str, Any]) -> None:
-    """Call `function` with the shared arguments and its others; any of them may be changed."""
-    shared = attention_arguments()
-    for name, x in changed.items():
-        assert name in others or name in AttentionCall._fields, name
-        (others if name in others else shared)[name] = x
-    function(AttentionCall(**shared), *others.values())
+def called(function: Callable[..., None], call: Any, written: Any, changed: dict[str, Any]) -> None:
+    """Call `function` with both tuples and a number of threads; any entry of them may be changed."""
+    changed = {"threads": 1, **changed}
+    threads = changed.pop("threads")
+    others = {name: changed.pop(name) for name in written._fields if name in changed}
+    function(call._replace(**changed), written._replace(**others), threads)
 
 
 def forward(**changed: Any) -> None:
     row = torch.zeros(B, M, H, DV)
-    others = {"residual": row, "out": row.clone(), "lse": torch.zeros(B, M, H), "attn_out": row.clone(), "threads": 1}
-    attention(_C.attention_forward, others, changed)
+    outputs = AttentionOutputs(row, row.clone(), torch.zeros(B, M, H), row.clone())
+    called(_C.attention_forward, AttentionCall(**attention_arguments()), outputs, changed)
 
 
 def backward(**changed: Any) -> None:
     row, shared = torch.zeros(B, M, H, DV), attention_arguments()
-    others = {
-        "grad_out": row,
-        "attn_out": row,
-        "grad_q": shared["q"].clone(),
-        "grad_k": shared["k"].clone(),
-        "grad_v": shared["v"].clone(),
-        "grad_gate": torch.zeros(B, 1, H, DV),
-        "threads": 1,
-    }
-    attention(_C.attention_backward, others, changed)
+    written = (shared[name].clone() for name in ("q", "k", "v"))
+    gradients = AttentionGradients(row, row, *written, torch.zeros(B, 1, H, DV))
+    called(_C.attention_backward, AttentionCall(**shared), gradients, changed)
 
 
 PACKED = {
@@ -83,22 +85,20 @@ def ffn_arguments() -> dict[str, Any]:
 
 
 def ffn_forward(**changed: Any) -> None:
-    others = {"residual": torch.zeros(T, DV), "out": torch.zeros(T, DV), "threads": 1}
-    _C.personalized_ffn_forward(*{**ffn_arguments(), **others, **changed}.values())
+    outputs = FfnOutputs(torch.zeros(T, DV), torch.zeros(T, DV))
+    called(_C.personalized_ffn_forward, FfnCall(**ffn_arguments()), outputs, changed)
 
 
 def ffn_backward(**changed: Any) -> None:
     shared = ffn_arguments()
-    gradients = {f"grad_{name}": shared[name].clone() for name in ("x", "weight", "bias")}
-    others = {"grad_out": torch.zeros(T, DV), **gradients, "threads": 1}
-    _C.personalized_ffn_backward(*{**shared, **others, **changed}.values())
+    gradients = FfnGradients(torch.zeros(T, DV), *(shared[name].clone() for name in ("x", "weight", "bias")))
+    called(_C.personalized_ffn_backward, FfnCall(**shared), gradients, changed)
 
 
 def rotary(**changed: Any) -> None:
     x = torch.zeros(T, H, D)
-    others = {"x": x, "offsets": torch.tensor([0, 3, 7]), "cos": torch.zeros(9, 2), "sin": torch.zeros(9, 2)}
-    options = {"positions": None, "interleaved": False, "backwards": False, "out": x.clone(), "threads": 1}
-    _C.apply_rotary(*{**others, **options, **changed}.values())
+    call = RotaryCall(x, torch.tensor([0, 3, 7]), torch.zeros(9, 2), torch.zeros(9, 2), None, False)
+    called(_C.apply_rotary, call, RotaryOutputs(x.clone(), False), changed)
 
 
 # ---------------------------------------------------------------- refused arguments
@@ -292,9 +292,9 @@ def test_valid_calls_pass() -> None:
 
 def test_arguments_go_by_position_only() -> None:
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        _C.apply_rotary(x=torch.zeros(T, H, D))
+        _C.apply_rotary(call=())
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        _C.attention_forward("shared", torch.zeros(M, H, D))
+        _C.attention_forward(AttentionCall(**attention_arguments()))
 
 
 @pytest.mark.parametrize(
@@ -320,9 +320,19 @@ def test_the_shared_arguments_are_one_tuple(change: Callable[[Any], object], mes
     changed = change(AttentionCall(**attention_arguments()))
     row = torch.zeros(B, M, H, DV)
     with pytest.raises(TypeError, match="^attention_forward: " + re.escape(message) + "$"):
-        _C.attention_forward(changed, None, row, None, None, 1)
+        _C.attention_forward(changed, AttentionOutputs(None, row, None, None), 1)
     with pytest.raises(TypeError, match="^attention_backward: " + re.escape(message) + "$"):
-        _C.attention_backward(changed, *[row] * 6, 1)
+        _C.attention_backward(changed, AttentionGradients(*[row] * 6), 1)
+
+
+def test_outputs_and_gradients_are_tuples() -> None:
+    call = AttentionCall(**attention_arguments())
+    with pytest.raises(TypeError, match="^attention_forward: outputs must be a tuple, found Tensor$"):
+        _C.attention_forward(call, torch.zeros(B, M, H, DV), 1)
+    with pytest.raises(
+        TypeError, match="^attention_backward: gradients must be a tuple that goes on with grad_k, found"
+    ):
+        _C.attention_backward(call, (torch.zeros(B, M, H, DV), None, torch.zeros(M, H, D)), 1)
 
 
 def test_tensors_with_gradients_are_viewed() -> None:

@@ -17,6 +17,7 @@ from recorded import recorded_calls
 
 import interformer_kernels as ik
 from interformer_kernels import _C, _backend, testing
+from interformer_kernels._calls import RotaryCall, RotaryOutputs
 from interformer_kernels._launch import splits
 from interformer_kernels.testing import Case, offsets_of
 
@@ -199,10 +200,10 @@ def rotated(**changed: Any) -> torch.Tensor:
     """A call of the native function, with arguments changed."""
     cos, sin = testing.rotary_tables(5, 4)
     x = torch.randn(5, 2, 8)
-    given = {"x": x, "offsets": offsets_of((2, 3)), "cos": cos, "sin": sin, "positions": None, "interleaved": False,
-             "backwards": False, "out": torch.empty_like(x), **changed}  # fmt: skip
-    _C.cuda_apply_rotary(*given.values())
-    return given["out"]
+    out = changed.pop("out", torch.empty_like(x))
+    call = RotaryCall(x, offsets_of((2, 3)), cos, sin, None, interleaved=False)
+    _C.cuda_apply_rotary(call._replace(**changed), RotaryOutputs(out, backwards=False))
+    return out
 
 
 INTEGERS = torch.zeros(5, 2, 8, dtype=torch.int32)

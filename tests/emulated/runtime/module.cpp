@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "common/arguments.h"
+#include "common/entries.h"
 #include "common/exchange.h"
 #include "cuda/bindings.h"
 #include "planted.h"
@@ -27,20 +27,29 @@ void reverse_rows(const std::string& fault, py::handle x, py::handle claimed, py
 
 // Attention whose pointwise score is the sigmoid, whatever the call names. No public score has act(0) != 0, so without
 // it no test could tell whether kernels mask a score before or after they map it.
-AttentionInputs sigmoid_inputs(const Viewer& view, py::handle call) {
-    AttentionInputs in = attention_inputs(view, call);
+AttentionInputs with_sigmoid(AttentionInputs in) {
     in.variant.score = {false, Activation::sigmoid};
     return in;
 }
 
 void sigmoid_attention_forward(py::handle call, py::handle outputs, py::handle workspace, bool tf32) {
     const Viewer view("attention_forward");
-    cuda::run_attention_forward(view, sigmoid_inputs(view, call), outputs, workspace, tf32);
+    const auto memory = from_tuple<cuda::ForwardWorkspace>(view, "workspace", workspace);
+    cuda::run<AttentionInputs, AttentionOutputs>(view, "attention_forward", call, "outputs", outputs,
+                                                 [&](const auto& in, const auto& to, const cuda::Stream& stream) {
+                                                     cuda::attention_forward(with_sigmoid(in), to, memory, tf32,
+                                                                             stream);
+                                                 });
 }
 
 void sigmoid_attention_backward(py::handle call, py::handle gradients, py::handle workspace, bool tf32) {
     const Viewer view("attention_backward");
-    cuda::run_attention_backward(view, sigmoid_inputs(view, call), gradients, workspace, tf32);
+    const auto memory = from_tuple<cuda::BackwardWorkspace>(view, "workspace", workspace);
+    cuda::run<AttentionInputs, AttentionGradients>(view, "attention_backward", call, "gradients", gradients,
+                                                   [&](const auto& in, const auto& grads, const cuda::Stream& stream) {
+                                                       cuda::attention_backward(with_sigmoid(in), grads, memory, tf32,
+                                                                                stream);
+                                                   });
 }
 
 }  // namespace
