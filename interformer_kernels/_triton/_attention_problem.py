@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Problem:
         self.queries = 0 if call.layout == "packed" else self.out_shape[1]
         self.q_per_kv = self.heads // self.kv_heads
         self.width = max(padded(self.k.shape[2]), padded(self.v.shape[2]))
+        self.on = self.k.element_size(), _run.target_of(self.k)
         self.pack = self._pack()
         self.variant_inputs, self.variant_options = VariantInputs.of(call), VariantOptions.of(call)
         self.softmax = call.score == "softmax"
@@ -84,23 +86,22 @@ class Problem:
 
     def tiles(self, kernel: str) -> Tiles:
         """Tiles of a kernel; no more queries than rows have, where that is known."""
-        on = self.width, self.k.element_size(), _run.target_of(self.k)
-        entry = tiles(kernel, *on)
+        entry = tiles(kernel, self.width, *self.on)
         if self.call.layout == "packed":
-            return (variant("grad_queries_packed", *on) if kernel == "grad_queries" else None) or entry
+            packed_entry = variant("grad_queries_packed", self.width, *self.on) if kernel == "grad_queries" else None
+            return packed_entry or entry
         return entry._replace(queries=min(entry.queries, padded(max(1, self.queries * self.heads_per_program))))
 
     def short_tiles(self, backward: bool = False) -> Tiles | None:
         """Tiles of short rows, of `keys` tokens at most; None where there are none."""
-        on = self.k.element_size(), _run.target_of(self.k)
-        if self.call.layout != "packed" or self.width > max(entries("short", *on)):
+        if self.call.layout != "packed" or self.width > max(entries("short", *self.on)):
             return None
-        entry = tiles("short", self.width, *on)
-        of_backward = variant("short_backward", self.width, *on) if backward else None
+        entry = tiles("short", self.width, *self.on)
+        of_backward = variant("short_backward", self.width, *self.on) if backward else None
         # Both passes leave the same rows to these kernels, even where a tuned tile has another number of tokens.
         return of_backward if of_backward is not None and of_backward.keys == entry.keys else entry
 
-    @property
+    @functools.cached_property
     def cell(self) -> int:
         """Tokens of a row that is left to the kernels of short rows."""
         short = self.short_tiles()
@@ -124,6 +125,7 @@ class Problem:
 
     # ------------------------------------------------------------ arguments of kernels
 
+    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """Rows, tokens, queries of a row, skipped keys, and limits of masks; none larger than the number of tokens."""
         call, most = self.call, max(self.tokens, self.k.shape[0])
@@ -133,7 +135,7 @@ class Problem:
 
     def split_sizes(self) -> tuple[int, ...]:
         """Sizes for the kernels that combine partials."""
-        rows, _, k_tokens, queries, skip, *_ = self.sizes()
+        rows, _, k_tokens, queries, skip, *_ = self.sizes
         return rows, k_tokens, queries, skip
 
     def query_operand(self, x: Tensor) -> QueryOperand:

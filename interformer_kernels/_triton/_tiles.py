@@ -11,7 +11,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +98,8 @@ def padded(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def entries(kernel: str, itemsize: int, target: Target) -> dict[int, Tiles]:
+@functools.cache
+def entries(kernel: str, itemsize: int, target: Target) -> Mapping[int, Tiles]:
     """Widest head -> tiles, on a device."""
     if target.kind != "cuda":
         return TABLE[kernel][itemsize]
@@ -113,11 +114,17 @@ def entries(kernel: str, itemsize: int, target: Target) -> dict[int, Tiles]:
 
 def tiles(kernel: str, width: int, itemsize: int, target: Target) -> Tiles:
     """The entry for heads of `width` channels; entries tuned on this very device take precedence."""
+    name, untuned = _entry(kernel, width, itemsize, target)
+    tuned = _tuned(target.name) if target.name else {}
+    return _forced.get(name) or tuned.get(name) or untuned
+
+
+@functools.cache
+def _entry(kernel: str, width: int, itemsize: int, target: Target) -> tuple[str, Tiles]:
+    """Name of the entry for heads of `width` channels, and the package's own tiles."""
     by_width = entries(kernel, itemsize, target)
     bucket = min((w for w in by_width if w >= width), default=max(by_width))
-    name = key(kernel, bucket, itemsize)
-    tuned = _tuned(target.name) if target.name else {}
-    return _forced.get(name) or tuned.get(name) or by_width[bucket]
+    return key(kernel, bucket, itemsize), by_width[bucket]
 
 
 def variant(kernel: str, width: int, itemsize: int, target: Target) -> Tiles | None:

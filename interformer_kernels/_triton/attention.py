@@ -59,7 +59,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
     options, gate_options = problem.variant_options, problem.gate_options()
     _run.start(
         attention_forward, problem.query_grid(chosen.queries, problem.rows, split_kv),
-        problem.query_operand(problem.q), problem.kv, problem.offsets, epilogue, outputs, partials, *problem.sizes(),
+        problem.query_operand(problem.q), problem.kv, problem.offsets, epilogue, outputs, partials, *problem.sizes,
         problem.variant_inputs, SHAPE=problem.shape(chosen), VARIANT=options, GATE=gate_options, SPLIT_KV=split_kv,
         lead=k, tiles=chosen,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def _start_short(problem: Problem, kernel: Any, *operands: Any, **constants: Any
     chosen = problem.short_tiles(backward=kernel is attention_backward_short)
     if chosen is None:
         return
-    rows, q_tokens, k_tokens, _, _, left, right, prefix = problem.sizes()
+    rows, q_tokens, k_tokens, _, _, left, right, prefix = problem.sizes
     _run.start(
         kernel, -(-rows // (chosen.queries // chosen.keys)) * problem.kv_heads,
         problem.query_operand(problem.q), problem.kv, problem.offsets, *operands,
@@ -154,7 +154,7 @@ def _start_queries(problem: Problem, side: QuerySide, out: Tensor, kind: GradPas
     count, rows_of_group, key_shards = groups or (problem.rows, 1, 1)
     _run.start(
         attention_grad_queries, problem.query_grid(chosen.queries, count * key_shards, split_kv),
-        side, problem.kv, problem.offsets, out, partials, *problem.sizes(), rows_of_group, key_shards,
+        side, problem.kv, problem.offsets, out, partials, *problem.sizes, rows_of_group, key_shards,
         problem.variant_inputs, SHAPE=problem.shape(chosen), VARIANT=problem.variant_options, PASS=kind,
         SPLIT_KV=split_kv, lead=k, tiles=chosen,
     )  # fmt: skip
@@ -195,7 +195,7 @@ def _grad_keys(problem: Problem, side: QuerySide) -> tuple[Tensor, Tensor]:
     if k.shape[0]:
         _run.start(
             attention_grad_keys, slots(k.shape[0], problem.rows, problem.pack, chosen.keys) * problem.packs,
-            side, problem.kv, problem.offsets, grad_k, grad_v, *problem.sizes(), problem.variant_inputs,
+            side, problem.kv, problem.offsets, grad_k, grad_v, *problem.sizes, problem.variant_inputs,
             SHAPE=problem.shape(chosen), VARIANT=problem.variant_options, FP32_SOFTMAX=problem.fp32_softmax,
             lead=k, tiles=chosen,
         )  # fmt: skip
