@@ -124,19 +124,35 @@ def query_tiles(
 
 
 @triton.jit
+def _key_range(n, queries, keys, variant, VARIANT: tl.constexpr):
+    """The keys `[begin, end)` that query token `n` sees besides those of the prefix; none behind the row's queries.
+
+    Tiles compare keys with these bounds: a mask costs one comparison a side, however many options make it.
+    """
+    p = n + (keys - queries)
+    begin = p * 0
+    end = begin + keys
+    if VARIANT.causal:
+        end = tl.minimum(end, p + 1)
+    if VARIANT.right:
+        end = tl.minimum(end, p + variant.right + 1)
+    if VARIANT.left:
+        begin = tl.maximum(begin, p - variant.left)
+    if VARIANT.prefix:
+        begin = tl.where(n < variant.prefix, 0, begin)
+        end = tl.where(n < variant.prefix, keys, end)
+    return begin, tl.where(n < queries, end, 0)
+
+
+@triton.jit
 def pairs_of(n, j, head, queries, keys, variant, VARIANT: tl.constexpr):
     """The pairs of query tokens `n` under `head` and key tokens `j`: tiles that broadcast."""
-    inside = (n < queries) & (j < keys)
-    p = n + (keys - queries)
-    seen = inside
-    if VARIANT.causal:
-        seen = seen & (j <= p)
-    if VARIANT.right:
-        seen = seen & (j <= p + variant.right)
+    begin, end = _key_range(n, queries, keys, variant, VARIANT)
+    seen = j < end
     if VARIANT.left:
-        seen = seen & (j >= p - variant.left)
+        seen = seen & (j >= begin)
     if VARIANT.prefix:
-        seen = seen | (inside & ((n < variant.prefix) | (j < variant.prefix)))
+        seen = seen | (j < tl.where(n < queries, tl.minimum(variant.prefix, keys), 0))
     return Pairs(n, j, head, queries, keys, seen)
 
 
@@ -155,19 +171,11 @@ def pairs_under(pairs, head):
 @triton.jit
 def sees_any_key(n, queries, keys, variant, VARIANT: tl.constexpr):
     """Whether query token `n` sees a key at all; otherwise it is fully masked."""
-    p = n + (keys - queries)
-    begin = p * 0
-    end = begin + keys
-    if VARIANT.causal:
-        end = tl.minimum(end, p + 1)
-    if VARIANT.right:
-        end = tl.minimum(end, p + variant.right + 1)
-    if VARIANT.left:
-        begin = tl.maximum(begin, p - variant.left)
+    begin, end = _key_range(n, queries, keys, variant, VARIANT)
     any_key = begin < end
     if VARIANT.prefix:
-        any_key = any_key | (begin < keys)
-    return any_key & (n < queries)
+        any_key = any_key | ((n < queries) & (keys > 0))
+    return any_key
 
 
 # ---------------------------------------------------------------- scores
