@@ -126,8 +126,11 @@ ROUNDED_IN_TF32 = [case for case in CASES + SIZES if case.op in testing.OPS[:3] 
 
 @pytest.mark.parametrize("case", ROUNDED_IN_TF32, ids=case_ids(ROUNDED_IN_TF32))
 def test_tf32_attention_of_short_numbers_is_within_the_budget_of_float16(case: Case, tf32: None) -> None:
-    rows = testing.compare(case, "cuda", torch.float32, make=short_inputs)
-    budgets = testing.compare(case, "cuda", torch.float16, make=short_inputs)
+    # The gradient of a single gate is one number in each draw: one op draws as many as judging it takes.
+    single_gate = case.op == "gated_cross_attention" and case.gate == "scalar"
+    few = None if single_gate else most_draws(4)
+    rows = testing.compare(case, "cuda", torch.float32, make=short_inputs, most_draws=few)
+    budgets = testing.compare(case, "cuda", torch.float16, make=short_inputs, most_draws=few)
     for row, other in zip(rows, budgets, strict=True):
         assert row.error <= other.budget, row.quantity
 
