@@ -18,12 +18,17 @@ WIDE := $(CURDIR)/build/wide
 WHEEL_BIN := $(CURDIR)/$(WHEEL)/venv/bin
 NATIVE := $(shell find csrc tests/emulated -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 TORCHREC := tests/requirements-torchrec.txt
+# The tools that the native module is built with, as pyproject.toml lists them.
+BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
+IN_ENVIRONMENT := PATH="$(CURDIR)/$(BIN):$$PATH"
 BUILT_FROM := pyproject.toml setup.py $(TORCHREC) $(shell find CMakeLists.txt csrc cmake -type f)
 data_option := $(if $(DATA),--data $(DATA))
 
-# Test processes at once, one for each core. Threads that wait give their core away: OpenMP's would spin for it.
+# Test processes at once, one for each core; an idle one takes tests from another, since a test may take half a minute.
+# Threads that wait give their core away: OpenMP's would spin for it.
 WORKERS ?= auto
-PYTEST = OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
+XDIST := -n $(WORKERS) --maxprocesses 8 --dist worksteal
+PYTEST = OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest $(XDIST)
 
 # The Python that `make gpu-kit` makes its kit for and with: the GPU machine's minor version, torch and Triton.
 KIT_PYTHON ?= $(CURDIR)/build/target/venv/bin/python
@@ -34,7 +39,7 @@ TARGET_VERSIONS ?= torch==2.11.0 triton==3.6.0
 TARGET := $(CURDIR)/build/target
 TARGET_READY := build/target/ready
 TARGET_BIN := $(TARGET)/venv/bin
-TARGET_PYTEST = OMP_WAIT_POLICY=passive $(TARGET_BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
+TARGET_PYTEST = OMP_WAIT_POLICY=passive $(TARGET_BIN)/python -m pytest $(XDIST)
 # Tests of the Python side of the GPU backends and of the native module.
 TARGET_TESTS := tests/ops/test_any_rows.py tests/ops/test_autograd.py tests/ops/test_backend.py \
     tests/gpu/test_cuda_resources.py tests/ops/test_errors.py tests/gpu/test_gpu_commands.py tests/ops/test_meta.py \
@@ -49,8 +54,8 @@ SLOW_EXAMPLES ?= 300
 FUZZ = $(BIN)/python -m pytest --timeout 0 --hypothesis-profile fuzz --hypothesis-show-statistics
 
 .PHONY: help demo test triton-test cuda-test target-env target-test target-native-test target-resources resources \
-        gpu-report gpu-kit gpu-rehearsal fuzz nightly sanitize lint wheel-test wide-test bench bench-model \
-        bench-compare torch-matrix docs clean
+        triton-resources gpu-report gpu-kit gpu-rehearsal fuzz nightly sanitize lint wheel-test wide-test bench \
+        bench-model bench-compare torch-matrix docs clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
@@ -78,11 +83,14 @@ help:
 	@echo "make torch-matrix       one wheel under several versions of torch (downloads them)"
 	@echo "make clean              removes the environment and all that was built"
 
-# The environment, made again when what the native module is built from has changed. TorchRec may be missing: its tests skip.
+# The environment, made again when what the native module is built from has changed. It is built without isolation, so that
+# wheel-test and wide-test find its objects and compile only what differs. TorchRec may be missing: its tests skip.
 $(READY): $(BUILT_FROM)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(BUILD_TOOLS)
+	$(IN_ENVIRONMENT) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+	    --editable '.[dev]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $(TORCHREC)
 	touch $@
 
@@ -98,7 +106,7 @@ triton-test: $(READY)
 
 # In a process of its own, too: the emulation takes the place of the CUDA part.
 cuda-test: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" INTERFORMER_EMULATE=1 $(PYTEST) tests/emulated $(ARGS)
+	$(IN_ENVIRONMENT) INTERFORMER_EMULATE=1 $(PYTEST) tests/emulated $(ARGS)
 
 # The real torch for CUDA, without NVIDIA's packages: gigabytes, in whose place stubs stand.
 target-env: $(TARGET_READY)
@@ -130,8 +138,10 @@ target-resources: $(TARGET_READY)
 	TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH="$(CURDIR):$(CURDIR)/tools" $(TARGET_BIN)/python -m resources.triton_kernels \
 	    --target sm_90 $(ARGS)
 
-resources: $(READY)
+resources: $(READY) triton-resources
 	PYTHONPATH=tools $(BIN)/python -m resources.cuda_kernels
+
+triton-resources: $(READY)
 	TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH=tools $(BIN)/python -m resources.triton_kernels $(ARGS)
 
 # With the Python that is there, and nothing installed: machines with GPUs come with their torch and Triton.
@@ -147,7 +157,7 @@ gpu-rehearsal: $(READY)
 # Other calls each time; a failing one is printed, and tried first by the next run.
 fuzz: $(READY)
 	EXAMPLES=$(EXAMPLES) $(FUZZ) tests/ops/test_properties.py -k cpu $(ARGS)
-	EXAMPLES=$(SLOW_EXAMPLES) PATH="$(CURDIR)/$(BIN):$$PATH" INTERFORMER_EMULATE=1 \
+	EXAMPLES=$(SLOW_EXAMPLES) $(IN_ENVIRONMENT) INTERFORMER_EMULATE=1 \
 	    $(FUZZ) tests/emulated/test_cuda_properties.py $(ARGS)
 	EXAMPLES=$(SLOW_EXAMPLES) TRITON_INTERPRET=1 $(FUZZ) tests/interpreted/test_triton_properties.py $(ARGS)
 
@@ -156,6 +166,7 @@ nightly: $(READY)
 	EVERY=1 $(MAKE) test triton-test cuda-test ARGS='--timeout 0 $(ARGS)'
 	EVERY=1 $(MAKE) target-test ARGS='--timeout 0 $(ARGS)'
 	$(MAKE) resources target-resources target-native-test
+	EVERY=1 $(MAKE) wheel-test
 	$(MAKE) fuzz
 
 sanitize: $(READY)
@@ -167,26 +178,29 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 
-# The installed wheel has torch beside it and nothing else, and the checkout is out of sight. Of the CUDA part it has one
-# device's: the environment's own build is for all of them.
+# The installed wheel has torch beside it and nothing else, and the checkout is out of sight. It is made of the environment's
+# objects, and all its cases have few draws: `make test` has more. With EVERY=1 it is built anew, in isolation, for one device.
+wheel-test: BUILD_WHEEL := $(if $(EVERY),TORCH_CUDA_ARCH_LIST=9.0a,$(IN_ENVIRONMENT))
+wheel-test: ISOLATION := $(if $(EVERY),,--no-isolation)
+wheel-test: DRAWS := $(if $(EVERY),,--most-draws 4)
 wheel-test: $(READY)
 	rm -rf $(WHEEL)
-	TORCH_CUDA_ARCH_LIST=9.0a $(BIN)/python -m build --wheel --outdir $(WHEEL) . > /dev/null
+	$(BUILD_WHEEL) $(BIN)/python -m build --wheel $(ISOLATION) --outdir $(WHEEL) . > /dev/null
 	$(PYTHON) -m venv $(WHEEL)/venv
 	$(WHEEL_BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(WHEEL)/*.whl
 	cd "$$(mktemp -d)" \
 	&& $(WHEEL_BIN)/python -c "import interformer_kernels as k; assert k.__file__.startswith('$(CURDIR)/$(WHEEL)'), k.__file__" \
 	&& $(WHEEL_BIN)/interformer-kernels info \
-	&& $(WHEEL_BIN)/interformer-kernels parity --json parity.json \
-	&& $(WHEEL_BIN)/interformer-kernels parity --backend cpu --dtype float32 > /dev/null \
+	&& $(WHEEL_BIN)/interformer-kernels parity $(DRAWS) --json parity.json \
+	&& $(WHEEL_BIN)/interformer-kernels parity $(DRAWS) --backend cpu --dtype float32 > /dev/null \
 	&& $(WHEEL_BIN)/interformer-kernels bench --op pma_pooling --law diginetica --seconds 0.2 --no-compile
 
 # The kernels for AVX-512 BF16 on machines without: the same source, its vectors and pairs made of AVX2 instructions.
 wide-test: $(READY)
 	rm -rf $(WIDE)
 	mkdir -p $(WIDE)/site $(WIDE)/run
-	INTERFORMER_CUDA=0 INTERFORMER_WIDE_LEVEL=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --no-deps --target $(WIDE)/site .
+	$(IN_ENVIRONMENT) INTERFORMER_WIDE_LEVEL=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --no-deps --no-build-isolation --target $(WIDE)/site .
 	cp -r tests pyproject.toml $(WIDE)/run
 	cd $(WIDE)/run && INTERFORMER_CPU_LEVEL=wide PYTHONPATH=$(WIDE)/site $(PYTEST) -k 'not reference' \
 	    tests/ops/test_parity.py tests/cpu/test_cpu_kernels.py tests/cpu/test_cpu_determinism.py

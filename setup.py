@@ -47,10 +47,11 @@ class CMakeBuild(build_ext):
         for stale in (target, stand_in(target)):
             stale.unlink(missing_ok=True)
         tree = self._build_tree()
-        self._configure(tree, target)
+        self._configure(tree, target.name)
         reason_file = tree / "no_native_module.txt"
         if not reason_file.exists():
             subprocess.run([cmake(), "--build", str(tree)], check=True)
+            shutil.copy2(tree / target.name, target)
             return
         reason = reason_file.read_text().strip()
         print(BANNER.format(line="!" * 100, reason=reason), file=sys.stderr, flush=True)
@@ -72,8 +73,9 @@ class CMakeBuild(build_ext):
 
     def _build_tree(self) -> Path:
         """A build tree made by the same tools, or a fresh one: its cache holds paths into the build environment,
-        which under build isolation is gone at the next install."""
-        tree = Path(self.build_temp).resolve() / "cmake"
+        which under build isolation is gone at the next install. Wheels and editable installs share it, so it is not in
+        `build_temp`, which an editable install deletes."""
+        tree = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         stamp = tree / "tools.txt"
         tools = "\n".join((sys.executable, cmake(), ninja(), pybind11_directory()))
         if not stamp.exists() or stamp.read_text() != tools:
@@ -82,7 +84,7 @@ class CMakeBuild(build_ext):
             stamp.write_text(tools)
         return tree
 
-    def _configure(self, tree: Path, target: Path) -> None:
+    def _configure(self, tree: Path, module: str) -> None:
         subprocess.run(
             [
                 cmake(),
@@ -97,8 +99,7 @@ class CMakeBuild(build_ext):
                 f"-DINTERFORMER_CUDA={os.environ.get('INTERFORMER_CUDA', 'auto')}",
                 f"-DINTERFORMER_WIDE_LEVEL={os.environ.get('INTERFORMER_WIDE_LEVEL', '0')}",
                 f"-DINTERFORMER_SANITIZE={os.environ.get('INTERFORMER_SANITIZE', '')}",
-                f"-DINTERFORMER_OUTPUT_DIRECTORY={target.parent}",
-                f"-DINTERFORMER_OUTPUT_NAME={target.name}",
+                f"-DINTERFORMER_OUTPUT_NAME={module}",
             ],
             check=True,
         )
