@@ -47,6 +47,8 @@ TARGET_TESTS := tests/ops/test_any_rows.py tests/ops/test_autograd.py tests/ops/
     tests/ops/test_registration.py tests/gpu/test_tf32_switch.py tests/ops/test_traced_gradients.py
 FAKE_GPU := INTERFORMER_FAKE_GPU=1 TRITON_DEFAULT_FP_FUSION=1
 
+# One in so many entries of the table of Triton kernels is compiled by `make resources`.
+NTH ?= 1
 # Random calls of each kind that `make fuzz` makes.
 EXAMPLES ?= 10000
 # And of those of the emulated CUDA and interpreted Triton kernels, in each dtype.
@@ -142,7 +144,7 @@ resources: $(READY) triton-resources
 	PYTHONPATH=tools $(BIN)/python -m resources.cuda_kernels
 
 triton-resources: $(READY)
-	TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH=tools $(BIN)/python -m resources.triton_kernels $(ARGS)
+	TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH=tools $(BIN)/python -m resources.triton_kernels --every $(NTH) $(ARGS)
 
 # With the Python that is there, and nothing installed: machines with GPUs come with their torch and Triton.
 gpu-report:
