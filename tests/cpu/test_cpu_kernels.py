@@ -196,8 +196,8 @@ class Spy:
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any) -> Any:
-            shared = args[0] if isinstance(args[0], tuple) else ()
-            self.handed |= {x.data_ptr() for x in (*shared, *args) if isinstance(x, Tensor)}
+            entries = [x for arg in args if isinstance(arg, tuple) for x in arg]
+            self.handed |= {x.data_ptr() for x in entries if isinstance(x, Tensor)}
             return getattr(_C, name)(*args)
 
         return call
