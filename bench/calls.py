@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from interformer_bench import timing, workloads
-from interformer_bench.peers import OURS, candidates
+from interformer_bench.ops.table import TABLE
+from interformer_bench.peers import OURS
+from interformer_bench.peers.registry import candidates
 from interformer_bench.run import PASSES, runner
 from interformer_bench.workloads import Sizes
 from torch import Tensor
@@ -18,7 +20,7 @@ from interformer_kernels import _backend
 
 # Limits: a tiny call over padded SDPA, and seconds of a crossing with eight tensors.
 MAX_RATIO, MAX_BORDER = 2.0, 1e-6
-OPS = ("jagged_attention", "pma_pooling", "gated_cross_attention")
+OPS = tuple(name for name, op in TABLE.items() if op.attends and op.composed is None)
 RUNNERS = (OURS, "padded SDPA", "SDPA alone, padded before")
 _LENGTHS, _SIZES = (10, 11), Sizes(heads=4, head_size=16, queries=2)
 
@@ -29,7 +31,7 @@ CostRow = tuple[str, str, str]
 def tiny(op: str) -> dict[str, timing.TimedCall]:
     """Eager calls without gradients on two rows of ten tokens: ours, padded SDPA, SDPA on already padded tensors."""
     arguments = workloads.inputs(op, _LENGTHS, _SIZES, torch.float32)
-    queries = max(_LENGTHS) if op == "jagged_attention" else _SIZES.queries
+    queries = max(_LENGTHS) if TABLE[op].packed_queries else _SIZES.queries
     q, k, v = (torch.randn(len(_LENGTHS), _SIZES.heads, n, _SIZES.head_size) for n in (queries, *[max(_LENGTHS)] * 2))
     mask = torch.ones(len(_LENGTHS), 1, 1, max(_LENGTHS), dtype=torch.bool)
     peers = candidates(op, compile_too=False)

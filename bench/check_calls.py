@@ -119,13 +119,7 @@ def index_views(context: CheckContext) -> Iterator[Finding]:
 def _with_all_indices(context: CheckContext) -> testing.Case:
     """A call with every index argument of the op."""
     lengths = mixed_lengths(context)
-    own_offsets = {"query_lengths": tuple(reversed(lengths))}
-    options: dict[str, dict[str, Any]] = {
-        "jagged_attention": {**own_offsets, "rope": 32, "positions": True},
-        "gated_cross_attention": own_offsets,
-        "apply_rotary": {"positions": True},
-    }
-    return context.case(lengths, **options.get(context.op, {}))
+    return context.case(lengths, **context.spec.index_options(lengths))
 
 
 def _with_stride(x: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from interformer_bench.gpu_place import Place, Record
+from interformer_bench.ops.spec import BenchOp
+from interformer_bench.ops.table import TABLE
 from torch import Tensor
 
 from interformer_kernels import testing
@@ -59,6 +61,11 @@ class CheckContext:
         actual_backend = place.backend(backend)
         return cls(place, op, backend, lambda op, inputs: testing.call(op, inputs, actual_backend))
 
+    @property
+    def spec(self) -> BenchOp:
+        """The op's declaration."""
+        return TABLE[self.op]
+
     def run(self, inputs: Inputs) -> Results:
         """The output, the log-sum-exp where the op has one, and every gradient."""
         return testing.evaluate(lambda: self.serve(self.op, inputs), self.op, inputs)
@@ -66,9 +73,9 @@ class CheckContext:
     def case(self, lengths: Sequence[int], **sizes: Any) -> testing.Case:
         """A call of the op on rows of these lengths, without a tail; rotary tables are as wide as a head."""
         options: dict[str, Any] = {"heads": 4, "kv_heads": 4, "queries": 8, "head_size": 32, "value_size": 32, **sizes}
-        if self.op == "apply_rotary":
+        if self.spec.rotates:
             options["rope"] = options["head_size"]
-        if self.op not in testing.OPS[:3]:
+        if not self.spec.attends:
             options.pop("gate", None)
         return testing.Case(self.op, "check", lengths=tuple(lengths), tail=0, **options)
 

@@ -49,7 +49,7 @@ def lengths_of(tiny: bool) -> list[int]:
 def large_batch(context: CheckContext) -> Iterator[Finding]:
     """The same bits twice, in slices, and row by row; and some rows against float64."""
     lengths = lengths_of(context.place.tiny)
-    for gate in ("", "full") if context.op in testing.OPS[:3] else ("",):
+    for gate in ("", "full") if context.spec.attends else ("",):
         case = context.case(lengths, kv_heads=2, gate=gate)
         for dtype in DTYPES:
             inputs = context.draw(case, dtype)
@@ -145,7 +145,7 @@ def beyond_int32(context: CheckContext) -> Iterator[Finding]:
     dtype = torch.bfloat16
     length = 8 if context.place.tiny else _LENGTH
     heads, channels = (2, 16) if context.place.tiny else (_HEADS, _CHANNELS)
-    width = channels if context.op == "personalized_ffn" else heads * channels
+    width = heads * channels if context.spec.has_heads else channels
     rows = 12 if context.place.tiny else 2**31 // (length * width) + 2 * _END_ROWS
     # The tensors that a call and its gradients hold at once, some of them in float32, and the numbers drawn for it.
     needed, free = 16 * rows * length * width * dtype.itemsize, context.place.free_bytes()

@@ -8,127 +8,21 @@ peers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from interformer_bench import shapes
 from interformer_bench.grid import Shape
+from interformer_bench.ops.call import Sizes
+from interformer_bench.ops.spec import BenchOp, GpuRow
+from interformer_bench.ops.table import TABLE
 from interformer_bench.shapes import LengthDistribution
-from interformer_bench.workloads import Sizes
 
 # Upper bounds of a rehearsal's shapes: rows, tokens of a row, and sizes.
 _TINY_ROWS, _TINY_LENGTH, _TINY_SIZES = 8, 24, Sizes(heads=2, head_size=16, queries=3)
 
-_NO_TARGET = (None, None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    """One line of the tables below; `distribution` is the name of a length distribution.
-
-    Attributes:
-        name: name of the job, without its dtype.
-        gated: with a gate and a residual.
-        targets: target ratios to the fastest right peer, forward and forward+backward.
-    """
-
-    name: str = field(kw_only=False)
-    op: str = field(kw_only=False)
-    distribution: str = field(kw_only=False)
-    rows: int
-    heads: int
-    head_size: int
-    queries: int = 1
-    gated: bool = False
-    targets: tuple[float | None, float | None] = _NO_TARGET
-
-    def job(
-        self, distributions: Mapping[str, LengthDistribution], part: int, dtype: str, tiny: bool, compiled: bool = False
-    ) -> Job:
-        width = self.heads * self.head_size if self.op == "personalized_ffn" else 0
-        sizes = Sizes(self.heads, self.head_size, self.queries, width, self.gated)
-        shape = Shape(self.op, distributions[self.distribution], self.rows, sizes)
-        shape = _rehearsed(shape) if tiny else shape
-        name = f"{self.name}-{_SHORT[dtype]}{'-compiled' if compiled else ''}"
-        seconds = _COMPILED_SECONDS if compiled else _SECONDS
-        return Job(name, part, seconds, dtype, shape, self.targets, compiled)
-
-
-_HEADLINE = (
-    _Row("jagged-104-d16", "jagged_attention", "all 104", rows=2048, heads=4, head_size=16, targets=(None, 1.5)),
-    _Row("jagged-104-d64", "jagged_attention", "all 104", rows=2048, heads=1, head_size=64, targets=(None, 1.5)),
-    _Row("pma-104", "pma_pooling", "all 104", rows=2048, heads=4, head_size=16, queries=2, targets=(3.0, 3.0)),
-    _Row("jagged-tiny", "jagged_attention", "uniform 1..32", rows=65536, heads=2, head_size=32, targets=(3.0, 3.0)),
-    _Row("jagged-1000-d64", "jagged_attention", "1000 at 0.5", rows=1152, heads=4, head_size=64, targets=(None, 0.8)),
-    _Row("jagged-4096-d64", "jagged_attention", "all 4096", rows=16, heads=8, head_size=64, targets=(None, 0.8)),
-    _Row("pma-4096", "pma_pooling", "all 4096", rows=16, heads=8, head_size=64, queries=2, targets=(3.0, 3.0)),
-    _Row(
-        "pma-1000-m32", "pma_pooling", "1000 at 0.5", rows=1152, heads=4, head_size=64, queries=32, targets=(3.0, 3.0)
-    ),
-    _Row(
-        "cross-104",
-        "gated_cross_attention",
-        "all 104",
-        rows=2048,
-        heads=4,
-        head_size=16,
-        queries=2,
-        gated=True,
-        targets=(1.5, 1.5),
-    ),
-    _Row("pma-tiny", "pma_pooling", "uniform 1..32", rows=65536, heads=2, head_size=32, queries=2, targets=(3.0, 3.0)),
-)
-_REST = (
-    _Row("jagged-54-d8", "jagged_attention", "all 54", rows=2048, heads=8, head_size=8, targets=(None, 1.5)),
-    _Row(
-        "cross-1000-m32",
-        "gated_cross_attention",
-        "1000 at 0.5",
-        rows=1152,
-        heads=4,
-        head_size=64,
-        queries=32,
-        gated=True,
-        targets=(1.5, 1.5),
-    ),
-    _Row(
-        "cross-tiny",
-        "gated_cross_attention",
-        "uniform 1..32",
-        rows=65536,
-        heads=2,
-        head_size=32,
-        queries=2,
-        gated=True,
-        targets=(3.0, 3.0),
-    ),
-    _Row("jagged-1000-d128", "jagged_attention", "1000 at 1.0", rows=1152, heads=4, head_size=128, targets=(None, 0.8)),
-    _Row(
-        "pma-1000-m192",
-        "pma_pooling",
-        "1000 at 1.0",
-        rows=1152,
-        heads=4,
-        head_size=128,
-        queries=192,
-        targets=(3.0, 3.0),
-    ),
-    _Row("ffn-256", "personalized_ffn", "all 256", rows=1152, heads=1, head_size=64),
-    _Row("rotary-104", "apply_rotary", "all 104", rows=2048, heads=4, head_size=16),
-)
-_REAL = ("movielens", "beauty", "grocery", "diginetica")
-_REAL_LENGTHS = (
-    *(
-        _Row(f"jagged-{name}", "jagged_attention", name, rows=4096, heads=4, head_size=32, targets=(None, 1.5))
-        for name in _REAL
-    ),
-    *(
-        _Row(f"pma-{name}", "pma_pooling", name, rows=4096, heads=4, head_size=32, queries=2, targets=(3.0, 3.0))
-        for name in _REAL
-    ),
-)
-# The rows that also have a job for compiled peers and FlexAttention.
-_COMPILED = ("jagged-104-d16", "jagged-1000-d64", "pma-104", "cross-104", "rotary-104", "ffn-256")
+# The rank of the last row of part 1: the rows up to it are also measured in float32 before the others.
+HEADLINE = 10
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 # Seconds of a job on an H200, with the start of its process and compilation from a filled cache.
 _SECONDS, _CEILING_SECONDS, _COMPILED_SECONDS = 15.0, 10.0, 60.0
@@ -153,7 +47,7 @@ class Job:
     seconds: float
     dtype: str = ""
     shape: Shape | None = None
-    targets: tuple[float | None, float | None] = _NO_TARGET
+    targets: tuple[float | None, float | None] = (None, None)
     compiled: bool = False
 
     def plain(self) -> dict[str, object]:
@@ -165,14 +59,22 @@ class Job:
 def jobs(data: Path | None = None, tiny: bool = False) -> list[Job]:
     """All jobs in order of value; `data` is a directory with length files; `tiny` is for rehearsals."""
     distributions = _distributions(data)
+
+    def job(op: BenchOp, row: GpuRow, part: int, dtype: str, compiled: bool = False) -> Job:
+        shape = Shape(op.name, distributions[row.distribution], row.rows, op.sizes(row))
+        name = f"{row.name}-{_SHORT[dtype]}{'-compiled' if compiled else ''}"
+        seconds = _COMPILED_SECONDS if compiled else _SECONDS
+        return Job(name, part, seconds, dtype, _rehearsed(shape) if tiny else shape, row.targets, compiled)
+
+    rows = sorted(((op, row) for op in TABLE.values() for row in op.gpu_rows), key=lambda entry: entry[1].rank)
+    headline = [(op, row) for op, row in rows if row.rank <= HEADLINE]
+    rest = [(op, row) for op, row in rows if row.rank > HEADLINE]
+    real = [(op, row) for op in TABLE.values() for row in op.gpu_real_rows]
+    parts = ((1, headline, "bfloat16"), (2, rest, "bfloat16"), (2, headline, "float32"), (2, real, "bfloat16"))
     chosen = [Job("ceilings", 1, _CEILING_SECONDS)]
-    parts = ((1, _HEADLINE, "bfloat16"), (2, _REST, "bfloat16"), (2, _HEADLINE, "float32"))
-    for part, rows, dtype in (*parts, (2, _REAL_LENGTHS, "bfloat16"), (2, _REST, "float32")):
-        chosen += [row.job(distributions, part, dtype, tiny) for row in rows]
-    for row in (*_HEADLINE, *_REST):
-        if row.name in _COMPILED:
-            chosen.append(row.job(distributions, 2, "bfloat16", tiny, compiled=True))
-    return chosen
+    for part, entries, dtype in (*parts, (2, rest, "float32")):
+        chosen += [job(op, row, part, dtype) for op, row in entries]
+    return [*chosen, *(job(op, row, 2, "bfloat16", compiled=True) for op, row in rows if row.compiled)]
 
 
 def _distributions(data: Path | None) -> Mapping[str, LengthDistribution]:

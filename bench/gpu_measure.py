@@ -17,8 +17,10 @@ from interformer_bench import checks, limits, run, timing, workloads
 from interformer_bench.checks import error_line
 from interformer_bench.gpu_jobs import Job
 from interformer_bench.gpu_place import Place, Record, Write, capture_graph, no_capture_reason
+from interformer_bench.ops.table import TABLE
 from interformer_bench.peers import OURS, Peer
-from interformer_bench.peers.on_gpu import FULL, gpu_peers
+from interformer_bench.peers.on_gpu import FULL
+from interformer_bench.peers.registry import gpu_peers
 from interformer_bench.run import PASSES
 from interformer_bench.workloads import Inputs
 
@@ -127,9 +129,8 @@ class Session:
 
     def _runners(self, backends: Sequence[str]) -> Iterator[Runner]:
         op, sizes = self.shape.op, self.shape.sizes
-        attends = op not in ("apply_rotary", "personalized_ffn")
         for name in backends:
-            reason = self.place.unsupported_reason(op, name, self.dtype, sizes.head_size if attends else 0)
+            reason = self.place.unsupported_reason(op, name, self.dtype, sizes.head_size if TABLE[op].attends else 0)
             yield Runner(OURS, name, Peer(workloads.ours(op, self.place.backend(name))), reason)
         for name, peer in gpu_peers(op, self.lengths, self.job.compiled).items():
             yield Runner(name, "torch", peer)

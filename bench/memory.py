@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 from interformer_bench import shapes, workloads
 from interformer_bench.grid import Shape
-from interformer_bench.peers import OURS, candidates
+from interformer_bench.ops.table import TABLE
+from interformer_bench.peers import OURS
+from interformer_bench.peers.registry import candidates
 from interformer_bench.progress import Progress
 from interformer_bench.run import PASSES, runner
 from interformer_bench.timing import TimedCall
@@ -29,23 +31,8 @@ from torch import Tensor
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-# The peer that our memory is compared with, and the other peers that are measured.
-YARDSTICK = {
-    "jagged_attention": "padded SDPA",
-    "pma_pooling": "padded SDPA",
-    "pma_folded": "projected, padded SDPA",
-    "gated_cross_attention": "padded SDPA",
-    "apply_rotary": "padded",
-    "personalized_ffn": "padded bmm",
-}
-_OTHERS = {
-    "jagged_attention": ("per-row SDPA",),
-    "pma_pooling": ("per-row SDPA", "index-add"),
-    "pma_folded": ("folded, padded SDPA", "folded, row by row"),
-    "gated_cross_attention": ("per-row SDPA",),
-    "apply_rotary": ("two halves",),
-    "personalized_ffn": ("row by row",),
-}
+# The peer that our memory is compared with.
+YARDSTICK = {name: op.memory_peers[0] for name, op in TABLE.items()}
 
 
 @dataclass(frozen=True)
@@ -85,7 +72,7 @@ def _kilobytes(field: str) -> int:
 def peaks(chosen: Sequence[Shape], data: Path | None, threads: int, progress: Progress) -> Iterator[Peak]:
     """The peaks of the shapes that are marked for it, in both passes."""
     marked = [shape for shape in chosen if shape.memory]
-    jobs = [(shape, name) for shape in marked for name in (OURS, YARDSTICK[shape.op], *_OTHERS[shape.op])]
+    jobs = [(shape, name) for shape in marked for name in (OURS, *TABLE[shape.op].memory_peers)]
     progress.begin("memory", len(jobs))
     for shape, name in jobs:
         progress.step(f"{shape.op}, {shape.distribution.name}: {name}")

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from interformer_bench import checks, limits, timing, workloads
 from interformer_bench.grid import Shape
-from interformer_bench.peers import OURS, Peer, candidates
-from interformer_bench.peers.registry import max_peer_bytes
+from interformer_bench.ops.table import TABLE
+from interformer_bench.peers import OURS, Peer
+from interformer_bench.peers.registry import candidates, max_peer_bytes
 from interformer_bench.progress import Progress
 
 from interformer_kernels import _backend
@@ -211,7 +212,7 @@ def expected_seconds(shape: Shape, peer: Peer, small: Sequence[int], verdict: ch
     def work(lengths: Sequence[int]) -> int:
         """Tokens, or pairs of tokens, in proportion to which the time grows; padded ones where the peer pads."""
         longest = max(lengths, default=0)
-        power = 2 if shape.op == "jagged_attention" else 1
+        power = 2 if TABLE[shape.op].packed_queries else 1
         return sum((longest if peer.tokens else length) ** power for length in lengths)
 
     seconds = verdict.forward if direction == PASSES[0] else verdict.training

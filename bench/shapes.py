@@ -25,6 +25,7 @@ _REAL = {
     "grocery": ("amazon_grocery_train.json", (3, 3, 3, 5, 9, 17, 54, 108, 202)),
     "diginetica": ("diginetica_sessions.json", (1, 1, 1, 3, 5, 9, 20, 39, 54)),
 }
+REAL = tuple(_REAL)
 
 Quantile = Callable[[Tensor], Tensor]
 

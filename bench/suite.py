@@ -9,7 +9,7 @@ import pytest
 import torch
 from interformer_bench import checks, grid, run, shapes
 from interformer_bench.grid import Shape
-from interformer_bench.peers import candidates
+from interformer_bench.peers.registry import candidates
 
 
 def _cases(op: str) -> list[Any]:

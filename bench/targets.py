@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from interformer_bench.peers.registry import FOLDS, PADDED_BMM, PROJECTS
+from interformer_bench.peers.peer import FOLDS, PADDED_BMM, PROJECTS
 
 ISAS = ("avx512", "avx512_bf16")
 THREADS = 2

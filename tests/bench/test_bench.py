@@ -12,6 +12,7 @@ import pytest
 import torch
 from interformer_bench import checks, grid, peers, report, run, shapes, targets, timing, workloads
 from interformer_bench.__main__ import main
+from interformer_bench.peers import registry
 from interformer_bench.workloads import Sizes
 
 NOWHERE = Path("nowhere")
@@ -154,7 +155,7 @@ SIZES = {
 def test_every_peer_is_right_with_empty_rows_among_the_others(op: str, dtype: torch.dtype) -> None:
     sizes = SIZES.get(op, Sizes(heads=2, head_size=8, queries=2))
     checker = checks.Checker(op, (5, 1, 0, 33), sizes, dtype)
-    candidates = peers.candidates(op, compile_too=False)
+    candidates = registry.candidates(op, compile_too=False)
     assert len(candidates) >= 3
     assert {name: checker.check(name, peer).problem for name, peer in candidates.items()} == dict.fromkeys(candidates)
 
@@ -175,7 +176,7 @@ def test_what_is_folded_is_what_is_projected() -> None:
     ids=["wrong", "no gradient", "raises"],
 )
 def test_a_wrong_peer_is_not_timed(wrong: Callable[..., Any], shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    candidates = peers.candidates("pma_pooling", compile_too=False)
+    candidates = registry.candidates("pma_pooling", compile_too=False)
     right = {name: candidates[name] for name in (peers.OURS, "padded SDPA")}
     broken = peers.Peer(wrong(candidates["per-row SDPA"].run))
     monkeypatch.setattr(run, "candidates", lambda *_: {**right, "broken": broken})
@@ -193,7 +194,7 @@ def test_what_is_too_large_is_not_tried() -> None:
         "jagged_attention", shapes.length_distributions(NOWHERE)["log-normal, mean 500"], 64, Sizes(4, 64)
     )
     inputs = shape.inputs(torch.float32)
-    eager, padded = (peers.candidates("jagged_attention")[name] for name in ("eager with mask", "padded SDPA"))
+    eager, padded = (registry.candidates("jagged_attention")[name] for name in ("eager with mask", "padded SDPA"))
     # Scores alone: 64 rows, 4 heads, longest squared, 4 bytes, three times.
     longest = max(shape.lengths())
     scores_bytes = 3 * 64 * 4 * longest**2 * 4
@@ -208,7 +209,7 @@ def test_what_is_too_large_is_not_tried() -> None:
 
 
 def test_a_peer_far_behind_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    candidates = peers.candidates("pma_pooling", compile_too=False)
+    candidates = registry.candidates("pma_pooling", compile_too=False)
     chosen = {name: candidates[name] for name in (peers.OURS, "padded SDPA", "per-row SDPA")}
     monkeypatch.setattr(run, "candidates", lambda *_: chosen)
     expected = {"padded SDPA": 1.0, "per-row SDPA": 11.0}

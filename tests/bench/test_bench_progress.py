@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from interformer_bench import grid, peers, progress, run, shapes
 from interformer_bench.__main__ import main
+from interformer_bench.peers import registry
 
 
 class RecordedProgress(progress.Progress):
@@ -31,7 +32,7 @@ class RecordedProgress(progress.Progress):
 @pytest.fixture
 def few_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pooling has one right peer and one that fails."""
-    candidates = peers.candidates("pma_pooling", compile_too=False)
+    candidates = registry.candidates("pma_pooling", compile_too=False)
     broken = peers.Peer(lambda **arguments: 1 / 0)
     chosen = {name: candidates[name] for name in (peers.OURS, "padded SDPA")} | {"broken peer": broken}
     monkeypatch.setattr(run, "candidates", lambda *_: chosen)

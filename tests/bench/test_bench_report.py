@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from interformer_bench import calls, grid, limits, memory, peers, plots, report, run, shapes, targets, timing, workloads
+from interformer_bench.ops.table import TABLE
+from interformer_bench.peers import registry
 from interformer_bench.progress import Progress
 from interformer_bench.result_tables import read_results
 from interformer_bench.workloads import Sizes
@@ -39,7 +41,7 @@ def test_flops_by_hand() -> None:
 
 def test_flops_are_those_of_pytorchs_own_counter_where_nothing_is_padded() -> None:
     arguments = workloads.inputs("personalized_ffn", (4, 4), Sizes(head_size=6, width=3), torch.float32)
-    bmm = peers.candidates("personalized_ffn")["padded bmm"]
+    bmm = registry.candidates("personalized_ffn")["padded bmm"]
     forward, backward = limits.flops("personalized_ffn", (4, 4), Sizes(head_size=6, width=3))
     with FlopCounterMode(display=False) as counter:
         workloads.training("personalized_ffn", bmm.run, arguments)
@@ -273,7 +275,8 @@ print(*memory.growth(run))
 
 @needs_linux
 def test_peaks_come_from_children_and_padding_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(memory._OTHERS, "pma_pooling", ())
+    yardstick_alone = replace(TABLE["pma_pooling"], memory_peers=("padded SDPA",))
+    monkeypatch.setitem(TABLE, "pma_pooling", yardstick_alone)
     shape = grid.Shape("pma_pooling", shapes.length_distributions()["fill 0.1"], 64, Sizes(4, 32, 4), memory=True)
     unmarked = replace(shape, memory=False)
     peaks = list(memory.peaks([shape, unmarked], None, threads=1, progress=Progress()))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from interformer_bench import command, curves, peers, report, run, shapes, sweeps, timing
 from interformer_bench.__main__ import main
+from interformer_bench.peers import registry
 from interformer_bench.run import Measurement
 from interformer_bench.sweeps import SWEEPS, Sweep
 
@@ -45,7 +46,7 @@ def test_fills_differ_and_the_padded_batch_hardly_does() -> None:
 def test_a_sweep_is_one_op_on_one_size_beside_known_peers(axis: str) -> None:
     sweep = SWEEPS[axis]
     assert {(shape.op, shape.sizes) for shape in sweep.shapes} == {(sweep.op, sweep.shapes[0].sizes)}
-    assert set(sweep.peers) <= set(peers.candidates(sweep.op))
+    assert set(sweep.peers) <= set(registry.candidates(sweep.op))
     assert len(set(sweep.peers)) >= 2
 
 

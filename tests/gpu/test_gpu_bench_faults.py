@@ -11,7 +11,7 @@ import pytest
 import torch
 from gpu_stand_in import REHEARSAL, Record, rehearsal_job
 from interformer_bench import checks, gpu_measure, gpu_place, gpu_tables, run, workloads
-from interformer_bench.peers import OURS, Peer, on_gpu
+from interformer_bench.peers import OURS, Peer, registry
 from interformer_bench.workloads import Sizes
 
 
@@ -34,7 +34,7 @@ def spoiled(
 
 def measured(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[str, Any], Any]) -> tuple[bool, list[Record]]:
     """The records of a job whose runners are replaced by `spoil(name, call)`."""
-    real_peers, real_runner, written = on_gpu.gpu_peers, workloads.ours, []
+    real_peers, real_runner, written = registry.gpu_peers, workloads.ours, []
 
     def spoiled_peers(*arguments: Any) -> dict[str, Peer]:
         return {name: replace(peer, run=spoil(name, peer.run)) for name, peer in real_peers(*arguments).items()}

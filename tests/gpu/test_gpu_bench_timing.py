@@ -31,7 +31,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> gpu_stand_in.FakeGpu:
 @pytest.mark.parametrize("lengths", [(5, 1, 0, 33), (7, 7, 7)], ids=["ragged", "full"])
 def test_peers_that_know_the_lengths_are_right(op: str, lengths: tuple[int, ...]) -> None:
     sizes = {"personalized_ffn": Sizes(1, 12, width=7)}.get(op, Sizes(2, 8, 2, gated=op == "gated_cross_attention"))
-    gpu_peers = on_gpu.gpu_peers(op, lengths)
+    gpu_peers = registry.gpu_peers(op, lengths)
     assert (set(on_gpu.FULL) <= set(gpu_peers)) == (len(set(lengths)) == 1 and op in testing.OPS[:3])
     checker = checks.Checker(op, lengths, sizes, torch.float32)
     problems = {name: checker.check(name, peer).problem for name, peer in gpu_peers.items()}
@@ -51,7 +51,7 @@ def test_a_full_row_peer_takes_the_kernel_it_is_named_for(monkeypatch: pytest.Mo
     monkeypatch.setattr(on_gpu, "sdpa", sdpa)
     inputs = workloads.inputs("jagged_attention", (4, 4), Sizes(3, 8), torch.float32)
     for name in on_gpu.FULL:
-        out = workloads.forward(on_gpu.gpu_peers("jagged_attention", (4, 4))[name].run, inputs)
+        out = workloads.forward(registry.gpu_peers("jagged_attention", (4, 4))[name].run, inputs)
         assert torch.equal(out, inputs["v"])
     assert kernels == ["flash True, cudnn False", "flash False, cudnn True"]
 
