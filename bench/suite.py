@@ -1,4 +1,4 @@
-"""The common part of `bench_<op>.py`: every named shape, runner and pass of an op under pytest-benchmark."""
+"""The tests of `bench_ops.py`: every named shape, runner and pass of an op under pytest-benchmark."""
 
 from __future__ import annotations
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 """Backward of the attention kernels behind the epilogue: dQ, and dK with dV.
 
 With the probabilities P = softmax(S) or act(S), dA the gradient of P V, and dP = dA V':

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 """The epilogue of attention, `residual + G(A, gate)`, and its backward."""
 
 from __future__ import annotations

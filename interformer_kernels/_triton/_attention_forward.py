@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 """Forward of the attention kernels: an online softmax, or a plain sum, over the keys of a row or of one split of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 """Short rows of the packed layout, several to a program: each has a cell of the tile, and sees its own cell.
 
 For thousands of rows of few tokens, a program per row would be mostly empty, and would search for its row as well.

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 """Tiles of queries and of keys: where they are in a row and in memory, and which programs compute them.
 
 A program takes `pack` key/value heads of one row at once, `q_per_kv` query heads each. Its packed rows are numbered

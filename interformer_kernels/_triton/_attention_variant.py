@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 """The variant of attention: how scores are mapped and masked, and the derivatives of that.
 
 All attention kernels come here: the forward, the passes for sums, for dQ and for dK with dV, and the kernels of short

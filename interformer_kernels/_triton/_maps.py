@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 """Pointwise functions of the kernels, their derivatives, and products of tiles."""
 
 from __future__ import annotations

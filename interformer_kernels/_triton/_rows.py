@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 """How a program finds its row from the offsets, on the device.
 
 Rows are cut into tiles of `BLOCK` packed rows, `PER_TOKEN` of them for a token (one for each head, say). Row `b` owns

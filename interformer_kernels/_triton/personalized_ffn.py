@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 """Personalised feed-forward in Triton."""
 
 from __future__ import annotations
