@@ -46,6 +46,7 @@ struct AttentionGradients {
     TensorView grad_q, grad_k;           // where v is k, grad_k is the sum of both gradients
     std::optional<TensorView> grad_v;
     std::optional<TensorView> grad_gate;  // of the output's rank; axes of size 1 are summed
+    VariantGradients variant;
 };
 
 template <typename Reader>
@@ -84,6 +85,7 @@ void read(Reader& next, AttentionGradients& grads) {
     next.tensor("grad_k", grads.grad_k);
     next.optional("grad_v", grads.grad_v);
     next.optional("grad_gate", grads.grad_gate);
+    read(next, grads.variant);
 }
 
 void check_inputs(const Checks& check, const AttentionInputs& in);
@@ -94,7 +96,8 @@ void check_like_output(const Checks& check, const AttentionInputs& in, const cha
 Axis value_axis(const AttentionInputs& in);
 // `given` must be present exactly where `expected` is true.
 void check_pair(const Checks& check, const char* argument, bool expected, const std::optional<TensorView>& given);
-void check_key_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads);
+// Checks the gradients that all backends write in one layout: those of keys, values and the variant's tensors.
+void check_common_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads);
 void check_outputs(const Checks& check, const AttentionInputs& in, const AttentionOutputs& outputs);
 void check_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads);
 

@@ -1,11 +1,12 @@
 // The attention variant of a call: how the product of a query with a key becomes a score and a probability, and which
-// keys a query sees. A bias or another mask is a field here, with its checks and its place in the call's tuple. Each
-// backend maps and masks scores in one file: cpu/kernels/score_variant.h, cuda/attention_variant.cuh.
+// keys a query sees. A bias or another mask is a field here, with its checks, its gradient and its place in the tuples.
+// Each backend maps and masks scores in one file: cpu/kernels/score_variant.h, cuda/attention_variant.cuh.
 #pragma once
 
 #include <cstdint>
 
 #include "common/activation_names.h"
+#include "common/checks.h"
 
 namespace interformer {
 
@@ -17,6 +18,9 @@ struct AttentionVariant {
     int64_t window_left = -1, window_right = -1;  // -1: open
     int64_t num_prefix = 0;
 };
+
+// Gradients of the variant's tensors, in the accumulation type: entries of the gradients' tuple, the last ones.
+struct VariantGradients {};
 
 // Reads the fields of the variant from the call's tuple, where they are neighbours. `next` is as in entries.h.
 template <typename Reader>
@@ -35,5 +39,13 @@ void read(Reader& next, AttentionVariant& variant) {
     variant.window_right = limit("window_right");
     variant.num_prefix = limit("num_prefix");
 }
+
+template <typename Reader>
+void read(Reader&, VariantGradients&) {}
+
+// `dtype` and `heads` are those of the queries, `acc_dtype` is the accumulation type.
+inline void check_variant(const Checks&, const AttentionVariant&, DType /*dtype*/, int64_t /*heads*/) {}
+inline void check_variant_gradients(const Checks&, const AttentionVariant&, const VariantGradients&,
+                                    DType /*acc_dtype*/) {}
 
 }  // namespace interformer

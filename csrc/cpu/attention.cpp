@@ -133,7 +133,7 @@ std::vector<AttentionTask> make_tasks(const Call& call, const RowGroups& groups,
         const int64_t shards = sharded ? kernels(call.dtype()).attention_shards(p, first) : 1;
         for (int64_t head = 0, heads = heavy ? 1 : p.kv_heads; head < p.kv_heads; head += heads)
             for (int64_t shard = 0; shard < shards; ++shard)
-                tasks.push_back({first, last, head, head + heads, group, shards > 1 ? shard : -1});
+                tasks.push_back({first, last, head, head + heads, shards > 1 ? shard : -1});
     }
     return tasks;
 }
@@ -319,6 +319,8 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
     }
     p.shared_queries = in.layout == QueryLayout::shared;
     const RowGroups groups = backward_groups(call, p.shared_queries || in.gate);
+    const std::vector<int64_t> row_groups = groups.by_row();
+    p.row_groups = row_groups.data();
     std::optional<GradientSums> query_sums, gate_sums;
     if (p.shared_queries) {
         query_sums.emplace(grads.grad_q, groups.count(), p.queries, p.heads);

@@ -30,10 +30,12 @@ struct AttentionProblem {
 
     // Backward, which reads `attn_out`.
     RowTensor grad_out, grad_q, grad_k, grad_v;
-    bool shared_queries = false;  // grad_q is a sum over rows, in double
-    RowTensor grad_gate;          // double where `gate_summed`, else the accumulation type
-    bool gate_summed = false;     // strides of 0 in `grad_gate` sum over an axis
-    int64_t gate_channels = 0;    // 1 or value_size
+    VariantGradients variant_grads;       // sums in double for each row group and head
+    bool shared_queries = false;          // grad_q is a sum over rows, in double
+    RowTensor grad_gate;                  // double where `gate_summed`, else the accumulation type
+    bool gate_summed = false;             // strides of 0 in `grad_gate` sum over an axis
+    int64_t gate_channels = 0;            // 1 or value_size
+    const int64_t* row_groups = nullptr;  // the group of each row
     // Numbers between the sums of two row groups; 0: no sum over rows.
     int64_t grad_q_group_stride = 0, grad_gate_group_stride = 0;
 };

@@ -38,7 +38,7 @@ struct RotaryProblem {
 // last_head). A row with too much work for one thread is sharded: each of its tasks takes one shard of its queries, and
 // the backward sums the gradients of the row's keys over the shards in `key_grads`.
 struct AttentionTask {
-    int64_t first_row, last_row, first_head, last_head, row_group;
+    int64_t first_row, last_row, first_head, last_head;
     int64_t shard = -1;  // -1: all queries
     void* key_grads = nullptr;
     int64_t sharded_row = -1;  // index among the sharded rows and heads

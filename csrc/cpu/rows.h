@@ -79,6 +79,13 @@ class RowGroups {
     int64_t scheduled(int64_t i) const { return order_[i]; }
     double work(int64_t i) const { return work_[i]; }
     double total() const { return total_; }
+    // The group of each row.
+    std::vector<int64_t> by_row() const {
+        std::vector<int64_t> groups;
+        groups.reserve(static_cast<size_t>(bounds_.back()));
+        for (int64_t group = 0; group < count(); ++group) groups.resize(static_cast<size_t>(bound(group + 1)), group);
+        return groups;
+    }
 
   private:
     void close(int64_t end, double& open) {

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Optional, TypeVar
+from typing import Any, Optional, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
-from interformer_kernels._calls import AttentionCall
+from interformer_kernels._calls import AttentionCall, Table, Values
 
 Given = TypeVar("Given", Tensor, Optional[Tensor])
+
+# Floating tensors of a call that kernels read in place; of `q` they take any strides.
+_READ_IN_PLACE = tuple(
+    place
+    for place, (name, hint) in enumerate(get_type_hints(AttentionCall, include_extras=True).items())
+    if name != "q" and isinstance(getattr(hint, "__metadata__", (None,))[0], (Values, Table))
+)
 
 
 def resolved(x: Given) -> Given:
@@ -50,10 +57,14 @@ def expanded(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
 def fitted(call: AttentionCall, shape: tuple[int, ...]) -> AttentionCall:
     """The call with its tensors as the kernels read them, and the gate of the output's `shape` by strides of 0."""
     q, gate = resolved(call.q), expanded(call.gate, shape)
-    k, v, cos, sin = readable(call.k), readable(call.v), readable(call.cos), readable(call.sin)
-    if q is call.q and k is call.k and v is call.v and gate is call.gate and cos is call.cos and sin is call.sin:
-        return call
-    return call._replace(q=q, k=k, v=v, gate=gate, cos=cos, sin=sin)
+    changed: dict[str, Any] = {}
+    if q is not call.q or gate is not call.gate:
+        changed = {"q": q, "gate": gate}
+    for place in _READ_IN_PLACE:
+        x: Any = readable(call[place])  # type: ignore[type-var]
+        if x is not call[place]:
+            changed[call._fields[place]] = x
+    return call._replace(**changed) if changed else call
 
 
 def broadcast_axes_as_ones(x: Tensor, axes: int) -> Tensor:

@@ -86,7 +86,7 @@ class AttentionBackward {
     static int64_t memory(const AttentionProblem& p) { return AttentionBackward(p, 0, nullptr).work_.bytes; }
 
     static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
-        const AttentionBackward backward(p, task.row_group, memory);
+        const AttentionBackward backward(p, p.row_groups[task.first_row], memory);
         for_each_row(task, [&](int64_t row, int64_t kv_head) { backward.run_row(row, kv_head, task); });
     }
 
@@ -99,7 +99,7 @@ class AttentionBackward {
         return p.key_counts[row] * (sizes.head_stride + sizes.value_stride) * static_cast<int64_t>(sizeof(A));
     }
     static void add_shard(const AttentionProblem& p, const AttentionTask& task, void* memory) {
-        const AttentionBackward backward(p, task.row_group, memory);
+        const AttentionBackward backward(p, p.row_groups[task.first_row], memory);
         const Row row(p, backward.sizes_, task.first_row, task.first_head, nullptr);
         const KeyGradients sums = backward.key_gradients_in(row, task.key_grads);
         if (task.shard > 0)
