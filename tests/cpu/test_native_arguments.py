@@ -24,6 +24,7 @@ _C = pytest.importorskip("interformer_kernels._C", exc_type=ImportError)
 
 FLOATS = "float32, float64, bfloat16 or float16"
 B, M, H, HK, D, DV, T = 2, 3, 4, 2, 5, 6, 7
+COUNT = len(AttentionCall._fields)
 
 
 # One valid call of each function: arguments by name, in the order in which they are passed.
@@ -304,7 +305,7 @@ def test_arguments_go_by_position_only() -> None:
         (lambda call: list(call), "call must be a tuple, found list"),
         (lambda call: call[:3], "call must be a tuple that goes on with v, found a tuple of 3"),
         (lambda call: (), "call must be a tuple that goes on with layout, found a tuple of 0"),
-        (lambda call: (*call, 1), "call must be a tuple of 22, found a tuple of 23"),
+        (lambda call: (*call, 1), f"call must be a tuple of {COUNT}, found a tuple of {COUNT + 1}"),
         (lambda call: call._replace(layout=1), "layout must be a str, found int"),
         (lambda call: call._replace(score="\ud800"), "score must be a str, found str"),
         (lambda call: call._replace(q=None), "q must be a torch.Tensor, found NoneType"),
