@@ -26,9 +26,9 @@ __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
 
 // Products of a tile of keys become probabilities; accumulators so far are to be multiplied by `alpha`.
 template <typename T, int N>
-__device__ void map_scores(const AttentionProblem<T>& p, AccTile (&s)[N], const KeyRange (&key_ranges)[2], int first,
+__device__ void map_scores(const AttentionProblem<T>& p, AccTile (&s)[N], const LaneQueries<Query>& queries, int first,
                            float prob_scale, float2* scratch, OnlineSoftmax& softmax, float (&alpha)[2]) {
-    const ScoresByQuery<KeyRange> at{key_ranges, first};
+    const ScoresByQuery<Query> at = queries.scores(first);
     if (p.variant.kind.softmax) return online_softmax_update(p.variant, s, prob_scale, softmax, alpha, at);
     scores_to_probs(p.variant, s, scratch, at);
     alpha[0] = alpha[1] = 1.0f;
@@ -85,10 +85,8 @@ __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group
     const AttentionMemory<T, WIDTH> memory(group, layout);
     cp_async_stationary(memory.stationary[0], p.q, p.channels, task.queries, rows);
     cp_async_commit();
-    KeyRange key_ranges[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-        key_ranges[i] = p.variant.masks.key_range(rows[lane_index() / 4 + i * 8].token, task.queries.count, keys.count);
+    const LaneQueries<Query> queries(
+        rows, [&](const PackedRow& row) { return p.variant.query(row, task.queries.count, keys.count); });
 
     AccTile acc[WIDTH / 16];
     OnlineSoftmax softmax;
@@ -101,7 +99,7 @@ __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group
             typename Tiles::Scores s;
             float alpha[2];
             multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], p.channels);
-            map_scores(p, s, key_ranges, tile * Tiles::kStreamed, prob_scale, memory.scratch, softmax, alpha);
+            map_scores(p, s, queries, tile * Tiles::kStreamed, prob_scale, memory.scratch, softmax, alpha);
             for_each(acc, [&](int half, int, float& x) { x *= alpha[half]; });
             multiply_accumulate(acc, s, memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], 0);
         });

@@ -78,14 +78,12 @@ __device__ void accumulate_row(const QueryArguments<T>& g, const TileGroup& grou
     cp_async_stationary(memory.stationary[0], p.q, p.channels, queries, rows);
     cp_async_stationary(memory.stationary[1], g.grad_attn_out, p.value_channels, queries, rows);
     cp_async_commit();
-    QueryStats stats[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-        stats[half] = g.query_stats(queries, rows[lane_index() / 4 + half * 8], keys.count);
+    const LaneQueries<QueryStats> lane_queries(
+        rows, [&](const PackedRow& row) { return g.query_stats(queries, row, keys.count); });
 
     for_each_key_tile(p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head,
                       [&](typename Tiles::Scores& s, typename Tiles::Scores& d, int tile, int stage) {
-                          const ScoresByQuery<QueryStats> at{stats, tile * Tiles::kStreamed};
+                          const ScoresByQuery<QueryStats> at = lane_queries.scores(tile * Tiles::kStreamed);
                           scores_backward(p.variant, s, d, memory.scratch, at);
                           multiply_accumulate(acc, d, memory.streamed[2 * stage], first);
                       });

@@ -39,8 +39,7 @@ struct BackwardArguments {
         return (queries.first + row.token) * problem.heads + row.head;
     }
     __device__ QueryStats query_stats(const Queries& queries, const PackedRow& row, int keys) const {
-        const KeyRange key_range = problem.variant.masks.key_range(row.token, queries.count, keys);
-        QueryStats stats{key_range, 0.0f, 0.0f, 1.0f, {}};
+        QueryStats stats{problem.variant.query(row, queries.count, keys), 0.0f, 0.0f, 1.0f};
         if (row.token >= queries.count || lse == nullptr) return stats;
         const int64_t at = place(queries, row);
         stats.lse = lse[at];

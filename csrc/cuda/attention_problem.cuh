@@ -47,28 +47,6 @@ struct Keys {
     int count;
 };
 
-// A query token of a row under one head.
-struct PackedRow {
-    int token, head;
-};
-
-// The packed rows of one row under one key/value head, from packed row `begin` on.
-struct PackedRows {
-    int token, head;  // token of the first packed row, and first query head of the key/value head
-    int offset;       // heads of that token before the first packed row
-    int q_per_kv;
-
-    __device__ PackedRows(int64_t begin, int kv_head, int q_per_kv)
-        : token(static_cast<int>(begin / q_per_kv)),
-          head(kv_head * q_per_kv),
-          offset(static_cast<int>(begin % q_per_kv)),
-          q_per_kv(q_per_kv) {}
-    __device__ PackedRow operator[](int r) const {
-        const int i = offset + r, tokens = q_per_kv == 1 ? i : i / q_per_kv;
-        return {token + tokens, head + i - tokens * q_per_kv};
-    }
-};
-
 // ---------------------------------------------------------------- the call
 
 template <typename T>
@@ -82,7 +60,7 @@ struct AttentionProblem {
     int skip;  // keys left out at the start of each row
     Heads<const T> q, k, v;
     bool v_is_k;
-    Variant variant;
+    Variant<T> variant;
     float outer_scale;  // factor of sums over probabilities
     float grad_scale;   // factor of sums over dS
 
@@ -145,7 +123,7 @@ AttentionProblem<T>::AttentionProblem(const AttentionInputs& in)
       k(in.k),
       v(in.v ? *in.v : in.k),
       v_is_k(!in.v),
-      variant(Variant::of<T>(in.variant)),
+      variant(in.variant),
       outer_scale(static_cast<float>(probs_factors<T>(in.variant).outer)),
       grad_scale(static_cast<float>(d_scores_factors<T>(in.variant).outer)) {}
 

@@ -74,20 +74,18 @@ __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
     cp_async_stationary(memory.stationary[0], p.q, p.channels, task.queries, rows);
     cp_async_stationary(memory.stationary[1], g.grad_attn_out, p.value_channels, task.queries, rows);
     cp_async_commit();
-    QueryStats stats[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const PackedRow query = rows[lane_index() / 4 + half * 8];
-        const KeyRange range = p.variant.masks.key_range(query.token, task.queries.count, keys.count);
-        stats[half] = {range, 0.0f, 0.0f, prob_scale_for<T>(keys.count), {}};
-        if (query.token < task.queries.count) stats[half].lse = g.lse[g.place(task.queries, query)];
-    }
+    const LaneQueries<QueryStats> queries(rows, [&](const PackedRow& row) {
+        QueryStats stats{p.variant.query(row, task.queries.count, keys.count), 0.0f, 0.0f,
+                         prob_scale_for<T>(keys.count)};
+        if (row.token < task.queries.count) stats.lse = g.lse[g.place(task.queries, row)];
+        return stats;
+    });
 
     StatsSums sums;
     for_each_key_tile(p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head,
                       [&](typename Tiles::Scores& s, typename Tiles::Scores& d, int tile, int) {
                           // With a delta of 0, the gradients of the scores are P * dP.
-                          const ScoresByQuery<QueryStats> at{stats, tile * Tiles::kStreamed};
+                          const ScoresByQuery<QueryStats> at = queries.scores(tile * Tiles::kStreamed);
                           softmax_backward(p.variant, s, d, 1.0f, at);
                           for_each_pair(s, d, [&](int half, int, float& prob, float& product) {
                               sums.probs[half] += prob;

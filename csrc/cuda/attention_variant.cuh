@@ -94,28 +94,67 @@ struct Masks {
 
 // ---------------------------------------------------------------- queries and keys of a tile of scores
 
-// Data of a query that the backward reads: its keys and, under softmax, the log-sum-exp, delta, and the factor that
-// makes exponentials probabilities.
-struct alignas(16) QueryStats {
-    KeyRange key_range;
-    float lse, delta, inv_row_sum;
-    int padding[2];
+// A query token of a row under one head.
+struct PackedRow {
+    int token, head;
+};
 
-    __device__ bool contains(int key) const { return key_range.contains(key); }
+// The packed rows of one row under one key/value head, from packed row `begin` on.
+struct PackedRows {
+    int token, head;  // token of the first packed row, and first query head of the key/value head
+    int offset;       // heads of that token before the first packed row
+    int q_per_kv;
+
+    __device__ PackedRows(int64_t begin, int kv_head, int q_per_kv)
+        : token(static_cast<int>(begin / q_per_kv)),
+          head(kv_head * q_per_kv),
+          offset(static_cast<int>(begin % q_per_kv)),
+          q_per_kv(q_per_kv) {}
+    __device__ PackedRow operator[](int r) const {
+        const int i = offset + r, tokens = q_per_kv == 1 ? i : i / q_per_kv;
+        return {token + tokens, head + i - tokens * q_per_kv};
+    }
+};
+
+// Data of a query on which the variant's scores depend. `Variant::query` makes it.
+struct Query {
+    KeyRange key_range;
+};
+
+// The same with data that the backward reads. Under softmax these are the log-sum-exp, delta, and the factor that makes
+// exponentials probabilities.
+struct alignas(16) QueryStats : Query {
+    float lse, delta, inv_row_sum;
+    int padding[2] = {};
 };
 
 // The query and the key of each score that a lane has of a tile whose rows are queries and whose columns are keys. A
-// query is its `KeyRange` in the forward, its `QueryStats` in the backward.
-template <typename Query>
+// query is a `Query` in the forward, a `QueryStats` in the backward.
+template <typename OneQuery>
 struct ScoresByQuery {
-    const Query (&queries)[2];  // of the lane's two rows
-    int first_key;              // of the first column
+    const OneQuery (&queries)[2];  // of the lane's two rows
+    int first_key;                 // of the first column
 
-    __device__ const Query& query(int half, int) const { return queries[half]; }
+    __device__ const OneQuery& query(int half, int) const { return queries[half]; }
     __device__ int key(int, int column) const { return first_key + column; }
 };
 
-// The same where rows are keys and columns are queries.
+// The queries of a lane's two rows, where a warp has 16 packed rows.
+template <typename OneQuery>
+struct LaneQueries {
+    OneQuery queries[2];
+
+    // `make(row)` is the query of a packed row.
+    template <typename Make>
+    __device__ LaneQueries(const PackedRows& rows, Make&& make) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) queries[half] = make(rows[lane_index() / 4 + half * 8]);
+    }
+
+    __device__ ScoresByQuery<OneQuery> scores(int first_key) const { return {queries, first_key}; }
+};
+
+// As `ScoresByQuery`, where rows are keys and columns are queries.
 struct ScoresByKey {
     const QueryStats* queries;  // of all columns
     const int (&keys)[2];       // of the lane's two rows
@@ -127,7 +166,7 @@ struct ScoresByKey {
 // Whether the query of a score sees its key.
 template <typename Places>
 __device__ inline bool seen(const Places& at, int half, int column) {
-    return at.query(half, column).contains(at.key(half, column));
+    return at.query(half, column).key_range.contains(at.key(half, column));
 }
 
 // ---------------------------------------------------------------- one score
@@ -154,6 +193,8 @@ SumFactors d_scores_factors(const AttentionVariant& variant) {
     return {1.0, variant.scale};
 }
 
+// The variant as kernels of elements `T` compute it.
+template <typename T>
 struct Variant {
     Score kind;
     Masks masks;
@@ -161,12 +202,16 @@ struct Variant {
     float inner_scale;     // factor of pointwise probabilities
     float d_scores_scale;  // factor of dS
 
-    // The variant as kernels of elements `T` compute it.
-    template <typename T>
-    static Variant of(const AttentionVariant& variant) {
-        return {variant.score, Masks(variant), static_cast<float>(variant.scale),
-                static_cast<float>(probs_factors<T>(variant).inner),
-                static_cast<float>(d_scores_factors<T>(variant).inner)};
+    explicit Variant(const AttentionVariant& variant)
+        : kind(variant.score),
+          masks(variant),
+          scale(static_cast<float>(variant.scale)),
+          inner_scale(static_cast<float>(probs_factors<T>(variant).inner)),
+          d_scores_scale(static_cast<float>(d_scores_factors<T>(variant).inner)) {}
+
+    // A query of a row of so many queries and keys.
+    __device__ Query query(const PackedRow& row, int queries, int keys) const {
+        return {masks.key_range(row.token, queries, keys)};
     }
 
     // The score of a product, rounded by itself in every pass: a compiler that fused the multiplication with what comes
@@ -192,8 +237,8 @@ struct OnlineSoftmax {
 
 // One more tile into an online softmax: products become probabilities relative to the new maximum, times `prob_scale`.
 // Accumulators so far are to be multiplied by `alpha`. `at` has the places of the scores.
-template <int N, typename Places>
-__device__ inline void online_softmax_update(const Variant& variant, AccTile (&s)[N], float prob_scale,
+template <typename T, int N, typename Places>
+__device__ inline void online_softmax_update(const Variant<T>& variant, AccTile (&s)[N], float prob_scale,
                                              OnlineSoftmax& softmax, float (&alpha)[2], const Places& at) {
     for_each(s, [&](int half, int column, float& x) { x = seen(at, half, column) ? variant.score(x) : -INFINITY; });
     float tile_max[2] = {-INFINITY, -INFINITY}, base[2];
@@ -213,8 +258,8 @@ __device__ inline void online_softmax_update(const Variant& variant, AccTile (&s
 }
 
 // Products become pointwise probabilities. `scratch` is this lane's column of shared memory.
-template <int N, typename Places>
-__device__ inline void scores_to_probs(const Variant& variant, AccTile (&s)[N], float2* scratch, const Places& at) {
+template <typename T, int N, typename Places>
+__device__ inline void scores_to_probs(const Variant<T>& variant, AccTile (&s)[N], float2* scratch, const Places& at) {
     for_each(s, [&](int, int, float& x) { x = variant.score(x); });
     AccTile unused[N];
     map_rolled(s, unused, scratch, [&](float& x, float&) { x = variant.inner_scale * variant.prob(x); });
@@ -225,8 +270,8 @@ __device__ inline void scores_to_probs(const Variant& variant, AccTile (&s)[N], 
 
 // Products `s` become probabilities of a softmax, and gradients `d` of the probabilities become those of the scores,
 // times `scale`.
-template <int N, typename Places>
-__device__ inline void softmax_backward(const Variant& variant, AccTile (&s)[N], AccTile (&d)[N], float scale,
+template <typename T, int N, typename Places>
+__device__ inline void softmax_backward(const Variant<T>& variant, AccTile (&s)[N], AccTile (&d)[N], float scale,
                                         const Places& at) {
     for_each_pair(s, d, [&](int half, int column, float& x, float& g) {
         const QueryStats& query = at.query(half, column);
@@ -238,8 +283,8 @@ __device__ inline void softmax_backward(const Variant& variant, AccTile (&s)[N],
 }
 
 // The same for pointwise probabilities, without `inner_scale`.
-template <int N, typename Places>
-__device__ inline void pointwise_backward(const Variant& variant, AccTile (&s)[N], AccTile (&d)[N], float2* scratch,
+template <typename T, int N, typename Places>
+__device__ inline void pointwise_backward(const Variant<T>& variant, AccTile (&s)[N], AccTile (&d)[N], float2* scratch,
                                           const Places& at) {
     for_each_pair(s, d, [&](int, int, float& x, float& g) {
         x = variant.score(x);
@@ -257,8 +302,8 @@ __device__ inline void pointwise_backward(const Variant& variant, AccTile (&s)[N
 }
 
 // Products and gradients of probabilities become probabilities and gradients of scores, times `d_scores_scale`.
-template <int N, typename Places>
-__device__ inline void scores_backward(const Variant& variant, AccTile (&s)[N], AccTile (&d)[N], float2* scratch,
+template <typename T, int N, typename Places>
+__device__ inline void scores_backward(const Variant<T>& variant, AccTile (&s)[N], AccTile (&d)[N], float2* scratch,
                                        const Places& at) {
     if (variant.kind.softmax)
         softmax_backward(variant, s, d, variant.d_scores_scale, at);
