@@ -102,7 +102,7 @@ void check_inputs(const Checks& check, const AttentionInputs& in) {
         check.refuse("q", "of a number of heads that k's " + std::to_string(kv_heads) + " divides", describe(in.q));
     if (in.k.shape[2] < 1 || value_axis(in).size < 1) check.refuse("k", "of at least one channel", describe(in.k));
     check_rope(check, in);
-    check_variant(check, in.variant, dtype, heads);
+    check_variant(check, in.variant);
     if (in.gate) check_like_output(check, in, "gate", *in.gate, dtype, value_axis(in));
     if (in.skip_prefix < 0) check.refuse("skip_prefix", "at least 0", std::to_string(in.skip_prefix));
 }
@@ -122,11 +122,10 @@ void check_outputs(const Checks& check, const AttentionInputs& in, const Attenti
     if (!in.variant.score.softmax) check.refuse("lse", "None without softmax", describe(*outputs.lse));
 }
 
-void check_common_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads) {
+void check_key_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads) {
     check.gradient("grad_k", grads.grad_k, "k", in.k);
     check_pair(check, "grad_v", in.v.has_value(), grads.grad_v);
     if (in.v) check.gradient("grad_v", *grads.grad_v, "v", *in.v);
-    check_variant_gradients(check, in.variant, grads.variant, accumulation_dtype(in.k.dtype));
 }
 
 void check_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads) {
@@ -139,7 +138,7 @@ void check_gradients(const Checks& check, const AttentionInputs& in, const Atten
     } else {
         check.gradient("grad_q", grads.grad_q, "q", in.q);
     }
-    check_common_gradients(check, in, grads);
+    check_key_gradients(check, in, grads);
     check_pair(check, "attn_out", in.gate.has_value(), grads.attn_out);
     check_pair(check, "grad_gate", in.gate.has_value(), grads.grad_gate);
     if (!in.gate) return;

@@ -96,8 +96,7 @@ void check_like_output(const Checks& check, const AttentionInputs& in, const cha
 Axis value_axis(const AttentionInputs& in);
 // `given` must be present exactly where `expected` is true.
 void check_pair(const Checks& check, const char* argument, bool expected, const std::optional<TensorView>& given);
-// Checks the gradients that all backends write in one layout: those of keys, values and the variant's tensors.
-void check_common_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads);
+void check_key_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads);
 void check_outputs(const Checks& check, const AttentionInputs& in, const AttentionOutputs& outputs);
 void check_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads);
 

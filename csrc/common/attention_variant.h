@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "common/activation_names.h"
 #include "common/checks.h"
@@ -19,7 +20,8 @@ struct AttentionVariant {
     int64_t num_prefix = 0;
 };
 
-// Gradients of the variant's tensors, in the accumulation type: entries of the gradients' tuple, the last ones.
+// Gradients of the variant's tensors, the last entries of the gradients' tuple. It has no tensor yet: a bias would be
+// the first, and would change this file but none of those that pass the gradients on.
 struct VariantGradients {};
 
 // Reads the fields of the variant from the call's tuple, where they are neighbours. `next` is as in entries.h.
@@ -43,9 +45,13 @@ void read(Reader& next, AttentionVariant& variant) {
 template <typename Reader>
 void read(Reader&, VariantGradients&) {}
 
-// `dtype` and `heads` are those of the queries, `acc_dtype` is the accumulation type.
-inline void check_variant(const Checks&, const AttentionVariant&, DType /*dtype*/, int64_t /*heads*/) {}
-inline void check_variant_gradients(const Checks&, const AttentionVariant&, const VariantGradients&,
-                                    DType /*acc_dtype*/) {}
+inline void check_variant(const Checks& check, const AttentionVariant& variant) {
+    const auto at_least = [&](const char* name, int64_t value, int64_t bound) {
+        if (value < bound) check.refuse(name, "at least " + std::to_string(bound), std::to_string(value));
+    };
+    at_least("window_left", variant.window_left, -1);
+    at_least("window_right", variant.window_right, -1);
+    at_least("num_prefix", variant.num_prefix, 0);
+}
 
 }  // namespace interformer

@@ -109,7 +109,7 @@ void check_backward(const Checks& check, const AttentionInputs& in, const Attent
     check.contiguous_last_axis("grad_out", grads.grad_out);
     check_query_gradient(check, in, grads.grad_q, workspace.key_shards);
     check_splits(check, in, workspace.splits, {"D", in.k.shape[2]}, in.layout != QueryLayout::shared, softmax);
-    check_common_gradients(check, in, grads);
+    check_key_gradients(check, in, grads);
     check_pair(check, "attn_out", gated, grads.attn_out);
     check_per_query(check, in, "lse", softmax, workspace.lse);
     check_per_query(check, in, "delta", softmax, workspace.delta);
