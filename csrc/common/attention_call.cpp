@@ -126,6 +126,7 @@ void check_key_gradients(const Checks& check, const AttentionInputs& in, const A
     check.gradient("grad_k", grads.grad_k, "k", in.k);
     check_pair(check, "grad_v", in.v.has_value(), grads.grad_v);
     if (in.v) check.gradient("grad_v", *grads.grad_v, "v", *in.v);
+    check_gradients(check, in.variant, grads.variant);
 }
 
 void check_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads) {

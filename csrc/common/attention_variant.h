@@ -20,8 +20,8 @@ struct AttentionVariant {
     int64_t num_prefix = 0;
 };
 
-// Gradients of the variant's tensors, the last entries of the gradients' tuple. It has no tensor yet: a bias would be
-// the first, and would change this file but none of those that pass the gradients on.
+// Gradients of the variant's tensors, the last entries of the gradients' tuple. It has no tensor yet. A bias will be
+// the first: it changes this file, and none of those that pass the gradients on to the kernels.
 struct VariantGradients {};
 
 // Reads the fields of the variant from the call's tuple, where they are neighbours. `next` is as in entries.h.
@@ -53,5 +53,7 @@ inline void check_variant(const Checks& check, const AttentionVariant& variant) 
     at_least("window_right", variant.window_right, -1);
     at_least("num_prefix", variant.num_prefix, 0);
 }
+
+inline void check_gradients(const Checks&, const AttentionVariant&, const VariantGradients&) {}
 
 }  // namespace interformer

@@ -30,6 +30,7 @@ struct AttentionProblem {
 
     // Backward, which reads `attn_out`.
     RowTensor grad_out, grad_q, grad_k, grad_v;
+    VariantGradients variant_grads;
     bool shared_queries = false;          // grad_q is a sum over rows, in double
     RowTensor grad_gate;                  // double where `gate_summed`, else the accumulation type
     bool gate_summed = false;             // strides of 0 in `grad_gate` sum over an axis
