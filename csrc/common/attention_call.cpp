@@ -98,7 +98,7 @@ void check_inputs(const Checks& check, const AttentionInputs& in) {
     }
     check_layout(check, in);
     const int64_t heads = in.q.shape[in.q.axes - 2], kv_heads = in.k.shape[1];
-    if (kv_heads < 1 || heads % kv_heads != 0)
+    if (kv_heads < 1 || heads < 1 || heads % kv_heads != 0)
         check.refuse("q", "of a number of heads that k's " + std::to_string(kv_heads) + " divides", describe(in.q));
     if (in.k.shape[2] < 1 || value_axis(in).size < 1) check.refuse("k", "of at least one channel", describe(in.k));
     check_rope(check, in);

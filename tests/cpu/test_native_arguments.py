@@ -130,6 +130,7 @@ def wrong(changed: object) -> str | None:
         ({"v": torch.zeros(7, 2, 0)}, ValueError, "k must be of at least one channel"),
         ({"q": torch.zeros(3, 4, 6)}, ValueError, "q must be float32 [M, H, D = 5], found float32 [3, 4, 6]"),
         ({"q": torch.zeros(3, 3, 5)}, ValueError, "q must be of a number of heads that k's 2 divides"),
+        ({"q": torch.zeros(3, 0, 5)}, ValueError, "q must be of a number of heads that k's 2 divides"),
         ({"gate": torch.zeros(2, 3, 4, 1)}, ValueError, "gate must be float32 [B = 2, N = 3, H = 4, Dv = 6]"),
         ({"residual": torch.zeros(3, 4, 6)}, ValueError, "residual must be float32 [B = 2, N = 3, H = 4, Dv = 6]"),
         ({"attn_out": torch.zeros(2, 3, 4, 5)}, ValueError, "attn_out must be float32 [B = 2, N = 3, H = 4, Dv = 6]"),
