@@ -148,12 +148,16 @@ def _key_range(n, queries, keys, variant, VARIANT: tl.constexpr):
 @triton.jit
 def pairs_of(n, j, head, queries, keys, variant, VARIANT: tl.constexpr):
     """The pairs of query tokens `n` under `head` and key tokens `j`: tiles that broadcast."""
-    begin, end = _key_range(n, queries, keys, variant, VARIANT)
-    seen = j < end
-    if VARIANT.left:
-        seen = seen & (j >= begin)
-    if VARIANT.prefix:
-        seen = seen | (j < tl.where(n < queries, tl.minimum(variant.prefix, keys), 0))
+    if VARIANT.causal or VARIANT.right or VARIANT.left:
+        begin, end = _key_range(n, queries, keys, variant, VARIANT)
+        seen = j < end
+        if VARIANT.left:
+            seen = seen & (j >= begin)
+        if VARIANT.prefix:
+            seen = seen | (j < tl.where(n < queries, tl.minimum(variant.prefix, keys), 0))
+    else:
+        # Bounds of each query would take registers that kernels of packed heads lack.
+        seen = (n < queries) & (j < keys)
     return Pairs(n, j, head, queries, keys, seen)
 
 

@@ -56,6 +56,19 @@ def test_kernels_fit_every_device(compiled: list[dict[str, Any]]) -> None:
     assert {usage["kernel"] for usage in compiled} == KERNELS
     assert not [usage for usage in compiled if not usage["fits"]]
     assert all(0 < usage["registers"] <= 512 for usage in compiled)
+    for usage in compiled:
+        makes_scores = usage["kernel"] in ("attention_forward", "attention_grad_queries", "attention_grad_keys")
+        assert (usage["per_score"] > 0) == (makes_scores and usage["target"] != "gfx942"), usage
+        assert usage["loop"] >= usage["per_score"]
+
+
+def test_a_main_loop_that_grows_is_named() -> None:
+    from resources import loop_record
+
+    recorded = {"longer": 100, "as long": 100, "shorter": 100}
+    assert loop_record.rises({"longer": 111, "as long": 110, "shorter": 90, "new": 500}, recorded) == [
+        "longer: the main loop has grown from 100 to 111 instructions"
+    ]
 
 
 def test_what_does_not_fit_is_seen() -> None:

@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of every Triton kernel, compiled ahead of time, without a device.
+"""Registers, spills, shared memory and main loops of every Triton kernel, compiled ahead of time, without a device.
 
 `PYTHONPATH=tools python -m resources.triton_kernels`, or `make resources`; `--json` for tests. The launches that are
 compiled are those that the launchers record for these calls, argument by argument.
@@ -7,6 +7,7 @@ compiled are those that the launchers record for these calls, argument by argume
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import json
@@ -34,6 +35,8 @@ from interformer_kernels._cli.tables import print_table, status_line
 from interformer_kernels._triton import _run, apply_rotary, attention, personalized_ffn
 from interformer_kernels._triton._run import Launch
 from interformer_kernels._triton._tiles import Target
+from resources import loop_record
+from resources.machine_code import LANES, dump, main_loop
 
 TARGETS = {
     "sm_80": (Target("cuda", 80), GPUTarget("cuda", 80, 32)),
@@ -43,6 +46,8 @@ TARGETS = {
 }
 # Bytes of shared memory that a program may have.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+# Kernels whose main loop makes one tile of scores a step.
+SCORE_LOOPS = frozenset({"attention_forward", "attention_grad_queries", "attention_grad_keys"})
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _POINTERS = {
@@ -57,7 +62,8 @@ _POINTERS = {
 @dataclasses.dataclass(frozen=True)
 class Usage:
     """Resources of one kernel on one device: registers and spilled bytes of a thread, bytes of shared memory of a
-    program."""
+    program; on NVIDIA devices the instructions of its main loop, and of a score where that loop makes tiles of scores.
+    """
 
     call: str
     kernel: str
@@ -68,6 +74,8 @@ class Usage:
     registers: int
     spills: int
     shared: int
+    loop: int = 0
+    per_score: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -176,12 +184,14 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def _usage_on_nvidia(compiled: Any, target: GPUTarget) -> tuple[int, int]:
+def _usage_on_nvidia(compiled: Any, target: GPUTarget) -> tuple[int, int, int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
         cubin.write_bytes(compiled.asm["cubin"])
         ptx.write_text(compiled.asm["ptx"])
-        return usage_of_cubin(cubin, ptx, target.arch)
+        ((_, code),) = dump(cubin)
+        loop = main_loop(code)
+        return *usage_of_cubin(cubin, ptx, target.arch), 0 if loop is None else loop.instructions
 
 
 def usage_of_cubin(cubin: Path, ptx: Path, arch: int) -> tuple[int, int]:
@@ -202,14 +212,14 @@ def _spills(ptx: Path, arch: int) -> int:
     return max(int(size) for size in re.findall(r"(\d+) bytes spill stores", output))
 
 
-def _usage_on_amd(compiled: Any) -> tuple[int, int]:
+def _usage_on_amd(compiled: Any) -> tuple[int, int, int]:
     def number(field: str) -> int:
         match = re.search(rf"\.{field}:\s*(\d+)", compiled.asm["amdgcn"])
         if match is None:
             raise RuntimeError(f"the assembly has no .{field}")
         return int(match[1])
 
-    return number("vgpr_count"), number("private_segment_fixed_size")
+    return number("vgpr_count"), number("private_segment_fixed_size"), 0
 
 
 def usage(call: str, width: int, dtype: str, target: str) -> list[Usage]:
@@ -221,10 +231,14 @@ def usage(call: str, width: int, dtype: str, target: str) -> list[Usage]:
     for launch in launches:
         options = {"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages}
         compiled = triton.compile(source_of(launch), target=compiler, options=options)
-        registers, spills = _usage_on_amd(compiled) if device.kind == "hip" else _usage_on_nvidia(compiled, compiler)
-        name = launch.kernel.fn.__name__
-        tiles = "x".join(map(str, launch.tiles[:2])) + f", {launch.tiles.warps} warps, {launch.tiles.stages} stages"
-        of_call.append(Usage(call, name, width, dtype, target, tiles, registers, spills, compiled.metadata.shared))
+        on_device = _usage_on_amd(compiled) if device.kind == "hip" else _usage_on_nvidia(compiled, compiler)
+        registers, spills, loop = on_device
+        name, chosen = launch.kernel.fn.__name__, launch.tiles
+        tiles = f"{chosen.queries}x{chosen.keys}, {chosen.warps} warps, {chosen.stages} stages"
+        scores = chosen.queries * chosen.keys if name in SCORE_LOOPS else 0
+        per_score = round(loop * chosen.warps * LANES / scores, 1) if scores else 0.0
+        shared = compiled.metadata.shared
+        of_call.append(Usage(call, name, width, dtype, target, tiles, registers, spills, shared, loop, per_score))
     return of_call
 
 
@@ -239,7 +253,7 @@ def usages(entries: Sequence[tuple[str, int, str, str]], jobs: int) -> Iterator[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; returns 1 where a kernel does not fit."""
+    """Print the table; returns 1 where a kernel does not fit, or its main loop has grown by more than a tenth."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--call", action="append", choices=tuple(CALLS))
     parser.add_argument("--width", action="append", type=int, help="channels of a head")
@@ -251,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=count, default=1, metavar="N", help="of all these, the first of every N")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile at once")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel")
+    parser.add_argument("--record", action="store_true", help=f"record the main loops of {loop_record.TARGET}")
     chosen = parser.parse_args(arguments)
     axes = chosen.call or CALLS, chosen.width or WIDTHS, chosen.dtype or DTYPES, chosen.target or TARGETS
     requested = [entry.split("/") for entry in chosen.entry] if chosen.entry else itertools.product(*axes)
@@ -263,11 +278,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(json.dumps({**dataclasses.asdict(row), "fits": row.fits}), flush=True)
     if not chosen.json:
         _show(table)
-    return 0 if all(row.fits for row in table) else 1
+    loops = _recordable(table)
+    if chosen.record:
+        loop_record.write(loops)
+    grown = loop_record.rises(loops, loop_record.recorded())
+    for line in grown:
+        print(line, file=sys.stderr)
+    return 0 if all(row.fits for row in table) and not grown else 1
+
+
+def _recordable(table: Sequence[Usage]) -> dict[str, int]:
+    """The main loops of the recorded target by name; a kernel that a call launches twice is numbered."""
+    loops: dict[str, int] = {}
+    launches: collections.Counter[str] = collections.Counter()
+    for row in table:
+        name = f"{row.call}/{row.width}/{row.dtype}/{row.kernel}"
+        if row.target == loop_record.TARGET and row.loop:
+            loops[f"{name}#{launches[name]}"] = row.loop
+            launches[name] += 1
+    return loops
 
 
 def _show(table: Sequence[Usage]) -> None:
-    columns = "call", "kernel", "width", "dtype", "tiles", "target", "registers", "spills", "shared", ""
+    columns = (
+        *("call", "kernel", "width", "dtype", "tiles", "target", "registers", "spills", "shared"),
+        *("main loop", "per score", ""),
+    )
     lines = [
         (
             row.call,
@@ -279,6 +315,8 @@ def _show(table: Sequence[Usage]) -> None:
             str(row.registers),
             str(row.spills),
             str(row.shared),
+            str(row.loop or ""),
+            str(row.per_score or ""),
             "ok" if row.fits else "DOES NOT FIT",
         )
         for row in table
