@@ -12,7 +12,9 @@ channels.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, NamedTuple
+import types
+import typing
+from typing import Annotated, Any, NamedTuple
 
 from torch import Tensor
 
@@ -78,6 +80,42 @@ class Scale:
     """A finite number; None, before a call is checked, is one over the square root of an axis."""
 
     axis: str
+
+
+_SCHEMA_TYPES = {Tensor: "Tensor", float: "float", int: "SymInt", bool: "bool", str: "str"}
+
+
+class Field(NamedTuple):
+    """One field of a call."""
+
+    name: str
+    type: type
+    optional: bool
+    note: Any
+
+    @property
+    def schema(self) -> str:
+        """The field as an argument of a registered op."""
+        return f"{_SCHEMA_TYPES[self.type]}{'?' if self.optional else ''} {self.name}"
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the field gets a gradient."""
+        return isinstance(self.note, (Values, Broadcast))
+
+
+def fields_of(call: type) -> tuple[Field, ...]:
+    """The fields of a call, in their order."""
+    return tuple(_field(name, hint) for name, hint in typing.get_type_hints(call, include_extras=True).items())
+
+
+def _field(name: str, hint: Any) -> Field:
+    note = None
+    if typing.get_origin(hint) is typing.Annotated:
+        hint, note = typing.get_args(hint)
+    optional = isinstance(hint, types.UnionType)
+    kind = next(part for part in typing.get_args(hint) if part is not types.NoneType) if optional else hint
+    return Field(name, kind, optional, note)
 
 
 class AttentionCall(NamedTuple):

@@ -71,6 +71,8 @@ class Viewer {
   public:
     explicit Viewer(const char* function) : function_(function) {}
 
+    const char* function() const { return function_; }
+
     TensorView operator()(const char* argument, py::handle object) const {
         TensorView view;
         fill(view, argument, object);

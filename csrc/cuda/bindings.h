@@ -25,12 +25,11 @@ inline const TensorView& lead(const RotaryInputs& in) {
 
 // Calls `operation(in, to, stream)` with what the tuples hold, on the caller's stream.
 template <typename Inputs, typename Outputs, typename Operation>
-void run(const Viewer& view, const char* name, py::handle call, const char* written, py::handle outputs,
-         Operation&& operation) {
+void run(const Viewer& view, py::handle call, const char* written, py::handle outputs, Operation&& operation) {
     py::handle tensor;
     const auto in = from_tuple<Inputs>(view, "call", call);
     const auto to = from_tuple<Outputs>(view, written, outputs, &tensor);
-    const Stream stream(name, lead(in), view.current_stream(tensor, lead(in)));
+    const Stream stream(view.function(), lead(in), view.current_stream(tensor, lead(in)));
     const py::gil_scoped_release released;
     operation(in, to, stream);
 }
@@ -39,14 +38,14 @@ inline void bind_attention_forward(py::handle call, py::handle outputs, py::hand
     const Viewer view("attention_forward");
     const auto memory = from_tuple<ForwardWorkspace>(view, "workspace", workspace);
     run<AttentionInputs, AttentionOutputs>(
-        view, "attention_forward", call, "outputs", outputs,
+        view, call, "outputs", outputs,
         [&](const auto& in, const auto& to, const Stream& stream) { attention_forward(in, to, memory, tf32, stream); });
 }
 
 inline void bind_attention_backward(py::handle call, py::handle gradients, py::handle workspace, bool tf32) {
     const Viewer view("attention_backward");
     const auto memory = from_tuple<BackwardWorkspace>(view, "workspace", workspace);
-    run<AttentionInputs, AttentionGradients>(view, "attention_backward", call, "gradients", gradients,
+    run<AttentionInputs, AttentionGradients>(view, call, "gradients", gradients,
                                              [&](const auto& in, const auto& grads, const Stream& stream) {
                                                  attention_backward(in, grads, memory, tf32, stream);
                                              });
@@ -54,20 +53,20 @@ inline void bind_attention_backward(py::handle call, py::handle gradients, py::h
 
 inline void bind_apply_rotary(py::handle call, py::handle outputs) {
     run<RotaryInputs, RotaryOutputs>(
-        Viewer("apply_rotary"), "apply_rotary", call, "outputs", outputs,
+        Viewer("apply_rotary"), call, "outputs", outputs,
         [](const auto& in, const auto& to, const Stream& stream) { apply_rotary(in, to, stream); });
 }
 
 inline void bind_personalized_ffn_forward(py::handle call, py::handle outputs, bool tf32) {
     run<FfnInputs, FfnOutputs>(
-        Viewer("personalized_ffn_forward"), "personalized_ffn_forward", call, "outputs", outputs,
+        Viewer("personalized_ffn_forward"), call, "outputs", outputs,
         [&](const auto& in, const auto& to, const Stream& stream) { personalized_ffn_forward(in, to, tf32, stream); });
 }
 
 inline void bind_personalized_ffn_backward(py::handle call, py::handle gradients, py::handle workspace, bool tf32) {
     const Viewer view("personalized_ffn_backward");
     const auto memory = from_tuple<FfnWorkspace>(view, "workspace", workspace);
-    run<FfnInputs, FfnGradients>(view, "personalized_ffn_backward", call, "gradients", gradients,
+    run<FfnInputs, FfnGradients>(view, call, "gradients", gradients,
                                  [&](const auto& in, const auto& grads, const Stream& stream) {
                                      personalized_ffn_backward(in, grads, memory, tf32, stream);
                                  });

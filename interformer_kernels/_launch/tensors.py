@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, TypeVar, get_type_hints
+from typing import Any, Optional, TypeVar
 
 import torch
 from torch import Tensor
 
-from interformer_kernels._calls import AttentionCall, Table, Values
+from interformer_kernels._calls import AttentionCall, Table, Values, fields_of
 
 Given = TypeVar("Given", Tensor, Optional[Tensor])
 
 # Floating tensors of a call that kernels read in place; of `q` they take any strides.
 _READ_IN_PLACE = tuple(
     place
-    for place, (name, hint) in enumerate(get_type_hints(AttentionCall, include_extras=True).items())
-    if name != "q" and isinstance(getattr(hint, "__metadata__", (None,))[0], (Values, Table))
+    for place, field in enumerate(fields_of(AttentionCall))
+    if field.name != "q" and isinstance(field.note, (Values, Table))
 )
 
 

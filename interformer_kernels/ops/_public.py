@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _checks as checks
-from interformer_kernels._calls import AtLeast, Finite, Offsets, OneOf, Scale, Values
-from interformer_kernels.ops._spec import PLAIN_TENSORS, Field, OpSpec
+from interformer_kernels._calls import AtLeast, Field, Finite, Offsets, OneOf, Scale, Values
+from interformer_kernels.ops._spec import PLAIN_TENSORS, OpSpec
 
 ALL: dict[str, PublicOp] = {}  # every public function of a registered op, by its name
 

@@ -6,15 +6,13 @@ public functions of an op, which may be several, are `_public.py`'s.
 
 from __future__ import annotations
 
-import types
-import typing
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import Parameter
 
-from interformer_kernels._calls import Broadcast, Values
+from interformer_kernels._calls import fields_of
 from interformer_kernels.ops._compiling import any_number
 
 if TYPE_CHECKING:
@@ -23,39 +21,6 @@ if TYPE_CHECKING:
 Call = Any  # one of the named tuples of `_calls.py`
 
 PLAIN_TENSORS = (Tensor, Parameter)  # not a subclass that means something else by its operations
-_SCHEMA_TYPES = {Tensor: "Tensor", float: "float", int: "SymInt", bool: "bool", str: "str"}
-
-
-class Field(NamedTuple):
-    """One field of a call."""
-
-    name: str
-    type: type
-    optional: bool
-    note: Any
-
-    @property
-    def schema(self) -> str:
-        """The field as an argument of a registered op."""
-        return f"{_SCHEMA_TYPES[self.type]}{'?' if self.optional else ''} {self.name}"
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether the field gets a gradient."""
-        return isinstance(self.note, (Values, Broadcast))
-
-
-def _fields(call: type) -> tuple[Field, ...]:
-    return tuple(_field(name, hint) for name, hint in typing.get_type_hints(call, include_extras=True).items())
-
-
-def _field(name: str, hint: Any) -> Field:
-    note = None
-    if typing.get_origin(hint) is typing.Annotated:
-        hint, note = typing.get_args(hint)
-    optional = isinstance(hint, types.UnionType)
-    kind = next(part for part in typing.get_args(hint) if part is not types.NoneType) if optional else hint
-    return Field(name, kind, optional, note)
 
 
 class OpSpec:
@@ -101,7 +66,7 @@ class OpSpec:
         self.reference, self.validate, self.check_options = reference, validate, check_options
         self.flops, self.backward_over_forward = flops, backward_over_forward
         self.empty_saved, self.reads_attn_out = empty_saved, reads_attn_out
-        self.fields = _fields(call)
+        self.fields = fields_of(call)
         self.names = tuple(field.name for field in self.fields)
         self.keeps_attn_out = "attn_out" in saved
         self.gradients = tuple(field.name for field in self.fields if field.differentiable)

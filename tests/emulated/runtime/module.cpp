@@ -35,21 +35,19 @@ AttentionInputs with_sigmoid(AttentionInputs in) {
 void sigmoid_attention_forward(py::handle call, py::handle outputs, py::handle workspace, bool tf32) {
     const Viewer view("attention_forward");
     const auto memory = from_tuple<cuda::ForwardWorkspace>(view, "workspace", workspace);
-    cuda::run<AttentionInputs, AttentionOutputs>(view, "attention_forward", call, "outputs", outputs,
-                                                 [&](const auto& in, const auto& to, const cuda::Stream& stream) {
-                                                     cuda::attention_forward(with_sigmoid(in), to, memory, tf32,
-                                                                             stream);
-                                                 });
+    cuda::run<AttentionInputs, AttentionOutputs>(
+        view, call, "outputs", outputs, [&](const auto& in, const auto& to, const cuda::Stream& stream) {
+            cuda::attention_forward(with_sigmoid(in), to, memory, tf32, stream);
+        });
 }
 
 void sigmoid_attention_backward(py::handle call, py::handle gradients, py::handle workspace, bool tf32) {
     const Viewer view("attention_backward");
     const auto memory = from_tuple<cuda::BackwardWorkspace>(view, "workspace", workspace);
-    cuda::run<AttentionInputs, AttentionGradients>(view, "attention_backward", call, "gradients", gradients,
-                                                   [&](const auto& in, const auto& grads, const cuda::Stream& stream) {
-                                                       cuda::attention_backward(with_sigmoid(in), grads, memory, tf32,
-                                                                                stream);
-                                                   });
+    cuda::run<AttentionInputs, AttentionGradients>(
+        view, call, "gradients", gradients, [&](const auto& in, const auto& grads, const cuda::Stream& stream) {
+            cuda::attention_backward(with_sigmoid(in), grads, memory, tf32, stream);
+        });
 }
 
 }  // namespace
