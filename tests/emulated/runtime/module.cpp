@@ -6,6 +6,7 @@
 #include "common/entries.h"
 #include "common/exchange.h"
 #include "cuda/bindings.h"
+#include "memory.h"
 #include "planted.h"
 #include "scheduler.h"
 
@@ -23,6 +24,12 @@ void reverse_rows(const std::string& fault, py::handle x, py::handle claimed, py
     const TensorView from = view("x", x);
     cuda::reverse_rows(fault, from, view("claimed", claimed), view("out", out),
                        cuda::Stream("reverse_rows", from, nullptr));
+}
+
+void transpose(const std::string& fault, py::handle x, py::handle out) {
+    const Viewer view("transpose");
+    const TensorView from = view("x", x);
+    cuda::transpose(fault, from, view("out", out), cuda::Stream("transpose", from, nullptr));
 }
 
 // Attention whose pointwise score is the sigmoid, whatever the call names. No public score has act(0) != 0, so without
@@ -50,6 +57,16 @@ void sigmoid_attention_backward(py::handle call, py::handle gradients, py::handl
         });
 }
 
+// (offset of the kernel, access, offset of the place in its code, requests, units, fewest units, bytes) of all places.
+py::list memory_traffic() {
+    py::list lines;
+    for (const auto& [place, sum] : emulation::memory_traffic())
+        lines.append(py::make_tuple(
+            emulation::module_offset(place.kernel), emulation::kAccessNames[static_cast<int>(place.access)],
+            emulation::module_offset(place.code), sum.requests, sum.units, sum.fewest, sum.bytes));
+    return lines;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(interformer_emulated, m) {
@@ -62,8 +79,11 @@ PYBIND11_MODULE(interformer_emulated, m) {
         },
         py::arg("seed"), py::arg("lazy_copies"), py::arg("last_blocks") = 0, py::arg("resident") = 2,
         py::arg("noise") = false);
+    m.def("count_memory", &emulation::count_memory, py::arg("on"));
+    m.def("memory_traffic", &memory_traffic);
     m.def("exchange", &exchange);
     m.def("reverse_rows", &reverse_rows);
+    m.def("transpose", &transpose);
     m.def("sigmoid_attention_forward", &sigmoid_attention_forward);
     m.def("sigmoid_attention_backward", &sigmoid_attention_backward);
 }

@@ -16,5 +16,9 @@ void exchange(const std::string& fault, const TensorView& x, const TensorView& o
 void reverse_rows(const std::string& fault, const TensorView& x, const TensorView& claimed, const TensorView& out,
                   const Stream& stream);
 
+// Transposes `x`, [32, 32] float32. Its faults cost time alone: a tile without padding, and a loop over rows for
+// columns.
+void transpose(const std::string& fault, const TensorView& x, const TensorView& out, const Stream& stream);
+
 }  // namespace cuda
 }  // namespace interformer

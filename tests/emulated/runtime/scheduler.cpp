@@ -1,5 +1,6 @@
 #include "scheduler.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -11,6 +12,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "memory.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -93,6 +96,7 @@ struct Block {
     unsigned running = 0;  // threads that have not returned
     Barrier barrier;
     Barrier warp_barriers[kMaxThreads / 32];
+    WarpAccesses accesses[kMaxThreads / 32];
     std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);
     std::vector<unsigned> order;
     alignas(128) char shared[kShared + 1024];
@@ -110,6 +114,9 @@ struct Running {
     const void* scheduler_stack = nullptr;
     size_t scheduler_stack_size = 0;
     void* sanitizer_state = nullptr;
+    bool counts_accesses = false;  // a thread runs, and not an instruction that it executes for all lanes
+    char* host_stack = nullptr;    // of the caller, whose frames hold the kernel's arguments
+    size_t host_stack_size = 0;
 } running;
 
 std::mutex one_grid_at_a_time;
@@ -154,7 +161,9 @@ void to_fiber(unsigned thread) {
     thread_index.x = thread;
     fiber.waits_at = nullptr;
     before_switch(&running.sanitizer_state, fiber.stack, kStack);
+    running.counts_accesses = true;
     emulation_switch(&running.stack_pointer, fiber.stack_pointer);
+    running.counts_accesses = false;
     after_switch(running.sanitizer_state, nullptr, nullptr);
 }
 
@@ -204,10 +213,17 @@ void arrive(Barrier& barrier, const char* name, unsigned count, Last&& last) {
         fail(std::string(name) + " reached where other threads reached " + barrier.name);
     barrier.name = name;
     if (++barrier.waiting < count) return wait_at(barrier);
+    running.counts_accesses = false;
     last();
     barrier.waiting = 0;
     ++barrier.round;
     to_scheduler();
+}
+
+// Lanes that have waited for one another make new requests of memory from here on.
+void close_accesses(unsigned first_warp, unsigned last_warp) {
+    if (!counting_memory) return;
+    for (unsigned warp = first_warp; warp < last_warp; ++warp) running.block->accesses[warp].close(running.grid.kernel);
 }
 
 std::string waiting_threads() {
@@ -257,13 +273,49 @@ void run_block(Block& block) {
         if (!running.failure.empty()) throw std::runtime_error("emulation: " + running.failure);
         block.running -= block.fibers[thread].finished;
     }
+    if (block.running == 0) close_accesses(0, running.grid.threads / 32);
     if (!moved)
         throw std::runtime_error("emulation: block " + std::to_string(block.index) +
                                  " waits in vain: " + std::to_string(running.grid.threads - block.running) +
                                  " threads have returned" + waiting_threads());
 }
 
+void find_host_stack() {
+    pthread_attr_t attributes;
+    if (pthread_getattr_np(pthread_self(), &attributes) != 0) throw std::runtime_error("emulation: no stack");
+    void* stack = nullptr;
+    pthread_attr_getstack(&attributes, &stack, &running.host_stack_size);
+    running.host_stack = static_cast<char*>(stack);
+    pthread_attr_destroy(&attributes);
+}
+
+bool within(const void* address, const char* first, size_t size) {
+    return address >= first && address < first + size;
+}
+
+// Counts an access to tensors or shared memory; a thread's own variables and arguments would be in registers.
+void count_access(Access global, Access shared, const void* address, int bytes, const void* code) {
+    const bool is_shared = within(address, running.block->shared, sizeof running.block->shared);
+    if (!is_shared && (within(address, current().stack, kStack) || in_module(address) ||
+                       within(address, running.host_stack, running.host_stack_size)))
+        return;
+    const LaneAccess mine{lane(), reinterpret_cast<uintptr_t>(address), bytes};
+    running.block->accesses[thread_index.x / 32].add(is_shared ? shared : global, code, mine);
+}
+
 }  // namespace
+
+void plain_access(bool writes, const void* address, int bytes, const void* code) {
+    if (!running.counts_accesses) return;
+    if (writes)
+        count_access(Access::global_store, Access::shared_store, address, bytes, code);
+    else
+        count_access(Access::global_load, Access::shared_load, address, bytes, code);
+}
+
+void matrix_load(const void* row) {
+    if (counting_memory) count_access(Access::global_load, Access::matrix_load, row, 16, __builtin_return_address(0));
+}
 
 // ---------------------------------------------------------------- grids
 
@@ -283,6 +335,7 @@ bool fits(const void* kernel, const Grid& grid) {
 void run(const Grid& grid, const std::function<void()>& thread) {
     const std::lock_guard<std::mutex> lock(one_grid_at_a_time);
     running.grid = grid;
+    find_host_stack();
     block_size.x = grid.threads;
     grid_size.x = grid.blocks;
     running.body = &thread;
@@ -317,7 +370,8 @@ char* shared_memory() {
 }
 
 void block_barrier() {
-    arrive(running.block->barrier, "__syncthreads", running.grid.threads, [] {});
+    arrive(running.block->barrier, "__syncthreads", running.grid.threads,
+           [] { close_accesses(0, running.grid.threads / 32); });
 }
 
 void collective(const char* name, unsigned lanes, const void* sent, void* received, Execute execute) {
@@ -325,7 +379,11 @@ void collective(const char* name, unsigned lanes, const void* sent, void* receiv
     Barrier& barrier = running.block->warp_barriers[thread_index.x / 32];
     barrier.sent[lane()] = sent;
     barrier.received[lane()] = received;
-    arrive(barrier, name, 32, [&] { execute(barrier.sent, barrier.received); });
+    arrive(barrier, name, 32, [&] {
+        const unsigned warp = thread_index.x / 32;
+        close_accesses(warp, warp + 1);
+        execute(barrier.sent, barrier.received);
+    });
 }
 
 void warp_barrier(unsigned lanes) {
@@ -350,6 +408,11 @@ bool aligned(const void* pointer, int size) {
 void cp_async(void* to, const void* from, int size, int bytes) {
     if (!aligned(to, size) || !aligned(from, size)) fail("a copy of " + std::to_string(size) + " bytes is not aligned");
     if (bytes < 0 || bytes > size) fail("a copy of " + std::to_string(bytes) + " bytes of " + std::to_string(size));
+    if (counting_memory) {
+        const void* code = __builtin_return_address(0);
+        if (bytes > 0) count_access(Access::copy, Access::shared_load, from, bytes, code);
+        count_access(Access::global_store, Access::copy_store, to, size, code);
+    }
     current().started.push_back({to, from, size, bytes});
     if (!options.lazy_copies) land({current().started.back()});
 }

@@ -15,6 +15,7 @@ constexpr unsigned kEveryLane = 0xffffffffu;
 struct Grid {
     unsigned blocks, threads;
     size_t shared;
+    const void* kernel = nullptr;  // by which memory traffic is counted
 };
 
 struct Options {
@@ -92,6 +93,9 @@ inline unsigned ballot(const char* name, unsigned lanes, bool vote) {
         for (int i = 0; i < 32; ++i) *received[i] = votes;
     });
 }
+
+// Rows of 16 bytes that the lanes of a warp send to `ldmatrix`.
+void matrix_load(const void* row);
 
 // Asynchronous copies of the calling thread to shared memory.
 void cp_async(void* to, const void* from, int size, int bytes);

@@ -25,18 +25,38 @@ struct dim3 {
     explicit dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-struct alignas(8) float2 {
-    float x, y;
+// Vectors are read and written whole, as on a GPU, and not member by member: the emulation counts accesses.
+template <int BYTES>
+inline void copy_whole(void* to, const void* from) {
+    typedef unsigned Whole __attribute__((vector_size(BYTES), may_alias));
+    *static_cast<Whole*>(to) = *static_cast<const Whole*>(from);
+}
+template <typename T>
+struct alignas(8) Vector2 {
+    T x, y;
+    Vector2() = default;
+    Vector2(T x, T y) : x(x), y(y) {}
+    Vector2(const Vector2& other) { copy_whole<8>(this, &other); }
+    Vector2& operator=(const Vector2& other) {
+        copy_whole<8>(this, &other);
+        return *this;
+    }
 };
-struct alignas(16) float4 {
-    float x, y, z, w;
+template <typename T>
+struct alignas(16) Vector4 {
+    T x, y, z, w;
+    Vector4() = default;
+    Vector4(T x, T y, T z, T w) : x(x), y(y), z(z), w(w) {}
+    Vector4(const Vector4& other) { copy_whole<16>(this, &other); }
+    Vector4& operator=(const Vector4& other) {
+        copy_whole<16>(this, &other);
+        return *this;
+    }
 };
-struct alignas(8) uint2 {
-    unsigned x, y;
-};
-struct alignas(16) uint4 {
-    unsigned x, y, z, w;
-};
+using float2 = Vector2<float>;
+using float4 = Vector4<float>;
+using uint2 = Vector2<unsigned>;
+using uint4 = Vector4<unsigned>;
 inline float2 make_float2(float x, float y) {
     return {x, y};
 }
@@ -183,8 +203,9 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-    const emulation::Grid grid{config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes};
-    if (!emulation::fits(reinterpret_cast<const void*>(kernel), grid)) return cudaErrorInvalidValue;
+    const emulation::Grid grid{config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes,
+                               reinterpret_cast<const void*>(kernel)};
+    if (!emulation::fits(grid.kernel, grid)) return cudaErrorInvalidValue;
     emulation::run(grid, [&] { kernel(Parameters(arguments)...); });
     return cudaSuccess;
 }

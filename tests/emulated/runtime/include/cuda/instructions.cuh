@@ -78,6 +78,7 @@ struct EmulatedRegisters {
 
 // `ldmatrix.x4`: lane `8 m + r` sends the address of row `r` of matrix `m`.
 inline void ldmatrix_x4(uint32_t (&to)[4], const void* row) {
+    emulation::matrix_load(row);
     const EmulatedRegisters result = emulation::together<const void*, EmulatedRegisters>(
         "ldmatrix", emulation::kEveryLane, row, [](const void* const* const* rows, EmulatedRegisters* const* received) {
             for (int lane = 0; lane < 32; ++lane)
@@ -89,6 +90,7 @@ inline void ldmatrix_x4(uint32_t (&to)[4], const void* row) {
 }
 
 inline void ldmatrix_x4_trans(uint32_t (&to)[4], const void* row) {
+    emulation::matrix_load(row);
     const EmulatedRegisters result = emulation::together<const void*, EmulatedRegisters>(
         "ldmatrix.trans", emulation::kEveryLane, row,
         [](const void* const* const* rows, EmulatedRegisters* const* received) {
