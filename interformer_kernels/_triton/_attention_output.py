@@ -8,7 +8,7 @@ import triton.language as tl
 
 from interformer_kernels._triton._arguments import Epilogue, RowTask, Sizes
 from interformer_kernels._triton._attention_epilogue import apply_epilogue
-from interformer_kernels._triton._attention_variant import combine_softmax, finalize
+from interformer_kernels._triton._attention_variant import finalize, split_alpha
 from interformer_kernels._triton._maps import narrow
 from interformer_kernels._triton._rows import holder
 
@@ -43,6 +43,9 @@ def store_outputs(
 
 
 # ---------------------------------------------------------------- rows whose keys are split
+
+# Splits that a program reads at once: one after another, each would wait for memory.
+UNROLL = tl.constexpr(4)
 
 
 @triton.jit
@@ -99,15 +102,19 @@ def combine_partials(
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-    for i_split in range(0, tl.cdiv(keys, SPLIT_KV)):
+    if VARIANT.score == "softmax":
+        for i_split in tl.range(0, tl.cdiv(keys, SPLIT_KV), loop_unroll_factor=UNROLL):
+            p = (partial_index(k_first, i_split, SPLIT_KV) * queries + n) * HEADS + head
+            row_max = tl.maximum(row_max, tl.load(partials.stats + 2 * p, mask=m_q, other=0.0))
+    for i_split in tl.range(0, tl.cdiv(keys, SPLIT_KV), loop_unroll_factor=UNROLL):
         p = (partial_index(k_first, i_split, SPLIT_KV) * queries + n) * HEADS + head
         split_acc = tl.load(partials.acc + p[:, None] * DV + o_v, mask=m_q[:, None] & (o_v < DV)[None, :], other=0.0)
         if VARIANT.score == "softmax":
             split_max = tl.load(partials.stats + 2 * p, mask=m_q, other=0.0)
             split_sum = tl.load(partials.stats + 2 * p + 1, mask=m_q, other=0.0)
-            acc, row_max, row_sum = combine_softmax(
-                acc, row_max, row_sum, split_acc, split_max, split_sum, outputs.out.dtype.element_ty
-            )
+            alpha = split_alpha(split_max, row_max, outputs.out.dtype.element_ty)
+            row_sum += split_sum * alpha
+            acc += split_acc * alpha[:, None]
         else:
             acc += split_acc
     task = RowTask(row, row.to(tl.int64) * queries, queries, k_first, keys)
@@ -131,7 +138,7 @@ def add_partials(
     o_c = tl.arange(0, BLOCK_C)
     m = (o_q < queries * HEADS)[:, None] & (o_c < C)[None, :]  # [BLOCK_Q, BLOCK_C]
     acc = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
-    for i_split in range(0, tl.cdiv(keys, SPLIT_KV)):
+    for i_split in tl.range(0, tl.cdiv(keys, SPLIT_KV), loop_unroll_factor=UNROLL):
         p = partial_index(k_first, i_split, SPLIT_KV) * queries * HEADS + o_q
         acc += tl.load(partials + p[:, None] * C + o_c, mask=m, other=0.0)
     p_out = (row.to(tl.int64) * queries * HEADS + o_q)[:, None] * C + o_c

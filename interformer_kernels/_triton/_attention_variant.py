@@ -232,15 +232,10 @@ def online_softmax_update(products, pairs, row_max, row_sum, variant, VARIANT: t
 
 
 @triton.jit
-def combine_softmax(acc, row_max, row_sum, split_acc, split_max, split_sum, DTYPE: tl.constexpr):
-    """One more split of a row's keys: accumulator, row maximum and row sum of both together."""
-    new_max = tl.maximum(row_max, split_max)
-    base = tl.where(new_max == float("-inf"), 0.0, new_max)
-    alpha = exp2((row_max - base) * LOG2_E, DTYPE)
-    split_alpha = exp2((split_max - base) * LOG2_E, DTYPE)
-    row_sum = row_sum * alpha + split_sum * split_alpha
-    acc = acc * alpha[:, None] + split_acc * split_alpha[:, None]
-    return acc, new_max, row_sum
+def split_alpha(split_max, row_max, DTYPE: tl.constexpr):
+    """The factor that brings sums over a split of a row's keys from the split's maximum to the row's."""
+    base = tl.where(row_max == float("-inf"), 0.0, row_max)
+    return exp2((split_max - base) * LOG2_E, DTYPE)
 
 
 @triton.jit
