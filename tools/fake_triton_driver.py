@@ -8,6 +8,7 @@ uninitialised memory. These are all the methods that Triton 3.6 and 3.9 call on 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,16 +40,18 @@ class _Utils:
 
 
 class FakeDriver:
-    """One device of a target; `launches` counts the launches that it swallowed."""
+    """One device of a target; it counts the launches that it swallowed, and keeps the latest: hash and arguments."""
 
     def __init__(self, target: str) -> None:
         _, self.target = triton_kernels.TARGETS[target]
         self.utils = _Utils(triton_kernels.SHARED_MEMORY[target])
         self.launches = 0
+        self.latest: tuple[str, tuple[Any, ...]] = ("", ())
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        def launch(*_: Any) -> None:
+        def launch(*arguments: Any) -> None:
             self.launches += 1
+            self.latest = metadata.hash, arguments
 
         return launch
 
@@ -68,6 +71,7 @@ class FakeDriver:
         return kind
 
 
+@functools.cache
 def install(target: str) -> FakeDriver:
     """Make Triton compile for this target of `triton_kernels.TARGETS`; from now on this process launches nothing."""
     fake = FakeDriver(target)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from interformer_kernels._launch.tensors import allows_tf32
+from interformer_kernels._triton._bound import launch
 from interformer_kernels._triton._maps import INTERPRETED
 from interformer_kernels._triton._tiles import Target, Tiles
 
@@ -25,6 +26,7 @@ class Launch(NamedTuple):
     tiles: Tiles
 
 
+_HERE = contextlib.nullcontext()
 _recorded: list[Launch] | None = None
 _target: Target | None = None
 
@@ -65,9 +67,9 @@ def precision(dtype: torch.dtype) -> str:
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A context in which kernels are launched on the device that holds `x`."""
-    if x.device.type != "cuda":
+    if not x.is_cuda:
         raise RuntimeError("TRITON_INTERPRET=1 must be set before triton is imported to serve CPU tensors")
-    return torch.cuda.device(x.device)
+    return _HERE if x.get_device() == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
 def start(kernel: Any, grid: int, *arguments: Any, lead: Tensor, tiles: Tiles, **constants: Any) -> None:
@@ -81,4 +83,4 @@ def start(kernel: Any, grid: int, *arguments: Any, lead: Tensor, tiles: Tiles, *
         kernel[(grid,)](*arguments, **constants)
         return
     with on_device_of(lead):
-        kernel[(grid,)](*arguments, **constants, num_warps=tiles.warps, num_stages=tiles.stages)
+        launch(kernel, grid, arguments, constants, num_warps=tiles.warps, num_stages=tiles.stages)

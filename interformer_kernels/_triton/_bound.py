@@ -1,0 +1,110 @@
+"""Compiled kernels, found again without Triton's own way to a launch, which takes most of a small call's time.
+
+`JITFunction.run` binds arguments to names, specialises each, writes the compile options into a string, and compares the
+globals that a kernel reads with those it was compiled for. Here a compiled kernel is kept under a key that tells apart
+at least what Triton does (`_add_arguments`). Triton's own way serves the first launch, a launch that somebody watches,
+AMD's devices, and versions of Triton whose launchers are not known to take what `launch` hands them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+# AMD's kernels are also specialised by the size of a tensor's memory.
+_SERVES = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9) and not torch.version.hip
+_INT32 = 2**31
+
+
+class _Bound(NamedTuple):
+    """A compiled kernel: its launcher, what the launcher wants of it, and the constants that follow the arguments."""
+
+    kernel: Any  # kept, so that its id remains its own
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    constants: tuple[Any, ...]
+
+
+_bound: dict[tuple[Any, ...], _Bound] = {}
+
+
+def launch(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: dict[str, Any], **options: int) -> None:
+    """Launch `grid` programs of a kernel on the current device, compiled with these options."""
+    if not _SERVES or _is_watched(kernel):
+        kernel[(grid,)](*arguments, **constants, **options)
+        return
+    active = driver.active
+    device = active.get_current_device()
+    parts = [active, device, id(kernel), *options.values(), *constants, *constants.values()]
+    _add_arguments(parts.append, arguments)
+    key = tuple(parts)
+    bound = _bound.get(key)
+    if bound is None:
+        compiled = kernel[(grid,)](*arguments, **constants, **options)
+        if _can_repeat(kernel, compiled, arguments, constants):
+            rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+            _bound[key] = _Bound(kernel, compiled.run, compiled.function, compiled.packed_metadata, rest)
+        return
+    stream = active.get_current_stream(device)
+    # Launch metadata and hooks are for those who watch.
+    bound.run(grid, 1, 1, stream, bound.function, bound.metadata, None, None, None, *arguments, *bound.constants)
+
+
+def _is_watched(kernel: Any) -> bool:
+    """Whether hooks, or settings for debugging, ask for Triton's own way."""
+    runtime = knobs.runtime
+    return bool(
+        kernel.pre_run_hooks
+        or runtime.debug
+        or runtime.add_stages_inspection_hook is not None
+        or getattr(runtime.launch_enter_hook, "calls", True)  # maybe set to something else than a chain of hooks
+        or getattr(runtime.launch_exit_hook, "calls", True)
+        or knobs.compilation.instrumentation_mode
+    )
+
+
+def _add_arguments(add: Callable[[Any], None], arguments: tuple[Any, ...]) -> None:
+    """Add to a key all that Triton specialises arguments by: of a flat integer only the width that it needs."""
+    for x in arguments:
+        if type(x) is int:
+            add(int if -_INT32 <= x < _INT32 else x)
+        else:
+            _add_members(add, (x,))
+
+
+def _add_members(add: Callable[[Any], None], members: tuple[Any, ...]) -> None:
+    """The same for members of tuples, with their nesting.
+
+    Tensors: the dtype, and whether the first number lies at a multiple of 16 bytes. Integers: the width, whether they
+    are 1, and whether they are a multiple of 16; the key has more, but few values for strides of any size.
+    """
+    for x in members:
+        kind = type(x)
+        if kind is int:
+            add(x if x <= 1 or x >= _INT32 else 2 + x % 16)
+        elif isinstance(x, Tensor):
+            add(x.dtype)
+            add(x.data_ptr() % 16)
+        elif x is None or kind is float:
+            add(kind)
+        elif isinstance(x, tuple):
+            add(kind)
+            _add_members(add, x)
+        else:
+            add(kind)
+            add(x)
+
+
+def _can_repeat(kernel: Any, compiled: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> bool:
+    """Whether the key holds all that this kernel was compiled for, and `launch` can put its arguments in order."""
+    flat = [param.do_not_specialize for x, param in zip(arguments, kernel.params, strict=False) if type(x) is int]
+    in_order = kernel.arg_names[len(arguments) :]
+    return isinstance(compiled, CompiledKernel) and all(flat) and sorted(in_order) == sorted(constants)
