@@ -207,7 +207,9 @@ def check_window(op: str, window: object) -> tuple[int, int]:
     """The pair `(left, right)`, each an int of at least -1; cut where a position added to it would overflow."""
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"{op}: window must be a pair (left, right) of ints, found {describe(window)}")
-    left, right = (check_count(op, f"window[{i}]", side, least=-1, most=None) for i, side in enumerate(window))
+    left, right = window
+    if not (type(left) is type(right) is int and left >= -1 and right >= -1):
+        left, right = (check_count(op, f"window[{i}]", side, least=-1, most=None) for i, side in enumerate(window))
     return min(left, 2**62), min(right, 2**62)
 
 

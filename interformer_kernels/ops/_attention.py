@@ -15,6 +15,8 @@ from interformer_kernels.ops._spec import OpSpec
 
 
 def _validate(op: PublicOp, call: AttentionCall) -> None:
+    if not checks.validates(call.k.device):
+        return
     sides = (
         ("q_offsets", "positions_q", call.q, call.q_offsets),
         ("kv_offsets", "positions_k", call.k, call.kv_offsets),

@@ -53,7 +53,15 @@ def refuse_tangents(name: str, arguments: Iterable[Any]) -> None:
         raise NotImplementedError(f"{name} has no forward-mode derivative (jvp); use reverse mode (vjp, grad)")
 
 
-def run(half: Any, implementation: Callable[..., Any], args: Sequence[Any]) -> Any:
+class Half(NamedTuple):
+    """One of the two registered ops."""
+
+    op: Any  # in PyTorch's registry
+    run: Callable[..., Any]  # its implementation
+    tensors: Callable[[Sequence[Any]], tuple[Any, ...]]  # those among its arguments, or None in their places
+
+
+def run(half: Half, args: Sequence[Any]) -> Any:
     """Call a registered half whose gradients are seen to, past its autograd kernel, which would be a hop in Python.
 
     Where nothing watches the dispatcher, its implementation is called at once: the way there costs as much as a small
@@ -61,11 +69,11 @@ def run(half: Any, implementation: Callable[..., Any], args: Sequence[Any]) -> A
     not.
     """
     if torch._C._are_functorch_transforms_active():
-        return half(*args)
-    if _unwatched() and _are_plain(args):
-        return implementation(*args)
+        return half.op(*args)
+    if _unwatched() and _are_plain(half.tensors(args)):
+        return half.run(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return half(*args)
+        return half.op(*args)
 
 
 def _unwatched() -> bool:
@@ -79,23 +87,15 @@ def _unwatched() -> bool:
     )
 
 
-def _are_plain(args: Sequence[Any]) -> bool:
+def _are_plain(tensors: Iterable[Tensor | None]) -> bool:
     """Whether the dispatcher would hand all tensors on as they are."""
-    for x in args:
+    for x in tensors:
         # A loop: a generator would double the time.
-        if isinstance(x, Tensor) and (
-            type(x) not in PLAIN_TENSORS or x.is_neg() or not (x.is_cpu or x.is_cuda) or is_functorch_wrapped_tensor(x)
+        if x is not None and (
+            type(x) not in PLAIN_TENSORS or x.is_neg() or not (x.is_cuda or x.is_cpu) or is_functorch_wrapped_tensor(x)
         ):
             return False
     return True
-
-
-class _Kept(NamedTuple):
-    """A call between its forward and its backward, without its tensors, which autograd saves."""
-
-    places: tuple[int, ...]  # of the saved tensors, among saved outputs and fields
-    options: tuple[Any, ...]  # saved outputs and fields; None where a tensor was
-    names: tuple[str, str]  # of the public op and the backend
 
 
 class Joined(torch.autograd.Function):
@@ -111,7 +111,7 @@ class Joined(torch.autograd.Function):
     @staticmethod
     def forward(name: str, shows_lse: bool, rest: tuple[Any, ...], *inputs: Tensor | None) -> tuple[Tensor, ...]:
         op = OPS[name]
-        outputs = run(op.forward_op, op.run_forward, op.spec.filled(rest, inputs))
+        outputs = run(op.forward, op.spec.filled(rest, inputs))
         return outputs if op.spec.saved else (outputs,)
 
     @staticmethod
@@ -120,52 +120,23 @@ class Joined(torch.autograd.Function):
         spec = OPS[name].spec
         args = spec.filled(rest, values)
         kept = (*output[1:], *args[: len(spec.names)])
-        places = tuple(place for place, x in enumerate(kept) if isinstance(x, Tensor))
-        ctx.save_for_backward(*(kept[place] for place in places))
-        ctx.op = name
-        ctx.kept = _Kept(places, tuple(None if isinstance(x, Tensor) else x for x in kept), tuple(args[-2:]))
+        ctx.save_for_backward(*spec.saved_tensors(kept))
+        ctx.kept = name, spec.saved_options(kept), args[-2:]
         ctx.mark_non_differentiable(*output[2 if shows_lse else 1 :])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        op, kept = OPS[ctx.op], list(ctx.kept.options)
-        spec = op.spec
-        for place, x in zip(ctx.kept.places, ctx.saved_tensors, strict=True):
-            kept[place] = x
-        saved = dict(zip(spec.saved, kept, strict=False))
-        public, backend = ctx.kept.names
+        name, options, names = ctx.kept
+        op = OPS[name]
+        kept = op.spec.restored(ctx.saved_tensors, options)
         if grads and grads[0] is not None:
-            saved["lse"] = _without_lse_gradient(public, saved["lse"], grads[0])
+            kept = (_without_lse_gradient(names[0], kept[0], grads[0]), *kept[1:])
         if grad_out is None:
-            return (None,) * (3 + len(spec.differentiable))
+            return (None,) * (3 + len(op.spec.differentiable))
         needed = ctx.needs_input_grad[3:]
-        wanted = tuple(name for name, need in zip(spec.differentiable, needed, strict=True) if need)
-        pending = Pending(grad_out, saved, spec.call(*kept[len(saved) :]), public, backend)
-        grads_by_name = _gradients(op, pending, wanted)
-        return (
-            None,
-            None,
-            None,
-            *(
-                grads_by_name.get(name) if need else None
-                for name, need in zip(spec.differentiable, needed, strict=True)
-            ),
-        )
-
-
-class Pending(NamedTuple):
-    """A backward to be run."""
-
-    grad_out: Tensor
-    saved: dict[str, Tensor]
-    call: Call
-    public: str
-    backend: str
-
-    def args(self) -> tuple[Any, ...]:
-        """The arguments of `<name>_bwd`."""
-        return (self.grad_out, *self.saved.values(), *self.call, self.public, self.backend)
+        computed = _gradients(op, (grad_out, *kept, *names), needed)
+        return None, None, None, *(grad if need else None for grad, need in zip(computed, needed, strict=True))
 
 
 def join(op: RegisteredOp, shows_lse: bool, args: list[Any], inputs: list[Tensor | None]) -> tuple[Tensor, ...]:
@@ -180,21 +151,26 @@ def join(op: RegisteredOp, shows_lse: bool, args: list[Any], inputs: list[Tensor
     return outputs
 
 
-def _gradients(op: RegisteredOp, pending: Pending, wanted: tuple[str, ...]) -> dict[str, Tensor]:
-    """Gradients of the named inputs; through the reference where they shall be differentiable themselves."""
-    spec, call, leaves = op.spec, pending.call, {}
+def _gradients(op: RegisteredOp, args: tuple[Any, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """The needed gradients, of a call of `<name>_bwd` with these arguments; through the reference where they shall be
+    differentiable themselves."""
+    spec, grad_out = op.spec, args[0]
+    grads = None
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        call, _ = spec.backward_call(args)
+        wanted = [name for name, need in zip(spec.gradients, needed, strict=False) if need]
         # Views: two arguments may be one tensor, or one made from the other; each gets the gradient of its own place.
-        leaves = {name: getattr(call, name).view_as(getattr(call, name)) for name in spec.gradients if name in wanted}
-    # Where nobody records, as when torch.func.vjp has left its level, the views do not ask for gradients either.
-    if wants_gradients(leaves.values()):
-        grads = op.reference_gradients(call._replace(**leaves), pending.grad_out, tuple(leaves), create_graph=True)
-    else:
-        results = run(op.backward_op, op.run_backward, pending.args())
-        grads = dict(zip(spec.gradients, results if len(spec.gradients) > 1 else (results,), strict=True))
-    if "residual" in wanted:
-        grads["residual"] = _residual_gradient(call, pending.grad_out)
-    return grads
+        leaves = {name: getattr(call, name).view_as(getattr(call, name)) for name in wanted}
+        # Where nobody records, as when torch.func.vjp has left its level, the views do not ask for gradients either.
+        if wants_gradients(leaves.values()):
+            by_name = op.reference_gradients(call._replace(**leaves), grad_out, tuple(leaves), create_graph=True)
+            grads = tuple(by_name.get(name) for name in spec.gradients)
+    if grads is None:
+        results = run(op.backward, args)
+        grads = results if len(spec.gradients) > 1 else (results,)
+    if not spec.has_residual:
+        return grads
+    return *grads, _residual_gradient(spec.backward_call(args)[0], grad_out) if needed[-1] else None
 
 
 def _residual_gradient(call: Call, grad_out: Tensor) -> Tensor:

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from interformer_kernels import _checks as checks
 from interformer_kernels._calls import AtLeast, Field, Finite, Offsets, OneOf, Scale, Values
-from interformer_kernels.ops._spec import PLAIN_TENSORS, OpSpec
+from interformer_kernels.ops._spec import PLAIN_TENSORS, OpSpec, taken
 
+_STRIDED = torch.strided
+_PLAIN_KINDS = frozenset((str, int, float, bool, type(None)))  # compared by value, and never changed
+_MOST_OPTIONS = 1024  # sets of options that are remembered
 ALL: dict[str, PublicOp] = {}  # every public function of a registered op, by its name
 
 
@@ -52,6 +55,9 @@ class PublicOp:
         self._lead_name, self._float_names = self.named(self.lead), (*map(self.named, spec.gradients), "residual")
         self._lead_place = spec.names.index(self.lead)
         self._rows_place = next(spec.names.index(field.name) for field in self.offsets if not field.optional)
+        self._offsets_places = [(spec.names.index(field.name), field.optional) for field in self.offsets]
+        self._scale_axis = next((field.note.axis for field in spec.fields if isinstance(field.note, Scale)), "")
+        self._known_options: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.options: list[Field] = []
         ALL[name] = self
 
@@ -73,6 +79,7 @@ class PublicOp:
             if isinstance(field.note, (OneOf, AtLeast, Finite, Scale)) or field.type is bool
         ]
         self.options = [field for field in checked if self.named(field.name) in parameters]
+        self._options_of = taken([self.spec.names.index(field.name) for field in self.options])
 
     def checked(self, call: Any, residual: Tensor | None = None) -> tuple[Any, Tensor | None]:
         """The call and the residual after autocast, their kinds, dtypes, devices, axes and options checked."""
@@ -84,19 +91,17 @@ class PublicOp:
         sizes = self._sizes(call, tensors)
         if sizes is None:
             checks.check_floats(self.name, self._lead_name, dict(zip(self._float_names, tensors, strict=True)))
-        self._check_offsets(call)
-        if sizes is None:
+            self._check_offsets(call)
             sizes = self._checked_axes(call)
         if "Hk" in sizes:
             sizes.setdefault("Dv", sizes["D"])  # v is k
             checks.check_heads(self.name, sizes)
-        shape = call.out_shape()
         gate = getattr(call, "gate", None)
         if gate is not None:
-            checks.check_broadcasts(self.name, "gate", gate, shape)
+            checks.check_broadcasts(self.name, "gate", gate, call.out_shape())
         call = self._with_options(call, sizes)
         self.spec.check_options(self, call)
-        return call, checks.check_residual(self.name, residual, shape)
+        return call, None if residual is None else checks.check_residual(self.name, residual, call.out_shape())
 
     def _check_offsets(self, call: Any) -> None:
         device, rows, first = getattr(call, self.lead).device, None, ""
@@ -111,18 +116,28 @@ class PublicOp:
             rows, first = found, name
 
     def _sizes(self, call: Any, tensors: Sequence[Any]) -> dict[str, int] | None:
-        """Sizes of the axes of a call whose floating tensors are plain and right; None for any other.
+        """Sizes of the axes of a call whose offsets and floating tensors are plain and right; None for any other.
 
         Most calls pass here, in a third of the time of the checks that can say what is wrong.
         """
-        lead, offsets = call[self._lead_place], call[self._rows_place]
-        if not _is_plain(lead) or lead.dtype not in checks.FLOAT_DTYPES or not _is_plain(offsets):
+        lead = call[self._lead_place]
+        if not _is_plain(lead) or lead.dtype not in checks.FLOAT_DTYPES:
             return None
-        dtype, device = lead.dtype, lead.device
+        dtype, device, rows = lead.dtype, lead.device, -1
         for x in tensors:
             if x is not None and not (_is_plain(x) and x.dtype is dtype and x.device == device):
                 return None
-        sizes = {"B": offsets.shape[0] - 1} if offsets.dim() == 1 else {}
+        for place, optional in self._offsets_places:
+            x = call[place]
+            if x is None and optional:
+                continue
+            if not (_is_plain(x) and x.dtype in checks.INDEX_DTYPES and x.dim() == 1 and x.device == device):
+                return None
+            found = x.shape[0] - 1
+            if found < 0 or (rows >= 0 and found != rows):
+                return None
+            rows = found
+        sizes = {"B": rows}
         for place, name, axes in self._axes[getattr(call, "layout", "")]:
             x = call[place]
             if x is None:
@@ -150,6 +165,28 @@ class PublicOp:
         return axes.sizes
 
     def _with_options(self, call: Any, sizes: Mapping[str, int]) -> Any:
+        """The call with its options checked, as plain numbers; those of plain kinds are checked once for all calls."""
+        if torch.compiler.is_compiling():
+            changed = self._changed_options(call, sizes)
+        else:
+            changed = self._remembered_options(call, sizes)
+        return call._replace(**changed) if changed else call
+
+    def _remembered_options(self, call: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
+        values = self._options_of(call)
+        kinds = tuple(map(type, values))
+        if not _PLAIN_KINDS.issuperset(kinds):
+            return self._changed_options(call, sizes)
+        key = kinds, values, sizes.get(self._scale_axis)
+        changed = self._known_options.get(key)
+        if changed is None:
+            changed = self._changed_options(call, sizes)
+            if len(self._known_options) < _MOST_OPTIONS:
+                self._known_options[key] = changed
+        return changed
+
+    def _changed_options(self, call: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """The options that have another value once they are checked."""
         changed = {}
         for field in self.options:
             value, name, note = getattr(call, field.name), self.named(field.name), field.note
@@ -166,7 +203,7 @@ class PublicOp:
                 checked = checks.check_count(self.name, name, value, note.bound)
             if checked is not value:
                 changed[field.name] = checked
-        return call._replace(**changed) if changed else call
+        return changed
 
     def shard_layouts(self) -> dict[str, str]:
         """Axes of the floating arguments, the leading one first, as the rules for DTensors read them."""
@@ -179,7 +216,7 @@ class PublicOp:
 
 
 def _is_plain(x: Any) -> bool:
-    return type(x) in PLAIN_TENSORS and x.layout is torch.strided and not x.is_nested
+    return type(x) in PLAIN_TENSORS and x.layout is _STRIDED and not x.is_nested
 
 
 def _alternatives(forms: list[str]) -> str:

@@ -31,6 +31,8 @@ class RegisteredOp:
         self.spec = spec
         self.forward_op = self._register("fwd", spec.forward_schema, spec.forward_fake, self.run_forward)
         self.backward_op = self._register("bwd", spec.backward_schema, spec.backward_fake, self.run_backward)
+        self.forward = autograd.Half(self.forward_op, self.run_forward, spec.forward_tensors)
+        self.backward = autograd.Half(self.backward_op, self.run_backward, spec.backward_tensors)
         _flops.register(self._packet("fwd"), self._forward_flops)
         _flops.register(self._packet("bwd"), self._backward_flops)
         autograd.register(self)
@@ -57,33 +59,36 @@ class RegisteredOp:
     def run_forward(self, *args: Any) -> Any:
         """The implementation of `<name>_fwd`."""
         spec = self.spec
-        call, others = spec.forward_call(args)
-        public = public_op(spec, others.pop("op"))
+        count = len(spec.names)
+        call = spec.call._make(args[:count])
+        *others, name, backend = args[count:]
+        public = public_op(spec, name)
         spec.validate(public, call)
-        module = self._kernels(public, call, others.pop("backend"))
+        module = self._kernels(public, call, backend)
         if module is not None:
-            return module.forward(call, *others.values())
+            return module.forward(call, *others)
         with _autocast_off(spec.lead(call)):
-            outputs = self._reference(call, others.get("residual"))
+            outputs = self._reference(call, others[0] if spec.has_residual else None)
         dtype = spec.lead(call).dtype
         if isinstance(outputs, Tensor):
             return outputs.to(dtype)
         out, lse, attn_out = outputs
         # No output of an op may be another one.
         kept = attn_out.clone() if attn_out is out else attn_out
-        return out.to(dtype), lse, kept if others["keep_attn_out"] else attn_out.new_empty(0)
+        return out.to(dtype), lse, kept if others[-1] else attn_out.new_empty(0)
 
     def run_backward(self, *args: Any) -> Any:
         """The implementation of `<name>_bwd`."""
         spec = self.spec
-        call, others = spec.backward_call(args)
-        module = self._kernels(public_op(spec, others.pop("op")), call, others.pop("backend"))
+        grad_out, *saved = args[: 1 + len(spec.saved)]
+        call = spec.call._make(args[1 + len(saved) : -2])
+        module = self._kernels(public_op(spec, args[-2]), call, args[-1])
         if module is not None:
-            return module.backward(call, **others)
+            return module.backward(call, grad_out, **dict(zip(spec.saved, saved, strict=True)))
         given = {name: x for name in spec.gradients if (x := getattr(call, name)) is not None}
         leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
         with _recording_autograd(), _autocast_off(spec.lead(call)):
-            grads = self.reference_gradients(call._replace(**leaves), others["grad_out"], tuple(leaves))
+            grads = self.reference_gradients(call._replace(**leaves), grad_out, tuple(leaves))
         return self.gradient_outputs(call, grads)
 
     def gradient_outputs(self, call: Call, grads: dict[str, Tensor]) -> Any:
@@ -118,7 +123,8 @@ class RegisteredOp:
     def _kernels(self, public: PublicOp, call: Call, backend: str) -> Any:
         lead = self.spec.lead(call)
         name, channels = self.spec.name, self.spec.channels(call)
-        return _backend.kernels(name, public.name, backend, lead.device.type, lead.dtype, channels)
+        device = "cuda" if lead.is_cuda else lead.device.type
+        return _backend.kernels(name, public.name, backend, device, lead.dtype, channels)
 
     # -------------------------------------------------------- the differentiable call
 
@@ -149,7 +155,7 @@ class RegisteredOp:
             return self.forward_op(*args)
         autograd.refuse_tangents(public.name, args)
         if not with_gradients:
-            return autograd.run(self.forward_op, self.run_forward, args)
+            return autograd.run(self.forward, args)
         return autograd.join(self, shows_lse, args, inputs)
 
 

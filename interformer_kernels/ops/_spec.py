@@ -6,7 +6,8 @@ public functions of an op, which may be several, are `_public.py`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -49,7 +50,7 @@ class OpSpec:
     def __init__(
         self,
         name: str,
-        call: type,
+        call: Any,
         out: str | dict[str, str],
         *,
         reference: Callable[..., Any],
@@ -79,32 +80,37 @@ class OpSpec:
         self.forward_names = _names_of(fields + extra + names)
         self.backward_names = _names_of(given + fields + names)
         self._gradient_places = tuple(map(self.names.index, self.gradients))
-        self._input_places = tuple(map(self.forward_names.index, self.differentiable))
+        inputs = [self.forward_names.index(name) for name in self.differentiable]
+        others = [place for place in range(len(self.forward_names)) if place not in inputs]
+        self.without_inputs, self.filled = taken(others), _put_back(others, inputs)
+        tensors = [place for place, field in enumerate(self.fields) if field.type is Tensor]
+        self.forward_tensors = taken(sorted({*tensors, *inputs}))
+        # Saved outputs and fields, as the backward takes them behind `grad_out`.
+        saves = [*range(len(saved)), *(len(saved) + place for place in tensors)]
+        options = [place for place in range(len(saved) + len(self.names)) if place not in saves]
+        self.saved_tensors, self.saved_options = taken(saves), taken(options)
+        self.restored = _put_back(saves, options)
+        self.backward_tensors = taken([0, *(1 + place for place in saves)])
+
+    # The first two take the arguments of `<name>_fwd`, the next two saved outputs and fields; all give tuples.
+    without_inputs: Callable[[Sequence[Any]], tuple[Any, ...]]  # those that are not differentiable
+    forward_tensors: Callable[[Sequence[Any]], tuple[Any, ...]]
+    saved_tensors: Callable[[Sequence[Any]], tuple[Any, ...]]
+    saved_options: Callable[[Sequence[Any]], tuple[Any, ...]]  # those that are no tensors
+    backward_tensors: Callable[[Sequence[Any]], tuple[Any, ...]]  # among the arguments of `<name>_bwd`
+    filled: Callable[[Iterable[Any], Iterable[Any]], tuple[Any, ...]]  # `without_inputs`, and the inputs, put together
+    restored: Callable[[Iterable[Any], Iterable[Any]], tuple[Any, ...]]  # the same for saved tensors and options
 
     def forward_call(self, args: tuple[Any, ...]) -> tuple[Call, dict[str, Any]]:
         """The call among the arguments of `<name>_fwd`, and the others by name."""
         count = len(self.names)
-        return self.call(*args[:count]), dict(zip(self.forward_names[count:], args[count:], strict=True))
+        return self.call._make(args[:count]), dict(zip(self.forward_names[count:], args[count:], strict=True))
 
     def backward_call(self, args: tuple[Any, ...]) -> tuple[Call, dict[str, Any]]:
         """The call among the arguments of `<name>_bwd`, and the others by name."""
         start, stop = 1 + len(self.saved), 1 + len(self.saved) + len(self.names)
         others = zip((*self.backward_names[:start], "op", "backend"), (*args[:start], *args[stop:]), strict=True)
-        return self.call(*args[start:stop]), dict(others)
-
-    def without_inputs(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """The arguments of `<name>_fwd`, None in place of the differentiable ones."""
-        rest = list(args)
-        for place in self._input_places:
-            rest[place] = None
-        return tuple(rest)
-
-    def filled(self, rest: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-        """The arguments of `<name>_fwd` again."""
-        args = list(rest)
-        for place, x in zip(self._input_places, inputs, strict=True):
-            args[place] = x
-        return args
+        return self.call._make(args[start:stop]), dict(others)
 
     def forward_fake(self, *args: Any) -> Any:
         """Uninitialised outputs of `<name>_fwd`."""
@@ -147,6 +153,20 @@ class OpSpec:
     def out_axes(self, layout: str) -> str:
         """Axes of the output of a call of this layout."""
         return _of_layout(self.out, layout)
+
+
+def taken(places: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes what is at these places, in C: a call of an op goes through several."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda values: tuple(values[place] for place in places)
+
+
+def _put_back(first: list[int], second: list[int]) -> Callable[[Iterable[Any], Iterable[Any]], tuple[Any, ...]]:
+    """A function that puts together again what two of `taken` took apart."""
+    places = [*first, *second]
+    take = taken([places.index(place) for place in range(len(places))])
+    return lambda taken, others: take((*taken, *others))
 
 
 def _of_layout(axes: str | dict[str, str], layout: str) -> str:

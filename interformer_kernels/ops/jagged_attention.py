@@ -118,9 +118,10 @@ def jagged_attention(
     left, right = checks.check_window(OP.name, window)
     cos, sin = (None, None) if rope is None else checks.check_rope(OP.name, rope, q.shape[2], q.device)
     positions_q, positions_k = _rope_positions(rope_positions, call, rope is not None)
-    call = call._replace(
-        cos=cos, sin=sin, positions_q=positions_q, positions_k=positions_k, window_left=left, window_right=right
-    )
+    if rope is not None or (left, right) != (-1, -1):
+        call = call._replace(
+            cos=cos, sin=sin, positions_q=positions_q, positions_k=positions_k, window_left=left, window_right=right
+        )
     out: Tensor | tuple[Tensor, Tensor] = registered(OP, call, residual, backend, return_lse)
     return out
 

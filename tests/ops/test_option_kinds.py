@@ -307,3 +307,30 @@ def test_offsets_from_lengths_is_one_graph() -> None:
     same(compiled(X, torch.tensor([3, 0, 2])), pool(X, torch.tensor([3, 0, 2])))
     with pytest.raises(ValueError, match=r"offsets\[3\] must be at least 5"):
         compiled(X, torch.tensor([3, 2, -1]))
+
+
+def test_an_option_is_checked_whatever_was_right_before() -> None:
+    """Options that have passed once are not checked anew, and numbers of several kinds compare equal."""
+    offsets, k = torch.tensor([0, 3, 4]), torch.randn(4, 2, 8)
+    for number in (1, True, 1.0, 1):
+        if type(number) is int:
+            ik.jagged_attention(k, k, k, offsets, num_prefix=number)
+        else:
+            with pytest.raises(TypeError, match="^jagged_attention: num_prefix must be an int"):
+                ik.jagged_attention(k, k, k, offsets, num_prefix=number)  # type: ignore[arg-type]
+    for flag in (True, 1, False, 0):
+        if type(flag) is bool:
+            ik.jagged_attention(k, k, k, offsets, causal=flag)
+        else:
+            with pytest.raises(TypeError, match="^jagged_attention: causal must be a bool"):
+                ik.jagged_attention(k, k, k, offsets, causal=flag)  # type: ignore[arg-type]
+
+
+def test_the_scale_is_that_of_the_heads_at_hand() -> None:
+    """None stands for another number in heads of another size."""
+    offsets = torch.tensor([0, 3, 4])
+    for channels in (8, 16, 8):
+        k = torch.randn(4, 2, channels)
+        assert torch.equal(
+            ik.jagged_attention(k, k, k, offsets), ik.jagged_attention(k, k, k, offsets, scale=channels**-0.5)
+        )
