@@ -7,7 +7,6 @@ uninitialised memory. These are all the methods that Triton 3.6 and 3.9 call on 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 from collections.abc import Iterator
@@ -78,7 +77,7 @@ def install(target: str) -> FakeDriver:
     driver.set_active(fake)
     kernels_for, _ = triton_kernels.TARGETS[target]
     _run.target_of = lambda x: kernels_for
-    _run.on_device_of = lambda x: contextlib.nullcontext()
+    _run.on_device_of = lambda x: None
     _backend._DEVICES["triton"] = "cpu"
     return fake
 

@@ -36,6 +36,7 @@ class Problem:
 
     def __init__(self, call: AttentionCall) -> None:
         self.call = call
+        self.known: _run.Known = {}  # of arguments that launches share
         self.out_shape = call.out_shape()
         kv_offsets = readable(call.kv_offsets)
         q_offsets = kv_offsets if call.q_offsets is None else readable(call.q_offsets)
@@ -128,26 +129,30 @@ class Problem:
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """Rows, tokens, queries of a row, skipped keys, and limits of masks; none larger than the number of tokens."""
-        call, most = self.call, max(self.tokens, self.k.shape[0])
-        limits = call.skip_prefix, call.window_left, call.window_right, call.num_prefix
-        skip, left, right, prefix = (min(limit, most) for limit in limits)
-        return self.rows, self.tokens, self.k.shape[0], self.queries, min(skip, self.k.shape[0]), left, right, prefix
+        call, tokens, k_tokens = self.call, self.tokens, self.k.shape[0]
+        most = max(tokens, k_tokens)
+        left, right = min(call.window_left, most), min(call.window_right, most)
+        skip, prefix = min(call.skip_prefix, k_tokens), min(call.num_prefix, most)
+        return self.rows, tokens, k_tokens, self.queries, skip, left, right, prefix
 
     def split_sizes(self) -> tuple[int, ...]:
         """Sizes for the kernels that combine partials."""
         rows, _, k_tokens, queries, skip, *_ = self.sizes
         return rows, k_tokens, queries, skip
 
+    @functools.cached_property
+    def queries_operand(self) -> QueryOperand:
+        """The queries."""
+        return self.query_operand(self.q)
+
     def query_operand(self, x: Tensor) -> QueryOperand:
         """A tensor of the queries' or the output's layout."""
-        return QueryOperand(x, *self._strides(x))
+        *row, token, head, _ = x.stride()
+        return QueryOperand(x, row[0] if row else 0, token, head)
 
     def gate_operand(self, gate: Tensor) -> GateOperand:
         """A gate that was expanded to the output's shape."""
-        return GateOperand(gate, *self._strides(gate), gate.stride(-1))
-
-    def _strides(self, x: Tensor) -> tuple[int, int, int]:
-        return (0, x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0), x.stride(1), x.stride(2))
+        return GateOperand(*self.query_operand(gate), gate.stride(-1))
 
     def gate_options(self) -> GateOptions:
         return GateOptions(self.call.gate_form, self.call.gate_activation)

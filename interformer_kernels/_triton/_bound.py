@@ -35,20 +35,26 @@ class _Bound(NamedTuple):
 
 _bound: dict[tuple[Any, ...], _Bound] = {}
 
+# Parts of keys, of tuples among the arguments, by id: with the tuple, so that its id remains its own. They serve the
+# launches of one call, which share arguments.
+Known = dict[int, tuple[tuple[Any, ...], tuple[Any, ...]]]
 
-def launch(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: dict[str, Any], **options: int) -> None:
-    """Launch `grid` programs of a kernel on the current device, compiled with these options."""
+
+def launch(
+    kernel: Any, grid: int, arguments: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int, known: Known
+) -> None:
+    """Launch `grid` programs of a kernel on the current device, compiled for so many warps and pipeline stages."""
     if not _SERVES or _is_watched(kernel):
-        kernel[(grid,)](*arguments, **constants, **options)
+        kernel[(grid,)](*arguments, **constants, num_warps=warps, num_stages=stages)
         return
     active = driver.active
     device = active.get_current_device()
-    parts = [active, device, id(kernel), *options.values(), *constants, *constants.values()]
-    _add_arguments(parts.append, arguments)
+    parts = [active, device, id(kernel), warps, stages, *constants, *constants.values()]
+    _add_arguments(parts.append, arguments, known)
     key = tuple(parts)
     bound = _bound.get(key)
     if bound is None:
-        compiled = kernel[(grid,)](*arguments, **constants, **options)
+        compiled = kernel[(grid,)](*arguments, **constants, num_warps=warps, num_stages=stages)
         if _can_repeat(kernel, compiled, arguments, constants):
             rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
             _bound[key] = _Bound(kernel, compiled.run, compiled.function, compiled.packed_metadata, rest)
@@ -71,11 +77,18 @@ def _is_watched(kernel: Any) -> bool:
     )
 
 
-def _add_arguments(add: Callable[[Any], None], arguments: tuple[Any, ...]) -> None:
+def _add_arguments(add: Callable[[Any], None], arguments: tuple[Any, ...], known: Known) -> None:
     """Add to a key all that Triton specialises arguments by: of a flat integer only the width that it needs."""
     for x in arguments:
         if type(x) is int:
             add(int if -_INT32 <= x < _INT32 else x)
+        elif isinstance(x, tuple):
+            found = known.get(id(x))
+            if found is None:
+                parts: list[Any] = [type(x)]
+                _add_members(parts.append, x)
+                known[id(x)] = found = x, tuple(parts)
+            add(found[1])
         else:
             _add_members(add, (x,))
 
@@ -90,14 +103,14 @@ def _add_members(add: Callable[[Any], None], members: tuple[Any, ...]) -> None:
         kind = type(x)
         if kind is int:
             add(x if x <= 1 or x >= _INT32 else 2 + x % 16)
-        elif isinstance(x, Tensor):
-            add(x.dtype)
-            add(x.data_ptr() % 16)
         elif x is None or kind is float:
             add(kind)
         elif isinstance(x, tuple):
             add(kind)
             _add_members(add, x)
+        elif isinstance(x, Tensor):
+            add(x.dtype)
+            add(x.data_ptr() % 16)
         else:
             add(kind)
             add(x)

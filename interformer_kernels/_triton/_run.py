@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from interformer_kernels._launch.tensors import allows_tf32
-from interformer_kernels._triton._bound import launch
+from interformer_kernels._triton._bound import Known, launch
 from interformer_kernels._triton._maps import INTERPRETED
 from interformer_kernels._triton._tiles import Target, Tiles
 
@@ -26,7 +26,6 @@ class Launch(NamedTuple):
     tiles: Tiles
 
 
-_HERE = contextlib.nullcontext()
 _recorded: list[Launch] | None = None
 _target: Target | None = None
 
@@ -65,15 +64,20 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allows_tf32(dtype) and not torch.version.hip else "ieee"
 
 
-def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A context in which kernels are launched on the device that holds `x`."""
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any] | None:
+    """A context in which kernels are launched on the device that holds `x`; None where they are anyway."""
     if not x.is_cuda:
         raise RuntimeError("TRITON_INTERPRET=1 must be set before triton is imported to serve CPU tensors")
-    return _HERE if x.get_device() == torch.cuda.current_device() else torch.cuda.device(x.device)
+    return None if x.get_device() == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
-def start(kernel: Any, grid: int, *arguments: Any, lead: Tensor, tiles: Tiles, **constants: Any) -> None:
-    """Launch `grid` programs of a kernel on the device of `lead`; none where there is no work."""
+def start(
+    kernel: Any, grid: int, *arguments: Any, lead: Tensor, tiles: Tiles, known: Known | None = None, **constants: Any
+) -> None:
+    """Launch `grid` programs of a kernel on the device of `lead`; none where there is no work.
+
+    Launches that share tuples of arguments find the compiled kernel sooner by what is `known` of them.
+    """
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants, tiles))
         return
@@ -82,5 +86,10 @@ def start(kernel: Any, grid: int, *arguments: Any, lead: Tensor, tiles: Tiles, *
     if INTERPRETED:
         kernel[(grid,)](*arguments, **constants)
         return
-    with on_device_of(lead):
-        launch(kernel, grid, arguments, constants, num_warps=tiles.warps, num_stages=tiles.stages)
+    known = {} if known is None else known
+    context = on_device_of(lead)
+    if context is None:
+        launch(kernel, grid, arguments, constants, tiles.warps, tiles.stages, known)
+        return
+    with context:
+        launch(kernel, grid, arguments, constants, tiles.warps, tiles.stages, known)

@@ -59,9 +59,9 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
     options, gate_options = problem.variant_options, problem.gate_options()
     _run.start(
         attention_forward, problem.query_grid(chosen.queries, problem.rows, split_kv),
-        problem.query_operand(problem.q), problem.kv, problem.offsets, epilogue, outputs, partials, *problem.sizes,
+        problem.queries_operand, problem.kv, problem.offsets, epilogue, outputs, partials, *problem.sizes,
         problem.variant_inputs, SHAPE=problem.shape(chosen), VARIANT=options, GATE=gate_options, SPLIT_KV=split_kv,
-        lead=k, tiles=chosen,
+        lead=k, tiles=chosen, known=problem.known,
     )  # fmt: skip
     _start_short(problem, attention_forward_short, epilogue, outputs, GATE=gate_options)
     if split_kv:
@@ -71,7 +71,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
             partials, epilogue, outputs, problem.offsets.kv, *problem.split_sizes(),
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, VARIANT=options, GATE=gate_options,
             SPLIT_KV=split_kv, BLOCK_Q=block, BLOCK_DV=padded(shape[-1]),
-            lead=k, tiles=Tiles(block, padded(shape[-1]), 4, 1),
+            lead=k, tiles=Tiles(block, padded(shape[-1]), 4, 1), known=problem.known,
         )  # fmt: skip
     return out, lse, attn_out
 
@@ -84,10 +84,10 @@ def _start_short(problem: Problem, kernel: Any, *operands: Any, **constants: Any
     rows, q_tokens, k_tokens, _, _, left, right, prefix = problem.sizes
     _run.start(
         kernel, -(-rows // (chosen.queries // chosen.keys)) * problem.kv_heads,
-        problem.query_operand(problem.q), problem.kv, problem.offsets, *operands,
+        problem.queries_operand, problem.kv, problem.offsets, *operands,
         rows, q_tokens, k_tokens, left, right, prefix, problem.variant_inputs,
         SHAPE=problem.short_shape(chosen), VARIANT=problem.variant_options, **constants,
-        lead=problem.k, tiles=chosen,
+        lead=problem.k, tiles=chosen, known=problem.known,
     )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def backward(
         # Before the products with values, which then overflow less; inside the kernels it would cost registers.
         grad_attn_out = grad_attn_out * call.post_scale
     grad = problem.query_operand(grad_attn_out)
-    side = QuerySide(problem.query_operand(problem.q), grad, lse, delta)
+    side = QuerySide(problem.queries_operand, grad, lse, delta)
     grad_q = _grad_queries(problem, side, recompute_stats)
     grad_k, grad_v = _grad_keys(problem, side)
     _start_short(problem, attention_backward_short, grad, grad_q, grad_k, grad_v)
@@ -137,7 +137,7 @@ def _through_epilogue(
             problem.rows, problem.tokens, problem.queries,
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, GATE=problem.gate_options(),
             SUM_TOKENS=over_tokens, SUM_CHANNELS=over_channels, BLOCK_T=block, BLOCK_DV=wide,
-            lead=grad_out, tiles=Tiles(block, wide, 8, 1),
+            lead=grad_out, tiles=Tiles(block, wide, 8, 1), known=problem.known,
         )  # fmt: skip
     if call.gate is not None:
         grad_gate = gate_gradient(call.gate, grad_gate, shape)
@@ -156,7 +156,7 @@ def _start_queries(problem: Problem, side: QuerySide, out: Tensor, kind: GradPas
         attention_grad_queries, problem.query_grid(chosen.queries, count * key_shards, split_kv),
         side, problem.kv, problem.offsets, out, partials, *problem.sizes, rows_of_group, key_shards,
         problem.variant_inputs, SHAPE=problem.shape(chosen), VARIANT=problem.variant_options, PASS=kind,
-        SPLIT_KV=split_kv, lead=k, tiles=chosen,
+        SPLIT_KV=split_kv, lead=k, tiles=chosen, known=problem.known,
     )  # fmt: skip
     if split_kv:
         wide = padded(out.shape[-1])
@@ -165,7 +165,7 @@ def _start_queries(problem: Problem, side: QuerySide, out: Tensor, kind: GradPas
             add_partials, (k.shape[0] // split_kv + 1) * -(-problem.queries * problem.heads // block),
             partials, out, problem.offsets.kv, *problem.split_sizes(),
             HEADS=problem.heads, C=out.shape[-1], SPLIT_KV=split_kv, BLOCK_Q=block, BLOCK_C=wide,
-            lead=k, tiles=Tiles(block, wide, 8, 1),
+            lead=k, tiles=Tiles(block, wide, 8, 1), known=problem.known,
         )  # fmt: skip
 
 
@@ -197,6 +197,6 @@ def _grad_keys(problem: Problem, side: QuerySide) -> tuple[Tensor, Tensor]:
             attention_grad_keys, slots(k.shape[0], problem.rows, problem.pack, chosen.keys) * problem.packs,
             side, problem.kv, problem.offsets, grad_k, grad_v, *problem.sizes, problem.variant_inputs,
             SHAPE=problem.shape(chosen), VARIANT=problem.variant_options, FP32_SOFTMAX=problem.fp32_softmax,
-            lead=k, tiles=chosen,
+            lead=k, tiles=chosen, known=problem.known,
         )  # fmt: skip
     return grad_k, grad_v

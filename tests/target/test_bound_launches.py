@@ -118,7 +118,7 @@ def nothing_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def launch(given: tuple[Any, ...], constants: dict[str, Any]) -> None:
     """Launch seven programs by the package's way."""
-    _bound.launch(_scaled, 7, given, constants, **OPTIONS)
+    _bound.launch(_scaled, 7, given, constants, *OPTIONS.values(), {})
 
 
 def launch_by_triton(given: tuple[Any, ...], constants: dict[str, Any]) -> None:
@@ -159,7 +159,7 @@ def test_triton_is_passed_from_the_second_launch_on(monkeypatch: pytest.MonkeyPa
 def test_sizes_that_are_specialised_go_tritons_way() -> None:
     """The key has the width of flat integers alone: a kernel that is compiled for more is not kept."""
     for tokens in (1, 16, 17):
-        _bound.launch(_of_a_specialised_size, 1, (of(torch.int64), tokens), {}, **OPTIONS)
+        _bound.launch(_of_a_specialised_size, 1, (of(torch.int64), tokens), {}, *OPTIONS.values(), {})
         found = latest()
         _of_a_specialised_size[(1,)](of(torch.int64), tokens, **OPTIONS)
         assert found[0] == latest()[0]
