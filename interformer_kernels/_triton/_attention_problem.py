@@ -23,6 +23,7 @@ from interformer_kernels._triton._arguments import (
     ShortShape,
 )
 from interformer_kernels._triton._attention_variant import VariantInputs, VariantOptions
+from interformer_kernels._triton._bound import Known
 from interformer_kernels._triton._rows import slots
 from interformer_kernels._triton._tiles import Tiles, entries, padded, tiles, variant
 from interformer_kernels._triton.apply_rotary import rotated
@@ -36,7 +37,7 @@ class Problem:
 
     def __init__(self, call: AttentionCall) -> None:
         self.call = call
-        self.known: _run.Known = {}  # of arguments that launches share
+        self.known: Known = {}  # of arguments that launches share
         self.out_shape = call.out_shape()
         kv_offsets = readable(call.kv_offsets)
         q_offsets = kv_offsets if call.q_offsets is None else readable(call.q_offsets)
