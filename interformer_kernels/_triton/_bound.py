@@ -21,6 +21,7 @@ from triton.runtime import driver
 # AMD's kernels are also specialised by the size of a tensor's memory.
 _SERVES = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9) and not torch.version.hip
 _INT32 = 2**31
+_MOST = 4096  # kernels that are kept
 
 
 class _Bound(NamedTuple):
@@ -56,6 +57,8 @@ def launch(
     if bound is None:
         compiled = kernel[(grid,)](*arguments, **constants, num_warps=warps, num_stages=stages)
         if _can_repeat(kernel, compiled, arguments, constants):
+            if len(_bound) >= _MOST:  # of layouts whose strides follow from the number of tokens, say
+                _bound.clear()
             rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
             _bound[key] = _Bound(kernel, compiled.run, compiled.function, compiled.packed_metadata, rest)
         return
@@ -80,44 +83,60 @@ def _is_watched(kernel: Any) -> bool:
 def _add_arguments(add: Callable[[Any], None], arguments: tuple[Any, ...], known: Known) -> None:
     """Add to a key all that Triton specialises arguments by: of a flat integer only the width that it needs."""
     for x in arguments:
-        if type(x) is int:
+        kind = type(x)
+        if kind is int:
             add(int if -_INT32 <= x < _INT32 else x)
         elif isinstance(x, tuple):
             found = known.get(id(x))
             if found is None:
-                parts: list[Any] = [type(x)]
-                _add_members(parts.append, x)
-                known[id(x)] = found = x, tuple(parts)
+                known[id(x)] = found = x, _of_tuple(x)
             add(found[1])
         else:
-            _add_members(add, (x,))
+            _add_other(add, x, kind)
 
 
-def _add_members(add: Callable[[Any], None], members: tuple[Any, ...]) -> None:
-    """The same for members of tuples, with their nesting.
-
-    Tensors: the dtype, and whether the first number lies at a multiple of 16 bytes. Integers: the width, whether they
-    are 1, and whether they are a multiple of 16; the key has more, but few values for strides of any size.
-    """
+def _of_tuple(members: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The part of a key for a tuple; Triton tells integers in it apart by less than their values."""
+    if len(members) > 1 and type(members[1]) is int and type(x := members[0]) is Tensor:
+        # A tensor with its strides. `_can_repeat` sees to it that there is no other tensor.
+        return type(members), x.dtype, x.data_ptr() % 16, members[1:]
+    parts: list[Any] = [type(members)]
+    add = parts.append
     for x in members:
         kind = type(x)
-        if kind is int:
-            add(x if x <= 1 or x >= _INT32 else 2 + x % 16)
-        elif x is None or kind is float:
-            add(kind)
-        elif isinstance(x, tuple):
-            add(kind)
-            _add_members(add, x)
-        elif isinstance(x, Tensor):
-            add(x.dtype)
-            add(x.data_ptr() % 16)
+        if isinstance(x, tuple):
+            add(_of_tuple(x))
         else:
-            add(kind)
-            add(x)
+            _add_other(add, x, kind)
+    return tuple(parts)
+
+
+def _add_other(add: Callable[[Any], None], x: Any, kind: type) -> None:
+    """Of a tensor, the dtype, and whether the first number lies at a multiple of 16 bytes."""
+    if kind is Tensor or isinstance(x, Tensor):
+        add(x.dtype)
+        add(x.data_ptr() % 16)
+    elif x is None or kind is float:
+        add(kind)
+    else:
+        add(kind)
+        add(x)
 
 
 def _can_repeat(kernel: Any, compiled: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> bool:
     """Whether the key holds all that this kernel was compiled for, and `launch` can put its arguments in order."""
     flat = [param.do_not_specialize for x, param in zip(arguments, kernel.params, strict=False) if type(x) is int]
     in_order = kernel.arg_names[len(arguments) :]
-    return isinstance(compiled, CompiledKernel) and all(flat) and sorted(in_order) == sorted(constants)
+    return (
+        isinstance(compiled, CompiledKernel)
+        and all(flat)
+        and all(_strides_are_numbers(x) for x in arguments if isinstance(x, tuple))
+        and sorted(in_order) == sorted(constants)
+    )
+
+
+def _strides_are_numbers(members: tuple[Any, ...]) -> bool:
+    """Whether no tuple has a tensor where the key takes strides by their values."""
+    if len(members) > 1 and type(members[1]) is int and type(members[0]) is Tensor:
+        return all(type(x) is int for x in members[1:])
+    return all(_strides_are_numbers(x) for x in members if isinstance(x, tuple))

@@ -97,6 +97,8 @@ def sizes() -> Iterator[tuple[Any, ...]]:
 def kinds() -> Iterator[tuple[Any, ...]]:
     """None and numbers of several kinds in one place."""
     others = (
+        Operand(of(torch.float32), 1, of(torch.float32)),
+        Operand(of(torch.float32), 1, of(torch.bfloat16, 1)),
         None,
         Operand(of(torch.float32), 1, 2),
         Operand(of(torch.float32), 1, 1),
