@@ -84,16 +84,20 @@ def test_launches_compile_and_do_not_spill(case: Case, dtype: torch.dtype, cache
     fits(cache)
 
 
-def test_a_second_call_compiles_nothing(cache: Path) -> None:
-    """Other lengths and numbers of rows are served by the same kernels: only options, heads and channels count."""
-    kernels = {}
-    for lengths in ((5, 20), (1,), (9, 0, 300, 16)):
-        case = Case("pma_pooling", "", lengths=lengths, heads=3, kv_heads=3, head_size=24, value_size=24, tail=0)
+@pytest.mark.parametrize("batches", [((5, 20), (1,), (9, 0, 60, 16)), ((9, 0, 300, 16), (200,), (5, 1000))])
+def test_a_second_call_compiles_nothing(batches: tuple[tuple[int, ...], ...], cache: Path) -> None:
+    """Other lengths and numbers of rows are served by the same kernels, with and without splits of long rows: only
+    options, heads and channels count."""
+    kernels, channels = {}, 24 if sum(batches[0]) < 128 else 40
+    for lengths in batches:
+        case = Case(
+            "pma_pooling", "", lengths=lengths, heads=3, kv_heads=3, head_size=channels, value_size=channels, tail=0
+        )
         launched = run(case.op, testing.make_inputs(case, torch.bfloat16))
         assert launched
         kernels[lengths] = fits(cache)
     assert len(set(kernels.values())) == 1, kernels
-    assert kernels[(1,)] > 0
+    assert kernels[batches[0]] > 0
 
 
 def test_views_that_are_not_aligned_are_compiled_anew(cache: Path) -> None:
