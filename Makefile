@@ -56,7 +56,7 @@ SLOW_EXAMPLES ?= 300
 FUZZ = $(BIN)/python -m pytest --timeout 0 --hypothesis-profile fuzz --hypothesis-show-statistics
 
 .PHONY: help demo test triton-test cuda-test target-env target-test target-native-test target-resources resources \
-        triton-resources gpu-report gpu-kit gpu-rehearsal fuzz nightly sanitize lint wheel-test wide-test bench \
+        triton-resources predictions gpu-report gpu-kit gpu-rehearsal fuzz nightly sanitize lint wheel-test wide-test bench \
         bench-model bench-compare torch-matrix docs clean
 
 help:
@@ -68,6 +68,7 @@ help:
 	@echo "make target-native-test the Python side of the GPU backends on the CUDA build of torch 2.11, on stubs of CUDA"
 	@echo "make target-resources   make resources for sm_90 on Triton 3.6"
 	@echo "make resources          registers, spills and shared memory of every GPU kernel on every device, without one"
+	@echo "make predictions        what those kernels would take on an H200 at the planned shapes: predicted, unmeasured"
 	@echo "make gpu-report         on a machine with a GPU: is it right, how fast is it, in minutes; bench/results/<gpu>.md"
 	@echo "make gpu-kit            what the report would spend minutes on there, made here to take along: build/gpu-kit"
 	@echo "make gpu-rehearsal      the report here, without a GPU, with steps that crash, hang and print garbage"
@@ -145,6 +146,10 @@ resources: $(READY) triton-resources
 
 triton-resources: $(READY)
 	TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH=tools $(BIN)/python -m resources.triton_kernels --every $(NTH) $(ARGS)
+
+# Part of the shapes: ARGS='--shape L104 --launches'. Triton's cache keeps what was compiled.
+predictions: $(READY)
+	TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH=tools $(BIN)/python -m resources.predict $(ARGS)
 
 # With the Python that is there, and nothing installed: machines with GPUs come with their torch and Triton.
 gpu-report:

@@ -44,7 +44,7 @@ def code() -> list[Instruction]:
 
 def test_instructions_have_names_operands_and_stalls(code: list[Instruction]) -> None:
     assert [instruction.address for instruction in code] == list(range(0, 0xA0, 0x10))
-    assert code[3] == Instruction(0x30, "MUFU.EX2", "R6, R6", 1)
+    assert code[3] == Instruction(0x30, "MUFU.EX2", "R6, R6", 1, "@!P0")
     assert [instruction.stall for instruction in code[:3]] == [8, 2, 2]
 
 

@@ -44,12 +44,15 @@ CLASSES = {
 
 
 class Instruction(NamedTuple):
-    """One instruction: address, name with its modifiers, operands, and cycles until the next of its warp may issue."""
+    """One instruction: address, name with its modifiers, operands, cycles until the next of its warp may issue, and
+    the predicate that it depends on, `@!P0`.
+    """
 
     address: int
     name: str
     operands: str
     stall: int
+    guard: str = ""
 
     @property
     def kind(self) -> str:
@@ -99,7 +102,7 @@ def dump(path: Path) -> Iterator[tuple[str, list[Instruction]]]:
         yield name.strip(), list(_instructions(code))
 
 
-_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/")
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/")
 _UPPER_HALF = re.compile(r"^\s*/\* (0x[0-9a-f]{16}) \*/")
 
 
@@ -109,7 +112,7 @@ def _instructions(code: str) -> Iterator[Instruction]:
         if instruction := _LINE.search(line):
             upper = _UPPER_HALF.match(following)
             stall = int(upper[1], 16) >> 41 & 15 if upper else 0
-            yield Instruction(int(instruction[1], 16), instruction[2], instruction[3], stall)
+            yield Instruction(int(instruction[1], 16), instruction[3], instruction[4], stall, instruction[2] or "")
 
 
 def loops(code: Sequence[Instruction]) -> list[Loop]:
