@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import random
 import re
 import struct
@@ -148,7 +149,8 @@ def walked(launch: Launch, kernel: Compiled, sample: int) -> list[Walked]:
 def _alone(way: Walked) -> float:
     """Cycles of a program that is alone: its stalls, and loads that wait for one another."""
     near = min(way.index_loads, _NEAR_LOADS)
-    return way.stalls + _LATENCY_NEAR * near + _LATENCY_FAR * (way.index_loads - near) + _LATENCY_DATA
+    data = _LATENCY_DATA if _is_live(way) else 0
+    return way.stalls + _LATENCY_NEAR * near + _LATENCY_FAR * (way.index_loads - near) + data
 
 
 def _is_live(walk: Walked) -> bool:
@@ -165,8 +167,8 @@ def bounds_of(launch: Launch, sample: int = SAMPLE) -> Bounds:
     special = sum(times for way in ways for name, times in way.names.items() if name.startswith("MUFU")) * share * warps
     tensor = sum(products_of(way.names)[1] for way in ways) * share * warps
     live = [way for way in ways if _is_live(way)]
-    waves = -(-len(live) * share // (PROCESSORS * resident))
-    longest = sum(map(_alone, live)) / max(1, len(live))
+    waves = math.ceil(launch.grid / (PROCESSORS * resident))
+    alone = sum(map(_alone, ways)) / len(ways)
     requested = sum(way.bytes for way in ways) * share * warps * LANES
     sizes = {(x.data_ptr(), x.numel() * x.element_size()) for x in tensors(launch.arguments)}
     moved = min(requested, sum(size for _, size in sizes))
@@ -178,5 +180,5 @@ def bounds_of(launch: Launch, sample: int = SAMPLE) -> Bounds:
         1e6 * special * LANES / (SPECIAL * per_second),
         1e6 * tensor,
         1e6 * moved / COPY,
-        1e6 * waves * longest / CLOCK,
+        1e6 * waves * alone / CLOCK,
     )  # fmt: skip
