@@ -57,9 +57,14 @@ def compiled(launch: Launch) -> Compiled:
     return Compiled(code, registers, kernel.metadata.shared)
 
 
+def head_of_constants(threads: int, grid: int) -> bytearray:
+    """The constant bank before the arguments: the sizes of a block and of the grid."""
+    return bytearray(struct.pack("<6I", threads, 1, 1, grid, 1, 1).ljust(_ARGUMENTS, b"\0"))
+
+
 def constants_of(launch: Launch) -> bytes:
     """The constant bank of a launch: its arguments as they are specialised, one behind another."""
-    source, bank = source_of(launch), bytearray(_ARGUMENTS)
+    source, bank = source_of(launch), head_of_constants(launch.tiles.warps * LANES, launch.grid)
 
     def add(kind: Any, value: Any) -> None:
         if isinstance(kind, tuple):
