@@ -143,6 +143,7 @@ target-resources: $(TARGET_READY)
 
 resources: $(READY) triton-resources
 	PYTHONPATH=tools $(BIN)/python -m resources.cuda_kernels
+	PYTHONPATH=tools $(BIN)/python -m resources.cuda_loops
 
 triton-resources: $(READY)
 	TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH=tools $(BIN)/python -m resources.triton_kernels --every $(NTH) $(ARGS)

@@ -102,6 +102,11 @@ def dump(path: Path) -> Iterator[tuple[str, list[Instruction]]]:
         yield name.strip(), list(_instructions(code))
 
 
+def instructions_of(text: str) -> list[Instruction]:
+    """The instructions of a kernel that was dumped by itself."""
+    return list(_instructions(text))
+
+
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/")
 _UPPER_HALF = re.compile(r"^\s*/\* (0x[0-9a-f]{16}) \*/")
 
