@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
 
 from resources import bounds, rivals
-from resources.effects import lut3, permute, signed
 from resources.machine_code import Instruction
+from resources.operands import lut3, permute, signed
 from resources.predict import _DEVICE
 from resources.walk import Kernel, Machine, Walked
 

@@ -8,6 +8,7 @@ import random
 import re
 import struct
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,21 +166,26 @@ def _is_live(walk: Walked) -> bool:
 def bounds_of(launch: Launch, sample: int = SAMPLE) -> Bounds:
     """Bounds of one launch on the whole device."""
     kernel = compiled(launch)
-    ways = walked(launch, kernel, sample)
-    warps, share = launch.tiles.warps, launch.grid / len(ways)
-    resident = resident_programs(kernel.registers, kernel.shared, warps)
+    resident = resident_programs(kernel.registers, kernel.shared, launch.tiles.warps)
+    sizes = {(x.data_ptr(), x.numel() * x.element_size()) for x in tensors(launch.arguments)}
+    return bounds_from(
+        launch.kernel.fn.__name__, launch.grid, walked(launch, kernel, sample), launch.tiles.warps, resident,
+        sum(size for _, size in sizes),
+    )  # fmt: skip
+
+
+def bounds_from(name: str, grid: int, ways: Sequence[Walked], warps: int, resident: int, size: int) -> Bounds:
+    """Bounds of `grid` programs, of which these are some, whose tensors have `size` bytes."""
+    share = grid / len(ways)
     instructions = sum(sum(way.names.values()) for way in ways) * share * warps
     special = sum(times for way in ways for name, times in way.names.items() if name.startswith("MUFU")) * share * warps
     tensor = sum(products_of(way.names)[1] for way in ways) * share * warps
-    live = [way for way in ways if _is_live(way)]
-    waves = math.ceil(launch.grid / (PROCESSORS * resident))
+    waves = math.ceil(grid / (PROCESSORS * resident))
     alone = sum(map(_alone, ways)) / len(ways)
-    requested = sum(way.bytes for way in ways) * share * warps * LANES
-    sizes = {(x.data_ptr(), x.numel() * x.element_size()) for x in tensors(launch.arguments)}
-    moved = min(requested, sum(size for _, size in sizes))
+    moved = min(sum(way.bytes for way in ways) * share * warps * LANES, size)
     per_second = PROCESSORS * CLOCK
     return Bounds(
-        launch.kernel.fn.__name__, launch.grid, round(len(live) * share), resident,
+        name, grid, round(sum(map(_is_live, ways)) * share), resident,
         sum(sum(way.names.values()) for way in ways) / len(ways),
         1e6 * instructions / (ISSUE * per_second),
         1e6 * special * LANES / (SPECIAL * per_second),

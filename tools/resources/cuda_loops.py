@@ -1,8 +1,8 @@
 """Loops of the CUDA attention kernels in their machine code for sm_90a, and which of them have grown.
 
-`PYTHONPATH=tools python -m resources.cuda_loops`, part of `make resources`; `--record` writes `cuda_loops.json`. A
-tile's loop is the smallest one with most of a kernel's tensor instructions. Inside it, loops of products over channels run
-once for each 16 of them; all else counts once, also what a call may not need (copies by 4 bytes, say).
+`PYTHONPATH=tools python -m resources.cuda_loops`, part of `make resources`; `--record` writes `cuda_loops.json`.
+A tile's loop is the smallest one with most of a kernel's tensor instructions. Inside it, loops of products over
+channels run once for each 16 of them; all else counts once, also what a call may not need (copies by 4 bytes, say).
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Recorded(NamedTuple):
     others: list[str]
 
 
-def _call(shape: Shape, dtype: torch.dtype) -> Any:
+def call_of(shape: Shape, dtype: torch.dtype) -> Any:
     tokens, rows = sum(shape.lengths), len(shape.lengths)
     offsets = torch.zeros(rows + 1, dtype=torch.int64)
     offsets[1:] = torch.tensor(shape.lengths).cumsum(0)
@@ -98,7 +98,7 @@ def _call(shape: Shape, dtype: torch.dtype) -> Any:
 
 def record(shape: Shape, training: bool, dtype: torch.dtype = torch.bfloat16) -> Recorded:
     """The launches of a forward, or of the backward that follows it in training."""
-    call = _call(shape, dtype)
+    call = call_of(shape, dtype)
     elsewhere = _Elsewhere()
     with _run.recording(TARGETS["sm_90"][0]) as launches:
         if shape.op == "ffn":

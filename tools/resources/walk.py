@@ -15,8 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from resources import effects
-from resources.effects import MASK
+from resources import effects, operands
 from resources.machine_code import Instruction
 
 _MOST_BLOCKS = 5_000_000
@@ -36,8 +35,12 @@ class Walked(NamedTuple):
 class Machine:
     """Registers and memory of one thread."""
 
-    def __init__(self, constants: bytes, tensors: Sequence[tuple[int, int]], threads: int, grid: int) -> None:
+    def __init__(
+        self, constants: bytes, tensors: Sequence[tuple[int, int]], threads: int, grid: int, unwritten: int = 0
+    ) -> None:
+        """`tensors`: where integer tensors lie; `unwritten`: words of shared memory that this thread did not write."""
         self.constants, self.tensors, self.threads, self.grid = constants, tensors, threads, grid
+        self.unwritten = unwritten
         self.program = self.thread = 0
         self.reset(0, 0)
 
@@ -68,16 +71,16 @@ class Machine:
 
     def atomic(self, address: int) -> int:
         """A counter of work counts on where the grid ends: no thread gets more."""
-        return MASK >> 1
+        return operands.MASK >> 1
 
     def store_words(self, memory: dict[int, int], address: int, value: int, size: int) -> None:
         for i in range(0, max(size, 4), 4):
-            memory[address + i] = value >> 8 * i & MASK
+            memory[address + i] = value >> 8 * i & operands.MASK
 
     def load_words(self, memory: dict[int, int], address: int, size: int) -> int:
         value = 0
         for i in range(0, max(size, 4), 4):
-            value |= memory.get(address + i & ~3, 0) << 8 * i
+            value |= memory.get(address + i & ~3, self.unwritten) << 8 * i
         return value & (1 << 8 * size) - 1
 
 
@@ -98,7 +101,7 @@ class Kernel:
                    for match in [re.search(r"0x([0-9a-f]+)", one.operands)] if match}  # fmt: skip
         leaders = {code[0].address} | targets | {one.address + 16 for one in code if effects.ends(one)}
         self.blocks: dict[int, _Block] = {}
-        scope: dict[str, Any] = vars(effects).copy()
+        scope: dict[str, Any] = vars(operands).copy()
         starts = [i for i, one in enumerate(code) if one.address in leaders]
         for start, end in zip(starts, [*starts[1:], len(code)], strict=True):
             self.blocks[code[start].address] = self._block(code[start:end], scope)
@@ -107,7 +110,7 @@ class Kernel:
         lines = ["def block(m, R, U, P, Q):"]
         for one in code:
             statements = [effects.jump(one)] if effects.ends(one) else effects.statements(one)
-            guard = f"if {effects.predicate(one.guard.strip('@'))}:" if one.guard else "if True:"
+            guard = f"if {operands.predicate(one.guard.strip('@'))}:" if one.guard else "if True:"
             if statements:
                 lines += [f" {guard}", *(f"  {line}" for line in statements)]
         lines.append(f" return {code[-1].address + 16}")
