@@ -22,13 +22,12 @@ import triton.language as tl
 from interformer_kernels._triton._arguments import KeysAndValues, QuerySide, RowTask, Sizes
 from interformer_kernels._triton._attention_output import partial_index
 from interformer_kernels._triton._attention_tiles import (
-    is_short,
+    key_task,
     keys_of,
     load_keys,
     load_queries,
     of_attempt,
     packed_rows,
-    queries_of,
     query_task,
     rows_with_nan,
     tokens_of_tile,
@@ -43,7 +42,6 @@ from interformer_kernels._triton._attention_variant import (
     scores_to_probs,
 )
 from interformer_kernels._triton._maps import dot, narrow
-from interformer_kernels._triton._rows import find
 
 SIZES = ["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "prefix", "rows_of_group", "key_shards"]
 # From this |lse| on its rounding shows in probabilities of 16 bits.
@@ -179,46 +177,21 @@ def _store_queries(to, p_head, m_q, acc, row_sum, mean, D: tl.constexpr, BLOCK_D
         tl.store(to + 2 * p_head + 1, mean, mask=m_q)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def attention_grad_queries(
-    side, kv, offsets, out, partials,
-    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, rows_of_group, key_shards, variant_inputs,
+@triton.jit
+def _grad_of_query_tile(
+    i_pack, task, tile, i_shard, group, side, kv, offsets, out, partials, sizes, variant, key_shards,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, PASS: tl.constexpr, SPLIT_KV: tl.constexpr,
 ):  # fmt: skip
-    """A backward pass over one tile of queries: dQ, or statistics of the queries, see `GradPass`.
-
-    With SPLIT_KV, a program takes a split of the keys, and `add_partials` adds those of longer rows. Gradients of
-    shared queries are sums over a group of rows; each of `key_shards` programs takes its shard of every row's keys.
-    `i_shard` is the index of either.
-    """
+    """The pass over one tile of queries, from the keys of a row or of a group of rows, or from a shard of them."""
     HEADS: tl.constexpr = SHAPE.pack * SHAPE.q_per_kv
-    sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = make_variant(variant_inputs, left, right, prefix)
-    side = QuerySide(side.q, side.grad, side.lse, side.delta)
-    kv = KeysAndValues(kv.k, kv.v)
-    i_pack = tl.program_id(0) % SHAPE.packs
-    task, tile, i_shard, idle = query_task(tl.program_id(0) // SHAPE.packs, offsets, sizes, SHAPE, SPLIT_KV)
-    if idle:
-        return
-    begin = task.row
-    end = task.row + 1
-    if SHAPE.layout == "shared" and PASS.gradient:
-        i_shard = task.row % key_shards
-        begin = task.row // key_shards * rows_of_group
-        end = tl.minimum(begin + rows_of_group, rows)
-    if PASS.only_large_lse:
-        n, _, head = packed_rows(tile, i_pack, SHAPE)
-        p_lse = side.lse + (task.first + n) * (SHAPE.packs * HEADS) + head
-        if tl.max(_is_large(tl.load(p_lse, mask=n < task.count, other=0.0)).to(tl.int32), 0) == 0:
-            return
     ATTEMPTS: tl.constexpr = SHAPE.pack + 1 if SHAPE.pack > 1 else 1
-    retry = tl.program_id(0) < 0
+    retry = i_pack < 0
     for attempt in range(0, ATTEMPTS):
         if retry | (attempt == 0):
             n, cell, head = packed_rows(tile, i_pack, SHAPE)
             count = of_attempt(task.count, cell, attempt, SHAPE.pack)
             acc, row_sum, mean = _over_rows(
-                side, kv, offsets, i_pack, attempt, n, cell, head, tile, count, task, i_shard, (begin, end), sizes,
+                side, kv, offsets, i_pack, attempt, n, cell, head, tile, count, task, i_shard, group, sizes,
                 variant, key_shards, SHAPE, VARIANT, PASS, SPLIT_KV,
             )  # fmt: skip
             if SHAPE.pack > 1:
@@ -228,10 +201,73 @@ def attention_grad_queries(
             if PASS.only_large_lse:
                 m_q = m_q & _is_large(tl.load(side.lse + p_head, mask=m_q, other=0.0))
             if SPLIT_KV and task.keys > SPLIT_KV:
-                p = (partial_index(task.k_first, i_shard, SPLIT_KV) * queries + n) * (SHAPE.packs * HEADS) + head
+                p = (partial_index(task.k_first, i_shard, SPLIT_KV) * sizes.queries + n) * (SHAPE.packs * HEADS) + head
                 _store_queries(partials, p, m_q, acc, row_sum, mean, SHAPE.d, SHAPE.block_d, PASS)
             else:
                 _store_queries(out, p_head, m_q, acc, row_sum, mean, SHAPE.d, SHAPE.block_d, PASS)
+
+
+@triton.jit
+def _any_large(lse, task, tile, i_pack, SHAPE: tl.constexpr):
+    """Whether a tile of queries has any whose log-sum-exp has lost digits."""
+    HEADS: tl.constexpr = SHAPE.packs * SHAPE.pack * SHAPE.q_per_kv
+    n, _, head = packed_rows(tile, i_pack, SHAPE)
+    b_lse = tl.load(lse + (task.first + n) * HEADS + head, mask=n < task.count, other=0.0)
+    return tl.max(_is_large(b_lse).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def _grad_of_queries(
+    i, side, kv, offsets, tile_list, out, partials, sizes, variant, rows_of_group, key_shards,
+    SHAPE: tl.constexpr, VARIANT: tl.constexpr, PASS: tl.constexpr, SPLIT_KV: tl.constexpr,
+):  # fmt: skip
+    """The pass over the tile of a program, if it has one."""
+    i_pack = i % SHAPE.packs
+    task, tile, i_shard, idle = query_task(i // SHAPE.packs, offsets, tile_list, sizes, SHAPE, SPLIT_KV)
+    begin = task.row
+    end = task.row + 1
+    if SHAPE.layout == "shared" and PASS.gradient:
+        i_shard = task.row % key_shards
+        begin = task.row // key_shards * rows_of_group
+        end = tl.minimum(begin + rows_of_group, sizes.rows)
+    if PASS.only_large_lse and not idle:
+        idle = not _any_large(side.lse, task, tile, i_pack, SHAPE)
+    if not idle:
+        _grad_of_query_tile(
+            i_pack, task, tile, i_shard, (begin, end), side, kv, offsets, out, partials, sizes, variant, key_shards,
+            SHAPE, VARIANT, PASS, SPLIT_KV,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_grad_queries(
+    side, kv, offsets, tile_list, out, partials,
+    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, rows_of_group, key_shards, variant_inputs,
+    SHAPE: tl.constexpr, VARIANT: tl.constexpr, PASS: tl.constexpr, SPLIT_KV: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """A backward pass over one tile of queries, or, if PERSISTENT, over several of the list: dQ, or statistics of the
+    queries, see `GradPass`.
+
+    With SPLIT_KV, a program takes a split of the keys, and `add_partials` adds those of longer rows. Gradients of
+    shared queries are sums over a group of rows; each of `key_shards` programs takes its shard of every row's keys.
+    `i_shard` is the index of either.
+    """
+    sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
+    variant = make_variant(variant_inputs, left, right, prefix)
+    side = QuerySide(side.q, side.grad, side.lse, side.delta)
+    kv = KeysAndValues(kv.k, kv.v)
+    i = tl.program_id(0)
+    if PERSISTENT:
+        for step in range(0, tl.load(tile_list) * SHAPE.packs - i, tl.num_programs(0)):
+            _grad_of_queries(
+                i + step, side, kv, offsets, tile_list, out, partials, sizes, variant, rows_of_group, key_shards,
+                SHAPE, VARIANT, PASS, SPLIT_KV,
+            )  # fmt: skip
+    else:
+        _grad_of_queries(
+            i, side, kv, offsets, tile_list, out, partials, sizes, variant, rows_of_group, key_shards,
+            SHAPE, VARIANT, PASS, SPLIT_KV,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------- the pass over keys
@@ -291,52 +327,38 @@ def _over_queries(
     return acc_k, acc_v
 
 
-@triton.jit(do_not_specialize=SIZES)
-def attention_grad_keys(
-    side, kv, offsets, grad_k, grad_v, rows, q_tokens, k_tokens, queries, skip, left, right, prefix, variant_inputs,
+@triton.jit
+def _grad_of_key_tile(
+    i_pack, task, tile, side, kv, grad_k, grad_v, sizes, variant,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys, from all queries that see them; zero on the tail and on skipped keys."""
+    """dK and dV of one tile of the keys of a row, skipped ones included, from all queries that see them."""
     HEADS: tl.constexpr = SHAPE.pack * SHAPE.q_per_kv
-    sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = make_variant(variant_inputs, left, right, prefix)
-    side = QuerySide(side.q, side.grad, side.lse, side.delta)
-    kv = KeysAndValues(kv.k, kv.v)
-    i_pack = tl.program_id(0) % SHAPE.packs
-    row, k_first, tokens, tile = find(
-        tl.program_id(0) // SHAPE.packs, offsets.kv, rows, k_tokens, SHAPE.pack, SHAPE.block_k
-    )
-    if tile * SHAPE.block_k >= tokens * SHAPE.pack:
-        return
-    LAYOUT: tl.constexpr = SHAPE.layout
-    first, count = queries_of(row, offsets, sizes, LAYOUT)
-    if SHAPE.cell and is_short(offsets.kv, row, rows, k_tokens, k_first, tokens, count, SHAPE.cell):
-        return
     ATTEMPTS: tl.constexpr = SHAPE.pack + 1 if SHAPE.pack > 1 else 1
-    retry = tl.program_id(0) < 0
+    retry = i_pack < 0
     for attempt in range(0, ATTEMPTS):
         if retry | (attempt == 0):
             o_c = tile * SHAPE.block_k + tl.arange(0, SHAPE.block_k)
             # `j` counts behind the skipped keys, which are below 0.
             t = o_c // SHAPE.pack
             o_h = o_c % SHAPE.pack
-            j = t - skip
-            keys = tokens - skip
-            tokens_here = of_attempt(tokens, o_h, attempt, SHAPE.pack)
+            j = t - sizes.skip
+            keys = task.keys - sizes.skip
+            tokens_here = of_attempt(task.keys, o_h, attempt, SHAPE.pack)
             m_t = t < tokens_here  # [BLOCK_K]
-            m_in = (t < tl.where(row < rows, tokens_here, 0)) & (j >= 0)
+            m_in = (t < tl.where(task.row < sizes.rows, tokens_here, 0)) & (j >= 0)
             head = (i_pack * SHAPE.pack + o_h).to(tl.int64)
-            b_k, b_v = _load_key_tile(kv, k_first, t, head, m_in, SHAPE)
+            b_k, b_v = _load_key_tile(kv, task.k_first, t, head, m_in, SHAPE)
             acc_k = tl.full([SHAPE.block_k, SHAPE.block_d], 0.0, tl.float32)
             acc_v = tl.full([SHAPE.block_k, SHAPE.block_dv], 0.0, tl.float32)
-            if row < rows:
-                j_first = tile * SHAPE.block_k // SHAPE.pack - skip
-                j_last = tl.minimum((tile * SHAPE.block_k + SHAPE.block_k - 1) // SHAPE.pack - skip, keys - 1)
-                bounds = query_tiles(j_first, j_last, count, keys, variant, HEADS, SHAPE.block_q, VARIANT)
+            if task.row < sizes.rows:
+                j_first = tile * SHAPE.block_k // SHAPE.pack - sizes.skip
+                j_last = tl.minimum((tile * SHAPE.block_k + SHAPE.block_k - 1) // SHAPE.pack - sizes.skip, keys - 1)
+                bounds = query_tiles(j_first, j_last, task.count, keys, variant, HEADS, SHAPE.block_q, VARIANT)
+                seen = RowTask(task.row, task.first, task.count, task.k_first, keys)
                 acc_k, acc_v = _over_queries(
-                    b_k, b_v, side, i_pack, attempt, j, o_h, bounds, RowTask(row, first, count, k_first, keys), variant,
-                    SHAPE, VARIANT, FP32_SOFTMAX,
-                )  # fmt: skip
+                    b_k, b_v, side, i_pack, attempt, j, o_h, bounds, seen, variant, SHAPE, VARIANT, FP32_SOFTMAX
+                )
             acc_k = acc_k * remaining_scale(keys, variant, VARIANT, kv.k.pointer.dtype.element_ty)
             if SHAPE.v_is_k:
                 acc_k = acc_k + acc_v
@@ -346,10 +368,44 @@ def attention_grad_keys(
                     bad = bad | rows_with_nan(acc_v)
                 retry = retry | (tl.max(bad, 0) > 0)
             # Skipped keys get zeros, even where a zero was multiplied with NaN.
-            p_token = (k_first + t) * (SHAPE.packs * SHAPE.pack) + head
+            p_token = (task.k_first + t) * (SHAPE.packs * SHAPE.pack) + head
             if not SHAPE.v_is_k:
                 _store_keys(grad_v, p_token, m_t, tl.where(m_in[:, None], acc_v, 0.0), SHAPE.dv, SHAPE.block_dv)
             _store_keys(grad_k, p_token, m_t, tl.where(m_in[:, None], acc_k, 0.0), SHAPE.d, SHAPE.block_d)
+
+
+@triton.jit
+def _grad_of_keys(
+    i, side, kv, offsets, tile_list, grad_k, grad_v, sizes, variant,
+    SHAPE: tl.constexpr, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of the tile of a program, if it has one."""
+    task, tile, idle = key_task(i // SHAPE.packs, offsets, tile_list, sizes, SHAPE)
+    if not idle:
+        i_pack = i % SHAPE.packs
+        _grad_of_key_tile(i_pack, task, tile, side, kv, grad_k, grad_v, sizes, variant, SHAPE, VARIANT, FP32_SOFTMAX)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_grad_keys(
+    side, kv, offsets, tile_list, grad_k, grad_v,
+    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, variant_inputs,
+    SHAPE: tl.constexpr, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys, or, if PERSISTENT, of several of the list, from all queries that see them; zero on
+    the tail and on skipped keys."""
+    sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
+    variant = make_variant(variant_inputs, left, right, prefix)
+    side = QuerySide(side.q, side.grad, side.lse, side.delta)
+    kv = KeysAndValues(kv.k, kv.v)
+    i = tl.program_id(0)
+    if PERSISTENT:
+        for step in range(0, tl.load(tile_list) * SHAPE.packs - i, tl.num_programs(0)):
+            _grad_of_keys(
+                i + step, side, kv, offsets, tile_list, grad_k, grad_v, sizes, variant, SHAPE, VARIANT, FP32_SOFTMAX
+            )
+    else:
+        _grad_of_keys(i, side, kv, offsets, tile_list, grad_k, grad_v, sizes, variant, SHAPE, VARIANT, FP32_SOFTMAX)
 
 
 @triton.jit

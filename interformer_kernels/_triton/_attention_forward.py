@@ -59,35 +59,21 @@ def _over_keys(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "prefix"])
-def attention_forward(
-    q, kv, offsets, epilogue, outputs, partials,
-    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, variant_inputs,
+@triton.jit
+def _attend_tile(
+    i_pack, task, tile, i_split, q, kv, epilogue, outputs, partials, sizes, variant,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, GATE: tl.constexpr, SPLIT_KV: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries over the keys that it sees.
-
-    With SPLIT_KV (a multiple of the keys of a tile), longer rows are split, a program for each split;
-    `combine_partials` adds them up. Shorter rows keep their bits. Rows that fit a cell are left to
-    `_attention_short.py`.
-    """
+    """One tile of queries over the keys of its row, or of a split of them."""
     LAYOUT: tl.constexpr = SHAPE.layout
     HEADS: tl.constexpr = SHAPE.packs * SHAPE.pack * SHAPE.q_per_kv
-    sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = make_variant(variant_inputs, left, right, prefix)
-    kv = KeysAndValues(kv.k, kv.v)
-    epilogue = Epilogue(epilogue.gate, epilogue.residual)
-    i_pack = tl.program_id(0) % SHAPE.packs
-    task, tile, i_split, idle = query_task(tl.program_id(0) // SHAPE.packs, offsets, sizes, SHAPE, SPLIT_KV)
-    if idle:
-        return
     ATTEMPTS: tl.constexpr = SHAPE.pack + 1 if SHAPE.pack > 1 else 1
-    retry = tl.program_id(0) < 0
+    retry = i_pack < 0
     for attempt in range(0, ATTEMPTS):
         if retry | (attempt == 0):
             n, cell, head = packed_rows(tile, i_pack, SHAPE)
             count = of_attempt(task.count, cell, attempt, SHAPE.pack)
-            m_in = n < tl.where(task.row < rows, count, 0)  # [BLOCK_Q]
+            m_in = n < tl.where(task.row < sizes.rows, count, 0)  # [BLOCK_Q]
             b_q = load_queries(q, task.row, task.first, n, head, m_in, SHAPE.d, SHAPE.block_d, LAYOUT)
             acc, row_max, row_sum = _over_keys(
                 b_q, kv, i_pack, attempt, n, cell, head, tile, task, i_split, variant, SHAPE, VARIANT, SPLIT_KV
@@ -97,11 +83,55 @@ def attention_forward(
             if SPLIT_KV and task.keys > SPLIT_KV:
                 index = partial_index(task.k_first, i_split, SPLIT_KV)
                 store_partial(
-                    acc, row_max, row_sum, partials, index, queries, count, n, head, HEADS, SHAPE.dv, SHAPE.block_dv
-                )
+                    acc, row_max, row_sum, partials, index, sizes.queries, count, n, head,
+                    HEADS, SHAPE.dv, SHAPE.block_dv,
+                )  # fmt: skip
             else:
                 any_key = sees_any_key(n, task.count, task.keys, variant, VARIANT)
                 store_outputs(
-                    acc, row_max, row_sum, any_key, task, count, n, head, rows, epilogue, outputs,
+                    acc, row_max, row_sum, any_key, task, count, n, head, sizes.rows, epilogue, outputs,
                     HEADS, SHAPE.dv, SHAPE.block_dv, LAYOUT, VARIANT, GATE,
                 )  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    i, q, kv, offsets, tile_list, epilogue, outputs, partials, sizes, variant,
+    SHAPE: tl.constexpr, VARIANT: tl.constexpr, GATE: tl.constexpr, SPLIT_KV: tl.constexpr,
+):  # fmt: skip
+    """The tile of a program, if it has one."""
+    task, tile, i_split, idle = query_task(i // SHAPE.packs, offsets, tile_list, sizes, SHAPE, SPLIT_KV)
+    if not idle:
+        _attend_tile(
+            i % SHAPE.packs, task, tile, i_split, q, kv, epilogue, outputs, partials, sizes, variant,
+            SHAPE, VARIANT, GATE, SPLIT_KV,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "prefix"])
+def attention_forward(
+    q, kv, offsets, tile_list, epilogue, outputs, partials,
+    rows, q_tokens, k_tokens, queries, skip, left, right, prefix, variant_inputs,
+    SHAPE: tl.constexpr, VARIANT: tl.constexpr, GATE: tl.constexpr, SPLIT_KV: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries over the keys that it sees, or, if PERSISTENT, several tiles of the list.
+
+    With SPLIT_KV (a multiple of the keys of a tile), longer rows are split, a program for each split;
+    `combine_partials` adds them up. Shorter rows keep their bits. Rows that fit a cell are left to
+    `_attention_short.py`.
+    """
+    sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
+    variant = make_variant(variant_inputs, left, right, prefix)
+    kv = KeysAndValues(kv.k, kv.v)
+    epilogue = Epilogue(epilogue.gate, epilogue.residual)
+    i = tl.program_id(0)
+    if PERSISTENT:
+        for step in range(0, tl.load(tile_list) * SHAPE.packs - i, tl.num_programs(0)):
+            _attend(
+                i + step, q, kv, offsets, tile_list, epilogue, outputs, partials, sizes, variant,
+                SHAPE, VARIANT, GATE, SPLIT_KV,
+            )  # fmt: skip
+    else:
+        _attend(
+            i, q, kv, offsets, tile_list, epilogue, outputs, partials, sizes, variant, SHAPE, VARIANT, GATE, SPLIT_KV
+        )

@@ -24,6 +24,7 @@ from interformer_kernels._triton._arguments import (
 )
 from interformer_kernels._triton._attention_variant import VariantInputs, VariantOptions
 from interformer_kernels._triton._bound import Known
+from interformer_kernels._triton._programs import Programs, Side, TileLists
 from interformer_kernels._triton._rows import slots
 from interformer_kernels._triton._tiles import Tiles, entries, padded, tiles, variant
 from interformer_kernels._triton.apply_rotary import rotated
@@ -61,6 +62,7 @@ class Problem:
         self.variant_inputs, self.variant_options = VariantInputs.of(call), VariantOptions.of(call)
         self.softmax = call.score == "softmax"
         self.fp32_softmax = self.softmax and k.dtype == torch.float32
+        self._tile_lists = TileLists()
 
     def _pack(self) -> int:
         """Key/value heads that a program takes at once, so that few queries fill a tile.
@@ -113,17 +115,21 @@ class Problem:
         """Number of partials of all rows of more than `split_kv` keys (`_attention_output.partial_index`)."""
         return splits.num_partials(self.k.shape[0], split_kv)
 
-    def query_slots(self, block: int, rows: int) -> int:
-        """Slots of tiles of queries, over all rows of the batch or groups of them."""
+    def query_programs(self, block: int, rows: int, split_kv: int) -> Programs:
+        """Programs of a pass over queries of the batch's rows, or of `rows` groups: one for each tile, or for each
+        split of a row's keys and tile."""
         if self.call.layout == "packed":
-            return slots(self.tokens, rows, self.heads_per_program, block)
-        return rows * -(-self.queries * self.heads_per_program // block)
+            side = Side(self.offsets.q, self.tokens, self.offsets.kv, self.k.shape[0])
+            return self._tile_lists.programs(side, self.heads_per_program, block, self.cell, self.packs)
+        tiles_of_row = -(-self.queries * self.heads_per_program // block)
+        splits_of_rows = slots(self.k.shape[0], self.rows, 1, split_kv) if split_kv else rows
+        return Programs(splits_of_rows * tiles_of_row * self.packs, None, False)
 
-    def query_grid(self, block: int, rows: int, split_kv: int) -> int:
-        """Programs of a pass over queries: one for each tile, or for each split of a row's keys and tile."""
-        if not split_kv:
-            return self.query_slots(block, rows) * self.packs
-        return slots(self.k.shape[0], self.rows, 1, split_kv) * self.query_slots(block, 1) * self.packs
+    def key_programs(self, block: int) -> Programs:
+        """Programs of the pass over keys."""
+        opposite = self.offsets.q if self.call.layout == "packed" else None
+        side = Side(self.offsets.kv, self.k.shape[0], opposite, 0 if opposite is None else self.tokens)
+        return self._tile_lists.programs(side, self.pack, block, self.cell, self.packs)
 
     # ------------------------------------------------------------ arguments of kernels
 

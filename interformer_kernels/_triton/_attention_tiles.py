@@ -17,6 +17,7 @@ import triton.language as tl
 
 from interformer_kernels._triton._arguments import RowTask
 from interformer_kernels._triton._rows import find, span
+from interformer_kernels._triton._tile_list import listed_opposite, listed_tile
 
 
 @triton.jit
@@ -50,12 +51,19 @@ def is_short(offsets, row, rows, tokens, first, count, opposite, CELL: tl.conste
 
 
 @triton.jit
-def query_task(slot, offsets, sizes, SHAPE: tl.constexpr, SPLIT_KV: tl.constexpr):
-    """The row of a program of queries, its tile of packed rows, its split of SPLIT_KV keys, and whether it is idle."""
+def query_task(slot, offsets, tile_list, sizes, SHAPE: tl.constexpr, SPLIT_KV: tl.constexpr):
+    """The row of a program of queries, its tile of packed rows, its split of SPLIT_KV keys, and whether it is idle.
+
+    A slot is found by a search, or read from the list of tiles.
+    """
     HEADS: tl.constexpr = SHAPE.pack * SHAPE.q_per_kv
     LAYOUT: tl.constexpr = SHAPE.layout
     i_split = slot * 0
-    if SPLIT_KV:
+    if tile_list is not None:
+        row, tile, first, count = listed_tile(tile_list, slot)
+        k_first, keys = listed_opposite(tile_list, slot)
+        idle = slot >= tl.load(tile_list)
+    elif SPLIT_KV:
         tiles = tl.cdiv(sizes.queries * HEADS, SHAPE.block_q)
         tile = slot % tiles
         row, k_first, keys, i_split = find(slot // tiles, offsets.kv, sizes.rows, sizes.k_tokens, 1, SPLIT_KV)
@@ -78,6 +86,26 @@ def query_task(slot, offsets, sizes, SHAPE: tl.constexpr, SPLIT_KV: tl.constexpr
         if SHAPE.cell:
             idle = idle | is_short(offsets.q, row, sizes.rows, sizes.q_tokens, first, count, keys, SHAPE.cell)
     return RowTask(row, first, count, k_first, keys), tile, i_split, idle
+
+
+@triton.jit
+def key_task(slot, offsets, tile_list, sizes, SHAPE: tl.constexpr):
+    """The row of a program of keys, whose skipped keys count here, its tile of keys, and whether it is idle."""
+    LAYOUT: tl.constexpr = SHAPE.layout
+    if tile_list is not None:
+        row, tile, k_first, tokens = listed_tile(tile_list, slot)
+        if SHAPE.layout == "packed":
+            first, count = listed_opposite(tile_list, slot)
+        else:
+            first, count = queries_of(row, offsets, sizes, LAYOUT)
+        idle = slot >= tl.load(tile_list)
+    else:
+        row, k_first, tokens, tile = find(slot, offsets.kv, sizes.rows, sizes.k_tokens, SHAPE.pack, SHAPE.block_k)
+        first, count = queries_of(row, offsets, sizes, LAYOUT)
+        idle = tile * SHAPE.block_k >= tokens * SHAPE.pack
+        if SHAPE.cell:
+            idle = idle | is_short(offsets.kv, row, sizes.rows, sizes.k_tokens, k_first, tokens, count, SHAPE.cell)
+    return RowTask(row, first, count, k_first, tokens), tile, idle
 
 
 @triton.jit

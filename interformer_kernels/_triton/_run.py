@@ -43,11 +43,10 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 
 @functools.cache
 def _gpu(index: int) -> Target:
-    name = torch.cuda.get_device_name(index)
+    device = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        return Target("hip", 0, name)
-    major, minor = torch.cuda.get_device_capability(index)
-    return Target("cuda", 10 * major + minor, name)
+        return Target("hip", 0, device.name, device.multi_processor_count)
+    return Target("cuda", 10 * device.major + device.minor, device.name, device.multi_processor_count)
 
 
 def target_of(x: Tensor) -> Target:
@@ -55,8 +54,13 @@ def target_of(x: Tensor) -> Target:
     if _target is not None:
         return _target
     if x.device.type != "cuda":
-        return Target("cpu", 0)
+        return Target("cpu", 0, processors=1)
     return _gpu(x.device.index or 0)
+
+
+def processors(x: Tensor) -> int:
+    """Processors of the device for which the call's kernels are launched."""
+    return target_of(x).processors
 
 
 def precision(dtype: torch.dtype) -> str:

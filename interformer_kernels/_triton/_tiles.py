@@ -35,6 +35,7 @@ class Target(NamedTuple):
     kind: str
     capability: int
     name: str = ""
+    processors: int = 132
 
 
 # kernel -> bytes of a number -> widest head (channels, padded) -> tiles

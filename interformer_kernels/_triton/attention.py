@@ -19,7 +19,6 @@ from interformer_kernels._triton._attention_forward import attention_forward
 from interformer_kernels._triton._attention_output import add_partials, combine_partials
 from interformer_kernels._triton._attention_problem import Problem
 from interformer_kernels._triton._attention_short import attention_backward_short, attention_forward_short
-from interformer_kernels._triton._rows import slots
 from interformer_kernels._triton._tiles import Tiles, padded
 from interformer_kernels._triton.apply_rotary import rotated
 
@@ -57,11 +56,12 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
             k.new_empty((count, *shape[1:-1], 2), dtype=torch.float32),
         )
     options, gate_options = problem.variant_options, problem.gate_options()
+    grid, tile_list, persistent = problem.query_programs(chosen.queries, problem.rows, split_kv)
     _run.start(
-        attention_forward, problem.query_grid(chosen.queries, problem.rows, split_kv),
-        problem.queries_operand, problem.kv, problem.offsets, epilogue, outputs, partials, *problem.sizes,
-        problem.variant_inputs, SHAPE=problem.shape(chosen), VARIANT=options, GATE=gate_options, SPLIT_KV=split_kv,
-        lead=k, tiles=chosen, known=problem.known,
+        attention_forward, grid,
+        problem.queries_operand, problem.kv, problem.offsets, tile_list, epilogue, outputs, partials,
+        *problem.sizes, problem.variant_inputs, SHAPE=problem.shape(chosen), VARIANT=options, GATE=gate_options,
+        SPLIT_KV=split_kv, PERSISTENT=persistent, lead=k, tiles=chosen, known=problem.known,
     )  # fmt: skip
     _start_short(problem, attention_forward_short, epilogue, outputs, GATE=gate_options)
     if split_kv:
@@ -152,11 +152,12 @@ def _start_queries(problem: Problem, side: QuerySide, out: Tensor, kind: GradPas
     if split_kv:
         partials = out.new_empty((problem.num_partials(split_kv), *out.shape[1:]), dtype=torch.float32)
     count, rows_of_group, key_shards = groups or (problem.rows, 1, 1)
+    grid, tile_list, persistent = problem.query_programs(chosen.queries, count * key_shards, split_kv)
     _run.start(
-        attention_grad_queries, problem.query_grid(chosen.queries, count * key_shards, split_kv),
-        side, problem.kv, problem.offsets, out, partials, *problem.sizes, rows_of_group, key_shards,
+        attention_grad_queries, grid,
+        side, problem.kv, problem.offsets, tile_list, out, partials, *problem.sizes, rows_of_group, key_shards,
         problem.variant_inputs, SHAPE=problem.shape(chosen), VARIANT=problem.variant_options, PASS=kind,
-        SPLIT_KV=split_kv, lead=k, tiles=chosen, known=problem.known,
+        SPLIT_KV=split_kv, PERSISTENT=persistent, lead=k, tiles=chosen, known=problem.known,
     )  # fmt: skip
     if split_kv:
         wide = padded(out.shape[-1])
@@ -193,10 +194,11 @@ def _grad_keys(problem: Problem, side: QuerySide) -> tuple[Tensor, Tensor]:
     grad_k = k.new_empty(k.shape)
     grad_v = v.new_empty(v.shape if problem.call.v is not None else (0,))
     if k.shape[0]:
+        grid, tile_list, persistent = problem.key_programs(chosen.keys)
         _run.start(
-            attention_grad_keys, slots(k.shape[0], problem.rows, problem.pack, chosen.keys) * problem.packs,
-            side, problem.kv, problem.offsets, grad_k, grad_v, *problem.sizes, problem.variant_inputs,
+            attention_grad_keys, grid,
+            side, problem.kv, problem.offsets, tile_list, grad_k, grad_v, *problem.sizes, problem.variant_inputs,
             SHAPE=problem.shape(chosen), VARIANT=problem.variant_options, FP32_SOFTMAX=problem.fp32_softmax,
-            lead=k, tiles=chosen, known=problem.known,
+            PERSISTENT=persistent, lead=k, tiles=chosen, known=problem.known,
         )  # fmt: skip
     return grad_k, grad_v

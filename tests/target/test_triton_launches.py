@@ -21,6 +21,7 @@ from resources.triton_kernels import SHARED_MEMORY
 
 import interformer_kernels as ik
 from interformer_kernels import testing
+from interformer_kernels._triton import _programs
 from interformer_kernels.testing import Case, offsets_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,6 +82,20 @@ def test_launches_compile_and_do_not_spill(case: Case, dtype: torch.dtype, cache
     with torch.no_grad():
         testing.call(case.op, inputs, "triton")
     assert launched >= 2 or not sum(case.lengths) or not case.queries
+    fits(cache)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("lengths", [(64, 50), (40, 3, 2, 1)], ids=["long", "short"])
+def test_lists_of_tiles_are_launched(
+    lengths: tuple[int, ...], dtype: torch.dtype, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels of large batches, which read their tiles from a list, one or several to a program."""
+    monkeypatch.setattr(_programs, "MANY_ROWS", 0)
+    case = Case("jagged_attention", "", lengths=lengths, heads=2, kv_heads=2, head_size=64, value_size=64)
+    # A list, the tiles' kernel and the short rows' in the forward; the list again, two passes, dK and short rows.
+    assert run(case.op, testing.make_inputs(case, dtype)) >= 8
     fits(cache)
 
 

@@ -121,6 +121,14 @@ def _crossed(width: int, dtype: torch.dtype) -> None:
     attention.backward(call, out, attn_out, lse)
 
 
+def _many_rows(width: int, dtype: torch.dtype) -> None:
+    """Self attention of so many rows that their tiles are listed."""
+    x, offsets = _meta(65536, 4, width, dtype=dtype), _meta(4097, dtype=torch.int64)
+    call = AttentionCall("packed", x, x, x, None, offsets, None, *_MAPS)
+    out, lse, attn_out = attention.forward(call, None, dtype != torch.float32)
+    attention.backward(call, out, attn_out, lse)
+
+
 def _rotary(width: int, dtype: torch.dtype) -> None:
     """All channels rotated."""
     x, table = _meta(4096, 4, width, dtype=dtype), _meta(512, width // 2, dtype=torch.float32)
@@ -137,6 +145,7 @@ def _feed_forward(width: int, dtype: torch.dtype) -> None:
 
 CALLS: dict[str, Callable[[int, torch.dtype], None]] = {
     "jagged_attention": _jagged,
+    "many_rows": _many_rows,
     "pma_pooling": _pooling,
     "gated_cross_attention": _crossed,
     "apply_rotary": _rotary,
