@@ -7,9 +7,11 @@ from interformer_kernels.ops.apply_rotary import apply_rotary
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 from interformer_kernels.ops.jagged_attention import jagged_attention
 from interformer_kernels.ops.personalized_ffn import personalized_ffn
+from interformer_kernels.ops.plans import Plan, plan
 from interformer_kernels.ops.pma_pooling import pma_pooling
 
 __all__ = [
+    "Plan",
     "Report",
     "accelerate",
     "apply_rotary",
@@ -17,6 +19,7 @@ __all__ = [
     "jagged_attention",
     "nn",
     "personalized_ffn",
+    "plan",
     "pma_pooling",
     "register_adapter",
     "set_validation",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels._launch import splits
+from interformer_kernels._launch.plans import facts_of
 from interformer_kernels._launch.tensors import readable
 from interformer_kernels._triton import _run
 from interformer_kernels._triton._arguments import (
@@ -115,21 +116,38 @@ class Problem:
         """Number of partials of all rows of more than `split_kv` keys (`_attention_output.partial_index`)."""
         return splits.num_partials(self.k.shape[0], split_kv)
 
+    @functools.cached_property
+    def _sides(self) -> tuple[Side, Side]:
+        """Tokens of queries and of keys, for lists of tiles. Only packed queries have offsets of their own."""
+        call, k_tokens = self.call, self.k.shape[0]
+        k_facts = facts_of(call.kv_offsets)
+        q_facts = k_facts if call.q_offsets is None else facts_of(call.q_offsets)
+        keys = Side(self.offsets.kv, k_tokens, self.offsets.q, self.tokens, k_facts, q_facts)
+        if call.layout != "packed":
+            keys = Side(self.offsets.kv, k_tokens, None, 0, k_facts)
+        return Side(self.offsets.q, self.tokens, self.offsets.kv, k_tokens, q_facts, k_facts), keys
+
+    def _programs(self, side: Side, per_token: int, block: int) -> Programs:
+        # In float32 a loop over tiles spills registers.
+        loops = self.k.element_size() < 4
+        return self._tile_lists.programs(side, per_token, block, self.cell, self.packs, loops)
+
     def query_programs(self, block: int, rows: int, split_kv: int) -> Programs:
         """Programs of a pass over queries of the batch's rows, or of `rows` groups: one for each tile, or for each
         split of a row's keys and tile."""
         if self.call.layout == "packed":
-            side = Side(self.offsets.q, self.tokens, self.offsets.kv, self.k.shape[0])
-            return self._tile_lists.programs(side, self.heads_per_program, block, self.cell, self.packs)
+            return self._programs(self._sides[0], self.heads_per_program, block)
         tiles_of_row = -(-self.queries * self.heads_per_program // block)
         splits_of_rows = slots(self.k.shape[0], self.rows, 1, split_kv) if split_kv else rows
         return Programs(splits_of_rows * tiles_of_row * self.packs, None, False)
 
     def key_programs(self, block: int) -> Programs:
         """Programs of the pass over keys."""
-        opposite = self.offsets.q if self.call.layout == "packed" else None
-        side = Side(self.offsets.kv, self.k.shape[0], opposite, 0 if opposite is None else self.tokens)
-        return self._tile_lists.programs(side, self.pack, block, self.cell, self.packs)
+        return self._programs(self._sides[1], self.pack, block)
+
+    def any_short(self) -> bool:
+        """Whether the kernels of short rows may have work."""
+        return self._sides[0].any_short(self.cell)
 
     # ------------------------------------------------------------ arguments of kernels
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from interformer_kernels._launch.plans import Facts
 from interformer_kernels._triton import _run
 from interformer_kernels._triton._rows import slots
 from interformer_kernels._triton._tile_list import ENTRY, ROWS, WARPS, list_tiles
@@ -22,12 +24,49 @@ _MOST_PACKED_ROWS = 2**31 - 1  # of a list, whose entries have 32 bits
 
 
 class Side(NamedTuple):
-    """The tokens whose tiles are listed, and those of the other side where its rows have offsets, too."""
+    """The tokens whose tiles are wanted, and those of the other side where its rows have offsets, too; what a plan
+    knows of either."""
 
     offsets: Tensor
     tokens: int
     opposite: Tensor | None
     opposite_tokens: int
+    facts: Facts | None = None
+    opposite_facts: Facts | None = None
+
+    @property
+    def planned(self) -> bool:
+        """Whether a plan knows all that decides about tiles."""
+        return self.facts is not None and (self.opposite is None or self.opposite_facts is not None)
+
+    def short_rows(self, cell: int) -> Tensor:
+        """Of each row whether it is left to the kernels of short rows; known to a plan."""
+        assert self.facts is not None
+        short = self.facts.lengths(self.tokens) <= cell
+        if self.opposite_facts is not None:
+            short &= self.opposite_facts.lengths(self.opposite_tokens) <= cell
+        return short
+
+    def any_short(self, cell: int) -> bool:
+        """Whether any row is left to the kernels of short rows, and has tokens; where no plan knows, some may be."""
+        if self.facts is None or not self.planned:
+            return True
+        key = "short", cell, self.tokens, self.opposite_tokens, self.opposite_facts and self.opposite_facts.number
+        return bool(self.facts.kept(key, lambda: self._short_tokens(cell) > 0))
+
+    def _short_tokens(self, cell: int) -> int:
+        """Tokens of short rows."""
+        sides = (self.facts, self.tokens), (self.opposite_facts, self.opposite_tokens)
+        lengths = sum(facts.lengths(tokens) for facts, tokens in sides if facts is not None)
+        return int(torch.as_tensor(lengths)[self.short_rows(cell)].sum())
+
+    def live_tiles(self, per_token: int, block: int, cell: int) -> int:
+        """Number of tiles that have work; known to a plan."""
+        assert self.facts is not None
+        tiles = (self.facts.lengths(self.tokens) * per_token + block - 1) // block
+        if cell:
+            tiles = tiles[~self.short_rows(cell)]
+        return int(tiles.sum()) - (-self.facts.tail(self.tokens) * per_token // block)
 
 
 class Programs(NamedTuple):
@@ -39,35 +78,53 @@ class Programs(NamedTuple):
 
 
 class TileLists:
-    """The lists of one call: kernels with equal tiles share one."""
+    """The lists of one call: kernels with equal tiles share one. A plan keeps them for all calls."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, ...], Tensor] = {}
+        self._made: dict[Hashable, Tensor] = {}
 
-    def programs(self, side: Side, per_token: int, block: int, cell: int, packs: int) -> Programs:
-        """Programs for the tiles of one side, for `packs` groups of heads each."""
+    def programs(self, side: Side, per_token: int, block: int, cell: int, packs: int, loops: bool) -> Programs:
+        """Programs for the tiles of one side, for `packs` groups of heads each; whether a kernel may take several
+        tiles in a loop, which costs registers."""
         rows = side.offsets.shape[0] - 1
         capacity = slots(side.tokens, rows, per_token, block)
         largest = max(side.tokens * per_token, capacity * packs, side.opposite_tokens)
-        if rows < MANY_ROWS or largest > _MOST_PACKED_ROWS:
+        if largest > _MOST_PACKED_ROWS or not (rows >= MANY_ROWS or side.planned):
             return Programs(capacity * packs, None, False)
-        listed = self._listed(side, capacity, per_token, block, cell)
-        if side.tokens > rows * cell:
-            return Programs(capacity * packs, listed, False)
-        return Programs(min(capacity * packs, _PER_PROCESSOR * _run.processors(side.offsets)), listed, True)
-
-    def _listed(self, side: Side, capacity: int, per_token: int, block: int, cell: int) -> Tensor:
-        opposite = None if side.opposite is side.offsets else side.opposite
         # In self attention both sides are one.
-        key = 0 if opposite is None else id(side.offsets), per_token, block, cell
-        entries = self._made.get(key)
-        if entries is None:
-            rows = side.offsets.shape[0] - 1
-            entries = side.offsets.new_empty((capacity + 1) * ENTRY.value, dtype=torch.int32)
-            _run.start(
-                list_tiles, -(-(rows + 1) // ROWS), side.offsets, opposite, entries, rows, side.tokens,
-                side.opposite_tokens, PER_TOKEN=per_token, BLOCK=block, CELL=cell, ROWS=ROWS,
-                lead=entries, tiles=Tiles(ROWS, 1, WARPS, 1),
-            )  # fmt: skip
-            self._made[key] = entries
-        return entries
+        opposite = None if side.opposite is side.offsets else side.opposite
+        key: tuple[Any, ...] = side.tokens, per_token, block, cell, None if opposite is None else side.opposite_tokens
+        if side.planned:
+            return _planned_programs(side, opposite, key, packs)
+        key = (*key, 0 if opposite is None else id(side.offsets))
+        if key not in self._made:
+            self._made[key] = _listed(side, opposite, capacity, per_token, block, cell)
+        if not loops or side.tokens > rows * cell:
+            return Programs(capacity * packs, self._made[key], False)
+        most = _PER_PROCESSOR * _run.processors(side.offsets)
+        return Programs(min(capacity * packs, most), self._made[key], True)
+
+
+def _planned_programs(side: Side, opposite: Tensor | None, key: tuple[Any, ...], packs: int) -> Programs:
+    """A program for each live tile, from the list that a plan keeps; none where there are none."""
+    _, per_token, block, cell, _ = key
+    facts: Any = side.facts
+    key = (*key, side.opposite_facts and side.opposite_facts.number)
+    live = facts.kept(("number", *key), lambda: side.live_tiles(per_token, block, cell))
+    if not live:
+        return Programs(0, None, False)
+    # A list is read on the stream that wrote it.
+    key = ("list", *key, _run.stream_of(side.offsets))
+    tile_list = facts.kept(key, lambda: _listed(side, opposite, live, per_token, block, cell))
+    return Programs(live * packs, tile_list, False)
+
+
+def _listed(side: Side, opposite: Tensor | None, number: int, per_token: int, block: int, cell: int) -> Tensor:
+    """The list of the tiles of a side, of which there are `number` at most."""
+    rows = side.offsets.shape[0] - 1
+    entries = side.offsets.new_empty((number + 1) * ENTRY.value, dtype=torch.int32)
+    _run.start(
+        list_tiles, -(-(rows + 1) // ROWS), side.offsets, opposite, entries, rows, side.tokens, side.opposite_tokens,
+        PER_TOKEN=per_token, BLOCK=block, CELL=cell, ROWS=ROWS, lead=entries, tiles=Tiles(ROWS, 1, WARPS, 1),
+    )  # fmt: skip
+    return entries

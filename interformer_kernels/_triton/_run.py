@@ -63,6 +63,11 @@ def processors(x: Tensor) -> int:
     return target_of(x).processors
 
 
+def stream_of(x: Tensor) -> int:
+    """The stream on which the call's kernels are launched."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
 def precision(dtype: torch.dtype) -> str:
     """Precision of float32 products: as PyTorch's own matrix products have it; on AMD always full."""
     return "tf32" if allows_tf32(dtype) and not torch.version.hip else "ieee"

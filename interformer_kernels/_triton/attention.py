@@ -79,7 +79,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
 def _start_short(problem: Problem, kernel: Any, *operands: Any, **constants: Any) -> None:
     """Start a kernel of short rows, several to a program, where the layout has them."""
     chosen = problem.short_tiles(backward=kernel is attention_backward_short)
-    if chosen is None:
+    if chosen is None or not problem.any_short():
         return
     rows, q_tokens, k_tokens, _, _, left, right, prefix = problem.sizes
     _run.start(

@@ -12,6 +12,7 @@ from guards import guarded_inputs
 from triton_calls import results
 
 import interformer_kernels as ik
+from interformer_kernels import testing
 from interformer_kernels._triton import _programs, _run
 from interformer_kernels._triton._programs import Programs, Side, TileLists
 from interformer_kernels.testing import Case, offsets_of
@@ -36,7 +37,7 @@ def entries_of(programs: Programs) -> list[list[int]]:
 
 def listed(offsets: torch.Tensor, tokens: int, per_token: int, block: int, cell: int) -> list[list[int]]:
     """The list of self attention."""
-    return entries_of(TileLists().programs(Side(offsets, tokens, offsets, tokens), per_token, block, cell, 1))
+    return entries_of(TileLists().programs(Side(offsets, tokens, offsets, tokens), per_token, block, cell, 1, True))
 
 
 @pytest.mark.parametrize("cell", [0, 5])
@@ -60,7 +61,7 @@ def test_rows_are_short_on_both_sides() -> None:
     q_offsets, kv_offsets = offsets_of((3, 2, 9, 0, 1)), offsets_of((4, 8, 1, 2, 0))
     side = Side(q_offsets, 16, kv_offsets, 15)
     wanted = [[1, 0, 3, 2, 4, 8], [2, 0, 5, 9, 12, 1], [2, 1, 5, 9, 12, 1], [5, 0, 15, 1, 15, 0]]
-    assert entries_of(TileLists().programs(side, 1, 8, 4, 1)) == wanted
+    assert entries_of(TileLists().programs(side, 1, 8, 4, 1, True)) == wanted
 
 
 def test_every_token_is_listed_once_whatever_the_offsets() -> None:
@@ -103,8 +104,6 @@ _MIXED = (5, 40, 3, 0, 70, 2, 1, 1, 133, 4, 0, 190, 6, 2)
 )  # fmt: skip
 def test_results_have_the_same_bits(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """With lists, and with persistent programs, which take several tiles each where most rows are short."""
-    from interformer_kernels import testing
-
     inputs = testing.make_inputs(case, dtype)
     monkeypatch.setattr(_programs, "_PER_PROCESSOR", 3)
     kinds: list[Any] = []
@@ -117,7 +116,7 @@ def test_results_have_the_same_bits(case: Case, dtype: torch.dtype, monkeypatch:
     monkeypatch.setattr(_run, "start", seen)
     with_lists = results(case.op, inputs)
     assert "list_tiles" in kinds
-    assert (True in kinds) == (case.name == "short")
+    assert (True in kinds) == (case.name == "short" and dtype == torch.bfloat16)
     monkeypatch.setattr(_programs, "MANY_ROWS", 1000)
     kinds.clear()
     searched = results(case.op, inputs)
@@ -140,3 +139,65 @@ def test_offsets_of_any_content(op: str) -> None:
     for disordered in ([50, 2, most, least], [most, 9, 0, 40], [0, least, 62, 3], [0, 60, 20, 62]):
         for quantity, x in results(op, {**inputs, name: torch.tensor(disordered)}).items():
             assert not x.isnan().any(), (quantity, disordered)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case("jagged_attention", "long", lengths=(40, 50), heads=2, kv_heads=2, tail=0),
+     Case("jagged_attention", "short", lengths=(5, 0, 3), heads=2, kv_heads=2, tail=0),
+     Case("jagged_attention", "mixed", lengths=(5, 70, 3), heads=4, kv_heads=2, gate="head"),
+     Case("jagged_attention", "cross", lengths=(5, 70, 3), query_lengths=(60, 2, 4), heads=2, kv_heads=2),
+     Case("gated_cross_attention", "dense", lengths=(5, 0, 90), heads=4, kv_heads=4, queries=2)],
+    ids=lambda case: case.name,
+)  # fmt: skip
+def test_results_with_a_plan_have_the_same_bits(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists are made once for both directions and later calls, grids are exact, and idle kernels are left out."""
+    monkeypatch.setattr(_programs, "MANY_ROWS", 1000)
+    inputs = testing.make_inputs(case, dtype)
+    searched = results(case.op, inputs)
+    launches: list[tuple[str, int]] = []
+    start = _run.start
+
+    def seen(kernel: Any, grid: int, *arguments: Any, **named: Any) -> None:
+        if grid:
+            launches.append((kernel.fn.__name__, grid))
+        start(kernel, grid, *arguments, **named)
+
+    monkeypatch.setattr(_run, "start", seen)
+    held = [ik.plan(inputs[name]) for name in ("offsets", "kv_offsets") if inputs.get(name) is not None]
+    for _ in range(2):
+        launches.clear()
+        for quantity, x in results(case.op, inputs).items():
+            assert torch.equal(x, searched[quantity]), quantity
+        names = {name for name, _ in launches}
+        if case.name in ("long", "short"):
+            assert any("short" in name for name in names) == (case.name == "short")
+            assert ("attention_forward" in names) == ("attention_grad_keys" in names) == (case.name == "long")
+        if case.name == "long" and dtype == torch.bfloat16:
+            assert dict(launches)["attention_forward"] == 2 * 2  # a tile of each row, under two heads
+    assert "list_tiles" not in names
+    for plan in held:
+        plan.close()
+    launches.clear()
+    results(case.op, inputs)
+    assert case.op != "jagged_attention" or "attention_forward_short" in dict(launches)
+
+
+def test_a_plan_of_offsets_that_changed_is_refused() -> None:
+    x, offsets = torch.randn(7, 2, 8), offsets_of((3, 4))
+    with ik.plan(offsets):
+        offsets[1] = 2
+        with pytest.raises(RuntimeError, match="were written to after"):
+            ik.jagged_attention(x, x, x, offsets, backend="triton")
+    ik.jagged_attention(x, x, x, offsets, backend="triton")
+
+
+def test_tensors_of_fewer_tokens_than_the_plan_cut_its_rows() -> None:
+    ik.set_validation("off")
+    x, offsets = torch.randn(50, 2, 8), offsets_of((3, 40, 30))
+    with ik.plan(offsets):
+        cut = ik.jagged_attention(x, x, x, offsets, backend="triton")
+    assert torch.equal(cut, ik.jagged_attention(x, x, x, offsets_of((3, 40, 7)), backend="triton"))
