@@ -193,7 +193,8 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def _usage_on_nvidia(compiled: Any, target: GPUTarget) -> tuple[int, int, int]:
+def usage_on_nvidia(compiled: Any, target: GPUTarget) -> tuple[int, int, int]:
+    """Registers, bytes of spills, and instructions of the main loop of a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -240,7 +241,7 @@ def usage(call: str, width: int, dtype: str, target: str) -> list[Usage]:
     for launch in launches:
         options = {"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages}
         compiled = triton.compile(source_of(launch), target=compiler, options=options)
-        on_device = _usage_on_amd(compiled) if device.kind == "hip" else _usage_on_nvidia(compiled, compiler)
+        on_device = _usage_on_amd(compiled) if device.kind == "hip" else usage_on_nvidia(compiled, compiler)
         registers, spills, loop = on_device
         name, chosen = launch.kernel.fn.__name__, launch.tiles
         tiles = f"{chosen.queries}x{chosen.keys}, {chosen.warps} warps, {chosen.stages} stages"

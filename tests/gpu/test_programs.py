@@ -1,0 +1,56 @@
+"""Grids of jagged attention's launches: which programs have work, and what a plan leaves out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from resources import programs
+from resources.programs import Batch, Programs, programs_of
+
+
+def _by_kernel(batch: Batch, way: str) -> dict[str, Programs]:
+    return {launch.kernel: launch for launch in programs_of(batch, way)}
+
+
+def test_live_programs_are_those_that_a_plan_starts() -> None:
+    lengths = torch.tensor([5, 40, 0, 130, 64, 3, 32, 33])
+    batch = Batch("", lengths, 4, 64)
+    searched, planned = _by_kernel(batch, "search"), _by_kernel(batch, "plan")
+    tiles = sum(-(-int(length) // 64) for length in lengths if length > 32)
+    for kernel in ("attention_forward", "attention_grad_queries", "attention_grad_keys"):
+        assert searched[kernel].live == planned[kernel].grid == planned[kernel].live == 4 * tiles
+        assert searched[kernel].grid == 4 * (int(lengths.sum()) // 64 + 9)
+    # Two rows to a program of short rows: pairs 0, 1 and 2, 3 and 4, 5 and 6, 7; each has a short one.
+    assert searched["attention_forward_short"][1:3] == (16, 16)
+
+
+def test_kernels_without_work_are_left_out() -> None:
+    all_short = _by_kernel(Batch("", torch.full((3000,), 7), 2, 32), "plan")
+    assert set(all_short) == {"attention_forward_short", "epilogue_backward", "attention_backward_short"}
+    no_short = _by_kernel(Batch("", torch.full((30,), 100), 2, 32), "plan")
+    assert not [kernel for kernel in no_short if kernel.endswith("_short")]
+
+
+def test_tiny_rows_start_few_idle_programs() -> None:
+    batch = programs.BATCHES[0]
+    for kernel in ("attention_forward", "attention_grad_queries", "attention_grad_keys"):
+        assert _by_kernel(batch, "search")[kernel].idle > 150_000
+        assert _by_kernel(batch, "call")[kernel].idle < 5000
+        assert kernel not in _by_kernel(batch, "plan")
+
+
+def test_resident_programs_follow_from_registers_memory_and_threads() -> None:
+    assert programs.resident(128, 0, 4) == 4
+    assert programs.resident(129, 0, 4) == 3
+    assert programs.resident(32, 40_960, 4) == 5
+    assert programs.resident(32, 0, 8) == 8
+    assert programs.resident(8, 0, 1) == 32
+
+
+def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert programs.main(["--lengths", "3x40,2x5", "--heads", "2", "--way", "list", "--grids"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[-6:] == ["attention_forward", "16", "6", "10", "63", "%"] for line in lines), lines
