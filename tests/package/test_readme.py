@@ -26,7 +26,7 @@ def run(page: str, index: int) -> dict[str, Any]:
 
 
 def test_there_are_snippets() -> None:
-    assert {name: len(snippets) for name, snippets in SNIPPETS.items()} == {"readme": 1, "usage": 4}
+    assert {name: len(snippets) for name, snippets in SNIPPETS.items()} == {"readme": 1, "usage": 5}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,8 @@ def test_there_are_snippets() -> None:
         ("usage", 0, "pooled", (3, 2, 4, 16)),
         ("usage", 1, "padded", (3, 10, 4, 16)),
         ("usage", 2, "out", (3, 10, 64)),
-        ("usage", 3, "logits", (1,)),
+        ("usage", 3, "x", (9, 2, 16)),
+        ("usage", 4, "logits", (1,)),
     ],
 )
 def test_snippet(page: str, index: int, result: str, shape: tuple[int, ...]) -> None:
