@@ -99,7 +99,7 @@ class TileLists:
         key = (*key, 0 if opposite is None else id(side.offsets))
         if key not in self._made:
             self._made[key] = _listed(side, opposite, capacity, per_token, block, cell)
-        if not loops or side.tokens > rows * cell:
+        if not loops or max(side.tokens, side.opposite_tokens) > rows * cell:
             return Programs(capacity * packs, self._made[key], False)
         most = _PER_PROCESSOR * _run.processors(side.offsets)
         return Programs(min(capacity * packs, most), self._made[key], True)
