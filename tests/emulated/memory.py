@@ -64,14 +64,14 @@ def counted(module: ModuleType, run: Callable[[], object]) -> Counts:
     kernels: dict[str, dict[str, Traffic]] = defaultdict(lambda: defaultdict(Traffic))
     places: dict[tuple[str, str, str], Traffic] = defaultdict(Traffic)
     for kernel, kind, place, *numbers in lines:
-        name = _names(library)[kernel]
+        name = names_of(library)[kernel]
         kernels[name][kind] += Traffic(*numbers)
         places[name, kind, sources[place]] += Traffic(*numbers)
     return Counts(kernels, places)
 
 
 @functools.cache
-def _names(library: str) -> dict[int, str]:
+def names_of(library: str) -> dict[int, str]:
     """Names of the functions of the module, `attend<BFloat16, 64>`, by their offsets."""
     symbols = subprocess.run(["nm", "-C", library], capture_output=True, text=True, check=True).stdout
     names = {}

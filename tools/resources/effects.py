@@ -340,6 +340,7 @@ def jump(instruction: Instruction) -> str:
     elif base in ("BRA", "CALL", "JMP") and match is not None and "c[" not in instruction.operands:
         text = f"return {int(match[1], 16)}"
     else:
-        raise NotImplementedError(f"{instruction.name} {instruction.operands}")
+        # A table of targets, by which an option of a call is switched: no walked call takes it.
+        text = f"raise NotImplementedError({instruction.name!r})"
     conditions = [predicate(word) for word in words if is_predicate(word)]
     return f"if {' and '.join(conditions)}: {text}" if conditions else text

@@ -82,17 +82,27 @@ def _rival(shape: Shape, direction: str) -> Rival | None:
     return rival(direction, rows, shape.heads, shape.width, moved, _DEVICE)
 
 
-def predict(shape: Shape, sample: int) -> Iterator[Prediction]:
+def _triton_bounds(shape: Shape, training: bool, sample: int) -> tuple[list[Bounds], list[str]]:
+    recorded = record(shape, training)
+    return [bounds_of(launch, sample) for launch in recorded.launches], recorded.others
+
+
+def _cuda_bounds(shape: Shape, training: bool, sample: int) -> tuple[list[Bounds], list[str]]:
+    from resources import cuda_launches  # builds the emulation, which replaces the CUDA part of this process
+
+    launches, _kept = cuda_launches.record(shape, training)
+    return [cuda_launches.bounds_of(launch, sample) for launch in launches], []
+
+
+def predict(shape: Shape, sample: int, backend: str = "triton") -> Iterator[Prediction]:
     """Both passes; the forward as in inference."""
+    of_backend = {"triton": _triton_bounds, "cuda": _cuda_bounds}[backend]
     for direction in DIRECTIONS:
-        recorded = record(shape, direction == "backward")
-        of_launches = []
-        for launch in recorded.launches:
-            status_line(f"{shape.name}, {direction}: {launch.kernel.fn.__name__}")
-            of_launches.append(bounds_of(launch, sample))
+        status_line(f"{shape.name}, {direction}")
+        of_launches, others = of_backend(shape, direction == "backward", sample)
         useful = _useful(shape, direction)
         yield Prediction(
-            shape.name, direction, tuple(of_launches), tuple(recorded.others),
+            shape.name, direction, tuple(of_launches), tuple(others),
             1e6 * useful[0] / bounds.COPY, useful[1], _rival(shape, direction),
         )  # fmt: skip
     status_line("")
@@ -146,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", default=[], help="a part of the names of shapes; may be repeated")
     parser.add_argument("--sample", type=int, default=bounds.SAMPLE, help="programs of a launch that are walked")
+    parser.add_argument("--backend", choices=("triton", "cuda"), default="triton", help="cuda: needs nvcc and cmake")
     parser.add_argument("--launches", action="store_true", help="each launch by itself, too")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each pass")
     chosen = parser.parse_args(arguments)
@@ -153,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for shape in SHAPES:
         if chosen.shape and not any(part in shape.name for part in chosen.shape):
             continue
-        for prediction in predict(shape, chosen.sample):
+        for prediction in predict(shape, chosen.sample, chosen.backend):
             predictions.append(prediction)
             if chosen.json:
                 line = {**dataclasses.asdict(prediction), "bound": prediction.bound, "expected": prediction.expected}

@@ -6,6 +6,7 @@
 #include "common/entries.h"
 #include "common/exchange.h"
 #include "cuda/bindings.h"
+#include "launches.h"
 #include "memory.h"
 #include "planted.h"
 #include "scheduler.h"
@@ -67,6 +68,15 @@ py::list memory_traffic() {
     return lines;
 }
 
+// (offset of the kernel, blocks, threads, bytes of shared memory, arguments) of the listed launches.
+py::list launches() {
+    py::list lines;
+    for (const emulation::Launched& launch : emulation::launches())
+        lines.append(py::make_tuple(emulation::module_offset(launch.grid.kernel), launch.grid.blocks,
+                                    launch.grid.threads, launch.grid.shared, py::bytes(launch.arguments)));
+    return lines;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(interformer_emulated, m) {
@@ -81,6 +91,8 @@ PYBIND11_MODULE(interformer_emulated, m) {
         py::arg("noise") = false);
     m.def("count_memory", &emulation::count_memory, py::arg("on"));
     m.def("memory_traffic", &memory_traffic);
+    m.def("list_launches", &emulation::list_launches, py::arg("on"));
+    m.def("launches", &launches);
     m.def("exchange", &exchange);
     m.def("reverse_rows", &reverse_rows);
     m.def("transpose", &transpose);

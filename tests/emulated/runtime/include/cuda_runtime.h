@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "launches.h"
 #include "scheduler.h"
 
 #define __global__
@@ -206,6 +207,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const emulation::Grid grid{config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes,
                                reinterpret_cast<const void*>(kernel)};
     if (!emulation::fits(grid.kernel, grid)) return cudaErrorInvalidValue;
+    if (emulation::listing_launches) {
+        emulation::launches().push_back({grid, emulation::packed(Parameters(arguments)...)});
+        if (grid.blocks > 1) return cudaSuccess;
+    }
     emulation::run(grid, [&] { kernel(Parameters(arguments)...); });
     return cudaSuccess;
 }
