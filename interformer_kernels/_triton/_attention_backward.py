@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._arguments import KeysAndValues, QuerySide, RowTask, Sizes
+from interformer_kernels._triton._attention_masks import Pairs, has_edge, key_tiles, query_tiles, tile_has_edge
 from interformer_kernels._triton._attention_output import partial_index
 from interformer_kernels._triton._attention_tiles import (
     key_task,
@@ -33,21 +34,27 @@ from interformer_kernels._triton._attention_tiles import (
     tokens_of_tile,
 )
 from interformer_kernels._triton._attention_variant import (
-    key_tiles,
+    is_large,
     make_variant,
-    pairs_of,
-    pairs_where,
-    query_tiles,
+    query_stats,
     remaining_scale,
     scores_to_probs,
 )
 from interformer_kernels._triton._maps import dot, narrow
 
 SIZES = ["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "prefix", "rows_of_group", "key_shards"]
-# From this |lse| on its rounding shows in probabilities of 16 bits.
-_LARGE_LSE = tl.constexpr(1024.0)
 
 # ---------------------------------------------------------------- statistics of queries
+
+
+@triton.jit
+def _load_per_query(p, mask):
+    """A number for each query; zero where the mask says no.
+
+    As a tile of eight copies: of a smaller one, Triton 3.6 has every thread load all the numbers that it uses.
+    """
+    copies = tl.zeros([1, 8], tl.int32)
+    return tl.max(tl.load(p[:, None] + copies, mask=mask[:, None], other=0.0), 1)
 
 
 @triton.jit
@@ -60,10 +67,10 @@ def _load_query_stats(
     b_delta = b_lse
     row_sum = b_lse + 1.0 if FP32_SOFTMAX else b_lse
     if VARIANT.score == "softmax":
-        b_lse = tl.load(lse + p_head, mask=m_q, other=0.0)
+        b_lse = _load_per_query(lse + p_head, m_q)
         if WITH_DELTA:
-            row_sum = tl.load(delta + 2 * p_head, mask=m_q, other=0.0)
-            b_delta = tl.load(delta + 2 * p_head + 1, mask=m_q, other=0.0)
+            row_sum = _load_per_query(delta + 2 * p_head, m_q)
+            b_delta = _load_per_query(delta + 2 * p_head + 1, m_q)
             if FP32_SOFTMAX:
                 row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
                 b_delta = tl.div_rn(b_delta, row_sum)
@@ -73,50 +80,42 @@ def _load_query_stats(
     return b_lse, row_sum, b_delta
 
 
-@triton.jit
-def _is_large(lse):
-    """Whether a log-sum-exp has lost digits that probabilities of 16 bits would show."""
-    return (tl.abs(lse) >= _LARGE_LSE) & (tl.abs(lse) < float("inf"))
-
-
 # ---------------------------------------------------------------- passes over queries
 
 
 @triton.jit
 def _over_keys(
-    b_q, b_grad, query_stats, kv, i_pack, attempt, n, cell, head, tokens, task, i_shard, tiles_of_shard, variant,
+    b_q, b_grad, stats, kv, i_pack, attempt, n, cell, head, tokens, task, i_shard, tiles_of_shard, variant,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries from the keys of a row, or a shard of them, but for `remaining_scale`; or else the
     sums of P and of P * dP."""
     PRECISION: tl.constexpr = SHAPE.precision
-    b_lse, b_sum, b_delta = query_stats
-    n_first, n_last = tokens
     acc = tl.full([SHAPE.block_q, SHAPE.block_d], 0.0, tl.float32)
     row_sum = tl.full([SHAPE.block_q], 0.0, tl.float32)
     mean = tl.full([SHAPE.block_q], 0.0, tl.float32)
-    before, start, stop = key_tiles(
-        n_first, n_last, task.count, task.keys, variant, SHAPE.block_k // SHAPE.pack, VARIANT
-    )
+    TOKENS: tl.constexpr = SHAPE.block_k // SHAPE.pack
+    before, start, stop = key_tiles(tokens[0], tokens[1], task.count, task.keys, variant, TOKENS, VARIANT)
     if SHAPE.layout != "packed":
         start = i_shard * tiles_of_shard
         stop = tl.maximum(tl.minimum(stop, start + tiles_of_shard), start)
     for step in range(0, before + stop - start):
-        i_k = tl.where(step < before, step, start + step - before)
+        i_k = tl.minimum(tl.where(step < before, step, start + step - before), stop - 1)
         j, o_h, b_k, b_v = load_keys(kv, i_pack, attempt, i_k, task, SHAPE)
-        pairs = pairs_of(n[:, None], j[None, :], head[:, None], task.count, task.keys, variant, VARIANT)
-        if SHAPE.pack > 1:
-            pairs = pairs_where(pairs, cell[:, None] == o_h[None, :])
+        if SHAPE.pack == 1:
+            edge = tile_has_edge(i_k, tokens, task, variant, TOKENS, VARIANT)
+            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, edge, None)
+        else:
+            cells = cell[:, None] == o_h[None, :]
+            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, True, cells)
         products = dot(b_q, tl.trans(b_k), PRECISION)
         d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
-        probs, d_scores = scores_to_probs(
-            products, d_probs, pairs, b_lse[:, None], b_sum[:, None], b_delta[:, None], variant, VARIANT, b_k.dtype
-        )
+        probs, d_scores = scores_to_probs(products, d_probs, pairs, stats, variant, VARIANT, b_k.dtype, True)
         if GRADIENT:
             acc += dot(narrow(d_scores, b_k.dtype), b_k, PRECISION)
         else:
             row_sum += tl.sum(probs, 1)
-            mean += tl.sum(tl.where(pairs.seen, probs * d_probs, 0.0), 1)
+            mean += tl.sum(probs * d_probs, 1)
     return acc, row_sum, mean
 
 
@@ -143,20 +142,22 @@ def _over_rows(
         m_in = n < tl.where(row < sizes.rows, count, 0)  # [BLOCK_Q]
         b_q = load_queries(side.q, row, task.first, n, head, m_in, SHAPE.d, SHAPE.block_d, LAYOUT)
         b_grad = load_queries(side.grad, row, task.first, n, head, m_in, SHAPE.dv, SHAPE.block_dv, LAYOUT)
-        query_stats = _load_query_stats(
-            side.lse, side.delta, (out_first + n) * HEADS + head, m_in, VARIANT, PASS.fp32_softmax, PASS.gradient
+        p_head = (out_first + n) * HEADS + head
+        b_lse, b_sum, b_delta = _load_query_stats(
+            side.lse, side.delta, p_head, m_in, VARIANT, PASS.fp32_softmax, PASS.gradient
         )
+        stats = query_stats(b_lse, b_sum, b_delta, variant, VARIANT, kv.k.pointer.dtype.element_ty, True)
         if SPLIT_KV:
             tiles_of_shard = SPLIT_KV * SHAPE.pack // SHAPE.block_k
         else:
             tiles_of_shard = tl.cdiv(tl.cdiv(keys * SHAPE.pack, SHAPE.block_k), key_shards)
         row_acc, row_sum, mean = _over_keys(
-            b_q, b_grad, query_stats, kv, i_pack, attempt, n, cell, head, tokens_of_tile(tile, task.count, SHAPE),
+            b_q, b_grad, stats, kv, i_pack, attempt, n, cell, head, tokens_of_tile(tile, task.count, SHAPE),
             RowTask(row, task.first, task.count, k_first, keys), i_shard, tiles_of_shard, variant,
             SHAPE, VARIANT, PASS.gradient,
         )  # fmt: skip
         if PASS.fp32_softmax:
-            row_acc = row_acc * tl.div_rn(1.0, query_stats[1])[:, None]
+            row_acc = row_acc * tl.div_rn(1.0, b_sum)[:, None]
         acc += row_acc * remaining_scale(keys, variant, VARIANT, kv.k.pointer.dtype.element_ty)
     return acc, row_sum, mean
 
@@ -199,7 +200,7 @@ def _grad_of_query_tile(
             p_head = (task.first + n) * (SHAPE.packs * HEADS) + head
             m_q = n < count  # [BLOCK_Q]
             if PASS.only_large_lse:
-                m_q = m_q & _is_large(tl.load(side.lse + p_head, mask=m_q, other=0.0))
+                m_q = m_q & is_large(tl.load(side.lse + p_head, mask=m_q, other=0.0))
             if SPLIT_KV and task.keys > SPLIT_KV:
                 p = (partial_index(task.k_first, i_shard, SPLIT_KV) * sizes.queries + n) * (SHAPE.packs * HEADS) + head
                 _store_queries(partials, p, m_q, acc, row_sum, mean, SHAPE.d, SHAPE.block_d, PASS)
@@ -213,7 +214,7 @@ def _any_large(lse, task, tile, i_pack, SHAPE: tl.constexpr):
     HEADS: tl.constexpr = SHAPE.packs * SHAPE.pack * SHAPE.q_per_kv
     n, _, head = packed_rows(tile, i_pack, SHAPE)
     b_lse = tl.load(lse + (task.first + n) * HEADS + head, mask=n < task.count, other=0.0)
-    return tl.max(_is_large(b_lse).to(tl.int32), 0) > 0
+    return tl.max(is_large(b_lse).to(tl.int32), 0) > 0
 
 
 @triton.jit
@@ -290,7 +291,7 @@ def _load_key_tile(kv, k_first, t, head, m_in, SHAPE: tl.constexpr):
 
 @triton.jit
 def _over_queries(
-    b_k, b_v, side, i_pack, attempt, j, o_h, bounds, task, variant,
+    b_k, b_v, side, i_pack, attempt, j, o_h, j_bounds, bounds, task, variant,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """dK but for `remaining_scale`, and dV, of a tile of keys from all queries that see some of them."""
@@ -308,16 +309,20 @@ def _over_queries(
         b_grad = load_queries(side.grad, task.row, task.first, n, head, m_q, SHAPE.dv, SHAPE.block_dv, LAYOUT)
         p_head = (task.first + n) * (SHAPE.packs * HEADS) + head
         b_lse, b_sum, b_delta = _load_query_stats(side.lse, side.delta, p_head, m_q, VARIANT, FP32_SOFTMAX, True)
+        stats = query_stats(b_lse, b_sum, b_delta, variant, VARIANT, b_k.dtype, False)
         # [BLOCK_K, BLOCK_Q]
-        pairs = pairs_of(n[None, :], j[:, None], head[None, :], task.count, task.keys, variant, VARIANT)
-        pairs = pairs_where(pairs, (j >= 0)[:, None])
         if SHAPE.pack > 1:
-            pairs = pairs_where(pairs, cell[None, :] == o_h[:, None])
+            cells = cell[None, :] == o_h[:, None]
+            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, True, cells)
+        elif VARIANT.causal or VARIANT.right or VARIANT.left:
+            n_first, n_last = tokens_of_tile(i_q, task.count, SHAPE)
+            edge = has_edge(n_first, n_last, j_bounds[0], j_bounds[1], task.count, task.keys, variant, VARIANT)
+            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, edge, None)
+        else:
+            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, False, None)
         products = dot(b_k, tl.trans(b_q), PRECISION)
         d_probs = dot(b_v, tl.trans(b_grad), PRECISION)
-        probs, d_scores = scores_to_probs(
-            products, d_probs, pairs, b_lse[None, :], b_sum[None, :], b_delta[None, :], variant, VARIANT, b_k.dtype
-        )
+        probs, d_scores = scores_to_probs(products, d_probs, pairs, stats, variant, VARIANT, b_k.dtype, False)
         if FP32_SOFTMAX:
             inv_row_sum = tl.div_rn(1.0, b_sum)[None, :]
             probs = probs * inv_row_sum
@@ -357,8 +362,9 @@ def _grad_of_key_tile(
                 bounds = query_tiles(j_first, j_last, task.count, keys, variant, HEADS, SHAPE.block_q, VARIANT)
                 seen = RowTask(task.row, task.first, task.count, task.k_first, keys)
                 acc_k, acc_v = _over_queries(
-                    b_k, b_v, side, i_pack, attempt, j, o_h, bounds, seen, variant, SHAPE, VARIANT, FP32_SOFTMAX
-                )
+                    b_k, b_v, side, i_pack, attempt, j, o_h, (j_first, j_last), bounds, seen, variant,
+                    SHAPE, VARIANT, FP32_SOFTMAX,
+                )  # fmt: skip
             acc_k = acc_k * remaining_scale(keys, variant, VARIANT, kv.k.pointer.dtype.element_ty)
             if SHAPE.v_is_k:
                 acc_k = acc_k + acc_v

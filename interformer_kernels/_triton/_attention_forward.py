@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._arguments import Epilogue, KeysAndValues, Sizes
+from interformer_kernels._triton._attention_masks import Pairs, key_tiles, sees_any_key, tile_has_edge
 from interformer_kernels._triton._attention_output import partial_index, store_outputs, store_partial
 from interformer_kernels._triton._attention_tiles import (
     load_keys,
@@ -18,12 +19,10 @@ from interformer_kernels._triton._attention_tiles import (
     tokens_of_tile,
 )
 from interformer_kernels._triton._attention_variant import (
-    key_tiles,
+    empty_softmax,
     make_variant,
     online_softmax_update,
-    pairs_of,
-    pairs_where,
-    sees_any_key,
+    softmax_stats,
 )
 from interformer_kernels._triton._maps import dot, narrow
 
@@ -33,29 +32,32 @@ def _over_keys(
     b_q, kv, i_pack, attempt, n, cell, head, tile, task, i_split, variant,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, SPLIT_KV: tl.constexpr,
 ):  # fmt: skip
-    """Accumulator, row maximum and row sum of a tile of queries over the keys that it sees."""
+    """Accumulator, largest score and row sum of a tile of queries over the keys that it sees."""
     PRECISION: tl.constexpr = SHAPE.precision
-    row_max = tl.full([SHAPE.block_q], float("-inf"), tl.float32)
-    row_sum = tl.full([SHAPE.block_q], 0.0, tl.float32)
+    TOKENS: tl.constexpr = SHAPE.block_k // SHAPE.pack
+    row_max, row_sum = empty_softmax(SHAPE.block_q)
     acc = tl.full([SHAPE.block_q, SHAPE.block_dv], 0.0, tl.float32)
-    n_first, n_last = tokens_of_tile(tile, task.count, SHAPE)
-    before, start, stop = key_tiles(
-        n_first, n_last, task.count, task.keys, variant, SHAPE.block_k // SHAPE.pack, VARIANT
-    )
+    tokens = tokens_of_tile(tile, task.count, SHAPE)
+    before, start, stop = key_tiles(tokens[0], tokens[1], task.count, task.keys, variant, TOKENS, VARIANT)
     if SPLIT_KV:
         start = i_split * (SPLIT_KV * SHAPE.pack // SHAPE.block_k)
         stop = tl.minimum(stop, start + SPLIT_KV * SHAPE.pack // SHAPE.block_k)
     for step in range(0, before + stop - start):
-        i_k = tl.where(step < before, step, start + step - before)
+        # The minimum changes nothing but the code: without it, every thread would carry each of its addresses along.
+        i_k = tl.minimum(tl.where(step < before, step, start + step - before), stop - 1)
         j, o_h, b_k, b_v = load_keys(kv, i_pack, attempt, i_k, task, SHAPE)
-        pairs = pairs_of(n[:, None], j[None, :], head[:, None], task.count, task.keys, variant, VARIANT)
-        if SHAPE.pack > 1:
-            pairs = pairs_where(pairs, cell[:, None] == o_h[None, :])
+        if SHAPE.pack == 1:
+            edge = tile_has_edge(i_k, tokens, task, variant, TOKENS, VARIANT)
+            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, edge, None)
+        else:
+            cells = cell[:, None] == o_h[None, :]
+            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, True, cells)
         products = dot(b_q, tl.trans(b_k), PRECISION)
         probs, alpha, row_max, row_sum = online_softmax_update(
             products, pairs, row_max, row_sum, variant, VARIANT, b_v.dtype
         )
         acc = acc * alpha[:, None] + dot(narrow(probs, b_v.dtype), b_v, PRECISION)
+    row_max, row_sum = softmax_stats(row_max, row_sum, variant, VARIANT, kv.v.pointer.dtype.element_ty)
     return acc, row_max, row_sum
 
 

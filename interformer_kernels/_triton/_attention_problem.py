@@ -31,6 +31,7 @@ from interformer_kernels._triton._tiles import Tiles, entries, padded, tiles, va
 from interformer_kernels._triton.apply_rotary import rotated
 
 _MIN_TILE_ROWS = 16  # rows of a tile that tensor cores take
+_SCALES = 2.0**-100, 2.0**100  # that kernels of 16 bits take as they are
 _WIDE_HEAD = 128  # padded channels of a head from which heads are not packed
 
 
@@ -64,6 +65,21 @@ class Problem:
         self.softmax = call.score == "softmax"
         self.fp32_softmax = self.softmax and k.dtype == torch.float32
         self._tile_lists = TileLists()
+        self.q_factor = 1.0
+        if self.softmax and not self.fp32_softmax:
+            self._make_scale_positive()
+
+    def _make_scale_positive(self) -> None:
+        """Move the sign of the scale into the queries, exactly, and as a whole a scale that is 0 or far from 1.
+
+        The softmax of 16 bits takes the largest product for the largest score, and multiplies by powers of two.
+        """
+        scale = self.call.scale
+        if _SCALES[0] <= scale <= _SCALES[1]:
+            return
+        self.q_factor = -1.0 if _SCALES[0] <= -scale <= _SCALES[1] else scale
+        self.q = readable(self.q * self.q_factor)
+        self.variant_inputs = self.variant_inputs._replace(scale=abs(scale) if self.q_factor == -1.0 else 1.0)
 
     def _pack(self) -> int:
         """Key/value heads that a program takes at once, so that few queries fill a tile.

@@ -15,16 +15,15 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._arguments import Epilogue, KeysAndValues, RowTask, Sizes
+from interformer_kernels._triton._attention_masks import Pairs, pairs_under, sees_any_key
 from interformer_kernels._triton._attention_output import store_outputs
 from interformer_kernels._triton._attention_tiles import of_attempt, rows_with_nan
 from interformer_kernels._triton._attention_variant import (
+    empty_softmax,
     make_variant,
     online_softmax_update,
-    pairs_of,
-    pairs_under,
-    pairs_where,
     remaining_scale,
-    sees_any_key,
+    softmax_stats,
     whole_row_to_probs,
 )
 from interformer_kernels._triton._maps import dot, narrow
@@ -73,8 +72,9 @@ def _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE: tl.constexpr, 
     b_v = _load(kv.v, task.k_first, n, i_head, task.keys, SHAPE.dv, SHAPE.block_dv)
     count = task.count[:, None]
     keys = task.keys[:, None]
-    pairs = pairs_of(n[:, None], n[None, :], i_head * SHAPE.q_per_kv, count, keys, variant, VARIANT)
-    return n, task, b_k, b_v, pairs_where(pairs, cell[:, None] == cell[None, :])
+    cells = cell[:, None] == cell[None, :]
+    pairs = Pairs(n[:, None], n[None, :], i_head * SHAPE.q_per_kv, count, keys, True, cells)
+    return n, task, b_k, b_v, pairs
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -100,11 +100,11 @@ def attention_forward_short(
                 head = i_head * SHAPE.q_per_kv + g
                 b_q = _load(q, task.first, n, head, task.count, SHAPE.d, SHAPE.block_d)
                 products = dot(b_q, tl.trans(b_k), PRECISION)
-                row_max = tl.full([SHAPE.block], float("-inf"), tl.float32)
-                row_sum = tl.full([SHAPE.block], 0.0, tl.float32)
+                row_max, row_sum = empty_softmax(SHAPE.block)
                 probs, _, row_max, row_sum = online_softmax_update(
                     products, pairs_under(pairs, head), row_max, row_sum, variant, VARIANT, b_v.dtype
                 )
+                row_max, row_sum = softmax_stats(row_max, row_sum, variant, VARIANT, b_v.dtype)
                 acc = dot(narrow(probs, b_v.dtype), b_v, PRECISION)
                 bad = bad | rows_with_nan(acc)
                 store_outputs(

@@ -144,23 +144,34 @@ def load_queries(x, row, first, n, head, mask, C: tl.constexpr, BLOCK_C: tl.cons
 
 
 @triton.jit
+def load_tokens(x, first, i_t, TOKENS: tl.constexpr, t, head, mask, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The channels `[BLOCK_T, BLOCK_C]` of tokens `begin + t` of the row whose first is `first`; zero where the mask
+    says no. Only `begin` differs from tile to tile: its product with a stride is a single instruction."""
+    o_c = tl.arange(0, BLOCK_C)
+    m = mask[:, None]
+    if C < BLOCK_C:
+        m = m & (o_c < C)
+    tile = x.pointer + first * x.token + i_t.to(tl.int64) * x.token * TOKENS
+    p = t.to(tl.int64) * x.token + head * x.head
+    return tl.load(tile + p[:, None] + o_c, mask=m, other=0.0)
+
+
+@triton.jit
 def load_keys(kv, i_pack, attempt, i_k, task, SHAPE: tl.constexpr):
     """A tile of keys: their tokens in the row and heads in the pack, keys and values; zero behind the row's last, and
     of heads that are not the attempt's."""
+    TOKENS: tl.constexpr = SHAPE.block_k // SHAPE.pack
     o_k = tl.arange(0, SHAPE.block_k)
-    o_d = tl.arange(0, SHAPE.block_d)
-    j = (i_k * SHAPE.block_k + o_k) // SHAPE.pack
+    t = o_k // SHAPE.pack
     o_h = o_k % SHAPE.pack
-    m_k = j < of_attempt(task.keys, o_h, attempt, SHAPE.pack)  # [BLOCK_K]
+    m_k = t < of_attempt(task.keys, o_h, attempt, SHAPE.pack) - i_k * TOKENS  # [BLOCK_K]
     head = (i_pack * SHAPE.pack + o_h).to(tl.int64)
-    p_k = (task.k_first + j) * kv.k.token + head * kv.k.head
-    b_k = tl.load(kv.k.pointer + p_k[:, None] + o_d, mask=m_k[:, None] & (o_d < SHAPE.d), other=0.0)
+    b_k = load_tokens(kv.k, task.k_first, i_k, TOKENS, t, head, m_k, SHAPE.d, SHAPE.block_d)
     if SHAPE.v_is_k:
         b_v = b_k
     else:
-        o_v = tl.arange(0, SHAPE.block_dv)
-        p_v = (task.k_first + j) * kv.v.token + head * kv.v.head
-        b_v = tl.load(kv.v.pointer + p_v[:, None] + o_v, mask=m_k[:, None] & (o_v < SHAPE.dv), other=0.0)
+        b_v = load_tokens(kv.v, task.k_first, i_k, TOKENS, t, head, m_k, SHAPE.dv, SHAPE.block_dv)
+    j = i_k * TOKENS + t
     return j, o_h, b_k, b_v
 
 

@@ -1,10 +1,10 @@
 # mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
-"""The variant of attention: how scores are mapped and masked, and the derivatives of that.
+"""The variant of attention: how scores are mapped, and the derivatives of that.
 
 All attention kernels come here: the forward, the passes for sums, for dQ and for dK with dV, and the kernels of short
-rows. An additive bias, dropout or another mask goes into the tuples below and into the functions that take them: each
-that maps scores knows their `Pairs` of query and key. Kernels pass the tuples on, and know none of their fields but
-`seen`. Masks apply after a pointwise map: a hidden key adds nothing to the sum over keys.
+rows. An additive bias or dropout goes into the tuples below and into the functions that take them, another mask into
+`_attention_masks.py`: each function that maps scores knows their `Pairs` of query and key. Kernels pass the tuples on,
+and know none of their fields. Masks apply after a pointwise map: a hidden key adds nothing to the sum over keys.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._calls import AttentionCall
+from interformer_kernels._triton._attention_masks import mask_out, seen_pairs
 from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, activation_grad, exp2, power
+
+# The start of a running maximum: finite, so that no difference of maxima is NaN.
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Exponents of 2 stay below four times this number, so that they have a digit behind the point.
+_LARGE = tl.constexpr(2.0**21)
+# From this |lse| on its rounding shows in probabilities of 16 bits.
+_LARGE_LSE = tl.constexpr(1024.0)
+# Sums of a query that are kept apart: adjacent keys of a tile are in different threads.
+_SUM_LANES = tl.constexpr(8)
 
 # ---------------------------------------------------------------- tuples: from a call, and made in kernels
 
@@ -56,19 +66,15 @@ class Variant(NamedTuple):
     prefix: Any
 
 
-class Pairs(NamedTuple):
-    """A tile of pairs of a query and a key, one for each score: the query's token in the row and its head, the key's
-    token in the row, the row's numbers of queries and keys, and whether the query sees the key.
+class QueryStats(NamedTuple):
+    """Statistics of queries for the backward of a softmax: the factor and the base that turn raw scores into logarithms
+    of probabilities; the sum of these probabilities; the factor of dP; and delta times the latter."""
 
-    All of them broadcast to the tile. Tiles of the backward of keys have keys as rows.
-    """
-
-    n: Any
-    j: Any
-    head: Any
-    queries: Any
-    keys: Any
-    seen: Any
+    factor: Any
+    base: Any
+    row_sum: Any
+    scale: Any
+    delta: Any
 
 
 @triton.jit
@@ -77,119 +83,25 @@ def make_variant(inputs, left, right, prefix):
     return Variant(VariantInputs(*inputs), left, right, prefix)
 
 
-# ---------------------------------------------------------------- masks
-
-
-@triton.jit
-def key_tiles(n_first, n_last, queries, keys, variant, TOKENS: tl.constexpr, VARIANT: tl.constexpr):
-    """Tiles of `TOKENS` keys that queries `n_first` to `n_last` see: `[0, before)` and `[start, stop)`."""
-    shift = keys - queries
-    begin = keys * 0
-    end = keys
-    if VARIANT.causal:
-        end = tl.minimum(end, n_last + shift + 1)
-    if VARIANT.right:
-        end = tl.minimum(end, n_last + shift + variant.right + 1)
-    if VARIANT.left:
-        begin = tl.maximum(begin, n_first + shift - variant.left)
-    before = keys * 0
-    if VARIANT.prefix:
-        before = tl.cdiv(tl.minimum(variant.prefix, keys), TOKENS)
-        begin = tl.where(n_first < variant.prefix, 0, begin)
-        end = tl.where(n_first < variant.prefix, keys, end)
-    start = tl.maximum(begin // TOKENS, before)
-    return before, start, tl.maximum(tl.cdiv(tl.maximum(end, 0), TOKENS), start)
-
-
-@triton.jit
-def query_tiles(
-    j_first, j_last, queries, keys, variant, HEADS: tl.constexpr, BLOCK: tl.constexpr, VARIANT: tl.constexpr
-):
-    """Tiles of `BLOCK` packed rows that see some of the keys `j_first` to `j_last`: `[0, before)`, `[start, stop)`."""
-    shift = keys - queries
-    begin = keys * 0
-    end = queries
-    if VARIANT.causal:
-        begin = tl.maximum(begin, j_first - shift)
-    if VARIANT.right:
-        begin = tl.maximum(begin, j_first - shift - variant.right)
-    if VARIANT.left:
-        end = tl.minimum(end, j_last - shift + variant.left + 1)
-    before = keys * 0
-    if VARIANT.prefix:
-        before = tl.cdiv(tl.minimum(variant.prefix, queries) * HEADS, BLOCK)
-        begin = tl.where(j_first < variant.prefix, 0, begin)
-        end = tl.where(j_first < variant.prefix, queries, end)
-    start = tl.maximum(begin * HEADS // BLOCK, before)
-    return before, start, tl.maximum(tl.cdiv(tl.maximum(end, 0) * HEADS, BLOCK), start)
-
-
-@triton.jit
-def _key_range(n, queries, keys, variant, VARIANT: tl.constexpr):
-    """The keys `[begin, end)` that query token `n` sees besides those of the prefix; none behind the row's queries.
-
-    Tiles compare keys with these bounds: a mask costs one comparison a side, however many options make it.
-    """
-    p = n + (keys - queries)
-    begin = p * 0
-    end = begin + keys
-    if VARIANT.causal:
-        end = tl.minimum(end, p + 1)
-    if VARIANT.right:
-        end = tl.minimum(end, p + variant.right + 1)
-    if VARIANT.left:
-        begin = tl.maximum(begin, p - variant.left)
-    if VARIANT.prefix:
-        begin = tl.where(n < variant.prefix, 0, begin)
-        end = tl.where(n < variant.prefix, keys, end)
-    return begin, tl.where(n < queries, end, 0)
-
-
-@triton.jit
-def pairs_of(n, j, head, queries, keys, variant, VARIANT: tl.constexpr):
-    """The pairs of query tokens `n` under `head` and key tokens `j`: tiles that broadcast."""
-    if VARIANT.causal or VARIANT.right or VARIANT.left:
-        begin, end = _key_range(n, queries, keys, variant, VARIANT)
-        seen = j < end
-        if VARIANT.left:
-            seen = seen & (j >= begin)
-        if VARIANT.prefix:
-            seen = seen | (j < tl.where(n < queries, tl.minimum(variant.prefix, keys), 0))
-    else:
-        # Bounds of each query would take registers that kernels of packed heads lack.
-        seen = (n < queries) & (j < keys)
-    return Pairs(n, j, head, queries, keys, seen)
-
-
-@triton.jit
-def pairs_where(pairs, mask):
-    """The same pairs, of which those outside of a mask are not seen."""
-    return Pairs(pairs.n, pairs.j, pairs.head, pairs.queries, pairs.keys, pairs.seen & mask)
-
-
-@triton.jit
-def pairs_under(pairs, head):
-    """The same pairs under another head that sees the same keys."""
-    return Pairs(pairs.n, pairs.j, head, pairs.queries, pairs.keys, pairs.seen)
-
-
-@triton.jit
-def sees_any_key(n, queries, keys, variant, VARIANT: tl.constexpr):
-    """Whether query token `n` sees a key at all; otherwise it is fully masked."""
-    begin, end = _key_range(n, queries, keys, variant, VARIANT)
-    any_key = begin < end
-    if VARIANT.prefix:
-        any_key = any_key | ((n < queries) & (keys > 0))
-    return any_key
-
-
 # ---------------------------------------------------------------- scores
+
+
+@triton.jit
+def _raw_scores(products, pairs, variant):
+    """The scores of pairs but for `_score_factor`, from the products `q k'`."""
+    return products
+
+
+@triton.jit
+def _score_factor(variant):
+    """The scores are the raw scores times this number. It is positive in the forward of a softmax of 16 bits."""
+    return variant.inputs.scale
 
 
 @triton.jit
 def _scores_of(products, pairs, variant):
     """The scores of pairs, before their map, from the products `q k'`."""
-    return products * variant.inputs.scale
+    return _raw_scores(products, pairs, variant) * _score_factor(variant)
 
 
 # ---------------------------------------------------------------- the forward
@@ -202,33 +114,73 @@ def spare_bits(keys):
 
 
 @triton.jit
+def empty_softmax(BLOCK: tl.constexpr):
+    """Row maximum and row sum of `BLOCK` queries before the first tile of an online softmax."""
+    return tl.full([BLOCK], _LOWEST, tl.float32), tl.full([BLOCK, _SUM_LANES], 0.0, tl.float32)
+
+
+@triton.jit
+def _base_2(row_max, variant):
+    """The factor of each query that turns raw scores into exponents of 2, and the exponent of the row maximum.
+
+    A fused multiply-add takes the rounded exponent of the maximum from the exact exponent of a score. The difference of
+    the two is small, and the same for all keys, as long as exponents have a digit behind the point. Beyond, a power of
+    two replaces the factor, which leaves the maximum exact: it tells apart whatever 16 bits do.
+    """
+    # 2^(1 - e) for a maximum from 2^e on; infinity for 0.
+    inverse = (~row_max.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    factor = tl.minimum(_score_factor(variant) * (LOG2_E / _LARGE), inverse) * _LARGE
+    return factor, row_max * factor
+
+
+@triton.jit
 def online_softmax_update(products, pairs, row_max, row_sum, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
     """One more tile of products: its probabilities before normalisation, the accumulator's rescaling `alpha`,
-    and the new row maximum and row sum.
+    and the new row maximum and row sum, which begin as `empty_softmax` and end by `softmax_stats`.
 
-    Probabilities of a softmax are scaled down by a power of two, so that their sums over values stay within float32
-    where the values do. Float16 has no range for that in its operands, nor values that would need it.
+    The row maximum is that of scores in float32, and of raw scores in 16 bits. The row sum is one of every eighth key,
+    so that no threads have to add theirs. Probabilities of a softmax are scaled down by a power of two, so that their
+    sums over values stay within float32 where the values do. Float16 has no range for that in its operands, nor values
+    that would need it.
     """
     if VARIANT.score == "softmax":
-        x = tl.where(pairs.seen, _scores_of(products, pairs, variant), float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(x, 1))
-        base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        if tl.float16 == DTYPE:
-            probs = tl.exp2((x - base[:, None]) * LOG2_E)
-        elif tl.bfloat16 == DTYPE:
-            probs = tl.exp2((x - base[:, None]) * LOG2_E - spare_bits(pairs.keys).to(tl.float32))
-        else:
+        if tl.float32 == DTYPE:
+            x = mask_out(_scores_of(products, pairs, variant), pairs, float("-inf"), variant, VARIANT)
+            new_max = tl.maximum(row_max, tl.max(x, 1))
             # The power of two stays outside of exp2, where it would round the exponent once more.
-            probs = exp2((x - base[:, None]) * LOG2_E, DTYPE) * power(-spare_bits(pairs.keys))
-        alpha = exp2((row_max - base) * LOG2_E, DTYPE)
-        row_sum = row_sum * alpha + tl.sum(probs, 1)
+            probs = exp2((x - new_max[:, None]) * LOG2_E, DTYPE) * power(-spare_bits(pairs.keys))
+            alpha = exp2((row_max - new_max) * LOG2_E, DTYPE)
+        else:
+            x = mask_out(_raw_scores(products, pairs, variant), pairs, float("-inf"), variant, VARIANT)
+            new_max = tl.maximum(row_max, tl.max(x, 1))
+            factor, base = _base_2(new_max, variant)
+            alpha = tl.exp2((row_max - new_max) * factor)
+            base = base[:, None]
+            if tl.bfloat16 == DTYPE:
+                base += spare_bits(pairs.keys).to(tl.float32)
+            probs = tl.exp2(tl.fma(x, factor[:, None], -base))
+        lanes = tl.reshape(probs, [probs.shape[0], probs.shape[1] // _SUM_LANES, _SUM_LANES])
+        row_sum = row_sum * alpha[:, None] + tl.sum(lanes, 1)
         row_max = new_max
     else:
         SCORE: tl.constexpr = VARIANT.score
         mapped = variant.inputs.post_scale * activate(_scores_of(products, pairs, variant), SCORE, DTYPE)
-        probs = tl.where(pairs.seen, mapped, 0.0)
-        alpha = row_sum * 0.0 + 1.0
+        probs = mask_out(mapped, pairs, 0.0, variant, VARIANT)
+        alpha = tl.full([products.shape[0]], 1.0, tl.float32)
     return probs, alpha, row_max, row_sum
+
+
+@triton.jit
+def softmax_stats(row_max, row_sum, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
+    """The largest score and the row sum of each query after the last tile. The former is -inf where the query is fully
+    masked, or its scores are all -inf, and NaN beyond float32."""
+    row_sum = tl.sum(row_sum, 1)
+    if VARIANT.score == "softmax":
+        if tl.float32 != DTYPE:
+            row_max = row_max * _score_factor(variant)
+            row_max = tl.where(row_max == float("inf"), float("nan"), row_max)
+        row_max = tl.where(row_sum == 0.0, float("-inf"), row_max)
+    return row_max, row_sum
 
 
 @triton.jit
@@ -270,7 +222,13 @@ def finalize(acc, row_max, row_sum, keys, any_key, VARIANT: tl.constexpr, DTYPE:
 
 
 @triton.jit
-def scaled(d_scores, scale, DTYPE: tl.constexpr):
+def is_large(lse):
+    """Whether a log-sum-exp has lost digits that probabilities of 16 bits would show."""
+    return (tl.abs(lse) >= _LARGE_LSE) & (tl.abs(lse) < float("inf"))
+
+
+@triton.jit
+def _scaled(d_scores, scale, DTYPE: tl.constexpr):
     """Gradients of scores as operands of dQ and dK: times `scale`, so that no sum overflows that `scale` would bring
     back. In float16 small gradients would lose digits; there `remaining_scale` multiplies the sums instead.
     """
@@ -283,11 +241,13 @@ def scaled(d_scores, scale, DTYPE: tl.constexpr):
 
 @triton.jit
 def remaining_scale(keys, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
-    """The factor of a row's sums over `scaled` gradients, where the row has `keys` keys."""
+    """The factor of a row's sums over gradients of scores, where the row has `keys` keys."""
     factor = (keys * 0).to(tl.float32) + 1.0
     if tl.float16 == DTYPE:
         factor = factor * variant.inputs.scale
     if VARIANT.score == "softmax":
+        if tl.bfloat16 == DTYPE:
+            factor = factor * tl.maximum(variant.inputs.scale, 1.0)
         # The softmax of a single key is constant, whatever `dP - delta` rounds to.
         factor = tl.where(keys == 1, 0.0, factor)
     return factor
@@ -298,37 +258,78 @@ def _activation_backward(products, d_probs, pairs, variant, VARIANT: tl.constexp
     """Unscaled activations of the scores, and gradients of the products but for `remaining_scale`."""
     SCORE: tl.constexpr = VARIANT.score
     x = _scores_of(products, pairs, variant)
-    probs = tl.where(pairs.seen, activate(x, SCORE, DTYPE), 0.0)
+    probs = activate(x, SCORE, DTYPE)
     grad = activation_grad(x, SCORE, DTYPE)
-    d_scores = tl.where(pairs.seen, scaled(grad * d_probs, variant.inputs.scale, DTYPE), 0.0)
+    d_scores = _scaled(grad * d_probs, variant.inputs.scale, DTYPE)
     if SCORE == "relu":
         # A derivative of 0 gives a gradient of 0, even where `d_probs` overflowed.
         d_scores = tl.where(x <= 0, 0.0, d_scores)
+    if pairs.edge:
+        seen = seen_pairs(pairs, variant, VARIANT)
+        probs = tl.where(seen, probs, 0.0)
+        d_scores = tl.where(seen, d_scores, 0.0)
     return probs, d_scores
 
 
 @triton.jit
-def _softmax_backward(probs, d_probs, delta, pairs, variant, DTYPE: tl.constexpr):
-    """Gradients of the products but for `remaining_scale`; masked ones are 0 even where a number is not finite."""
-    return tl.where(pairs.seen, scaled(probs * (d_probs - delta), variant.inputs.scale, DTYPE), 0.0)
+def _scale_of_d_probs(variant, DTYPE: tl.constexpr):
+    """The factor of dP in 16 bits, see `_scaled`: there it costs nothing. A scale above 1 might overflow."""
+    scale = tl.full([], 1.0, tl.float32)
+    if tl.bfloat16 == DTYPE:
+        scale = tl.minimum(variant.inputs.scale, 1.0)
+    return scale
+
+
+@triton.jit
+def query_stats(lse, row_sum, delta, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr, OF_QUERIES: tl.constexpr):
+    """Statistics of queries from their log-sum-exp, the sum of their probabilities by it, and delta.
+
+    In 16 bits the sum is given as its base-2 logarithm, which corrects the rounding of the log-sum-exp. With OF_QUERIES
+    gradients of queries are all that is asked for, and it goes into the factor of dP.
+    """
+    if tl.float32 == DTYPE or VARIANT.score != "softmax":
+        stats = QueryStats(_score_factor(variant), lse, row_sum, variant.inputs.scale, delta)
+    else:
+        # As in `_base_2`, but a power of two brings log-sum-exps from 2^20 on below 2^21.
+        inverse = (~lse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        cooling = tl.minimum(inverse, 4 / _LARGE)
+        factor = cooling * (_score_factor(variant) * (LOG2_E * _LARGE / 4))
+        base = (lse * cooling) * (LOG2_E * _LARGE / 4)
+        scale = _scale_of_d_probs(variant, DTYPE)
+        if OF_QUERIES:
+            scale = scale * tl.exp2(-row_sum)
+        stats = QueryStats(factor, base, row_sum, scale, delta * scale)
+    return stats
 
 
 @triton.jit
 def scores_to_probs(
-    products, d_probs, pairs, lse, log2_row_sum, delta, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr
+    products, d_probs, pairs, stats, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr, OF_QUERIES: tl.constexpr
 ):
-    """Probabilities, or unscaled activations, and gradients of the products but for `remaining_scale`, from statistics
-    of the queries that broadcast.
+    """Probabilities, or unscaled activations, and gradients of the products but for `remaining_scale`. Queries are rows
+    of the tile with OF_QUERIES, else columns.
 
-    `log2_row_sum`: of a query's probabilities by its log-sum-exp; in float32 the caller divides by their sum instead.
+    In float32 the caller divides by the row sum. In 16 bits with OF_QUERIES the probabilities are by it too large.
     """
     if VARIANT.score == "softmax":
-        # lse = -inf: the query is fully masked, or its scores are all -inf and its probabilities NaN.
-        x = (_scores_of(products, pairs, variant) - lse) * LOG2_E
-        if tl.float32 != DTYPE:
-            x = x - log2_row_sum
-        probs = tl.where(pairs.seen, exp2(x, DTYPE), 0.0)
-        d_scores = _softmax_backward(probs, d_probs, delta, pairs, variant, DTYPE)
+        AXIS: tl.constexpr = 1 if OF_QUERIES else 0
+        raw = _raw_scores(products, pairs, variant)
+        base = tl.expand_dims(stats.base, AXIS)
+        delta = tl.expand_dims(stats.delta, AXIS)
+        if tl.float32 == DTYPE:
+            x = (raw * stats.factor - base) * LOG2_E
+        else:
+            x = tl.fma(raw, tl.expand_dims(stats.factor, AXIS), -base)
+            if not OF_QUERIES:
+                x = x - tl.expand_dims(stats.row_sum, AXIS)
+        probs = exp2(mask_out(x, pairs, float("-inf"), variant, VARIANT), DTYPE)
+        # Masked ones are 0, unless a number is not finite.
+        if tl.float32 == DTYPE:
+            d_scores = probs * (d_probs - delta) * stats.scale
+        elif OF_QUERIES:
+            d_scores = probs * tl.fma(d_probs, tl.expand_dims(stats.scale, AXIS), -delta)
+        else:
+            d_scores = probs * tl.fma(d_probs, stats.scale, -delta)
     else:
         probs, d_scores = _activation_backward(products, d_probs, pairs, variant, VARIANT, DTYPE)
     return probs, d_scores
@@ -337,16 +338,19 @@ def scores_to_probs(
 @triton.jit
 def whole_row_to_probs(products, d_probs, pairs, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
     """`scores_to_probs` where a tile holds all keys of its rows, so that no statistics are needed."""
-    zeros = tl.full([products.shape[0]], 0.0, tl.float32)
     if VARIANT.score == "softmax":
-        probs, _, row_max, row_sum = online_softmax_update(
-            products, pairs, zeros + float("-inf"), zeros, variant, VARIANT, DTYPE
-        )
+        row_max, row_sum = empty_softmax(products.shape[0])
+        probs, _, _, row_sum = online_softmax_update(products, pairs, row_max, row_sum, variant, VARIANT, DTYPE)
+        row_sum = tl.sum(row_sum, 1)
         # A row whose scores are all -inf gives NaN, as in PyTorch.
-        row_sum = tl.where(row_max == float("-inf"), float("nan"), row_sum)
-        probs = tl.where(pairs.seen, probs * tl.div_rn(1.0, row_sum)[:, None], 0.0)
-        delta = tl.sum(tl.where(pairs.seen, probs * d_probs, 0.0), 1)
-        d_scores = _softmax_backward(probs, d_probs, delta[:, None], pairs, variant, DTYPE)
+        inv_row_sum = tl.div_rn(1.0, tl.where(row_sum == 0.0, float("nan"), row_sum))
+        probs = mask_out(probs * inv_row_sum[:, None], pairs, 0.0, variant, VARIANT)
+        delta = tl.sum(probs * d_probs, 1)
+        if tl.float32 == DTYPE:
+            d_scores = probs * (d_probs - delta[:, None]) * variant.inputs.scale
+        else:
+            scale = _scale_of_d_probs(variant, DTYPE)
+            d_scores = probs * tl.fma(d_probs, scale, -(delta * scale)[:, None])
     else:
         probs, d_scores = _activation_backward(products, d_probs, pairs, variant, VARIANT, DTYPE)
     return probs, d_scores

@@ -86,7 +86,7 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
             2: {128: Tiles(64, 32)},
             4: {16: Tiles(16, 32), 32: Tiles(32, 16), 64: Tiles(16, 16, 8), 128: Tiles(16, 16, 8)},
         },
-        "grad_keys": {2: {128: Tiles(32, 64, 8)}, 4: {128: Tiles(32, 16), 256: Tiles(16, 16)}},
+        "grad_keys": {2: {128: Tiles(32, 128, 8)}, 4: {128: Tiles(32, 16), 256: Tiles(16, 16)}},
         "short": {4: {32: Tiles(32, 16, 8, 1)}},
         "short_backward": {4: {32: Tiles(32, 16, 2, 1)}},
         "grad_queries_packed": {4: {16: Tiles(16, 32, 8)}},

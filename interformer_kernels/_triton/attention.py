@@ -107,6 +107,8 @@ def backward(
     grad_q = _grad_queries(problem, side, recompute_stats)
     grad_k, grad_v = _grad_keys(problem, side)
     _start_short(problem, attention_backward_short, grad, grad_q, grad_k, grad_v)
+    if problem.q_factor != 1:
+        grad_q = grad_q * problem.q_factor
     if call.cos is not None and call.sin is not None:
         tables, interleaved = (call.cos, call.sin), call.rope_interleaved
         grad_q = rotated(grad_q, problem.offsets.q, *tables, call.positions_q, interleaved, backwards=True)

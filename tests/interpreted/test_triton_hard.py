@@ -241,19 +241,37 @@ def test_one_key_is_not_moved(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1e3, 3e4, 1e17])
 @pytest.mark.parametrize("op", [POOLING, ATTENTION])
-def test_equal_scores_of_a_million(op: str, dtype: torch.dtype) -> None:
+def test_equal_scores_of_a_million_and_more(op: str, size: float, dtype: torch.dtype) -> None:
     """Where the log-sum-exp has no digits left for the number of keys, probabilities are equal and sum to 1 still."""
     tokens = 40
     case = _case(op, "", lengths=(tokens,), heads=1, kv_heads=1, head_size=4, value_size=4, queries=2)
     inputs = testing.make_inputs(case, dtype)
     name = "q" if op == ATTENTION else "seeds"
-    inputs |= {"k": torch.full_like(inputs["k"], 1e3).requires_grad_(), "scale": 0.3}
-    inputs[name] = torch.full_like(inputs[name], 1e3).requires_grad_()
-    found, grad = results(op, inputs), inputs["grad_out"].double()
+    size = min(size, torch.finfo(dtype).max / 2)
+    inputs |= {"k": torch.full_like(inputs["k"], size).requires_grad_(), "scale": 0.3}
+    inputs[name] = torch.full_like(inputs[name], size).requires_grad_()
+    found, grad, values = results(op, inputs), inputs["grad_out"].double(), inputs["v"].detach().double()
     wanted = grad.flatten(0, -3).sum(0)  # of [queries, heads, channels]
     error = (found["dv"].double() - wanted / tokens).abs().max() / (wanted.abs().max() / tokens)
     assert error <= 2 * torch.finfo(dtype).eps, error
+    error = (found["out"].double() - values.mean(0)).abs().max() / values.abs().max()
+    assert error <= 2 * torch.finfo(dtype).eps, error
+    assert (found["lse"] / (1.2 * found["lse"].new_tensor(size).to(dtype).float() ** 2) - 1).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 3.0, -3.0, 1e-35])
+def test_scales_of_any_sign_and_size(scale: float, dtype: torch.dtype) -> None:
+    """The softmax of 16 bits takes maxima of products, in whose order scores are where the scale is positive."""
+    for case in (
+        _case(ATTENTION, "", lengths=(40, 3), heads=2, kv_heads=1, options={"scale": scale, "causal": True}),
+        _case(CROSS, "", lengths=(5, 40), heads=2, kv_heads=2, queries=3, options={"scale": scale}),
+    ):
+        rows = testing.compare(case, "triton", dtype, most_draws=4)
+        assert rows
+        assert not [row for row in rows if not row.ok]
 
 
 def test_attention_outputs_beyond_float16() -> None:

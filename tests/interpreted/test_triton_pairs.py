@@ -28,6 +28,11 @@ def _biased(products, pairs, variant):
     return products * variant.inputs.scale + bias * 0.125
 
 
+@triton.jit
+def _one(variant):
+    return variant.inputs.scale * 0.0 + 1.0
+
+
 def _eager_row(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool) -> Tensor:
     """The definition for one row."""
     q_per_kv = HEADS // k.shape[1]
@@ -51,7 +56,8 @@ def _eager_row(q: Tensor, k: Tensor, v: Tensor, score: str, causal: bool) -> Ten
 def test_a_bias_by_head_and_distance(
     layout: str, kv_heads: int, lengths: tuple[int, ...], score: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_attention_variant, "_scores_of", _biased)
+    monkeypatch.setattr(_attention_variant, "_raw_scores", _biased)
+    monkeypatch.setattr(_attention_variant, "_score_factor", _one)
     generator = torch.Generator().manual_seed(0)
     tokens, rows, causal = sum(lengths), len(lengths), layout == "packed"
     shape = {"packed": (tokens,), "dense": (rows, 2), "shared": (2,)}[layout]
