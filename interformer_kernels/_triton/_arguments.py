@@ -86,12 +86,15 @@ class Partials(NamedTuple):
 
 
 class QuerySide(NamedTuple):
-    """Operands and statistics of the queries in the backward; `delta` has pairs of a row sum and delta."""
+    """Operands and statistics of the queries in the backward; `delta` has pairs of a row sum and delta, which the pass
+    before dQ makes from `attn_out`, unless that is None.
+    """
 
     q: QueryOperand
     grad: QueryOperand
     lse: Any
     delta: Any
+    attn_out: Any
 
 
 # ---------------------------------------------------------------- compiled in
@@ -126,13 +129,14 @@ class Shape(NamedTuple):
 
 
 class ShortShape(NamedTuple):
-    """The same for kernels of short rows."""
+    """The same for kernels of rows of at most `most` tokens, and of more than `cell` if those are not short."""
 
     d: int
     dv: int
     q_per_kv: int
     kv_heads: int
     cell: int
+    most: int
     block: int
     block_d: int
     block_dv: int

@@ -9,8 +9,9 @@ With the probabilities P = softmax(S) or act(S), dA the gradient of P V, and dP 
 The rounding of a log-sum-exp is an error of all probabilities of its query, and the products in delta do not cancel
 against those in dP bit by bit. In float32 (`fp32_softmax`) both matter, so a pass before the others sums up P, by which
 probabilities are then divided, and P * dP, whose quotient is delta. In 16 bits delta comes from A as it was in float32
-and from the rounded dA that is multiplied in dP, so they cancel as far as float32 goes; there the pass covers only
-queries whose scores are so large that the log-sum-exp has lost digits (`only_large_lse`). Numbers that are not finite
+and from the rounded dA that is multiplied in dP, so they cancel as far as float32 goes; there the pass sums up only
+for queries whose scores are so large that the log-sum-exp has lost digits (`only_large_lse`), and makes others' delta,
+unless the epilogue's backward reads A anyway. Numbers that are not finite
 stay in their row and head by `_attention_tiles.of_attempt`.
 """
 
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._arguments import KeysAndValues, QuerySide, RowTask, Sizes
+from interformer_kernels._triton._attention_epilogue import store_delta
 from interformer_kernels._triton._attention_masks import Pairs, has_edge, key_tiles, query_tiles, tile_has_edge
 from interformer_kernels._triton._attention_output import partial_index
 from interformer_kernels._triton._attention_tiles import (
@@ -209,15 +211,6 @@ def _grad_of_query_tile(
 
 
 @triton.jit
-def _any_large(lse, task, tile, i_pack, SHAPE: tl.constexpr):
-    """Whether a tile of queries has any whose log-sum-exp has lost digits."""
-    HEADS: tl.constexpr = SHAPE.packs * SHAPE.pack * SHAPE.q_per_kv
-    n, _, head = packed_rows(tile, i_pack, SHAPE)
-    b_lse = tl.load(lse + (task.first + n) * HEADS + head, mask=n < task.count, other=0.0)
-    return tl.max(is_large(b_lse).to(tl.int32), 0) > 0
-
-
-@triton.jit
 def _grad_of_queries(
     i, side, kv, offsets, tile_list, out, partials, sizes, variant, rows_of_group, key_shards,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, PASS: tl.constexpr, SPLIT_KV: tl.constexpr,
@@ -232,7 +225,7 @@ def _grad_of_queries(
         begin = task.row // key_shards * rows_of_group
         end = tl.minimum(begin + rows_of_group, sizes.rows)
     if PASS.only_large_lse and not idle:
-        idle = not _any_large(side.lse, task, tile, i_pack, SHAPE)
+        idle = store_delta(side, out, tile, i_pack, task, sizes.rows, SHAPE)
     if not idle:
         _grad_of_query_tile(
             i_pack, task, tile, i_shard, (begin, end), side, kv, offsets, out, partials, sizes, variant, key_shards,
@@ -255,7 +248,7 @@ def attention_grad_queries(
     """
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = make_variant(variant_inputs, left, right, prefix)
-    side = QuerySide(side.q, side.grad, side.lse, side.delta)
+    side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out)
     kv = KeysAndValues(kv.k, kv.v)
     i = tl.program_id(0)
     if PERSISTENT:
@@ -402,7 +395,7 @@ def attention_grad_keys(
     the tail and on skipped keys."""
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = make_variant(variant_inputs, left, right, prefix)
-    side = QuerySide(side.q, side.grad, side.lse, side.delta)
+    side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out)
     kv = KeysAndValues(kv.k, kv.v)
     i = tl.program_id(0)
     if PERSISTENT:

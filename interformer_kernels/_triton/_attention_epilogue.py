@@ -6,7 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from interformer_kernels._triton._attention_tiles import places
+from interformer_kernels._triton._attention_tiles import load_queries, packed_rows, places
+from interformer_kernels._triton._attention_variant import is_large
 from interformer_kernels._triton._maps import activate, activation_grad, narrow
 from interformer_kernels._triton._rows import edge
 
@@ -54,7 +55,7 @@ def epilogue_backward(
 ):  # fmt: skip
     """Gradients of A and of the gate, and delta, of a block of query tokens under one head.
 
-    `gate` and `delta` may be None. `grad_gate` holds sums over the channels, or over the block's tokens, where the gate
+    `delta` may be None. `grad_gate` holds sums over the channels, or over the block's tokens, where the gate
     broadcasts along them.
     """
     head = (tl.program_id(0) % HEADS).to(tl.int64)
@@ -75,21 +76,42 @@ def epilogue_backward(
     p_grad = row * grad_out.row + n[:, None] * grad_out.token + head * grad_out.head + o_v
     b_grad = tl.load(grad_out.pointer + p_grad, mask=m_load, other=0.0).to(tl.float32)
     b_a = tl.load(attn_out + p_out, mask=m_load, other=0.0)
-    if gate is not None:
-        b_grad, b_grad_gate = _gate_backward(b_grad, b_a, gate, row, n, head, m_load, o_v, GATE)
-        b_grad = narrow(b_grad, grad_attn_out.dtype.element_ty)
-        tl.store(grad_attn_out + p_out, b_grad, mask=m_out)
-        b_grad = b_grad.to(tl.float32)
-        if SUM_TOKENS and SUM_CHANNELS:
-            tl.store(grad_gate + block.to(tl.int64) * HEADS + head, tl.sum(tl.sum(b_grad_gate, 1), 0))
-        elif SUM_TOKENS:
-            p_sum = (block.to(tl.int64) * HEADS + head) * DV + o_v
-            tl.store(grad_gate + p_sum, tl.sum(b_grad_gate, 0), mask=o_v < DV)
-        elif SUM_CHANNELS:
-            tl.store(grad_gate + t * HEADS + head, tl.sum(b_grad_gate, 1), mask=t < q_tokens)
-        else:
-            tl.store(grad_gate + p_out, narrow(b_grad_gate, grad_gate.dtype.element_ty), mask=m_out)
+    b_grad, b_grad_gate = _gate_backward(b_grad, b_a, gate, row, n, head, m_load, o_v, GATE)
+    b_grad = narrow(b_grad, grad_attn_out.dtype.element_ty)
+    tl.store(grad_attn_out + p_out, b_grad, mask=m_out)
+    b_grad = b_grad.to(tl.float32)
+    if SUM_TOKENS and SUM_CHANNELS:
+        tl.store(grad_gate + block.to(tl.int64) * HEADS + head, tl.sum(tl.sum(b_grad_gate, 1), 0))
+    elif SUM_TOKENS:
+        p_sum = (block.to(tl.int64) * HEADS + head) * DV + o_v
+        tl.store(grad_gate + p_sum, tl.sum(b_grad_gate, 0), mask=o_v < DV)
+    elif SUM_CHANNELS:
+        tl.store(grad_gate + t * HEADS + head, tl.sum(b_grad_gate, 1), mask=t < q_tokens)
+    else:
+        tl.store(grad_gate + p_out, narrow(b_grad_gate, grad_gate.dtype.element_ty), mask=m_out)
     if delta is not None:
         p_pair = 2 * (t * HEADS + head)
         tl.store(delta + p_pair, tl.zeros([BLOCK_T], tl.float32), mask=t < q_tokens)
         tl.store(delta + p_pair + 1, tl.sum(b_grad * b_a, 1), mask=t < q_tokens)
+
+
+@triton.jit
+def store_delta(side, to, tile, i_pack, task, rows, SHAPE: tl.constexpr):
+    """Store delta of the queries of a tile, from A where that is given, and say whether that is all: whether no query
+    has lost digits, and gets sums.
+    """
+    HEADS: tl.constexpr = SHAPE.packs * SHAPE.pack * SHAPE.q_per_kv
+    LAYOUT: tl.constexpr = SHAPE.layout
+    n, _, head = packed_rows(tile, i_pack, SHAPE)
+    p_head = (task.first + n) * HEADS + head
+    m_q = n < task.count  # [BLOCK_Q]
+    large = is_large(tl.load(side.lse + p_head, mask=m_q, other=0.0))
+    if side.attn_out is not None:
+        o_v = tl.arange(0, SHAPE.block_dv)
+        m_in = n < tl.where(task.row < rows, task.count, 0)
+        b_grad = load_queries(side.grad, task.row, task.first, n, head, m_in, SHAPE.dv, SHAPE.block_dv, LAYOUT)
+        p_a = p_head[:, None] * SHAPE.dv + o_v
+        b_a = tl.load(side.attn_out + p_a, mask=m_in[:, None] & (o_v < SHAPE.dv), other=0.0)
+        tl.store(to + 2 * p_head, tl.full([SHAPE.block_q], 0.0, tl.float32), mask=m_q & (large == 0))
+        tl.store(to + 2 * p_head + 1, tl.sum(b_grad.to(tl.float32) * b_a, 1), mask=m_q & (large == 0))
+    return tl.max(large.to(tl.int32), 0) == 0

@@ -38,8 +38,8 @@ _WIDE_HEAD = 128  # padded channels of a head from which heads are not packed
 class Problem:
     """Tensors that kernels read in place, sizes, and the arguments that kernels have in common."""
 
-    def __init__(self, call: AttentionCall) -> None:
-        self.call = call
+    def __init__(self, call: AttentionCall, backward: bool = False) -> None:
+        self.call, self.backward = call, backward
         self.known: Known = {}  # of arguments that launches share
         self.out_shape = call.out_shape()
         kv_offsets = readable(call.kv_offsets)
@@ -123,10 +123,21 @@ class Problem:
         return of_backward if of_backward is not None and of_backward.keys == entry.keys else entry
 
     @functools.cached_property
-    def cell(self) -> int:
+    def short_cell(self) -> int:
         """Tokens of a row that is left to the kernels of short rows."""
         short = self.short_tiles()
         return 0 if short is None else short.keys
+
+    @functools.cached_property
+    def whole_tiles(self) -> Tiles | None:
+        """Tiles of the backward of whole rows, of `keys` tokens at most; None where there is none."""
+        entry = variant("whole", self.width, *self.on) if self.backward and self.call.layout == "packed" else None
+        return entry if entry is not None and entry.keys > self.short_cell else None
+
+    @functools.cached_property
+    def cell(self) -> int:
+        """Tokens of a row that the kernels of tiles of one row leave to others."""
+        return self.short_cell if self.whole_tiles is None else self.whole_tiles.keys
 
     def num_partials(self, split_kv: int) -> int:
         """Number of partials of all rows of more than `split_kv` keys (`_attention_output.partial_index`)."""
@@ -162,8 +173,13 @@ class Problem:
         return self._programs(self._sides[1], self.pack, block)
 
     def any_short(self) -> bool:
-        """Whether the kernels of short rows may have work."""
+        """Whether the kernels of short rows, and of whole ones, may have work."""
         return self._sides[0].any_short(self.cell)
+
+    def any_longer(self) -> bool:
+        """Whether any query may be left to the kernels of tiles of one row."""
+        block = self.tiles("grad_queries").queries
+        return self.call.layout != "packed" or self.query_programs(block, self.rows, 0)[0] > 0
 
     # ------------------------------------------------------------ arguments of kernels
 
@@ -208,8 +224,13 @@ class Problem:
 
     def short_shape(self, chosen: Tiles) -> ShortShape:
         """Shape of the kernels of short rows."""
+        return self._short_shape(chosen.keys, chosen.keys, chosen.queries)
+
+    def whole_shape(self, chosen: Tiles) -> ShortShape:
+        """Shape of the backward of whole rows."""
+        return self._short_shape(self.short_cell, chosen.keys, chosen.queries)
+
+    def _short_shape(self, cell: int, most: int, block: int) -> ShortShape:
         d, dv = self.k.shape[2], self.v.shape[2]
         precision: Any = _run.precision(self.k.dtype)
-        return ShortShape(
-            d, dv, self.q_per_kv, self.kv_heads, chosen.keys, chosen.queries, padded(d), padded(dv), precision
-        )
+        return ShortShape(d, dv, self.q_per_kv, self.kv_heads, cell, most, block, padded(d), padded(dv), precision)

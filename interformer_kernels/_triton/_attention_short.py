@@ -50,7 +50,7 @@ def _lanes(i, attempt, offsets, sizes, CELL: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load(x, first, n, head, count, C: tl.constexpr, BLOCK_C: tl.constexpr):
+def load_tokens(x, first, n, head, count, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """The channels `[BLOCK, BLOCK_C]` of an operand's tokens; zero beyond the row's `count`."""
     o_c = tl.arange(0, BLOCK_C)
     p = (first + n) * x.token + head * x.head
@@ -58,7 +58,7 @@ def _load(x, first, n, head, count, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _store(x, p, m, values, C: tl.constexpr, BLOCK_C: tl.constexpr):
+def store_tokens(x, p, m, values, C: tl.constexpr, BLOCK_C: tl.constexpr):
     o_c = tl.arange(0, BLOCK_C)
     tl.store(x + p[:, None] * C + o_c, narrow(values, x.dtype.element_ty), mask=m[:, None] & (o_c < C)[None, :])
 
@@ -68,8 +68,8 @@ def _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE: tl.constexpr, 
     """A program's lanes: the token of its row that each one is, the rows, their keys and values, and the pairs of
     queries and keys, under the first query head of the key/value head."""
     cell, n, task = _lanes(i, attempt, offsets, sizes, SHAPE.cell, SHAPE.block)
-    b_k = _load(kv.k, task.k_first, n, i_head, task.keys, SHAPE.d, SHAPE.block_d)
-    b_v = _load(kv.v, task.k_first, n, i_head, task.keys, SHAPE.dv, SHAPE.block_dv)
+    b_k = load_tokens(kv.k, task.k_first, n, i_head, task.keys, SHAPE.d, SHAPE.block_d)
+    b_v = load_tokens(kv.v, task.k_first, n, i_head, task.keys, SHAPE.dv, SHAPE.block_dv)
     count = task.count[:, None]
     keys = task.keys[:, None]
     cells = cell[:, None] == cell[None, :]
@@ -98,7 +98,7 @@ def attention_forward_short(
             bad = tl.full([SHAPE.block], 0, tl.int32)
             for g in range(0, SHAPE.q_per_kv):
                 head = i_head * SHAPE.q_per_kv + g
-                b_q = _load(q, task.first, n, head, task.count, SHAPE.d, SHAPE.block_d)
+                b_q = load_tokens(q, task.first, n, head, task.count, SHAPE.d, SHAPE.block_d)
                 products = dot(b_q, tl.trans(b_k), PRECISION)
                 row_max, row_sum = empty_softmax(SHAPE.block)
                 probs, _, row_max, row_sum = online_softmax_update(
@@ -137,8 +137,8 @@ def attention_backward_short(
             rest = remaining_scale(task.keys, variant, VARIANT, b_v.dtype)[:, None]
             for g in range(0, SHAPE.q_per_kv):
                 head = i_head * SHAPE.q_per_kv + g
-                b_q = _load(q, task.first, n, head, task.count, SHAPE.d, SHAPE.block_d)
-                b_grad = _load(grad_attn_out, task.first, n, head, task.count, SHAPE.dv, SHAPE.block_dv)
+                b_q = load_tokens(q, task.first, n, head, task.count, SHAPE.d, SHAPE.block_d)
+                b_grad = load_tokens(grad_attn_out, task.first, n, head, task.count, SHAPE.dv, SHAPE.block_dv)
                 products = dot(b_q, tl.trans(b_k), PRECISION)
                 d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
                 probs, d_scores = whole_row_to_probs(
@@ -147,12 +147,12 @@ def attention_backward_short(
                 d_scores = narrow(d_scores, b_q.dtype)
                 p_q = (task.first + n) * (SHAPE.kv_heads * SHAPE.q_per_kv) + head
                 acc_q = dot(d_scores, b_k, PRECISION) * rest
-                _store(grad_q, p_q, n < task.count, acc_q, SHAPE.d, SHAPE.block_d)
+                store_tokens(grad_q, p_q, n < task.count, acc_q, SHAPE.d, SHAPE.block_d)
                 acc_k += dot(tl.trans(d_scores), b_q, PRECISION)
                 acc_v += dot(tl.trans(narrow(probs, b_grad.dtype)), b_grad, PRECISION)
                 bad = bad | rows_with_nan(acc_q)
             bad = bad | rows_with_nan(acc_k) | rows_with_nan(acc_v)
             retry = retry | (tl.max(bad, 0) > 0)
             p_k = (task.k_first + n) * SHAPE.kv_heads + i_head
-            _store(grad_k, p_k, n < task.keys, acc_k * rest, SHAPE.d, SHAPE.block_d)
-            _store(grad_v, p_k, n < task.keys, acc_v, SHAPE.dv, SHAPE.block_dv)
+            store_tokens(grad_k, p_k, n < task.keys, acc_k * rest, SHAPE.d, SHAPE.block_d)
+            store_tokens(grad_v, p_k, n < task.keys, acc_v, SHAPE.dv, SHAPE.block_dv)

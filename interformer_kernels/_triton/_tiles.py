@@ -63,6 +63,9 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
         2: {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 32, 4, 1)},
         4: {32: Tiles(32, 16, 4, 1)},
     },
+    # The backward of rows of more tokens than those, and at most `keys`, in one pass, `queries` at once. Wider heads
+    # leave no registers for whole rows, nor does float32.
+    "whole": {2: {16: Tiles(64, 128, 4, 1), 32: Tiles(64, 64, 4, 1)}, 4: {}},
     # Entries that replace others where they need another number of warps: the backward of short rows, whose keys must
     # be the forward's, and dQ of packed queries.
     "short_backward": {2: {}, 4: {}},
@@ -88,6 +91,7 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
         },
         "grad_keys": {2: {128: Tiles(32, 128, 8)}, 4: {128: Tiles(32, 16), 256: Tiles(16, 16)}},
         "short": {4: {32: Tiles(32, 16, 8, 1)}},
+        "whole": {2: {64: Tiles(64, 64, 4, 1)}},
         "short_backward": {4: {32: Tiles(32, 16, 2, 1)}},
         "grad_queries_packed": {4: {16: Tiles(16, 32, 8)}},
     },

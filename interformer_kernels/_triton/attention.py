@@ -19,6 +19,7 @@ from interformer_kernels._triton._attention_forward import attention_forward
 from interformer_kernels._triton._attention_output import add_partials, combine_partials
 from interformer_kernels._triton._attention_problem import Problem
 from interformer_kernels._triton._attention_short import attention_backward_short, attention_forward_short
+from interformer_kernels._triton._attention_whole import attention_backward_whole
 from interformer_kernels._triton._tiles import Tiles, padded
 from interformer_kernels._triton.apply_rotary import rotated
 
@@ -91,11 +92,26 @@ def _start_short(problem: Problem, kernel: Any, *operands: Any, **constants: Any
     )  # fmt: skip
 
 
+def _start_whole(problem: Problem, *operands: Any) -> None:
+    """Start the backward of whole rows, where the layout and the heads have it."""
+    chosen = problem.whole_tiles
+    if chosen is None or not problem.any_short():
+        return
+    rows, q_tokens, k_tokens, _, _, left, right, prefix = problem.sizes
+    _run.start(
+        attention_backward_whole, rows * problem.kv_heads,
+        problem.queries_operand, problem.kv, problem.offsets, *operands,
+        rows, q_tokens, k_tokens, left, right, prefix, problem.variant_inputs,
+        SHAPE=problem.whole_shape(chosen), VARIANT=problem.variant_options,
+        lead=problem.k, tiles=chosen, known=problem.known,
+    )  # fmt: skip
+
+
 def backward(
     call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
-    problem = Problem(call)
+    problem = Problem(call, backward=True)
     # Without A, delta comes from the probabilities. The output would not do: a confident softmax shows its rounding.
     recompute_stats = problem.fp32_softmax or (problem.softmax and not attn_out.numel())
     grad_attn_out, delta, grad_gate = _through_epilogue(problem, readable(grad_out), attn_out, recompute_stats)
@@ -103,10 +119,13 @@ def backward(
         # Before the products with values, which then overflow less; inside the kernels it would cost registers.
         grad_attn_out = grad_attn_out * call.post_scale
     grad = problem.query_operand(grad_attn_out)
-    side = QuerySide(problem.queries_operand, grad, lse, delta)
+    # Behind a gate the epilogue's backward reads A, and makes delta of it.
+    delta_from = attn_out if call.gate is None and problem.softmax and not recompute_stats else None
+    side = QuerySide(problem.queries_operand, grad, lse, delta, delta_from)
     grad_q = _grad_queries(problem, side, recompute_stats)
     grad_k, grad_v = _grad_keys(problem, side)
     _start_short(problem, attention_backward_short, grad, grad_q, grad_k, grad_v)
+    _start_whole(problem, grad, lse if problem.softmax else None, grad_q, grad_k, grad_v)
     if problem.q_factor != 1:
         grad_q = grad_q * problem.q_factor
     if call.cos is not None and call.sin is not None:
@@ -119,30 +138,30 @@ def backward(
 def _through_epilogue(
     problem: Problem, grad_out: Tensor, attn_out: Tensor, recompute_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of A, delta, and gradient of the gate."""
+    """Gradient of A, memory for delta (which is there behind a gate), and gradient of the gate."""
     call, shape, softmax = problem.call, problem.out_shape, problem.softmax
-    delta = grad_out.new_empty((*shape[:-1], 2) if softmax else (0,), dtype=torch.float32)
-    if call.gate is None and (recompute_stats or not softmax):
-        return grad_out, delta, grad_out.new_empty(0)
+    # Where offsets are in disorder, a row of keys may have queries that the pass before dQ leaves out as a short row's.
+    of_disorder = problem.cell and call.gate is None
+    make_delta = grad_out.new_zeros if of_disorder else grad_out.new_empty
+    delta = make_delta((*shape[:-1], 2) if softmax and problem.any_longer() else (0,), dtype=torch.float32)
     gate = expanded(call.gate, shape)
-    grad_attn_out = grad_out if gate is None else torch.empty_like(grad_out, memory_format=torch.contiguous_format)
+    if gate is None or call.gate is None:
+        return grad_out, delta, grad_out.new_empty(0)
+    grad_attn_out = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
     wide = padded(shape[-1])
     block = max(1, _TILE_NUMBERS // wide)
-    grad_gate, over_tokens, over_channels = grad_out.new_empty(0), False, False
-    if call.gate is not None:
-        grad_gate, over_tokens, over_channels = gate_sums(call.gate, shape, block)
+    grad_gate, over_tokens, over_channels = gate_sums(call.gate, shape, block)
     if grad_out.numel():
         _run.start(
             epilogue_backward, -(-problem.tokens // block) * problem.heads,
-            problem.query_operand(grad_out), attn_out, None if gate is None else problem.gate_operand(gate),
-            grad_attn_out, delta if softmax and not recompute_stats else None, grad_gate, problem.offsets.q,
+            problem.query_operand(grad_out), attn_out, problem.gate_operand(gate),
+            grad_attn_out, delta if delta.numel() and not recompute_stats else None, grad_gate, problem.offsets.q,
             problem.rows, problem.tokens, problem.queries,
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, GATE=problem.gate_options(),
             SUM_TOKENS=over_tokens, SUM_CHANNELS=over_channels, BLOCK_T=block, BLOCK_DV=wide,
             lead=grad_out, tiles=Tiles(block, wide, 8, 1), known=problem.known,
         )  # fmt: skip
-    if call.gate is not None:
-        grad_gate = gate_gradient(call.gate, grad_gate, shape)
+    grad_gate = gate_gradient(call.gate, grad_gate, shape)
     return grad_attn_out, delta, grad_gate
 
 

@@ -31,8 +31,8 @@ PART = (
 )
 KERNELS = {
     "attention_forward", "epilogue_backward", "attention_grad_queries", "attention_grad_keys", "combine_partials",
-    "add_partials", "attention_forward_short", "attention_backward_short", "rotate_rows", "row_products",
-    "row_grad_weight",
+    "add_partials", "attention_forward_short", "attention_backward_short", "attention_backward_whole", "rotate_rows",
+    "row_products", "row_grad_weight",
 }  # fmt: skip
 
 

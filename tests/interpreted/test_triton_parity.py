@@ -67,7 +67,7 @@ ATTENTION, POOLING = "jagged_attention", "pma_pooling"
 # Kernels that write outputs and gradients of tokens.
 ATTENDING = {
     "attention_forward", "attention_grad_queries", "attention_grad_keys",
-    "attention_forward_short", "attention_backward_short",
+    "attention_forward_short", "attention_backward_short", "attention_backward_whole",
 }  # fmt: skip
 # Head sizes that are no powers of two, wide ones, and unequal ones; few queries of many heads.
 SIZES = [

@@ -1,0 +1,113 @@
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
+"""The backward of rows of up to `SHAPE.most` tokens of the packed layout, a program for each row and key/value head.
+
+A program has all keys and values of its row, and reads queries tile by tile: inputs are read once, outputs are written
+once, and there are five products, without a pass before. Rows that fit a cell are left to `_attention_short.py`. The
+kernels of longer rows leave out both (`_attention_tiles.is_short`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from interformer_kernels._triton._arguments import KeysAndValues, RowTask, Sizes
+from interformer_kernels._triton._attention_masks import Pairs
+from interformer_kernels._triton._attention_short import SIZES, load_tokens, store_tokens
+from interformer_kernels._triton._attention_variant import (
+    any_large,
+    make_variant,
+    remaining_scale,
+    whole_row_d_scores,
+    whole_row_probs,
+)
+from interformer_kernels._triton._maps import dot, narrow
+from interformer_kernels._triton._rows import span
+
+
+@triton.jit
+def _over_queries(
+    q, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest,
+    SHAPE: tl.constexpr, VARIANT: tl.constexpr, LARGE_LSE: tl.constexpr,
+):  # fmt: skip
+    """dQ of a row, stored, and its dK and dV, but for `rest` of dK."""
+    PRECISION: tl.constexpr = SHAPE.precision
+    Q_PER_KV: tl.constexpr = SHAPE.q_per_kv
+    BLOCK: tl.constexpr = SHAPE.block
+    acc_k = tl.full([b_k.shape[0], SHAPE.block_d], 0.0, tl.float32)
+    acc_v = tl.full([b_v.shape[0], SHAPE.block_dv], 0.0, tl.float32)
+    for i_q in range(0, tl.cdiv(task.count * Q_PER_KV, BLOCK)):
+        o_q = i_q * BLOCK + tl.arange(0, BLOCK)
+        n = o_q // Q_PER_KV
+        head = i_head * Q_PER_KV + o_q % Q_PER_KV
+        p_q = (task.first + n) * (SHAPE.kv_heads * Q_PER_KV) + head
+        b_q = load_tokens(q, task.first, n, head, task.count, SHAPE.d, SHAPE.block_d)
+        b_grad = load_tokens(grad_attn_out, task.first, n, head, task.count, SHAPE.dv, SHAPE.block_dv)
+        b_lse = (p_q * 0).to(tl.float32)
+        if lse is not None:
+            b_lse = tl.load(lse + p_q, mask=n < task.count, other=0.0)
+        pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, True, None)
+        products = dot(b_q, tl.trans(b_k), PRECISION)
+        probs = whole_row_probs(products, pairs, b_lse, variant, VARIANT, b_v.dtype, LARGE_LSE)
+        # Probabilities are done with before gradients take registers.
+        acc_v += dot(tl.trans(narrow(probs, b_grad.dtype)), b_grad, PRECISION)
+        d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
+        d_scores = whole_row_d_scores(products, probs, d_probs, pairs, variant, VARIANT, b_v.dtype)
+        d_scores = narrow(d_scores, b_q.dtype)
+        acc_k += dot(tl.trans(d_scores), b_q, PRECISION)
+        acc_q = dot(d_scores, b_k, PRECISION) * rest
+        store_tokens(grad_q, p_q, n < task.count, acc_q, SHAPE.d, SHAPE.block_d)
+    return acc_k, acc_v
+
+
+@triton.jit
+def _one_row(
+    q, kv, grad_attn_out, lse, grad_q, grad_k, grad_v, i_head, task, variant,
+    SHAPE: tl.constexpr, VARIANT: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dQ, dK and dV of a row of at most BLOCK_K keys, under the query heads that share a key/value head."""
+    j = tl.arange(0, BLOCK_K)
+    b_k = load_tokens(kv.k, task.k_first, j, i_head, task.keys, SHAPE.d, SHAPE.block_d)
+    b_v = load_tokens(kv.v, task.k_first, j, i_head, task.keys, SHAPE.dv, SHAPE.block_dv)
+    rest = remaining_scale(task.keys, variant, VARIANT, b_v.dtype)
+    large = False
+    if lse is not None:
+        o_n = tl.arange(0, SHAPE.most)
+        p_lse = (task.first + o_n) * (SHAPE.kv_heads * SHAPE.q_per_kv) + i_head * SHAPE.q_per_kv
+        large = any_large(lse, p_lse, o_n < task.count, SHAPE.q_per_kv)
+    if large:
+        acc_k, acc_v = _over_queries(
+            q, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest, SHAPE, VARIANT, True
+        )
+    else:
+        acc_k, acc_v = _over_queries(
+            q, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest, SHAPE, VARIANT, False
+        )
+    p_k = (task.k_first + j) * SHAPE.kv_heads + i_head
+    store_tokens(grad_k, p_k, j < task.keys, acc_k * rest, SHAPE.d, SHAPE.block_d)
+    store_tokens(grad_v, p_k, j < task.keys, acc_v, SHAPE.dv, SHAPE.block_dv)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_backward_whole(
+    q, kv, offsets, grad_attn_out, lse, grad_q, grad_k, grad_v,
+    rows, q_tokens, k_tokens, left, right, prefix, variant_inputs,
+    SHAPE: tl.constexpr, VARIANT: tl.constexpr,
+):  # fmt: skip
+    """dQ, dK and dV of a row of more tokens than a cell has, on either side."""
+    sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
+    variant = make_variant(variant_inputs, left, right, prefix)
+    kv = KeysAndValues(kv.k, kv.v)
+    i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
+    row = tl.program_id(0) // SHAPE.kv_heads
+    first, count = span(offsets.q, row, sizes.rows, sizes.q_tokens)
+    k_first, keys = span(offsets.kv, row, sizes.rows, sizes.k_tokens)
+    longest = tl.maximum(count, keys)
+    if (longest <= SHAPE.cell) | (longest > SHAPE.most):
+        return
+    task = RowTask(row, first, count, k_first, keys)
+    HALF: tl.constexpr = SHAPE.most // 2
+    if keys <= HALF:
+        _one_row(q, kv, grad_attn_out, lse, grad_q, grad_k, grad_v, i_head, task, variant, SHAPE, VARIANT, HALF)
+    else:
+        _one_row(q, kv, grad_attn_out, lse, grad_q, grad_k, grad_v, i_head, task, variant, SHAPE, VARIANT, SHAPE.most)
