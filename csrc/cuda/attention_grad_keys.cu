@@ -56,19 +56,15 @@ __device__ void cp_async_queries(const KeyArguments<T>& g, const AttentionMemory
                                  const Queries& queries, int keys, int kv_head, int tile, int stage) {
     constexpr int kStreamed = AttentionTiles<T, WIDTH>::kStreamed;
     const AttentionProblem<T>& p = g.problem;
-    const PackedRows rows(int64_t{tile} * kStreamed, kv_head, p.q_per_kv);
-    const auto row_of = [&](const Heads<const T>& from) {
-        return [&](int r) {
-            const PackedRow row = rows[r];
-            return row.token < queries.count ? from.at(queries.row, queries.origin + row.token, row.head) : nullptr;
-        };
+    const int64_t first = int64_t{tile} * kStreamed, count = int64_t{queries.count} * p.q_per_kv - first;
+    const auto source = [&](const Heads<const T>& from, int channels) {
+        return packed_rows_of(from, channels, queries, kv_head, p.q_per_kv);
     };
-    const Heads<const T>& grad = g.grad_attn_out;
-    cp_async_tile(memory.streamed[2 * stage], p.channels, p.q.alignment, threads, row_of(p.q));
-    cp_async_tile(memory.streamed[2 * stage + 1], p.value_channels, grad.alignment, threads, row_of(grad));
-    cp_async_commit();
-    if (threads.rank < kStreamed)
-        memory.query_stats[stage * kStreamed + threads.rank] = g.query_stats(queries, rows[threads.rank], keys);
+    cp_async_pair(memory.streamed, stage, threads, source(p.q, p.channels), source(g.grad_attn_out, p.value_channels),
+                  true, first, static_cast<int>(min(count, int64_t{kStreamed})));
+    if (threads.rank >= kStreamed) return;
+    const PackedRow row = PackedRows(first, kv_head, p.q_per_kv)[threads.rank];
+    memory.query_stats[stage * kStreamed + threads.rank] = g.query_stats(queries, row, keys);
 }
 
 // A gradient of keys or values, [tokens, heads, channels].
@@ -129,11 +125,12 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
 
     const SharedLayout layout = SharedLayout::of<T, WIDTH>(group.warps, g.plan.stages, contents_of(p));
     const AttentionMemory<T, WIDTH> memory(group, layout);
-    const auto row_of = [&](const Heads<const T>& from) {
-        return [&](int r) { return keys.is_key(r) ? from.at(0, slot.span.first + keys.begin + r, kv_head) : nullptr; };
+    const auto copy_tokens = [&](int i, const Heads<const T>& from, int channels) {
+        cp_async_tile(memory.stationary[i], tokens_of(from, channels, slot.span.first, kv_head), warp_threads(),
+                      keys.begin, keys.row.count - keys.begin);
     };
-    cp_async_tile(memory.stationary[0], p.channels, p.k.alignment, warp_threads(), row_of(p.k));
-    if (!p.v_is_k) cp_async_tile(memory.stationary[1], p.value_channels, p.v.alignment, warp_threads(), row_of(p.v));
+    copy_tokens(0, p.k, p.channels);
+    if (!p.v_is_k) copy_tokens(1, p.v, p.value_channels);
     cp_async_commit();
     const int lane_keys[2] = {keys.key(lane_index() / 4), keys.key(lane_index() / 4 + 8)};
 

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "cuda/attention_problem.cuh"
+#include "cuda/tile_copy.cuh"
 #include "cuda/tile_group.cuh"
 #include "cuda/tiles.cuh"
 
@@ -86,20 +87,20 @@ struct AttentionMemory {
 template <typename Start, typename Use>
 __device__ inline void for_each_tile(const TileGroup& group, const TileRange& tiles, int stages, Start&& start,
                                      Use&& use) {
-    const int steps = tiles.count();
+    const int steps = tiles.count(), stage_bits = stages - 1;  // one or two stages: no division
 #pragma unroll 1
     for (int step = 1 - stages; step < steps; ++step) {
         // With two stages, this step's tile has landed after the barrier, and the next one's stage is free.
         const int ahead = step + stages - 1;
         if (stages > 1 && step >= 0) cp_async_wait<0>();
         group.sync();
-        if (ahead < steps) start(tiles[ahead], ahead % stages);
+        if (ahead < steps) start(tiles[ahead], ahead & stage_bits);
         if (step < 0) continue;
         if (stages == 1) {
             cp_async_wait<0>();
             group.sync();
         }
-        use(tiles[step], step % stages);
+        use(tiles[step], step & stage_bits);
     }
 }
 
@@ -159,29 +160,50 @@ __device__ inline void stage_results(const AttentionMemory<T, WIDTH>& memory, Ac
 
 // ---------------------------------------------------------------- copies
 
+// The packed rows of one row of the batch, in a tensor of the queries' layout.
+template <typename T>
+__device__ inline RowSource<T> packed_rows_of(const Heads<const T>& from, int channels, const Queries& queries,
+                                              int kv_head, int q_per_kv) {
+    const T* data = from.at(queries.row, queries.origin, int64_t{kv_head} * q_per_kv);
+    return {data, from.token, channels, from.alignment, from.head, q_per_kv};
+}
+
+// The key tokens of a row under one head.
+template <typename T>
+__device__ inline RowSource<T> tokens_of(const Heads<const T>& from, int channels, int64_t first, int kv_head) {
+    return {from.at(0, first, kv_head), from.token, channels, from.alignment};
+}
+
 // 16 packed rows of a tensor of the queries' layout; zero where the row has no such token.
 template <typename T, typename Stationary>
 __device__ inline void cp_async_stationary(Stationary to, const Heads<const T>& from, int channels,
                                            const Queries& queries, const PackedRows& packed_rows) {
-    cp_async_tile(to, channels, from.alignment, warp_threads(), [&](int r) {
-        const PackedRow row = packed_rows[r];
-        return row.token < queries.count ? from.at(queries.row, queries.origin + row.token, row.head) : nullptr;
-    });
+    const int kv_head = packed_rows.head / packed_rows.q_per_kv;
+    const int64_t begin = packed_rows.begin(), count = int64_t{queries.count} * packed_rows.q_per_kv - begin;
+    cp_async_tile(to, packed_rows_of(from, channels, queries, kv_head, packed_rows.q_per_kv), warp_threads(), begin,
+                  static_cast<int>(min(count, int64_t{kStationary})));
+}
+
+// Starts and commits copies of rows [first, first + count) of two sources into the pair of a stage. A rotary embedding
+// would be one more function of a pair, called by all threads once its copies have landed.
+template <typename T, typename Streamed>
+__device__ inline void cp_async_pair(const Stages<Streamed, 4>& streamed, int stage, ThreadGroup threads,
+                                     const RowSource<T>& left, const RowSource<T>& right, bool has_right, int64_t first,
+                                     int count) {
+    // Addresses of a thread stay in registers from tile to tile, unless products fill these.
+    if (sizeof(T) == 4) threads = threads.reread();
+    cp_async_tile(streamed[2 * stage], left, threads, first, count);
+    if (has_right) cp_async_tile(streamed[2 * stage + 1], right, threads, first, count);
+    cp_async_commit();
 }
 
 // A tile of a row's keys and values, as the pair of a stage.
 template <typename T, int WIDTH>
-__device__ inline void cp_async_keys(const AttentionProblem<T>& p, const AttentionMemory<T, WIDTH>& memory,
-                                     ThreadGroup threads, const Keys& keys, int kv_head, int tile, int stage) {
-    const auto row_of = [&](const Heads<const T>& from) {
-        return [&, tile](int r) {
-            const int j = tile * AttentionTiles<T, WIDTH>::kStreamed + r;
-            return j < keys.count ? from.at(0, keys.first + j, kv_head) : nullptr;
-        };
-    };
-    cp_async_tile(memory.streamed[2 * stage], p.channels, p.k.alignment, threads, row_of(p.k));
-    if (!p.v_is_k) cp_async_tile(memory.streamed[2 * stage + 1], p.value_channels, p.v.alignment, threads, row_of(p.v));
-    cp_async_commit();
+__device__ void cp_async_keys(const AttentionProblem<T>& p, const AttentionMemory<T, WIDTH>& memory,
+                              ThreadGroup threads, const Keys& keys, int kv_head, int tile, int stage) {
+    const int first = tile * AttentionTiles<T, WIDTH>::kStreamed;
+    cp_async_pair(memory.streamed, stage, threads, tokens_of(p.k, p.channels, keys.first, kv_head),
+                  tokens_of(p.v, p.value_channels, keys.first, kv_head), !p.v_is_k, first, keys.count - first);
 }
 
 // For each tile of keys that a warp's queries see, the products of its scores and of dA with the values:

@@ -110,6 +110,7 @@ struct PackedRows {
           head(kv_head * q_per_kv),
           offset(static_cast<int>(begin % q_per_kv)),
           q_per_kv(q_per_kv) {}
+    __device__ int64_t begin() const { return int64_t{token} * q_per_kv + offset; }
     __device__ PackedRow operator[](int r) const {
         const int i = offset + r, tokens = q_per_kv == 1 ? i : i / q_per_kv;
         return {token + tokens, head + i - tokens * q_per_kv};

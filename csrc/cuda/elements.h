@@ -45,10 +45,10 @@ void with_element(DType dtype, bool tf32, Function&& function) {
     with_element(dtype, function);
 }
 
-// The largest alignment (16, 8, 4 or 2 bytes) that every vector along the last axis has.
+// The largest alignment (16, 8, 4 or 2 bytes) that every vector along the last axis has, and that divides its bytes.
 inline int alignment_of(const TensorView& x) {
     const int64_t size = x.dtype == DType::float32 ? 4 : 2;
-    uint64_t bits = reinterpret_cast<uintptr_t>(x.data) | 16;
+    uint64_t bits = reinterpret_cast<uintptr_t>(x.data) | static_cast<uint64_t>(x.shape[x.axes - 1] * size) | 16;
     for (int axis = 0; axis + 1 < x.axes; ++axis)
         if (x.shape[axis] > 1) bits |= static_cast<uint64_t>(x.strides[axis] * size);
     return static_cast<int>(bits & -bits);

@@ -126,6 +126,11 @@ __device__ inline void cp_async(void* to, const void* from, int bytes) {
                      : "r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(bytes)
                      : "memory");
 }
+// The same for all 16 bytes, or, unless `copied`, 16 zeros; then `from` is not read and may be any aligned address.
+// A number of bytes known only at run time would take four more instructions.
+__device__ inline void cp_async_or_zero(void* to, const void* from, bool copied) {
+    cp_async<16>(to, from, copied ? 16 : 0);
+}
 // Makes a group of the copies that this thread started since the last call.
 __device__ inline void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");

@@ -9,7 +9,7 @@
 #include "cuda/elements.h"
 #include "cuda/maps.cuh"
 #include "cuda/rows.cuh"
-#include "cuda/tiles.cuh"
+#include "cuda/tile_copy.cuh"
 
 namespace interformer {
 namespace cuda {
@@ -31,6 +31,10 @@ struct Matrix {
     int alignment = 16;
 
     __device__ T* at(int64_t r, int64_t i) const { return data + r * row + i * line; }
+    // The lines of a row, from column `first` on.
+    __device__ auto lines(int64_t r, int first, int columns) const {
+        return RowSource<std::remove_const_t<T>>{at(r, 0) + first, line, columns, alignment};
+    }
 };
 
 template <typename T>
@@ -111,14 +115,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const auto weight = shared.stages<Lines<T, TRANSPOSED>, 2>();
     const auto start = [&](int k, int i) {
         const int wide = min(p.inner - k, kStep);
-        cp_async_tile(x[i], wide, p.x.alignment, block_threads(),
-                      [&](int t) { return t < count ? p.x.at(0, token + t) + k : nullptr; });
+        cp_async_tile(x[i], p.x.lines(0, k, wide), block_threads(), token, count);
         if constexpr (TRANSPOSED)
-            cp_async_tile(weight[i], wide, p.weight.alignment, block_threads(),
-                          [&](int f) { return first + f < p.columns ? p.weight.at(row, first + f) + k : nullptr; });
+            cp_async_tile(weight[i], p.weight.lines(row, k, wide), block_threads(), first, p.columns - first);
         else
-            cp_async_tile(weight[i], p.columns - first, p.weight.alignment, block_threads(),
-                          [&](int e) { return e < wide ? p.weight.at(row, k + e) + first : nullptr; });
+            cp_async_tile(weight[i], p.weight.lines(row, first, p.columns - first), block_threads(), k, wide);
         cp_async_commit();
     };
 
@@ -204,11 +205,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     SharedMemory shared;
     const auto x = shared.stages<Tokens, 2>(), grad = shared.stages<Tokens, 2>();
     const auto start = [&](int t, int i) {
-        const int count = tokens - t;
-        cp_async_tile(x[i], p.inner - e, p.x.alignment, block_threads(),
-                      [&](int j) { return j < count ? p.x.at(0, first + t + j) + e : nullptr; });
-        cp_async_tile(grad[i], p.columns - f, p.grad.alignment, block_threads(),
-                      [&](int j) { return j < count ? p.grad.at(0, first + t + j) + f : nullptr; });
+        cp_async_tile(x[i], p.x.lines(0, e, p.inner - e), block_threads(), first + t, tokens - t);
+        cp_async_tile(grad[i], p.grad.lines(0, f, p.columns - f), block_threads(), first + t, tokens - t);
         cp_async_commit();
     };
 

@@ -13,7 +13,6 @@ namespace interformer {
 namespace cuda {
 
 constexpr int kStationary = 16;  // stationary rows of a warp
-constexpr int kMaxWarps = 4;     // warps of a block at most
 
 // How a launch divides its work. An item is the work of a tile group at one time: a slot under one key/value head, and
 // for one channel chunk.

@@ -74,60 +74,20 @@ class SharedMemory {
     char* next_;
 };
 
-// Threads that work together: the rank of this one, and how many they are.
+constexpr int kMaxWarps = 4;  // warps of a block at most
+
+// Threads that work together, in whole warps: the rank of this one, and how many they are.
 struct ThreadGroup {
     int rank, size;
+
+    // The same, read anew from the hardware: what follows from it need not stay in registers.
+    __device__ ThreadGroup reread() const { return {size == kWarp ? thread_index() % kWarp : thread_index(), size}; }
 };
 __device__ inline ThreadGroup block_threads() {
     return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
 }
 __device__ inline ThreadGroup warp_threads() {
     return {lane_index(), kWarp};
-}
-
-// ---------------------------------------------------------------- copies
-
-// Copies the first `bytes` of 16 bytes, with zeros behind them, from memory aligned to `alignment` < 16 bytes.
-template <typename T>
-__device__ inline void cp_async_unaligned(T* to, const T* from, int bytes, int alignment) {
-    char* target = reinterpret_cast<char*>(to);
-    const char* source = reinterpret_cast<const char*>(from);
-    if (alignment == 8) {
-        cp_async<8>(target, source, min(bytes, 8));
-        cp_async<8>(target + 8, bytes > 8 ? source + 8 : source, max(bytes - 8, 0));
-    } else if (alignment == 4) {
-        for (int i = 0; i < 16; i += 4)
-            cp_async<4>(target + i, bytes > i ? source + i : source, min(max(bytes - i, 0), 4));
-    } else {
-        const int count = bytes / static_cast<int>(sizeof(T));
-        for (int i = 0; i < 16 / static_cast<int>(sizeof(T)); ++i) to[i] = i < count ? from[i] : T{};
-    }
-}
-
-// Starts the copy of a tile: row `r` is the `columns` numbers at `source(r)` (null: zeros), with zeros behind them.
-// `alignment` is the result of `alignment_of`. `cp_async_commit`, `cp_async_wait` and a barrier complete the copy.
-template <typename T, int ROWS, int COLUMNS, typename Source>
-__device__ inline void cp_async_tile(Tile<T, ROWS, COLUMNS> to, int columns, int alignment, ThreadGroup threads,
-                                     Source&& source) {
-    constexpr int kVector = 16 / static_cast<int>(sizeof(T)), kVectors = COLUMNS / kVector;
-    const auto copy = [&](int i, auto&& start) {
-        const int row = i / kVectors, column = i % kVectors * kVector;
-        const T* from = source(row);
-        const int count = from == nullptr ? 0 : min(columns - column, kVector);
-        T* target = to.at(row, column);
-        if (count <= 0)
-            *reinterpret_cast<uint4*>(target) = uint4{0, 0, 0, 0};
-        else
-            start(target, from + column, count * static_cast<int>(sizeof(T)));
-    };
-    if (alignment >= 16) {
-        for (int i = threads.rank; i < ROWS * kVectors; i += threads.size)
-            copy(i, [](T* target, const T* from, int bytes) { cp_async<16>(target, from, bytes); });
-        return;
-    }
-#pragma unroll 1
-    for (int i = threads.rank; i < ROWS * kVectors; i += threads.size)
-        copy(i, [&](T* target, const T* from, int bytes) { cp_async_unaligned(target, from, bytes, alignment); });
 }
 
 // ---------------------------------------------------------------- products

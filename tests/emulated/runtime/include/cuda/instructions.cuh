@@ -111,6 +111,9 @@ void cp_async(void* to, const void* from, int bytes) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
     emulation::cp_async(to, from, BYTES, bytes);
 }
+inline void cp_async_or_zero(void* to, const void* from, bool copied) {
+    cp_async<16>(to, from, copied ? 16 : 0);
+}
 inline void cp_async_commit() {
     emulation::cp_async_commit();
 }

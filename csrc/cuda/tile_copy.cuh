@@ -1,0 +1,175 @@
+// Asynchronous copies of tiles from global to shared memory.
+//
+// Each warp of the threads has a strip of the tile's rows. A lane copies vectors of 16 bytes in one column, at rows
+// that are equally far apart: it computes one address for a tile, and advances it by the same distance for every
+// vector. That makes three instructions for a vector, one more in a tile at an edge, and four more where several heads
+// of a token are rows.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/tiles.cuh"
+
+namespace interformer {
+namespace cuda {
+
+// Rows of `columns` numbers in memory. Each token has `per_token` of them, its heads, which are numbered token by
+// token.
+template <typename T>
+struct RowSource {
+    const T* data;
+    int64_t token;  // stride of tokens
+    int columns;
+    int alignment;  // the result of `alignment_of`
+    int64_t head = 0;
+    int per_token = 1;
+};
+
+// Copies the first `bytes` of 16 bytes, with zeros behind them, from memory aligned to `alignment` < 16 bytes.
+template <typename T>
+__device__ inline void cp_async_unaligned(T* to, const T* from, int bytes, int alignment) {
+    char* target = reinterpret_cast<char*>(to);
+    const char* source = reinterpret_cast<const char*>(from);
+    if (alignment == 8) {
+        cp_async<8>(target, source, min(bytes, 8));
+        cp_async<8>(target + 8, bytes > 8 ? source + 8 : source, max(bytes - 8, 0));
+    } else if (alignment == 4) {
+        for (int i = 0; i < 16; i += 4)
+            cp_async<4>(target + i, bytes > i ? source + i : source, min(max(bytes - i, 0), 4));
+    } else {
+        const int count = bytes / static_cast<int>(sizeof(T));
+        for (int i = 0; i < 16 / static_cast<int>(sizeof(T)); ++i) to[i] = i < count ? from[i] : T{};
+    }
+}
+
+// One thread's part in copies of tiles of one kind from one source.
+template <typename Tile>
+class TileCopy;
+
+template <typename T, int ROWS, int COLUMNS>
+class TileCopy<Tile<T, ROWS, COLUMNS>> {
+    static constexpr int kVector = 16 / static_cast<int>(sizeof(T)), kVectors = COLUMNS / kVector;
+    static constexpr int kAcross = kVectors < kWarp ? kVectors : kWarp;  // lanes that share a row
+    static constexpr int kStep = kWarp / kAcross;                        // rows of a warp at one time
+    // Vectors of a lane in one column where all warps of a block share a tile; fewer warps have a multiple of it.
+    static constexpr int kUnrolled = ROWS / kStep > kMaxWarps ? ROWS / kStep / kMaxWarps : 1;
+
+  public:
+    __device__ TileCopy(const RowSource<T>& source, ThreadGroup threads)
+        : source_(source),
+          rows_(max(ROWS / (threads.size / kWarp), kStep)),
+          row_(threads.rank / kWarp * rows_ + row_of(threads.rank % kWarp / kAcross)),
+          column_(threads.rank % kAcross * kVector) {
+        advance_.rows = kStep * source.token;
+        if (source.per_token == 1) return;
+        const int tokens = kStep / source.per_token;
+        advance_.heads = kStep % source.per_token;
+        advance_.rows = tokens * source.token + advance_.heads * source.head;
+        advance_.carry = source.token - source.per_token * source.head;
+    }
+
+    // Starts the copy of the source's rows [first, first + count) into a tile, with zeros in its other rows and behind
+    // the columns. `cp_async_commit`, `cp_async_wait` and a barrier complete it.
+    __device__ void start(Tile<T, ROWS, COLUMNS> to, int64_t first, int count) const {
+        if (row_ >= ROWS) return;
+        if (source_.alignment < 16) return copy_unaligned(to, first, count);
+#pragma unroll 1
+        for (int column = 0; column < COLUMNS; column += kAcross * kVector) {
+            if (source_.per_token > 1)
+                copy_column<true, true>(to, first, count, column);
+            else if (count >= ROWS)
+                copy_column<false, false>(to, first, count, column);
+            else
+                copy_column<false, true>(to, first, count, column);
+        }
+    }
+
+  private:
+    // A row of the source: its first number, and its head.
+    struct Place {
+        const T* data;
+        int head;
+    };
+    // The distance between two rows of a lane: `carry` comes on top where the head is beyond the token's last one.
+    struct Advance {
+        int64_t rows = 0, carry = 0;
+        int heads = 0;
+    };
+
+    // The first row of a lane in a strip. Eight neighbours store 128 bytes at a time: where they are of several rows,
+    // adjacent rows would share banks, and these do not.
+    __device__ static int row_of(int i) {
+        constexpr int kRows = kAcross < 8 ? 8 / kAcross : 1;
+        return i / 8 * 8 + i % kRows * (8 / kRows) + i % 8 / kRows;
+    }
+
+    __device__ Place place(int64_t row) const {
+        if (source_.per_token == 1) return {source_.data + row * source_.token, 0};
+        const int64_t token = row / source_.per_token;
+        const int head = static_cast<int>(row - token * source_.per_token);
+        return {source_.data + token * source_.token + head * source_.head, head};
+    }
+    template <bool PACKED>
+    __device__ void advance(Place& place) const {
+        place.data += advance_.rows;
+        if constexpr (PACKED) {
+            place.head += advance_.heads;
+            if (place.head >= source_.per_token) {
+                place.head -= source_.per_token;
+                place.data += advance_.carry;
+            }
+        }
+    }
+
+    template <bool PACKED, bool EDGE>
+    __device__ void copy_column(Tile<T, ROWS, COLUMNS> to, int64_t first, int count, int column) const {
+        Place from = place(first + row_);
+        from.data += column_ + column;
+        T* target = to.at(row_, column_ + column);
+        const bool in_columns = column_ + column < source_.columns;
+        const int left = count - row_;  // rows behind this one, and itself
+        int row = 0;
+#pragma unroll 1
+        do {
+#pragma unroll
+            for (int i = 0; i < kUnrolled; ++i) {
+                cp_async_or_zero(target + i * kStep * to.kStride, from.data,
+                                 in_columns & (!EDGE | (left > row + i * kStep)));
+                advance<PACKED>(from);
+            }
+            target += kUnrolled * kStep * to.kStride;
+            row += kUnrolled * kStep;
+        } while (row < rows_);
+    }
+
+    __device__ void copy_unaligned(Tile<T, ROWS, COLUMNS> to, int64_t first, int count) const {
+#pragma unroll 1
+        for (int column = column_; column < COLUMNS; column += kAcross * kVector) {
+            Place from = place(first + row_);
+#pragma unroll 1
+            for (int row = row_; row < row_ + rows_; row += kStep) {
+                const int numbers = row < count ? min(source_.columns - column, kVector) : 0;
+                if (numbers > 0)
+                    cp_async_unaligned(to.at(row, column), from.data + column, numbers * static_cast<int>(sizeof(T)),
+                                       source_.alignment);
+                else
+                    *reinterpret_cast<uint4*>(to.at(row, column)) = uint4{0, 0, 0, 0};
+                advance<true>(from);
+            }
+        }
+    }
+
+    RowSource<T> source_;
+    int rows_;  // of the warp's strip
+    int row_, column_;
+    Advance advance_;
+};
+
+template <typename T, int ROWS, int COLUMNS>
+__device__ inline void cp_async_tile(Tile<T, ROWS, COLUMNS> to, const RowSource<T>& source, ThreadGroup threads,
+                                     int64_t first, int count) {
+    TileCopy<Tile<T, ROWS, COLUMNS>>(source, threads).start(to, first, count);
+}
+
+}  // namespace cuda
+}  // namespace interformer
