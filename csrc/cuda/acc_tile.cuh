@@ -64,25 +64,43 @@ __device__ inline void for_each_pair(AccTile (&first)[N], AccTile (&second)[N], 
     }
 }
 
-// Calls `map(first, second)` for numbers at the same place in a rolled loop, by way of this lane's column of shared
+// Calls `map(first(i), second(i))` for COUNT pairs of numbers in a rolled loop, by way of this lane's column of shared
 // memory: the code of the map is there once, not once for each number.
-template <int N, typename Map>
-__device__ inline void map_rolled(AccTile (&first)[N], AccTile (&second)[N], float2* scratch, Map&& map) {
+template <int COUNT, typename First, typename Second, typename Map>
+__device__ inline void map_rolled(float2* scratch, First&& first, Second&& second, Map&& map) {
 #pragma unroll
-    for (int i = 0; i < 8 * N; ++i)
-        scratch[i * kWarp] = make_float2(first[i / 8].values[i / 4 % 2][i % 4], second[i / 8].values[i / 4 % 2][i % 4]);
+    for (int i = 0; i < COUNT; ++i) scratch[i * kWarp] = make_float2(first(i), second(i));
 #pragma unroll 1
-    for (int i = 0; i < 8 * N; ++i) {
+    for (int i = 0; i < COUNT; ++i) {
         float2 pair = scratch[i * kWarp];
         map(pair.x, pair.y);
         scratch[i * kWarp] = pair;
     }
 #pragma unroll
-    for (int i = 0; i < 8 * N; ++i) {
+    for (int i = 0; i < COUNT; ++i) {
         const float2 pair = scratch[i * kWarp];
-        first[i / 8].values[i / 4 % 2][i % 4] = pair.x;
-        second[i / 8].values[i / 4 % 2][i % 4] = pair.y;
+        first(i) = pair.x;
+        second(i) = pair.y;
     }
+}
+
+// The same for numbers at the same place of two rows of tiles.
+template <int N, typename Map>
+__device__ inline void map_rolled(AccTile (&first)[N], AccTile (&second)[N], float2* scratch, Map&& map) {
+    map_rolled<8 * N>(
+        scratch, [&](int i) -> float& { return first[i / 8].values[i / 4 % 2][i % 4]; },
+        [&](int i) -> float& { return second[i / 8].values[i / 4 % 2][i % 4]; }, map);
+}
+// The same for the numbers of one, `map(number)`, two at a time.
+template <int N, typename Map>
+__device__ inline void map_rolled(AccTile (&acc)[N], float2* scratch, Map&& map) {
+    map_rolled<4 * N>(
+        scratch, [&](int i) -> float& { return acc[i / 4].values[i / 2 % 2][i % 2 * 2]; },
+        [&](int i) -> float& { return acc[i / 4].values[i / 2 % 2][i % 2 * 2 + 1]; },
+        [&](float& x, float& y) {
+            map(x);
+            map(y);
+        });
 }
 
 // ---------------------------------------------------------------- reductions over lanes

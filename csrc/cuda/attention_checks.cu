@@ -41,8 +41,8 @@ void check_splits(const Checks& check, const AttentionInputs& in, const SplitKv&
     check_pair(check, "partials", has_partials && split_kv != 0, splits.partials);
     check_pair(check, "partial_stats", has_stats && split_kv != 0, splits.partial_stats);
     if (split_kv == 0) return;
-    if (split_kv < 0 || split_kv % 32 != 0 || in.layout == QueryLayout::packed)
-        check.refuse("split_kv", "a multiple of 32, and 0 for packed queries", std::to_string(split_kv));
+    if (split_kv < 0 || split_kv % 64 != 0 || in.layout == QueryLayout::packed)
+        check.refuse("split_kv", "a multiple of 64, and 0 for packed queries", std::to_string(split_kv));
     const Axis room{"P", 2 * in.k.shape[0] / split_kv + 1}, n{"N", in.q.shape[in.q.axes - 3]},
         heads{"H", in.q.shape[in.q.axes - 2]};
     if (splits.partials) {

@@ -1,5 +1,6 @@
 // Forward of the attention kernels: an online softmax, or a plain sum, over the keys of a row or of one split of them.
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/attention.h"
 #include "cuda/attention_output.cuh"
@@ -19,6 +20,15 @@ struct ForwardArguments {
     Plan plan;
 };
 
+// Whether addresses of copies stay in registers. Exact float32 and compute capability 10.0 would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <typename T>
+constexpr bool kKeepsAddresses = false;
+#else
+template <typename T>
+constexpr bool kKeepsAddresses = sizeof(T) == 2;
+#endif
+
 template <typename T>
 __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
     return {false, !p.variant.kind.softmax, false};
@@ -26,44 +36,78 @@ __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
 
 // Products of a tile of keys become probabilities; accumulators so far are to be multiplied by `alpha`.
 template <typename T, int N>
-__device__ void map_scores(const AttentionProblem<T>& p, AccTile (&s)[N], const LaneQueries<Query>& queries, int first,
+__device__ void map_scores(const AttentionProblem<T>& p, AccTile (&s)[N], const ScoresByQuery<Query>& at,
                            float prob_scale, float2* scratch, OnlineSoftmax& softmax, float (&alpha)[2]) {
-    const ScoresByQuery<Query> at = queries.scores(first);
     if (p.variant.kind.softmax) return online_softmax_update(p.variant, s, prob_scale, softmax, alpha, at);
     scores_to_probs(p.variant, s, scratch, at);
     alpha[0] = alpha[1] = 1.0f;
 }
 
-// Writes a warp's results, query by query: outputs, or the partial of a split.
+// One more tile of keys, or its first part, into a warp's accumulators: 16 N keys from `first` on.
+template <int N, typename T, int WIDTH, int C>
+__device__ void attend_keys(const AttentionProblem<T>& p, const AttentionMemory<T, WIDTH>& memory, int stage,
+                            const ScoresByQuery<Query>& at, float prob_scale, OnlineSoftmax& softmax,
+                            AccTile (&acc)[C]) {
+    AccTile s[N];
+    float alpha[2];
+    multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], 0, p.channels);
+    map_scores(p, s, at, prob_scale, memory.scratch, softmax, alpha);
+    for_each(acc, [&](int half, int, float& x) { x *= alpha[half]; });
+    multiply_accumulate(acc, s, memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], 0, 0);
+}
+
+// Negates a warp's stationary tile of 16-bit numbers, once its copies have landed.
+template <typename Stationary>
+__device__ void negate(Stationary tile) {
+    cp_async_wait<0>();
+    __syncwarp();
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(tile.data);
+    for (int i = lane_index(); i < Stationary::kBytes / 4; i += kWarp) pairs[i] ^= 0x80008000u;
+    __syncwarp();
+}
+
+// Statistics of a warp's queries, behind the channels of their staged results.
+template <typename T, int WIDTH>
+__device__ float* staged_stats(const AttentionMemory<T, WIDTH>& memory, int row) {
+    return memory.staged + row * AttentionTiles<T, WIDTH>::kStaged + WIDTH;
+}
+
+// Writes a warp's results, several queries at once: outputs, or the partial of a split.
 template <typename T, int WIDTH>
 __device__ void write_results(const ForwardArguments<T>& f, const Task& task, const PackedRows& rows,
                               const AttentionMemory<T, WIDTH>& memory, const OnlineSoftmax& softmax) {
     const AttentionProblem<T>& p = f.problem;
-    const float row_sum[2] = {quad_sum(softmax.row_sum[0]), quad_sum(softmax.row_sum[1])};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float row_sum = quad_sum(softmax.row_sum[half]);
+        if (lane_index() % 4 != 0) continue;
+        float* stats = staged_stats(memory, lane_index() / 4 + half * 8);
+        stats[0] = softmax.row_max[half];
+        stats[1] = row_sum;
+    }
+    __syncwarp();
     const float prob_scale = prob_scale_for<T>(task.keys.count);
-#pragma unroll 1
-    for (int r = 0; r < kStationary; ++r) {
+    for_each_staged(memory, p.value_channels, [&](int r, int c, const Four& sums) {
         const PackedRow query = rows[r];
-        const int lane = r % 8 * 4;
-        RowStats stats{__shfl_sync(kAllLanes, r < 8 ? softmax.row_max[0] : softmax.row_max[1], lane),
-                       __shfl_sync(kAllLanes, r < 8 ? row_sum[0] : row_sum[1], lane), prob_scale};
-        if (query.token >= task.queries.count) break;
-        const float* staged = memory.staged + r * AttentionTiles<T, WIDTH>::kStaged;
+        if (query.token >= task.queries.count) return;
+        const float* staged = staged_stats(memory, r);
+        RowStats stats{staged[0], staged[1], prob_scale};
         if (task.partial < 0) {
             const OutputPlace at(task.queries, query, p.heads, task.queries.row < p.kv_offsets.rows);
             const KeyRange range = p.variant.masks.key_range(query.token, task.queries.count, task.keys.count);
             if (p.variant.kind.softmax && !range.fully_masked()) stats.nan_if_zero();
-            write_output(f.epilogue, at, p.value_channels, stats, [&](int c) { return staged[c]; });
-            continue;
+            stats.row_max = p.variant.max_score(stats.row_max);
+            write_outputs(f.epilogue, at, c, p.value_channels, stats, sums);
+            if (c == 0) write_lse(f.epilogue, at, stats);
+            return;
         }
         const int64_t at = (task.partial * p.queries + query.token) * p.heads + query.head;
-        for (int c = lane_index(); c < p.value_channels; c += kWarp)
-            f.partials.sums[at * p.value_channels + c] = staged[c];
-        if (lane_index() == 0) {
-            f.partials.stats[2 * at] = stats.row_max;
-            f.partials.stats[2 * at + 1] = stats.row_sum;
-        }
-    }
+        store_four(f.partials.sums + at * p.value_channels + c, sums, min(p.value_channels - c, 4),
+                   p.value_channels % 4 == 0);
+        if (c > 0) return;
+        f.partials.stats[2 * at] = stats.row_max;
+        f.partials.stats[2 * at + 1] = stats.row_sum;
+    });
 }
 
 // 16 queries for each warp, over the keys of their row or one split of them.
@@ -85,33 +129,40 @@ __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group
     const AttentionMemory<T, WIDTH> memory(group, layout);
     cp_async_stationary(memory.stationary[0], p.q, p.channels, task.queries, rows);
     cp_async_commit();
+    // Queries would be rotated here, too; keys in `PairCopy`'s tiles.
+    if (p.variant.negates_queries()) negate(memory.stationary[0]);
+    const KeyRange common = common_range(p, rows, task.queries.count, keys.count);
     const LaneQueries<Query> queries(
-        rows, [&](const PackedRow& row) { return p.variant.query(row, task.queries.count, keys.count); });
+        rows, common, [&](const PackedRow& row) { return p.variant.query(row, task.queries.count, keys.count); });
 
     AccTile acc[WIDTH / 16];
     OnlineSoftmax softmax;
     const float prob_scale = prob_scale_for<T>(keys.count);
+    const auto copy = copy_of_keys<kKeepsAddresses<T>>(p, memory, group.threads, keys, kv_head);
     for_each_tile(
         group, tiles, f.plan.stages,
-        [&](int tile, int stage) { cp_async_keys(p, memory, group.threads, keys, kv_head, tile, stage); },
+        [&](int tile, int stage) { copy.start(stage, tile * Tiles::kStreamed, keys.count - tile * Tiles::kStreamed); },
         [&](int tile, int stage) {
             if (!warp_tiles.contains(tile)) return;
-            typename Tiles::Scores s;
-            float alpha[2];
-            multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], p.channels);
-            map_scores(p, s, queries, tile * Tiles::kStreamed, prob_scale, memory.scratch, softmax, alpha);
-            for_each(acc, [&](int half, int, float& x) { x *= alpha[half]; });
-            multiply_accumulate(acc, s, memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], 0);
+            const int first = tile * Tiles::kStreamed, count = keys.count - first;
+            const auto attend = [&](auto blocks) {
+                const ScoresByQuery<Query> at = queries.scores(first, 16 * blocks.value);
+                attend_keys<blocks.value>(p, memory, stage, at, prob_scale, softmax, acc);
+            };
+            // The first part alone where a tile has no more keys: the others would add zeros.
+            if (Tiles::kPart == Tiles::kStreamed || count > Tiles::kPart)
+                attend(std::integral_constant<int, Tiles::kStreamed / 16>{});
+            else
+                attend(std::integral_constant<int, Tiles::kBlocks>{});
         });
     cp_async_wait<0>();
     group.sync();
     stage_results(memory, acc, p.outer_scale);
-    __syncwarp();
     write_results(f, task, rows, memory, softmax);
 }
 
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_for<T>(WIDTH))
+__global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_for(WIDTH))
     attend(const __grid_constant__ ForwardArguments<T> f) {
     for_each_item<kPersistent<T, WIDTH>>(f.plan, [&](const TileGroup& group) { attend_tile<T, WIDTH>(f, group); });
 }
@@ -132,19 +183,27 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) combine_partials(const __gri
         for (int i = 0; i < item.num_splits; ++i) stats.row_max = fmaxf(stats.row_max, partial_stats[2 * item.at(i)]);
     const float base = stats.row_max == -INFINITY ? 0.0f : stats.row_max;
     const auto alpha = [&](int split) {
-        return softmax ? exp2f((partial_stats[2 * item.at(split)] - base) * kLog2E) : 1.0f;
+        return softmax ? p.variant.exponential(partial_stats[2 * item.at(split)] - base, 1.0f) : 1.0f;
     };
     if (softmax)
         for (int i = 0; i < item.num_splits; ++i) stats.row_sum += partial_stats[2 * item.at(i) + 1] * alpha(i);
     if (softmax) stats.nan_if_zero();
+    stats.row_max = p.variant.max_score(stats.row_max);
     const PackedRow query{item.query / p.heads, item.query % p.heads};
-    write_output(f.epilogue, OutputPlace(p.queries_of(item.row), query, p.heads, true), p.value_channels, stats,
-                 [&](int c) {
-                     float sum = 0.0f;
-                     for (int i = 0; i < item.num_splits; ++i)
-                         sum += f.partials.sums[item.at(i) * p.value_channels + c] * alpha(i);
-                     return sum;
-                 });
+    const OutputPlace place(p.queries_of(item.row), query, p.heads, true);
+    if (lane_index() == 0) write_lse(f.epilogue, place, stats);
+    const bool aligned = p.value_channels % 4 == 0;
+    for (int c = lane_index() * 4; c < p.value_channels; c += kWarp * 4) {
+        const int count = min(p.value_channels - c, 4);
+        Four sums{};
+        for (int i = 0; i < item.num_splits; ++i) {
+            const Four split = load_four(f.partials.sums + item.at(i) * p.value_channels + c, 1, count, aligned);
+            const float factor = alpha(i);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sums.values[j] += split.values[j] * factor;
+        }
+        write_outputs(f.epilogue, place, c, p.value_channels, stats, sums);
+    }
 }
 
 // ---------------------------------------------------------------- launches
@@ -167,6 +226,9 @@ Epilogue<T> epilogue_of(const AttentionInputs& in, const AttentionOutputs& to) {
     epilogue.out = static_cast<T*>(to.out.data);
     if (to.attn_out) epilogue.attn_out = static_cast<float*>(to.attn_out->data);
     if (to.lse) epilogue.lse = static_cast<float*>(to.lse->data);
+    const int64_t channels = to.out.shape[to.out.axes - 1];
+    epilogue.out_aligned = four_aligned(epilogue.out, channels);
+    epilogue.attn_out_aligned = four_aligned(epilogue.attn_out, channels);
     return epilogue;
 }
 

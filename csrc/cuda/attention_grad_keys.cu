@@ -1,6 +1,7 @@
 // dK and dV of the attention kernels.
 #include <climits>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/attention_gradient.cuh"
 #include "cuda/attention_plan.cuh"
@@ -50,21 +51,15 @@ struct StationaryKeys {
     }
 };
 
-// Starts copies of a tile of packed rows: queries and the gradient of A. Writes their statistics.
+// Copies of the packed rows of a row of the batch: queries and the gradient of A.
 template <typename T, int WIDTH>
-__device__ void cp_async_queries(const KeyArguments<T>& g, const AttentionMemory<T, WIDTH>& memory, ThreadGroup threads,
-                                 const Queries& queries, int keys, int kv_head, int tile, int stage) {
-    constexpr int kStreamed = AttentionTiles<T, WIDTH>::kStreamed;
+__device__ PairCopy<T, WIDTH, false> copy_of_queries(const KeyArguments<T>& g, const AttentionMemory<T, WIDTH>& memory,
+                                                     ThreadGroup threads, const Queries& queries, int kv_head) {
     const AttentionProblem<T>& p = g.problem;
-    const int64_t first = int64_t{tile} * kStreamed, count = int64_t{queries.count} * p.q_per_kv - first;
     const auto source = [&](const Heads<const T>& from, int channels) {
         return packed_rows_of(from, channels, queries, kv_head, p.q_per_kv);
     };
-    cp_async_pair(memory.streamed, stage, threads, source(p.q, p.channels), source(g.grad_attn_out, p.value_channels),
-                  true, first, static_cast<int>(min(count, int64_t{kStreamed})));
-    if (threads.rank >= kStreamed) return;
-    const PackedRow row = PackedRows(first, kv_head, p.q_per_kv)[threads.rank];
-    memory.query_stats[stage * kStreamed + threads.rank] = g.query_stats(queries, row, keys);
+    return {memory, threads, source(p.q, p.channels), source(g.grad_attn_out, p.value_channels), true};
 }
 
 // A gradient of keys or values, [tokens, heads, channels].
@@ -81,12 +76,14 @@ __device__ void write_keys(const KeyHeads<T>& to, const AttentionMemory<T, WIDTH
                            float scale, const StationaryKeys& keys, int first) {
     stage_results(memory, acc, scale);
     __syncwarp();
-#pragma unroll 1
-    for (int r = 0; r < kStationary && keys.begin + r < keys.row.count; ++r) {
-        T* row = to.data + ((keys.row.first + keys.begin + r) * to.kv_heads + to.kv_head) * to.channels + first;
-        for (int c = lane_index(); c < min(to.channels - first, C * 16); c += kWarp)
-            row[c] = narrow<T>(keys.is_key(r) ? memory.staged[r * AttentionTiles<T, WIDTH>::kStaged + c] : 0.0f);
-    }
+    const bool aligned = four_aligned(to.data, to.channels);
+    const int channels = min(to.channels - first, C * 16);
+    for_each_staged(memory, channels, [&](int r, int c, const Four& grads) {
+        if (keys.begin + r >= keys.row.count) return;
+        const int64_t token = keys.row.first + keys.begin + r;
+        T* row = to.data + (token * to.kv_heads + to.kv_head) * to.channels + first;
+        store_four(row + c, keys.is_key(r) ? grads : Four{}, channels - c, aligned);
+    });
     __syncwarp();
 }
 
@@ -122,6 +119,12 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
     const Queries queries = in_row ? p.queries_beside(slot.span) : Queries{};
     const TileRange tiles = group_keys.query_tiles(p, queries, group.rows(), kStreamed);
     const TileRange warp_tiles = keys.query_tiles(p, queries, kStationary, kStreamed);
+    // Exact float32 products fill the registers: there every tile is masked.
+    const int first_key = keys.begin - skip, last_key = first_key + kStationary - 1;
+    const TileRange common = std::is_same_v<T, float>
+                                 ? TileRange{0, INT_MAX, INT_MAX}
+                                 : p.variant.masks.common_query_tiles(first_key, last_key, queries.count,
+                                                                      slot.span.count - skip, p.q_per_kv, kStreamed);
 
     const SharedLayout layout = SharedLayout::of<T, WIDTH>(group.warps, g.plan.stages, contents_of(p));
     const AttentionMemory<T, WIDTH> memory(group, layout);
@@ -135,20 +138,35 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
     const int lane_keys[2] = {keys.key(lane_index() / 4), keys.key(lane_index() / 4 + 8)};
 
     AccTile acc_k[kChannelChunk<WIDTH> / 16], acc_v[kChannelChunk<WIDTH> / 16];
+    const auto copy = copy_of_queries(g, memory, group.threads, queries, kv_head);
+    const auto rows_from = [&](int64_t begin) {  // packed rows of the tile that begins there
+        return static_cast<int>(min(int64_t{queries.count} * p.q_per_kv - begin, int64_t{kStreamed}));
+    };
     for_each_tile(
         group, tiles, g.plan.stages,
         [&](int tile, int stage) {
-            cp_async_queries(g, memory, group.threads, queries, slot.span.count - skip, kv_head, tile, stage);
+            const int64_t begin = int64_t{tile} * kStreamed;
+            copy.start(stage, begin, rows_from(begin));
+            const PackedRows rows(begin, kv_head, p.q_per_kv);
+            const ThreadGroup threads = group.threads.reread();
+            for (int r = threads.rank; r < kStreamed; r += threads.size)
+                memory.query_stats[stage].set(r, g.query_stats(queries, rows[r], slot.span.count - skip));
         },
         [&](int tile, int stage) {
             if (!warp_tiles.contains(tile)) return;
-            typename Tiles::Scores s, d;
-            multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], p.channels);
-            multiply_rows(d, memory.stationary[p.v_is_k ? 0 : 1], memory.streamed[2 * stage + 1], p.value_channels);
-            const ScoresByKey at{memory.query_stats + stage * kStreamed, lane_keys};
-            scores_backward(p.variant, s, d, memory.scratch, at);
-            multiply_accumulate(acc_v, s, memory.streamed[2 * stage + 1], first);
-            multiply_accumulate(acc_k, d, memory.streamed[2 * stage], first);
+            const auto q = memory.streamed[2 * stage], grad = memory.streamed[2 * stage + 1];
+            const int64_t begin = int64_t{tile} * kStreamed;
+            const bool all_seen = common.contains(tile);
+#pragma unroll 1
+            for (int row = 0; row < rows_from(begin); row += Tiles::kPart) {
+                typename Tiles::Scores s, d;
+                multiply_rows(s, memory.stationary[0], q, row, p.channels);
+                multiply_rows(d, memory.stationary[p.v_is_k ? 0 : 1], grad, row, p.value_channels);
+                const ScoresByKey<kStreamed> at{memory.query_stats[stage], row, lane_keys, all_seen};
+                scores_backward(p.variant, s, d, memory.scratch, at);
+                multiply_accumulate(acc_v, s, grad, row, first);
+                multiply_accumulate(acc_k, d, q, row, first);
+            }
         });
     cp_async_wait<0>();
     group.sync();

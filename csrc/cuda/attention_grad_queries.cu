@@ -16,7 +16,8 @@ template <typename T>
 struct QueryArguments : BackwardArguments<T> {
     using BackwardArguments<T>::BackwardArguments;
 
-    T* grad_q = nullptr;          // null for shared queries
+    T* grad_q = nullptr;  // null for shared queries
+    bool grad_q_aligned = false;
     float* group_sums = nullptr;  // of shared queries, by row group and key shard
     int64_t rows_per_group = 1;
     int key_shards = 1;
@@ -32,27 +33,24 @@ __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
 template <typename T, int WIDTH>
 constexpr int kChannelChunk = sizeof(T) == 2 || WIDTH < 128 ? WIDTH : 128;
 
-// Writes a warp's results for the channels from `first` on, query by query.
+// Writes a warp's results for the channels from `first` on, several queries at once.
 template <typename T, int WIDTH>
 __device__ void write_queries(const QueryArguments<T>& g, const Task& task, const PackedRows& rows,
                               const AttentionMemory<T, WIDTH>& memory, int first) {
     const AttentionProblem<T>& p = g.problem;
     float* sums = task.partial < 0 ? g.group_sums : g.partials.sums;
-#pragma unroll 1
-    for (int r = 0; r < kStationary; ++r) {
+    const int channels = min(p.channels - first, kChannelChunk<T, WIDTH>);
+    for_each_staged(memory, channels, [&](int r, int c, const Four& grads) {
         const PackedRow row = rows[r];
-        if (row.token >= task.queries.count) break;
+        if (row.token >= task.queries.count) return;
         const int64_t query =
             task.partial < 0 ? g.place(task.queries, row) : (task.partial * p.queries + row.token) * p.heads + row.head;
-        const int64_t to = query * p.channels + first;
-        for (int c = lane_index(); c < min(p.channels - first, kChannelChunk<T, WIDTH>); c += kWarp) {
-            const float x = memory.staged[r * AttentionTiles<T, WIDTH>::kStaged + c];
-            if (sums != nullptr)
-                sums[to + c] = x;
-            else
-                g.grad_q[to + c] = narrow<T>(x);
-        }
-    }
+        const int64_t to = query * p.channels + first + c;
+        if (sums != nullptr)
+            store_four(sums + to, grads, channels - c, p.channels % 4 == 0);
+        else
+            store_four(g.grad_q + to, grads, channels - c, g.grad_q_aligned);
+    });
 }
 
 // Accumulates dQ of 16 queries for each warp over one row's keys, or one split or shard of them.
@@ -78,14 +76,15 @@ __device__ void accumulate_row(const QueryArguments<T>& g, const TileGroup& grou
     cp_async_stationary(memory.stationary[0], p.q, p.channels, queries, rows);
     cp_async_stationary(memory.stationary[1], g.grad_attn_out, p.value_channels, queries, rows);
     cp_async_commit();
+    const KeyRange common = common_range(p, rows, queries.count, keys.count);
     const LaneQueries<QueryStats> lane_queries(
-        rows, [&](const PackedRow& row) { return g.query_stats(queries, row, keys.count); });
+        rows, common, [&](const PackedRow& row) { return g.query_stats(queries, row, keys.count); });
 
-    for_each_key_tile(p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head,
-                      [&](typename Tiles::Scores& s, typename Tiles::Scores& d, int tile, int stage) {
-                          const ScoresByQuery<QueryStats> at = lane_queries.scores(tile * Tiles::kStreamed);
+    for_each_key_tile(p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head, lane_queries,
+                      [&](typename Tiles::Scores& s, typename Tiles::Scores& d, const ScoresByQuery<QueryStats>& at,
+                          int row, int stage) {
                           scores_backward(p.variant, s, d, memory.scratch, at);
-                          multiply_accumulate(acc, d, memory.streamed[2 * stage], first);
+                          multiply_accumulate(acc, d, memory.streamed[2 * stage], row, first);
                       });
 }
 
@@ -164,6 +163,7 @@ void queries_backward(const Backward& call) {
         with_width(call.in, [&](auto width) {
             if (call.in.layout != QueryLayout::shared) {
                 g.grad_q = static_cast<T*>(grad_q.data);
+                g.grad_q_aligned = four_aligned(g.grad_q, g.problem.channels);
                 g.partials = Partials(call.workspace.splits);
                 return start_grad_queries<T, width.value>(g, rows, call);
             }

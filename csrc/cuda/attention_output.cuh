@@ -14,8 +14,9 @@ struct Epilogue {
     Heads<const T> gate, residual;  // null: none
     Gate gating;
     T* out;
-    float* attn_out;  // null: not kept
-    float* lse;       // null: without softmax
+    float* attn_out;                     // null: not kept
+    float* lse;                          // null: without softmax
+    bool out_aligned, attn_out_aligned;  // vectors of four numbers are
 };
 
 // A query of the output: token `token` of row `row` in tensors of the queries' layout, and number `place` among the
@@ -55,32 +56,49 @@ struct RowStats {
     }
 };
 
-// Writes one query's outputs, by a warp. `sum(channel)` is the sum of probabilities times values over all its keys.
-template <typename T, typename Sum>
-__device__ inline void write_output(const Epilogue<T>& e, const OutputPlace& at, int channels, const RowStats& stats,
-                                    Sum&& sum) {
+// Writes one query's log-sum-exp, where there is a softmax.
+template <typename T>
+__device__ inline void write_lse(const Epilogue<T>& e, const OutputPlace& at, const RowStats& stats) {
+    if (e.lse == nullptr) return;
+    const float divisor = stats.row_sum != 0.0f ? stats.row_sum : 1.0f;
+    e.lse[at.place] = stats.row_max + log2f(divisor / stats.prob_scale) * kLn2;
+}
+
+// Writes four of one query's outputs, from channel `c` on. `sums` are probabilities times values over all its keys.
+template <typename T>
+__device__ inline void write_outputs(const Epilogue<T>& e, const OutputPlace& at, int c, int channels,
+                                     const RowStats& stats, const Four& sums) {
+    const int count = min(channels - c, 4);
     const bool is_mean = stats.row_sum != 0.0f;
     const float divisor = is_mean ? stats.row_sum : 1.0f;
-    if (e.lse != nullptr && lane_index() == 0)
-        e.lse[at.place] = stats.row_max + log2f(divisor / stats.prob_scale) * kLn2;
-    const T* gate = e.gate.data == nullptr || !at.in_row ? nullptr : e.gate.at(at.row, at.token, at.head);
-    const T* residual = e.residual.data == nullptr || !at.in_row ? nullptr : e.residual.at(at.row, at.token, at.head);
-#pragma unroll 1
-    for (int c = lane_index(); c < channels; c += kWarp) {
-        const float x = sum(c);
-        float y = x / divisor;
+    Four y;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float x = sums.values[i];
+        y.values[i] = x / divisor;
         // A mean lies among its values; rounding could carry it beyond the largest number.
-        if (is_mean && fabsf(x) <= kLargest<float>)
-            y = y > kLargest<T> ? kLargest<T> : y < -kLargest<T> ? -kLargest<T> : y;
-        if (e.attn_out != nullptr) e.attn_out[at.place * channels + c] = y;
-        if (gate != nullptr) {
-            const float g = widen(gate[c * e.gate.channel]);
-            const float x = activate(e.gating.inside ? y * g : g, e.gating.activation);
-            y = e.gating.inside ? x : y * x;
-        }
-        if (residual != nullptr) y += widen(residual[c * e.residual.channel]);
-        e.out[at.place * channels + c] = narrow<T>(at.in_row ? y : 0.0f);
+        if (is_mean & (fabsf(x) <= kLargest<float>))
+            y.values[i] = y.values[i] > kLargest<T>    ? kLargest<T>
+                          : y.values[i] < -kLargest<T> ? -kLargest<T>
+                                                       : y.values[i];
     }
+    const int64_t place = at.place * channels + c;
+    if (e.attn_out != nullptr) store_four(e.attn_out + place, y, count, e.attn_out_aligned);
+    if (e.gate.data != nullptr && at.in_row) {
+        const T* from = e.gate.at(at.row, at.token, at.head) + c * e.gate.channel;
+        Four gate = load_four(from, e.gate.channel, count, e.gate.aligned);
+        map_four(y, gate, [&](float x, float g) {
+            const float mapped = activate(e.gating.inside ? x * g : g, e.gating.activation);
+            return e.gating.inside ? mapped : x * mapped;
+        });
+    }
+    if (e.residual.data != nullptr && at.in_row) {
+        const T* from = e.residual.at(at.row, at.token, at.head) + c * e.residual.channel;
+        const Four residual = load_four(from, e.residual.channel, count, e.residual.aligned);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) y.values[i] += residual.values[i];
+    }
+    store_four(e.out + place, at.in_row ? y : Four{}, count, e.out_aligned);
 }
 
 }  // namespace cuda

@@ -21,6 +21,7 @@ struct Heads {
     T* data = nullptr;
     int64_t row = 0, token = 0, head = 0, channel = 1;
     int alignment = 16;
+    bool aligned = false;  // vectors of four numbers are
 
     Heads() = default;
     explicit Heads(const TensorView& x)
@@ -29,7 +30,8 @@ struct Heads {
           token(x.strides[x.axes - 3]),
           head(x.strides[x.axes - 2]),
           channel(x.strides[x.axes - 1]),
-          alignment(alignment_of(x)) {}
+          alignment(alignment_of(x)),
+          aligned(channel == 1 && alignment >= 4 * static_cast<int>(sizeof(T))) {}
 
     __device__ T* at(int64_t r, int64_t t, int64_t h) const { return data + r * row + t * token + h * head; }
 };

@@ -74,7 +74,8 @@ __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
     cp_async_stationary(memory.stationary[0], p.q, p.channels, task.queries, rows);
     cp_async_stationary(memory.stationary[1], g.grad_attn_out, p.value_channels, task.queries, rows);
     cp_async_commit();
-    const LaneQueries<QueryStats> queries(rows, [&](const PackedRow& row) {
+    const KeyRange common = common_range(p, rows, task.queries.count, keys.count);
+    const LaneQueries<QueryStats> queries(rows, common, [&](const PackedRow& row) {
         QueryStats stats{p.variant.query(row, task.queries.count, keys.count), 0.0f, 0.0f,
                          prob_scale_for<T>(keys.count)};
         if (row.token < task.queries.count) stats.lse = g.lse[g.place(task.queries, row)];
@@ -82,16 +83,16 @@ __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
     });
 
     StatsSums sums;
-    for_each_key_tile(p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head,
-                      [&](typename Tiles::Scores& s, typename Tiles::Scores& d, int tile, int) {
-                          // With a delta of 0, the gradients of the scores are P * dP.
-                          const ScoresByQuery<QueryStats> at = queries.scores(tile * Tiles::kStreamed);
-                          softmax_backward(p.variant, s, d, 1.0f, at);
-                          for_each_pair(s, d, [&](int half, int, float& prob, float& product) {
-                              sums.probs[half] += prob;
-                              sums.products[half] += product;
-                          });
-                      });
+    for_each_key_tile(
+        p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head, queries,
+        [&](typename Tiles::Scores& s, typename Tiles::Scores& d, const ScoresByQuery<QueryStats>& at, int, int) {
+            // With a delta of 0, the gradients of the scores are P * dP.
+            softmax_backward(p.variant, s, d, 1.0f, at);
+            for_each_pair(s, d, [&](int half, int, float& prob, float& product) {
+                sums.probs[half] += prob;
+                sums.products[half] += product;
+            });
+        });
     cp_async_wait<0>();
     write_sums(g, task, rows, sums);
 }

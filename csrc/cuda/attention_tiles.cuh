@@ -12,6 +12,7 @@
 #include "cuda/tile_copy.cuh"
 #include "cuda/tile_group.cuh"
 #include "cuda/tiles.cuh"
+#include "cuda/vectors.cuh"
 
 namespace interformer {
 namespace cuda {
@@ -19,20 +20,21 @@ namespace cuda {
 // Tiles for heads of at most WIDTH channels.
 template <typename T, int WIDTH>
 struct AttentionTiles {
-    static constexpr int kStreamed = sizeof(T) == 2 || WIDTH <= 64 ? 32 : 16;  // rows of a streamed tile
-    static constexpr int kBlocks = kStreamed / 16;
+    // Rows of a streamed tile, and of its parts whose scores are computed together in the backward.
+    static constexpr int kStreamed = sizeof(T) == 2 && WIDTH <= 64 ? 64 : sizeof(T) == 2 || WIDTH <= 64 ? 32 : 16;
+    static constexpr int kPart = kStreamed < 32 ? kStreamed : 32;
+    static constexpr int kBlocks = kPart / 16;
     static constexpr int kStaged = WIDTH + 8;  // stride of staged results, padded against bank conflicts
 
     using Stationary = Tile<T, kStationary, WIDTH>;
     using Streamed = Tile<T, kStreamed, WIDTH>;
     using Scores = AccTile[kBlocks];
+    using Stats = StreamedStats<kStreamed>;
 };
 
 // Blocks of kMaxWarps warps that a multiprocessor shall hold: it bounds the registers of a thread to 128, 168 or 255.
-// Exact float32 products take more registers.
-template <typename T>
 constexpr int blocks_for(int width) {
-    return width <= (std::is_same_v<T, float> ? 16 : 32) ? 4 : width <= 64 ? 3 : 2;
+    return width <= 16 ? 4 : width <= 64 ? 3 : 2;
 }
 
 // ---------------------------------------------------------------- shared memory
@@ -53,7 +55,7 @@ struct SharedLayout {
         using Tiles = AttentionTiles<T, WIDTH>;
         return {2 * stages * Tiles::Streamed::kBytes, warps * (contents.pairs ? 2 : 1) * Tiles::Stationary::kBytes,
                 contents.pointwise ? warps * Tiles::kBlocks * 8 * kWarp * static_cast<int>(sizeof(float2)) : 0,
-                contents.query_stats ? stages * Tiles::kStreamed * static_cast<int>(sizeof(QueryStats)) : 0};
+                contents.query_stats ? stages * static_cast<int>(sizeof(typename Tiles::Stats)) : 0};
     }
     constexpr int bytes() const { return streamed + stationary + scratch + query_stats; }
 };
@@ -65,9 +67,9 @@ struct AttentionMemory {
 
     Stages<typename Tiles::Streamed, 4> streamed;  // the pair of stage `s` is 2 s and 2 s + 1
     Stages<typename Tiles::Stationary, 2> stationary;
-    float2* scratch;  // column of this lane
-    QueryStats* query_stats;
-    float* staged;  // results of this warp; they overlay the streamed and stationary tiles
+    float2* scratch;                     // column of this lane
+    typename Tiles::Stats* query_stats;  // by stage
+    float* staged;                       // results of this warp; they overlay the streamed and stationary tiles
 
     __device__ AttentionMemory(const TileGroup& group, const SharedLayout& layout) {
         char* next = group.memory;
@@ -77,7 +79,7 @@ struct AttentionMemory {
         next += layout.stationary;
         scratch = reinterpret_cast<float2*>(next + group.warp * (layout.scratch / group.warps)) + lane_index();
         next += layout.scratch;
-        query_stats = reinterpret_cast<QueryStats*>(next);
+        query_stats = reinterpret_cast<typename Tiles::Stats*>(next);
         staged = reinterpret_cast<float*>(group.memory) + group.warp * kStationary * Tiles::kStaged;
     }
 };
@@ -106,35 +108,43 @@ __device__ inline void for_each_tile(const TileGroup& group, const TileRange& ti
 
 // ---------------------------------------------------------------- products
 
-// acc = stationary * streamed', summed over channels. In float32, wide heads sum every 16 channels by themselves: a
-// chain of 128 products has twice the error, which shows in large scores.
+// acc = stationary * streamed', summed over channels, for the streamed rows from `row` on. In float32, wide heads sum
+// every 16 channels by themselves: a chain of 128 products has twice the error, which shows in large scores. In 16
+// bits, several steps of 16 channels are unrolled where registers allow it; channels behind the last one are zeros.
 template <int N, typename Stationary, typename Streamed>
-__device__ inline void multiply_rows(AccTile (&acc)[N], Stationary stationary, Streamed streamed, int channels) {
+__device__ inline void multiply_rows(AccTile (&acc)[N], Stationary stationary, Streamed streamed, int row,
+                                     int channels) {
     using T = std::remove_pointer_t<decltype(Stationary::data)>;
+    constexpr int kColumns = Stationary::kColumns;
+    constexpr int kStep = sizeof(T) == 4 ? 16 : kColumns <= 64 ? kColumns : kColumns <= 128 ? 32 : 16;
 #pragma unroll
     for (int n = 0; n < N; ++n) acc[n] = AccTile{};
 #pragma unroll 1
-    for (int k = 0; k < channels; k += 16) {
-        LeftOperand<T> left;
-        load_left(left, stationary, 0, k);
+    for (int begin = 0; begin < (kStep == kColumns ? kColumns : channels); begin += kStep) {
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-            RightOperand<T> right;
-            load_right_transposed(right, streamed, k, n * 16);
-            if constexpr (std::is_same_v<T, float> && Stationary::kColumns > 64) {
-                AccTile sum{};
-                mma(sum, left, right);
-                acc[n] += sum;
-            } else {
-                mma(acc[n], left, right);
+        for (int k = begin; k < begin + kStep; k += 16) {
+            LeftOperand<T> left;
+            load_left(left, stationary, 0, k);
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                RightOperand<T> right;
+                load_right_transposed(right, streamed, k, row + n * 16);
+                if constexpr (std::is_same_v<T, float> && kColumns > 64) {
+                    AccTile sum{};
+                    mma(sum, left, right);
+                    acc[n] += sum;
+                } else {
+                    mma(acc[n], left, right);
+                }
             }
         }
     }
 }
 
-// acc += left * streamed, for the channels from `first` on. `left` is P or dS.
+// acc += left * streamed, for the streamed rows from `row` and the channels from `first` on. `left` is P or dS.
 template <int C, int N, typename Streamed>
-__device__ inline void multiply_accumulate(AccTile (&acc)[C], const AccTile (&left)[N], Streamed streamed, int first) {
+__device__ inline void multiply_accumulate(AccTile (&acc)[C], const AccTile (&left)[N], Streamed streamed, int row,
+                                           int first) {
     using T = std::remove_pointer_t<decltype(Streamed::data)>;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -143,19 +153,39 @@ __device__ inline void multiply_accumulate(AccTile (&acc)[C], const AccTile (&le
 #pragma unroll
         for (int c = 0; c < C; ++c) {
             RightOperand<T> right;
-            load_right(right, streamed, n * 16, first + c * 16);
+            load_right(right, streamed, row + n * 16, first + c * 16);
             mma(acc[c], operand, right);
         }
     }
 }
 
-// Writes results, times `scale`, to shared memory, where the warp reads them after `__syncwarp`.
+// Writes results, times `scale`, to shared memory, where the warp reads them after `__syncwarp`. Pairs of numbers:
+// single ones would share banks.
 template <typename T, int WIDTH, int C>
-__device__ inline void stage_results(const AttentionMemory<T, WIDTH>& memory, AccTile (&acc)[C], float scale) {
-    float* first = memory.staged + lane_index() / 4 * AttentionTiles<T, WIDTH>::kStaged;
-    for_each(acc, [&](int half, int column, float& x) {
-        first[half * 8 * AttentionTiles<T, WIDTH>::kStaged + column] = x * scale;
-    });
+__device__ inline void stage_results(const AttentionMemory<T, WIDTH>& memory, const AccTile (&acc)[C], float scale) {
+    constexpr int kStaged = AttentionTiles<T, WIDTH>::kStaged;
+    float* first = memory.staged + lane_index() / 4 * kStaged + lane_index() % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 4 * C; ++i) {
+        const float* pair = acc[i / 4].values[i / 2 % 2] + i % 2 * 2;
+        *reinterpret_cast<float2*>(first + i % 2 * 8 * kStaged + i / 2 * 8) = {pair[0] * scale, pair[1] * scale};
+    }
+}
+
+// Calls `each(row, channel, numbers)` for the four numbers at every fourth of the first `channels` channels of a warp's
+// staged results. Neighbouring lanes have neighbouring numbers, and narrow heads several rows at once. Gradients of
+// rotated queries and keys would be rotated back before, in the staged numbers themselves.
+template <typename T, int WIDTH, typename Each>
+__device__ inline void for_each_staged(const AttentionMemory<T, WIDTH>& memory, int channels, Each&& each) {
+    constexpr int kAcross = WIDTH / 4 < kWarp ? WIDTH / 4 : kWarp, kRows = kWarp / kAcross;
+#pragma unroll 1
+    for (int row = lane_index() / kAcross; row < kStationary; row += kRows)
+#pragma unroll 1
+        for (int c = lane_index() % kAcross * 4; c < channels; c += kAcross * 4) {
+            const float* staged = memory.staged + row * AttentionTiles<T, WIDTH>::kStaged + c;
+            const float4 four = *reinterpret_cast<const float4*>(staged);
+            each(row, c, Four{four.x, four.y, four.z, four.w});
+        }
 }
 
 // ---------------------------------------------------------------- copies
@@ -184,44 +214,75 @@ __device__ inline void cp_async_stationary(Stationary to, const Heads<const T>& 
                   static_cast<int>(min(count, int64_t{kStationary})));
 }
 
-// Starts and commits copies of rows [first, first + count) of two sources into the pair of a stage. A rotary embedding
-// would be one more function of a pair, called by all threads once its copies have landed.
-template <typename T, typename Streamed>
-__device__ inline void cp_async_pair(const Stages<Streamed, 4>& streamed, int stage, ThreadGroup threads,
-                                     const RowSource<T>& left, const RowSource<T>& right, bool has_right, int64_t first,
-                                     int count) {
-    // Addresses of a thread stay in registers from tile to tile, unless products fill these.
-    if (sizeof(T) == 4) threads = threads.reread();
-    cp_async_tile(streamed[2 * stage], left, threads, first, count);
-    if (has_right) cp_async_tile(streamed[2 * stage + 1], right, threads, first, count);
-    cp_async_commit();
+// Copies of pairs of streamed tiles from two sources of the same rows; without a second one, of the first tile alone. A
+// rotary embedding would be one more function of a pair, called by all threads once its copies have landed.
+template <typename T, int WIDTH, bool KEEP>
+class PairCopy {
+    using Copy = TileCopy<typename AttentionTiles<T, WIDTH>::Streamed>;
+
+  public:
+    __device__ PairCopy(const AttentionMemory<T, WIDTH>& memory, ThreadGroup threads, const RowSource<T>& left,
+                        const RowSource<T>& right, bool has_right)
+        : memory_(memory), threads_(threads), left_(left), right_(right), has_right_(has_right) {}
+
+    // Starts and commits copies of rows [first, first + count) into the pair of a stage. Where KEEP, addresses stay in
+    // registers from tile to tile, which saves 60 instructions of a tile.
+    __device__ void start(int stage, int64_t first, int count) const {
+        const ThreadGroup threads = KEEP ? threads_ : threads_.reread();
+        Copy(left_, threads).start(memory_.streamed[2 * stage], first, count);
+        if (has_right_) Copy(right_, threads).start(memory_.streamed[2 * stage + 1], first, count);
+        cp_async_commit();
+    }
+
+  private:
+    const AttentionMemory<T, WIDTH>& memory_;
+    ThreadGroup threads_;
+    RowSource<T> left_, right_;
+    bool has_right_;
+};
+
+// Copies of a row's keys and values.
+template <bool KEEP, typename T, int WIDTH>
+__device__ inline PairCopy<T, WIDTH, KEEP> copy_of_keys(const AttentionProblem<T>& p,
+                                                        const AttentionMemory<T, WIDTH>& memory, ThreadGroup threads,
+                                                        const Keys& keys, int kv_head) {
+    return {memory, threads, tokens_of(p.k, p.channels, keys.first, kv_head),
+            tokens_of(p.v, p.value_channels, keys.first, kv_head), !p.v_is_k};
 }
 
-// A tile of a row's keys and values, as the pair of a stage.
-template <typename T, int WIDTH>
-__device__ void cp_async_keys(const AttentionProblem<T>& p, const AttentionMemory<T, WIDTH>& memory,
-                              ThreadGroup threads, const Keys& keys, int kv_head, int tile, int stage) {
-    const int first = tile * AttentionTiles<T, WIDTH>::kStreamed;
-    cp_async_pair(memory.streamed, stage, threads, tokens_of(p.k, p.channels, keys.first, kv_head),
-                  tokens_of(p.v, p.value_channels, keys.first, kv_head), !p.v_is_k, first, keys.count - first);
-}
-
-// For each tile of keys that a warp's queries see, the products of its scores and of dA with the values:
-// `use(scores, d_probs, tile, stage)`. Queries and dA are the stationary tiles.
+// For each tile of keys that a warp's queries see, the products of its scores and of dA with the values, part by part:
+// `use(scores, d_probs, places, row, stage)`, where the part begins at row `row` of the tile. Queries and dA are the
+// stationary tiles.
 template <typename T, int WIDTH, typename Use>
 __device__ inline void for_each_key_tile(const AttentionProblem<T>& p, const TileGroup& group,
                                          const AttentionMemory<T, WIDTH>& memory, int stages, const TileRange& tiles,
-                                         const TileRange& warp_tiles, const Keys& keys, int kv_head, Use&& use) {
+                                         const TileRange& warp_tiles, const Keys& keys, int kv_head,
+                                         const LaneQueries<QueryStats>& queries, Use&& use) {
+    using Tiles = AttentionTiles<T, WIDTH>;
+    const auto copy = copy_of_keys<false>(p, memory, group.threads, keys, kv_head);
     for_each_tile(
         group, tiles, stages,
-        [&](int tile, int stage) { cp_async_keys(p, memory, group.threads, keys, kv_head, tile, stage); },
+        [&](int tile, int stage) { copy.start(stage, tile * Tiles::kStreamed, keys.count - tile * Tiles::kStreamed); },
         [&](int tile, int stage) {
             if (!warp_tiles.contains(tile)) return;
-            typename AttentionTiles<T, WIDTH>::Scores s, d;
-            multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], p.channels);
-            multiply_rows(d, memory.stationary[1], memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], p.value_channels);
-            use(s, d, tile, stage);
+            const int first = tile * Tiles::kStreamed;
+#pragma unroll 1
+            for (int row = 0; row < min(keys.count - first, Tiles::kStreamed); row += Tiles::kPart) {
+                typename Tiles::Scores s, d;
+                multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], row, p.channels);
+                multiply_rows(d, memory.stationary[1], memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], row,
+                              p.value_channels);
+                use(s, d, queries.scores(first + row, Tiles::kPart), row, stage);
+            }
         });
+}
+
+// Keys that all 16 packed rows of a warp see. Exact float32 products fill the registers: there none but the prefix
+// count, and most tiles are masked.
+template <typename T>
+__device__ inline KeyRange common_range(const AttentionProblem<T>& p, const PackedRows& rows, int queries, int keys) {
+    const KeyRange common = p.variant.masks.common_range(rows.token, rows[kStationary - 1].token, queries, keys);
+    return std::is_same_v<T, float> ? KeyRange{INT32_MAX, 0, common.prefix} : common;
 }
 
 }  // namespace cuda

@@ -82,6 +82,13 @@ __device__ inline uint32_t to_tf32(float x) {
     return bits;
 }
 
+// 2^x off by two units in the last place at most. Results below the smallest normal number are 0.
+__device__ inline float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // ---------------------------------------------------------------- shared memory
 
 // The block's dynamic shared memory, aligned to 16 bytes.

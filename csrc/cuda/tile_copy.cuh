@@ -57,15 +57,20 @@ class TileCopy<Tile<T, ROWS, COLUMNS>> {
   public:
     __device__ TileCopy(const RowSource<T>& source, ThreadGroup threads)
         : source_(source),
-          rows_(max(ROWS / (threads.size / kWarp), kStep)),
+          rows_(max(ROWS >> threads.size / (2 * kWarp), kStep)),  // of 1, 2 or 4 warps: no division
           row_(threads.rank / kWarp * rows_ + row_of(threads.rank % kWarp / kAcross)),
           column_(threads.rank % kAcross * kVector) {
-        advance_.rows = kStep * source.token;
-        if (source.per_token == 1) return;
+        source_.data += column_;
+        constexpr int kBytes = static_cast<int>(sizeof(T));
+        advance_.rows = kStep * kBytes * source.token;
+        if (source.per_token == 1) {
+            source_.data += row_ * source.token;
+            return;
+        }
         const int tokens = kStep / source.per_token;
         advance_.heads = kStep % source.per_token;
-        advance_.rows = tokens * source.token + advance_.heads * source.head;
-        advance_.carry = source.token - source.per_token * source.head;
+        advance_.rows = kBytes * (tokens * source.token + advance_.heads * source.head);
+        advance_.carry = kBytes * (source.token - source.per_token * source.head);
     }
 
     // Starts the copy of the source's rows [first, first + count) into a tile, with zeros in its other rows and behind
@@ -87,10 +92,11 @@ class TileCopy<Tile<T, ROWS, COLUMNS>> {
   private:
     // A row of the source: its first number, and its head.
     struct Place {
-        const T* data;
+        const char* data;
         int head;
     };
-    // The distance between two rows of a lane: `carry` comes on top where the head is beyond the token's last one.
+    // The distance between two rows of a lane, in bytes: `carry` comes on top where the head is beyond the token's last
+    // one.
     struct Advance {
         int64_t rows = 0, carry = 0;
         int heads = 0;
@@ -103,11 +109,16 @@ class TileCopy<Tile<T, ROWS, COLUMNS>> {
         return i / 8 * 8 + i % kRows * (8 / kRows) + i % 8 / kRows;
     }
 
-    __device__ Place place(int64_t row) const {
-        if (source_.per_token == 1) return {source_.data + row * source_.token, 0};
-        const int64_t token = row / source_.per_token;
+    __device__ Place at(int64_t distance, int head) const {
+        return {reinterpret_cast<const char*>(source_.data) + distance * static_cast<int>(sizeof(T)), head};
+    }
+    // The place of this thread's first row and column in a tile that begins at row `first`.
+    __device__ Place place(int64_t first) const {
+        // A row of the batch has fewer than 2^31 tokens: half the instructions of a 64-bit product.
+        if (source_.per_token == 1) return at(static_cast<uint32_t>(first) * source_.token, 0);
+        const int64_t row = first + row_, token = row / source_.per_token;
         const int head = static_cast<int>(row - token * source_.per_token);
-        return {source_.data + token * source_.token + head * source_.head, head};
+        return at(token * source_.token + head * source_.head, head);
     }
     template <bool PACKED>
     __device__ void advance(Place& place) const {
@@ -123,35 +134,36 @@ class TileCopy<Tile<T, ROWS, COLUMNS>> {
 
     template <bool PACKED, bool EDGE>
     __device__ void copy_column(Tile<T, ROWS, COLUMNS> to, int64_t first, int count, int column) const {
-        Place from = place(first + row_);
-        from.data += column_ + column;
+        Place from = place(first);
+        from.data += column * static_cast<int>(sizeof(T));
         T* target = to.at(row_, column_ + column);
         const bool in_columns = column_ + column < source_.columns;
         const int left = count - row_;  // rows behind this one, and itself
-        int row = 0;
 #pragma unroll 1
-        do {
+        for (int row = 0;; row += kUnrolled * kStep) {
 #pragma unroll
             for (int i = 0; i < kUnrolled; ++i) {
+                if (i > 0) advance<PACKED>(from);
                 cp_async_or_zero(target + i * kStep * to.kStride, from.data,
                                  in_columns & (!EDGE | (left > row + i * kStep)));
-                advance<PACKED>(from);
             }
+            if (row + kUnrolled * kStep >= rows_) break;  // at once where all warps of a block share the tile
+            advance<PACKED>(from);
             target += kUnrolled * kStep * to.kStride;
-            row += kUnrolled * kStep;
-        } while (row < rows_);
+        }
     }
 
     __device__ void copy_unaligned(Tile<T, ROWS, COLUMNS> to, int64_t first, int count) const {
 #pragma unroll 1
         for (int column = column_; column < COLUMNS; column += kAcross * kVector) {
-            Place from = place(first + row_);
+            Place from = place(first);
+            from.data += (column - column_) * static_cast<int>(sizeof(T));
 #pragma unroll 1
             for (int row = row_; row < row_ + rows_; row += kStep) {
                 const int numbers = row < count ? min(source_.columns - column, kVector) : 0;
                 if (numbers > 0)
-                    cp_async_unaligned(to.at(row, column), from.data + column, numbers * static_cast<int>(sizeof(T)),
-                                       source_.alignment);
+                    cp_async_unaligned(to.at(row, column), reinterpret_cast<const T*>(from.data),
+                                       numbers * static_cast<int>(sizeof(T)), source_.alignment);
                 else
                     *reinterpret_cast<uint4*>(to.at(row, column)) = uint4{0, 0, 0, 0};
                 advance<true>(from);
@@ -159,8 +171,8 @@ class TileCopy<Tile<T, ROWS, COLUMNS>> {
         }
     }
 
-    RowSource<T> source_;
-    int rows_;  // of the warp's strip
+    RowSource<T> source_;  // from this thread's column on, and, where tokens are rows, from its row on
+    int rows_;             // of the warp's strip
     int row_, column_;
     Advance advance_;
 };

@@ -88,7 +88,7 @@ BROKEN_CASES = [case for case in BROKEN_CASES if case.op in SERVED]
 
 @pytest.mark.parametrize("case", BROKEN_CASES, ids=lambda case: f"{case.op}-{case.gate or case.queries}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("split", [1024, 32], ids=["whole", "split"])
+@pytest.mark.parametrize("split", [1024, 64], ids=["whole", "split"])
 def test_disordered_offsets_leave_nothing_unwritten(
     case: Case, dtype: torch.dtype, split: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

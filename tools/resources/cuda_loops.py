@@ -68,7 +68,8 @@ def measured(name: str) -> TileLoop | None:
     if match is None or code is None or found is None:
         return None
     loop, instructions = found
-    streamed = 32 if match[2] in ("BFloat16", "Float16") or int(match[3]) <= 64 else 16
+    halves, narrow = match[2] in ("BFloat16", "Float16"), int(match[3]) <= 64
+    streamed = 64 if match[1] == "attend" and halves and narrow else 32 if halves or narrow else 16
     per_copy = cuda_code.instructions_of_a_copy(code.instructions)
     return TileLoop(
         name, code.registers, instructions, round(instructions * LANES / (_STATIONARY * streamed), 1),

@@ -66,6 +66,11 @@ inline uint32_t to_tf32(float x) {
     return (__float_as_uint(x) + 0x1000) & ~0x1fffu;
 }
 
+inline float exp2_approx(float x) {
+    const float y = exp2f(x);
+    return y < 1.1754944e-38f ? 0.0f : y;
+}
+
 // ---------------------------------------------------------------- shared memory
 
 inline char* shared_memory() {
