@@ -3,7 +3,8 @@
 Tensors with their strides, and options that are compiled in, are NamedTuples. Sizes and limits of masks stay plain
 integers: Triton specialises integers of tuples by value (1, multiples of 16), whatever `do_not_specialize` says, and
 would compile a kernel anew for them. Kernels put them into `Sizes` and `Variant` at once. They also make their tuples
-of tuples anew (`kv = KeysAndValues(kv.k, kv.v)`): Triton 3.6 would lose constants in them (strides of 1) at a branch.
+of tuples anew (`kv = KeysAndValues(kv.k, kv.v, kv.rope)`): Triton 3.6 would lose constants in them (strides of 1) at
+a branch.
 
 The tuples of attention's variant are in `_attention_variant.py`.
 """
@@ -49,11 +50,24 @@ class Table(NamedTuple):
     row: Any
 
 
+class Rope(NamedTuple):
+    """Rotary tables with the stride and the number of their rows, and explicit positions of queries and of keys (or of
+    the only tokens); None is the index in the row."""
+
+    cos: Any
+    sin: Any
+    row: Any
+    rows: Any
+    positions_q: Any
+    positions_k: Any
+
+
 class KeysAndValues(NamedTuple):
-    """Both operands that are streamed past the queries."""
+    """Both operands that are streamed past the queries, and the rotary embedding of keys and queries, if any."""
 
     k: KeyOperand
     v: KeyOperand
+    rope: Rope | None
 
 
 class Offsets(NamedTuple):
@@ -110,8 +124,21 @@ class GateOptions(NamedTuple):
     activation: str
 
 
+class RopeOptions(NamedTuple):
+    """Rotary embedding: its pairs of channels (0 without it), whether they are interleaved, and whether kernels rotate
+    queries and keys as they load them; otherwise those come rotated. Kernels always rotate gradients back."""
+
+    half: int
+    interleaved: bool
+    rotate_q: bool
+    rotate_k: bool
+
+
 class Shape(NamedTuple):
-    """Shape of a call and of its tiles, as kernels of tiles of one row are compiled for it."""
+    """Shape of a call and of its tiles, as kernels of tiles of one row are compiled for it.
+
+    Its last fields but `precision` are those of `RopeOptions`.
+    """
 
     d: int
     dv: int
@@ -125,6 +152,10 @@ class Shape(NamedTuple):
     block_k: int
     block_d: int
     block_dv: int
+    half: int
+    interleaved: bool
+    rotate_q: bool
+    rotate_k: bool
     precision: str
 
 
@@ -138,8 +169,13 @@ class ShortShape(NamedTuple):
     cell: int
     most: int
     block: int
+    layout: str
     block_d: int
     block_dv: int
+    half: int
+    interleaved: bool
+    rotate_q: bool
+    rotate_k: bool
     precision: str
 
 

@@ -21,13 +21,15 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._arguments import KeysAndValues, QuerySide, RowTask, Sizes
-from interformer_kernels._triton._attention_epilogue import store_delta
+from interformer_kernels._triton._attention_epilogue import load_query_stats, store_delta
 from interformer_kernels._triton._attention_masks import Pairs, has_edge, key_tiles, query_tiles, tile_has_edge
 from interformer_kernels._triton._attention_output import partial_index
 from interformer_kernels._triton._attention_tiles import (
     key_task,
     keys_of,
+    load_k,
     load_keys,
+    load_q,
     load_queries,
     of_attempt,
     packed_rows,
@@ -43,44 +45,9 @@ from interformer_kernels._triton._attention_variant import (
     scores_to_probs,
 )
 from interformer_kernels._triton._maps import dot, narrow
+from interformer_kernels._triton._rope import columns, rotate_k, rotate_q
 
 SIZES = ["rows", "q_tokens", "k_tokens", "queries", "skip", "left", "right", "prefix", "rows_of_group", "key_shards"]
-
-# ---------------------------------------------------------------- statistics of queries
-
-
-@triton.jit
-def _load_per_query(p, mask):
-    """A number for each query; zero where the mask says no.
-
-    As a tile of eight copies: of a smaller one, Triton 3.6 has every thread load all the numbers that it uses.
-    """
-    copies = tl.zeros([1, 8], tl.int32)
-    return tl.max(tl.load(p[:, None] + copies, mask=mask[:, None], other=0.0), 1)
-
-
-@triton.jit
-def _load_query_stats(
-    lse, delta, p_head, m_q, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr, WITH_DELTA: tl.constexpr
-):
-    """Log-sum-exp of queries, the sum of their probabilities by it (without FP32_SOFTMAX its log2), and delta, the
-    latter two where they are known."""
-    b_lse = (p_head * 0).to(tl.float32)
-    b_delta = b_lse
-    row_sum = b_lse + 1.0 if FP32_SOFTMAX else b_lse
-    if VARIANT.score == "softmax":
-        b_lse = _load_per_query(lse + p_head, m_q)
-        if WITH_DELTA:
-            row_sum = _load_per_query(delta + 2 * p_head, m_q)
-            b_delta = _load_per_query(delta + 2 * p_head + 1, m_q)
-            if FP32_SOFTMAX:
-                row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-                b_delta = tl.div_rn(b_delta, row_sum)
-            # lse = -inf: the query is fully masked (delta is 0), or its scores are all -inf (delta is NaN). With
-            # disordered offsets such a query may see finite scores after all.
-            b_lse = tl.where(b_lse == float("-inf"), b_delta * 0.0, b_lse)
-    return b_lse, row_sum, b_delta
-
 
 # ---------------------------------------------------------------- passes over queries
 
@@ -142,10 +109,10 @@ def _over_rows(
             out_first = row.to(tl.int64) * sizes.queries
             k_first, keys = keys_of(row, offsets, sizes)
         m_in = n < tl.where(row < sizes.rows, count, 0)  # [BLOCK_Q]
-        b_q = load_queries(side.q, row, task.first, n, head, m_in, SHAPE.d, SHAPE.block_d, LAYOUT)
+        b_q = load_q(side.q, kv.rope, row, task.first, n, head, m_in, SHAPE)
         b_grad = load_queries(side.grad, row, task.first, n, head, m_in, SHAPE.dv, SHAPE.block_dv, LAYOUT)
         p_head = (out_first + n) * HEADS + head
-        b_lse, b_sum, b_delta = _load_query_stats(
+        b_lse, b_sum, b_delta = load_query_stats(
             side.lse, side.delta, p_head, m_in, VARIANT, PASS.fp32_softmax, PASS.gradient
         )
         stats = query_stats(b_lse, b_sum, b_delta, variant, VARIANT, kv.k.pointer.dtype.element_ty, True)
@@ -165,13 +132,13 @@ def _over_rows(
 
 
 @triton.jit
-def _store_queries(to, p_head, m_q, acc, row_sum, mean, D: tl.constexpr, BLOCK_D: tl.constexpr, PASS: tl.constexpr):
-    """Store the gradients of a tile of queries, or the statistics that `_load_query_stats` reads (for `fp32_softmax`
+def _store_queries(to, p_head, m_q, acc, row_sum, mean, SHAPE: tl.constexpr, PASS: tl.constexpr):
+    """Store the gradients of a tile of queries, or the statistics that `load_query_stats` reads (for `fp32_softmax`
     sums, which splits have, too)."""
     if PASS.gradient:
-        o_d = tl.arange(0, BLOCK_D)
-        p = p_head[:, None] * D + o_d
-        tl.store(to + p, narrow(acc, to.dtype.element_ty), mask=m_q[:, None] & (o_d < D))
+        o_d = columns(SHAPE.block_d, SHAPE.half, SHAPE.interleaved)
+        p = p_head[:, None] * SHAPE.d + o_d
+        tl.store(to + p, narrow(acc, to.dtype.element_ty), mask=m_q[:, None] & (o_d < SHAPE.d))
     else:
         if not PASS.fp32_softmax:
             mean = mean / tl.where(row_sum == 0.0, 1.0, row_sum)
@@ -199,15 +166,17 @@ def _grad_of_query_tile(
             )  # fmt: skip
             if SHAPE.pack > 1:
                 retry = retry | (tl.max(rows_with_nan(acc) | (mean != mean).to(tl.int32), 0) > 0)
+            if PASS.gradient:
+                acc = rotate_q(acc, kv.rope, task.first, n, n < tl.where(task.row < sizes.rows, count, 0), SHAPE, True)
             p_head = (task.first + n) * (SHAPE.packs * HEADS) + head
             m_q = n < count  # [BLOCK_Q]
             if PASS.only_large_lse:
                 m_q = m_q & is_large(tl.load(side.lse + p_head, mask=m_q, other=0.0))
             if SPLIT_KV and task.keys > SPLIT_KV:
                 p = (partial_index(task.k_first, i_shard, SPLIT_KV) * sizes.queries + n) * (SHAPE.packs * HEADS) + head
-                _store_queries(partials, p, m_q, acc, row_sum, mean, SHAPE.d, SHAPE.block_d, PASS)
+                _store_queries(partials, p, m_q, acc, row_sum, mean, SHAPE, PASS)
             else:
-                _store_queries(out, p_head, m_q, acc, row_sum, mean, SHAPE.d, SHAPE.block_d, PASS)
+                _store_queries(out, p_head, m_q, acc, row_sum, mean, SHAPE, PASS)
 
 
 @triton.jit
@@ -249,7 +218,7 @@ def attention_grad_queries(
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = make_variant(variant_inputs, left, right, prefix)
     side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out)
-    kv = KeysAndValues(kv.k, kv.v)
+    kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i = tl.program_id(0)
     if PERSISTENT:
         for step in range(0, tl.load(tile_list) * SHAPE.packs - i, tl.num_programs(0)):
@@ -270,9 +239,7 @@ def attention_grad_queries(
 @triton.jit
 def _load_key_tile(kv, k_first, t, head, m_in, SHAPE: tl.constexpr):
     """The keys and values of a tile; zero where the mask says no."""
-    o_d = tl.arange(0, SHAPE.block_d)
-    p_k = (k_first + t) * kv.k.token + head * kv.k.head
-    b_k = tl.load(kv.k.pointer + p_k[:, None] + o_d, mask=m_in[:, None] & (o_d < SHAPE.d), other=0.0)
+    b_k = load_k(kv.k, kv.rope, k_first, t, head, m_in, SHAPE)
     if SHAPE.v_is_k:
         b_v = b_k
     else:
@@ -284,7 +251,7 @@ def _load_key_tile(kv, k_first, t, head, m_in, SHAPE: tl.constexpr):
 
 @triton.jit
 def _over_queries(
-    b_k, b_v, side, i_pack, attempt, j, o_h, j_bounds, bounds, task, variant,
+    b_k, b_v, side, rope, i_pack, attempt, j, o_h, j_bounds, bounds, task, variant,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """dK but for `remaining_scale`, and dV, of a tile of keys from all queries that see some of them."""
@@ -298,10 +265,10 @@ def _over_queries(
         i_q = tl.where(step < before, step, start + step - before)
         n, cell, head = packed_rows(i_q, i_pack, SHAPE)
         m_q = n < of_attempt(task.count, cell, attempt, SHAPE.pack)  # [BLOCK_Q]
-        b_q = load_queries(side.q, task.row, task.first, n, head, m_q, SHAPE.d, SHAPE.block_d, LAYOUT)
+        b_q = load_q(side.q, rope, task.row, task.first, n, head, m_q, SHAPE)
         b_grad = load_queries(side.grad, task.row, task.first, n, head, m_q, SHAPE.dv, SHAPE.block_dv, LAYOUT)
         p_head = (task.first + n) * (SHAPE.packs * HEADS) + head
-        b_lse, b_sum, b_delta = _load_query_stats(side.lse, side.delta, p_head, m_q, VARIANT, FP32_SOFTMAX, True)
+        b_lse, b_sum, b_delta = load_query_stats(side.lse, side.delta, p_head, m_q, VARIANT, FP32_SOFTMAX, True)
         stats = query_stats(b_lse, b_sum, b_delta, variant, VARIANT, b_k.dtype, False)
         # [BLOCK_K, BLOCK_Q]
         if SHAPE.pack > 1:
@@ -355,7 +322,7 @@ def _grad_of_key_tile(
                 bounds = query_tiles(j_first, j_last, task.count, keys, variant, HEADS, SHAPE.block_q, VARIANT)
                 seen = RowTask(task.row, task.first, task.count, task.k_first, keys)
                 acc_k, acc_v = _over_queries(
-                    b_k, b_v, side, i_pack, attempt, j, o_h, (j_first, j_last), bounds, seen, variant,
+                    b_k, b_v, side, kv.rope, i_pack, attempt, j, o_h, (j_first, j_last), bounds, seen, variant,
                     SHAPE, VARIANT, FP32_SOFTMAX,
                 )  # fmt: skip
             acc_k = acc_k * remaining_scale(keys, variant, VARIANT, kv.k.pointer.dtype.element_ty)
@@ -366,11 +333,14 @@ def _grad_of_key_tile(
                 if not SHAPE.v_is_k:
                     bad = bad | rows_with_nan(acc_v)
                 retry = retry | (tl.max(bad, 0) > 0)
+            acc_k = rotate_k(acc_k, kv.rope, task.k_first, t, m_in, SHAPE, True)
             # Skipped keys get zeros, even where a zero was multiplied with NaN.
             p_token = (task.k_first + t) * (SHAPE.packs * SHAPE.pack) + head
             if not SHAPE.v_is_k:
-                _store_keys(grad_v, p_token, m_t, tl.where(m_in[:, None], acc_v, 0.0), SHAPE.dv, SHAPE.block_dv)
-            _store_keys(grad_k, p_token, m_t, tl.where(m_in[:, None], acc_k, 0.0), SHAPE.d, SHAPE.block_d)
+                o_v = tl.arange(0, SHAPE.block_dv)
+                _store_keys(grad_v, p_token, m_t, tl.where(m_in[:, None], acc_v, 0.0), o_v, SHAPE.dv)
+            o_d = columns(SHAPE.block_d, SHAPE.half, SHAPE.interleaved)
+            _store_keys(grad_k, p_token, m_t, tl.where(m_in[:, None], acc_k, 0.0), o_d, SHAPE.d)
 
 
 @triton.jit
@@ -396,7 +366,7 @@ def attention_grad_keys(
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = make_variant(variant_inputs, left, right, prefix)
     side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out)
-    kv = KeysAndValues(kv.k, kv.v)
+    kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i = tl.program_id(0)
     if PERSISTENT:
         for step in range(0, tl.load(tile_list) * SHAPE.packs - i, tl.num_programs(0)):
@@ -408,6 +378,5 @@ def attention_grad_keys(
 
 
 @triton.jit
-def _store_keys(to, p_token, mask, acc, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    o_c = tl.arange(0, BLOCK_C)
+def _store_keys(to, p_token, mask, acc, o_c, C: tl.constexpr):
     tl.store(to + p_token[:, None] * C + o_c, narrow(acc, to.dtype.element_ty), mask=mask[:, None] & (o_c < C))

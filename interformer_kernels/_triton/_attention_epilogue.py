@@ -1,5 +1,5 @@
 # mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
-"""The epilogue of attention, `residual + G(A, gate)`, and its backward."""
+"""The epilogue of attention, `residual + G(A, gate)`, its backward, and the statistics of queries that follow it."""
 
 from __future__ import annotations
 
@@ -115,3 +115,36 @@ def store_delta(side, to, tile, i_pack, task, rows, SHAPE: tl.constexpr):
         tl.store(to + 2 * p_head, tl.full([SHAPE.block_q], 0.0, tl.float32), mask=m_q & (large == 0))
         tl.store(to + 2 * p_head + 1, tl.sum(b_grad.to(tl.float32) * b_a, 1), mask=m_q & (large == 0))
     return tl.max(large.to(tl.int32), 0) == 0
+
+
+@triton.jit
+def _load_per_query(p, mask):
+    """A number for each query; zero where the mask says no.
+
+    As a tile of eight copies: of a smaller one, Triton 3.6 has every thread load all the numbers that it uses.
+    """
+    copies = tl.zeros([1, 8], tl.int32)
+    return tl.max(tl.load(p[:, None] + copies, mask=mask[:, None], other=0.0), 1)
+
+
+@triton.jit
+def load_query_stats(
+    lse, delta, p_head, m_q, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr, WITH_DELTA: tl.constexpr
+):
+    """Log-sum-exp of queries, the sum of their probabilities by it (without FP32_SOFTMAX its log2), and delta, the
+    latter two where they are known."""
+    b_lse = (p_head * 0).to(tl.float32)
+    b_delta = b_lse
+    row_sum = b_lse + 1.0 if FP32_SOFTMAX else b_lse
+    if VARIANT.score == "softmax":
+        b_lse = _load_per_query(lse + p_head, m_q)
+        if WITH_DELTA:
+            row_sum = _load_per_query(delta + 2 * p_head, m_q)
+            b_delta = _load_per_query(delta + 2 * p_head + 1, m_q)
+            if FP32_SOFTMAX:
+                row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+                b_delta = tl.div_rn(b_delta, row_sum)
+            # lse = -inf: the query is fully masked (delta is 0), or its scores are all -inf (delta is NaN). With
+            # disordered offsets such a query may see finite scores after all.
+            b_lse = tl.where(b_lse == float("-inf"), b_delta * 0.0, b_lse)
+    return b_lse, row_sum, b_delta

@@ -11,7 +11,7 @@ from interformer_kernels._triton._attention_masks import Pairs, key_tiles, sees_
 from interformer_kernels._triton._attention_output import partial_index, store_outputs, store_partial
 from interformer_kernels._triton._attention_tiles import (
     load_keys,
-    load_queries,
+    load_q,
     of_attempt,
     packed_rows,
     query_task,
@@ -76,7 +76,7 @@ def _attend_tile(
             n, cell, head = packed_rows(tile, i_pack, SHAPE)
             count = of_attempt(task.count, cell, attempt, SHAPE.pack)
             m_in = n < tl.where(task.row < sizes.rows, count, 0)  # [BLOCK_Q]
-            b_q = load_queries(q, task.row, task.first, n, head, m_in, SHAPE.d, SHAPE.block_d, LAYOUT)
+            b_q = load_q(q, kv.rope, task.row, task.first, n, head, m_in, SHAPE)
             acc, row_max, row_sum = _over_keys(
                 b_q, kv, i_pack, attempt, n, cell, head, tile, task, i_split, variant, SHAPE, VARIANT, SPLIT_KV
             )
@@ -124,7 +124,7 @@ def attention_forward(
     """
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = make_variant(variant_inputs, left, right, prefix)
-    kv = KeysAndValues(kv.k, kv.v)
+    kv = KeysAndValues(kv.k, kv.v, kv.rope)
     epilogue = Epilogue(epilogue.gate, epilogue.residual)
     i = tl.program_id(0)
     if PERSISTENT:

@@ -20,6 +20,8 @@ from interformer_kernels._triton._arguments import (
     KeysAndValues,
     Offsets,
     QueryOperand,
+    Rope,
+    RopeOptions,
     Shape,
     ShortShape,
 )
@@ -27,11 +29,15 @@ from interformer_kernels._triton._attention_variant import VariantInputs, Varian
 from interformer_kernels._triton._bound import Known
 from interformer_kernels._triton._programs import Programs, Side, TileLists
 from interformer_kernels._triton._rows import slots
-from interformer_kernels._triton._tiles import Tiles, entries, padded, tiles, variant
-from interformer_kernels._triton.apply_rotary import rotated
+from interformer_kernels._triton._tiles import Tiles, entries, padded, tiles, variant, widest_rope
+from interformer_kernels._triton.apply_rotary import rope_operand, rotated
 
 _MIN_TILE_ROWS = 16  # rows of a tile that tensor cores take
 _SCALES = 2.0**-100, 2.0**100  # that kernels of 16 bits take as they are
+# A rotation inside the kernels costs a quarter of one in a pass before. So that pass pays for tokens that are loaded
+# for more than four tiles of queries of 64, and as it is a launch, from so many rotations of a token under one head on.
+_LOADS = 256
+_ROTATIONS = 2**24
 _WIDE_HEAD = 128  # padded channels of a head from which heads are not packed
 
 
@@ -46,28 +52,28 @@ class Problem:
         q_offsets = kv_offsets if call.q_offsets is None else readable(call.q_offsets)
         self.offsets = Offsets(q_offsets, kv_offsets)
         q, k, v = call.q, call.k, call.k if call.v is None else call.v
-        if call.cos is not None and call.sin is not None:
-            tables = call.cos, call.sin
-            q = rotated(q, q_offsets, *tables, call.positions_q, call.rope_interleaved, backwards=False)
-            k = rotated(k, kv_offsets, *tables, call.positions_k, call.rope_interleaved, backwards=False)
-        self.q, self.k, self.v = readable(q), readable(k), readable(v)
-        self.kv = KeysAndValues(KeyOperand(self.k, *self.k.stride()[:2]), KeyOperand(self.v, *self.v.stride()[:2]))
         self.rows = call.kv_offsets.shape[0] - 1
         self.heads, self.kv_heads = q.shape[-2], k.shape[1]
         # Query tokens of all rows as outputs are numbered, and of one row where all rows have the same number.
         self.tokens = self.out_shape[0] if call.layout == "packed" else self.out_shape[0] * self.out_shape[1]
         self.queries = 0 if call.layout == "packed" else self.out_shape[1]
         self.q_per_kv = self.heads // self.kv_heads
-        self.width = max(padded(self.k.shape[2]), padded(self.v.shape[2]))
-        self.on = self.k.element_size(), _run.target_of(self.k)
-        self.pack = self._pack()
+        self.width = max(padded(k.shape[2]), padded(v.shape[2]))
+        self.on = k.element_size(), _run.target_of(k)
         self.variant_inputs, self.variant_options = VariantInputs.of(call), VariantOptions.of(call)
         self.softmax = call.score == "softmax"
         self.fp32_softmax = self.softmax and k.dtype == torch.float32
-        self._tile_lists = TileLists()
         self.q_factor = 1.0
         if self.softmax and not self.fp32_softmax:
             self._make_scale_positive()
+        q, k, rope, self.rope_options = self._rope()
+        if self.q_factor != 1:
+            q = q * self.q_factor
+        self.q, self.k, self.v = readable(q), readable(k), readable(v)
+        keys, values = (KeyOperand(x, *x.stride()[:2]) for x in (self.k, self.v))
+        self.kv = KeysAndValues(keys, values, rope)
+        self.pack = self._pack()
+        self._tile_lists = TileLists()
 
     def _make_scale_positive(self) -> None:
         """Move the sign of the scale into the queries, exactly, and as a whole a scale that is 0 or far from 1.
@@ -78,8 +84,36 @@ class Problem:
         if _SCALES[0] <= scale <= _SCALES[1]:
             return
         self.q_factor = -1.0 if _SCALES[0] <= -scale <= _SCALES[1] else scale
-        self.q = readable(self.q * self.q_factor)
         self.variant_inputs = self.variant_inputs._replace(scale=abs(scale) if self.q_factor == -1.0 else 1.0)
+
+    def _rope(self) -> tuple[Tensor, Tensor, Rope | None, RopeOptions]:
+        """Queries and keys, rotated where a pass before is cheaper, the kernels' operand, and what they do with it.
+
+        Kernels rotate a tile whenever they load it: keys once for each tile of queries, and in the backward queries
+        once for each tile of keys. Bits are the same either way; so queries are rotated before they are multiplied by a
+        factor that rounds them. Where the kernels lack registers, they know nothing of rotary embedding.
+        """
+        call, q, k = self.call, self.call.q, self.call.k
+        if call.cos is None or call.sin is None:
+            return q, k, None, RopeOptions(0, False, False, False)
+        if call.layout != "packed" or call.v is None or call.skip_prefix:
+            raise ValueError("attention: rope must be None without packed queries, without v, and with skip_prefix")
+        rows, (k_tokens, kv_heads, _) = max(1, self.rows), k.shape
+        pairs = call.cos.shape[1]
+        inside = self.width <= widest_rope(*self.on) and pairs % 4 == 0
+        keys_first = not inside or k_tokens * kv_heads * (self.tokens * self.q_per_kv // rows - _LOADS) > _ROTATIONS
+        queries_first = not inside or abs(self.q_factor) != 1
+        if self.backward and self.tokens * self.heads * (k_tokens // rows - _LOADS) > _ROTATIONS:
+            queries_first = True
+        tables, interleaved = (call.cos, call.sin), call.rope_interleaved
+        if queries_first:
+            q = rotated(q, self.offsets.q, *tables, call.positions_q, interleaved, backwards=False)
+        if keys_first:
+            k = rotated(k, self.offsets.kv, *tables, call.positions_k, interleaved, backwards=False)
+        if not inside:
+            return q, k, None, RopeOptions(0, False, False, False)
+        options = RopeOptions(pairs, interleaved, not queries_first, not keys_first)
+        return q, k, rope_operand(*tables, call.positions_q, call.positions_k), options
 
     def _pack(self) -> int:
         """Key/value heads that a program takes at once, so that few queries fill a tile.
@@ -107,6 +141,8 @@ class Problem:
 
     def tiles(self, kernel: str) -> Tiles:
         """Tiles of a kernel; no more queries than rows have, where that is known."""
+        if self.rope_options.half:
+            return tiles(f"{kernel}_rope", self.width, *self.on)
         entry = tiles(kernel, self.width, *self.on)
         if self.call.layout == "packed":
             packed_entry = variant("grad_queries_packed", self.width, *self.on) if kernel == "grad_queries" else None
@@ -117,8 +153,9 @@ class Problem:
         """Tiles of short rows, of `keys` tokens at most; None where there are none."""
         if self.call.layout != "packed" or self.width > max(entries("short", *self.on)):
             return None
-        entry = tiles("short", self.width, *self.on)
-        of_backward = variant("short_backward", self.width, *self.on) if backward else None
+        suffix = "_rope" if self.rope_options.half else ""
+        entry = tiles(f"short{suffix}", self.width, *self.on)
+        of_backward = variant(f"short_backward{suffix}", self.width, *self.on) if backward else None
         # Both passes leave the same rows to these kernels, even where a tuned tile has another number of tokens.
         return of_backward if of_backward is not None and of_backward.keys == entry.keys else entry
 
@@ -131,7 +168,9 @@ class Problem:
     @functools.cached_property
     def whole_tiles(self) -> Tiles | None:
         """Tiles of the backward of whole rows, of `keys` tokens at most; None where there is none."""
-        entry = variant("whole", self.width, *self.on) if self.backward and self.call.layout == "packed" else None
+        if not self.backward or self.call.layout != "packed":
+            return None
+        entry = variant("whole_rope" if self.rope_options.half else "whole", self.width, *self.on)
         return entry if entry is not None and entry.keys > self.short_cell else None
 
     @functools.cached_property
@@ -219,7 +258,7 @@ class Problem:
         d, dv = self.k.shape[2], self.v.shape[2]
         return Shape(
             d, dv, self.q_per_kv, self.pack, self.packs, self.call.layout, self.call.v is None, self.cell,
-            chosen.queries, chosen.keys, padded(d), padded(dv), _run.precision(self.k.dtype),
+            chosen.queries, chosen.keys, padded(d), padded(dv), *self.rope_options, _run.precision(self.k.dtype),
         )  # fmt: skip
 
     def short_shape(self, chosen: Tiles) -> ShortShape:
@@ -233,4 +272,7 @@ class Problem:
     def _short_shape(self, cell: int, most: int, block: int) -> ShortShape:
         d, dv = self.k.shape[2], self.v.shape[2]
         precision: Any = _run.precision(self.k.dtype)
-        return ShortShape(d, dv, self.q_per_kv, self.kv_heads, cell, most, block, padded(d), padded(dv), precision)
+        return ShortShape(
+            d, dv, self.q_per_kv, self.kv_heads, cell, most, block, self.call.layout, padded(d), padded(dv),
+            *self.rope_options, precision,
+        )  # fmt: skip

@@ -17,7 +17,7 @@ import triton.language as tl
 from interformer_kernels._triton._arguments import Epilogue, KeysAndValues, RowTask, Sizes
 from interformer_kernels._triton._attention_masks import Pairs, pairs_under, sees_any_key
 from interformer_kernels._triton._attention_output import store_outputs
-from interformer_kernels._triton._attention_tiles import of_attempt, rows_with_nan
+from interformer_kernels._triton._attention_tiles import load_k, load_q, of_attempt, rows_with_nan
 from interformer_kernels._triton._attention_variant import (
     empty_softmax,
     make_variant,
@@ -27,6 +27,7 @@ from interformer_kernels._triton._attention_variant import (
     whole_row_to_probs,
 )
 from interformer_kernels._triton._maps import dot, narrow
+from interformer_kernels._triton._rope import columns, rotate_k, rotate_q
 from interformer_kernels._triton._rows import span
 
 SIZES = ["rows", "q_tokens", "k_tokens", "left", "right", "prefix"]
@@ -58,8 +59,7 @@ def load_tokens(x, first, n, head, count, C: tl.constexpr, BLOCK_C: tl.constexpr
 
 
 @triton.jit
-def store_tokens(x, p, m, values, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    o_c = tl.arange(0, BLOCK_C)
+def store_tokens(x, p, m, values, o_c, C: tl.constexpr):
     tl.store(x + p[:, None] * C + o_c, narrow(values, x.dtype.element_ty), mask=m[:, None] & (o_c < C)[None, :])
 
 
@@ -68,7 +68,7 @@ def _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE: tl.constexpr, 
     """A program's lanes: the token of its row that each one is, the rows, their keys and values, and the pairs of
     queries and keys, under the first query head of the key/value head."""
     cell, n, task = _lanes(i, attempt, offsets, sizes, SHAPE.cell, SHAPE.block)
-    b_k = load_tokens(kv.k, task.k_first, n, i_head, task.keys, SHAPE.d, SHAPE.block_d)
+    b_k = load_k(kv.k, kv.rope, task.k_first, n, i_head, n < task.keys, SHAPE)
     b_v = load_tokens(kv.v, task.k_first, n, i_head, task.keys, SHAPE.dv, SHAPE.block_dv)
     count = task.count[:, None]
     keys = task.keys[:, None]
@@ -86,7 +86,7 @@ def attention_forward_short(
     PRECISION: tl.constexpr = SHAPE.precision
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
     variant = make_variant(variant_inputs, left, right, prefix)
-    kv = KeysAndValues(kv.k, kv.v)
+    kv = KeysAndValues(kv.k, kv.v, kv.rope)
     epilogue = Epilogue(epilogue.gate, epilogue.residual)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     i = tl.program_id(0) // SHAPE.kv_heads
@@ -98,7 +98,7 @@ def attention_forward_short(
             bad = tl.full([SHAPE.block], 0, tl.int32)
             for g in range(0, SHAPE.q_per_kv):
                 head = i_head * SHAPE.q_per_kv + g
-                b_q = load_tokens(q, task.first, n, head, task.count, SHAPE.d, SHAPE.block_d)
+                b_q = load_q(q, kv.rope, task.row, task.first, n, head, n < task.count, SHAPE)
                 products = dot(b_q, tl.trans(b_k), PRECISION)
                 row_max, row_sum = empty_softmax(SHAPE.block)
                 probs, _, row_max, row_sum = online_softmax_update(
@@ -124,7 +124,7 @@ def attention_backward_short(
     PRECISION: tl.constexpr = SHAPE.precision
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
     variant = make_variant(variant_inputs, left, right, prefix)
-    kv = KeysAndValues(kv.k, kv.v)
+    kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     i = tl.program_id(0) // SHAPE.kv_heads
     retry = tl.program_id(0) < 0
@@ -135,9 +135,10 @@ def attention_backward_short(
             acc_v = tl.full([SHAPE.block, SHAPE.block_dv], 0.0, tl.float32)
             bad = tl.full([SHAPE.block], 0, tl.int32)
             rest = remaining_scale(task.keys, variant, VARIANT, b_v.dtype)[:, None]
+            o_d = columns(SHAPE.block_d, SHAPE.half, SHAPE.interleaved)
             for g in range(0, SHAPE.q_per_kv):
                 head = i_head * SHAPE.q_per_kv + g
-                b_q = load_tokens(q, task.first, n, head, task.count, SHAPE.d, SHAPE.block_d)
+                b_q = load_q(q, kv.rope, task.row, task.first, n, head, n < task.count, SHAPE)
                 b_grad = load_tokens(grad_attn_out, task.first, n, head, task.count, SHAPE.dv, SHAPE.block_dv)
                 products = dot(b_q, tl.trans(b_k), PRECISION)
                 d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
@@ -147,12 +148,16 @@ def attention_backward_short(
                 d_scores = narrow(d_scores, b_q.dtype)
                 p_q = (task.first + n) * (SHAPE.kv_heads * SHAPE.q_per_kv) + head
                 acc_q = dot(d_scores, b_k, PRECISION) * rest
-                store_tokens(grad_q, p_q, n < task.count, acc_q, SHAPE.d, SHAPE.block_d)
+                m_q = n < task.count
+                b_dq = rotate_q(acc_q, kv.rope, task.first, n, m_q, SHAPE, True)
+                store_tokens(grad_q, p_q, m_q, b_dq, o_d, SHAPE.d)
                 acc_k += dot(tl.trans(d_scores), b_q, PRECISION)
                 acc_v += dot(tl.trans(narrow(probs, b_grad.dtype)), b_grad, PRECISION)
                 bad = bad | rows_with_nan(acc_q)
             bad = bad | rows_with_nan(acc_k) | rows_with_nan(acc_v)
             retry = retry | (tl.max(bad, 0) > 0)
             p_k = (task.k_first + n) * SHAPE.kv_heads + i_head
-            store_tokens(grad_k, p_k, n < task.keys, acc_k * rest, SHAPE.d, SHAPE.block_d)
-            store_tokens(grad_v, p_k, n < task.keys, acc_v, SHAPE.dv, SHAPE.block_dv)
+            m_k = n < task.keys
+            acc_k = rotate_k(acc_k * rest, kv.rope, task.k_first, n, m_k, SHAPE, True)
+            store_tokens(grad_k, p_k, m_k, acc_k, o_d, SHAPE.d)
+            store_tokens(grad_v, p_k, m_k, acc_v, tl.arange(0, SHAPE.block_dv), SHAPE.dv)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._arguments import RowTask
+from interformer_kernels._triton._rope import columns, rotate_k, rotate_q
 from interformer_kernels._triton._rows import find, span
 from interformer_kernels._triton._tile_list import listed_opposite, listed_tile
 
@@ -144,16 +145,35 @@ def load_queries(x, row, first, n, head, mask, C: tl.constexpr, BLOCK_C: tl.cons
 
 
 @triton.jit
-def load_tokens(x, first, i_t, TOKENS: tl.constexpr, t, head, mask, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The channels `[BLOCK_T, BLOCK_C]` of tokens `begin + t` of the row whose first is `first`; zero where the mask
-    says no. Only `begin` differs from tile to tile: its product with a stride is a single instruction."""
-    o_c = tl.arange(0, BLOCK_C)
+def load_tokens(x, first, i_t, TOKENS: tl.constexpr, t, head, mask, o_c, C: tl.constexpr):
+    """The channels `o_c` of tokens `begin + t` of the row whose first is `first`; zero where the mask says no. Only
+    `begin` differs from tile to tile: its product with a stride is a single instruction."""
+    BLOCK_C: tl.constexpr = o_c.shape[0]
     m = mask[:, None]
     if C < BLOCK_C:
         m = m & (o_c < C)
     tile = x.pointer + first * x.token + i_t.to(tl.int64) * x.token * TOKENS
     p = t.to(tl.int64) * x.token + head * x.head
     return tl.load(tile + p[:, None] + o_c, mask=m, other=0.0)
+
+
+@triton.jit
+def load_q(q, rope, row, first, n, head, mask, SHAPE: tl.constexpr):
+    """The queries `[BLOCK_Q, BLOCK_D]` of packed rows, rotated, by `_rope.columns`; zero where the mask says no."""
+    LAYOUT: tl.constexpr = SHAPE.layout
+    o_d = columns(SHAPE.block_d, SHAPE.half, SHAPE.interleaved)
+    p = places(q, row, first, n, head, LAYOUT)
+    b_q = tl.load(q.pointer + p[:, None] + o_d, mask=mask[:, None] & (o_d < SHAPE.d), other=0.0)
+    return rotate_q(b_q, rope, first, n, mask, SHAPE, False)
+
+
+@triton.jit
+def load_k(k, rope, first, j, head, mask, SHAPE: tl.constexpr):
+    """The keys `[BLOCK_K, BLOCK_D]` of a row's tokens, rotated, by `_rope.columns`; zero where the mask says no."""
+    o_d = columns(SHAPE.block_d, SHAPE.half, SHAPE.interleaved)
+    p = (first + j) * k.token + head * k.head
+    b_k = tl.load(k.pointer + p[:, None] + o_d, mask=mask[:, None] & (o_d < SHAPE.d), other=0.0)
+    return rotate_k(b_k, rope, first, j, mask, SHAPE, False)
 
 
 @triton.jit
@@ -166,12 +186,15 @@ def load_keys(kv, i_pack, attempt, i_k, task, SHAPE: tl.constexpr):
     o_h = o_k % SHAPE.pack
     m_k = t < of_attempt(task.keys, o_h, attempt, SHAPE.pack) - i_k * TOKENS  # [BLOCK_K]
     head = (i_pack * SHAPE.pack + o_h).to(tl.int64)
-    b_k = load_tokens(kv.k, task.k_first, i_k, TOKENS, t, head, m_k, SHAPE.d, SHAPE.block_d)
+    o_d = columns(SHAPE.block_d, SHAPE.half, SHAPE.interleaved)
+    b_k = load_tokens(kv.k, task.k_first, i_k, TOKENS, t, head, m_k, o_d, SHAPE.d)
+    j = i_k * TOKENS + t
+    b_k = rotate_k(b_k, kv.rope, task.k_first, j, m_k, SHAPE, False)
     if SHAPE.v_is_k:
         b_v = b_k
     else:
-        b_v = load_tokens(kv.v, task.k_first, i_k, TOKENS, t, head, m_k, SHAPE.dv, SHAPE.block_dv)
-    j = i_k * TOKENS + t
+        o_v = tl.arange(0, SHAPE.block_dv)
+        b_v = load_tokens(kv.v, task.k_first, i_k, TOKENS, t, head, m_k, o_v, SHAPE.dv)
     return j, o_h, b_k, b_v
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from interformer_kernels._triton._arguments import KeysAndValues, RowTask, Sizes
 from interformer_kernels._triton._attention_masks import Pairs
 from interformer_kernels._triton._attention_short import SIZES, load_tokens, store_tokens
+from interformer_kernels._triton._attention_tiles import load_k, load_q
 from interformer_kernels._triton._attention_variant import (
     any_large,
     make_variant,
@@ -22,12 +23,13 @@ from interformer_kernels._triton._attention_variant import (
     whole_row_probs,
 )
 from interformer_kernels._triton._maps import dot, narrow
+from interformer_kernels._triton._rope import columns, rotate_k, rotate_q
 from interformer_kernels._triton._rows import span
 
 
 @triton.jit
 def _over_queries(
-    q, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest,
+    q, rope, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, LARGE_LSE: tl.constexpr,
 ):  # fmt: skip
     """dQ of a row, stored, and its dK and dV, but for `rest` of dK."""
@@ -41,11 +43,12 @@ def _over_queries(
         n = o_q // Q_PER_KV
         head = i_head * Q_PER_KV + o_q % Q_PER_KV
         p_q = (task.first + n) * (SHAPE.kv_heads * Q_PER_KV) + head
-        b_q = load_tokens(q, task.first, n, head, task.count, SHAPE.d, SHAPE.block_d)
+        m_q = n < task.count
+        b_q = load_q(q, rope, task.row, task.first, n, head, m_q, SHAPE)
         b_grad = load_tokens(grad_attn_out, task.first, n, head, task.count, SHAPE.dv, SHAPE.block_dv)
         b_lse = (p_q * 0).to(tl.float32)
         if lse is not None:
-            b_lse = tl.load(lse + p_q, mask=n < task.count, other=0.0)
+            b_lse = tl.load(lse + p_q, mask=m_q, other=0.0)
         pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, True, None)
         products = dot(b_q, tl.trans(b_k), PRECISION)
         probs = whole_row_probs(products, pairs, b_lse, variant, VARIANT, b_v.dtype, LARGE_LSE)
@@ -56,7 +59,8 @@ def _over_queries(
         d_scores = narrow(d_scores, b_q.dtype)
         acc_k += dot(tl.trans(d_scores), b_q, PRECISION)
         acc_q = dot(d_scores, b_k, PRECISION) * rest
-        store_tokens(grad_q, p_q, n < task.count, acc_q, SHAPE.d, SHAPE.block_d)
+        acc_q = rotate_q(acc_q, rope, task.first, n, m_q, SHAPE, True)
+        store_tokens(grad_q, p_q, m_q, acc_q, columns(SHAPE.block_d, SHAPE.half, SHAPE.interleaved), SHAPE.d)
     return acc_k, acc_v
 
 
@@ -67,7 +71,8 @@ def _one_row(
 ):  # fmt: skip
     """dQ, dK and dV of a row of at most BLOCK_K keys, under the query heads that share a key/value head."""
     j = tl.arange(0, BLOCK_K)
-    b_k = load_tokens(kv.k, task.k_first, j, i_head, task.keys, SHAPE.d, SHAPE.block_d)
+    m_k = j < task.keys
+    b_k = load_k(kv.k, kv.rope, task.k_first, j, i_head, m_k, SHAPE)
     b_v = load_tokens(kv.v, task.k_first, j, i_head, task.keys, SHAPE.dv, SHAPE.block_dv)
     rest = remaining_scale(task.keys, variant, VARIANT, b_v.dtype)
     large = False
@@ -77,15 +82,16 @@ def _one_row(
         large = any_large(lse, p_lse, o_n < task.count, SHAPE.q_per_kv)
     if large:
         acc_k, acc_v = _over_queries(
-            q, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest, SHAPE, VARIANT, True
+            q, kv.rope, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest, SHAPE, VARIANT, True
         )
     else:
         acc_k, acc_v = _over_queries(
-            q, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest, SHAPE, VARIANT, False
+            q, kv.rope, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest, SHAPE, VARIANT, False
         )
     p_k = (task.k_first + j) * SHAPE.kv_heads + i_head
-    store_tokens(grad_k, p_k, j < task.keys, acc_k * rest, SHAPE.d, SHAPE.block_d)
-    store_tokens(grad_v, p_k, j < task.keys, acc_v, SHAPE.dv, SHAPE.block_dv)
+    acc_k = rotate_k(acc_k * rest, kv.rope, task.k_first, j, m_k, SHAPE, True)
+    store_tokens(grad_k, p_k, m_k, acc_k, columns(SHAPE.block_d, SHAPE.half, SHAPE.interleaved), SHAPE.d)
+    store_tokens(grad_v, p_k, m_k, acc_v, tl.arange(0, SHAPE.block_dv), SHAPE.dv)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -97,7 +103,7 @@ def attention_backward_whole(
     """dQ, dK and dV of a row of more tokens than a cell has, on either side."""
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
     variant = make_variant(variant_inputs, left, right, prefix)
-    kv = KeysAndValues(kv.k, kv.v)
+    kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     row = tl.program_id(0) // SHAPE.kv_heads
     first, count = span(offsets.q, row, sizes.rows, sizes.q_tokens)

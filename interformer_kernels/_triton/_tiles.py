@@ -70,6 +70,13 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     # be the forward's, and dQ of packed queries.
     "short_backward": {2: {}, 4: {}},
     "grad_queries_packed": {2: {}, 4: {}},
+    # Kernels that rotate: entries that replace those of the same kernel without rotary embedding, for packed queries.
+    "forward_rope": {2: {}, 4: {}},
+    "grad_queries_rope": {2: {}, 4: {}},
+    "grad_keys_rope": {2: {}, 4: {}},
+    "short_rope": {2: {}, 4: {}},
+    "short_backward_rope": {2: {}, 4: {}},
+    "whole_rope": {2: {}, 4: {}},
     "personalized_ffn": {2: {128: Tiles(64, 64, 8)}, 4: {128: Tiles(32, 32, 8)}},
     "grad_weight": {2: {128: Tiles(64, 64)}, 4: {128: Tiles(32, 32)}},
 }
@@ -94,8 +101,20 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
         "whole": {2: {64: Tiles(64, 64, 4, 1)}},
         "short_backward": {4: {32: Tiles(32, 16, 2, 1)}},
         "grad_queries_packed": {4: {16: Tiles(16, 32, 8)}},
+        "grad_queries_rope": {4: {16: Tiles(16, 32)}},
+        "grad_keys_rope": {4: {32: Tiles(32, 16)}},
+        "short_backward_rope": {4: {16: Tiles(32, 16, 4, 1), 32: Tiles(32, 16, 8, 1)}},
+        "whole_rope": {2: {32: Tiles(32, 64, 4, 1), 64: Tiles(64, 64, 8, 1)}},
     },
 }
+
+
+# The widest heads that attention's kernels rotate, by bytes of a number: others have no registers left, and rotary
+# embedding is a pass of its own. So it is before 9.0, where operands of tensor cores fill the registers, and from 10.0
+# on, for whose tensor memory Triton 3.6 cannot compile the split into pairs of channels.
+_ROPE = "_rope"
+_WIDEST_ROPE = {2: 64, 4: 32}
+_REPLACED = {"grad_queries": ("grad_queries", "grad_queries_packed"), "short_backward": ("short", "short_backward")}
 
 
 def padded(channels: int) -> int:
@@ -106,6 +125,29 @@ def padded(channels: int) -> int:
 @functools.cache
 def entries(kernel: str, itemsize: int, target: Target) -> Mapping[int, Tiles]:
     """Widest head -> tiles, on a device."""
+    if kernel.endswith(_ROPE):
+        return _rope_entries(kernel, itemsize, target)
+    return _own_entries(kernel, itemsize, target)
+
+
+def widest_rope(itemsize: int, target: Target) -> int:
+    """The widest heads that attention's kernels rotate themselves; 0 where they rotate none."""
+    if target.kind == "cuda" and not 90 <= target.capability < 100:
+        return 0
+    return _WIDEST_ROPE[itemsize]
+
+
+def _rope_entries(kernel: str, itemsize: int, target: Target) -> Mapping[int, Tiles]:
+    plain = kernel.removesuffix(_ROPE)
+    by_width: dict[int, Tiles] = {}
+    for replaced in (*_REPLACED.get(plain, (plain,)), kernel):
+        by_width |= _own_entries(replaced, itemsize, target)
+    widest = widest_rope(itemsize, target)
+    last = min((width for width in by_width if width >= widest), default=widest) if widest else 0
+    return {width: tiles for width, tiles in by_width.items() if width <= last}
+
+
+def _own_entries(kernel: str, itemsize: int, target: Target) -> Mapping[int, Tiles]:
     if target.kind != "cuda":
         return TABLE[kernel][itemsize]
     if target.capability < 80:

@@ -44,11 +44,15 @@ def calls(kernel: str, width: int, dtype: torch.dtype, device: str) -> Call:
         return lambda: personalized_ffn.backward(ffn, x)
     q, k, v = (random(tokens, _HEADS, width) for _ in range(3))
     call = AttentionCall("packed", q, k, v, None, offsets, None, "multiply", "sigmoid", width**-0.5, "softmax", 1.0)
+    if kernel.endswith("_rope"):
+        call = call._replace(
+            cos=torch.ones(longest, width // 2, device=device), sin=torch.zeros(longest, width // 2, device=device)
+        )
 
     def forward(keep_attn_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         return attention.forward(call, None, keep_attn_out)
 
-    if kernel == "forward":
+    if kernel.startswith("forward"):
         return forward
     _, lse, attn_out = forward(dtype != torch.float32)
 

@@ -128,7 +128,7 @@ def backward(
     _start_whole(problem, grad, lse if problem.softmax else None, grad_q, grad_k, grad_v)
     if problem.q_factor != 1:
         grad_q = grad_q * problem.q_factor
-    if call.cos is not None and call.sin is not None:
+    if call.cos is not None and call.sin is not None and problem.kv.rope is None:
         tables, interleaved = (call.cos, call.sin), call.rope_interleaved
         grad_q = rotated(grad_q, problem.offsets.q, *tables, call.positions_q, interleaved, backwards=True)
         grad_k = rotated(grad_k, problem.offsets.kv, *tables, call.positions_k, interleaved, backwards=True)

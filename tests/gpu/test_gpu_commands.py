@@ -72,9 +72,19 @@ def test_tiles_follow_the_capability() -> None:
     from interformer_kernels._triton._tiles import Target, entries
 
     for kernel, of_kernel in _tiles.TABLE.items():
+        if kernel.endswith("_rope"):
+            continue
         assert entries(kernel, 2, Target("cuda", 75)) == of_kernel[4]
         assert entries(kernel, 4, Target("cuda", 75)) == of_kernel[4]
         assert entries(kernel, 2, Target("hip", 0)) == entries(kernel, 2, Target("cpu", 0)) == of_kernel[2]
+    for capability in (75, 89, 100):  # rotary embedding is a pass of its own
+        assert entries("forward_rope", 2, Target("cuda", capability)) == {}
+    assert entries("short_rope", 2, Target("cuda", 90)) == {64: _tiles.TABLE["short"][2][64]}
+    on_hopper = entries("short_backward_rope", 4, Target("cuda", 90))[32]
+    assert on_hopper == _tiles.SINCE[90]["short_backward_rope"][4][32] != _tiles.SINCE[90]["short_backward"][4][32]
+    assert entries("whole_rope", 2, Target("cuda", 90))[64].warps == 8  # four spill
+    on_amd = entries("grad_queries_rope", 2, Target("hip", 0))
+    assert max(on_amd) == 64 < max(entries("grad_queries", 2, Target("hip", 0)))
     changed = _tiles.SINCE[90]["grad_keys"][2][128]
     assert _tiles.tiles("grad_keys", 100, 2, Target("cuda", 100)) == changed
     assert _tiles.tiles("grad_keys", 100, 2, Target("cuda", 86)) == _tiles.TABLE["grad_keys"][2][128] != changed

@@ -28,6 +28,7 @@ PART = (
     "gated_cross_attention/128/bfloat16/sm_80",
     "personalized_ffn/64/float32/sm_90",
     "apply_rotary/64/bfloat16/gfx942",
+    "rotary_attention/64/bfloat16/sm_90",
 )
 KERNELS = {
     "attention_forward", "epilogue_backward", "attention_grad_queries", "attention_grad_keys", "combine_partials",

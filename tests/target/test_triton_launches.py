@@ -59,6 +59,8 @@ OF_MODELS = [
          gate="full", residual=True, options={"causal": True}),
     Case("pma_pooling", "of a model", lengths=(1100, 3), queries=2),
     Case("gated_cross_attention", "of a model", lengths=(1100, 3), queries=2, gate="full", residual=True),
+    Case("jagged_attention", "of a model, rotary", lengths=(40, 3), heads=2, kv_heads=2, head_size=64, value_size=64,
+         rope=64),
     Case("apply_rotary", "of a model", rope=16),
     Case("personalized_ffn", "of a model", head_size=64, value_size=64, residual=True),
 ]  # fmt: skip

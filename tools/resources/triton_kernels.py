@@ -90,6 +90,10 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _table(width: int) -> Tensor:
+    return _meta(512, width // 2, dtype=torch.float32)
+
+
 _MAPS = ("multiply", "sigmoid", 0.125, "softmax", 1.0)
 
 
@@ -99,6 +103,14 @@ def _jagged(width: int, dtype: torch.dtype) -> None:
     call = AttentionCall("packed", x, x, x, None, offsets, x, *_MAPS)
     call = call._replace(causal=True, window_left=64)
     out, lse, attn_out = attention.forward(call, x, True)
+    attention.backward(call, out, attn_out, lse)
+
+
+def _rotated(width: int, dtype: torch.dtype) -> None:
+    """Self attention, all channels rotated; wide heads by passes of their own."""
+    x, offsets, table = _meta(4096, 4, width, dtype=dtype), _meta(129, dtype=torch.int64), _table(width)
+    call = AttentionCall("packed", x, x, x, None, offsets, None, *_MAPS)._replace(cos=table, sin=table)
+    out, lse, attn_out = attention.forward(call, None, dtype != torch.float32)
     attention.backward(call, out, attn_out, lse)
 
 
@@ -131,7 +143,7 @@ def _many_rows(width: int, dtype: torch.dtype) -> None:
 
 def _rotary(width: int, dtype: torch.dtype) -> None:
     """All channels rotated."""
-    x, table = _meta(4096, 4, width, dtype=dtype), _meta(512, width // 2, dtype=torch.float32)
+    x, table = _meta(4096, 4, width, dtype=dtype), _table(width)
     apply_rotary.forward(RotaryCall(x, _meta(129, dtype=torch.int64), table, table, None, False))
 
 
@@ -146,6 +158,7 @@ def _feed_forward(width: int, dtype: torch.dtype) -> None:
 CALLS: dict[str, Callable[[int, torch.dtype], None]] = {
     "jagged_attention": _jagged,
     "many_rows": _many_rows,
+    "rotary_attention": _rotated,
     "pma_pooling": _pooling,
     "gated_cross_attention": _crossed,
     "apply_rotary": _rotary,
