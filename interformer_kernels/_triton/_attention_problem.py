@@ -38,6 +38,7 @@ _SCALES = 2.0**-100, 2.0**100  # that kernels of 16 bits take as they are
 # for more than four tiles of queries of 64, and as it is a launch, from so many rotations of a token under one head on.
 _LOADS = 256
 _ROTATIONS = 2**24
+_MIN_WHOLE_ROWS = 64  # tokens that whole rows may have at least, where heads have a kernel of them
 _WIDE_HEAD = 128  # padded channels of a head from which heads are not packed
 
 
@@ -171,7 +172,11 @@ class Problem:
         if not self.backward or self.call.layout != "packed":
             return None
         entry = variant("whole_rope" if self.rope_options.half else "whole", self.width, *self.on)
-        return entry if entry is not None and entry.keys > self.short_cell else None
+        if entry is None or entry.keys <= self.short_cell:
+            return None
+        # A mask of channels, and the longest derivative, take registers that larger tiles lack.
+        fills = all(x.shape[2] == padded(x.shape[2]) for x in (self.k, self.v))
+        return entry if fills and self.call.score != "gelu" else entry._replace(keys=min(entry.keys, _MIN_WHOLE_ROWS))
 
     @functools.cached_property
     def cell(self) -> int:

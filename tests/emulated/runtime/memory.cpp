@@ -98,6 +98,9 @@ uintptr_t module_offset(const void* address) {
 
 // ---------------------------------------------------------------- called by instrumented code
 
+// Under another sanitizer nothing is instrumented for these, and the compiler declares them with other parameters.
+#ifndef __SANITIZE_ADDRESS__
+
 #define INSTRUMENTED(name, writes, bytes)                                                 \
     extern "C" void name(const void* address) {                                           \
         if (__builtin_expect(emulation::counting_memory, false))                          \
@@ -123,3 +126,5 @@ INSTRUMENTED_RANGE(__tsan_read_range, false)
 INSTRUMENTED_RANGE(__tsan_write_range, true)
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_vptr_update(void**, void*) {}
+
+#endif
