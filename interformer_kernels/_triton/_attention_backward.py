@@ -11,8 +11,8 @@ against those in dP bit by bit. In float32 (`fp32_softmax`) both matter, so a pa
 probabilities are then divided, and P * dP, whose quotient is delta. In 16 bits delta comes from A as it was in float32
 and from the rounded dA that is multiplied in dP, so they cancel as far as float32 goes; there the pass sums up only
 for queries whose scores are so large that the log-sum-exp has lost digits (`only_large_lse`), and makes others' delta,
-unless the epilogue's backward reads A anyway. Numbers that are not finite
-stay in their row and head by `_attention_tiles.of_attempt`.
+unless the epilogue's backward reads A anyway. Numbers that are not finite stay in their row and head by
+`_attention_tiles.of_attempt`.
 """
 
 from __future__ import annotations
