@@ -34,7 +34,12 @@ struct AttentionTiles {
 
 // Blocks of kMaxWarps warps that a multiprocessor shall hold: it bounds the registers of a thread to 128, 168 or 255.
 constexpr int blocks_for(int width) {
-    return width <= 16 ? 4 : width <= 64 ? 3 : 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    constexpr int kNarrow = 3;  // four spill there
+#else
+    constexpr int kNarrow = 4;
+#endif
+    return width <= 16 ? kNarrow : width <= 64 ? 3 : 2;
 }
 
 // ---------------------------------------------------------------- shared memory
