@@ -140,6 +140,11 @@ class Problem:
 
     # ------------------------------------------------------------ tiles and grids
 
+    @property
+    def _fills_tiles(self) -> bool:
+        """Whether heads have as many channels as their tiles."""
+        return all(x.shape[2] == padded(x.shape[2]) for x in (self.k, self.v))
+
     def tiles(self, kernel: str) -> Tiles:
         """Tiles of a kernel; no more queries than rows have, where that is known."""
         if self.rope_options.half:
@@ -148,7 +153,10 @@ class Problem:
         if self.call.layout == "packed":
             packed_entry = variant("grad_queries_packed", self.width, *self.on) if kernel == "grad_queries" else None
             return packed_entry or entry
-        return entry._replace(queries=min(entry.queries, padded(max(1, self.queries * self.heads_per_program))))
+        queries = min(entry.queries, padded(max(1, self.queries * self.heads_per_program)))
+        # Masks of channels take registers that a tile of few queries and many keys lacks in so few warps.
+        masked = kernel == "forward" and queries < entry.keys and not self._fills_tiles and self.on[0] == 2
+        return entry._replace(queries=queries, warps=max(entry.warps, 8 if masked else 1))
 
     def short_tiles(self, backward: bool = False) -> Tiles | None:
         """Tiles of short rows, of `keys` tokens at most; None where there are none."""
@@ -175,8 +183,11 @@ class Problem:
         if entry is None or entry.keys <= self.short_cell:
             return None
         # A mask of channels, and the longest derivative, take registers that larger tiles lack.
-        fills = all(x.shape[2] == padded(x.shape[2]) for x in (self.k, self.v))
-        return entry if fills and self.call.score != "gelu" else entry._replace(keys=min(entry.keys, _MIN_WHOLE_ROWS))
+        return (
+            entry
+            if self._fills_tiles and self.call.score != "gelu"
+            else entry._replace(keys=min(entry.keys, _MIN_WHOLE_ROWS))
+        )
 
     @functools.cached_property
     def cell(self) -> int:
@@ -217,8 +228,12 @@ class Problem:
         return self._programs(self._sides[1], self.pack, block)
 
     def any_short(self) -> bool:
-        """Whether the kernels of short rows, and of whole ones, may have work."""
-        return self._sides[0].any_short(self.cell)
+        """Whether the kernels of short rows may have work."""
+        return self._sides[0].any_short(self.short_cell)
+
+    def any_whole(self) -> bool:
+        """Whether the backward of whole rows may have work."""
+        return self._sides[0].any_short(self.cell, self.short_cell)
 
     def any_longer(self) -> bool:
         """Whether any query may be left to the kernels of tiles of one row."""

@@ -47,18 +47,22 @@ class Side(NamedTuple):
             short &= self.opposite_facts.lengths(self.opposite_tokens) <= cell
         return short
 
-    def any_short(self, cell: int) -> bool:
-        """Whether any row is left to the kernels of short rows, and has tokens; where no plan knows, some may be."""
+    def any_short(self, cell: int, above: int = 0) -> bool:
+        """Whether any row with tokens fits a cell, and none of `above` tokens; where no plan knows, some may."""
         if self.facts is None or not self.planned:
             return True
-        key = "short", cell, self.tokens, self.opposite_tokens, self.opposite_facts and self.opposite_facts.number
-        return bool(self.facts.kept(key, lambda: self._short_tokens(cell) > 0))
+        opposite = self.opposite_facts and self.opposite_facts.number
+        key = "short", cell, above, self.tokens, self.opposite_tokens, opposite
+        return bool(self.facts.kept(key, lambda: self._short_tokens(cell, above) > 0))
 
-    def _short_tokens(self, cell: int) -> int:
-        """Tokens of short rows."""
+    def _short_tokens(self, cell: int, above: int) -> int:
+        """Tokens of rows that fit a cell, and none of `above` tokens."""
         sides = (self.facts, self.tokens), (self.opposite_facts, self.opposite_tokens)
         lengths = sum(facts.lengths(tokens) for facts, tokens in sides if facts is not None)
-        return int(torch.as_tensor(lengths)[self.short_rows(cell)].sum())
+        chosen = self.short_rows(cell)
+        if above:
+            chosen = chosen & ~self.short_rows(above)
+        return int(torch.as_tensor(lengths)[chosen].sum())
 
     def live_tiles(self, per_token: int, block: int, cell: int) -> int:
         """Number of tiles that have work; known to a plan."""

@@ -86,12 +86,12 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
 SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
     80: {
         "forward": {2: {128: Tiles(64, 32, 8)}, 4: {256: Tiles(16, 16, 8)}},
-        "grad_queries": {2: {256: Tiles(16, 32, 8)}, 4: {128: Tiles(16, 16), 256: Tiles(16, 16, 8)}},
+        "grad_queries": {2: {256: Tiles(16, 32, 8)}, 4: {128: Tiles(32, 16), 256: Tiles(16, 16, 8)}},
         "grad_keys": {4: {128: Tiles(32, 16, 8), 256: Tiles(16, 16, 8)}},
         "short": {2: {128: Tiles(32, 32, 4, 1)}, 4: {64: Tiles(32, 16, 8, 1)}},
     },
     90: {
-        "forward": {2: {128: Tiles(64, 32)}},
+        "forward": {2: {128: Tiles(64, 32)}, 4: {32: Tiles(32, 16)}},
         "grad_queries": {
             2: {32: Tiles(64, 64), 64: Tiles(64, 64, 8), 128: Tiles(64, 32)},
             4: {16: Tiles(16, 64), 32: Tiles(32, 16), 64: Tiles(16, 16, 8), 128: Tiles(16, 16, 8)},

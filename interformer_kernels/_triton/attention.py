@@ -95,7 +95,7 @@ def _start_short(problem: Problem, kernel: Any, *operands: Any, **constants: Any
 def _start_whole(problem: Problem, *operands: Any) -> None:
     """Start the backward of whole rows, where the layout and the heads have it."""
     chosen = problem.whole_tiles
-    if chosen is None or not problem.any_short():
+    if chosen is None or not problem.any_whole():
         return
     rows, q_tokens, k_tokens, _, _, left, right, prefix = problem.sizes
     _run.start(
