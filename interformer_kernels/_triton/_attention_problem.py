@@ -183,11 +183,9 @@ class Problem:
         if entry is None or entry.keys <= self.short_cell:
             return None
         # A mask of channels, and the longest derivative, take registers that larger tiles lack.
-        return (
-            entry
-            if self._fills_tiles and self.call.score != "gelu"
-            else entry._replace(keys=min(entry.keys, _MIN_WHOLE_ROWS))
-        )
+        if not self._fills_tiles or self.call.score == "gelu":
+            entry = entry._replace(keys=min(entry.keys, _MIN_WHOLE_ROWS))
+        return entry
 
     @functools.cached_property
     def cell(self) -> int:
