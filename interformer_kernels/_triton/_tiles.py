@@ -86,7 +86,8 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
 SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
     80: {
         "forward": {2: {128: Tiles(64, 32, 8)}, 4: {256: Tiles(16, 16, 8)}},
-        "grad_queries": {2: {256: Tiles(16, 32, 8)}, 4: {128: Tiles(32, 16), 256: Tiles(16, 16, 8)}},
+        "grad_queries": {2: {256: Tiles(16, 32, 8)}, 4: {128: Tiles(16, 16, 8), 256: Tiles(16, 16, 8)}},
+        "grad_queries_packed": {2: {64: Tiles(64, 64, 8)}},
         "grad_keys": {4: {128: Tiles(32, 16, 8), 256: Tiles(16, 16, 8)}},
         "short": {2: {128: Tiles(32, 32, 4, 1)}, 4: {64: Tiles(32, 16, 8, 1)}},
     },
@@ -106,6 +107,7 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
         "short_backward_rope": {4: {16: Tiles(32, 16, 4, 1), 32: Tiles(32, 16, 8, 1)}},
         "whole_rope": {2: {32: Tiles(32, 64, 4, 1), 64: Tiles(64, 64, 8, 1)}},
     },
+    100: {"forward": {2: {128: Tiles(64, 32, 8)}}, "grad_keys": {4: {256: Tiles(16, 32, 8)}}},
 }
 
 

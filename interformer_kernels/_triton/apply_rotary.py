@@ -63,7 +63,7 @@ def rotated(
             KeyOperand(x, x.stride(0), x.stride(1)), offsets,
             rope_operand(cos, sin, None, positions), out, rows, tokens,
             HEADS=heads, D=channels, HALF=cos.shape[1], INTERLEAVED=interleaved,
-            BACKWARDS=backwards, BLOCK=block, BLOCK_D=wide, lead=x, tiles=Tiles(block, wide, 4, 1),
+            BACKWARDS=backwards, BLOCK=block, BLOCK_D=wide, lead=x, tiles=Tiles(block, wide, 8 if wide > 128 else 4, 1),
         )  # fmt: skip
     return out
 
