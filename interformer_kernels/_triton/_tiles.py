@@ -87,7 +87,10 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
     80: {
         "forward": {2: {128: Tiles(64, 32, 8)}, 4: {256: Tiles(16, 16, 8)}},
         "grad_queries": {2: {256: Tiles(16, 32, 8)}, 4: {128: Tiles(16, 16, 8), 256: Tiles(16, 16, 8)}},
-        "grad_queries_packed": {2: {64: Tiles(64, 64, 8)}},
+        "grad_queries_packed": {
+            2: {64: Tiles(64, 64, 8)},
+            4: {32: Tiles(16, 32), 64: Tiles(16, 16), 128: Tiles(32, 16)},
+        },
         "grad_keys": {4: {128: Tiles(32, 16, 8), 256: Tiles(16, 16, 8)}},
         "short": {2: {128: Tiles(32, 32, 4, 1)}, 4: {64: Tiles(32, 16, 8, 1)}},
     },
@@ -101,7 +104,10 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
         "short": {4: {32: Tiles(32, 16, 8, 1)}},
         "whole": {2: {64: Tiles(64, 64, 4, 1)}},
         "short_backward": {4: {32: Tiles(32, 16, 4, 1)}},
-        "grad_queries_packed": {2: {64: Tiles(64, 64)}, 4: {16: Tiles(16, 32, 8)}},
+        "grad_queries_packed": {
+            2: {64: Tiles(64, 64)},
+            4: {16: Tiles(16, 32, 8), 32: Tiles(32, 16), 64: Tiles(16, 16, 8), 128: Tiles(16, 16, 8)},
+        },
         "grad_queries_rope": {4: {16: Tiles(16, 32)}},
         "grad_keys_rope": {4: {32: Tiles(32, 16)}},
         "short_backward_rope": {4: {16: Tiles(32, 16, 4, 1), 32: Tiles(32, 16, 8, 1)}},
