@@ -217,7 +217,7 @@ struct ScoresByKey {
     __device__ int key(int half, int) const { return keys[half]; }
 
   private:
-    // Of a lane's two neighbouring columns, read at once.
+    // The two neighbouring columns of a lane are read at once.
     __device__ float at(const float (&numbers)[COUNT], int column) const {
         const float2 pair = reinterpret_cast<const float2*>(numbers + first)[column / 2];
         return column % 2 == 0 ? pair.x : pair.y;

@@ -33,7 +33,7 @@ class Facts:
         return self.offsets._version != self._version
 
     def kept(self, key: Hashable, make: Callable[[], object]) -> object:
-        """What was made for `key`, now or before."""
+        """The value of `key`, made by `make` where there is none yet."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]

@@ -31,10 +31,13 @@ from interformer_kernels._triton._attention_tiles import (
     load_keys,
     load_q,
     load_queries,
+    load_tokens,
     of_attempt,
     packed_rows,
     query_task,
     rows_with_nan,
+    store_tokens,
+    tiles_of_program,
     tokens_of_tile,
 )
 from interformer_kernels._triton._attention_variant import (
@@ -220,15 +223,10 @@ def attention_grad_queries(
     side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i = tl.program_id(0)
-    if PERSISTENT:
-        for step in range(0, tl.load(tile_list) * SHAPE.packs - i, tl.num_programs(0)):
-            _grad_of_queries(
-                i + step, side, kv, offsets, tile_list, out, partials, sizes, variant, rows_of_group, key_shards,
-                SHAPE, VARIANT, PASS, SPLIT_KV,
-            )  # fmt: skip
-    else:
+    count, stride = tiles_of_program(i, tile_list, SHAPE, PERSISTENT)
+    for step in range(0, count, stride):
         _grad_of_queries(
-            i, side, kv, offsets, tile_list, out, partials, sizes, variant, rows_of_group, key_shards,
+            i + step, side, kv, offsets, tile_list, out, partials, sizes, variant, rows_of_group, key_shards,
             SHAPE, VARIANT, PASS, SPLIT_KV,
         )  # fmt: skip
 
@@ -243,9 +241,7 @@ def _load_key_tile(kv, k_first, t, head, m_in, SHAPE: tl.constexpr):
     if SHAPE.v_is_k:
         b_v = b_k
     else:
-        o_v = tl.arange(0, SHAPE.block_dv)
-        p_v = (k_first + t) * kv.v.token + head * kv.v.head
-        b_v = tl.load(kv.v.pointer + p_v[:, None] + o_v, mask=m_in[:, None] & (o_v < SHAPE.dv), other=0.0)
+        b_v = load_tokens(kv.v, k_first, t, head, m_in, SHAPE.dv, SHAPE.block_dv)
     return b_k, b_v
 
 
@@ -338,9 +334,9 @@ def _grad_of_key_tile(
             p_token = (task.k_first + t) * (SHAPE.packs * SHAPE.pack) + head
             if not SHAPE.v_is_k:
                 o_v = tl.arange(0, SHAPE.block_dv)
-                _store_keys(grad_v, p_token, m_t, tl.where(m_in[:, None], acc_v, 0.0), o_v, SHAPE.dv)
+                store_tokens(grad_v, p_token, m_t, tl.where(m_in[:, None], acc_v, 0.0), o_v, SHAPE.dv)
             o_d = columns(SHAPE.block_d, SHAPE.half, SHAPE.interleaved)
-            _store_keys(grad_k, p_token, m_t, tl.where(m_in[:, None], acc_k, 0.0), o_d, SHAPE.d)
+            store_tokens(grad_k, p_token, m_t, tl.where(m_in[:, None], acc_k, 0.0), o_d, SHAPE.d)
 
 
 @triton.jit
@@ -368,15 +364,8 @@ def attention_grad_keys(
     side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i = tl.program_id(0)
-    if PERSISTENT:
-        for step in range(0, tl.load(tile_list) * SHAPE.packs - i, tl.num_programs(0)):
-            _grad_of_keys(
-                i + step, side, kv, offsets, tile_list, grad_k, grad_v, sizes, variant, SHAPE, VARIANT, FP32_SOFTMAX
-            )
-    else:
-        _grad_of_keys(i, side, kv, offsets, tile_list, grad_k, grad_v, sizes, variant, SHAPE, VARIANT, FP32_SOFTMAX)
-
-
-@triton.jit
-def _store_keys(to, p_token, mask, acc, o_c, C: tl.constexpr):
-    tl.store(to + p_token[:, None] * C + o_c, narrow(acc, to.dtype.element_ty), mask=mask[:, None] & (o_c < C))
+    count, stride = tiles_of_program(i, tile_list, SHAPE, PERSISTENT)
+    for step in range(0, count, stride):
+        _grad_of_keys(
+            i + step, side, kv, offsets, tile_list, grad_k, grad_v, sizes, variant, SHAPE, VARIANT, FP32_SOFTMAX
+        )

@@ -16,6 +16,7 @@ from interformer_kernels._triton._attention_tiles import (
     packed_rows,
     query_task,
     rows_with_nan,
+    tiles_of_program,
     tokens_of_tile,
 )
 from interformer_kernels._triton._attention_variant import (
@@ -46,6 +47,7 @@ def _over_keys(
         # The minimum changes nothing but the code: without it, every thread would carry each of its addresses along.
         i_k = tl.minimum(tl.where(step < before, step, start + step - before), stop - 1)
         j, o_h, b_k, b_v = load_keys(kv, i_pack, attempt, i_k, task, SHAPE)
+        # As in the backward: Triton 3.6 cannot return the None from a function that both could call.
         if SHAPE.pack == 1:
             edge = tile_has_edge(i_k, tokens, task, variant, TOKENS, VARIANT)
             pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, edge, None)
@@ -127,13 +129,9 @@ def attention_forward(
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     epilogue = Epilogue(epilogue.gate, epilogue.residual)
     i = tl.program_id(0)
-    if PERSISTENT:
-        for step in range(0, tl.load(tile_list) * SHAPE.packs - i, tl.num_programs(0)):
-            _attend(
-                i + step, q, kv, offsets, tile_list, epilogue, outputs, partials, sizes, variant,
-                SHAPE, VARIANT, GATE, SPLIT_KV,
-            )  # fmt: skip
-    else:
+    count, stride = tiles_of_program(i, tile_list, SHAPE, PERSISTENT)
+    for step in range(0, count, stride):
         _attend(
-            i, q, kv, offsets, tile_list, epilogue, outputs, partials, sizes, variant, SHAPE, VARIANT, GATE, SPLIT_KV
-        )
+            i + step, q, kv, offsets, tile_list, epilogue, outputs, partials, sizes, variant,
+            SHAPE, VARIANT, GATE, SPLIT_KV,
+        )  # fmt: skip

@@ -17,7 +17,14 @@ import triton.language as tl
 from interformer_kernels._triton._arguments import Epilogue, KeysAndValues, RowTask, Sizes
 from interformer_kernels._triton._attention_masks import Pairs, pairs_under, sees_any_key
 from interformer_kernels._triton._attention_output import store_outputs
-from interformer_kernels._triton._attention_tiles import load_k, load_q, of_attempt, rows_with_nan
+from interformer_kernels._triton._attention_tiles import (
+    load_k,
+    load_q,
+    load_tokens,
+    of_attempt,
+    rows_with_nan,
+    store_tokens,
+)
 from interformer_kernels._triton._attention_variant import (
     empty_softmax,
     make_variant,
@@ -51,25 +58,12 @@ def _lanes(i, attempt, offsets, sizes, CELL: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_tokens(x, first, n, head, count, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The channels `[BLOCK, BLOCK_C]` of an operand's tokens; zero beyond the row's `count`."""
-    o_c = tl.arange(0, BLOCK_C)
-    p = (first + n) * x.token + head * x.head
-    return tl.load(x.pointer + p[:, None] + o_c, mask=(n < count)[:, None] & (o_c < C)[None, :], other=0.0)
-
-
-@triton.jit
-def store_tokens(x, p, m, values, o_c, C: tl.constexpr):
-    tl.store(x + p[:, None] * C + o_c, narrow(values, x.dtype.element_ty), mask=m[:, None] & (o_c < C)[None, :])
-
-
-@triton.jit
 def _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE: tl.constexpr, VARIANT: tl.constexpr):
     """A program's lanes: the token of its row that each one is, the rows, their keys and values, and the pairs of
     queries and keys, under the first query head of the key/value head."""
     cell, n, task = _lanes(i, attempt, offsets, sizes, SHAPE.cell, SHAPE.block)
     b_k = load_k(kv.k, kv.rope, task.k_first, n, i_head, n < task.keys, SHAPE)
-    b_v = load_tokens(kv.v, task.k_first, n, i_head, task.keys, SHAPE.dv, SHAPE.block_dv)
+    b_v = load_tokens(kv.v, task.k_first, n, i_head, n < task.keys, SHAPE.dv, SHAPE.block_dv)
     count = task.count[:, None]
     keys = task.keys[:, None]
     cells = cell[:, None] == cell[None, :]
@@ -138,8 +132,9 @@ def attention_backward_short(
             o_d = columns(SHAPE.block_d, SHAPE.half, SHAPE.interleaved)
             for g in range(0, SHAPE.q_per_kv):
                 head = i_head * SHAPE.q_per_kv + g
-                b_q = load_q(q, kv.rope, task.row, task.first, n, head, n < task.count, SHAPE)
-                b_grad = load_tokens(grad_attn_out, task.first, n, head, task.count, SHAPE.dv, SHAPE.block_dv)
+                m_q = n < task.count
+                b_q = load_q(q, kv.rope, task.row, task.first, n, head, m_q, SHAPE)
+                b_grad = load_tokens(grad_attn_out, task.first, n, head, m_q, SHAPE.dv, SHAPE.block_dv)
                 products = dot(b_q, tl.trans(b_k), PRECISION)
                 d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
                 probs, d_scores = whole_row_to_probs(
@@ -148,7 +143,6 @@ def attention_backward_short(
                 d_scores = narrow(d_scores, b_q.dtype)
                 p_q = (task.first + n) * (SHAPE.kv_heads * SHAPE.q_per_kv) + head
                 acc_q = dot(d_scores, b_k, PRECISION) * rest
-                m_q = n < task.count
                 b_dq = rotate_q(acc_q, kv.rope, task.first, n, m_q, SHAPE, True)
                 store_tokens(grad_q, p_q, m_q, b_dq, o_d, SHAPE.d)
                 acc_k += dot(tl.trans(d_scores), b_q, PRECISION)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._arguments import RowTask
+from interformer_kernels._triton._maps import narrow
 from interformer_kernels._triton._rope import columns, rotate_k, rotate_q
 from interformer_kernels._triton._rows import find, span
 from interformer_kernels._triton._tile_list import listed_opposite, listed_tile
@@ -110,6 +111,18 @@ def key_task(slot, offsets, tile_list, sizes, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def tiles_of_program(i, tile_list, SHAPE: tl.constexpr, PERSISTENT: tl.constexpr):
+    """End and stride of a program's steps from its own tile on: that tile alone, or all of the list that are left."""
+    if PERSISTENT:
+        end = tl.load(tile_list) * SHAPE.packs - i
+        stride = tl.num_programs(0)
+    else:
+        end = 1
+        stride = 1
+    return end, stride
+
+
+@triton.jit
 def packed_rows(tile, i_pack, SHAPE: tl.constexpr):
     """Query token, head of the pack, and head of the call, of each packed row of a tile."""
     HEADS: tl.constexpr = SHAPE.pack * SHAPE.q_per_kv
@@ -145,7 +158,22 @@ def load_queries(x, row, first, n, head, mask, C: tl.constexpr, BLOCK_C: tl.cons
 
 
 @triton.jit
-def load_tokens(x, first, i_t, TOKENS: tl.constexpr, t, head, mask, o_c, C: tl.constexpr):
+def load_tokens(x, first, i, head, mask, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The channels `[BLOCK, BLOCK_C]` of tokens `i` of the row whose first is `first`; zero where the mask says no."""
+    o_c = tl.arange(0, BLOCK_C)
+    p = (first + i) * x.token + head * x.head
+    return tl.load(x.pointer + p[:, None] + o_c, mask=mask[:, None] & (o_c < C)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tokens(to, p_token, mask, values, o_c, C: tl.constexpr):
+    """Store the channels `o_c` of tokens at the places `p_token` of a contiguous tensor."""
+    p = p_token[:, None] * C + o_c
+    tl.store(to + p, narrow(values, to.dtype.element_ty), mask=mask[:, None] & (o_c < C)[None, :])
+
+
+@triton.jit
+def _load_tile(x, first, i_t, TOKENS: tl.constexpr, t, head, mask, o_c, C: tl.constexpr):
     """The channels `o_c` of tokens `begin + t` of the row whose first is `first`; zero where the mask says no. Only
     `begin` differs from tile to tile: its product with a stride is a single instruction."""
     BLOCK_C: tl.constexpr = o_c.shape[0]
@@ -187,14 +215,14 @@ def load_keys(kv, i_pack, attempt, i_k, task, SHAPE: tl.constexpr):
     m_k = t < of_attempt(task.keys, o_h, attempt, SHAPE.pack) - i_k * TOKENS  # [BLOCK_K]
     head = (i_pack * SHAPE.pack + o_h).to(tl.int64)
     o_d = columns(SHAPE.block_d, SHAPE.half, SHAPE.interleaved)
-    b_k = load_tokens(kv.k, task.k_first, i_k, TOKENS, t, head, m_k, o_d, SHAPE.d)
+    b_k = _load_tile(kv.k, task.k_first, i_k, TOKENS, t, head, m_k, o_d, SHAPE.d)
     j = i_k * TOKENS + t
     b_k = rotate_k(b_k, kv.rope, task.k_first, j, m_k, SHAPE, False)
     if SHAPE.v_is_k:
         b_v = b_k
     else:
         o_v = tl.arange(0, SHAPE.block_dv)
-        b_v = load_tokens(kv.v, task.k_first, i_k, TOKENS, t, head, m_k, o_v, SHAPE.dv)
+        b_v = _load_tile(kv.v, task.k_first, i_k, TOKENS, t, head, m_k, o_v, SHAPE.dv)
     return j, o_h, b_k, b_v
 
 

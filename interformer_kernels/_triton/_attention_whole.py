@@ -13,8 +13,8 @@ import triton.language as tl
 
 from interformer_kernels._triton._arguments import KeysAndValues, RowTask, Sizes
 from interformer_kernels._triton._attention_masks import Pairs
-from interformer_kernels._triton._attention_short import SIZES, load_tokens, store_tokens
-from interformer_kernels._triton._attention_tiles import load_k, load_q
+from interformer_kernels._triton._attention_short import SIZES
+from interformer_kernels._triton._attention_tiles import load_k, load_q, load_tokens, store_tokens
 from interformer_kernels._triton._attention_variant import (
     any_large,
     make_variant,
@@ -45,7 +45,7 @@ def _over_queries(
         p_q = (task.first + n) * (SHAPE.kv_heads * Q_PER_KV) + head
         m_q = n < task.count
         b_q = load_q(q, rope, task.row, task.first, n, head, m_q, SHAPE)
-        b_grad = load_tokens(grad_attn_out, task.first, n, head, task.count, SHAPE.dv, SHAPE.block_dv)
+        b_grad = load_tokens(grad_attn_out, task.first, n, head, m_q, SHAPE.dv, SHAPE.block_dv)
         b_lse = (p_q * 0).to(tl.float32)
         if lse is not None:
             b_lse = tl.load(lse + p_q, mask=m_q, other=0.0)
@@ -73,7 +73,7 @@ def _one_row(
     j = tl.arange(0, BLOCK_K)
     m_k = j < task.keys
     b_k = load_k(kv.k, kv.rope, task.k_first, j, i_head, m_k, SHAPE)
-    b_v = load_tokens(kv.v, task.k_first, j, i_head, task.keys, SHAPE.dv, SHAPE.block_dv)
+    b_v = load_tokens(kv.v, task.k_first, j, i_head, m_k, SHAPE.dv, SHAPE.block_dv)
     rest = remaining_scale(task.keys, variant, VARIANT, b_v.dtype)
     large = False
     if lse is not None:

@@ -112,7 +112,7 @@ def _of_tuple(members: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _add_other(add: Callable[[Any], None], x: Any, kind: type) -> None:
-    """Of a tensor, the dtype, and whether the first number lies at a multiple of 16 bytes."""
+    """The same for a member that is no tuple; tensors count by dtype, and by the alignment of their first number."""
     if kind is Tensor or isinstance(x, Tensor):
         add(x.dtype)
         add(x.data_ptr() % 16)

@@ -40,7 +40,7 @@ class Side(NamedTuple):
         return self.facts is not None and (self.opposite is None or self.opposite_facts is not None)
 
     def short_rows(self, cell: int) -> Tensor:
-        """Of each row whether it is left to the kernels of short rows; known to a plan."""
+        """Whether each row is left to the kernels of short rows; known to a plan."""
         assert self.facts is not None
         short = self.facts.lengths(self.tokens) <= cell
         if self.opposite_facts is not None:

@@ -78,12 +78,16 @@ def rotate(
 
 
 @triton.jit
+def _rotate_row(x, rope, positions, first, i, mask, SHAPE: tl.constexpr, BACKWARDS: tl.constexpr):
+    """`rotate` of the tokens `i` of a row whose first is `first`, as a kernel's shape has it."""
+    return rotate(x, rope, positions, first + i, i, mask, SHAPE.block_d, SHAPE.half, SHAPE.interleaved, BACKWARDS)
+
+
+@triton.jit
 def rotate_q(b_q, rope, first, n, mask, SHAPE: tl.constexpr, BACKWARDS: tl.constexpr):
     """Queries rotated as they are loaded, or gradients of them rotated back."""
     if SHAPE.rotate_q or (BACKWARDS and SHAPE.half):
-        b_q = rotate(
-            b_q, rope, rope.positions_q, first + n, n, mask, SHAPE.block_d, SHAPE.half, SHAPE.interleaved, BACKWARDS
-        )
+        b_q = _rotate_row(b_q, rope, rope.positions_q, first, n, mask, SHAPE, BACKWARDS)
     return b_q
 
 
@@ -91,7 +95,5 @@ def rotate_q(b_q, rope, first, n, mask, SHAPE: tl.constexpr, BACKWARDS: tl.const
 def rotate_k(b_k, rope, first, j, mask, SHAPE: tl.constexpr, BACKWARDS: tl.constexpr):
     """The same for keys."""
     if SHAPE.rotate_k or (BACKWARDS and SHAPE.half):
-        b_k = rotate(
-            b_k, rope, rope.positions_k, first + j, j, mask, SHAPE.block_d, SHAPE.half, SHAPE.interleaved, BACKWARDS
-        )
+        b_k = _rotate_row(b_k, rope, rope.positions_k, first, j, mask, SHAPE, BACKWARDS)
     return b_k

@@ -10,7 +10,7 @@ from interformer_kernels._launch import plans
 
 
 class Plan:
-    """What is known of a batch's offsets; `plan` makes it. A context manager, which closes it at its end.
+    """Facts about a batch's offsets, made by `plan`. It is a context manager, which closes it at its end.
 
     Attributes:
         rows: number of rows.
@@ -24,7 +24,7 @@ class Plan:
 
     @property
     def closed(self) -> bool:
-        """Whether calls do no longer profit from the plan."""
+        """Whether calls no longer profit from the plan."""
         return self._facts is None
 
     def close(self) -> None:

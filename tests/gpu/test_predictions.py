@@ -19,7 +19,7 @@ sys.path.append(str(ROOT / "tools"))
 
 from resources import bounds, rivals
 from resources.machine_code import Instruction
-from resources.operands import lut3, permute, signed
+from resources.operands import UnknownInstructionError, lut3, permute, signed
 from resources.predict import _DEVICE
 from resources.walk import Kernel, Machine, Walked
 
@@ -116,8 +116,10 @@ def test_calls_return_and_unknown_instructions_are_refused() -> None:
                              "RET.REL.NODEC R4 0x0")  # fmt: skip
     assert machine.R[1] == 5
     assert counts.names["EXIT"] == 1
-    with pytest.raises(NotImplementedError, match="IMADSP R1, R2"):
+    with pytest.raises(UnknownInstructionError, match="IMADSP R1, R2"):
         walked("IMADSP R1, R2")
+    with pytest.raises(UnknownInstructionError, match="BRX R2"):
+        walked("BRX R2 -0x10")
 
 
 # ---------------------------------------------------------------- whole kernels
@@ -168,11 +170,14 @@ def test_products_are_read_off_the_names_of_instructions() -> None:
 
 
 def test_programs_of_a_processor_follow_from_registers_shared_memory_and_warps() -> None:
-    assert bounds.resident_programs(125, 0, 4) == 4
+    assert bounds.resident_programs(125, 0, 4) == bounds.resident_programs(128, 0, 4) == 4
+    assert bounds.resident_programs(129, 0, 4) == 3
+    assert bounds.resident_programs(32, 40_960, 4) == 5
+    assert bounds.resident_programs(32, 0, 8) == 8
     assert bounds.resident_programs(255, 0, 4) == 2
     assert bounds.resident_programs(32, 100_000, 4) == 2
     assert bounds.resident_programs(32, 0, 4) == 16
-    assert bounds.resident_programs(16, 0, 1) == 32
+    assert bounds.resident_programs(16, 0, 1) == bounds.resident_programs(8, 0, 1) == 32
 
 
 @pytest.mark.parametrize(

@@ -47,14 +47,6 @@ def test_tiny_rows_start_few_idle_programs() -> None:
         assert kernel not in _by_kernel(batch, "plan")
 
 
-def test_resident_programs_follow_from_registers_memory_and_threads() -> None:
-    assert programs.resident(128, 0, 4) == 4
-    assert programs.resident(129, 0, 4) == 3
-    assert programs.resident(32, 40_960, 4) == 5
-    assert programs.resident(32, 0, 8) == 8
-    assert programs.resident(8, 0, 1) == 32
-
-
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert programs.main(["--lengths", "3x40,2x5", "--heads", "2", "--way", "list", "--grids"]) == 0
     lines = capsys.readouterr().out.splitlines()

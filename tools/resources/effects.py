@@ -15,6 +15,7 @@ from resources.machine_code import Instruction
 from resources.operands import (
     MASK,
     REGISTER,
+    UnknownInstructionError,
     address_of,
     is_predicate,
     place,
@@ -323,7 +324,7 @@ def statements(instruction: Instruction) -> list[str]:
         )
     if base in _NOTHING:
         return []
-    raise NotImplementedError(f"{instruction.name} {instruction.operands}")
+    raise UnknownInstructionError(f"{instruction.name} {instruction.operands}")
 
 
 def ends(instruction: Instruction) -> bool:
@@ -340,7 +341,7 @@ def jump(instruction: Instruction) -> str:
     elif base in ("BRA", "CALL", "JMP") and match is not None and "c[" not in instruction.operands:
         text = f"return {int(match[1], 16)}"
     else:
-        # A table of targets, by which an option of a call is switched: no walked call takes it.
-        text = f"raise NotImplementedError({instruction.name!r})"
+        # A jump through a table of targets: known only where a thread comes to it.
+        text = f"raise UnknownInstructionError({f'{instruction.name} {instruction.operands}'!r})"
     conditions = [predicate(word) for word in words if is_predicate(word)]
     return f"if {' and '.join(conditions)}: {text}" if conditions else text

@@ -11,6 +11,10 @@ import struct
 MASK = 0xFFFFFFFF
 
 
+class UnknownInstructionError(ValueError):
+    """An instruction whose effect on a thread's way is not known: no count of what follows would be right."""
+
+
 def signed(x: int) -> int:
     return x - (1 << 32) if x >> 31 & 1 else x
 

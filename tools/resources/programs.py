@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 import interformer_kernels
@@ -27,11 +26,9 @@ from interformer_kernels._triton import _programs, _run, attention
 from interformer_kernels._triton._programs import Side
 from interformer_kernels._triton._run import Launch
 from resources import triton_kernels
+from resources.bounds import PROCESSORS, compiled, resident_programs
 
 TARGET = "sm_90"
-PROCESSORS = 132
-# Of one processor of compute capability 9.0.
-_REGISTERS, _SHARED, _THREADS, _MOST_PROGRAMS = 65_536, 233_472, 2048, 32
 _WAYS = {"search": 2**31, "list": 0, "call": _programs.MANY_ROWS, "plan": 2**31}
 
 
@@ -114,26 +111,9 @@ def live_programs(launch: Launch, side: Side) -> int:
     return launch.grid
 
 
-def resident(registers: int, shared: int, warps: int) -> int:
-    """Programs that one processor holds at once."""
-    threads = 32 * warps
-    by_registers = _REGISTERS // (-(-registers // 8) * 8 * threads)
-    return min(by_registers, _SHARED // (shared + 1024), _THREADS // threads, _MOST_PROGRAMS)
-
-
-_resources: dict[str, tuple[int, int]] = {}  # registers and shared memory, by source and tiles
-
-
 def _resident(launch: Launch) -> int:
-    source = triton_kernels.source_of(launch)
-    key = f"{source.hash()} {launch.tiles}"
-    if key not in _resources:
-        _, compiler = triton_kernels.TARGETS[TARGET]
-        options = {"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages}
-        compiled = triton.compile(source, target=compiler, options=options)
-        registers, *_ = triton_kernels.usage_on_nvidia(compiled, compiler)
-        _resources[key] = registers, compiled.metadata.shared
-    return resident(*_resources[key], launch.tiles.warps)
+    kernel = compiled(launch)
+    return resident_programs(kernel.registers, kernel.shared, launch.tiles.warps)
 
 
 def _batch(text: str, heads: int, channels: int) -> Batch:
