@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from interformer_kernels._calls import AttentionCall
 from interformer_kernels._launch import splits
 from interformer_kernels._launch.plans import facts_of
 from interformer_kernels._launch.tensors import readable
-from interformer_kernels._triton import _run
+from interformer_kernels._triton import _run, _tiles
 from interformer_kernels._triton._arguments import (
     GateOperand,
     GateOptions,
@@ -25,21 +24,19 @@ from interformer_kernels._triton._arguments import (
     Shape,
     ShortShape,
 )
+from interformer_kernels._triton._attention_geometry import geometry
 from interformer_kernels._triton._attention_variant import VariantInputs, VariantOptions
 from interformer_kernels._triton._bound import Known
 from interformer_kernels._triton._programs import Programs, Side, TileLists
 from interformer_kernels._triton._rows import slots
-from interformer_kernels._triton._tiles import Tiles, entries, padded, tiles, variant, widest_rope
+from interformer_kernels._triton._tiles import Tiles
 from interformer_kernels._triton.apply_rotary import rope_operand, rotated
 
-_MIN_TILE_ROWS = 16  # rows of a tile that tensor cores take
 _SCALES = 2.0**-100, 2.0**100  # that kernels of 16 bits take as they are
 # A rotation inside the kernels costs a quarter of one in a pass before. So that pass pays for tokens that are loaded
 # for more than four tiles of queries of 64, and as it is a launch, from so many rotations of a token under one head on.
 _LOADS = 256
 _ROTATIONS = 2**24
-_MIN_WHOLE_ROWS = 64  # tokens that whole rows may have at least, where heads have a kernel of them
-_WIDE_HEAD = 128  # padded channels of a head from which heads are not packed
 
 
 class Problem:
@@ -58,9 +55,14 @@ class Problem:
         # Query tokens of all rows as outputs are numbered, and of one row where all rows have the same number.
         self.tokens = self.out_shape[0] if call.layout == "packed" else self.out_shape[0] * self.out_shape[1]
         self.queries = 0 if call.layout == "packed" else self.out_shape[1]
-        self.q_per_kv = self.heads // self.kv_heads
-        self.width = max(padded(k.shape[2]), padded(v.shape[2]))
-        self.on = k.element_size(), _run.target_of(k)
+        made = geometry(
+            _tiles.state(), call.layout, call.score, call.v is None, k.shape[2], v.shape[2], self.heads, self.kv_heads,
+            self.queries, k.element_size(), _run.target_of(k), _run.precision(k.dtype),
+            0 if call.cos is None else call.cos.shape[1], backward,
+        )  # fmt: skip
+        self._geometry, self.q_per_kv, self.cell, self.short_cell = made, made.q_per_kv, made.cell, made.short_cell
+        self.pack, self.packs, self.heads_per_program = made.pack, made.packs, made.heads_per_program
+        self.tiles, self.whole_tiles = made.tiles, made.whole
         self.variant_inputs, self.variant_options = VariantInputs.of(call), VariantOptions.of(call)
         self.softmax = call.score == "softmax"
         self.fp32_softmax = self.softmax and k.dtype == torch.float32
@@ -73,7 +75,6 @@ class Problem:
         self.q, self.k, self.v = readable(q), readable(k), readable(v)
         keys, values = (KeyOperand(x, *x.stride()[:2]) for x in (self.k, self.v))
         self.kv = KeysAndValues(keys, values, rope)
-        self.pack = self._pack()
         self._tile_lists = TileLists()
 
     def _make_scale_positive(self) -> None:
@@ -101,7 +102,7 @@ class Problem:
             raise ValueError("attention: rope must be None without packed queries, without v, and with skip_prefix")
         rows, (k_tokens, kv_heads, _) = max(1, self.rows), k.shape
         pairs = call.cos.shape[1]
-        inside = self.width <= widest_rope(*self.on) and pairs % 4 == 0
+        inside = self._geometry.rotates
         keys_first = not inside or k_tokens * kv_heads * (self.tokens * self.q_per_kv // rows - _LOADS) > _ROTATIONS
         queries_first = not inside or abs(self.q_factor) != 1
         if self.backward and self.tokens * self.heads * (k_tokens // rows - _LOADS) > _ROTATIONS:
@@ -116,81 +117,11 @@ class Problem:
         options = RopeOptions(pairs, interleaved, not queries_first, not keys_first)
         return q, k, rope_operand(*tables, call.positions_q, call.positions_k), options
 
-    def _pack(self) -> int:
-        """Key/value heads that a program takes at once, so that few queries fill a tile.
-
-        Wide heads are not packed: to repeat each head alone (`_attention_tiles.of_attempt`) takes registers that they
-        lack.
-        """
-        pack = 1
-        if self.call.layout != "packed" and self.queries and self.width < _WIDE_HEAD:
-            while self.kv_heads % (2 * pack) == 0 and 2 * pack * self.q_per_kv * self.queries <= _MIN_TILE_ROWS:
-                pack *= 2
-        return pack
-
-    @property
-    def heads_per_program(self) -> int:
-        """Query heads of a program, and so packed rows of a query token."""
-        return self.pack * self.q_per_kv
-
-    @property
-    def packs(self) -> int:
-        """Programs that divide the key/value heads among themselves."""
-        return self.kv_heads // self.pack
-
     # ------------------------------------------------------------ tiles and grids
-
-    @property
-    def _fills_tiles(self) -> bool:
-        """Whether heads have as many channels as their tiles."""
-        return all(x.shape[2] == padded(x.shape[2]) for x in (self.k, self.v))
-
-    def tiles(self, kernel: str) -> Tiles:
-        """Tiles of a kernel; no more queries than rows have, where that is known."""
-        if self.rope_options.half:
-            return tiles(f"{kernel}_rope", self.width, *self.on)
-        entry = tiles(kernel, self.width, *self.on)
-        if self.call.layout == "packed":
-            packed_entry = variant("grad_queries_packed", self.width, *self.on) if kernel == "grad_queries" else None
-            return packed_entry or entry
-        queries = min(entry.queries, padded(max(1, self.queries * self.heads_per_program)))
-        # Masks of channels take registers that a tile of few queries and many keys lacks in so few warps.
-        masked = kernel == "forward" and queries < entry.keys and not self._fills_tiles and self.on[0] == 2
-        return entry._replace(queries=queries, warps=max(entry.warps, 8 if masked else 1))
 
     def short_tiles(self, backward: bool = False) -> Tiles | None:
         """Tiles of short rows, of `keys` tokens at most; None where there are none."""
-        if self.call.layout != "packed" or self.width > max(entries("short", *self.on)):
-            return None
-        suffix = "_rope" if self.rope_options.half else ""
-        entry = tiles(f"short{suffix}", self.width, *self.on)
-        of_backward = variant(f"short_backward{suffix}", self.width, *self.on) if backward else None
-        # Both passes leave the same rows to these kernels, even where a tuned tile has another number of tokens.
-        return of_backward if of_backward is not None and of_backward.keys == entry.keys else entry
-
-    @functools.cached_property
-    def short_cell(self) -> int:
-        """Tokens of a row that is left to the kernels of short rows."""
-        short = self.short_tiles()
-        return 0 if short is None else short.keys
-
-    @functools.cached_property
-    def whole_tiles(self) -> Tiles | None:
-        """Tiles of the backward of whole rows, of `keys` tokens at most; None where there is none."""
-        if not self.backward or self.call.layout != "packed":
-            return None
-        entry = variant("whole_rope" if self.rope_options.half else "whole", self.width, *self.on)
-        if entry is None or entry.keys <= self.short_cell:
-            return None
-        # A mask of channels, and the longest derivative, take registers that larger tiles lack.
-        if not self._fills_tiles or self.call.score == "gelu":
-            entry = entry._replace(keys=min(entry.keys, _MIN_WHOLE_ROWS))
-        return entry
-
-    @functools.cached_property
-    def cell(self) -> int:
-        """Tokens of a row that the kernels of tiles of one row leave to others."""
-        return self.short_cell if self.whole_tiles is None else self.whole_tiles.keys
+        return self._geometry.short[backward]
 
     def num_partials(self, split_kv: int) -> int:
         """Number of partials of all rows of more than `split_kv` keys (`_attention_output.partial_index`)."""
@@ -273,24 +204,12 @@ class Problem:
 
     def shape(self, chosen: Tiles) -> Shape:
         """Shape of the kernels of tiles of one row."""
-        d, dv = self.k.shape[2], self.v.shape[2]
-        return Shape(
-            d, dv, self.q_per_kv, self.pack, self.packs, self.call.layout, self.call.v is None, self.cell,
-            chosen.queries, chosen.keys, padded(d), padded(dv), *self.rope_options, _run.precision(self.k.dtype),
-        )  # fmt: skip
+        return self._geometry.shape(chosen, self.rope_options)
 
     def short_shape(self, chosen: Tiles) -> ShortShape:
         """Shape of the kernels of short rows."""
-        return self._short_shape(chosen.keys, chosen.keys, chosen.queries)
+        return self._geometry.short_shape(chosen, self.rope_options)
 
     def whole_shape(self, chosen: Tiles) -> ShortShape:
         """Shape of the backward of whole rows."""
-        return self._short_shape(self.short_cell, chosen.keys, chosen.queries)
-
-    def _short_shape(self, cell: int, most: int, block: int) -> ShortShape:
-        d, dv = self.k.shape[2], self.v.shape[2]
-        precision: Any = _run.precision(self.k.dtype)
-        return ShortShape(
-            d, dv, self.q_per_kv, self.kv_heads, cell, most, block, self.call.layout, padded(d), padded(dv),
-            *self.rope_options, precision,
-        )  # fmt: skip
+        return self._geometry.whole_shape(chosen, self.rope_options)

@@ -204,16 +204,29 @@ def tuned_file(device: str) -> Path:
 
 
 _forced: dict[str, Tiles] = {}
+_state = 0
+
+
+def state() -> int:
+    """A number that is another one once other tiles may be chosen: what follows from tiles is kept meanwhile."""
+    return _state
+
+
+def _change() -> None:
+    global _state
+    _state += 1
 
 
 @contextlib.contextmanager
 def forced(name: str, tiles: Tiles) -> Iterator[None]:
     """Use these tiles for an entry inside of the context, whatever the tables say."""
     _forced[name] = tiles
+    _change()
     try:
         yield
     finally:
         del _forced[name]
+        _change()
 
 
 @functools.cache
@@ -245,4 +258,5 @@ def keep(device: str, tuned: dict[str, Tiles]) -> Path:
     _tuned.cache_clear()  # Another process may have tuned since.
     write_sealed(file, {name: list(tiles) for name, tiles in {**_tuned(device), **tuned}.items()})
     _tuned.cache_clear()
+    _change()
     return file

@@ -42,6 +42,28 @@ def test_tuned_tiles_are_the_fastest_measured_and_are_kept(tmp_path: Path, monke
     assert _tiles.tiles("forward", 48, 2, target._replace(name="")) == _tiles.TABLE["forward"][2][64]
 
 
+def test_the_next_call_has_other_tiles_once_they_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows from tiles is made once for many calls, but not for calls with other tiles."""
+    pytest.importorskip("triton")
+    from interformer_kernels._triton import _run, _tiles, _tune
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target, other_tiles = _tiles.Target("cuda", 90, "Another GPU"), _tiles.Tiles(32, 16, 4, 2)
+    call = _tune.calls("forward", 64, torch.bfloat16, "meta")
+
+    def taken() -> _tiles.Tiles:
+        with _run.recording(target) as launches:
+            call()
+        return launches[0].tiles
+
+    for _ in range(2):
+        assert taken() == _tiles.tiles("forward", 64, 2, target) != other_tiles
+        with _tiles.forced("forward/64/16", other_tiles):
+            assert taken() == other_tiles
+    _tiles.keep(target.name, {"forward/64/16": other_tiles})
+    assert taken() == other_tiles
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"forward/64/16": [32, 16, 4, 2]}', "changed", "zero"])
 def test_damaged_tuned_tiles_are_said_and_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, content: str

@@ -1,0 +1,126 @@
+"""What an attention call's kernels are compiled for: sizes that stay from batch to batch, and the tiles that follow.
+
+A geometry is made once and serves all calls like it, since to make its tuples anew would take longer than to launch a
+kernel. It knows no tensors, and no number of rows or tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from interformer_kernels._triton._arguments import RopeOptions, Shape, ShortShape
+from interformer_kernels._triton._tiles import Target, Tiles, entries, padded, tiles, variant, widest_rope
+
+_MIN_TILE_ROWS = 16  # rows of a tile that tensor cores take
+_WIDE_HEAD = 128  # padded channels of a head from which heads are not packed
+_MIN_WHOLE_ROWS = 64  # tokens that whole rows may have at least, where heads have a kernel of them
+
+
+class Geometry:
+    """Layout, score, heads, channels and queries of a row (0 where rows differ), for a device, a dtype, a direction.
+
+    `pairs` of rotary embedding, 0 without it. Whether kernels rotate queries and keys depends on numbers of tokens, so
+    shapes take that as an argument.
+    """
+
+    def __init__(
+        self, layout: str, score: str, v_is_k: bool, d: int, dv: int, heads: int, kv_heads: int, queries: int,
+        itemsize: int, target: Target, precision: str, pairs: int, backward: bool,
+    ) -> None:  # fmt: skip
+        self.layout, self.score, self.v_is_k, self.d, self.dv, self.precision = layout, score, v_is_k, d, dv, precision
+        self.kv_heads, self.q_per_kv, self.queries = kv_heads, heads // kv_heads, queries
+        self.width = max(padded(d), padded(dv))
+        self._fills_tiles = d == padded(d) and dv == padded(dv)  # heads have as many channels as their tiles
+        self.on = itemsize, target
+        # Kernels rotate gradients, at least. Otherwise passes beside them do it all.
+        self.rotates = pairs > 0 and self.width <= widest_rope(*self.on) and pairs % 4 == 0
+        self._suffix = "_rope" if self.rotates else ""
+        self.pack = self._pack()
+        self.heads_per_program = self.pack * self.q_per_kv  # query heads, and so packed rows of a query token
+        self.packs = kv_heads // self.pack  # programs that divide the key/value heads among themselves
+        short = self._short_tiles()
+        self.short = {False: short, True: self._short_tiles_of_backward(short)}
+        self.short_cell = 0 if short is None else short.keys  # tokens of a row left to the kernels of short rows
+        self.whole = self._whole_tiles() if backward else None
+        self.cell = self.short_cell if self.whole is None else self.whole.keys  # that kernels of tiles leave to others
+        self.tiles = functools.cache(self._tiles)
+        self.shape, self.short_shape = functools.cache(self._shape), functools.cache(self._short_shape)
+        self.whole_shape = functools.cache(self._whole_shape)
+
+    def _pack(self) -> int:
+        """Key/value heads that a program takes at once, so that few queries fill a tile.
+
+        Wide heads are not packed: to repeat each head alone (`_attention_tiles.of_attempt`) takes registers that they
+        lack.
+        """
+        pack = 1
+        if self.layout != "packed" and self.queries and self.width < _WIDE_HEAD:
+            while self.kv_heads % (2 * pack) == 0 and 2 * pack * self.q_per_kv * self.queries <= _MIN_TILE_ROWS:
+                pack *= 2
+        return pack
+
+    def _short_tiles(self) -> Tiles | None:
+        """Tiles of short rows, of `keys` tokens at most; None where there are none."""
+        if self.layout != "packed" or self.width > max(entries("short", *self.on)):
+            return None
+        return tiles(f"short{self._suffix}", self.width, *self.on)
+
+    def _short_tiles_of_backward(self, forward: Tiles | None) -> Tiles | None:
+        own = None if forward is None else variant(f"short_backward{self._suffix}", self.width, *self.on)
+        # Both passes leave the same rows to these kernels, even where a tuned tile has another number of tokens.
+        return own if own is not None and forward is not None and own.keys == forward.keys else forward
+
+    def _whole_tiles(self) -> Tiles | None:
+        """Tiles of the backward of whole rows, of `keys` tokens at most; None where there is none."""
+        entry = variant(f"whole{self._suffix}", self.width, *self.on) if self.layout == "packed" else None
+        if entry is None or entry.keys <= self.short_cell:
+            return None
+        # A mask of channels, and the longest derivative, take registers that larger tiles lack.
+        if not self._fills_tiles or self.score == "gelu":
+            entry = entry._replace(keys=min(entry.keys, _MIN_WHOLE_ROWS))
+        return entry
+
+    def _tiles(self, kernel: str) -> Tiles:
+        """Tiles of a kernel; no more queries than rows have, where that is known."""
+        if self.rotates:
+            return tiles(f"{kernel}_rope", self.width, *self.on)
+        entry = tiles(kernel, self.width, *self.on)
+        if self.layout == "packed":
+            packed_entry = variant("grad_queries_packed", self.width, *self.on) if kernel == "grad_queries" else None
+            return packed_entry or entry
+        queries = min(entry.queries, padded(max(1, self.queries * self.heads_per_program)))
+        # Masks of channels take registers that a tile of few queries and many keys lacks in so few warps.
+        masked = kernel == "forward" and queries < entry.keys and not self._fills_tiles and self.on[0] == 2
+        return entry._replace(queries=queries, warps=max(entry.warps, 8 if masked else 1))
+
+    def _shape(self, chosen: Tiles, rope: RopeOptions) -> Shape:
+        """Shape of the kernels of tiles of one row."""
+        return Shape(
+            self.d, self.dv, self.q_per_kv, self.pack, self.packs, self.layout, self.v_is_k, self.cell,
+            chosen.queries, chosen.keys, padded(self.d), padded(self.dv), *rope, self.precision,
+        )  # fmt: skip
+
+    def _short_shape(self, chosen: Tiles, rope: RopeOptions) -> ShortShape:
+        """Shape of the kernels of short rows."""
+        return self._row_shape(chosen.keys, chosen, rope)
+
+    def _whole_shape(self, chosen: Tiles, rope: RopeOptions) -> ShortShape:
+        """Shape of the backward of whole rows."""
+        return self._row_shape(self.short_cell, chosen, rope)
+
+    def _row_shape(self, cell: int, chosen: Tiles, rope: RopeOptions) -> ShortShape:
+        return ShortShape(
+            self.d, self.dv, self.q_per_kv, self.kv_heads, cell, chosen.keys, chosen.queries, self.layout,
+            padded(self.d), padded(self.dv), *rope, self.precision,
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def geometry(
+    state: int, layout: str, score: str, v_is_k: bool, d: int, dv: int, heads: int, kv_heads: int, queries: int,
+    itemsize: int, target: Target, precision: str, pairs: int, backward: bool,
+) -> Geometry:  # fmt: skip
+    """The geometry of these sizes, while the tables of tiles are in this state (`_tiles.state`)."""
+    return Geometry(
+        layout, score, v_is_k, d, dv, heads, kv_heads, queries, itemsize, target, precision, pairs, backward
+    )  # fmt: skip
