@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +86,22 @@ def test_damaged_tuned_tiles_are_said_and_not_taken(
     assert list(file.parent.iterdir()) == [file]
     _tiles.keep(target.name, {"forward/64/16": _tiles.Tiles(32, 16, 4, 2)})  # tuning again mends it
     assert _tiles.tiles("forward", 64, 2, target) == _tiles.Tiles(32, 16, 4, 2)
+
+
+def test_the_device_is_switched_where_the_tensors_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current device costs no switch; tensors of the CPU are for the interpreter alone."""
+    pytest.importorskip("triton")
+    from interformer_kernels._triton import _run
+
+    there: Any = SimpleNamespace(is_cuda=True, get_device=lambda: 1, device=torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert _run.on_device_of(there) is None
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    context: Any = _run.on_device_of(there)
+    assert isinstance(context, torch.cuda.device)
+    assert context.idx == 1
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        _run.on_device_of(torch.ones(1))
 
 
 def test_tiles_follow_the_capability() -> None:
