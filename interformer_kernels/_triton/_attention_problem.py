@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ class Problem:
 
     def __init__(self, call: AttentionCall, backward: bool = False) -> None:
         self.call, self.backward = call, backward
-        self.known: Known = {}  # of arguments that launches share
+        self.known: Known | None = None  # of the kernels of calls like this one
         self.out_shape = call.out_shape()
         kv_offsets = readable(call.kv_offsets)
         q_offsets = kv_offsets if call.q_offsets is None else readable(call.q_offsets)
@@ -73,8 +75,10 @@ class Problem:
         if self.q_factor != 1:
             q = q * self.q_factor
         self.q, self.k, self.v = readable(q), readable(k), readable(v)
-        keys, values = (KeyOperand(x, *x.stride()[:2]) for x in (self.k, self.v))
-        self.kv = KeysAndValues(keys, values, rope)
+        self.queries_operand = self.query_operand(self.q)
+        keys = KeyOperand(self.k, *self.k.stride()[:2])
+        self.kv = KeysAndValues(keys, KeyOperand(self.v, *self.v.stride()[:2]), rope)
+        self.sizes = self._sizes()
         self._tile_lists = TileLists()
 
     def _make_scale_positive(self) -> None:
@@ -171,8 +175,14 @@ class Problem:
 
     # ------------------------------------------------------------ arguments of kernels
 
-    @functools.cached_property
-    def sizes(self) -> tuple[int, ...]:
+    def know(self, operands: tuple[Any, ...], *options: Hashable) -> None:
+        """Find the kernels of calls like this one, whose further operands and options these are."""
+        self.known = _run.known_to(
+            (self.queries_operand, self.kv, self.offsets, self.variant_inputs, operands),
+            self.sizes, self._geometry, self.rope_options, self.variant_options, *options,
+        )  # fmt: skip
+
+    def _sizes(self) -> tuple[int, ...]:
         """Rows, tokens, queries of a row, skipped keys, and limits of masks; none larger than the number of tokens."""
         call, tokens, k_tokens = self.call, self.tokens, self.k.shape[0]
         most = max(tokens, k_tokens)
@@ -184,11 +194,6 @@ class Problem:
         """Sizes for the kernels that combine partials."""
         rows, _, k_tokens, queries, skip, *_ = self.sizes
         return rows, k_tokens, queries, skip
-
-    @functools.cached_property
-    def queries_operand(self) -> QueryOperand:
-        """The queries."""
-        return self.query_operand(self.q)
 
     def query_operand(self, x: Tensor) -> QueryOperand:
         """A tensor of the queries' or the output's layout."""

@@ -8,7 +8,7 @@ AMD's devices, and versions of Triton whose launchers are not known to take what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,35 +36,71 @@ class _Bound(NamedTuple):
 
 _bound: dict[tuple[Any, ...], _Bound] = {}
 
-# Parts of keys, of tuples among the arguments, by id: with the tuple, so that its id remains its own. They serve the
-# launches of one call, which share arguments.
-Known = dict[int, tuple[tuple[Any, ...], tuple[Any, ...]]]
+# The kernels of calls that are alike, by device, kernel and form.
+Known = dict[tuple[Any, ...], _Bound]
+_known: dict[tuple[Any, ...], Known] = {}
+
+
+def known_to(arguments: tuple[Any, ...], sizes: tuple[int, ...], *options: Hashable) -> Known:
+    """The kernels of all calls whose launches have equal keys where their kernel and their form are the same.
+
+    So the key of a whole call stands for those of its launches, which need not look at their arguments again. Those
+    must follow from these `arguments`, flat integers no larger than `sizes`, and `options`, which say all that is
+    compiled in; but for memory that torch has just allocated, which begins at a multiple of 16 bytes.
+    """
+    parts: list[Any] = [*options, sizes if max(sizes) >= _INT32 else int]
+    _add_arguments(parts.append, arguments)
+    key = tuple(parts)
+    known = _known.get(key)
+    if known is None:
+        if len(_known) >= _MOST:
+            _known.clear()
+        known = _known[key] = {}
+    return known
 
 
 def launch(
-    kernel: Any, grid: int, arguments: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int, known: Known
-) -> None:
-    """Launch `grid` programs of a kernel on the current device, compiled for so many warps and pipeline stages."""
+    kernel: Any, grid: int, arguments: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int,
+    known: Known | None = None, form: tuple[Any, ...] = (),
+) -> None:  # fmt: skip
+    """Launch `grid` programs of a kernel on the current device, compiled for so many warps and pipeline stages.
+
+    What calls alike have `known` is taken from there. Where their launches of a kernel may be compiled differently, its
+    `form` tells these apart.
+    """
     if not _SERVES or _is_watched(kernel):
         kernel[(grid,)](*arguments, **constants, num_warps=warps, num_stages=stages)
         return
     active = driver.active
     device = active.get_current_device()
-    parts = [active, device, id(kernel), warps, stages, *constants, *constants.values()]
-    _add_arguments(parts.append, arguments, known)
-    key = tuple(parts)
-    bound = _bound.get(key)
+    place = active, device, id(kernel), form
+    bound = None if known is None else known.get(place)
     if bound is None:
-        compiled = kernel[(grid,)](*arguments, **constants, num_warps=warps, num_stages=stages)
-        if _can_repeat(kernel, compiled, arguments, constants):
-            if len(_bound) >= _MOST:  # of layouts whose strides follow from the number of tokens, say
-                _bound.clear()
-            rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-            _bound[key] = _Bound(kernel, compiled.run, compiled.function, compiled.packed_metadata, rest)
-        return
+        key = active, device, warps, stages, *key_of(kernel, arguments, constants)
+        bound = _bound.get(key)
+        if bound is None:
+            compiled = kernel[(grid,)](*arguments, **constants, num_warps=warps, num_stages=stages)
+            if _can_repeat(kernel, compiled, arguments, constants):
+                _keep(key, kernel, compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :]))
+            return
+        if known is not None:
+            known[place] = bound
     stream = active.get_current_stream(device)
     # Launch metadata and hooks are for those who watch.
     bound.run(grid, 1, 1, stream, bound.function, bound.metadata, None, None, None, *arguments, *bound.constants)
+
+
+def key_of(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells apart the launches of kernels on one device, but for warps and stages."""
+    parts = [id(kernel), *constants, *constants.values()]
+    _add_arguments(parts.append, arguments)
+    return tuple(parts)
+
+
+def _keep(key: tuple[Any, ...], kernel: Any, compiled: Any, constants: tuple[Any, ...]) -> None:
+    if len(_bound) >= _MOST:  # of layouts whose strides follow from the number of tokens, say
+        _bound.clear()
+    _bound[key] = _Bound(kernel, compiled.run, compiled.function, compiled.packed_metadata, constants)
 
 
 def _is_watched(kernel: Any) -> bool:
@@ -80,17 +116,14 @@ def _is_watched(kernel: Any) -> bool:
     )
 
 
-def _add_arguments(add: Callable[[Any], None], arguments: tuple[Any, ...], known: Known) -> None:
+def _add_arguments(add: Callable[[Any], None], arguments: tuple[Any, ...]) -> None:
     """Add to a key all that Triton specialises arguments by: of a flat integer only the width that it needs."""
     for x in arguments:
         kind = type(x)
         if kind is int:
             add(int if -_INT32 <= x < _INT32 else x)
         elif isinstance(x, tuple):
-            found = known.get(id(x))
-            if found is None:
-                known[id(x)] = found = x, _of_tuple(x)
-            add(found[1])
+            add(_of_tuple(x))
         else:
             _add_other(add, x, kind)
 
@@ -104,7 +137,9 @@ def _of_tuple(members: tuple[Any, ...]) -> tuple[Any, ...]:
     add = parts.append
     for x in members:
         kind = type(x)
-        if isinstance(x, tuple):
+        if kind is float or x is None:
+            add(kind)
+        elif isinstance(x, tuple):
             add(_of_tuple(x))
         else:
             _add_other(add, x, kind)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from interformer_kernels._launch.tensors import allows_tf32
+from interformer_kernels._triton import _bound
 from interformer_kernels._triton._bound import Known, launch
 from interformer_kernels._triton._maps import INTERPRETED
 from interformer_kernels._triton._tiles import Target, Tiles
@@ -80,12 +81,19 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any] | None:
     return None if x.get_device() == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
+def known_to(arguments: tuple[Any, ...], sizes: tuple[int, ...], *options: Hashable) -> Known | None:
+    """What is known to calls like this one (`_bound.known_to`); None where no kernel is launched on a device."""
+    return None if INTERPRETED or _recorded is not None else _bound.known_to(arguments, sizes, *options)
+
+
 def start(
-    kernel: Any, grid: int, *arguments: Any, lead: Tensor, tiles: Tiles, known: Known | None = None, **constants: Any
-) -> None:
+    kernel: Any, grid: int, *arguments: Any, lead: Tensor, tiles: Tiles,
+    known: Known | None = None, form: tuple[Any, ...] = (), **constants: Any,
+) -> None:  # fmt: skip
     """Launch `grid` programs of a kernel on the device of `lead`; none where there is no work.
 
-    Launches that share tuples of arguments find the compiled kernel sooner by what is `known` of them.
+    Launches of calls that are alike find the compiled kernel sooner by what is `known` to these, and by the launch's
+    `form` (`_bound.known_to`).
     """
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants, tiles))
@@ -95,10 +103,9 @@ def start(
     if INTERPRETED:
         kernel[(grid,)](*arguments, **constants)
         return
-    known = {} if known is None else known
     context = on_device_of(lead)
     if context is None:
-        launch(kernel, grid, arguments, constants, tiles.warps, tiles.stages, known)
+        launch(kernel, grid, arguments, constants, tiles.warps, tiles.stages, known, form)
         return
     with context:
-        launch(kernel, grid, arguments, constants, tiles.warps, tiles.stages, known)
+        launch(kernel, grid, arguments, constants, tiles.warps, tiles.stages, known, form)

@@ -57,12 +57,14 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
             k.new_empty((count, *shape[1:-1], 2), dtype=torch.float32),
         )
     options, gate_options = problem.variant_options, problem.gate_options()
+    problem.know(epilogue, gate_options, keep_attn_out)
     grid, tile_list, persistent = problem.query_programs(chosen.queries, problem.rows, split_kv)
     _run.start(
         attention_forward, grid,
         problem.queries_operand, problem.kv, problem.offsets, tile_list, epilogue, outputs, partials,
         *problem.sizes, problem.variant_inputs, SHAPE=problem.shape(chosen), VARIANT=options, GATE=gate_options,
         SPLIT_KV=split_kv, PERSISTENT=persistent, lead=k, tiles=chosen, known=problem.known,
+        form=(split_kv, persistent, tile_list is None),
     )  # fmt: skip
     _start_short(problem, attention_forward_short, epilogue, outputs, GATE=gate_options)
     if split_kv:
@@ -72,7 +74,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
             partials, epilogue, outputs, problem.offsets.kv, *problem.split_sizes(),
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, VARIANT=options, GATE=gate_options,
             SPLIT_KV=split_kv, BLOCK_Q=block, BLOCK_DV=padded(shape[-1]),
-            lead=k, tiles=Tiles(block, padded(shape[-1]), 4, 1), known=problem.known,
+            lead=k, tiles=Tiles(block, padded(shape[-1]), 4, 1), known=problem.known, form=(split_kv,),
         )  # fmt: skip
     return out, lse, attn_out
 
@@ -121,6 +123,7 @@ def backward(
     grad = problem.query_operand(grad_attn_out)
     # Behind a gate the epilogue's backward reads A, and makes delta of it.
     delta_from = attn_out if call.gate is None and problem.softmax and not recompute_stats else None
+    problem.know((grad, lse, delta_from))
     side = QuerySide(problem.queries_operand, grad, lse, delta, delta_from)
     grad_q = _grad_queries(problem, side, recompute_stats)
     grad_k, grad_v = _grad_keys(problem, side)
@@ -159,7 +162,7 @@ def _through_epilogue(
             problem.rows, problem.tokens, problem.queries,
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, GATE=problem.gate_options(),
             SUM_TOKENS=over_tokens, SUM_CHANNELS=over_channels, BLOCK_T=block, BLOCK_DV=wide,
-            lead=grad_out, tiles=Tiles(block, wide, 8, 1), known=problem.known,
+            lead=grad_out, tiles=Tiles(block, wide, 8, 1),
         )  # fmt: skip
     grad_gate = gate_gradient(call.gate, grad_gate, shape)
     return grad_attn_out, delta, grad_gate
@@ -179,6 +182,7 @@ def _start_queries(problem: Problem, side: QuerySide, out: Tensor, kind: GradPas
         side, problem.kv, problem.offsets, tile_list, out, partials, *problem.sizes, rows_of_group, key_shards,
         problem.variant_inputs, SHAPE=problem.shape(chosen), VARIANT=problem.variant_options, PASS=kind,
         SPLIT_KV=split_kv, PERSISTENT=persistent, lead=k, tiles=chosen, known=problem.known,
+        form=(kind, split_kv, persistent, tile_list is None),
     )  # fmt: skip
     if split_kv:
         wide = padded(out.shape[-1])
@@ -187,7 +191,7 @@ def _start_queries(problem: Problem, side: QuerySide, out: Tensor, kind: GradPas
             add_partials, (k.shape[0] // split_kv + 1) * -(-problem.queries * problem.heads // block),
             partials, out, problem.offsets.kv, *problem.split_sizes(),
             HEADS=problem.heads, C=out.shape[-1], SPLIT_KV=split_kv, BLOCK_Q=block, BLOCK_C=wide,
-            lead=k, tiles=Tiles(block, wide, 8, 1), known=problem.known,
+            lead=k, tiles=Tiles(block, wide, 8, 1), known=problem.known, form=(kind, split_kv),
         )  # fmt: skip
 
 
@@ -220,6 +224,6 @@ def _grad_keys(problem: Problem, side: QuerySide) -> tuple[Tensor, Tensor]:
             attention_grad_keys, grid,
             side, problem.kv, problem.offsets, tile_list, grad_k, grad_v, *problem.sizes, problem.variant_inputs,
             SHAPE=problem.shape(chosen), VARIANT=problem.variant_options, FP32_SOFTMAX=problem.fp32_softmax,
-            PERSISTENT=persistent, lead=k, tiles=chosen, known=problem.known,
+            PERSISTENT=persistent, lead=k, tiles=chosen, known=problem.known, form=(persistent, tile_list is None),
         )  # fmt: skip
     return grad_k, grad_v

@@ -118,9 +118,9 @@ def nothing_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_bound, "_bound", {})
 
 
-def launch(given: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """Launch seven programs by the package's way."""
-    _bound.launch(_scaled, 7, given, constants, *OPTIONS.values(), {})
+def launch(given: tuple[Any, ...], constants: dict[str, Any], *shared: Any) -> None:
+    """Launch seven programs by the package's way; `shared` are what is known to calls alike, and the launch's form."""
+    _bound.launch(_scaled, 7, given, constants, *OPTIONS.values(), *shared)
 
 
 def launch_by_triton(given: tuple[Any, ...], constants: dict[str, Any]) -> None:
@@ -158,10 +158,28 @@ def test_triton_is_passed_from_the_second_launch_on(monkeypatch: pytest.MonkeyPa
         launch(arguments(rows=2**31), CONSTANTS[0])
 
 
+def test_calls_alike_need_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third launch of a form at the latest finds its kernel without a look at its arguments."""
+    known: _bound.Known = {}
+    for form, constants in enumerate(CONSTANTS):
+        for _ in range(2):
+            launch(arguments(), constants, known, (form,))
+    kernels = []
+    monkeypatch.setattr(_bound, "key_of", None)
+    for form, constants in enumerate(CONSTANTS):
+        launch(arguments(rows=7), constants, known, (form,))
+        kernels.append(latest()[0])
+        launch_by_triton(arguments(rows=7), constants)
+        assert kernels[-1] == latest()[0]
+    assert kernels[0] != kernels[1]
+    with pytest.raises(TypeError):
+        launch(arguments(), CONSTANTS[0], known, ("another form",))
+
+
 def test_sizes_that_are_specialised_go_tritons_way() -> None:
     """The key has the width of flat integers alone: a kernel that is compiled for more is not kept."""
     for tokens in (1, 16, 17):
-        _bound.launch(_of_a_specialised_size, 1, (of(torch.int64), tokens), {}, *OPTIONS.values(), {})
+        _bound.launch(_of_a_specialised_size, 1, (of(torch.int64), tokens), {}, *OPTIONS.values())
         found = latest()
         _of_a_specialised_size[(1,)](of(torch.int64), tokens, **OPTIONS)
         assert found[0] == latest()[0]
