@@ -174,15 +174,18 @@ def store_tokens(to, p_token, mask, values, o_c, C: tl.constexpr):
 
 @triton.jit
 def _load_tile(x, first, i_t, TOKENS: tl.constexpr, t, head, mask, o_c, C: tl.constexpr):
-    """The channels `o_c` of tokens `begin + t` of the row whose first is `first`; zero where the mask says no. Only
-    `begin` differs from tile to tile: its product with a stride is a single instruction."""
+    """The channels `o_c` of tokens `i_t * TOKENS + t` of the row whose first is `first`; zero where the mask says no.
+
+    Only `i_t`, which is never negative where anything is loaded, differs from step to step. Its product with the stride
+    is a few instructions as one unsigned number, and is added to the pointer: all other sums stay outside of the loop.
+    """
     BLOCK_C: tl.constexpr = o_c.shape[0]
     m = mask[:, None]
     if C < BLOCK_C:
         m = m & (o_c < C)
-    tile = x.pointer + first * x.token + i_t.to(tl.int64) * x.token * TOKENS
-    p = t.to(tl.int64) * x.token + head * x.head
-    return tl.load(tile + p[:, None] + o_c, mask=m, other=0.0)
+    tile = x.pointer + i_t.to(tl.uint32).to(tl.int64) * x.token * TOKENS
+    p = (first + t) * x.token + head * x.head
+    return tl.load(tile + (p[:, None] + o_c), mask=m, other=0.0)
 
 
 @triton.jit
@@ -212,7 +215,7 @@ def load_keys(kv, i_pack, attempt, i_k, task, SHAPE: tl.constexpr):
     o_k = tl.arange(0, SHAPE.block_k)
     t = o_k // SHAPE.pack
     o_h = o_k % SHAPE.pack
-    m_k = t < of_attempt(task.keys, o_h, attempt, SHAPE.pack) - i_k * TOKENS  # [BLOCK_K]
+    m_k = i_k * TOKENS < of_attempt(task.keys, o_h, attempt, SHAPE.pack) - t  # [BLOCK_K]
     head = (i_pack * SHAPE.pack + o_h).to(tl.int64)
     o_d = columns(SHAPE.block_d, SHAPE.half, SHAPE.interleaved)
     b_k = _load_tile(kv.k, task.k_first, i_k, TOKENS, t, head, m_k, o_d, SHAPE.d)
