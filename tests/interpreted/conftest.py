@@ -5,30 +5,15 @@ A process is in one mode for good: Triton decides at its import whether kernels 
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import sys
+from pathlib import Path
 
 from interformer_kernels import _backend
 
 collect_ignore_glob = [] if _backend.interprets_triton() else ["test_*"]
 
-
-def _patch_the_language_once() -> None:
-    """Triton patches its language anew at every call of one kernel function by another: half of the run time.
-
-    Nothing is compiled in this process, so the patches of the first call may stay.
-    """
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang
-
-    @functools.cache
-    def once(function: Any) -> Any:
-        patch(function)
-        return interpreter._LangPatchScope()
-
-    interpreter._patch_lang = once
-
-
 if _backend.interprets_triton():
-    _patch_the_language_once()
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+    from quick_interpreter import make_quick
+
+    make_quick()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quick_interpreter import make_quick
 from torch import Tensor
 
 from interformer_kernels._triton._run import Launch
@@ -56,6 +57,7 @@ def _portable(launch: Launch) -> tuple[Any, ...]:
 def _run(file: str) -> None:
     from triton.runtime import interpreter
 
+    make_quick()
     programs: dict[int, int] = {}
     builder = interpreter.interpreter_builder
     create_dot = builder.create_dot
