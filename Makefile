@@ -20,6 +20,9 @@ NATIVE := $(shell find csrc tests/emulated -name '*.cpp' -o -name '*.h' -o -name
 TORCHREC := tests/requirements-torchrec.txt
 # The tools that the native module is built with, as pyproject.toml lists them.
 BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
+# Modules are compiled when they are first imported, and kept; of the thousands that are not, none is.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 IN_ENVIRONMENT := PATH="$(CURDIR)/$(BIN):$$PATH"
 BUILT_FROM := pyproject.toml setup.py $(TORCHREC) $(shell find CMakeLists.txt csrc cmake -type f)
 data_option := $(if $(DATA),--data $(DATA))
@@ -90,11 +93,10 @@ help:
 # wheel-test and wide-test find its objects and compile only what differs. TorchRec may be missing: its tests skip.
 $(READY): $(BUILT_FROM)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(BUILD_TOOLS)
-	$(IN_ENVIRONMENT) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
-	    --editable '.[dev]'
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $(TORCHREC)
+	$(BIN)/python $(INSTALL) $(TORCH)
+	$(BIN)/python $(INSTALL) $(BUILD_TOOLS)
+	$(IN_ENVIRONMENT) $(BIN)/python $(INSTALL) --no-build-isolation --editable '.[dev]'
+	-$(BIN)/python $(INSTALL) --no-deps --requirement $(TORCHREC)
 	touch $@
 
 demo: $(READY)
@@ -118,8 +120,8 @@ $(TARGET_READY): tests/requirements-target.txt tools/stub_cuda_libraries.py
 	@test -n "$(TARGET_PYTHON)" || { echo "make target-env: needs Python 3.12: TARGET_PYTHON=path" >&2; exit 2; }
 	rm -rf $(TARGET)/venv
 	$(TARGET_PYTHON) -m venv $(TARGET)/venv
-	$(TARGET_BIN)/python -m pip install --quiet --disable-pip-version-check --requirement tests/requirements-target.txt
-	$(TARGET_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(TARGET_VERSIONS)
+	$(TARGET_BIN)/python $(INSTALL) --requirement tests/requirements-target.txt
+	$(TARGET_BIN)/python $(INSTALL) --no-deps $(TARGET_VERSIONS)
 	$(TARGET_BIN)/python tools/stub_cuda_libraries.py
 	touch $@
 
@@ -130,8 +132,7 @@ target-test: $(READY) $(TARGET_READY)
 
 # The package as it is installed there, its CUDA part for one device, and tests that need no data and no other library.
 target-native-test: $(TARGET_READY)
-	PATH="$(TARGET_BIN):$$PATH" TORCH_CUDA_ARCH_LIST=9.0a $(TARGET_BIN)/python -m pip install --quiet \
-	    --disable-pip-version-check --no-deps --no-build-isolation .
+	PATH="$(TARGET_BIN):$$PATH" TORCH_CUDA_ARCH_LIST=9.0a $(TARGET_BIN)/python $(INSTALL) --no-deps --no-build-isolation .
 	rm -rf $(TARGET)/run
 	mkdir -p $(TARGET)/run
 	cp -r tests tools csrc bench pyproject.toml $(TARGET)/run
@@ -195,7 +196,7 @@ wheel-test: $(READY)
 	rm -rf $(WHEEL)
 	$(BUILD_WHEEL) $(BIN)/python -m build --wheel $(ISOLATION) --outdir $(WHEEL) . > /dev/null
 	$(PYTHON) -m venv $(WHEEL)/venv
-	$(WHEEL_BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(WHEEL)/*.whl
+	$(WHEEL_BIN)/python $(INSTALL) $(TORCH) $(WHEEL)/*.whl
 	cd "$$(mktemp -d)" \
 	&& $(WHEEL_BIN)/python -c "import interformer_kernels as k; assert k.__file__.startswith('$(CURDIR)/$(WHEEL)'), k.__file__" \
 	&& $(WHEEL_BIN)/interformer-kernels info \
@@ -207,8 +208,8 @@ wheel-test: $(READY)
 wide-test: $(READY)
 	rm -rf $(WIDE)
 	mkdir -p $(WIDE)/site $(WIDE)/run
-	$(IN_ENVIRONMENT) INTERFORMER_WIDE_LEVEL=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --no-deps --no-build-isolation --target $(WIDE)/site .
+	$(IN_ENVIRONMENT) INTERFORMER_WIDE_LEVEL=1 $(BIN)/python $(INSTALL) --no-deps --no-build-isolation \
+	    --target $(WIDE)/site .
 	cp -r tests pyproject.toml $(WIDE)/run
 	cd $(WIDE)/run && INTERFORMER_CPU_LEVEL=wide PYTHONPATH=$(WIDE)/site $(PYTEST) -k 'not reference' \
 	    tests/ops/test_parity.py tests/cpu/test_cpu_kernels.py tests/cpu/test_cpu_determinism.py
@@ -231,7 +232,7 @@ build/docs/ready: pyproject.toml tools/docs_requirements.py
 	rm -rf build/docs/venv
 	$(PYTHON) -m venv build/docs/venv
 	$(PYTHON) tools/docs_requirements.py > build/docs/requirements.txt
-	$(DOCS_BIN)/python -m pip install --quiet --disable-pip-version-check --requirement build/docs/requirements.txt
+	$(DOCS_BIN)/python $(INSTALL) --requirement build/docs/requirements.txt
 	touch $@
 
 torch-matrix: $(READY)
