@@ -97,7 +97,7 @@ def checkout_copy(to: Path) -> Path:
 
 
 def build(source: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m build` under ordinary build isolation."""
+    """`python -m build`, by default under ordinary build isolation."""
     return subprocess.run(
         [sys.executable, "-m", "build", *options, str(source)],
         env={**os.environ, **environment},
@@ -180,6 +180,6 @@ def test_without_a_compiler(built: tuple[Path, str], tmp_path: Path) -> None:
     ids=["unknown value", "no nvcc", "no compiler"],
 )
 def test_a_build_that_cannot_be_had_fails(tmp_path: Path, environment: dict[str, str], message: str) -> None:
-    completed = build(checkout_copy(tmp_path), "--wheel", **environment)
+    completed = build(checkout_copy(tmp_path), "--wheel", "--no-isolation", **environment)
     assert completed.returncode != 0
     assert " ".join(message.split()) in " ".join((completed.stdout + completed.stderr).split())
