@@ -129,16 +129,17 @@ import json
 from resources import bounds, interpreted, shapes
 jagged = shapes.Shape("jagged", "jagged", (104, 3, 70, 200), 2, 16)
 pooling = shapes.Shape("pooling", "pma", (104, 70, 0, 1100), 2, 64, 32)
-for shape in (jagged, pooling):
-    for training in (False, True):
-        launches = shapes.record(shape, training).launches
-        for x in interpreted.tensors(tuple(launch.arguments for launch in launches)):
-            if x.is_floating_point():
-                x.zero_()
-        for launch, truth in zip(launches, interpreted.interpreted(launches)):
-            ways = bounds.walked(launch, bounds.compiled(launch), 10**9)
-            flops = [bounds.products_of(way.names)[0] * launch.tiles.warps for way in ways]
-            print(json.dumps([launch.kernel.fn.__name__, flops, [truth.get(i, 0) for i in range(launch.grid)]]))
+launches = [
+    launch
+    for shape in (jagged, pooling) for training in (False, True) for launch in shapes.record(shape, training).launches
+]
+for x in interpreted.tensors(tuple(launch.arguments for launch in launches)):
+    if x.is_floating_point():
+        x.zero_()
+for launch, truth in zip(launches, interpreted.interpreted(launches)):
+    ways = bounds.walked(launch, bounds.compiled(launch), 10**9)
+    flops = [bounds.products_of(way.names)[0] * launch.tiles.warps for way in ways]
+    print(json.dumps([launch.kernel.fn.__name__, flops, [truth.get(i, 0) for i in range(launch.grid)]]))
 """
 
 
