@@ -70,8 +70,9 @@ def assert_within_budget(
     With EVERY=1 there are as many draws as the rule of `testing.compare` needs; else quantities for which `max_draws`
     are not enough are not judged.
     """
+    exact = copy.deepcopy(before).double()
     rows = testing.judge(
-        testing.pooled(lambda seed: _measure(before, after, make(seed), run), 0, most_draws(max_draws))
+        testing.pooled(lambda seed: _measure(before, after, exact, make(seed), run), 0, most_draws(max_draws))
     )
     assert rows
     assert not [row for row in rows if not row.ok]
@@ -92,9 +93,9 @@ def evaluate(module: nn.Module, inputs: Inputs, run: Run) -> dict[str, Tensor]:
     return result
 
 
-def _measure(before: nn.Module, after: nn.Module, inputs: Inputs, run: Run) -> testing.Errors:
+def _measure(before: nn.Module, after: nn.Module, exact: nn.Module, inputs: Inputs, run: Run) -> testing.Errors:
     result, eager = evaluate(after, inputs, run), evaluate(before, inputs, run)
-    truth = evaluate(copy.deepcopy(before).double(), testing.cast_inputs(inputs, torch.float64), run)
+    truth = evaluate(exact, testing.cast_inputs(inputs, torch.float64), run)
     assert result.keys() == truth.keys()
     return {name: testing.Sums.of(x, eager[name], truth[name]) for name, x in result.items()}
 
