@@ -10,9 +10,9 @@ from torch import Tensor
 
 from interformer_kernels import reference
 from interformer_kernels._calls import GATE_ACTIVATIONS, GATE_FORMS, SCORES, AttentionCall
-from interformer_kernels.testing.case import ALL_EMPTY, HARD_SIZES, NO_ROWS, ONE_GIANT, TILE_EDGES, Case
+from interformer_kernels.testing.case import ALL_EMPTY, HARD_SIZES, MANY_ROWS, NO_ROWS, ONE_GIANT, TILE_EDGES, Case
 from interformer_kernels.testing.draw import Draw, Made, offsets_of
-from interformer_kernels.testing.hard_values import HARD_VALUES, pointwise
+from interformer_kernels.testing.hard_values import HARD_VALUES, LARGE_SCORES, pointwise
 from interformer_kernels.testing.reach import Reach, at, gathered, rows_of
 
 _SCORES: tuple[dict[str, Any], ...] = tuple(
@@ -113,11 +113,15 @@ def hard_cases(op: str) -> list[Case]:
 
 def hard_value_cases(op: str, sizes: dict[str, Any]) -> list[Case]:
     """The calls that are made of hard numbers; their names are those of HARD_VALUES."""
+    many_rows = {**sizes, "lengths": MANY_ROWS, "shared_value": op == "pma_pooling"}
     return [
-        Case(op, name, **sizes, gate="head" if "gates" in name else "", options=options)
+        Case(
+            op, name, **(many_rows if name == LARGE_SCORES else sizes),
+            gate="head" if "gates" in name else "", options=options,
+        )
         for name, (_, kinds) in HARD_VALUES.items()
         for options in kinds
-    ]
+    ]  # fmt: skip
 
 
 def make_inputs(draw: Draw, case: Case, offsets: Tensor) -> Made:

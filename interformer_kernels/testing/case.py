@@ -13,6 +13,7 @@ ALL_EMPTY = (0, 0, 0)
 MIXED = (5, 0, 37, 1, 8)
 TILE_EDGES = (63, 0, 64, 65, 1)
 ONE_GIANT = (1, 2, 300, 0, 3)
+MANY_ROWS = 24 * (5, 40)
 
 
 @dataclasses.dataclass(frozen=True)

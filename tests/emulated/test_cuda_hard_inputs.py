@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from hard_calls import over_planted, over_values, planted_problems, value_breaches
+from hard_calls import LARGE, over_planted, over_values, planted_problems, value_breaches
 
 from interformer_kernels.testing import Case
 
@@ -15,4 +16,9 @@ def test_one_value_in_one_place(case: Case, dtype: torch.dtype) -> None:
 
 @over_values
 def test_hard_values_are_within_the_budget(case: Case, dtype: torch.dtype) -> None:
+    assert not value_breaches("cuda", case, dtype)
+
+
+@pytest.mark.parametrize(("case", "dtype"), LARGE)
+def test_scores_of_hundreds_are_within_the_budget(case: Case, dtype: torch.dtype) -> None:
     assert not value_breaches("cuda", case, dtype)
