@@ -12,6 +12,7 @@ from torch import Tensor
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels._launch import splits
 from interformer_kernels._launch.plans import facts_of
+from interformer_kernels._launch.rotary import rotated_before
 from interformer_kernels._launch.tensors import readable
 from interformer_kernels._triton import _run, _tiles
 from interformer_kernels._triton._arguments import (
@@ -35,10 +36,6 @@ from interformer_kernels._triton._tiles import Tiles
 from interformer_kernels._triton.apply_rotary import rope_operand, rotated
 
 _SCALES = 2.0**-100, 2.0**100  # that kernels of 16 bits take as they are
-# A rotation inside the kernels costs a quarter of one in a pass before. So that pass pays for tokens that are loaded
-# for more than four tiles of queries of 64, and as it is a launch, from so many rotations of a token under one head on.
-_LOADS = 256
-_ROTATIONS = 2**24
 
 
 class Problem:
@@ -95,22 +92,15 @@ class Problem:
     def _rope(self) -> tuple[Tensor, Tensor, Rope | None, RopeOptions]:
         """Queries and keys, rotated where a pass before is cheaper, the kernels' operand, and what they do with it.
 
-        Kernels rotate a tile whenever they load it: keys once for each tile of queries, and in the backward queries
-        once for each tile of keys. Bits are the same either way; so queries are rotated before they are multiplied by a
-        factor that rounds them. Where the kernels lack registers, they know nothing of rotary embedding.
+        Bits are the same either way; so queries are rotated before they are multiplied by a factor that rounds them.
+        Where the kernels lack registers, they know nothing of rotary embedding.
         """
         call, q, k = self.call, self.call.q, self.call.k
         if call.cos is None or call.sin is None:
             return q, k, None, RopeOptions(0, False, False, False)
-        if call.layout != "packed" or call.v is None or call.skip_prefix:
-            raise ValueError("attention: rope must be None without packed queries, without v, and with skip_prefix")
-        rows, (k_tokens, kv_heads, _) = max(1, self.rows), k.shape
-        pairs = call.cos.shape[1]
-        inside = self._geometry.rotates
-        keys_first = not inside or k_tokens * kv_heads * (self.tokens * self.q_per_kv // rows - _LOADS) > _ROTATIONS
-        queries_first = not inside or abs(self.q_factor) != 1
-        if self.backward and self.tokens * self.heads * (k_tokens // rows - _LOADS) > _ROTATIONS:
-            queries_first = True
+        pairs, inside = call.cos.shape[1], self._geometry.rotates
+        queries_first, keys_first = rotated_before(call, inside, self.backward)
+        queries_first = queries_first or abs(self.q_factor) != 1
         tables, interleaved = (call.cos, call.sin), call.rope_interleaved
         if queries_first:
             q = rotated(q, self.offsets.q, *tables, call.positions_q, interleaved, backwards=False)

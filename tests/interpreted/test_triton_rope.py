@@ -5,44 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import rope_calls
 import torch
 from every import most_draws
-from guards import guarded, guarded_inputs
+from guards import guarded_inputs
+from rope_calls import ATTENTION, BF16, CASES, DTYPES, rope_case
 from torch import Tensor
 from triton_calls import results
 
-import interformer_kernels as ik
 from interformer_kernels import testing
 from interformer_kernels._calls import AttentionCall
-from interformer_kernels._triton import _attention_problem, _run, attention
+from interformer_kernels._launch import rotary
+from interformer_kernels._triton import _run, attention
 from interformer_kernels._triton._tiles import Target
 from interformer_kernels.testing import Case, offsets_of
 
-ATTENTION = "jagged_attention"
 ON_HOPPER = Target("cuda", 90)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Rows of short kernels and of long ones, over several tiles; empty rows, and a tail.
-LENGTHS = (40, 3, 0, 17)
-
-
-def _case(name: str, **fields: Any) -> Case:
-    return Case(ATTENTION, name, **{"lengths": LENGTHS, "heads": 2, "kv_heads": 1, **fields})
-
-
-F32, BF16, F16 = DTYPES
-CASES = [
-    (_case("all channels", rope=16), F32),
-    (_case("interleaved", rope=16, options={"rope_interleaved": True}), BF16),
-    (_case("few of many channels", rope=8, head_size=20, positions=True), F16),
-    (_case("few of many channels, interleaved", rope=8, head_size=20, options={"rope_interleaved": True}), F32),
-    (_case("no power of two", rope=24, head_size=24, options={"causal": True}), BF16),
-    (_case("some of no power of two", rope=24, head_size=31, positions=True,
-           options={"window": (20, 3), "num_prefix": 1}), F32),
-    (_case("cross, gated", rope=8, query_lengths=(5, 40, 3, 33), positions=True, gate="full", residual=True), BF16),
-    (_case("silu", rope=16, options={"score": "silu", "post_scale": 0.5}), F32),
-    (_case("negative scale", rope=16, options={"scale": -0.3}), BF16),
-    (_case("a pair of its own", rope=2, head_size=4), F16),
-]  # fmt: skip
 in_turn = pytest.mark.parametrize(("case", "dtype"), CASES, ids=[case.name for case, _ in CASES])
 but_the_last = pytest.mark.parametrize(("case", "dtype"), CASES[:-1], ids=[case.name for case, _ in CASES[:-1]])
 
@@ -83,14 +61,14 @@ def test_a_pass_before_gives_the_same_bits(case: Case, dtype: torch.dtype, monke
 
 
 def _rotated_before(inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Tensor], int]:
-    monkeypatch.setattr(_attention_problem, "_LOADS", 0)
-    monkeypatch.setattr(_attention_problem, "_ROTATIONS", 0)
+    monkeypatch.setattr(rotary, "_LOADS", 0)
+    monkeypatch.setattr(rotary, "_ROTATIONS", 0)
     return _watched(inputs, monkeypatch)
 
 
 def test_queries_are_rotated_before_a_factor_that_rounds_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scale that is far from 1 is multiplied into the queries; their bits must not depend on who rotates them."""
-    inputs = testing.make_inputs(_case("", rope=16, options={"scale": 3e-31}), BF16)
+    inputs = testing.make_inputs(rope_case("", rope=16, options={"scale": 3e-31}), BF16)
     inputs["q"] = (inputs["q"].detach() * 2.0**100).requires_grad_()
     inside, passes = _watched(inputs, monkeypatch)
     assert passes == 2
@@ -143,83 +121,30 @@ def test_where_registers_lack_rotation_is_a_pass_of_its_own(channels: int, rope:
 # ---------------------------------------------------------------- positions and tables
 
 
-def _inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    return testing.make_inputs(_case("", rope=8, positions=True), dtype)
-
-
 def test_positions_outside_of_the_tables_are_clamped() -> None:
-    ik.set_validation("off")
-    inputs = _inputs()
-    rows, tokens = inputs["rope"][0].shape[0], inputs["rope_positions"].shape[0]
-    limits = torch.iinfo(torch.int64)
-    outside = torch.tensor([limits.min, -1, 0, rows - 1, rows, limits.max]).repeat(tokens)[:tokens]
-    clamped = results(ATTENTION, {**inputs, "rope_positions": outside.clamp(0, rows - 1)})
-    for quantity, x in results(ATTENTION, {**inputs, "rope_positions": guarded(outside)}).items():
-        assert torch.equal(x, clamped[quantity]), quantity
+    rope_calls.check_positions_outside_of_the_tables(results)
 
 
 def test_rows_longer_than_the_tables_are_clamped() -> None:
-    ik.set_validation("off")
-    inputs = _inputs()
-    inputs["rope"] = tuple(guarded(table[:20].clone()) for table in inputs["rope"])
-    positions = torch.cat([torch.arange(n) for n in (*LENGTHS, len(inputs["k"]) - sum(LENGTHS))])
-    clamped = results(ATTENTION, {**inputs, "rope_positions": positions.clamp(max=19)})
-    for quantity, x in results(ATTENTION, {**inputs, "rope_positions": None}).items():
-        assert torch.equal(x, clamped[quantity]), quantity
+    rope_calls.check_rows_longer_than_the_tables(results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tables_and_positions_of_any_strides(dtype: torch.dtype) -> None:
-    """Both tables as columns of one, rows that begin anywhere, and strides that differ."""
-    inputs = _inputs(dtype)
-    plain = results(ATTENTION, inputs)
-    cos, sin = inputs["rope"]
-    beside = torch.cat((cos, sin), 1).split(cos.shape[1], 1)
-    odd = torch.cat((cos, sin, sin[:, :1]), 1)
-    tables = [beside, (odd[:, : cos.shape[1]], odd[:, cos.shape[1] : -1]), (cos, beside[1])]
-    every_second = torch.stack((inputs["rope_positions"], inputs["rope_positions"] - 1), 1)[:, 0]
-    for rope in tables:
-        for quantity, x in results(ATTENTION, {**inputs, "rope": rope, "rope_positions": every_second}).items():
-            assert torch.equal(x, plain[quantity]), quantity
+    rope_calls.check_tables_and_positions_of_any_strides(results, dtype)
 
 
 def test_table_rows_and_positions_of_no_token_are_not_used() -> None:
-    """NaN stands in rows of the tables that no token takes, positions of the tail are anything."""
-    ik.set_validation("off")
-    inputs = _inputs()
-    tokens, tail = sum(LENGTHS), len(inputs["k"]) - sum(LENGTHS)
-    inputs["rope_positions"] = inputs["rope_positions"].clamp(2, 40)
-    plain = results(ATTENTION, inputs)
-    cos, sin = (table.clone() for table in inputs["rope"])
-    for table in (cos, sin):
-        table[:2] = table[41:] = float("nan")
-    positions = inputs["rope_positions"].clone()
-    positions[tokens:] = torch.tensor([0, -5, 10**12, 41]).repeat(tail)[:tail]
-    for quantity, x in results(ATTENTION, {**inputs, "rope": (cos, sin), "rope_positions": positions}).items():
-        assert torch.equal(x, plain[quantity]), quantity
+    rope_calls.check_table_rows_and_positions_of_no_token(results)
 
 
 def test_offsets_in_disorder() -> None:
-    """Nothing is read outside of the tensors, and nothing is left unwritten."""
-    ik.set_validation("off")
-    inputs = guarded_inputs(_case("", lengths=(5, 3, 40), tail=0, rope=16), torch.float32)
-    for disordered in ([7, 2, 1000, -5], [1000, 9, 0, 11], [0, -3, 48, 3]):
-        for quantity, x in results(ATTENTION, {**inputs, "offsets": guarded(torch.tensor(disordered))}).items():
-            assert not x.isnan().any(), (quantity, disordered)
+    rope_calls.check_offsets_in_disorder(results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_is_what_it_is_alone(dtype: torch.dtype) -> None:
-    inputs = testing.make_inputs(_case("", rope=8, head_size=20, tail=0), dtype)
-    whole, first = results(ATTENTION, inputs), 0
-    for length in LENGTHS:
-        rows = slice(first, first + length)
-        alone = {**inputs, "offsets": offsets_of((length,))}
-        for name in ("q", "k", "v", "grad_out"):
-            alone[name] = inputs[name][rows].detach().requires_grad_(name != "grad_out")
-        for quantity, x in results(ATTENTION, alone).items():
-            assert torch.equal(x, whole[quantity][rows]), (quantity, length)
-        first += length
+    rope_calls.check_a_row_alone(results, dtype)
 
 
 def test_calls_without_a_public_op_are_refused() -> None:
