@@ -61,10 +61,16 @@ def apply_rotary(call: RotaryCall, outputs: RotaryOutputs, threads: int, /) -> N
 cuda_scheduler_size: int
 """int64 numbers of memory, of any content, that the tile scheduler of a call needs."""
 
+cuda_widest_rope: int
+"""Channels of the widest heads that the kernels of attention rotate."""
+
 def cuda_attention_forward(
     call: AttentionCall, outputs: AttentionOutputs, workspace: attention.ForwardWorkspace, tf32: bool, /
 ) -> None:
-    """Writes `out`, and `lse` and `attn_out` where given; without rotary tables.
+    """Writes `out`, and `lse` and `attn_out` where given.
+
+    Rotary tables have rows of 4n numbers, aligned to 16 bytes, of equal strides. The workspace says whether queries,
+    and whether keys, are rotated by the kernels; else they were rotated before.
 
     Rows of more than `split_kv` keys are split, where queries are not packed (0: no row is split). Their partials need
     memory: `partials [2 Tk / split_kv + 1, N, H, Dv]` and `partial_stats [..., 2]`, float32. `tf32`: float32 may be
@@ -74,7 +80,7 @@ def cuda_attention_forward(
 def cuda_attention_backward(
     call: AttentionCall, gradients: AttentionGradients, workspace: attention.BackwardWorkspace, tf32: bool, /
 ) -> None:
-    """Writes the gradients; without rotary tables.
+    """Writes the gradients; rotary tables are as in the forward, and gradients of queries and keys are rotated back.
 
     It also writes to its workspace: `delta` and `inv_row_sum`, of the shape of `lse` (softmax only), and
     `grad_attn_out` of the output's shape (only with a gate, or a `post_scale` that is not 1). `grad_q` of shared

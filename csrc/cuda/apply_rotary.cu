@@ -5,6 +5,7 @@
 
 #include "cuda/elements.h"
 #include "cuda/instructions.cuh"
+#include "cuda/rotary.cuh"
 #include "cuda/rows.cuh"
 
 namespace interformer {
@@ -44,10 +45,10 @@ __device__ void rotate(const Rotation<T>& p, const T* from, T* to, const float* 
     for (int i = 0; i < WIDTH; ++i) {
         // Places in both vectors together: 2 i and 2 i + 1 if interleaved, else i and i + WIDTH.
         const int a = INTERLEAVED ? 2 * i : i, b = INTERLEAVED ? 2 * i + 1 : i + WIDTH;
-        const float x = widen(in[a / WIDTH].at[a % WIDTH]), y = widen(in[b / WIDTH].at[b % WIDTH]);
-        const float u = cos[c + i], v = p.backwards ? -sin[c + i] : sin[c + i];
-        out[a / WIDTH].at[a % WIDTH] = narrow<T>(x * u - y * v);
-        out[b / WIDTH].at[b % WIDTH] = narrow<T>(y * u + x * v);
+        float x = widen(in[a / WIDTH].at[a % WIDTH]), y = widen(in[b / WIDTH].at[b % WIDTH]);
+        rotate_pair(x, y, cos[c + i], p.backwards ? -sin[c + i] : sin[c + i]);
+        out[a / WIDTH].at[a % WIDTH] = narrow<T>(x);
+        out[b / WIDTH].at[b % WIDTH] = narrow<T>(y);
     }
     for (int i = 0; i < 2; ++i) *reinterpret_cast<V*>(to + places[i]) = out[i];
 }

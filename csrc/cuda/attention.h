@@ -1,5 +1,5 @@
 // The attention family of docs/ops.md on a GPU: `jagged_attention`, `gated_cross_attention` and `pma_pooling` are one
-// computation in three layouts. Rotary embedding is a separate pass before and after (`apply_rotary`).
+// computation in three layouts.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,7 @@ namespace interformer {
 namespace cuda {
 
 constexpr int kMaxChannels = 256;        // channels of a head
+constexpr int kWidestRope = 64;          // channels of a head whose queries and keys these kernels rotate
 constexpr int64_t kSchedulerSize = 258;  // int64 numbers of memory, of any content, that a tile scheduler needs
 
 // Memory for the partials of split rows: rows of more keys than `split_kv` (a multiple of 32), where queries are not
@@ -24,7 +25,14 @@ struct SplitKv {
     std::optional<TensorView> partial_stats;
 };
 
+// What the kernels of a call with rotary tables rotate themselves; the rest was rotated before (`apply_rotary`), with
+// the same bits. Gradients of both are always rotated back by the kernels.
+struct RotatedInside {
+    bool queries = false, keys = false;
+};
+
 struct ForwardWorkspace {
+    RotatedInside rotated;
     SplitKv splits;
     TensorView scheduler;  // `kSchedulerSize` int64 numbers of any content
 };
@@ -32,6 +40,7 @@ struct ForwardWorkspace {
 // Tensors with a number for each query are float32, of the output's shape without its last axis, and present only under
 // softmax.
 struct BackwardWorkspace {
+    RotatedInside rotated;
     std::optional<TensorView> lse;                 // from the forward, read
     std::optional<TensorView> delta, inv_row_sum;  // see attention_gradient.cuh
     // The gradient of A, of the output's shape and dtype; present only with a gate, or a factor of probabilities.
@@ -50,13 +59,21 @@ void read(Reader& next, SplitKv& splits) {
 }
 
 template <typename Reader>
+void read(Reader& next, RotatedInside& rotated) {
+    rotated.queries = next.boolean("rotates_queries");
+    rotated.keys = next.boolean("rotates_keys");
+}
+
+template <typename Reader>
 void read(Reader& next, ForwardWorkspace& workspace) {
+    read(next, workspace.rotated);
     read(next, workspace.splits);
     next.tensor("scheduler", workspace.scheduler);
 }
 
 template <typename Reader>
 void read(Reader& next, BackwardWorkspace& workspace) {
+    read(next, workspace.rotated);
     next.optional("lse", workspace.lse);
     next.optional("delta", workspace.delta);
     next.optional("inv_row_sum", workspace.inv_row_sum);

@@ -1,8 +1,10 @@
 // Checks of the attention kernels' arguments, beyond those of every backend.
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/attention.h"
+#include "cuda/elements.h"
 #include "cuda/tile_scheduler.cuh"
 
 namespace interformer {
@@ -18,11 +20,28 @@ int64_t query_tokens(const AttentionInputs& in) {
 void check_call(const Checks& check, const AttentionInputs& in) {
     check_inputs(check, in);
     check.contiguous_last_axis("q", in.q);
-    if (in.cos) check.refuse("cos", "None: rotary embedding is a separate pass", describe(*in.cos));
     for (const TensorView* x : {&in.k, in.v ? &*in.v : &in.k})
         if (x->shape[2] > kMaxChannels)
             throw std::runtime_error("the CUDA kernels of attention serve heads of at most " +
                                      std::to_string(kMaxChannels) + " channels, found " + describe(*x));
+}
+
+// The kernels rotate tiles of packed queries and of keys that are not values, four pairs at a time.
+void check_rope(const Checks& check, const AttentionInputs& in, const RotatedInside& rotated) {
+    if (!in.cos) {
+        if (rotated.queries || rotated.keys) check.refuse("cos", "given with what is rotated inside", "None");
+        return;
+    }
+    if (!in.v || in.skip_prefix != 0) check.refuse("cos", "None without v, and with skip_prefix", describe(*in.cos));
+    if (std::max(in.k.shape[2], value_axis(in).size) > kWidestRope)
+        check.refuse("cos", "None for heads of more than " + std::to_string(kWidestRope) + " channels",
+                     describe(*in.cos));
+    for (const TensorView* table : {&*in.cos, &*in.sin})
+        if (table->shape[1] % 4 != 0 || alignment_of(*table) < 16)
+            check.refuse("cos", "tables with rows of 4n numbers, aligned to 16 bytes", describe(*table));
+    const int64_t row = in.cos->strides[0];
+    if (in.cos->shape[0] > 1 && (row != in.sin->strides[0] || row < 0 || row > UINT32_MAX))
+        check.refuse("sin", "of cos's strides", describe(*in.sin));
 }
 
 // A float32 tensor with a number for each query.
@@ -93,6 +112,7 @@ void check_query_gradient(const Checks& check, const AttentionInputs& in, const 
 void check_forward(const Checks& check, const AttentionInputs& in, const AttentionOutputs& to,
                    const ForwardWorkspace& workspace) {
     check_call(check, in);
+    check_rope(check, in, workspace.rotated);
     check_scheduler(check, workspace.scheduler);
     check_outputs(check, in, to);
     if (to.residual) check.contiguous_last_axis("residual", *to.residual);
@@ -102,6 +122,7 @@ void check_forward(const Checks& check, const AttentionInputs& in, const Attenti
 void check_backward(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads,
                     const BackwardWorkspace& workspace) {
     check_call(check, in);
+    check_rope(check, in, workspace.rotated);
     check_scheduler(check, workspace.scheduler);
     const DType dtype = in.k.dtype;
     const bool softmax = in.variant.score.softmax, gated = in.gate.has_value();

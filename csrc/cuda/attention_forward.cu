@@ -129,7 +129,7 @@ __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group
     const AttentionMemory<T, WIDTH> memory(group, layout);
     cp_async_stationary(memory.stationary[0], p.q, p.channels, task.queries, rows);
     cp_async_commit();
-    // Queries would be rotated here, too; keys in `PairCopy`'s tiles.
+    if (p.rope.inside.queries) rotate_stationary(memory.stationary[0], rotary_queries(p, task.queries, rows));
     if (p.variant.negates_queries()) negate(memory.stationary[0]);
     const KeyRange common = common_range(p, rows, task.queries.count, keys.count);
     const LaneQueries<Query> queries(
@@ -142,6 +142,7 @@ __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group
     for_each_tile(
         group, tiles, f.plan.stages,
         [&](int tile, int stage) { copy.start(stage, tile * Tiles::kStreamed, keys.count - tile * Tiles::kStreamed); },
+        [&](int tile, int stage) { rotate_keys(p, copy, keys, tile, stage); },
         [&](int tile, int stage) {
             if (!warp_tiles.contains(tile)) return;
             const int first = tile * Tiles::kStreamed, count = keys.count - first;
@@ -240,7 +241,8 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, co
     if (to.out.size() == 0) return;
     with_element(in.k.dtype, tf32, [&](auto element) {
         using T = decltype(element);
-        ForwardArguments<T> f{AttentionProblem<T>(in), epilogue_of<T>(in, to), Partials(workspace.splits), {}};
+        ForwardArguments<T> f{
+            AttentionProblem<T>(in, workspace.rotated), epilogue_of<T>(in, to), Partials(workspace.splits), {}};
         with_width(in, [&](auto width) { start_attend<T, width.value>(f, workspace.scheduler, stream); });
         start_combine(combine_partials<T>, f, stream);
     });

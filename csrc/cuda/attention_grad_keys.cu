@@ -42,6 +42,12 @@ struct StationaryKeys {
     __device__ bool is_key(int r) const { return in_row && begin + r < row.count && begin + r >= skip; }
     // The number of the key, or one that no query sees.
     __device__ int key(int r) const { return is_key(r) ? begin + r - skip : INT_MAX; }
+    // The warp's tokens, for their rotation; none of the tail.
+    template <typename T>
+    __device__ RotaryRows rotary(const AttentionProblem<T>& p) const {
+        const int count = in_row ? min(row.count - begin, kStationary) : 0;
+        return {p.rope, p.rope.positions_k, row.first, PackedRows(begin, 0, 1), 0, count};
+    }
     // Tiles of queries that see some of the next `rows` tokens.
     template <typename T>
     __device__ TileRange query_tiles(const AttentionProblem<T>& p, const Queries& queries, int rows, int tile) const {
@@ -69,13 +75,15 @@ struct KeyHeads {
     int kv_head, kv_heads, channels;
 };
 
-// Writes `acc`, times `scale`, for the channels from `first` on, by way of shared memory. Tokens that no query may see
-// get zeros explicitly: a tile that they share with other tokens may hold NaN, and NaN times a probability of 0 is NaN.
-template <typename T, int WIDTH, int C>
+// Writes `acc`, times `scale`, for the channels from `first` on, by way of shared memory, where `rotate` may change it.
+// Tokens that no query may see get zeros explicitly: a tile that they share with other tokens may hold NaN, and NaN
+// times a probability of 0 is NaN.
+template <typename T, int WIDTH, int C, typename Rotate>
 __device__ void write_keys(const KeyHeads<T>& to, const AttentionMemory<T, WIDTH>& memory, AccTile (&acc)[C],
-                           float scale, const StationaryKeys& keys, int first) {
+                           float scale, const StationaryKeys& keys, int first, Rotate&& rotate) {
     stage_results(memory, acc, scale);
     __syncwarp();
+    rotate();
     const bool aligned = four_aligned(to.data, to.channels);
     const int channels = min(to.channels - first, C * 16);
     for_each_staged(memory, channels, [&](int r, int c, const Four& grads) {
@@ -93,13 +101,16 @@ __device__ void write_gradients(const KeyArguments<T>& g, const AttentionMemory<
                                 AccTile (&acc_v)[C], const StationaryKeys& keys, int kv_head, int first) {
     const AttentionProblem<T>& p = g.problem;
     const KeyHeads<T> grad_k{g.grad_k, kv_head, p.kv_heads, p.channels};
+    const auto as_it_is = [] {};
     if (p.v_is_k) {
         for_each_pair(acc_k, acc_v, [&](int, int, float& x, float& y) { x = x * p.grad_scale + y; });
-        write_keys(grad_k, memory, acc_k, p.outer_scale, keys, first);
+        write_keys(grad_k, memory, acc_k, p.outer_scale, keys, first, as_it_is);
         return;
     }
-    write_keys(grad_k, memory, acc_k, p.grad_scale * p.outer_scale, keys, first);
-    write_keys({g.grad_v, kv_head, p.kv_heads, p.value_channels}, memory, acc_v, p.outer_scale, keys, first);
+    write_keys(grad_k, memory, acc_k, p.grad_scale * p.outer_scale, keys, first, [&] {
+        if (p.rope.half > 0) rotate_back(memory, keys.rotary(p));
+    });
+    write_keys({g.grad_v, kv_head, p.kv_heads, p.value_channels}, memory, acc_v, p.outer_scale, keys, first, as_it_is);
 }
 
 // 16 tokens for each warp, over all queries that see them; zero on the tail and on skipped tokens.
@@ -135,6 +146,7 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
     copy_tokens(0, p.k, p.channels);
     if (!p.v_is_k) copy_tokens(1, p.v, p.value_channels);
     cp_async_commit();
+    if (p.rope.inside.keys) rotate_stationary(memory.stationary[0], keys.rotary(p));
     const int lane_keys[2] = {keys.key(lane_index() / 4), keys.key(lane_index() / 4 + 8)};
 
     AccTile acc_k[kChannelChunk<WIDTH> / 16], acc_v[kChannelChunk<WIDTH> / 16];
@@ -151,6 +163,12 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
             const ThreadGroup threads = group.threads.reread();
             for (int r = threads.rank; r < kStreamed; r += threads.size)
                 memory.query_stats[stage].set(r, g.query_stats(queries, rows[r], slot.span.count - skip));
+        },
+        [&](int tile, int stage) {
+            const int64_t begin = int64_t{tile} * kStreamed;
+            if (p.rope.inside.queries)
+                copy.rotate(stage, {p.rope, p.rope.positions_q, queries.origin, PackedRows(begin, 0, p.q_per_kv), 0,
+                                    rows_from(begin)});
         },
         [&](int tile, int stage) {
             if (!warp_tiles.contains(tile)) return;

@@ -76,6 +76,7 @@ __device__ void accumulate_row(const QueryArguments<T>& g, const TileGroup& grou
     cp_async_stationary(memory.stationary[0], p.q, p.channels, queries, rows);
     cp_async_stationary(memory.stationary[1], g.grad_attn_out, p.value_channels, queries, rows);
     cp_async_commit();
+    if (p.rope.inside.queries) rotate_stationary(memory.stationary[0], rotary_queries(p, queries, rows));
     const KeyRange common = common_range(p, rows, queries.count, keys.count);
     const LaneQueries<QueryStats> lane_queries(
         rows, common, [&](const PackedRow& row) { return g.query_stats(queries, row, keys.count); });
@@ -116,6 +117,9 @@ __device__ void grad_tile(const QueryArguments<T>& g, const TileGroup& group) {
     stage_results(memory, acc, p.grad_scale * p.outer_scale);
     __syncwarp();
     const PackedRows rows(task.begin + group.warp * kStationary, kv_head, p.q_per_kv);
+    // Tokens of the tail have gradients of zero, and positions of any content.
+    if (p.rope.half > 0 && task.queries.row < p.kv_offsets.rows)
+        rotate_back(memory, rotary_queries(p, task.queries, rows));
     write_queries(g, task, rows, memory, first);
 }
 

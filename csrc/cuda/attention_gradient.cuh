@@ -27,7 +27,8 @@ struct BackwardArguments {
     float *lse = nullptr, *delta = nullptr, *inv_row_sum = nullptr;  // by query, as in `BackwardWorkspace`
     Plan plan{};
 
-    explicit BackwardArguments(const Backward& call) : problem(call.in), grad_attn_out(call.grad_attn_out) {
+    explicit BackwardArguments(const Backward& call)
+        : problem(call.in, call.workspace.rotated), grad_attn_out(call.grad_attn_out) {
         const BackwardWorkspace& workspace = call.workspace;
         if (workspace.lse) lse = static_cast<float*>(workspace.lse->data);
         if (workspace.delta) delta = static_cast<float*>(workspace.delta->data);

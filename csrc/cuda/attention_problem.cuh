@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/attention_call.h"
+#include "cuda/attention_rope.cuh"
 #include "cuda/attention_variant.cuh"
 #include "cuda/elements.h"
 #include "cuda/rows.cuh"
@@ -62,11 +63,12 @@ struct AttentionProblem {
     int skip;  // keys left out at the start of each row
     Heads<const T> q, k, v;
     bool v_is_k;
+    Rope rope;
     Variant<T> variant;
     float outer_scale;  // factor of sums over probabilities
     float grad_scale;   // factor of sums over dS
 
-    explicit AttentionProblem(const AttentionInputs& in);
+    explicit AttentionProblem(const AttentionInputs& in, const RotatedInside& rotated = {});
 
     int64_t rows() const { return kv_offsets.rows; }
     int64_t query_tokens() const { return layout == QueryLayout::packed ? q_offsets.tokens : rows() * queries; }
@@ -109,7 +111,7 @@ struct AttentionProblem {
 };
 
 template <typename T>
-AttentionProblem<T>::AttentionProblem(const AttentionInputs& in)
+AttentionProblem<T>::AttentionProblem(const AttentionInputs& in, const RotatedInside& rotated)
     : q_offsets(in.layout == QueryLayout::packed && in.q_offsets ? *in.q_offsets : in.kv_offsets, in.q.shape[0]),
       kv_offsets(in.kv_offsets, in.k.shape[0]),
       layout(in.layout),
@@ -125,6 +127,7 @@ AttentionProblem<T>::AttentionProblem(const AttentionInputs& in)
       k(in.k),
       v(in.v ? *in.v : in.k),
       v_is_k(!in.v),
+      rope(in, rotated),
       variant(in.variant),
       outer_scale(static_cast<float>(probs_factors<T>(in.variant).outer)),
       grad_scale(static_cast<float>(d_scores_factors<T>(in.variant).outer)) {}

@@ -74,6 +74,7 @@ __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
     cp_async_stationary(memory.stationary[0], p.q, p.channels, task.queries, rows);
     cp_async_stationary(memory.stationary[1], g.grad_attn_out, p.value_channels, task.queries, rows);
     cp_async_commit();
+    if (p.rope.inside.queries) rotate_stationary(memory.stationary[0], rotary_queries(p, task.queries, rows));
     const KeyRange common = common_range(p, rows, task.queries.count, keys.count);
     const LaneQueries<QueryStats> queries(rows, common, [&](const PackedRow& row) {
         QueryStats stats{p.variant.query(row, task.queries.count, keys.count), 0.0f, 0.0f,

@@ -89,22 +89,27 @@ struct AttentionMemory {
     }
 };
 
-// Calls `start(tile, stage)`, which starts and commits copies, and `use(tile, stage)` for the tiles in their order.
-// Copies that the same threads committed before have landed when the first tile is used.
-template <typename Start, typename Use>
+// Calls `start(tile, stage)`, which starts and commits copies, `land(tile, stage)` once those of the calling thread
+// have landed, and `use(tile, stage)` once those of all threads have, for the tiles in their order. Copies that the
+// same threads committed before have landed with the first tile.
+template <typename Start, typename Land, typename Use>
 __device__ inline void for_each_tile(const TileGroup& group, const TileRange& tiles, int stages, Start&& start,
-                                     Use&& use) {
+                                     Land&& land, Use&& use) {
     const int steps = tiles.count(), stage_bits = stages - 1;  // one or two stages: no division
 #pragma unroll 1
     for (int step = 1 - stages; step < steps; ++step) {
         // With two stages, this step's tile has landed after the barrier, and the next one's stage is free.
         const int ahead = step + stages - 1;
-        if (stages > 1 && step >= 0) cp_async_wait<0>();
+        if (stages > 1 && step >= 0) {
+            cp_async_wait<0>();
+            land(tiles[step], step & stage_bits);
+        }
         group.sync();
         if (ahead < steps) start(tiles[ahead], ahead & stage_bits);
         if (step < 0) continue;
         if (stages == 1) {
             cp_async_wait<0>();
+            land(tiles[step], 0);
             group.sync();
         }
         use(tiles[step], step & stage_bits);
@@ -178,8 +183,7 @@ __device__ inline void stage_results(const AttentionMemory<T, WIDTH>& memory, co
 }
 
 // Calls `each(row, channel, numbers)` for the four numbers at every fourth of the first `channels` channels of a warp's
-// staged results. Neighbouring lanes have neighbouring numbers, and narrow heads several rows at once. Gradients of
-// rotated queries and keys would be rotated back before, in the staged numbers themselves.
+// staged results. Neighbouring lanes have neighbouring numbers, and narrow heads several rows at once.
 template <typename T, int WIDTH, typename Each>
 __device__ inline void for_each_staged(const AttentionMemory<T, WIDTH>& memory, int channels, Each&& each) {
     constexpr int kAcross = WIDTH / 4 < kWarp ? WIDTH / 4 : kWarp, kRows = kWarp / kAcross;
@@ -209,6 +213,35 @@ __device__ inline RowSource<T> tokens_of(const Heads<const T>& from, int channel
     return {from.at(0, first, kv_head), from.token, channels, from.alignment};
 }
 
+// Rotates rows that this warp has copied, once the copies of the calling lane have landed.
+template <typename Tile>
+__device__ inline void rotate_tile(Tile tile, const RotaryRows& rows) {
+    // Wider heads have no rotation in their code: dK and dV of 128 channels have no registers for one on sm_80.
+    if constexpr (Tile::kColumns <= kWidestRope) {
+        __syncwarp();  // those of the other lanes have landed, too
+        rows.rotate<Tile::kColumns>(tile.data, Tile::kStride, 1.0f);
+    }
+}
+
+// Waits for a warp's stationary tile, and rotates it. To do so beside the first streamed tile would hide the wait, but
+// takes registers that kernels lack.
+template <typename Stationary>
+__device__ inline void rotate_stationary(Stationary tile, const RotaryRows& rows) {
+    if constexpr (Stationary::kColumns <= kWidestRope) {
+        cp_async_wait<0>();
+        rotate_tile(tile, rows);
+    }
+}
+
+// Rotates a warp's staged results back, in the numbers themselves.
+template <typename T, int WIDTH>
+__device__ inline void rotate_back(const AttentionMemory<T, WIDTH>& memory, const RotaryRows& rows) {
+    if constexpr (WIDTH <= kWidestRope) {
+        rows.rotate<WIDTH>(memory.staged, AttentionTiles<T, WIDTH>::kStaged, -1.0f);
+        __syncwarp();
+    }
+}
+
 // 16 packed rows of a tensor of the queries' layout; zero where the row has no such token.
 template <typename T, typename Stationary>
 __device__ inline void cp_async_stationary(Stationary to, const Heads<const T>& from, int channels,
@@ -219,8 +252,7 @@ __device__ inline void cp_async_stationary(Stationary to, const Heads<const T>& 
                   static_cast<int>(min(count, int64_t{kStationary})));
 }
 
-// Copies of pairs of streamed tiles from two sources of the same rows; without a second one, of the first tile alone. A
-// rotary embedding would be one more function of a pair, called by all threads once its copies have landed.
+// Copies of pairs of streamed tiles from two sources of the same rows; without a second one, of the first tile alone.
 template <typename T, int WIDTH, bool KEEP>
 class PairCopy {
     using Copy = TileCopy<typename AttentionTiles<T, WIDTH>::Streamed>;
@@ -239,6 +271,17 @@ class PairCopy {
         cp_async_commit();
     }
 
+    // Rotates the first tile of a stage, once the copies of this thread have landed. Each warp rotates the rows that it
+    // has copied.
+    __device__ void rotate(int stage, RotaryRows rows) const {
+        if constexpr (WIDTH <= kWidestRope) {
+            const int strip = Copy::strip_rows(threads_), begin = threads_.reread().rank / kWarp * strip;
+            rows.begin = max(rows.begin, begin);
+            rows.end = min(rows.end, begin + strip);
+            rotate_tile(memory_.streamed[2 * stage], rows);
+        }
+    }
+
   private:
     const AttentionMemory<T, WIDTH>& memory_;
     ThreadGroup threads_;
@@ -255,6 +298,23 @@ __device__ inline PairCopy<T, WIDTH, KEEP> copy_of_keys(const AttentionProblem<T
             tokens_of(p.v, p.value_channels, keys.first, kv_head), !p.v_is_k};
 }
 
+// The packed rows of a warp, for their rotation.
+template <typename T>
+__device__ inline RotaryRows rotary_queries(const AttentionProblem<T>& p, const Queries& queries,
+                                            const PackedRows& rows) {
+    const int64_t count = int64_t{queries.count} * p.q_per_kv - rows.begin();
+    return {p.rope, p.rope.positions_q, queries.origin, rows, 0, static_cast<int>(min(count, int64_t{kStationary}))};
+}
+
+// Rotates a tile of keys, once this thread's copies have landed, if they were not rotated before.
+template <typename T, int WIDTH, bool KEEP>
+__device__ inline void rotate_keys(const AttentionProblem<T>& p, const PairCopy<T, WIDTH, KEEP>& copy, const Keys& keys,
+                                   int tile, int stage) {
+    const int first = tile * AttentionTiles<T, WIDTH>::kStreamed;
+    if (p.rope.inside.keys)
+        copy.rotate(stage, {p.rope, p.rope.positions_k, keys.first, PackedRows(first, 0, 1), 0, keys.count - first});
+}
+
 // For each tile of keys that a warp's queries see, the products of its scores and of dA with the values, part by part:
 // `use(scores, d_probs, places, row, stage)`, where the part begins at row `row` of the tile. Queries and dA are the
 // stationary tiles.
@@ -268,6 +328,7 @@ __device__ inline void for_each_key_tile(const AttentionProblem<T>& p, const Til
     for_each_tile(
         group, tiles, stages,
         [&](int tile, int stage) { copy.start(stage, tile * Tiles::kStreamed, keys.count - tile * Tiles::kStreamed); },
+        [&](int tile, int stage) { rotate_keys(p, copy, keys, tile, stage); },
         [&](int tile, int stage) {
             if (!warp_tiles.contains(tile)) return;
             const int first = tile * Tiles::kStreamed;

@@ -74,6 +74,7 @@ inline void bind_personalized_ffn_backward(py::handle call, py::handle gradients
 
 inline void bind(py::module_& m) {
     m.attr("cuda_scheduler_size") = kSchedulerSize;
+    m.attr("cuda_widest_rope") = kWidestRope;
     m.def("cuda_attention_forward", &bind_attention_forward);
     m.def("cuda_attention_backward", &bind_attention_backward);
     m.def("cuda_apply_rotary", &bind_apply_rotary);

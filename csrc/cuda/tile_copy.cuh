@@ -55,9 +55,12 @@ class TileCopy<Tile<T, ROWS, COLUMNS>> {
     static constexpr int kUnrolled = ROWS / kStep > kMaxWarps ? ROWS / kStep / kMaxWarps : 1;
 
   public:
+    // Rows of a warp's strip; of 1, 2 or 4 warps: no division.
+    __device__ static int strip_rows(ThreadGroup threads) { return max(ROWS >> threads.size / (2 * kWarp), kStep); }
+
     __device__ TileCopy(const RowSource<T>& source, ThreadGroup threads)
         : source_(source),
-          rows_(max(ROWS >> threads.size / (2 * kWarp), kStep)),  // of 1, 2 or 4 warps: no division
+          rows_(strip_rows(threads)),
           row_(threads.rank / kWarp * rows_ + row_of(threads.rank % kWarp / kAcross)),
           column_(threads.rank % kAcross * kVector) {
         source_.data += column_;

@@ -12,14 +12,18 @@ from interformer_kernels._calls import AttentionCall, AttentionGradients, Attent
 from interformer_kernels._cuda.apply_rotary import rotated
 from interformer_kernels._launch import splits
 from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
+from interformer_kernels._launch.rotary import rotated_before
 from interformer_kernels._launch.tensors import allows_tf32, fitted, readable
 
 _GATE_BLOCK = 32  # tokens over which gradients of a gate that all tokens share are summed at once
+_ROPE_VECTOR = 4  # pairs of channels that the kernels rotate at once
 
 
 class ForwardWorkspace(NamedTuple):
-    """Memory of a forward call: partials of split rows, and the tile scheduler's counter."""
+    """What the kernels rotate, and memory of a forward call: partials of split rows, the tile scheduler's counter."""
 
+    rotates_queries: bool
+    rotates_keys: bool
     split_kv: int
     partials: Tensor | None
     partial_stats: Tensor | None
@@ -27,8 +31,10 @@ class ForwardWorkspace(NamedTuple):
 
 
 class BackwardWorkspace(NamedTuple):
-    """Memory of a backward call, and how its sums are cut. `lse` is the forward's."""
+    """What the kernels rotate, memory of a backward call, and how its sums are cut. `lse` is the forward's."""
 
+    rotates_queries: bool
+    rotates_keys: bool
     lse: Tensor | None
     delta: Tensor | None
     inv_row_sum: Tensor | None
@@ -41,19 +47,45 @@ class BackwardWorkspace(NamedTuple):
     scheduler: Tensor
 
 
-def _rotated_call(call: AttentionCall) -> AttentionCall:
-    """The call with rotated queries and keys instead of rotary tables, and all tensors as the kernels read them."""
+def _rotates_inside(call: AttentionCall) -> bool:
+    """Whether the kernels know of rotary embedding: if so, they rotate gradients back, whoever rotated the inputs."""
+    if call.cos is None or call.v is None:
+        return False
+    return max(call.k.shape[2], call.v.shape[2]) <= _C.cuda_widest_rope and call.cos.shape[1] % _ROPE_VECTOR == 0
+
+
+def _prepared(call: AttentionCall, backward: bool = False) -> tuple[AttentionCall, bool, bool]:
+    """The call with all tensors as the kernels read them, and whether they rotate queries, and keys.
+
+    What they do not rotate is rotated here; where they know of no rotary embedding, the call has no tables.
+    """
+    queries_inside = keys_inside = False
     if call.cos is not None and call.sin is not None:
-        q = _rotated(call.q, call, backwards=False, queries=True)
-        k = _rotated(call.k, call, backwards=False, queries=False)
-        call = call._replace(q=q, k=k, cos=None, sin=None, positions_q=None, positions_k=None)
-    return fitted(call._replace(q=readable(call.q)), call.out_shape())
+        inside = _rotates_inside(call)
+        queries_before, keys_before = rotated_before(call, inside, backward)
+        q = _rotated(call.q, call, backwards=False, queries=True) if queries_before else call.q
+        k = _rotated(call.k, call, backwards=False, queries=False) if keys_before else call.k
+        cos, sin = _tables(call.cos, call.sin) if inside else (None, None)
+        queries_inside, keys_inside = not queries_before, not keys_before
+        call = call._replace(q=q, k=k, cos=cos, sin=sin)
+        if not inside:
+            call = call._replace(positions_q=None, positions_k=None)
+    return fitted(call._replace(q=readable(call.q)), call.out_shape()), queries_inside, keys_inside
+
+
+def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary tables as the kernels of attention read them: of equal strides, with rows at multiples of 16 bytes."""
+    cos, sin = readable(cos), readable(sin)
+    strays = any(table.data_ptr() % (4 * _ROPE_VECTOR) or table.stride(0) % _ROPE_VECTOR for table in (cos, sin))
+    if strays or cos.stride(0) != sin.stride(0):
+        return cos.clone(memory_format=torch.contiguous_format), sin.clone(memory_format=torch.contiguous_format)
+    return cos, sin
 
 
 def _rotated(x: Tensor, call: AttentionCall, backwards: bool, queries: bool) -> Tensor:
-    """Packed queries or keys, or their gradients, rotated by the call's tables; unchanged where it has none."""
-    if call.cos is None or call.sin is None:
-        return x
+    """Packed queries or keys, or their gradients, rotated by the call's tables."""
+    assert call.cos is not None
+    assert call.sin is not None
     q_offsets = call.q_offsets if queries else None
     positions = call.positions_q if queries else call.positions_k
     offsets = call.kv_offsets if q_offsets is None else q_offsets
@@ -84,8 +116,9 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
     split_kv = splits.split_kv(call)
     outputs = AttentionOutputs(readable(residual), out, lse if softmax else None, attn_out if keep_attn_out else None)
     partials = _partials(call, split_kv, shape[-1]), _partials(call, split_kv, 2)
-    workspace = ForwardWorkspace(split_kv, *partials, _scheduler(call))
-    _C.cuda_attention_forward(_rotated_call(call), outputs, workspace, allows_tf32(k.dtype))
+    prepared, rotates_queries, rotates_keys = _prepared(call)
+    workspace = ForwardWorkspace(rotates_queries, rotates_keys, split_kv, *partials, _scheduler(call))
+    _C.cuda_attention_forward(prepared, outputs, workspace, allows_tf32(k.dtype))
     return out, lse, attn_out
 
 
@@ -109,7 +142,10 @@ def backward(
         grad_v=None if v is None else grad_v,
         grad_gate=None if gate is None else sums,
     )
+    prepared, rotates_queries, rotates_keys = _prepared(call, backward=True)
     workspace = BackwardWorkspace(
+        rotates_queries=rotates_queries,
+        rotates_keys=rotates_keys,
         lse=lse if softmax else None,
         delta=torch.empty_like(lse) if softmax else None,
         inv_row_sum=torch.empty_like(lse) if softmax else None,
@@ -121,7 +157,10 @@ def backward(
         partial_stats=_partials(call, split_kv, 2 if softmax else 0),
         scheduler=_scheduler(call),
     )
-    _C.cuda_attention_backward(_rotated_call(call), gradients, workspace, allows_tf32(k.dtype))
-    grad_q = grad_q.sum(0).to(k.dtype) if shared else _rotated(grad_q, call, backwards=True, queries=True)
-    grad_k = _rotated(grad_k, call, backwards=True, queries=False)
+    _C.cuda_attention_backward(prepared, gradients, workspace, allows_tf32(k.dtype))
+    if shared:
+        grad_q = grad_q.sum(0).to(k.dtype)
+    elif call.cos is not None and not _rotates_inside(call):
+        grad_q = _rotated(grad_q, call, backwards=True, queries=True)
+        grad_k = _rotated(grad_k, call, backwards=True, queries=False)
     return grad_q, grad_k, grad_v, sums if gate is None else gate_gradient(gate, sums, shape)

@@ -20,6 +20,7 @@ CASES = [
     for op in SERVED
     for name, sizes in (("odd", ODD), ("whole", WHOLE))
 ]
+CASES.append(Case("jagged_attention", "rotated", **WHOLE, rope=24, positions=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.name}")
