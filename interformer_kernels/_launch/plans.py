@@ -71,6 +71,11 @@ def capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def any_facts() -> bool:
+    """Whether any plan holds facts."""
+    return bool(_facts)
+
+
 def facts_of(offsets: Tensor) -> Facts | None:
     """The facts of a call's offsets; None where no plan holds them, or a graph is captured."""
     if not _facts:

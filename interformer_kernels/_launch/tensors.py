@@ -29,8 +29,11 @@ def readable(x: Given) -> Given:
 
     Of offsets and positions, which have one axis, kernels take no strides at all.
     """
-    x = resolved(x)
-    if x is None or x.is_contiguous() or x.shape[-1] <= 1 or x.stride(-1) == 1:
+    if x is None:
+        return x
+    if x.is_neg():
+        x = x.resolve_neg()
+    if x.is_contiguous() or x.shape[-1] <= 1 or x.stride(-1) == 1:
         return x
     return x.contiguous()
 

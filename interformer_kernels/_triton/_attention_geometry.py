@@ -13,6 +13,7 @@ from interformer_kernels._triton._tiles import Target, Tiles, entries, padded, t
 
 _MIN_TILE_ROWS = 16  # rows of a tile that tensor cores take
 _WIDE_HEAD = 128  # padded channels of a head from which heads are not packed
+_TILE_NUMBERS = 4096  # of a tile that combines partials
 _MIN_WHOLE_ROWS = 64  # tokens that whole rows may have at least, where heads have a kernel of them
 
 
@@ -43,7 +44,7 @@ class Geometry:
         self.short_cell = 0 if short is None else short.keys  # tokens of a row left to the kernels of short rows
         self.whole = self._whole_tiles() if backward else None
         self.cell = self.short_cell if self.whole is None else self.whole.keys  # that kernels of tiles leave to others
-        self.tiles = functools.cache(self._tiles)
+        self.tiles, self.tiles_of_partials = functools.cache(self._tiles), functools.cache(self._tiles_of_partials)
         self.shape, self.short_shape = functools.cache(self._shape), functools.cache(self._short_shape)
         self.whole_shape = functools.cache(self._whole_shape)
 
@@ -92,6 +93,12 @@ class Geometry:
         # Masks of channels take registers that a tile of few queries and many keys lacks in so few warps.
         masked = kernel == "forward" and queries < entry.keys and not self._fills_tiles and self.on[0] == 2
         return entry._replace(queries=queries, warps=max(entry.warps, 8 if masked else 1))
+
+    def _tiles_of_partials(self, channels: int, warps: int) -> Tiles:
+        """Tiles of a kernel that combines partials of so many channels; no more queries than a row has."""
+        wide = padded(channels)
+        block = max(1, min(_TILE_NUMBERS // wide, padded(self.queries * self.kv_heads * self.q_per_kv)))
+        return Tiles(block, wide, warps, 1)
 
     def _shape(self, chosen: Tiles, rope: RopeOptions) -> Shape:
         """Shape of the kernels of tiles of one row."""

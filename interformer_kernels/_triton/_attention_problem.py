@@ -11,10 +11,10 @@ from torch import Tensor
 
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels._launch import splits
-from interformer_kernels._launch.plans import facts_of
+from interformer_kernels._launch.plans import any_facts, facts_of
 from interformer_kernels._launch.rotary import rotated_before
 from interformer_kernels._launch.tensors import readable
-from interformer_kernels._triton import _run, _tiles
+from interformer_kernels._triton import _programs, _run, _tiles
 from interformer_kernels._triton._arguments import (
     GateOperand,
     GateOptions,
@@ -36,6 +36,7 @@ from interformer_kernels._triton._tiles import Tiles
 from interformer_kernels._triton.apply_rotary import rope_operand, rotated
 
 _SCALES = 2.0**-100, 2.0**100  # that kernels of 16 bits take as they are
+_NO_ROPE = RopeOptions(0, False, False, False)
 
 
 class Problem:
@@ -49,19 +50,19 @@ class Problem:
         q_offsets = kv_offsets if call.q_offsets is None else readable(call.q_offsets)
         self.offsets = Offsets(q_offsets, kv_offsets)
         q, k, v = call.q, call.k, call.k if call.v is None else call.v
-        self.rows = call.kv_offsets.shape[0] - 1
-        self.heads, self.kv_heads = q.shape[-2], k.shape[1]
+        self.rows, self.heads = call.kv_offsets.shape[0] - 1, q.shape[-2]
+        self.k_tokens, self.kv_heads, channels = k.shape
         # Query tokens of all rows as outputs are numbered, and of one row where all rows have the same number.
-        self.tokens = self.out_shape[0] if call.layout == "packed" else self.out_shape[0] * self.out_shape[1]
         self.queries = 0 if call.layout == "packed" else self.out_shape[1]
+        self.tokens = self.out_shape[0] if call.layout == "packed" else self.out_shape[0] * self.queries
         made = geometry(
-            _tiles.state(), call.layout, call.score, call.v is None, k.shape[2], v.shape[2], self.heads, self.kv_heads,
-            self.queries, k.element_size(), _run.target_of(k), _run.precision(k.dtype),
+            _tiles.state(), call.layout, call.score, call.v is None, channels, self.out_shape[-1], self.heads,
+            self.kv_heads, self.queries, k.element_size(), _run.target_of(k), _run.precision(k.dtype),
             0 if call.cos is None else call.cos.shape[1], backward,
         )  # fmt: skip
         self._geometry, self.q_per_kv, self.cell, self.short_cell = made, made.q_per_kv, made.cell, made.short_cell
         self.pack, self.packs, self.heads_per_program = made.pack, made.packs, made.heads_per_program
-        self.tiles, self.whole_tiles = made.tiles, made.whole
+        self.tiles, self.tiles_of_partials, self.whole_tiles = made.tiles, made.tiles_of_partials, made.whole
         self.variant_inputs, self.variant_options = VariantInputs.of(call), VariantOptions.of(call)
         self.softmax = call.score == "softmax"
         self.fp32_softmax = self.softmax and k.dtype == torch.float32
@@ -97,7 +98,7 @@ class Problem:
         """
         call, q, k = self.call, self.call.q, self.call.k
         if call.cos is None or call.sin is None:
-            return q, k, None, RopeOptions(0, False, False, False)
+            return q, k, None, _NO_ROPE
         pairs, inside = call.cos.shape[1], self._geometry.rotates
         queries_first, keys_first = rotated_before(call, inside, self.backward)
         queries_first = queries_first or abs(self.q_factor) != 1
@@ -107,7 +108,7 @@ class Problem:
         if keys_first:
             k = rotated(k, self.offsets.kv, *tables, call.positions_k, interleaved, backwards=False)
         if not inside:
-            return q, k, None, RopeOptions(0, False, False, False)
+            return q, k, None, _NO_ROPE
         options = RopeOptions(pairs, interleaved, not queries_first, not keys_first)
         return q, k, rope_operand(*tables, call.positions_q, call.positions_k), options
 
@@ -119,12 +120,12 @@ class Problem:
 
     def num_partials(self, split_kv: int) -> int:
         """Number of partials of all rows of more than `split_kv` keys (`_attention_output.partial_index`)."""
-        return splits.num_partials(self.k.shape[0], split_kv)
+        return splits.num_partials(self.k_tokens, split_kv)
 
     @functools.cached_property
     def _sides(self) -> tuple[Side, Side]:
         """Tokens of queries and of keys, for lists of tiles. Only packed queries have offsets of their own."""
-        call, k_tokens = self.call, self.k.shape[0]
+        call, k_tokens = self.call, self.k_tokens
         k_facts = facts_of(call.kv_offsets)
         q_facts = k_facts if call.q_offsets is None else facts_of(call.q_offsets)
         keys = Side(self.offsets.kv, k_tokens, self.offsets.q, self.tokens, k_facts, q_facts)
@@ -132,31 +133,39 @@ class Problem:
             keys = Side(self.offsets.kv, k_tokens, None, 0, k_facts)
         return Side(self.offsets.q, self.tokens, self.offsets.kv, k_tokens, q_facts, k_facts), keys
 
-    def _programs(self, side: Side, per_token: int, block: int) -> Programs:
+    @property
+    def _searches(self) -> bool:
+        """Whether programs search for their rows, for nothing is known of the batch's rows and they are few."""
+        return self.rows < _programs.MANY_ROWS and not any_facts()
+
+    def _tile_programs(self, of_keys: bool, per_token: int, block: int) -> Programs:
+        if self._searches:
+            tokens = self.k_tokens if of_keys else self.tokens
+            return Programs(slots(tokens, self.rows, per_token, block) * self.packs, None, False)
         # In float32 a loop over tiles spills registers.
         loops = self.k.element_size() < 4
-        return self._tile_lists.programs(side, per_token, block, self.cell, self.packs, loops)
+        return self._tile_lists.programs(self._sides[of_keys], per_token, block, self.cell, self.packs, loops)
 
     def query_programs(self, block: int, rows: int, split_kv: int) -> Programs:
         """Programs of a pass over queries of the batch's rows, or of `rows` groups: one for each tile, or for each
         split of a row's keys and tile."""
         if self.call.layout == "packed":
-            return self._programs(self._sides[0], self.heads_per_program, block)
+            return self._tile_programs(False, self.heads_per_program, block)
         tiles_of_row = -(-self.queries * self.heads_per_program // block)
-        splits_of_rows = slots(self.k.shape[0], self.rows, 1, split_kv) if split_kv else rows
+        splits_of_rows = slots(self.k_tokens, self.rows, 1, split_kv) if split_kv else rows
         return Programs(splits_of_rows * tiles_of_row * self.packs, None, False)
 
     def key_programs(self, block: int) -> Programs:
         """Programs of the pass over keys."""
-        return self._programs(self._sides[1], self.pack, block)
+        return self._tile_programs(True, self.pack, block)
 
     def any_short(self) -> bool:
         """Whether the kernels of short rows may have work."""
-        return self._sides[0].any_short(self.short_cell)
+        return self._searches or self._sides[0].any_short(self.short_cell)
 
     def any_whole(self) -> bool:
         """Whether the backward of whole rows may have work."""
-        return self._sides[0].any_short(self.cell, self.short_cell)
+        return self._searches or self._sides[0].any_short(self.cell, self.short_cell)
 
     def any_longer(self) -> bool:
         """Whether any query may be left to the kernels of tiles of one row."""
@@ -168,13 +177,13 @@ class Problem:
     def know(self, operands: tuple[Any, ...], *options: Hashable) -> None:
         """Find the kernels of calls like this one, whose further operands and options these are."""
         self.known = _run.known_to(
-            (self.queries_operand, self.kv, self.offsets, self.variant_inputs, operands),
+            (self.queries_operand, *self.kv, *self.offsets, *self.variant_inputs, *operands),
             self.sizes, self._geometry, self.rope_options, self.variant_options, *options,
         )  # fmt: skip
 
     def _sizes(self) -> tuple[int, ...]:
         """Rows, tokens, queries of a row, skipped keys, and limits of masks; none larger than the number of tokens."""
-        call, tokens, k_tokens = self.call, self.tokens, self.k.shape[0]
+        call, tokens, k_tokens = self.call, self.tokens, self.k_tokens
         most = max(tokens, k_tokens)
         left, right = min(call.window_left, most), min(call.window_right, most)
         skip, prefix = min(call.skip_prefix, k_tokens), min(call.num_prefix, most)

@@ -39,7 +39,7 @@ class VariantInputs(NamedTuple):
     @classmethod
     def of(cls, call: AttentionCall) -> VariantInputs:
         """The fields of a call."""
-        return cls(*(getattr(call, name) for name in cls._fields))
+        return cls(call.scale, call.post_scale)
 
 
 class VariantOptions(NamedTuple):

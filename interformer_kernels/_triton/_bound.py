@@ -116,16 +116,26 @@ def _is_watched(kernel: Any) -> bool:
     )
 
 
-def _add_arguments(add: Callable[[Any], None], arguments: tuple[Any, ...]) -> None:
-    """Add to a key all that Triton specialises arguments by: of a flat integer only the width that it needs."""
+def _add_arguments(add: Callable[[Any], None], arguments: tuple[Any, ...], flat: bool = True) -> None:
+    """Add to a key all that Triton specialises arguments by, or members of a tuple of theirs.
+
+    Of a flat integer that is only the width that it needs; tensors count by dtype, and by the alignment of their first
+    number.
+    """
     for x in arguments:
         kind = type(x)
-        if kind is int:
-            add(int if -_INT32 <= x < _INT32 else x)
+        if kind is Tensor or isinstance(x, Tensor):
+            add(x.dtype)
+            add(x.data_ptr() % 16)
+        elif x is None or kind is float:
+            add(kind)
         elif isinstance(x, tuple):
             add(_of_tuple(x))
+        elif flat and kind is int:
+            add(int if -_INT32 <= x < _INT32 else x)
         else:
-            _add_other(add, x, kind)
+            add(kind)
+            add(x)
 
 
 def _of_tuple(members: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -134,28 +144,8 @@ def _of_tuple(members: tuple[Any, ...]) -> tuple[Any, ...]:
         # A tensor with its strides. `_can_repeat` sees to it that there is no other tensor.
         return type(members), x.dtype, x.data_ptr() % 16, members[1:]
     parts: list[Any] = [type(members)]
-    add = parts.append
-    for x in members:
-        kind = type(x)
-        if kind is float or x is None:
-            add(kind)
-        elif isinstance(x, tuple):
-            add(_of_tuple(x))
-        else:
-            _add_other(add, x, kind)
+    _add_arguments(parts.append, members, flat=False)
     return tuple(parts)
-
-
-def _add_other(add: Callable[[Any], None], x: Any, kind: type) -> None:
-    """The same for a member that is no tuple; tensors count by dtype, and by the alignment of their first number."""
-    if kind is Tensor or isinstance(x, Tensor):
-        add(x.dtype)
-        add(x.data_ptr() % 16)
-    elif x is None or kind is float:
-        add(kind)
-    else:
-        add(kind)
-        add(x)
 
 
 def _can_repeat(kernel: Any, compiled: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> bool:

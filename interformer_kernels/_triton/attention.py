@@ -23,7 +23,7 @@ from interformer_kernels._triton._attention_whole import attention_backward_whol
 from interformer_kernels._triton._tiles import Tiles, padded
 from interformer_kernels._triton.apply_rotary import rotated
 
-_TILE_NUMBERS = 4096  # of a tile of the epilogue's backward, and of one that combines partials
+_TILE_NUMBERS = 4096  # of a tile of the epilogue's backward
 
 
 class _Groups(NamedTuple):
@@ -68,13 +68,13 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
     )  # fmt: skip
     _start_short(problem, attention_forward_short, epilogue, outputs, GATE=gate_options)
     if split_kv:
-        block = max(1, min(_TILE_NUMBERS // padded(shape[-1]), padded(problem.queries * problem.heads)))
+        chosen = problem.tiles_of_partials(shape[-1], warps=4)
         _run.start(
-            combine_partials, (k.shape[0] // split_kv + 1) * -(-problem.queries * problem.heads // block),
+            combine_partials, (k.shape[0] // split_kv + 1) * -(-problem.queries * problem.heads // chosen.queries),
             partials, epilogue, outputs, problem.offsets.kv, *problem.split_sizes(),
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, VARIANT=options, GATE=gate_options,
-            SPLIT_KV=split_kv, BLOCK_Q=block, BLOCK_DV=padded(shape[-1]),
-            lead=k, tiles=Tiles(block, padded(shape[-1]), 4, 1), known=problem.known, form=(split_kv,),
+            SPLIT_KV=split_kv, BLOCK_Q=chosen.queries, BLOCK_DV=chosen.keys,
+            lead=k, tiles=chosen, known=problem.known, form=(split_kv,),
         )  # fmt: skip
     return out, lse, attn_out
 
@@ -185,23 +185,23 @@ def _start_queries(problem: Problem, side: QuerySide, out: Tensor, kind: GradPas
         form=(kind, split_kv, persistent, tile_list is None),
     )  # fmt: skip
     if split_kv:
-        wide = padded(out.shape[-1])
-        block = max(1, min(_TILE_NUMBERS // wide, padded(problem.queries * problem.heads)))
+        chosen = problem.tiles_of_partials(out.shape[-1], warps=8)
         _run.start(
-            add_partials, (k.shape[0] // split_kv + 1) * -(-problem.queries * problem.heads // block),
+            add_partials, (k.shape[0] // split_kv + 1) * -(-problem.queries * problem.heads // chosen.queries),
             partials, out, problem.offsets.kv, *problem.split_sizes(),
-            HEADS=problem.heads, C=out.shape[-1], SPLIT_KV=split_kv, BLOCK_Q=block, BLOCK_C=wide,
-            lead=k, tiles=Tiles(block, wide, 8, 1), known=problem.known, form=(kind, split_kv),
+            HEADS=problem.heads, C=out.shape[-1], SPLIT_KV=split_kv, BLOCK_Q=chosen.queries, BLOCK_C=chosen.keys,
+            lead=k, tiles=chosen, known=problem.known, form=(kind, split_kv),
         )  # fmt: skip
 
 
 def _grad_queries(problem: Problem, side: QuerySide, recompute_stats: bool) -> Tensor:
     """dQ; for shared queries summed over groups of rows and shards of their keys, and then over all of them."""
-    q, grad_q = problem.q, problem.q.new_empty(problem.call.q.shape)
+    q = problem.q
     if side.delta.numel():
         _start_queries(problem, side, side.delta, GradPass(problem.fp32_softmax, False, not recompute_stats), None)
     for_gradient = GradPass(problem.fp32_softmax, gradient=True, only_large_lse=False)
     if problem.call.layout != "shared":
+        grad_q = q.new_empty(q.shape)
         if grad_q.numel():
             _start_queries(problem, side, grad_q, for_gradient, None)
         return grad_q

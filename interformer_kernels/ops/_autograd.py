@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 from interformer_kernels import reference
-from interformer_kernels.ops._spec import PLAIN_TENSORS, Call
+from interformer_kernels.ops._spec import PLAIN_TENSORS, Call, OpSpec
 
 if TYPE_CHECKING:
     from interformer_kernels.ops._registered import RegisteredOp
@@ -70,10 +70,19 @@ def run(half: Half, args: Sequence[Any]) -> Any:
     """
     if torch._C._are_functorch_transforms_active():
         return half.op(*args)
-    if _unwatched() and _are_plain(half.tensors(args)):
-        return half.run(*args)
+    if _are_plain(half.tensors(args)):
+        return _run_plain(half, args)
+    return _below(half.op, args)
+
+
+def _run_plain(half: Half, args: Sequence[Any]) -> Any:
+    """The same where no transform of `torch.func` is at work, and all tensors are plain."""
+    return half.run(*args) if _unwatched() else _below(half.op, args)
+
+
+def _below(half: Any, args: Iterable[Any]) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
-        return half.op(*args)
+        return half(*args)
 
 
 def _unwatched() -> bool:
@@ -117,13 +126,7 @@ class Joined(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         name, shows_lse, rest, *values = inputs
-        spec = OPS[name].spec
-        args = spec.filled(rest, values)
-        kept = (*output[1:], *args[: len(spec.names)])
-        ctx.save_for_backward(*spec.saved_tensors(kept))
-        ctx.kept = name, spec.saved_options(kept), args[-2:]
-        ctx.mark_non_differentiable(*output[2 if shows_lse else 1 :])
-        ctx.set_materialize_grads(False)
+        _save(ctx, OPS[name].spec, shows_lse, OPS[name].spec.filled(rest, values), output)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -139,15 +142,46 @@ class Joined(torch.autograd.Function):
         return None, None, None, *(grad if need else None for grad, need in zip(computed, needed, strict=True))
 
 
+class _JoinedPlain(torch.autograd.Function):
+    """The same for plain tensors where no transform of `torch.func` is at work.
+
+    Its third argument has those of the forward, all of them: they need not be put together again.
+    """
+
+    backward = Joined.backward
+
+    @staticmethod
+    def forward(ctx: Any, name: str, shows_lse: bool, args: Sequence[Any], *inputs: Tensor | None) -> Any:
+        op = OPS[name]
+        outputs = _run_plain(op.forward, args)
+        outputs = outputs if op.spec.saved else (outputs,)
+        _save(ctx, op.spec, shows_lse, args, outputs)
+        return outputs
+
+
+def _save(ctx: Any, spec: OpSpec, shows_lse: bool, args: Sequence[Any], outputs: tuple[Tensor, ...]) -> None:
+    """Keep what `backward` reads of the arguments and outputs of a forward."""
+    kept = (*outputs[1:], *args[: len(spec.names)])
+    ctx.save_for_backward(*spec.saved_tensors(kept))
+    ctx.kept = spec.name, spec.saved_options(kept), args[-2:]
+    ctx.mark_non_differentiable(*outputs[2 if shows_lse else 1 :])
+    ctx.set_materialize_grads(False)
+
+
+# `Function.apply` binds its arguments by `inspect.signature`, which takes longer than a small call of an op.
+_apply: Any = super(torch.autograd.Function, Joined).apply
+_apply_plain: Any = super(torch.autograd.Function, _JoinedPlain).apply
+
+
 def join(op: RegisteredOp, shows_lse: bool, args: list[Any], inputs: list[Tensor | None]) -> tuple[Tensor, ...]:
     """`Joined` of a call of `<name>_fwd` with these arguments, of which `inputs` are differentiable."""
-    joined = (op.spec.name, shows_lse, op.spec.without_inputs(args), *inputs)
-    if torch._C._are_functorch_transforms_active():
-        outputs: tuple[Tensor, ...] = Joined.apply(*joined)  # type: ignore[no-untyped-call]
+    outputs: tuple[Tensor, ...]
+    transformed = torch._C._are_functorch_transforms_active()
+    if not transformed and _are_plain(op.forward.tensors(args)):
+        outputs = _apply_plain(op.spec.name, shows_lse, args, *inputs)
     else:
-        # `Function.apply` binds its arguments by `inspect.signature`, which takes longer than a small call of an op.
-        apply: Any = super(torch.autograd.Function, Joined).apply
-        outputs = apply(*unwrap_dead_wrappers(joined))
+        joined = (op.spec.name, shows_lse, op.spec.without_inputs(args), *inputs)
+        outputs = Joined.apply(*joined) if transformed else _apply(*unwrap_dead_wrappers(joined))  # type: ignore[no-untyped-call]
     return outputs
 
 
@@ -232,11 +266,6 @@ class _AtLevel(torch.autograd.function._SingleLevelFunction):
         with torch.enable_grad():  # for the levels outside of this one
             outputs = _below(op.forward_op, op.spec.filled(rest, inputs))
         return outputs if op.spec.saved else (outputs,)
-
-
-def _below(half: Any, args: Iterable[Any]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return half(*args)
 
 
 def register(op: RegisteredOp) -> None:
