@@ -137,6 +137,7 @@ class RopeOptions(NamedTuple):
 class Shape(NamedTuple):
     """Shape of a call and of its tiles, as kernels of tiles of one row are compiled for it.
 
+    `one_tile`: all rows are known to have no more queries than a tile.
     Its last fields but `precision` are those of `RopeOptions`.
     """
 
@@ -148,6 +149,7 @@ class Shape(NamedTuple):
     layout: str
     v_is_k: bool
     cell: int
+    one_tile: bool
     block_q: int
     block_k: int
     block_d: int

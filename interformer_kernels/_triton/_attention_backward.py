@@ -119,13 +119,14 @@ def _over_rows(
             side.lse, side.delta, p_head, m_in, VARIANT, PASS.fp32_softmax, PASS.gradient
         )
         stats = query_stats(b_lse, b_sum, b_delta, variant, VARIANT, kv.k.pointer.dtype.element_ty, True)
+        tiles_of_shard = tl.cdiv(keys * SHAPE.pack, SHAPE.block_k)
         if SPLIT_KV:
-            tiles_of_shard = SPLIT_KV * SHAPE.pack // SHAPE.block_k
+            tiles_of_shard = tl.where(i_shard < 0, tiles_of_shard, SPLIT_KV * SHAPE.pack // SHAPE.block_k)
         else:
-            tiles_of_shard = tl.cdiv(tl.cdiv(keys * SHAPE.pack, SHAPE.block_k), key_shards)
+            tiles_of_shard = tl.cdiv(tiles_of_shard, key_shards)
         row_acc, row_sum, mean = _over_keys(
             b_q, b_grad, stats, kv, i_pack, attempt, n, cell, head, tokens_of_tile(tile, task.count, SHAPE),
-            RowTask(row, task.first, task.count, k_first, keys), i_shard, tiles_of_shard, variant,
+            RowTask(row, task.first, task.count, k_first, keys), tl.maximum(i_shard, 0), tiles_of_shard, variant,
             SHAPE, VARIANT, PASS.gradient,
         )  # fmt: skip
         if PASS.fp32_softmax:
@@ -175,7 +176,7 @@ def _grad_of_query_tile(
             m_q = n < count  # [BLOCK_Q]
             if PASS.only_large_lse:
                 m_q = m_q & is_large(tl.load(side.lse + p_head, mask=m_q, other=0.0))
-            if SPLIT_KV and task.keys > SPLIT_KV:
+            if SPLIT_KV and i_shard >= 0:
                 p = (partial_index(task.k_first, i_shard, SPLIT_KV) * sizes.queries + n) * (SHAPE.packs * HEADS) + head
                 _store_queries(partials, p, m_q, acc, row_sum, mean, SHAPE, PASS)
             else:

@@ -41,8 +41,8 @@ def _over_keys(
     tokens = tokens_of_tile(tile, task.count, SHAPE)
     before, start, stop = key_tiles(tokens[0], tokens[1], task.count, task.keys, variant, TOKENS, VARIANT)
     if SPLIT_KV:
-        start = i_split * (SPLIT_KV * SHAPE.pack // SHAPE.block_k)
-        stop = tl.minimum(stop, start + SPLIT_KV * SHAPE.pack // SHAPE.block_k)
+        start = tl.maximum(i_split, 0) * (SPLIT_KV * SHAPE.pack // SHAPE.block_k)
+        stop = tl.where(i_split < 0, stop, tl.minimum(stop, start + SPLIT_KV * SHAPE.pack // SHAPE.block_k))
     for step in range(0, before + stop - start):
         # The minimum changes nothing but the code: without it, every thread would carry each of its addresses along.
         i_k = tl.minimum(tl.where(step < before, step, start + step - before), stop - 1)
@@ -84,7 +84,7 @@ def _attend_tile(
             )
             if SHAPE.pack > 1:
                 retry = retry | (tl.max(rows_with_nan(acc), 0) > 0)
-            if SPLIT_KV and task.keys > SPLIT_KV:
+            if SPLIT_KV and i_split >= 0:
                 index = partial_index(task.k_first, i_split, SPLIT_KV)
                 store_partial(
                     acc, row_max, row_sum, partials, index, sizes.queries, count, n, head,

@@ -13,6 +13,7 @@ from interformer_kernels._triton._tiles import Target, Tiles, entries, padded, t
 
 _MIN_TILE_ROWS = 16  # rows of a tile that tensor cores take
 _WIDE_HEAD = 128  # padded channels of a head from which heads are not packed
+_NUMBERS_OF_WARP = 256  # of a tile that combines partials, at least
 _TILE_NUMBERS = 4096  # of a tile that combines partials
 _MIN_WHOLE_ROWS = 64  # tokens that whole rows may have at least, where heads have a kernel of them
 
@@ -94,16 +95,24 @@ class Geometry:
         masked = kernel == "forward" and queries < entry.keys and not self._fills_tiles and self.on[0] == 2
         return entry._replace(queries=queries, warps=max(entry.warps, 8 if masked else 1))
 
-    def _tiles_of_partials(self, channels: int, warps: int) -> Tiles:
-        """Tiles of a kernel that combines partials of so many channels; no more queries than a row has."""
-        wide = padded(channels)
-        block = max(1, min(_TILE_NUMBERS // wide, padded(self.queries * self.kv_heads * self.q_per_kv)))
-        return Tiles(block, wide, warps, 1)
+    def _tiles_of_partials(self, channels: int, most_warps: int) -> Tiles:
+        """Tiles of a kernel that combines partials of so many channels; no more queries than a row has.
+
+        All warps of a program search for its row, so small tiles have fewer.
+        """
+        wide, queries = padded(channels), self.queries * self.kv_heads * self.q_per_kv
+        block = max(1, min(_TILE_NUMBERS // wide, 1 << max(0, queries - 1).bit_length()))
+        if wide >= _WIDE_HEAD:
+            most_warps = 8  # in four, Triton 3.6 spills
+        return Tiles(block, wide, max(1, min(most_warps, block * wide // _NUMBERS_OF_WARP)), 1)
 
     def _shape(self, chosen: Tiles, rope: RopeOptions) -> Shape:
         """Shape of the kernels of tiles of one row."""
+        # In float32, Triton 3.6 spills where it knows this.
+        known = self.layout != "packed" and self.on[0] == 2
+        one_tile = known and self.queries * self.heads_per_program <= chosen.queries
         return Shape(
-            self.d, self.dv, self.q_per_kv, self.pack, self.packs, self.layout, self.v_is_k, self.cell,
+            self.d, self.dv, self.q_per_kv, self.pack, self.packs, self.layout, self.v_is_k, self.cell, one_tile,
             chosen.queries, chosen.keys, padded(self.d), padded(self.dv), *rope, self.precision,
         )  # fmt: skip
 

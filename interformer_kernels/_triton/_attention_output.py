@@ -10,7 +10,7 @@ from interformer_kernels._triton._arguments import Epilogue, RowTask, Sizes
 from interformer_kernels._triton._attention_epilogue import apply_epilogue
 from interformer_kernels._triton._attention_variant import finalize, split_alpha
 from interformer_kernels._triton._maps import narrow
-from interformer_kernels._triton._rows import holder
+from interformer_kernels._triton._rows import span, split_row
 
 
 @triton.jit
@@ -69,29 +69,36 @@ def store_partial(
 
 
 @triton.jit
-def _split_row(slot, kv_offsets, sizes, HEADS: tl.constexpr, SPLIT_KV: tl.constexpr, BLOCK_Q: tl.constexpr):
+def _row_to_combine(
+    slot, kv_offsets, split_rows, sizes, HEADS: tl.constexpr, SPLIT_KV: tl.constexpr, BLOCK_Q: tl.constexpr
+):
     """Row, tile of its queries, first key and number of keys of the row whose splits a slot combines; no keys if idle.
 
-    A row of more than SPLIT_KV keys holds a multiple of SPLIT_KV among its tokens; its slots are those of the first.
+    A slot reads its row from the list of `split_rows`, or stands for a mark, and has the row whose first mark that is.
     """
     tiles = tl.cdiv(sizes.queries * HEADS, BLOCK_Q)
-    mark = (slot // tiles).to(tl.int64) * SPLIT_KV
-    row, first, count = holder(mark, kv_offsets, sizes.rows, sizes.k_tokens)
-    keys = count - sizes.skip
-    idle = (row >= sizes.rows) | (keys <= SPLIT_KV) | (mark - SPLIT_KV >= first)
-    return row, slot % tiles, first + sizes.skip, tl.where(idle, 0, keys)
+    i = slot // tiles
+    if split_rows is not None:
+        row = tl.load(split_rows + i)
+        first, count = span(kv_offsets, row, sizes.rows, sizes.k_tokens)
+        keys = count - sizes.skip
+    else:
+        row, first, keys, is_split = split_row(i, kv_offsets, sizes.rows, sizes.k_tokens, sizes.skip, SPLIT_KV)
+        keys = tl.where(is_split & (i == tl.cdiv(first, SPLIT_KV)), keys, 0)
+    return row, slot % tiles, first + sizes.skip, keys
 
 
 @triton.jit(do_not_specialize=["rows", "k_tokens", "queries", "skip"])
 def combine_partials(
-    partials, epilogue, outputs, kv_offsets, rows, k_tokens, queries, skip,
+    partials, epilogue, outputs, kv_offsets, split_rows, rows, k_tokens, queries, skip,
     HEADS: tl.constexpr, DV: tl.constexpr, LAYOUT: tl.constexpr, VARIANT: tl.constexpr, GATE: tl.constexpr,
     SPLIT_KV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of a row, in order, and finish its outputs."""
     sizes = Sizes(rows, 0, k_tokens, queries, skip)
     epilogue = Epilogue(epilogue.gate, epilogue.residual)
-    row, tile, k_first, keys = _split_row(tl.program_id(0), kv_offsets, sizes, HEADS, SPLIT_KV, BLOCK_Q)
+    slot = tl.program_id(0)
+    row, tile, k_first, keys = _row_to_combine(slot, kv_offsets, split_rows, sizes, HEADS, SPLIT_KV, BLOCK_Q)
     if keys == 0:
         return
     o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -126,12 +133,13 @@ def combine_partials(
 
 @triton.jit(do_not_specialize=["rows", "k_tokens", "queries", "skip"])
 def add_partials(
-    partials, out, kv_offsets, rows, k_tokens, queries, skip,
+    partials, out, kv_offsets, split_rows, rows, k_tokens, queries, skip,
     HEADS: tl.constexpr, C: tl.constexpr, SPLIT_KV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sum over the splits of a row, in order, of `partials [P, N, H, C]` for `out [B, N, H, C]`."""
     sizes = Sizes(rows, 0, k_tokens, queries, skip)
-    row, tile, k_first, keys = _split_row(tl.program_id(0), kv_offsets, sizes, HEADS, SPLIT_KV, BLOCK_Q)
+    slot = tl.program_id(0)
+    row, tile, k_first, keys = _row_to_combine(slot, kv_offsets, split_rows, sizes, HEADS, SPLIT_KV, BLOCK_Q)
     if keys == 0:
         return
     o_q = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)

@@ -30,7 +30,7 @@ from interformer_kernels._triton._arguments import (
 from interformer_kernels._triton._attention_geometry import geometry
 from interformer_kernels._triton._attention_variant import VariantInputs, VariantOptions
 from interformer_kernels._triton._bound import Known
-from interformer_kernels._triton._programs import Programs, Side, TileLists
+from interformer_kernels._triton._programs import Programs, Side, Splits, TileLists, splits_by_marks, splits_of
 from interformer_kernels._triton._rows import slots
 from interformer_kernels._triton._tiles import Tiles
 from interformer_kernels._triton.apply_rotary import rope_operand, rotated
@@ -146,14 +146,23 @@ class Problem:
         loops = self.k.element_size() < 4
         return self._tile_lists.programs(self._sides[of_keys], per_token, block, self.cell, self.packs, loops)
 
-    def query_programs(self, block: int, rows: int, split_kv: int) -> Programs:
+    @functools.cached_property
+    def splits(self) -> Splits:
+        """Splits of the rows' keys."""
+        split_kv = splits.split_kv(self.call)
+        if not split_kv:
+            return Splits(0)
+        if not any_facts():
+            return splits_by_marks(self.k_tokens, split_kv)
+        return splits_of(self._sides[True], self.sizes[4], split_kv)
+
+    def query_programs(self, block: int, rows: int, of_splits: Splits) -> Programs:
         """Programs of a pass over queries of the batch's rows, or of `rows` groups: one for each tile, or for each
         split of a row's keys and tile."""
         if self.call.layout == "packed":
             return self._tile_programs(False, self.heads_per_program, block)
         tiles_of_row = -(-self.queries * self.heads_per_program // block)
-        splits_of_rows = slots(self.k_tokens, self.rows, 1, split_kv) if split_kv else rows
-        return Programs(splits_of_rows * tiles_of_row * self.packs, None, False)
+        return Programs((rows + of_splits.later) * tiles_of_row * self.packs, of_splits.split_list, False)
 
     def key_programs(self, block: int) -> Programs:
         """Programs of the pass over keys."""
@@ -170,7 +179,7 @@ class Problem:
     def any_longer(self) -> bool:
         """Whether any query may be left to the kernels of tiles of one row."""
         block = self.tiles("grad_queries").queries
-        return self.call.layout != "packed" or self.query_programs(block, self.rows, 0)[0] > 0
+        return self.call.layout != "packed" or self.query_programs(block, self.rows, Splits(0))[0] > 0
 
     # ------------------------------------------------------------ arguments of kernels
 

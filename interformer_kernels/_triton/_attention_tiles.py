@@ -18,7 +18,7 @@ import triton.language as tl
 from interformer_kernels._triton._arguments import RowTask
 from interformer_kernels._triton._maps import narrow
 from interformer_kernels._triton._rope import columns, rotate_k, rotate_q
-from interformer_kernels._triton._rows import find, span
+from interformer_kernels._triton._rows import find, span, split_row
 from interformer_kernels._triton._tile_list import listed_opposite, listed_tile
 
 
@@ -53,34 +53,74 @@ def is_short(offsets, row, rows, tokens, first, count, opposite, CELL: tl.conste
 
 
 @triton.jit
+def _tile_of(slot, sizes, SHAPE: tl.constexpr):
+    """Row, group of rows or split of a slot, and its tile of queries. A division takes 30 instructions."""
+    row = slot
+    tile = slot * 0
+    if not SHAPE.one_tile:
+        tiles = tl.cdiv(sizes.queries * SHAPE.pack * SHAPE.q_per_kv, SHAPE.block_q)
+        row = slot // tiles
+        tile = slot % tiles
+    return row, tile
+
+
+@triton.jit
+def _split_task(i, offsets, split_list, sizes, SPLIT_KV: tl.constexpr):
+    """Row, first key, number of keys and split of a program by row or by mark (`_rows.py`), and whether it is idle.
+
+    The row's own program has its first split, or, as split -1, all keys of a row that is not split. It searches only
+    for a long row, to know what programs by mark will find. With a list, its entries (row, split) replace the marks.
+    """
+    row = i
+    i_split = i * 0 - 1
+    by_mark = i >= sizes.rows
+    if split_list is not None:
+        if by_mark:
+            row = tl.load(split_list + 2 * (i - sizes.rows))
+            i_split = tl.load(split_list + 2 * (i - sizes.rows) + 1)
+        k_first, keys = keys_of(row, offsets, sizes)
+        if keys > SPLIT_KV:
+            i_split = tl.maximum(i_split, 0)
+    else:
+        # No keys by mark.
+        k_first, keys = keys_of(row, offsets, sizes)
+        if by_mark | (keys > SPLIT_KV):
+            mark = tl.where(by_mark, i - sizes.rows, tl.cdiv(k_first - sizes.skip, SPLIT_KV)).to(tl.int32)
+            found, first, found_keys, is_split = split_row(
+                mark, offsets.kv, sizes.rows, sizes.k_tokens, sizes.skip, SPLIT_KV
+            )
+            split = mark - tl.cdiv(first, SPLIT_KV).to(tl.int32) + by_mark
+            if is_split & (by_mark | (found == row)) & (split * SPLIT_KV < found_keys):
+                row = found
+                k_first = first + sizes.skip
+                keys = found_keys
+                i_split = split
+    idle = by_mark & (i_split < 0)
+    return row, k_first, keys, i_split, idle
+
+
+@triton.jit
 def query_task(slot, offsets, tile_list, sizes, SHAPE: tl.constexpr, SPLIT_KV: tl.constexpr):
     """The row of a program of queries, its tile of packed rows, its split of SPLIT_KV keys, and whether it is idle.
 
-    A slot is found by a search, or read from the list of tiles.
+    A slot is found by a search, or read from the list of tiles, with SPLIT_KV of splits.
     """
     HEADS: tl.constexpr = SHAPE.pack * SHAPE.q_per_kv
     LAYOUT: tl.constexpr = SHAPE.layout
     i_split = slot * 0
-    if tile_list is not None:
+    if SPLIT_KV:
+        i, tile = _tile_of(slot, sizes, SHAPE)
+        row, k_first, keys, i_split, idle = _split_task(i, offsets, tile_list, sizes, SPLIT_KV)
+        first, count = queries_of(row, offsets, sizes, LAYOUT)
+    elif tile_list is not None:
         row, tile, first, count = listed_tile(tile_list, slot)
         k_first, keys = listed_opposite(tile_list, slot)
         idle = slot >= tl.load(tile_list)
-    elif SPLIT_KV:
-        tiles = tl.cdiv(sizes.queries * HEADS, SHAPE.block_q)
-        tile = slot % tiles
-        row, k_first, keys, i_split = find(slot // tiles, offsets.kv, sizes.rows, sizes.k_tokens, 1, SPLIT_KV)
-        k_first += sizes.skip
-        keys = tl.maximum(keys - sizes.skip, 0)
-        first, count = queries_of(row, offsets, sizes, LAYOUT)
-        # A row without keys has a first split, too, which writes its outputs.
-        idle = (row >= sizes.rows) | (i_split * SPLIT_KV >= tl.maximum(keys, 1))
     else:
         if LAYOUT == "packed":
             row, first, count, tile = find(slot, offsets.q, sizes.rows, sizes.q_tokens, HEADS, SHAPE.block_q)
         else:
-            tiles = tl.cdiv(sizes.queries * HEADS, SHAPE.block_q)
-            row = slot // tiles
-            tile = slot % tiles
+            row, tile = _tile_of(slot, sizes, SHAPE)
             first = row.to(tl.int64) * sizes.queries
             count = sizes.queries + row * 0
         k_first, keys = keys_of(row, offsets, sizes)

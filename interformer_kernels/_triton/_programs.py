@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interformer_kernels._launch.plans import Facts
 from interformer_kernels._triton import _run
-from interformer_kernels._triton._rows import slots
+from interformer_kernels._triton._rows import marks, slots
 from interformer_kernels._triton._tile_list import ENTRY, ROWS, WARPS, list_tiles
 from interformer_kernels._triton._tiles import Tiles
 
@@ -79,6 +79,45 @@ class Programs(NamedTuple):
     grid: int
     tile_list: Tensor | None
     persistent: bool
+
+
+class Splits(NamedTuple):
+    """How rows of many keys under few queries are split: found by marks (`_rows.py`), or in the lists of a plan."""
+
+    split_kv: int  # keys of a split; 0 where no row is split
+    later: int = 0  # programs for splits behind the first of a row, in each tile of queries
+    split_list: Tensor | None = None  # row and split of each of those
+    combined: int = 0  # programs that combine the splits of a row, likewise
+    split_rows: Tensor | None = None  # row of each of those
+
+
+def splits_by_marks(tokens: int, split_kv: int) -> Splits:
+    """The splits of rows of which nothing is known."""
+    number = marks(tokens, split_kv)
+    return Splits(split_kv, number, None, number, None)
+
+
+def splits_of(keys: Side, skip: int, split_kv: int) -> Splits:
+    """The splits of the rows on the keys' side, whose first `skip` keys are left out."""
+    if keys.facts is None:
+        return splits_by_marks(keys.tokens, split_kv)
+    key = "splits", keys.tokens, skip, split_kv, _run.stream_of(keys.offsets)
+    planned: Any = keys.facts.kept(key, lambda: _planned_splits(keys, skip, split_kv))
+    return Splits(*planned)
+
+
+def _planned_splits(keys: Side, skip: int, split_kv: int) -> Splits:
+    """The splits that a plan knows; none where no row has more than `split_kv` keys."""
+    assert keys.facts is not None
+    later = ((keys.facts.lengths(keys.tokens) - skip - 1) // split_kv).clamp(min=0)
+    rows = later.nonzero().flatten()
+    if not len(rows):
+        return Splits(0)
+    later = later[rows]
+    split = torch.arange(int(later.sum())) - (later.cumsum(0) - later).repeat_interleave(later) + 1
+    entries = torch.stack((rows.repeat_interleave(later), split), 1)
+    split_list, split_rows = (x.to(keys.offsets.device, torch.int32) for x in (entries, rows))
+    return Splits(split_kv, len(split), split_list, len(rows), split_rows)
 
 
 class TileLists:

@@ -5,6 +5,10 @@ Rows are cut into tiles of `BLOCK` packed rows, `PER_TOKEN` of them for a token 
 the slots from `start_b * PER_TOKEN // BLOCK + b` on: at least as many as it has tiles, and at most one more, which
 stays idle. So the number of slots follows from sizes alone, and a slot's row is found by a binary search over the
 offsets themselves. The tokens behind the last row, the tail, are row `B`.
+
+Rows whose keys are split have marks instead, the multiples of the split among all tokens. A row of more keys than a
+split holds at least as many marks as it has splits behind its first one. So every row has a program by its number, and
+every mark one more, which alone has to search.
 """
 
 from __future__ import annotations
@@ -16,6 +20,11 @@ import triton.language as tl
 def slots(tokens: int, rows: int, per_token: int, block: int) -> int:
     """Number of slots of `rows` rows and the tail, for any offsets."""
     return tokens * per_token // block + rows + 1
+
+
+def marks(tokens: int, split_kv: int) -> int:
+    """Number of multiples of a split among all tokens."""
+    return -(-tokens // split_kv)
 
 
 @triton.jit
@@ -69,3 +78,20 @@ def holder(token, offsets, rows, tokens):
     """The row that holds a token (the tail is row `rows`), its first token, and its number of tokens."""
     row, first, last = _search(token, offsets, rows, tokens, 1, 1, False)
     return row, first, (last - first).to(tl.int32)
+
+
+@triton.jit
+def split_row(mark, offsets, rows, tokens, skip, SPLIT_KV: tl.constexpr):
+    """The row that holds a mark: its number, first token, keys behind the skipped ones, and whether these are split.
+
+    A row is split if it has more than SPLIT_KV keys, and the search finds the tokens that the offsets name. Where
+    offsets are in disorder, rows may overlap, but no two that are split. All programs of a row come to the same answer,
+    since the search finds the same row at each of its marks.
+    """
+    row, first, count = holder(mark.to(tl.int64) * SPLIT_KV, offsets, rows, tokens)
+    keys = count - skip
+    is_split = (row < rows) & (keys > SPLIT_KV)
+    if is_split:
+        here, number = span(offsets, row, rows, tokens)
+        is_split = (here == first) & (number == count)
+    return row, first, keys, is_split

@@ -20,6 +20,7 @@ from interformer_kernels._triton._attention_output import add_partials, combine_
 from interformer_kernels._triton._attention_problem import Problem
 from interformer_kernels._triton._attention_short import attention_backward_short, attention_forward_short
 from interformer_kernels._triton._attention_whole import attention_backward_whole
+from interformer_kernels._triton._programs import Splits
 from interformer_kernels._triton._tiles import Tiles, padded
 from interformer_kernels._triton.apply_rotary import rotated
 
@@ -49,7 +50,8 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
         None if residual is None else problem.query_operand(residual),
     )
     outputs = Outputs(out, lse if softmax else None, attn_out if keep_attn_out else None)
-    chosen, split_kv, partials = problem.tiles("forward"), splits.split_kv(call), None
+    chosen, of_splits, partials = problem.tiles("forward"), problem.splits, None
+    split_kv = of_splits.split_kv
     if split_kv:
         count = problem.num_partials(split_kv)
         partials = Partials(
@@ -58,7 +60,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
         )
     options, gate_options = problem.variant_options, problem.gate_options()
     problem.know(epilogue, gate_options, keep_attn_out)
-    grid, tile_list, persistent = problem.query_programs(chosen.queries, problem.rows, split_kv)
+    grid, tile_list, persistent = problem.query_programs(chosen.queries, problem.rows, of_splits)
     _run.start(
         attention_forward, grid,
         problem.queries_operand, problem.kv, problem.offsets, tile_list, epilogue, outputs, partials,
@@ -68,13 +70,13 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
     )  # fmt: skip
     _start_short(problem, attention_forward_short, epilogue, outputs, GATE=gate_options)
     if split_kv:
-        chosen = problem.tiles_of_partials(shape[-1], warps=4)
+        chosen = problem.tiles_of_partials(shape[-1], most_warps=4)
         _run.start(
-            combine_partials, (k.shape[0] // split_kv + 1) * -(-problem.queries * problem.heads // chosen.queries),
-            partials, epilogue, outputs, problem.offsets.kv, *problem.split_sizes(),
+            combine_partials, of_splits.combined * -(-problem.queries * problem.heads // chosen.queries),
+            partials, epilogue, outputs, problem.offsets.kv, of_splits.split_rows, *problem.split_sizes(),
             HEADS=problem.heads, DV=shape[-1], LAYOUT=call.layout, VARIANT=options, GATE=gate_options,
             SPLIT_KV=split_kv, BLOCK_Q=chosen.queries, BLOCK_DV=chosen.keys,
-            lead=k, tiles=chosen, known=problem.known, form=(split_kv,),
+            lead=k, tiles=chosen, known=problem.known, form=(split_kv, of_splits.split_rows is None),
         )  # fmt: skip
     return out, lse, attn_out
 
@@ -171,12 +173,12 @@ def _through_epilogue(
 def _start_queries(problem: Problem, side: QuerySide, out: Tensor, kind: GradPass, groups: _Groups | None) -> None:
     """Start a backward pass over the queries, into `out`; `groups` for gradients of shared queries."""
     k, chosen = problem.k, problem.tiles("grad_queries")
-    split_kv = splits.split_kv(problem.call) if groups is None and (kind.gradient or kind.fp32_softmax) else 0
-    partials = None
+    of_splits = problem.splits if groups is None and (kind.gradient or kind.fp32_softmax) else Splits(0)
+    split_kv, partials = of_splits.split_kv, None
     if split_kv:
         partials = out.new_empty((problem.num_partials(split_kv), *out.shape[1:]), dtype=torch.float32)
     count, rows_of_group, key_shards = groups or (problem.rows, 1, 1)
-    grid, tile_list, persistent = problem.query_programs(chosen.queries, count * key_shards, split_kv)
+    grid, tile_list, persistent = problem.query_programs(chosen.queries, count * key_shards, of_splits)
     _run.start(
         attention_grad_queries, grid,
         side, problem.kv, problem.offsets, tile_list, out, partials, *problem.sizes, rows_of_group, key_shards,
@@ -185,12 +187,12 @@ def _start_queries(problem: Problem, side: QuerySide, out: Tensor, kind: GradPas
         form=(kind, split_kv, persistent, tile_list is None),
     )  # fmt: skip
     if split_kv:
-        chosen = problem.tiles_of_partials(out.shape[-1], warps=8)
+        chosen = problem.tiles_of_partials(out.shape[-1], most_warps=8)
         _run.start(
-            add_partials, (k.shape[0] // split_kv + 1) * -(-problem.queries * problem.heads // chosen.queries),
-            partials, out, problem.offsets.kv, *problem.split_sizes(),
+            add_partials, of_splits.combined * -(-problem.queries * problem.heads // chosen.queries),
+            partials, out, problem.offsets.kv, of_splits.split_rows, *problem.split_sizes(),
             HEADS=problem.heads, C=out.shape[-1], SPLIT_KV=split_kv, BLOCK_Q=chosen.queries, BLOCK_C=chosen.keys,
-            lead=k, tiles=chosen, known=problem.known, form=(kind, split_kv),
+            lead=k, tiles=chosen, known=problem.known, form=(kind, split_kv, of_splits.split_rows is None),
         )  # fmt: skip
 
 

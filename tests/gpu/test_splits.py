@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import interformer_kernels as ik
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels._launch import splits
 
@@ -57,3 +58,25 @@ def test_sums_over_rows_are_bounded(rows: int, length: int, queries: int) -> Non
     assert groups * -(-rows // max(1, groups)) >= rows
     assert groups * shards * blocks <= 2048
     assert 1 <= shards <= max(1, rows * length // 1024)
+
+
+def _grids(call: AttentionCall) -> dict[str, int]:
+    """Programs of the kernels of a forward; none is launched."""
+    with _run.recording(Target("cuda", 90)) as launches:
+        attention.forward(call, None, keep_attn_out=False)
+    return {launch.kernel.fn.__name__: launch.grid for launch in launches}
+
+
+def test_programs_of_few_queries_are_bounded() -> None:
+    """One for each row and each 128 tokens, wherever rows begin; with a plan, for each split, and none is idle."""
+    tiny, giant = [7] * 5000, [1] * 500 + [100_000] + [0] * 500
+    for lengths, later in ((tiny, 0), (giant, 781), ([128] * 9, 0), ([0] * 9, 0), ([129, 0, 300], 1 + 2)):
+        tokens, rows = sum(lengths), len(lengths)
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        call = _pooling(1, tokens, 2, 4, 16)._replace(kv_offsets=offsets)
+        marks = -(-tokens // 128) if tokens > 128 else 0
+        assert _grids(call)["attention_forward"] == rows + marks
+        with ik.plan(offsets):
+            planned = _grids(call)
+        assert planned["attention_forward"] == rows + later
+        assert planned.get("combine_partials", 0) == sum(length > 128 for length in lengths)
