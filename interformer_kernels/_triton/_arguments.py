@@ -185,12 +185,14 @@ class GradPass(NamedTuple):
     """Kind of a backward pass over queries: for dQ, or else for the sums of P and of P * dP.
 
     `fp32_softmax`: the softmax of float32, whose gradients are divided by the sums of a pass before.
-    `only_large_lse`: only for queries whose log-sum-exp has lost digits.
+    `only_large_lse`: sums only for queries whose log-sum-exp has lost digits.
+    `with_stats`: the pass for dQ makes and stores the statistics of its queries, too.
     """
 
     fp32_softmax: bool
     gradient: bool
     only_large_lse: bool
+    with_stats: bool = False
 
 
 # ---------------------------------------------------------------- made in kernels

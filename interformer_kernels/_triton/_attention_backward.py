@@ -21,7 +21,14 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._arguments import KeysAndValues, QuerySide, RowTask, Sizes
-from interformer_kernels._triton._attention_epilogue import load_query_stats, store_delta
+from interformer_kernels._triton._attention_epilogue import (
+    finish_query_stats,
+    load_query_stats,
+    load_raw_stats,
+    store_delta,
+    store_stats,
+    sums_to_stats,
+)
 from interformer_kernels._triton._attention_masks import Pairs, has_edge, key_tiles, query_tiles, tile_has_edge
 from interformer_kernels._triton._attention_output import partial_index
 from interformer_kernels._triton._attention_tiles import (
@@ -92,6 +99,32 @@ def _over_keys(
 
 
 @triton.jit
+def _make_stats(
+    b_q, b_grad, side, kv, i_pack, n, cell, head, p_head, tile, m_in, task, variant,
+    SHAPE: tl.constexpr, VARIANT: tl.constexpr, PASS: tl.constexpr,
+):  # fmt: skip
+    """`load_query_stats` of a tile of queries that have none yet, or only delta, and store them for the pass over
+    keys."""
+    DTYPE: tl.constexpr = kv.k.pointer.dtype.element_ty
+    lse, row_sum, delta = load_raw_stats(side, b_grad, p_head, m_in, SHAPE, PASS)
+    needed = m_in
+    if PASS.only_large_lse:
+        needed = m_in & is_large(lse)
+    if tl.max(needed.to(tl.int32), 0) > 0:
+        # A log-sum-exp of -inf stays: it makes delta NaN where all scores are -inf.
+        stats = query_stats(lse, row_sum, row_sum, variant, VARIANT, DTYPE, True)
+        _, sums, mean = _over_keys(
+            b_q, b_grad, stats, kv, i_pack, 0, n, cell, head, tokens_of_tile(tile, task.count, SHAPE), task, 0, 0,
+            variant, SHAPE, VARIANT, False,
+        )  # fmt: skip
+        sums, mean = sums_to_stats(sums, mean, PASS.fp32_softmax)
+        row_sum = tl.where(needed, sums, row_sum)
+        delta = tl.where(needed, mean, delta)
+    store_stats(side.delta, p_head, n < task.count, row_sum, delta)
+    return finish_query_stats(lse, row_sum, delta, PASS.fp32_softmax)
+
+
+@triton.jit
 def _over_rows(
     side, kv, offsets, i_pack, attempt, n, cell, head, tile, count, task, i_shard, group, sizes, variant, key_shards,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, PASS: tl.constexpr, SPLIT_KV: tl.constexpr,
@@ -115,9 +148,14 @@ def _over_rows(
         b_q = load_q(side.q, kv.rope, row, task.first, n, head, m_in, SHAPE)
         b_grad = load_queries(side.grad, row, task.first, n, head, m_in, SHAPE.dv, SHAPE.block_dv, LAYOUT)
         p_head = (out_first + n) * HEADS + head
-        b_lse, b_sum, b_delta = load_query_stats(
-            side.lse, side.delta, p_head, m_in, VARIANT, PASS.fp32_softmax, PASS.gradient
-        )
+        if PASS.with_stats:
+            b_lse, b_sum, b_delta = _make_stats(
+                b_q, b_grad, side, kv, i_pack, n, cell, head, p_head, tile, m_in, task, variant, SHAPE, VARIANT, PASS
+            )
+        else:
+            b_lse, b_sum, b_delta = load_query_stats(
+                side.lse, side.delta, p_head, m_in, VARIANT, PASS.fp32_softmax, PASS.gradient
+            )
         stats = query_stats(b_lse, b_sum, b_delta, variant, VARIANT, kv.k.pointer.dtype.element_ty, True)
         tiles_of_shard = tl.cdiv(keys * SHAPE.pack, SHAPE.block_k)
         if SPLIT_KV:
@@ -144,11 +182,8 @@ def _store_queries(to, p_head, m_q, acc, row_sum, mean, SHAPE: tl.constexpr, PAS
         p = p_head[:, None] * SHAPE.d + o_d
         tl.store(to + p, narrow(acc, to.dtype.element_ty), mask=m_q[:, None] & (o_d < SHAPE.d))
     else:
-        if not PASS.fp32_softmax:
-            mean = mean / tl.where(row_sum == 0.0, 1.0, row_sum)
-            row_sum = tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))
-        tl.store(to + 2 * p_head, row_sum, mask=m_q)
-        tl.store(to + 2 * p_head + 1, mean, mask=m_q)
+        row_sum, mean = sums_to_stats(row_sum, mean, PASS.fp32_softmax)
+        store_stats(to, p_head, m_q, row_sum, mean)
 
 
 @triton.jit
@@ -174,7 +209,7 @@ def _grad_of_query_tile(
                 acc = rotate_q(acc, kv.rope, task.first, n, n < tl.where(task.row < sizes.rows, count, 0), SHAPE, True)
             p_head = (task.first + n) * (SHAPE.packs * HEADS) + head
             m_q = n < count  # [BLOCK_Q]
-            if PASS.only_large_lse:
+            if PASS.only_large_lse and not PASS.gradient:
                 m_q = m_q & is_large(tl.load(side.lse + p_head, mask=m_q, other=0.0))
             if SPLIT_KV and i_shard >= 0:
                 p = (partial_index(task.k_first, i_shard, SPLIT_KV) * sizes.queries + n) * (SHAPE.packs * HEADS) + head
@@ -197,8 +232,13 @@ def _grad_of_queries(
         i_shard = task.row % key_shards
         begin = task.row // key_shards * rows_of_group
         end = tl.minimum(begin + rows_of_group, sizes.rows)
-    if PASS.only_large_lse and not idle:
+    if PASS.only_large_lse and not PASS.gradient and not idle:
         idle = store_delta(side, out, tile, i_pack, task, sizes.rows, SHAPE)
+    if PASS.with_stats and idle and tile_list is None:
+        # Short rows need no statistics. But where offsets are in disorder, the pass over keys may read some of theirs.
+        n, _, head = packed_rows(tile, i_pack, SHAPE)
+        p_head = (task.first + n) * (SHAPE.packs * SHAPE.pack * SHAPE.q_per_kv) + head
+        store_stats(side.delta, p_head, n < task.count, (p_head * 0).to(tl.float32), (p_head * 0).to(tl.float32))
     if not idle:
         _grad_of_query_tile(
             i_pack, task, tile, i_shard, (begin, end), side, kv, offsets, out, partials, sizes, variant, key_shards,

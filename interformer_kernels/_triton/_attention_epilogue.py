@@ -96,6 +96,21 @@ def epilogue_backward(
 
 
 @triton.jit
+def delta_of_queries(side, b_grad, p_head, m_in, SHAPE: tl.constexpr):
+    """Delta of a tile of queries from A and from its gradient."""
+    o_v = tl.arange(0, SHAPE.block_dv)
+    b_a = tl.load(side.attn_out + (p_head[:, None] * SHAPE.dv + o_v), mask=m_in[:, None] & (o_v < SHAPE.dv), other=0.0)
+    return tl.sum(b_grad.to(tl.float32) * b_a, 1)
+
+
+@triton.jit
+def store_stats(to, p_head, m_q, row_sum, delta):
+    """Store statistics of queries: pairs of a sum, or its log2, and delta."""
+    tl.store(to + 2 * p_head, row_sum, mask=m_q)
+    tl.store(to + 2 * p_head + 1, delta, mask=m_q)
+
+
+@triton.jit
 def store_delta(side, to, tile, i_pack, task, rows, SHAPE: tl.constexpr):
     """Store delta of the queries of a tile, from A where that is given, and say whether that is all: whether no query
     has lost digits, and gets sums.
@@ -107,13 +122,10 @@ def store_delta(side, to, tile, i_pack, task, rows, SHAPE: tl.constexpr):
     m_q = n < task.count  # [BLOCK_Q]
     large = is_large(tl.load(side.lse + p_head, mask=m_q, other=0.0))
     if side.attn_out is not None:
-        o_v = tl.arange(0, SHAPE.block_dv)
         m_in = n < tl.where(task.row < rows, task.count, 0)
         b_grad = load_queries(side.grad, task.row, task.first, n, head, m_in, SHAPE.dv, SHAPE.block_dv, LAYOUT)
-        p_a = p_head[:, None] * SHAPE.dv + o_v
-        b_a = tl.load(side.attn_out + p_a, mask=m_in[:, None] & (o_v < SHAPE.dv), other=0.0)
-        tl.store(to + 2 * p_head, tl.full([SHAPE.block_q], 0.0, tl.float32), mask=m_q & (large == 0))
-        tl.store(to + 2 * p_head + 1, tl.sum(b_grad.to(tl.float32) * b_a, 1), mask=m_q & (large == 0))
+        b_delta = delta_of_queries(side, b_grad, p_head, m_in, SHAPE)
+        store_stats(to, p_head, m_q & (large == 0), b_delta * 0.0, b_delta)
     return tl.max(large.to(tl.int32), 0) == 0
 
 
@@ -125,6 +137,40 @@ def _load_per_query(p, mask):
     """
     copies = tl.zeros([1, 8], tl.int32)
     return tl.max(tl.load(p[:, None] + copies, mask=mask[:, None], other=0.0), 1)
+
+
+@triton.jit
+def load_raw_stats(side, b_grad, p_head, m_in, SHAPE: tl.constexpr, PASS: tl.constexpr):
+    """Log-sum-exp of queries, and the statistics in memory as far as they need no sums over keys."""
+    lse = _load_per_query(side.lse + p_head, m_in)
+    row_sum = tl.full([SHAPE.block_q], 0.0, tl.float32)
+    delta = row_sum
+    if side.attn_out is not None:
+        delta = delta_of_queries(side, b_grad, p_head, m_in, SHAPE)
+    elif PASS.only_large_lse:
+        delta = _load_per_query(side.delta + 2 * p_head + 1, m_in)
+    return lse, row_sum, delta
+
+
+@triton.jit
+def sums_to_stats(row_sum, mean, FP32_SOFTMAX: tl.constexpr):
+    """The statistics in memory, from the sums of P and of P * dP; in float32 they are the same."""
+    if not FP32_SOFTMAX:
+        row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+        mean = mean / row_sum
+        row_sum = tl.log2(row_sum)
+    return row_sum, mean
+
+
+@triton.jit
+def finish_query_stats(lse, row_sum, delta, FP32_SOFTMAX: tl.constexpr):
+    """Log-sum-exp, sum of probabilities, and delta, from those in memory."""
+    if FP32_SOFTMAX:
+        row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+        delta = tl.div_rn(delta, row_sum)
+    # lse = -inf: the query is fully masked (delta is 0), or its scores are all -inf (delta is NaN). With
+    # disordered offsets such a query may see finite scores after all.
+    return tl.where(lse == float("-inf"), delta * 0.0, lse), row_sum, delta
 
 
 @triton.jit
@@ -141,10 +187,5 @@ def load_query_stats(
         if WITH_DELTA:
             row_sum = _load_per_query(delta + 2 * p_head, m_q)
             b_delta = _load_per_query(delta + 2 * p_head + 1, m_q)
-            if FP32_SOFTMAX:
-                row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-                b_delta = tl.div_rn(b_delta, row_sum)
-            # lse = -inf: the query is fully masked (delta is 0), or its scores are all -inf (delta is NaN). With
-            # disordered offsets such a query may see finite scores after all.
-            b_lse = tl.where(b_lse == float("-inf"), b_delta * 0.0, b_lse)
+            b_lse, row_sum, b_delta = finish_query_stats(b_lse, row_sum, b_delta, FP32_SOFTMAX)
     return b_lse, row_sum, b_delta

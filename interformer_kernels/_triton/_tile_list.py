@@ -5,9 +5,9 @@ The search of `_rows.py` costs as much as the work of a short row, and most of i
 short. `list_tiles` writes an entry for each tile that has work: its row, its tile in the row, and the row's first token
 and number of tokens on both sides. A program reads one entry, and nothing of the offsets.
 
-Whatever the offsets hold, the listed rows are a partition of all tokens: a row begins at the largest offset up to its
-own. Where they are in order, these are the rows that the search finds. What an entry says was clamped to the tensors
-when it was written, so an entry never leads out of bounds.
+Whatever the offsets hold, the listed rows are a partition of all tokens, and lists of both sides know the same ones: a
+row begins at the largest offset up to its own. Where they are in order, these are the rows that the search finds. What
+an entry says was clamped to the tensors when it was written, so an entry never leads out of bounds.
 """
 
 from __future__ import annotations
@@ -36,26 +36,35 @@ def _edges(offsets, row, rows, tokens):
 
 
 @triton.jit
-def _rows_from(begin, top, offsets, opposite, rows, tokens, opposite_tokens, CELL: tl.constexpr, N: tl.constexpr):
-    """First token, number of tokens, and both of the other side, for `N` rows from `begin` on (the tail is row `rows`,
-    and has those behind it as empty ones); no tokens of short rows. `top`: the largest offset before them.
-    """
-    row = begin + tl.arange(0, N)
+def _rows_of(offsets, row, top, rows, tokens):
+    """First token and number of tokens of each of a tile of rows, and whether its offsets are in order; `top`: the
+    largest offset before them."""
     here, last = _edges(offsets, row, rows, tokens)
-    other_first = here
-    other_count = tl.where(row < rows, tl.maximum(last - here, 0), 0)
     # The first row has the tokens before it, too, as the search would have it.
     first = tl.where(row > 0, here, 0)
     if tl.max(((last < first) | (first < top)).to(tl.int32), 0) > 0:
         first = tl.maximum(tl.associative_scan(first, 0, _largest), top)
     count = tl.maximum(last, first) - first
-    # A row in disorder is never short: the kernels of short rows may know it by other tokens.
-    in_order = (first == here) & (row < rows) & (other_count == count)
+    return first, count, (first == here) & (count == last - here)
+
+
+@triton.jit
+def _rows_from(begin, tops, offsets, opposite, rows, tokens, opposite_tokens, CELL: tl.constexpr, N: tl.constexpr):
+    """First token, number of tokens, and both of the other side, for `N` rows from `begin` on (the tail is row `rows`,
+    and has those behind it as empty ones); no tokens of short rows. `tops`: the largest offsets before them.
+    """
+    row = begin + tl.arange(0, N)
+    first, count, in_order = _rows_of(offsets, row, tops[0], rows, tokens)
+    other_first = first
+    other_count = count
     if opposite is not None:
-        other_first, last = _edges(opposite, row, rows, opposite_tokens)
-        other_count = tl.where(row < rows, tl.maximum(last - other_first, 0), 0)
+        other_first, other_count, other_in_order = _rows_of(opposite, row, tops[1], rows, opposite_tokens)
+        in_order = in_order & other_in_order
+    other_count = tl.where(row < rows, other_count, 0)
     if CELL > 0:
-        count = tl.where(in_order & (count <= CELL) & (other_count <= CELL), 0, count)
+        # A row in disorder is never short: the kernels of short rows may know it by other tokens.
+        short = in_order & (row < rows) & (count <= CELL) & (other_count <= CELL)
+        count = tl.where(short, 0, count)
     return first, count, other_first, other_count
 
 
@@ -71,14 +80,16 @@ def list_tiles(
     on both sides are left out.
     """
     begin = tl.program_id(0) * ROWS
-    top = begin * 0
+    tops = (begin * 0, begin * 0)
     before = begin * 0
     for start in range(0, begin, ROWS):
-        first, count, _, _ = _rows_from(start, top, offsets, opposite, rows, tokens, opposite_tokens, CELL, ROWS)
+        first, count, other_first, _ = _rows_from(
+            start, tops, offsets, opposite, rows, tokens, opposite_tokens, CELL, ROWS
+        )
         before += tl.sum(tl.cdiv(count * PER_TOKEN, BLOCK), 0)
-        top = tl.max(first, 0)
+        tops = (tl.max(first, 0), tl.max(other_first, 0))
     first, count, other_first, other_count = _rows_from(
-        begin, top, offsets, opposite, rows, tokens, opposite_tokens, CELL, ROWS
+        begin, tops, offsets, opposite, rows, tokens, opposite_tokens, CELL, ROWS
     )
     ends = tl.cumsum(tl.cdiv(count * PER_TOKEN, BLOCK), 0)
     number = tl.max(ends, 0)

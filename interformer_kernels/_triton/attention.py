@@ -145,10 +145,7 @@ def _through_epilogue(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of A, memory for delta (which is there behind a gate), and gradient of the gate."""
     call, shape, softmax = problem.call, problem.out_shape, problem.softmax
-    # Where offsets are in disorder, a row of keys may have queries that the pass before dQ leaves out as a short row's.
-    of_disorder = problem.cell and call.gate is None
-    make_delta = grad_out.new_zeros if of_disorder else grad_out.new_empty
-    delta = make_delta((*shape[:-1], 2) if softmax and problem.any_longer() else (0,), dtype=torch.float32)
+    delta = grad_out.new_empty((*shape[:-1], 2) if softmax and problem.any_longer() else (0,), dtype=torch.float32)
     gate = expanded(call.gate, shape)
     if gate is None or call.gate is None:
         return grad_out, delta, grad_out.new_empty(0)
@@ -197,11 +194,17 @@ def _start_queries(problem: Problem, side: QuerySide, out: Tensor, kind: GradPas
 
 
 def _grad_queries(problem: Problem, side: QuerySide, recompute_stats: bool) -> Tensor:
-    """dQ; for shared queries summed over groups of rows and shards of their keys, and then over all of them."""
-    q = problem.q
-    if side.delta.numel():
-        _start_queries(problem, side, side.delta, GradPass(problem.fp32_softmax, False, not recompute_stats), None)
+    """dQ; for shared queries summed over groups of rows and shards of their keys, and then over all of them.
+
+    Statistics are made on the way where a program has all keys of its queries, else by a pass before.
+    """
+    q, stats = problem.q, side.delta.numel() > 0
+    for_stats = GradPass(problem.fp32_softmax, False, not recompute_stats)
     for_gradient = GradPass(problem.fp32_softmax, gradient=True, only_large_lse=False)
+    if stats and problem.call.layout == "packed":
+        for_gradient = for_stats._replace(gradient=True, with_stats=True)
+    elif stats:
+        _start_queries(problem, side, side.delta, for_stats, None)
     if problem.call.layout != "shared":
         grad_q = q.new_empty(q.shape)
         if grad_q.numel():
