@@ -15,7 +15,6 @@ _MIN_TILE_ROWS = 16  # rows of a tile that tensor cores take
 _WIDE_HEAD = 128  # padded channels of a head from which heads are not packed
 _NUMBERS_OF_WARP = 256  # of a tile that combines partials, at least
 _TILE_NUMBERS = 4096  # of a tile that combines partials
-_MIN_WHOLE_ROWS = 64  # tokens that whole rows may have at least, where heads have a kernel of them
 
 
 class Geometry:
@@ -43,8 +42,8 @@ class Geometry:
         short = self._short_tiles()
         self.short = {False: short, True: self._short_tiles_of_backward(short)}
         self.short_cell = 0 if short is None else short.keys  # tokens of a row left to the kernels of short rows
-        self.whole = self._whole_tiles() if backward else None
-        self.cell = self.short_cell if self.whole is None else self.whole.keys  # that kernels of tiles leave to others
+        self.whole = self._whole_tiles() if backward and layout == "packed" else ()
+        self.cell = self.whole[-1].keys if self.whole else self.short_cell  # that kernels of tiles leave to others
         self.tiles, self.tiles_of_partials = functools.cache(self._tiles), functools.cache(self._tiles_of_partials)
         self.shape, self.short_shape = functools.cache(self._shape), functools.cache(self._short_shape)
         self.whole_shape = functools.cache(self._whole_shape)
@@ -72,15 +71,15 @@ class Geometry:
         # Both passes leave the same rows to these kernels, even where a tuned tile has another number of tokens.
         return own if own is not None and forward is not None and own.keys == forward.keys else forward
 
-    def _whole_tiles(self) -> Tiles | None:
-        """Tiles of the backward of whole rows, of `keys` tokens at most; None where there is none."""
-        entry = variant(f"whole{self._suffix}", self.width, *self.on) if self.layout == "packed" else None
-        if entry is None or entry.keys <= self.short_cell:
-            return None
-        # A mask of channels, and the longest derivative, take registers that larger tiles lack.
-        if not self._fills_tiles or self.score == "gelu":
-            entry = entry._replace(keys=min(entry.keys, _MIN_WHOLE_ROWS))
-        return entry
+    def _whole_tiles(self) -> tuple[Tiles, ...]:
+        """Tiles of the backward of whole rows, of at most `keys` tokens each, and of more than the ones before."""
+        cell, found = self.short_cell, []
+        for kernel in ("whole", "whole_long"):
+            entry = variant(f"{kernel}{self._suffix}", self.width, *self.on)
+            if entry is not None and entry.keys > cell:
+                found.append(entry)
+                cell = entry.keys
+        return tuple(found)
 
     def _tiles(self, kernel: str) -> Tiles:
         """Tiles of a kernel; no more queries than rows have, where that is known."""
@@ -118,13 +117,10 @@ class Geometry:
 
     def _short_shape(self, chosen: Tiles, rope: RopeOptions) -> ShortShape:
         """Shape of the kernels of short rows."""
-        return self._row_shape(chosen.keys, chosen, rope)
+        return self._whole_shape(chosen.keys, chosen, rope)
 
-    def _whole_shape(self, chosen: Tiles, rope: RopeOptions) -> ShortShape:
-        """Shape of the backward of whole rows."""
-        return self._row_shape(self.short_cell, chosen, rope)
-
-    def _row_shape(self, cell: int, chosen: Tiles, rope: RopeOptions) -> ShortShape:
+    def _whole_shape(self, cell: int, chosen: Tiles, rope: RopeOptions) -> ShortShape:
+        """Shape of the backward of whole rows of more than `cell` tokens."""
         return ShortShape(
             self.d, self.dv, self.q_per_kv, self.kv_heads, cell, chosen.keys, chosen.queries, self.layout,
             padded(self.d), padded(self.dv), *rope, self.precision,

@@ -172,9 +172,9 @@ class Problem:
         """Whether the kernels of short rows may have work."""
         return self._searches or self._sides[0].any_short(self.short_cell)
 
-    def any_whole(self) -> bool:
-        """Whether the backward of whole rows may have work."""
-        return self._searches or self._sides[0].any_short(self.cell, self.short_cell)
+    def any_whole(self, cell: int, most: int) -> bool:
+        """Whether the backward of whole rows may have work in rows of more than `cell` and at most `most` tokens."""
+        return self._searches or self._sides[0].any_short(most, cell)
 
     def any_longer(self) -> bool:
         """Whether any query may be left to the kernels of tiles of one row."""
@@ -223,6 +223,6 @@ class Problem:
         """Shape of the kernels of short rows."""
         return self._geometry.short_shape(chosen, self.rope_options)
 
-    def whole_shape(self, chosen: Tiles) -> ShortShape:
-        """Shape of the backward of whole rows."""
-        return self._geometry.whole_shape(chosen, self.rope_options)
+    def whole_shape(self, cell: int, chosen: Tiles) -> ShortShape:
+        """Shape of the backward of whole rows of more than `cell` tokens."""
+        return self._geometry.whole_shape(cell, chosen, self.rope_options)

@@ -357,20 +357,21 @@ def whole_row_to_probs(products, d_probs, pairs, variant, VARIANT: tl.constexpr,
 
 
 @triton.jit
-def whole_row_probs(products, pairs, lse, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr, LARGE_LSE: tl.constexpr):
+def whole_row_probs(products, pairs, lse, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
     """Probabilities of 16 bits, or unscaled activations, of a tile that holds all keys of its rows.
 
-    The softmax comes from the log-sum-exp of the queries. With LARGE_LSE those that have lost digits (`is_large`) get
-    sums of their own; the others keep their bits.
+    The softmax comes from the log-sum-exp of the queries. Those that have lost digits (`is_large`) get sums of their
+    own; the others keep their bits.
     """
     SCORE: tl.constexpr = VARIANT.score
     if VARIANT.score == "softmax":
         tl.static_assert(tl.float32 != DTYPE)
         stats = query_stats(lse, lse * 0.0, lse * 0.0, variant, VARIANT, DTYPE, True)
         x = tl.fma(_raw_scores(products, pairs, variant), stats.factor[:, None], -stats.base[:, None])
-        if LARGE_LSE:
+        large = is_large(lse)
+        if tl.max(large.to(tl.int32), 0) > 0:
             row_sum = tl.sum(exp2(mask_out(x, pairs, float("-inf"), variant, VARIANT), DTYPE), 1)
-            x = x - tl.where(is_large(lse), tl.log2(row_sum), 0.0)[:, None]
+            x = x - tl.where(large, tl.log2(row_sum), 0.0)[:, None]
         probs = exp2(mask_out(x, pairs, float("-inf"), variant, VARIANT), DTYPE)
     else:
         probs = mask_out(activate(_scores_of(products, pairs, variant), SCORE, DTYPE), pairs, 0.0, variant, VARIANT)
@@ -387,13 +388,3 @@ def whole_row_d_scores(products, probs, d_probs, pairs, variant, VARIANT: tl.con
     else:
         _, d_scores = _activation_backward(products, d_probs, pairs, variant, VARIANT, DTYPE)
     return d_scores
-
-
-@triton.jit
-def any_large(lse, p, mask, Q_PER_KV: tl.constexpr):
-    """Whether any query at the places `p`, under the heads that share a key/value head, `is_large`."""
-    found = 0
-    for g in range(0, Q_PER_KV):
-        b_lse = tl.load(lse + p + g, mask=mask, other=0.0)
-        found = tl.maximum(found, tl.max(is_large(b_lse).to(tl.int32), 0))
-    return found > 0

@@ -2,8 +2,9 @@
 """The backward of rows of up to `SHAPE.most` tokens of the packed layout, a program for each row and key/value head.
 
 A program has all keys and values of its row, and reads queries tile by tile: inputs are read once, outputs are written
-once, and there are five products, without a pass before. Rows that fit a cell are left to `_attention_short.py`. The
-kernels of longer rows leave out both (`_attention_tiles.is_short`).
+once, and there are five products, without a pass before. A launch takes the rows of more than `SHAPE.cell` tokens;
+those that fit a cell of `_attention_short.py` are left to that. The kernels of longer rows leave out all of them
+(`_attention_tiles.is_short`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from interformer_kernels._triton._attention_masks import Pairs
 from interformer_kernels._triton._attention_short import SIZES
 from interformer_kernels._triton._attention_tiles import load_k, load_q, load_tokens, store_tokens
 from interformer_kernels._triton._attention_variant import (
-    any_large,
     make_variant,
     remaining_scale,
     whole_row_d_scores,
@@ -30,7 +30,7 @@ from interformer_kernels._triton._rows import span
 @triton.jit
 def _over_queries(
     q, rope, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest,
-    SHAPE: tl.constexpr, VARIANT: tl.constexpr, LARGE_LSE: tl.constexpr,
+    SHAPE: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """dQ of a row, stored, and its dK and dV, but for `rest` of dK."""
     PRECISION: tl.constexpr = SHAPE.precision
@@ -38,7 +38,12 @@ def _over_queries(
     BLOCK: tl.constexpr = SHAPE.block
     acc_k = tl.full([b_k.shape[0], SHAPE.block_d], 0.0, tl.float32)
     acc_v = tl.full([b_v.shape[0], SHAPE.block_dv], 0.0, tl.float32)
-    for i_q in range(0, tl.cdiv(task.count * Q_PER_KV, BLOCK)):
+    # A loop takes registers for the addresses of its next step.
+    if SHAPE.most * Q_PER_KV <= BLOCK:
+        steps = 1
+    else:
+        steps = tl.cdiv(task.count * Q_PER_KV, BLOCK)
+    for i_q in range(0, steps):
         o_q = i_q * BLOCK + tl.arange(0, BLOCK)
         n = o_q // Q_PER_KV
         head = i_head * Q_PER_KV + o_q % Q_PER_KV
@@ -51,7 +56,7 @@ def _over_queries(
             b_lse = tl.load(lse + p_q, mask=m_q, other=0.0)
         pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, True, None)
         products = dot(b_q, tl.trans(b_k), PRECISION)
-        probs = whole_row_probs(products, pairs, b_lse, variant, VARIANT, b_v.dtype, LARGE_LSE)
+        probs = whole_row_probs(products, pairs, b_lse, variant, VARIANT, b_v.dtype)
         # Probabilities are done with before gradients take registers.
         acc_v += dot(tl.trans(narrow(probs, b_grad.dtype)), b_grad, PRECISION)
         d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
@@ -64,43 +69,14 @@ def _over_queries(
     return acc_k, acc_v
 
 
-@triton.jit
-def _one_row(
-    q, kv, grad_attn_out, lse, grad_q, grad_k, grad_v, i_head, task, variant,
-    SHAPE: tl.constexpr, VARIANT: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """dQ, dK and dV of a row of at most BLOCK_K keys, under the query heads that share a key/value head."""
-    j = tl.arange(0, BLOCK_K)
-    m_k = j < task.keys
-    b_k = load_k(kv.k, kv.rope, task.k_first, j, i_head, m_k, SHAPE)
-    b_v = load_tokens(kv.v, task.k_first, j, i_head, m_k, SHAPE.dv, SHAPE.block_dv)
-    rest = remaining_scale(task.keys, variant, VARIANT, b_v.dtype)
-    large = False
-    if lse is not None:
-        o_n = tl.arange(0, SHAPE.most)
-        p_lse = (task.first + o_n) * (SHAPE.kv_heads * SHAPE.q_per_kv) + i_head * SHAPE.q_per_kv
-        large = any_large(lse, p_lse, o_n < task.count, SHAPE.q_per_kv)
-    if large:
-        acc_k, acc_v = _over_queries(
-            q, kv.rope, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest, SHAPE, VARIANT, True
-        )
-    else:
-        acc_k, acc_v = _over_queries(
-            q, kv.rope, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest, SHAPE, VARIANT, False
-        )
-    p_k = (task.k_first + j) * SHAPE.kv_heads + i_head
-    acc_k = rotate_k(acc_k * rest, kv.rope, task.k_first, j, m_k, SHAPE, True)
-    store_tokens(grad_k, p_k, m_k, acc_k, columns(SHAPE.block_d, SHAPE.half, SHAPE.interleaved), SHAPE.d)
-    store_tokens(grad_v, p_k, m_k, acc_v, tl.arange(0, SHAPE.block_dv), SHAPE.dv)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward_whole(
     q, kv, offsets, grad_attn_out, lse, grad_q, grad_k, grad_v,
     rows, q_tokens, k_tokens, left, right, prefix, variant_inputs,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """dQ, dK and dV of a row of more tokens than a cell has, on either side."""
+    """dQ, dK and dV of a row of more tokens than a cell has, on either side, under the query heads that share a
+    key/value head."""
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
     variant = make_variant(variant_inputs, left, right, prefix)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
@@ -112,8 +88,15 @@ def attention_backward_whole(
     if (longest <= SHAPE.cell) | (longest > SHAPE.most):
         return
     task = RowTask(row, first, count, k_first, keys)
-    HALF: tl.constexpr = SHAPE.most // 2
-    if keys <= HALF:
-        _one_row(q, kv, grad_attn_out, lse, grad_q, grad_k, grad_v, i_head, task, variant, SHAPE, VARIANT, HALF)
-    else:
-        _one_row(q, kv, grad_attn_out, lse, grad_q, grad_k, grad_v, i_head, task, variant, SHAPE, VARIANT, SHAPE.most)
+    j = tl.arange(0, SHAPE.most)
+    m_k = j < keys
+    b_k = load_k(kv.k, kv.rope, k_first, j, i_head, m_k, SHAPE)
+    b_v = load_tokens(kv.v, k_first, j, i_head, m_k, SHAPE.dv, SHAPE.block_dv)
+    rest = remaining_scale(keys, variant, VARIANT, b_v.dtype)
+    acc_k, acc_v = _over_queries(
+        q, kv.rope, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest, SHAPE, VARIANT
+    )
+    p_k = (k_first + j) * SHAPE.kv_heads + i_head
+    acc_k = rotate_k(acc_k * rest, kv.rope, k_first, j, m_k, SHAPE, True)
+    store_tokens(grad_k, p_k, m_k, acc_k, columns(SHAPE.block_d, SHAPE.half, SHAPE.interleaved), SHAPE.d)
+    store_tokens(grad_v, p_k, m_k, acc_v, tl.arange(0, SHAPE.block_dv), SHAPE.dv)

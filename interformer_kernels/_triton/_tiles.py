@@ -63,9 +63,10 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
         2: {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 32, 4, 1)},
         4: {32: Tiles(32, 16, 4, 1)},
     },
-    # The backward of rows of more tokens than those, and at most `keys`, in one pass, `queries` at once. Wider heads
-    # leave no registers for whole rows, nor does float32.
-    "whole": {2: {16: Tiles(64, 128, 4, 1), 32: Tiles(64, 64, 4, 1)}, 4: {}},
+    # The backward of rows of more tokens than those, and at most `keys`, in one pass, `queries` at once, and that of
+    # longer ones. Wider heads leave no registers for whole rows, nor does float32.
+    "whole": {2: {32: Tiles(64, 64, 4, 1)}, 4: {}},
+    "whole_long": {2: {16: Tiles(64, 128, 4, 1)}, 4: {}},
     # Entries that replace others where they need another number of warps: the backward of short rows, whose keys must
     # be the forward's, and dQ of packed queries.
     "short_backward": {2: {}, 4: {}},
@@ -77,6 +78,7 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     "short_rope": {2: {}, 4: {}},
     "short_backward_rope": {2: {}, 4: {}},
     "whole_rope": {2: {}, 4: {}},
+    "whole_long_rope": {2: {}, 4: {}},
     "personalized_ffn": {2: {128: Tiles(64, 64, 8)}, 4: {128: Tiles(32, 32, 8)}},
     "grad_weight": {2: {128: Tiles(64, 64)}, 4: {128: Tiles(32, 32)}},
 }
@@ -103,6 +105,7 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
         "grad_keys": {2: {128: Tiles(32, 128, 8)}, 4: {64: Tiles(32, 16), 128: Tiles(32, 16), 256: Tiles(16, 16)}},
         "short": {4: {32: Tiles(32, 16, 8, 1)}},
         "whole": {2: {64: Tiles(64, 64, 4, 1)}},
+        "whole_long": {2: {16: Tiles(128, 128, 8, 1), 64: Tiles(128, 128, 8, 1)}},
         "short_backward": {4: {32: Tiles(32, 16, 4, 1)}},
         "grad_queries_packed": {
             2: {64: Tiles(64, 64)},

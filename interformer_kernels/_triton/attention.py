@@ -98,17 +98,18 @@ def _start_short(problem: Problem, kernel: Any, *operands: Any, **constants: Any
 
 def _start_whole(problem: Problem, *operands: Any) -> None:
     """Start the backward of whole rows, where the layout and the heads have it."""
-    chosen = problem.whole_tiles
-    if chosen is None or not problem.any_whole():
-        return
+    cell = problem.short_cell
     rows, q_tokens, k_tokens, _, _, left, right, prefix = problem.sizes
-    _run.start(
-        attention_backward_whole, rows * problem.kv_heads,
-        problem.queries_operand, problem.kv, problem.offsets, *operands,
-        rows, q_tokens, k_tokens, left, right, prefix, problem.variant_inputs,
-        SHAPE=problem.whole_shape(chosen), VARIANT=problem.variant_options,
-        lead=problem.k, tiles=chosen, known=problem.known,
-    )  # fmt: skip
+    for chosen in problem.whole_tiles:
+        if problem.any_whole(cell, chosen.keys):
+            _run.start(
+                attention_backward_whole, rows * problem.kv_heads,
+                problem.queries_operand, problem.kv, problem.offsets, *operands,
+                rows, q_tokens, k_tokens, left, right, prefix, problem.variant_inputs,
+                SHAPE=problem.whole_shape(cell, chosen), VARIANT=problem.variant_options,
+                lead=problem.k, tiles=chosen, known=problem.known, form=(cell,),
+            )  # fmt: skip
+        cell = chosen.keys
 
 
 def backward(
