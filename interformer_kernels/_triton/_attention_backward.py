@@ -34,11 +34,10 @@ from interformer_kernels._triton._attention_output import partial_index
 from interformer_kernels._triton._attention_tiles import (
     key_task,
     keys_of,
-    load_k,
+    load_key_tile,
     load_keys,
     load_q,
     load_queries,
-    load_tokens,
     of_attempt,
     packed_rows,
     query_task,
@@ -276,17 +275,6 @@ def attention_grad_queries(
 
 
 @triton.jit
-def _load_key_tile(kv, k_first, t, head, m_in, SHAPE: tl.constexpr):
-    """The keys and values of a tile; zero where the mask says no."""
-    b_k = load_k(kv.k, kv.rope, k_first, t, head, m_in, SHAPE)
-    if SHAPE.v_is_k:
-        b_v = b_k
-    else:
-        b_v = load_tokens(kv.v, k_first, t, head, m_in, SHAPE.dv, SHAPE.block_dv)
-    return b_k, b_v
-
-
-@triton.jit
 def _over_queries(
     b_k, b_v, side, rope, i_pack, attempt, j, o_h, j_bounds, bounds, task, variant,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr,
@@ -350,7 +338,7 @@ def _grad_of_key_tile(
             m_t = t < tokens_here  # [BLOCK_K]
             m_in = (t < tl.where(task.row < sizes.rows, tokens_here, 0)) & (j >= 0)
             head = (i_pack * SHAPE.pack + o_h).to(tl.int64)
-            b_k, b_v = _load_key_tile(kv, task.k_first, t, head, m_in, SHAPE)
+            b_k, b_v = load_key_tile(kv, task.k_first, t, head, m_in, SHAPE)
             acc_k = tl.full([SHAPE.block_k, SHAPE.block_d], 0.0, tl.float32)
             acc_v = tl.full([SHAPE.block_k, SHAPE.block_dv], 0.0, tl.float32)
             if task.row < sizes.rows:

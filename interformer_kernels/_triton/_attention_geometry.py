@@ -12,6 +12,8 @@ from interformer_kernels._triton._arguments import RopeOptions, Shape, ShortShap
 from interformer_kernels._triton._tiles import Target, Tiles, entries, padded, tiles, variant, widest_rope
 
 _MIN_TILE_ROWS = 16  # rows of a tile that tensor cores take
+# Queries of a tile, and channels, up to which the backward of whole rows has registers for a loop over query heads.
+_MOST_LOOPED = 64
 _WIDE_HEAD = 128  # padded channels of a head from which heads are not packed
 _NUMBERS_OF_WARP = 256  # of a tile that combines partials, at least
 _TILE_NUMBERS = 4096  # of a tile that combines partials
@@ -74,12 +76,22 @@ class Geometry:
     def _whole_tiles(self) -> tuple[Tiles, ...]:
         """Tiles of the backward of whole rows, of at most `keys` tokens each, and of more than the ones before."""
         cell, found = self.short_cell, []
-        for kernel in ("whole", "whole_long"):
+        # A mask of channels, and derivatives of pointwise scores, take registers that larger tiles lack.
+        large = self._fills_tiles and (self.score == "softmax" or (self.width <= 32 and self.score != "gelu"))
+        for kernel in ("whole", "whole_long") if large else ("whole",):
             entry = variant(f"{kernel}{self._suffix}", self.width, *self.on)
+            if entry is not None and max(entry.queries, self.width) > _MOST_LOOPED and self.q_per_kv > 1:
+                entry = self._looped(entry)
             if entry is not None and entry.keys > cell:
                 found.append(entry)
                 cell = entry.keys
         return tuple(found)
+
+    def _looped(self, entry: Tiles) -> Tiles | None:
+        """The entry with fewer queries at once, for several query heads; None where registers are lacking."""
+        if self.width > _MIN_TILE_ROWS or self.score != "softmax":
+            return None
+        return entry._replace(queries=_MOST_LOOPED, warps=4)
 
     def _tiles(self, kernel: str) -> Tiles:
         """Tiles of a kernel; no more queries than rows have, where that is known."""

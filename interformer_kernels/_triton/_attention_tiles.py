@@ -269,6 +269,17 @@ def load_keys(kv, i_pack, attempt, i_k, task, SHAPE: tl.constexpr):
     return j, o_h, b_k, b_v
 
 
+@triton.jit
+def load_key_tile(kv, k_first, t, head, m_in, SHAPE: tl.constexpr):
+    """The keys and values of a tile; zero where the mask says no."""
+    b_k = load_k(kv.k, kv.rope, k_first, t, head, m_in, SHAPE)
+    if SHAPE.v_is_k:
+        b_v = b_k
+    else:
+        b_v = load_tokens(kv.v, k_first, t, head, m_in, SHAPE.dv, SHAPE.block_dv)
+    return b_k, b_v
+
+
 # ---------------------------------------------------------------- values that are not finite
 
 

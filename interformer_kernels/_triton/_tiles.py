@@ -95,6 +95,8 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
         },
         "grad_keys": {4: {128: Tiles(32, 16, 8), 256: Tiles(16, 16, 8)}},
         "short": {2: {128: Tiles(32, 32, 4, 1)}, 4: {64: Tiles(32, 16, 8, 1)}},
+        "whole": {2: {64: Tiles(64, 64, 4, 1)}},
+        "whole_long": {2: {16: Tiles(128, 128, 8, 1)}},
     },
     90: {
         "forward": {2: {128: Tiles(64, 32)}, 4: {32: Tiles(32, 16)}},
@@ -104,9 +106,9 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
         },
         "grad_keys": {2: {128: Tiles(32, 128, 8)}, 4: {64: Tiles(32, 16), 128: Tiles(32, 16), 256: Tiles(16, 16)}},
         "short": {4: {32: Tiles(32, 16, 8, 1)}},
-        "whole": {2: {64: Tiles(64, 64, 4, 1)}},
-        "whole_long": {2: {16: Tiles(128, 128, 8, 1), 64: Tiles(128, 128, 8, 1)}},
-        "short_backward": {4: {32: Tiles(32, 16, 4, 1)}},
+        "whole": {2: {128: Tiles(64, 64, 8, 1)}},
+        "whole_long": {2: {64: Tiles(128, 128, 8, 1)}},
+        "short_backward": {4: {32: Tiles(32, 16, 4, 1), 64: Tiles(32, 16, 4, 1)}},
         "grad_queries_packed": {
             2: {64: Tiles(64, 64)},
             4: {16: Tiles(16, 32, 8), 32: Tiles(32, 16), 64: Tiles(16, 16, 8), 128: Tiles(16, 16, 8)},
@@ -114,7 +116,7 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
         "grad_queries_rope": {4: {16: Tiles(16, 32)}},
         "grad_keys_rope": {4: {32: Tiles(32, 16)}},
         "short_backward_rope": {4: {16: Tiles(32, 16, 4, 1), 32: Tiles(32, 16, 8, 1)}},
-        "whole_rope": {2: {32: Tiles(32, 64, 4, 1), 64: Tiles(64, 64, 8, 1)}},
+        "whole_rope": {2: {64: Tiles(64, 64, 8, 1)}},
     },
     100: {"forward": {2: {128: Tiles(64, 32, 8)}}, "grad_keys": {4: {256: Tiles(16, 32, 8)}}},
 }

@@ -19,8 +19,8 @@ def test_live_programs_are_those_that_a_plan_starts() -> None:
     lengths = torch.tensor([5, 40, 0, 130, 64, 3, 32, 33, 65])
     batch = Batch("", lengths, 4, 64)
     searched, planned = _by_kernel(batch, "search"), _by_kernel(batch, "plan")
-    # Rows of up to 32 tokens are short; the backward takes those of up to 64 whole.
-    most = {"attention_forward": 32, "attention_grad_queries": 64, "attention_grad_keys": 64}
+    # Rows of up to 32 tokens are short; the backward takes those of up to 128 whole.
+    most = {"attention_forward": 32, "attention_grad_queries": 128, "attention_grad_keys": 128}
     for kernel, left_out in most.items():
         tiles = sum(-(-int(length) // 64) for length in lengths if length > left_out)
         assert searched[kernel].live == planned[kernel].grid == planned[kernel].live == 4 * tiles

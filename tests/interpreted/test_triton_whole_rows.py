@@ -13,7 +13,7 @@ from triton_calls import results
 
 import interformer_kernels as ik
 from interformer_kernels import testing
-from interformer_kernels._triton import _run
+from interformer_kernels._triton import _programs, _run
 from interformer_kernels.testing import Case
 
 ATTENTION = "jagged_attention"
@@ -88,10 +88,11 @@ def test_what_is_not_finite_stays_where_it_belongs(value: str, dtype: torch.dtyp
     assert not testing.check_planted(case, "triton", inputs, plants if EVERY else plants[1::2])
 
 
+@pytest.mark.parametrize("lengths", [(40, 20), (70, 3), (140, 20)], ids=["whole", "longer whole", "tiles"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_scores_of_one_query(dtype: torch.dtype) -> None:
-    """Such a query takes its row into another loop, where the other queries keep their bits."""
-    case = Case(ATTENTION, "", lengths=(40, 20), tail=0, **ONE_HEAD, head_size=4, value_size=4,
+def test_large_scores_of_one_query(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Such queries get sums of their own, and the other queries keep their bits."""
+    case = Case(ATTENTION, "", lengths=lengths, tail=0, heads=2, kv_heads=2, head_size=4, value_size=4,
                 options={"scale": 30.0})  # fmt: skip
     inputs = testing.make_inputs(case, dtype)
     clean = results(ATTENTION, inputs)
@@ -99,27 +100,39 @@ def test_large_scores_of_one_query(dtype: torch.dtype) -> None:
     def make(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
         drawn = testing.make_inputs(case, dtype, device, seed)
         q = drawn["q"].detach().clone()
-        q[[7, 45]] *= 15000
+        q[[7, 35]] *= 100
         return {**drawn, "q": q.requires_grad_()}
 
     found = results(ATTENTION, make(case, dtype, "cpu", 0))
-    others = [t for t in range(60) if t not in (7, 45)]
-    assert found["lse"][[7, 45]].abs().min() > 1e5
+    others = [t for t in range(sum(lengths)) if t not in (7, 35)]
+    assert found["lse"][[7, 35]].abs().min() > 1024
     assert torch.equal(found["dq"][others], clean["dq"][others])
     rows = testing.compare(case, "triton", dtype, make=make, most_draws=most_draws(2))
     assert not [row for row in rows if not row.ok]
 
 
-def test_disordered_offsets() -> None:
-    """Whatever the offsets hold, every gradient is written, and nothing is read outside the tensors."""
+@pytest.mark.parametrize(
+    ("many_rows", "queries", "dtype"),
+    [(10**6, None, torch.bfloat16), (10**6, (9, 40, 54), torch.float32), (0, None, torch.float32),
+     (0, (9, 40, 54), torch.bfloat16)],
+    ids=["searched, self", "searched, cross", "listed, self", "listed, cross"],
+)  # fmt: skip
+def test_disordered_offsets(
+    many_rows: int, queries: tuple[int, ...] | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the offsets hold, every gradient is written, and nothing is read that is outside the tensors or was not
+    written."""
+    monkeypatch.setattr(_programs, "MANY_ROWS", many_rows)
     ik.set_validation("off")
-    inputs = guarded_inputs(Case(ATTENTION, "", lengths=(60, 3, 40), tail=0, **ONE_HEAD), torch.bfloat16)
-    for disordered in ([70, 2, 1000, -5], [0, 100, 5, 103], [3, 90, 60, 133], [0, 60, 60, 50]):
-        for quantity, x in results(ATTENTION, {**inputs, "offsets": guarded(torch.tensor(disordered))}).items():
-            assert not x.isnan().any(), (quantity, disordered)
+    case = Case(ATTENTION, "", lengths=(60, 3, 40), query_lengths=queries, tail=0, **ONE_HEAD)
+    inputs = guarded_inputs(case, dtype)
+    for i, disordered in enumerate(([70, 2, 1000, -5], [0, 100, 5, 103], [3, 90, 60, 133], [0, 60, 60, 50])):
+        name = "kv_offsets" if queries is not None and i % 2 else "offsets"
+        for quantity, x in results(ATTENTION, {**inputs, name: guarded(torch.tensor(disordered))}).items():
+            assert not x.isnan().any(), (quantity, name, disordered)
 
 
-def test_two_launches_where_no_row_is_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_launched_for_rows_that_are_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the host knows the longest row, the backward starts nothing for longer ones, and gives the same bits."""
     case = Case(ATTENTION, "", lengths=(40, 128, 3), tail=0, **ONE_HEAD)
     inputs = guarded_inputs(case, torch.bfloat16)
@@ -135,8 +148,25 @@ def test_two_launches_where_no_row_is_longer(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_run, "start", listed)
     known = results(ATTENTION, inputs)
     del plan
+    # A launch for each range of lengths: up to 32, 64 and 128.
     assert [name for name in started if "backward" in name or "grad" in name] == [
-        "attention_backward_short", "attention_backward_whole"
+        "attention_backward_short", "attention_backward_whole", "attention_backward_whole"
     ]  # fmt: skip
     for quantity, x in unknown.items():
         assert torch.equal(known[quantity], x), quantity
+
+
+def test_without_a_plan_no_pass_makes_delta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass for dQ does it: a launch for each range of whole rows, dQ, dK with dV, and none to fill memory."""
+    start, started = _run.start, []
+
+    def listed(kernel: Any, grid: int, *arguments: Any, **named: Any) -> None:
+        started.append(kernel.fn.__name__)
+        start(kernel, grid, *arguments, **named)
+
+    monkeypatch.setattr(_run, "start", listed)
+    results(ATTENTION, guarded_inputs(Case(ATTENTION, "", lengths=(5, 40), **ONE_HEAD), torch.bfloat16))
+    assert [name for name in started if "backward" in name or "grad" in name] == [
+        "attention_grad_queries", "attention_grad_keys",
+        "attention_backward_short", "attention_backward_whole", "attention_backward_whole",
+    ]  # fmt: skip
