@@ -95,6 +95,7 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
         },
         "grad_keys": {4: {128: Tiles(32, 16, 8), 256: Tiles(16, 16, 8)}},
         "short": {2: {128: Tiles(32, 32, 4, 1)}, 4: {64: Tiles(32, 16, 8, 1)}},
+        "short_backward": {4: {64: Tiles(32, 16, 4, 1)}},
         "whole": {2: {64: Tiles(64, 64, 4, 1)}},
         "whole_long": {2: {16: Tiles(128, 128, 8, 1)}},
     },
@@ -108,7 +109,7 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
         "short": {4: {32: Tiles(32, 16, 8, 1)}},
         "whole": {2: {128: Tiles(64, 64, 8, 1)}},
         "whole_long": {2: {64: Tiles(128, 128, 8, 1)}},
-        "short_backward": {4: {32: Tiles(32, 16, 4, 1), 64: Tiles(32, 16, 4, 1)}},
+        "short_backward": {4: {32: Tiles(32, 16, 4, 1)}},
         "grad_queries_packed": {
             2: {64: Tiles(64, 64)},
             4: {16: Tiles(16, 32, 8), 32: Tiles(32, 16), 64: Tiles(16, 16, 8), 128: Tiles(16, 16, 8)},
