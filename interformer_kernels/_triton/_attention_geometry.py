@@ -77,21 +77,14 @@ class Geometry:
         """Tiles of the backward of whole rows, of at most `keys` tokens each, and of more than the ones before."""
         cell, found = self.short_cell, []
         # A mask of channels, and derivatives of pointwise scores, take registers that larger tiles lack.
-        large = self._fills_tiles and (self.score == "softmax" or (self.width <= 32 and self.score != "gelu"))
+        large = self._fills_tiles and (self.score == "softmax" or (self.width == 32 and self.score != "gelu"))
         for kernel in ("whole", "whole_long") if large else ("whole",):
             entry = variant(f"{kernel}{self._suffix}", self.width, *self.on)
-            if entry is not None and max(entry.queries, self.width) > _MOST_LOOPED and self.q_per_kv > 1:
-                entry = self._looped(entry)
-            if entry is not None and entry.keys > cell:
+            looped = entry is not None and max(entry.queries, self.width) <= _MOST_LOOPED
+            if entry is not None and entry.keys > cell and (looped or self.q_per_kv == 1):
                 found.append(entry)
                 cell = entry.keys
         return tuple(found)
-
-    def _looped(self, entry: Tiles) -> Tiles | None:
-        """The entry with fewer queries at once, for several query heads; None where registers are lacking."""
-        if self.width > _MIN_TILE_ROWS or self.score != "softmax":
-            return None
-        return entry._replace(queries=_MOST_LOOPED, warps=4)
 
     def _tiles(self, kernel: str) -> Tiles:
         """Tiles of a kernel; no more queries than rows have, where that is known."""

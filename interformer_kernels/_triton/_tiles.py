@@ -97,7 +97,6 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
         "short": {2: {128: Tiles(32, 32, 4, 1)}, 4: {64: Tiles(32, 16, 8, 1)}},
         "short_backward": {4: {64: Tiles(32, 16, 4, 1)}},
         "whole": {2: {64: Tiles(64, 64, 4, 1)}},
-        "whole_long": {2: {16: Tiles(128, 128, 8, 1)}},
     },
     90: {
         "forward": {2: {128: Tiles(64, 32)}, 4: {32: Tiles(32, 16)}},
