@@ -47,6 +47,23 @@ def test_a_tile_takes_the_loop_of_products_for_every_16_channels() -> None:
     assert cuda_loops.tile_loop(code_of("FADD R1, R1, R2", "BRA 0x0", "EXIT"), 64) is None
 
 
+def test_code_for_diverged_warps_closes_no_loop() -> None:
+    """It stands behind the kernel, and returns into the middle of a tile's loop."""
+    code = code_of(
+        "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+        "FADD R1, R1, R2",
+        "BRA.DIV UR4, 0x70",
+        "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+        "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+        "BRA 0x0",
+        "EXIT",
+        "BRA 0x30",
+    )
+    found = cuda_loops.tile_loop(code, 16)
+    assert found is not None
+    assert (found[0].start, found[0].end, found[1]) == (0x0, 0x50, 6)
+
+
 def test_copies_are_counted_in_a_row_and_in_loops_of_their_own() -> None:
     assert cuda_code.instructions_of_a_copy(_KERNEL) == 3
     loop = code_of("IADD3 R4, R4, 0x10, RZ", "ISETP.NE.AND P0, PT, R4, RZ, PT", "BRA 0x40",

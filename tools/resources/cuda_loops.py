@@ -46,7 +46,9 @@ def _inside(inner: Loop, outer: Loop) -> bool:
 
 def tile_loop(code: Sequence[Instruction], width: int) -> tuple[Loop, int] | None:
     """The loop of a tile, and its instructions with all steps over channels; None without tensor instructions."""
-    everything = loops(code)
+    # Behind the kernel stands code for warps whose lanes have diverged; it jumps back into loops without closing any.
+    diverged = min((one.target or 0 for one in code if one.name.startswith("BRA.DIV")), default=code[-1].address + 1)
+    everything = loops([one for one in code if one.address < diverged])
     total = sum(one.kind == "tensor" for one in code)
     tiles = [loop for loop in everything if total and loop.classes.get("tensor", 0) >= _MOST * total]
     if not tiles:
