@@ -105,6 +105,17 @@ __device__ inline void map_rolled(AccTile (&acc)[N], float2* scratch, Map&& map)
 
 // ---------------------------------------------------------------- reductions over lanes
 
+// The same number, by way of a shuffle: the compiler cannot see how it is made, and keeps it in a register, where it
+// would make it anew at every use.
+template <typename T>
+__device__ inline T opaque(T x) {
+    return __shfl_sync(kAllLanes, x, lane_index());
+}
+template <typename T>
+__device__ inline T* opaque(T* x) {
+    return reinterpret_cast<T*>(opaque(reinterpret_cast<unsigned long long>(x)));
+}
+
 // Sum and maximum over the four lanes that share a row of an accumulator tile.
 __device__ inline float quad_sum(float x) {
     x += __shfl_xor_sync(kAllLanes, x, 1);

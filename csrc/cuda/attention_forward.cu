@@ -141,7 +141,7 @@ __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group
     const auto copy = copy_of_keys<kKeepsAddresses<T>>(p, memory, group.threads, keys, kv_head);
     for_each_tile(
         group, tiles, f.plan.stages,
-        [&](int tile, int stage) { copy.start(stage, tile * Tiles::kStreamed, keys.count - tile * Tiles::kStreamed); },
+        [&](int tile, int stage) { copy.start(stage, tile, keys.count - tile * Tiles::kStreamed); },
         [&](int tile, int stage) { rotate_keys(p, copy, keys, tile, stage); },
         [&](int tile, int stage) {
             if (!warp_tiles.contains(tile)) return;

@@ -30,7 +30,8 @@ struct TileRange {
 
     __device__ int count() const { return before + stop - start; }
     __device__ int operator[](int step) const { return step < before ? step : start + step - before; }
-    __device__ bool contains(int tile) const { return tile < before || (tile >= start && tile < stop); }
+    // Without branches, as `KeyRange::contains`.
+    __device__ bool contains(int tile) const { return (tile < before) | ((tile >= start) & (tile < stop)); }
     // The same without the tiles of [start, stop) that lie outside [from, to).
     __device__ TileRange within(int from, int to) const {
         const int first = max(start, from);

@@ -31,7 +31,7 @@ struct Heads {
           token(x.strides[x.axes - 3]),
           head(x.strides[x.axes - 2]),
           channel(x.strides[x.axes - 1]),
-          alignment(alignment_of(x)),
+          alignment(copy_alignment(x, x.axes - 3)),
           aligned(channel == 1 && alignment >= 4 * static_cast<int>(sizeof(T))) {}
 
     __device__ T* at(int64_t r, int64_t t, int64_t h) const { return data + r * row + t * token + h * head; }

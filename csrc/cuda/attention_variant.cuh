@@ -14,6 +14,7 @@
 #include "common/element.h"
 #include "cuda/acc_tile.cuh"
 #include "cuda/attention_masks.cuh"
+#include "cuda/elements.h"
 #include "cuda/maps.cuh"
 
 namespace interformer {
@@ -117,12 +118,12 @@ __device__ inline void online_softmax_update(const Variant<T>& variant, AccTile 
                                              OnlineSoftmax& softmax, float (&alpha)[2], const Places& at) {
     for_each(s, [&](int, int, float& x) { x = variant.ordered(x); });
     mask_out(s, at, -INFINITY);
-    float tile_max[2] = {-INFINITY, -INFINITY}, base[2];
-    for_each(s, [&](int half, int, float& x) { tile_max[half] = fmaxf(tile_max[half], x); });
+    float row_max[2] = {softmax.row_max[0], softmax.row_max[1]}, base[2];
+    for_each(s, [&](int half, int, float& x) { row_max[half] = fmaxf(row_max[half], x); });
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const float before = softmax.row_max[i], now = fmaxf(before, quad_max(tile_max[i]));
-        base[i] = now == -INFINITY ? 0.0f : now;  // no key is seen yet: all probabilities are 0
+        const float before = softmax.row_max[i], now = quad_max(row_max[i]);
+        base[i] = fmaxf(now, -kLargest<float>);  // where no key is seen yet, all probabilities are 0
         alpha[i] = variant.exponential(before - base[i], 1.0f);
         softmax.row_max[i] = now;
         softmax.row_sum[i] *= alpha[i];

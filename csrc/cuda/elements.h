@@ -1,6 +1,7 @@
 // Element types of the CUDA kernels, and the alignment of a tensor's memory.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -52,6 +53,13 @@ inline int alignment_of(const TensorView& x) {
     for (int axis = 0; axis + 1 < x.axes; ++axis)
         if (x.shape[axis] > 1) bits |= static_cast<uint64_t>(x.strides[axis] * size);
     return static_cast<int>(bits & -bits);
+}
+
+// The alignment by which a tensor is copied, line by line along an axis. Copies of 16 bytes compute distances of 64
+// lines in 32 bits: where lines are further apart, they are copied by 8 bytes at most.
+inline int copy_alignment(const TensorView& x, int axis) {
+    const int64_t size = x.dtype == DType::float32 ? 4 : 2;
+    return std::min(alignment_of(x), x.strides[axis] * size < int64_t{1} << 26 ? 16 : 8);
 }
 
 }  // namespace cuda

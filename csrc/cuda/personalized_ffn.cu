@@ -39,11 +39,11 @@ struct Matrix {
 
 template <typename T>
 Matrix<T> tokens_of(const TensorView& x) {
-    return {static_cast<T*>(x.data), 0, x.strides[0], alignment_of(x)};
+    return {static_cast<T*>(x.data), 0, x.strides[0], copy_alignment(x, 0)};
 }
 template <typename T>
 Matrix<T> matrices_of(const TensorView& x) {
-    return {static_cast<T*>(x.data), x.strides[0], x.strides[1], alignment_of(x)};
+    return {static_cast<T*>(x.data), x.strides[0], x.strides[1], copy_alignment(x, 1)};
 }
 template <typename T>
 Matrix<T> vectors_of(const TensorView& x) {

@@ -3,9 +3,11 @@
 // Each warp of the threads has a strip of the tile's rows. A lane copies vectors of 16 bytes in one column, at rows
 // that are equally far apart: it computes one address for a tile, and advances it by the same distance for every
 // vector. That makes three instructions for a vector, one more in a tile at an edge, and four more where several heads
-// of a token are rows.
+// of a token are rows. Three more precede each group of copies without a branch in between: another reason to copy
+// tiles of the same rows of two sources together.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "cuda/tiles.cuh"
@@ -20,7 +22,7 @@ struct RowSource {
     const T* data;
     int64_t token;  // stride of tokens
     int columns;
-    int alignment;  // the result of `alignment_of`
+    int alignment;  // the result of `copy_alignment`
     int64_t head = 0;
     int per_token = 1;
 };
@@ -62,7 +64,9 @@ class TileCopy<Tile<T, ROWS, COLUMNS>> {
         : source_(source),
           rows_(strip_rows(threads)),
           row_(threads.rank / kWarp * rows_ + row_of(threads.rank % kWarp / kAcross)),
-          column_(threads.rank % kAcross * kVector) {
+          column_(threads.rank % kAcross * kVector),
+          step_(static_cast<uint32_t>(source.token) * static_cast<uint32_t>(kStep * sizeof(T))),
+          tile_(static_cast<uint32_t>(source.token) * static_cast<uint32_t>(ROWS * sizeof(T))) {
         source_.data += column_;
         constexpr int kBytes = static_cast<int>(sizeof(T));
         advance_.rows = kStep * kBytes * source.token;
@@ -92,6 +96,48 @@ class TileCopy<Tile<T, ROWS, COLUMNS>> {
         }
     }
 
+    // Starts copies of tile `tile` of two sources into tiles one behind the other, of which `count` rows are there.
+    // Without an EDGE, these are `inner_rows` or more.
+    template <bool EDGE>
+    __device__ static void start_pair(Tile<T, ROWS, COLUMNS> to, int tile, int count, const TileCopy& left,
+                                      const TileCopy& right) {
+        static_assert(kStep * kMaxWarps <= ROWS, "each warp has a strip");
+#pragma unroll 1
+        for (int column = 0; column < COLUMNS; column += kAcross * kVector) {
+            PairColumn<EDGE> pair{to.at(left.row_, left.column_ + column), {}, {}, {}, count - left.row_};
+            pair.add(0, left, tile, column);
+            pair.add(1, right, tile, column);
+            if constexpr (kUnrolled > 1) {
+#pragma unroll 1
+                for (int row = kUnrolled * kStep;; row += kUnrolled * kStep) {
+                    pair.template copy<0, kUnrolled>();
+                    if (row >= left.rows_) break;  // at once where all warps of a block share the tile
+                    pair.template advance<kUnrolled>();
+                }
+            } else {  // one, two or four vectors
+                pair.template copy<0, 1>();
+                if (left.rows_ == kStep) continue;
+                pair.template copy<1, 2>();
+                if (left.rows_ > 2 * kStep) pair.template copy<2, 4>();
+            }
+        }
+    }
+    // Whether `start_pair` serves two sources: aligned ones whose rows are tokens.
+    __device__ static bool are_pair(const RowSource<T>& left, const RowSource<T>& right) {
+        return (min(left.alignment, right.alignment) >= 16) & (left.per_token == 1) & (right.per_token == 1);
+    }
+    // Rows of a pair of tiles without an edge; columns that are missing are one, too.
+    __device__ static int inner_rows(const RowSource<T>& left, const RowSource<T>& right) {
+        return min(left.columns, right.columns) >= COLUMNS ? ROWS : INT_MAX;
+    }
+
+    // Keeps what `start_pair` reads in registers, where it would be made anew for every tile.
+    __device__ void keep() {
+        source_.data = opaque(source_.data);
+        step_ = opaque(step_);
+        tile_ = opaque(tile_);
+    }
+
   private:
     // A row of the source: its first number, and its head.
     struct Place {
@@ -103,6 +149,43 @@ class TileCopy<Tile<T, ROWS, COLUMNS>> {
     struct Advance {
         int64_t rows = 0, carry = 0;
         int heads = 0;
+    };
+
+    // A lane's vectors in one column of two tiles.
+    template <bool EDGE>
+    struct PairColumn {
+        T* target;
+        const char* source[2];
+        uint32_t step[2];  // bytes from vector to vector
+        bool in_columns[2];
+        int left;  // rows of the sources from the lane's first one on
+
+        __device__ void add(int n, const TileCopy& from, int tile, int column) {
+            source[n] = reinterpret_cast<const char*>(from.source_.data + column) +
+                        uint64_t{static_cast<uint32_t>(tile)} * from.tile_;
+            step[n] = from.step_;
+            in_columns[n] = from.column_ + column < from.source_.columns;
+        }
+        // Copies vectors [BEGIN, END). The sources are at the vector before, or at the first one.
+        template <int BEGIN, int END>
+        __device__ void copy() {
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int i = BEGIN; i < END; ++i) {
+                    if (i > 0) source[n] += step[n];
+                    cp_async_or_zero(target + (n * ROWS + i * kStep) * Tile<T, ROWS, COLUMNS>::kStride, source[n],
+                                     !EDGE || (in_columns[n] & (left > i * kStep)));
+                }
+        }
+        // Goes on to the vector behind the first `COUNT` ones.
+        template <int COUNT>
+        __device__ void advance() {
+#pragma unroll
+            for (int n = 0; n < 2; ++n) source[n] += step[n];
+            target += COUNT * kStep * Tile<T, ROWS, COLUMNS>::kStride;
+            left -= COUNT * kStep;
+        }
     };
 
     // The first row of a lane in a strip. Eight neighbours store 128 bytes at a time: where they are of several rows,
@@ -177,6 +260,7 @@ class TileCopy<Tile<T, ROWS, COLUMNS>> {
     RowSource<T> source_;  // from this thread's column on, and, where tokens are rows, from its row on
     int rows_;             // of the warp's strip
     int row_, column_;
+    uint32_t step_, tile_;  // bytes between a lane's rows, and between tiles, where tokens are rows
     Advance advance_;
 };
 

@@ -32,6 +32,10 @@ struct Tile {
     T* data;
 
     __device__ T* at(int row, int column) const { return data + row * kStride + column; }
+    // The number so many rows and columns behind it. A lane's distance is the same in every tile and is computed once.
+    __device__ T* at(int row, int column, int lane_row, int lane_column) const {
+        return at(row, column) + (lane_row * kStride + lane_column);
+    }
 };
 
 // The stages of a pipeline: tiles of one kind, filled and used in rotation.
@@ -156,7 +160,7 @@ __device__ inline void load_left(LeftOperand<T>& to, Tile<T, ROWS, COLUMNS> tile
             to.rows[i / 4][i % 4 * 4 + 3] = four.w;
         }
     } else {
-        ldmatrix_x4(to.parts, tile.at(row + lane % 16, k + lane / 16 * 8));
+        ldmatrix_x4(to.parts, tile.at(row, k, lane % 16, lane / 16 * 8));
     }
 }
 
@@ -170,7 +174,7 @@ __device__ inline void load_left_transposed(LeftOperand<T>& to, Tile<T, ROWS, CO
 #pragma unroll
         for (int i = 0; i < 32; ++i) to.rows[i / 16][i % 16] = *tile.at(k + i % 16, row + lane / 4 + i / 16 * 8);
     } else {
-        ldmatrix_x4_trans(to.parts, tile.at(k + lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
+        ldmatrix_x4_trans(to.parts, tile.at(k, row, lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8));
     }
 }
 
@@ -206,7 +210,7 @@ __device__ inline void load_right(RightOperand<T>& to, Tile<T, ROWS, COLUMNS> ti
     else if constexpr (std::is_same_v<T, float>)
         to = {tile.at(k, column + lane % 4 * 2), tile.kStride, true};
     else
-        ldmatrix_x4_trans(to.parts, tile.at(k + lane % 16, column + lane / 16 * 8));
+        ldmatrix_x4_trans(to.parts, tile.at(k, column, lane % 16, lane / 16 * 8));
 }
 
 // The same from a tile whose rows are the operand's columns: the operand is the tile's transpose.
@@ -218,7 +222,7 @@ __device__ inline void load_right_transposed(RightOperand<T>& to, Tile<T, ROWS, 
     else if constexpr (std::is_same_v<T, float>)
         to = {tile.at(column + lane % 4 * 2, k), tile.kStride, false};
     else
-        ldmatrix_x4(to.parts, tile.at(column + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
+        ldmatrix_x4(to.parts, tile.at(column, k, lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8));
 }
 
 // Loads four places of the sum, from `k` on, of the column pairs of this lane: [place][column].

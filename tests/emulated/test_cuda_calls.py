@@ -166,9 +166,9 @@ def test_more_than_65535_rows(op: str, emulated: ModuleType) -> None:
 def test_beyond_two_to_the_31(op: str, far: str) -> None:
     """Element offsets need 64 bits; of the memory only a few pages are ever touched."""
     torch.utils.deterministic.fill_uninitialized_memory = False
-    step = 2**31 + 100
+    step = 2**31 + 104  # of whole vectors of 16 bytes, whose copies compute shorter distances in 32 bits
     lengths = (1, 1) if far in ("weight", "q") else (2,)
-    sizes = {"heads": 1, "kv_heads": 1, "head_size": 4, "value_size": 4, "queries": 2, "tail": 0}
+    sizes = {"heads": 1, "kv_heads": 1, "head_size": 8, "value_size": 8, "queries": 2, "tail": 0}
     inputs = testing.make_inputs(small(op, lengths=lengths, **sizes), torch.bfloat16)
     x = inputs[far].detach()
     wide = torch.empty(step + x[0].numel(), dtype=x.dtype).as_strided(x.shape, (step, *x.stride()[1:]))
