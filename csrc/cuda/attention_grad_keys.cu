@@ -158,7 +158,7 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
         group, tiles, g.plan.stages,
         [&](int tile, int stage) {
             const int64_t begin = int64_t{tile} * kStreamed;
-            copy.start(stage, tile, rows_from(begin));
+            copy.start_rows(stage, begin, rows_from(begin));
             const PackedRows rows(begin, kv_head, p.q_per_kv);
             const ThreadGroup threads = group.threads.reread();
             for (int r = threads.rank; r < kStreamed; r += threads.size)

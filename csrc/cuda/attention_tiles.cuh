@@ -280,14 +280,23 @@ class PairCopy {
     // Starts and commits copies of tile `tile`, of which `count` rows are there, into the pair of a stage. Where KEEP,
     // addresses stay in registers from tile to tile, and both sources are copied together.
     __device__ void start(int stage, int tile, int count) const {
-        if (KEEP && count >= inner_)
+        const int64_t first = int64_t{tile} * AttentionTiles<T, WIDTH>::kStreamed;
+        if constexpr (!KEEP) return start_rows(stage, first, count);
+        if (count >= inner_) {
             Copy::template start_pair<false>(memory_.streamed[2 * stage], tile, count, left_copy_, right_copy_);
-        else if (KEEP && together_)
+        } else if (together_) {
             Copy::template start_pair<true>(memory_.streamed[2 * stage], tile, count, left_copy_, right_copy_);
-        else if (KEEP)
-            start_each(stage, tile, count, left_copy_, right_copy_);
-        else
-            start_each(stage, tile, count, Copy(left_, threads_.reread()), Copy(right_, threads_.reread()));
+        } else {
+            left_copy_.start(memory_.streamed[2 * stage], first, count);
+            if (has_right_) right_copy_.start(memory_.streamed[2 * stage + 1], first, count);
+        }
+        cp_async_commit();
+    }
+    // Starts and commits copies of rows [first, first + count). No address stays in a register.
+    __device__ void start_rows(int stage, int64_t first, int count) const {
+        const ThreadGroup threads = threads_.reread();
+        Copy(left_, threads).start(memory_.streamed[2 * stage], first, count);
+        if (has_right_) Copy(right_, threads).start(memory_.streamed[2 * stage + 1], first, count);
         cp_async_commit();
     }
 
@@ -303,12 +312,6 @@ class PairCopy {
     }
 
   private:
-    __device__ void start_each(int stage, int tile, int count, const Copy& left, const Copy& right) const {
-        const int64_t first = int64_t{tile} * AttentionTiles<T, WIDTH>::kStreamed;
-        left.start(memory_.streamed[2 * stage], first, count);
-        if (has_right_) right.start(memory_.streamed[2 * stage + 1], first, count);
-    }
-
     const AttentionMemory<T, WIDTH>& memory_;
     ThreadGroup threads_;
     RowSource<T> left_, right_;
