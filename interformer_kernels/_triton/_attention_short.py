@@ -41,36 +41,45 @@ SIZES = ["rows", "q_tokens", "k_tokens", "left", "right", "prefix"]
 
 
 @triton.jit
-def _lanes(i, offsets, sizes, CELL: tl.constexpr, BLOCK: tl.constexpr):
-    """For each lane its cell, its index in the row, and the row; no queries and no keys where the row is not short."""
+def _lanes(i, attempt, offsets, sizes, CELL: tl.constexpr, BLOCK: tl.constexpr):
+    """For each lane its cell, its index in the row, and the row; no queries and no keys where the row is not short, or
+    not the attempt's.
+    """
     o = tl.arange(0, BLOCK)
     row = i * (BLOCK // CELL) + o // CELL
     q_first, queries = span(offsets.q, row, sizes.rows, sizes.q_tokens)
     k_first, keys = span(offsets.kv, row, sizes.rows, sizes.k_tokens)
+    cell = o // CELL
     fits = (queries <= CELL) & (keys <= CELL)
+    queries = of_attempt(tl.where(fits, queries, 0), cell, attempt, BLOCK // CELL)
+    keys = of_attempt(tl.where(fits, keys, 0), cell, attempt, BLOCK // CELL)
     # The number of the row is not needed any more, and every row that is here has tokens.
-    return o // CELL, o % CELL, RowTask(i * 0, q_first, tl.where(fits, queries, 0), k_first, tl.where(fits, keys, 0))
+    return cell, o % CELL, RowTask(i * 0, q_first, queries, k_first, keys)
 
 
 @triton.jit
-def _is_idle(task):
-    """Whether no lane has a query or a key."""
-    return tl.max(task.count | task.keys, 0) == 0
+def _is_idle(i, offsets, sizes, CELL: tl.constexpr, CELLS: tl.constexpr):
+    """Whether none of a program's rows is short and has tokens. They are scalars, so no warp waits for another."""
+    tokens = i * 0
+    for cell in tl.static_range(CELLS):
+        _, queries = span(offsets.q, i * CELLS + cell, sizes.rows, sizes.q_tokens)
+        _, keys = span(offsets.kv, i * CELLS + cell, sizes.rows, sizes.k_tokens)
+        tokens |= tl.where((queries <= CELL) & (keys <= CELL), queries | keys, 0)
+    return tokens == 0
 
 
 @triton.jit
-def _tile(cell, n, task, i_head, attempt, kv, SHAPE: tl.constexpr):
-    """The rows of an attempt (none but its own), their keys and values, and the pairs of queries and keys, under the
-    first query head of the key/value head."""
-    CELLS: tl.constexpr = SHAPE.block // SHAPE.cell
-    count = of_attempt(task.count, cell, attempt, CELLS)
-    keys = of_attempt(task.keys, cell, attempt, CELLS)
-    task = RowTask(task.row, task.first, count, task.k_first, keys)
-    b_k = load_k(kv.k, kv.rope, task.k_first, n, i_head, n < keys, SHAPE)
-    b_v = load_tokens(kv.v, task.k_first, n, i_head, n < keys, SHAPE.dv, SHAPE.block_dv)
+def _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE: tl.constexpr, VARIANT: tl.constexpr):
+    """A program's lanes: the token of its row that each one is, the rows, their keys and values, and the pairs of
+    queries and keys, under the first query head of the key/value head."""
+    cell, n, task = _lanes(i, attempt, offsets, sizes, SHAPE.cell, SHAPE.block)
+    b_k = load_k(kv.k, kv.rope, task.k_first, n, i_head, n < task.keys, SHAPE)
+    b_v = load_tokens(kv.v, task.k_first, n, i_head, n < task.keys, SHAPE.dv, SHAPE.block_dv)
+    count = task.count[:, None]
+    keys = task.keys[:, None]
     cells = cell[:, None] == cell[None, :]
-    pairs = Pairs(n[:, None], n[None, :], i_head * SHAPE.q_per_kv, count[:, None], keys[:, None], True, cells)
-    return task, b_k, b_v, pairs
+    pairs = Pairs(n[:, None], n[None, :], i_head * SHAPE.q_per_kv, count, keys, True, cells)
+    return n, task, b_k, b_v, pairs
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -86,13 +95,12 @@ def attention_forward_short(
     epilogue = Epilogue(epilogue.gate, epilogue.residual)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     i = tl.program_id(0) // SHAPE.kv_heads
-    cell, n, rows_here = _lanes(i, offsets, sizes, SHAPE.cell, SHAPE.block)
-    if _is_idle(rows_here):
+    if _is_idle(i, offsets, sizes, SHAPE.cell, SHAPE.block // SHAPE.cell):
         return
     retry = tl.program_id(0) < 0
     for attempt in range(0, SHAPE.block // SHAPE.cell + 1):
         if retry | (attempt == 0):
-            task, b_k, b_v, pairs = _tile(cell, n, rows_here, i_head, attempt, kv, SHAPE)
+            n, task, b_k, b_v, pairs = _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE, VARIANT)
             any_key = sees_any_key(n, task.count, task.keys, variant, VARIANT)
             bad = tl.full([SHAPE.block], 0, tl.int32)
             for g in range(0, SHAPE.q_per_kv):
@@ -126,13 +134,12 @@ def attention_backward_short(
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     i = tl.program_id(0) // SHAPE.kv_heads
-    cell, n, rows_here = _lanes(i, offsets, sizes, SHAPE.cell, SHAPE.block)
-    if _is_idle(rows_here):
+    if _is_idle(i, offsets, sizes, SHAPE.cell, SHAPE.block // SHAPE.cell):
         return
     retry = tl.program_id(0) < 0
     for attempt in range(0, SHAPE.block // SHAPE.cell + 1):
         if retry | (attempt == 0):
-            task, b_k, b_v, pairs = _tile(cell, n, rows_here, i_head, attempt, kv, SHAPE)
+            n, task, b_k, b_v, pairs = _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE, VARIANT)
             acc_k = tl.full([SHAPE.block, SHAPE.block_d], 0.0, tl.float32)
             acc_v = tl.full([SHAPE.block, SHAPE.block_dv], 0.0, tl.float32)
             bad = tl.full([SHAPE.block], 0, tl.int32)

@@ -94,8 +94,8 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
             4: {32: Tiles(16, 32), 64: Tiles(16, 16), 128: Tiles(32, 16)},
         },
         "grad_keys": {4: {128: Tiles(32, 16, 8), 256: Tiles(16, 16, 8)}},
-        "short": {2: {128: Tiles(32, 32, 4, 1)}, 4: {64: Tiles(32, 16, 8, 1)}},
-        "short_backward": {4: {64: Tiles(32, 16, 4, 1)}},
+        "short": {2: {128: Tiles(32, 32, 4, 1)}, 4: {32: Tiles(32, 16, 8, 1), 64: Tiles(32, 16, 8, 1)}},
+        "short_backward": {4: {32: Tiles(32, 16, 4, 1), 64: Tiles(32, 16, 4, 1)}},
         "whole": {2: {64: Tiles(64, 64, 4, 1)}},
     },
     90: {
@@ -105,10 +105,8 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
             4: {16: Tiles(16, 64), 32: Tiles(32, 16), 64: Tiles(16, 16, 8), 128: Tiles(16, 16, 8)},
         },
         "grad_keys": {2: {128: Tiles(32, 128, 8)}, 4: {64: Tiles(32, 16), 128: Tiles(32, 16), 256: Tiles(16, 16)}},
-        "short": {4: {32: Tiles(32, 16, 8, 1)}},
         "whole": {2: {128: Tiles(64, 64, 8, 1)}},
         "whole_long": {2: {64: Tiles(128, 128, 8, 1)}},
-        "short_backward": {4: {32: Tiles(32, 16, 4, 1)}},
         "grad_queries_packed": {
             2: {64: Tiles(64, 64)},
             4: {16: Tiles(16, 32, 8), 32: Tiles(32, 16), 64: Tiles(16, 16, 8), 128: Tiles(16, 16, 8)},

@@ -97,10 +97,11 @@ def checkout_copy(to: Path) -> Path:
 
 
 def build(source: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m build`, by default under ordinary build isolation."""
+    """`python -m build`, by default under ordinary build isolation; else with the tools of this environment."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
         [sys.executable, "-m", "build", *options, str(source)],
-        env={**os.environ, **environment},
+        env={**os.environ, "PATH": path, **environment},
         capture_output=True,
         text=True,
         check=False,
