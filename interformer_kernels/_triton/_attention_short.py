@@ -59,13 +59,18 @@ def _lanes(i, attempt, offsets, sizes, CELL: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _is_idle(i, offsets, sizes, CELL: tl.constexpr, CELLS: tl.constexpr):
-    """Whether none of a program's rows is short and has tokens. They are scalars, so no warp waits for another."""
+    """Whether none of a program's rows is short and has tokens, where that is likely: where the mean row is longer.
+
+    Elsewhere all programs would wait for the answer. Numbers are scalars, so no warp waits for another.
+    """
+    likely = sizes.q_tokens > sizes.rows.to(tl.int64) * CELL
     tokens = i * 0
-    for cell in tl.static_range(CELLS):
-        _, queries = span(offsets.q, i * CELLS + cell, sizes.rows, sizes.q_tokens)
-        _, keys = span(offsets.kv, i * CELLS + cell, sizes.rows, sizes.k_tokens)
-        tokens |= tl.where((queries <= CELL) & (keys <= CELL), queries | keys, 0)
-    return tokens == 0
+    if likely:
+        for cell in tl.static_range(CELLS):
+            _, queries = span(offsets.q, i * CELLS + cell, sizes.rows, sizes.q_tokens)
+            _, keys = span(offsets.kv, i * CELLS + cell, sizes.rows, sizes.k_tokens)
+            tokens |= tl.where((queries <= CELL) & (keys <= CELL), queries | keys, 0)
+    return likely & (tokens == 0)
 
 
 @triton.jit
