@@ -120,7 +120,7 @@ def test_tiles_follow_the_capability() -> None:
         assert entries("forward_rope", 2, Target("cuda", capability)) == {}
     assert entries("short_rope", 2, Target("cuda", 90)) == {64: _tiles.TABLE["short"][2][64]}
     on_hopper = entries("short_backward_rope", 4, Target("cuda", 90))[32]
-    assert on_hopper == _tiles.SINCE[90]["short_backward_rope"][4][32] != _tiles.SINCE[90]["short_backward"][4][32]
+    assert on_hopper == _tiles.SINCE[90]["short_backward_rope"][4][32] != _tiles.SINCE[80]["short_backward"][4][32]
     assert entries("whole_rope", 2, Target("cuda", 90))[64].warps == 8  # four spill
     on_amd = entries("grad_queries_rope", 2, Target("hip", 0))
     assert max(on_amd) == 64 < max(entries("grad_queries", 2, Target("hip", 0)))
