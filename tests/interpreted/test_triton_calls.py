@@ -183,6 +183,8 @@ def _last_programs(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
 @pytest.mark.parametrize("op", testing.OPS)
 def test_more_than_65535_rows(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last of 65540 rows, which the last programs of a grid of one axis compute, is what it is alone."""
+    from interformer_kernels._triton._rows import marks
+
     rows = 65540
     case = Case(op, "", lengths=(2,) * rows, tail=0, heads=1, kv_heads=1, head_size=4, value_size=4, queries=1, rope=4)
     inputs = testing.make_inputs(case, torch.float32)
@@ -192,7 +194,9 @@ def test_more_than_65535_rows(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
             alone[name] = inputs[name][-(len(inputs[name]) // rows) :]
     with torch.no_grad():
         single = testing.call(op, alone, "triton")[0]
-        sizes = _last_programs(monkeypatch, 4)
+        # Behind the programs of rows of few queries are those of later splits, which these rows do not have.
+        behind = marks(2 * rows, 128) if op in ("pma_pooling", "gated_cross_attention") else 0
+        sizes = _last_programs(monkeypatch, 4 + behind)
         found = testing.call(op, inputs, "triton")[0]
     assert max(sizes) > 65535
     assert torch.equal(found[-len(single) :], single)
