@@ -116,7 +116,12 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
         "short_backward_rope": {4: {16: Tiles(32, 16, 4, 1), 32: Tiles(32, 16, 8, 1)}},
         "whole_rope": {2: {64: Tiles(64, 64, 8, 1)}},
     },
-    100: {"forward": {2: {128: Tiles(64, 32, 8)}}, "grad_keys": {4: {256: Tiles(16, 32, 8)}}},
+    100: {
+        "forward": {2: {128: Tiles(64, 32, 8)}},
+        "grad_queries": {4: {256: Tiles(16, 16, 16)}},
+        "grad_queries_packed": {2: {128: Tiles(64, 32, 8)}},
+        "grad_keys": {4: {256: Tiles(16, 32, 8)}},
+    },
 }
 
 
