@@ -5,6 +5,7 @@ Each check takes a backend's `results(op, inputs)`: output, log-sum-exp and grad
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -120,3 +121,17 @@ def check_a_row_alone(results: Results, dtype: torch.dtype) -> None:
         for quantity, x in results(ATTENTION, alone).items():
             assert torch.equal(x, whole[quantity][rows]), (quantity, length)
         first += length
+
+
+# Checks by name, which take a backend's `results`.
+CHECKS: dict[str, Callable[[Results], None]] = {
+    "positions outside of the tables": check_positions_outside_of_the_tables,
+    "rows longer than the tables": check_rows_longer_than_the_tables,
+    "table rows and positions of no token": check_table_rows_and_positions_of_no_token,
+    "offsets in disorder": check_offsets_in_disorder,
+    **{
+        f"strides, {dtype}": functools.partial(check_tables_and_positions_of_any_strides, dtype=dtype)
+        for dtype in (F32, BF16)
+    },
+    **{f"a row alone, {dtype}": functools.partial(check_a_row_alone, dtype=dtype) for dtype in DTYPES},
+}

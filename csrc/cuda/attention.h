@@ -25,8 +25,8 @@ struct SplitKv {
     std::optional<TensorView> partial_stats;
 };
 
-// What the kernels of a call with rotary tables rotate themselves; the rest was rotated before (`apply_rotary`), with
-// the same bits. Gradients of both are always rotated back by the kernels.
+// The inputs that the kernels of a call with rotary tables rotate themselves. Others were rotated before
+// (`apply_rotary`), with the same bits. Gradients of both are always rotated back by the kernels.
 struct RotatedInside {
     bool queries = false, keys = false;
 };

@@ -20,7 +20,7 @@ _ROPE_VECTOR = 4  # pairs of channels that the kernels rotate at once
 
 
 class ForwardWorkspace(NamedTuple):
-    """What the kernels rotate, and memory of a forward call: partials of split rows, the tile scheduler's counter."""
+    """Memory of a forward call (partials of split rows, the tile scheduler's counter), and what its kernels rotate."""
 
     rotates_queries: bool
     rotates_keys: bool
@@ -31,7 +31,7 @@ class ForwardWorkspace(NamedTuple):
 
 
 class BackwardWorkspace(NamedTuple):
-    """What the kernels rotate, memory of a backward call, and how its sums are cut. `lse` is the forward's."""
+    """Memory of a backward call, how its sums are cut, and what its kernels rotate. `lse` is the forward's."""
 
     rotates_queries: bool
     rotates_keys: bool
@@ -160,7 +160,7 @@ def backward(
     _C.cuda_attention_backward(prepared, gradients, workspace, allows_tf32(k.dtype))
     if shared:
         grad_q = grad_q.sum(0).to(k.dtype)
-    elif call.cos is not None and not _rotates_inside(call):
+    elif call.cos is not None and prepared.cos is None:
         grad_q = _rotated(grad_q, call, backwards=True, queries=True)
         grad_k = _rotated(grad_k, call, backwards=True, queries=False)
     return grad_q, grad_k, grad_v, sums if gate is None else gate_gradient(gate, sums, shape)

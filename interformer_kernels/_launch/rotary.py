@@ -1,4 +1,4 @@
-"""Who rotates the queries and keys of attention: its kernels, or a pass before."""
+"""The choice whether attention's kernels rotate queries and keys, or a pass before does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an attention call's kernels are compiled for: sizes that stay from batch to batch, and the tiles that follow.
+"""The geometry that an attention call's kernels are compiled for: sizes that stay from batch to batch, and their tiles.
 
 A geometry is made once and serves all calls like it, since to make its tuples anew would take longer than to launch a
 kernel. It knows no tensors, and no number of rows or tokens.

@@ -91,7 +91,7 @@ def launch(
 
 
 def key_of(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells apart the launches of kernels on one device, but for warps and stages."""
+    """The key that tells apart launches of kernels on one device, but for warps and stages."""
     parts = [id(kernel), *constants, *constants.values()]
     _add_arguments(parts.append, arguments)
     return tuple(parts)

@@ -82,7 +82,7 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any] | None:
 
 
 def known_to(arguments: tuple[Any, ...], sizes: tuple[int, ...], *options: Hashable) -> Known | None:
-    """What is known to calls like this one (`_bound.known_to`); None where no kernel is launched on a device."""
+    """The kernels known to calls like this one (`_bound.known_to`); None where no kernel is launched on a device."""
     return None if INTERPRETED or _recorded is not None else _bound.known_to(arguments, sizes, *options)
 
 

@@ -12,7 +12,7 @@ from cuda_calls import results
 from every import most_draws
 from guards import guarded_inputs
 from memory import names_of
-from rope_calls import ATTENTION, BF16, CASES, DTYPES, F16, F32, rope_case
+from rope_calls import ATTENTION, BF16, CASES, F16, F32, rope_case
 from torch import Tensor
 
 from interformer_kernels import _C, testing
@@ -148,30 +148,9 @@ def test_what_kernels_cannot_rotate_has_passes_of_its_own(emulated: ModuleType, 
 # ---------------------------------------------------------------- positions and tables
 
 
-def test_positions_outside_of_the_tables_are_clamped() -> None:
-    rope_calls.check_positions_outside_of_the_tables(results)
-
-
-def test_rows_longer_than_the_tables_are_clamped() -> None:
-    rope_calls.check_rows_longer_than_the_tables(results)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tables_and_positions_of_any_strides(dtype: torch.dtype) -> None:
-    rope_calls.check_tables_and_positions_of_any_strides(results, dtype)
-
-
-def test_table_rows_and_positions_of_no_token_are_not_used() -> None:
-    rope_calls.check_table_rows_and_positions_of_no_token(results)
-
-
-def test_offsets_in_disorder() -> None:
-    rope_calls.check_offsets_in_disorder(results)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_is_what_it_is_alone(dtype: torch.dtype) -> None:
-    rope_calls.check_a_row_alone(results, dtype)
+@pytest.mark.parametrize("check", rope_calls.CHECKS)
+def test_positions_tables_and_rows(check: str) -> None:
+    rope_calls.CHECKS[check](results)
 
 
 # ---------------------------------------------------------------- refusals
@@ -183,7 +162,7 @@ def test_calls_that_the_kernels_cannot_rotate_are_refused(monkeypatch: pytest.Mo
     for changed in (call._replace(v=None), call._replace(layout="shared"), call._replace(skip_prefix=1)):
         with pytest.raises(ValueError, match="attention: rope must be None"):
             attention.forward(changed, None, False)
-    # What the adapter never passes on.
+    # The adapter never passes on such tables.
     monkeypatch.setattr(_C, "cuda_widest_rope", 256)
     monkeypatch.setattr(attention, "_tables", lambda cos, sin: (cos, sin))
     strays = torch.ones(17)[1:].view(4, 4)

@@ -44,7 +44,7 @@ def test_tuned_tiles_are_the_fastest_measured_and_are_kept(tmp_path: Path, monke
 
 
 def test_the_next_call_has_other_tiles_once_they_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What follows from tiles is made once for many calls, but not for calls with other tiles."""
+    """A geometry is made once for many calls, but not for calls with other tiles."""
     pytest.importorskip("triton")
     from interformer_kernels._triton import _run, _tiles, _tune
 

@@ -9,7 +9,7 @@ import rope_calls
 import torch
 from every import most_draws
 from guards import guarded_inputs
-from rope_calls import ATTENTION, BF16, CASES, DTYPES, rope_case
+from rope_calls import ATTENTION, BF16, CASES, rope_case
 from torch import Tensor
 from triton_calls import results
 
@@ -121,30 +121,9 @@ def test_where_registers_lack_rotation_is_a_pass_of_its_own(channels: int, rope:
 # ---------------------------------------------------------------- positions and tables
 
 
-def test_positions_outside_of_the_tables_are_clamped() -> None:
-    rope_calls.check_positions_outside_of_the_tables(results)
-
-
-def test_rows_longer_than_the_tables_are_clamped() -> None:
-    rope_calls.check_rows_longer_than_the_tables(results)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tables_and_positions_of_any_strides(dtype: torch.dtype) -> None:
-    rope_calls.check_tables_and_positions_of_any_strides(results, dtype)
-
-
-def test_table_rows_and_positions_of_no_token_are_not_used() -> None:
-    rope_calls.check_table_rows_and_positions_of_no_token(results)
-
-
-def test_offsets_in_disorder() -> None:
-    rope_calls.check_offsets_in_disorder(results)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_is_what_it_is_alone(dtype: torch.dtype) -> None:
-    rope_calls.check_a_row_alone(results, dtype)
+@pytest.mark.parametrize("check", rope_calls.CHECKS)
+def test_positions_tables_and_rows(check: str) -> None:
+    rope_calls.CHECKS[check](results)
 
 
 def test_calls_without_a_public_op_are_refused() -> None:

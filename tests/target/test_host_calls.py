@@ -14,14 +14,12 @@ from typing import Any
 import fake_triton_driver
 import pytest
 import torch
-from torch import Tensor
+from host_time import call_of
 
 import interformer_kernels as ik
-from interformer_kernels import testing
 
 DRIVER = fake_triton_driver.install("sm_90")
 PACKAGE = str(Path(ik.__file__).parent)
-OFFSETS = testing.offsets_of((104,) * 8)
 # Calls and launches of a forward, and of both passes. Fewer are welcome: write them down here.
 MOST = {
     "pma_pooling": ((204, 2), (400, 5)),
@@ -30,25 +28,6 @@ MOST = {
     "personalized_ffn": ((175, 1), (364, 3)),
     "apply_rotary": ((174, 1), (299, 2)),
 }
-
-
-def leaf(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16).requires_grad_()
-
-
-def call_of(op: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """A call of InterFormer's sizes, and its leaves."""
-    tokens = int(OFFSETS[-1])
-    x, k, v = (leaf(tokens, 4, 16) for _ in range(3))
-    if op == "apply_rotary":
-        tables = torch.randn(2, 200, 8).unbind(0)
-        return lambda: ik.apply_rotary(x, OFFSETS, tables, backend="triton"), [x]
-    if op == "personalized_ffn":
-        x, weight, bias = leaf(tokens, 64), leaf(8, 64, 64), leaf(8, 64)
-        return lambda: ik.personalized_ffn(x, weight, OFFSETS, bias=bias, backend="triton"), [x, weight, bias]
-    queries = {"pma_pooling": (2, 4, 16), "gated_cross_attention": (8, 2, 4, 16), "jagged_attention": tuple(x.shape)}
-    q, function = leaf(*queries[op]), getattr(ik, op)
-    return lambda: function(q, k, v, OFFSETS, backend="triton"), [q, k, v]
 
 
 def counted(function: Callable[[], Any]) -> tuple[int, int]:

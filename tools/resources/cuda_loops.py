@@ -97,7 +97,7 @@ def _version() -> str:
 
 
 def recorded() -> dict[str, dict[str, Any]]:
-    """What is recorded by kernel; empty for another version of the compiler."""
+    """The records by kernel; none for another version of the compiler."""
     record = json.loads(FILE.read_text()) if FILE.exists() else {"nvcc": ""}
     kernels: dict[str, dict[str, Any]] = record["kernels"] if record["nvcc"] == _version() else {}
     return kernels

@@ -309,7 +309,7 @@ _EFFECTS: dict[str, Callable[[list[str], list[str]], list[str]]] = {
 
 
 def statements(instruction: Instruction) -> list[str]:
-    """What an instruction does to registers, predicates and memory."""
+    """The effects of an instruction on registers, predicates and memory."""
     parts, words = instruction.name.split("."), split_operands(instruction.operands)
     base = parts[0]
     if base == "MUFU" and "RCP" in parts:

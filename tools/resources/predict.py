@@ -51,7 +51,7 @@ class Prediction:
 
     @property
     def limit(self) -> float:
-        """What no implementation can beat: useful bytes, or useful products on the fastest tensor cores."""
+        """The time that no implementation can beat: useful bytes, or useful products on the fastest tensor cores."""
         return max(self.floor, 1e6 * self.flops / bounds.WGMMA)
 
 
