@@ -4,6 +4,10 @@
 #include "common/element.h"
 #include "cpu/kernels/isa.h"
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 INTERFORMER_ISA_BEGIN
 
 template <typename T>
@@ -75,13 +79,110 @@ inline void store(Float16& to, float x) {
     to.bits = static_cast<uint16_t>(sign | half);
 }
 
+// ---------------------------------------------------------------- vectors of elements
+
+// As many integers of type I as a vector has numbers of type float.
+template <typename I>
+struct WithFloats {
+    typedef I type __attribute__((vector_size(kVectorBytes / sizeof(float) * sizeof(I))));
+};
+using Bits16 = WithFloats<uint16_t>::type;
+using Bits32 = WithFloats<uint32_t>::type;
+
+inline Vector<float> load_wide(const float* from) {
+    return load_vector(from);
+}
+inline Vector<double> load_wide(const double* from) {
+    return load_vector(from);
+}
+inline void store_wide(float* to, Vector<float> x) {
+    store_vector(to, x);
+}
+inline void store_wide(double* to, Vector<double> x) {
+    store_vector(to, x);
+}
+
+// Neighbouring elements as a vector of their accumulation type.
+INTERFORMER_INLINE Vector<float> load_wide(const BFloat16* from) {
+    Bits16 bits;
+    std::memcpy(&bits, from, sizeof bits);
+    const Bits32 widened = __builtin_convertvector(bits, Bits32) << 16;
+    return (Vector<float>)widened;
+}
+
+// The inverse, with the bits of `store`.
+INTERFORMER_INLINE void store_wide(BFloat16* to, Vector<float> x) {
+    const Bits32 bits = (Bits32)x;
+    const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Bits16 narrowed = __builtin_convertvector(x != x ? 0x7fc0u | (bits >> 16) : rounded, Bits16);
+    std::memcpy(to, &narrowed, sizeof narrowed);
+}
+
+// The instructions keep subnormal numbers and round to nearest, ties to even, whatever the processor's mode is.
+INTERFORMER_INLINE Vector<float> load_wide(const Float16* from) {
+    Vector<float> x;
+#if defined(__AVX512F__)  // masks of all lanes, since the plain forms make GCC warn
+    x = _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+    for (int part = 0; part < kLanes<float>; part += 8) {
+        const __m256 eight = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + part)));
+        std::memcpy(reinterpret_cast<char*>(&x) + 4 * part, &eight, sizeof eight);
+    }
+#else
+    for (int lane = 0; lane < kLanes<float>; ++lane) x[lane] = load(from[lane]);
+#endif
+    return x;
+}
+
+INTERFORMER_INLINE void store_wide(Float16* to, Vector<float> x) {
+#if defined(__AVX512F__)
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, x, kNearest));
+#elif defined(__F16C__)
+    for (int part = 0; part < kLanes<float>; part += 8) {
+        __m256 eight;
+        std::memcpy(&eight, reinterpret_cast<const char*>(&x) + 4 * part, sizeof eight);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + part), _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT));
+    }
+#else
+    for (int lane = 0; lane < kLanes<float>; ++lane) store(to[lane], x[lane]);
+#endif
+}
+
+// The first `count` of a vector's elements, fewer than all; the other lanes are 0, and the other elements untouched.
+template <typename T>
+INTERFORMER_INLINE Vector<Acc<T>> load_first(const T* from, int64_t count) {
+    T elements[kLanes<Acc<T>>] = {};
+#ifdef __AVX512BW__
+    const uint32_t mask = (1u << count) - 1;
+    if constexpr (sizeof(T) == 2)
+        _mm256_storeu_epi16(elements, _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from));
+    else if constexpr (sizeof(T) == 4)
+        _mm512_storeu_ps(elements, _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from));
+    else
+        _mm512_storeu_pd(elements, _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from));
+#else
+    for (int64_t i = 0; i < count; ++i) elements[i] = from[i];
+#endif
+    return load_wide(elements);
+}
+template <typename T>
+INTERFORMER_INLINE void store_first(T* to, int64_t count, Vector<Acc<T>> x) {
+    T elements[kLanes<Acc<T>>];
+    store_wide(elements, x);
+    for (int64_t i = 0; i < count; ++i) to[i] = elements[i];
+}
+
+// ---------------------------------------------------------------- runs of elements
+
 // Reads `count` elements, `stride` apart, in the accumulation type.
 template <typename T>
 inline void widen(const T* from, int64_t stride, int64_t count, Acc<T>* to) {
+    constexpr int64_t W = kLanes<Acc<T>>;
+    int64_t i = 0;
     if (stride == 1)
-        for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
-    else
-        for (int64_t i = 0; i < count; ++i) to[i] = load(from[i * stride]);
+        for (; i + W <= count; i += W) store_vector(to + i, load_wide(from + i));
+    for (; i < count; ++i) to[i] = load(from[i * stride]);
 }
 
 // The same in the type in which numbers are stored for products (`Stored`).
@@ -95,7 +196,10 @@ inline void copy_stored(const BFloat16* from, int64_t stride, int64_t count, BFl
 
 template <typename T>
 inline void narrow(const Acc<T>* from, int64_t count, T* to) {
-    for (int64_t i = 0; i < count; ++i) store(to[i], from[i]);
+    constexpr int64_t W = kLanes<Acc<T>>;
+    int64_t i = 0;
+    for (; i + W <= count; i += W) store_wide(to + i, load_vector(from + i));
+    for (; i < count; ++i) store(to[i], from[i]);
 }
 
 INTERFORMER_ISA_END
