@@ -32,9 +32,8 @@ struct BackwardWorkspace {
     A* grad_q;    // [max_block, head_stride]
     A* grad_k;    // [max_keys, head_stride]
     A* grad_v;    // [max_keys, value_stride]
-    A* grad_out;  // the channels of one token, and likewise attn_out and gate
-    A* attn_out;
-    A* gate;
+    A* grad_out;  // the channels of one token
+    A* epilogue;  // those of two
     // Operands of pairs of numbers, where the instruction set has them.
     X* key_rows = nullptr;            // [operands of max_keys, head_stride]
     X* query_rows = nullptr;          // [operands of max_block, head_stride]
@@ -62,8 +61,7 @@ struct BackwardWorkspace {
         grad_k = arena.allocate<A>(p.max_keys * sizes.head_stride);
         grad_v = p.v_is_k ? grad_k : arena.allocate<A>(p.max_keys * sizes.value_stride);
         grad_out = arena.allocate<A>(channels);
-        attn_out = arena.allocate<A>(channels);
-        gate = arena.allocate<A>(channels);
+        epilogue = arena.allocate<A>(2 * channels);
         if (kNumbers<X> > 1) {
             key_rows = arena.allocate<X>(operands<X>(p.max_keys) * sizes.head_stride);
             query_rows = arena.allocate<X>(operands<X>(block) * sizes.head_stride);
@@ -122,7 +120,7 @@ class AttentionBackward {
     };
 
     AttentionBackward(const AttentionProblem& problem, int64_t row_group, void* memory)
-        : p_(problem), sizes_(problem), work_(problem, sizes_, memory), row_group_(row_group) {}
+        : p_(problem), sizes_(problem), work_(problem, sizes_, memory), epilogue_(problem, row_group, work_.epilogue) {}
 
     void run_row(int64_t batch_row, int64_t kv_head, const AttentionTask& task) const {
         const Row row(p_, sizes_, batch_row, kv_head, work_.grad_out);
@@ -237,7 +235,9 @@ class AttentionBackward {
         const Matrix<A> d_scores = d_probs;
         weighted_sums<X>(along_keys(d_scores, count, ranges), operands.key_rows, ranges, row.keys(), count,
                          sizes_.head_stride, {work_.grad_q, sizes_.head_stride});
-        for (int64_t i = 0; i < count; ++i) write_query_gradient(row, r + i, work_.grad_q + i * sizes_.head_stride);
+        for (int64_t i = 0; i < count; ++i)
+            epilogue_.write_grad_q(row.query(r + i), row.query_position(r + i), row.variant().query_sign(),
+                                   work_.grad_q + i * sizes_.head_stride);
         // The first block writes the gradients where it sees all keys of the shard; else they begin as zeros.
         const bool writes = shard_ranges && ranges.n == 1 && shard_ranges->n == 1 &&
                             ranges.r[0].begin == shard_ranges->r[0].begin && ranges.r[0].end == shard_ranges->r[0].end;
@@ -270,55 +270,17 @@ class AttentionBackward {
         }
     }
 
-    // ---------------------------------------------------------------- one query
-
-    // From grad_out to the gradients of attn_out and of the gate.
+    // The gradient of attn_out under one query, stored for products.
     void epilogue_backward(const Row& row, int64_t r, S* grad_attn_out) const {
-        const int64_t channels = p_.value_size;
-        widen(row.at(p_.grad_out, r), p_.grad_out.channel, channels, work_.grad_out);
-        if (p_.gate.given) {
-            widen(row.template at<A>(p_.attn_out, r), p_.attn_out.channel, channels, work_.attn_out);
-            widen(row.at(p_.gate, r), p_.gate.channel, channels, work_.gate);
-            gate_backward(p_.gating, work_.attn_out, work_.gate, work_.grad_out, channels);
-            if (p_.gate_summed)
-                add_gate_gradient(row.template at<double>(p_.grad_gate, r) + row_group_ * p_.grad_gate_group_stride);
-            else
-                add_gate_gradient(row.template at<A>(p_.grad_gate, r));
-        }
-        const A factor = static_cast<A>(p_.variant.post_scale);
-        if (factor != 1)
-            for (int64_t c = 0; c < channels; ++c) work_.grad_out[c] *= factor;
-        narrow(work_.grad_out, channels, grad_attn_out);
-        fill(grad_attn_out + channels, sizes_.value_stride - channels, S{});
-    }
-
-    template <typename Sum>
-    void add_gate_gradient(Sum* to) const {
-        const int64_t channels = p_.value_size;
-        if (p_.gate_channels == channels) {
-            for (int64_t c = 0; c < channels; ++c) to[c] += work_.gate[c];
-            return;
-        }
-        double sum = 0;  // over up to hundreds of channels
-        for (int64_t c = 0; c < channels; ++c) sum += work_.gate[c];
-        to[0] += static_cast<Sum>(sum);
-    }
-
-    void write_query_gradient(const Row& row, int64_t r, A* grad) const {
-        for (int64_t c = 0; c < p_.head_size; ++c) grad[c] *= row.query_sign();
-        if (p_.shared_queries) {
-            double* to = row.template at<double>(p_.grad_q, r) + row_group_ * p_.grad_q_group_stride;
-            for (int64_t c = 0; c < p_.head_size; ++c) to[c] += grad[c];
-            return;
-        }
-        if (p_.rope.cos) rotate(p_.rope, row.query_position(r), A(-1), grad);
-        narrow(grad, p_.head_size, row.at(p_.grad_q, r));
+        epilogue_.grad_attn_out(row.query(r), work_.grad_out);
+        narrow(work_.grad_out, p_.value_size, grad_attn_out);
+        fill(grad_attn_out + p_.value_size, sizes_.value_stride - p_.value_size, S{});
     }
 
     const AttentionProblem& p_;
     const Sizes<T> sizes_;
     const BackwardWorkspace<T> work_;
-    int64_t row_group_;
+    const EpilogueBackward<T> epilogue_;
 };
 
 INTERFORMER_ISA_END

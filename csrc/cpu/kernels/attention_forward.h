@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/attention_row.h"
+#include "cpu/kernels/few_queries_forward.h"
 
 INTERFORMER_ISA_BEGIN
 
@@ -48,18 +49,31 @@ class AttentionForward {
     using S = Stored<T>;
     using X = Operand<T>;
 
-    static int64_t memory(const AttentionProblem& p) { return AttentionForward(p, nullptr).work_.bytes; }
+    static int64_t memory(const AttentionProblem& p) {
+        const AttentionForward forward(p, nullptr);
+        return max(forward.work_.bytes, forward.few_queries_.bytes());
+    }
 
     static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
         const AttentionForward forward(p, memory);
-        for_each_row(task, [&](int64_t row, int64_t kv_head) { forward.run_row(row, kv_head, task.shard); });
+        for (int64_t row = task.first_row; row < task.last_row; ++row) {
+            if (forward.few_queries_.serves(row))
+                forward.few_queries_.run_row(row, task.first_head, task.last_head);
+            else
+                for (int64_t head = task.first_head; head < task.last_head; ++head)
+                    forward.run_row(row, head, task.shard);
+        }
     }
 
   private:
     using Row = AttentionRow<T>;
 
     AttentionForward(const AttentionProblem& problem, void* memory)
-        : p_(problem), sizes_(problem), work_(problem, sizes_, memory) {}
+        : p_(problem),
+          sizes_(problem),
+          work_(problem, sizes_, memory),
+          epilogue_(problem, work_.scratch),
+          few_queries_(problem, memory) {}
 
     // All queries of the row, or one shard of them.
     void run_row(int64_t batch_row, int64_t kv_head, int64_t shard) const {
@@ -92,8 +106,9 @@ class AttentionForward {
         weighted_sums<X>({operands_in<X>(scores.data), scores.stride, 1}, values, ranges, row.keys(), count,
                          sizes_.value_stride, attn_out);
         for (int64_t i = 0; i < count; ++i) {
-            if (p_.variant.score.softmax) normalise(attn_out.from(i).data, A(1) / work_.row_sum[i]);
-            finish(row, r + i, attn_out.from(i).data);
+            A* sums = attn_out.from(i).data;
+            if (p_.variant.score.softmax) normalise<T>(sums, p_.value_size, A(1) / work_.row_sum[i]);
+            epilogue_.finish(row.query(r + i), sums, p_.value_size);
         }
     }
 
@@ -106,38 +121,14 @@ class AttentionForward {
             const Vector<A> lse = row_max + logarithm(load_vector(work_.row_sum + i) * scale);
             store_vector(work_.row_max + i, row_max == kInfinity ? row_max : lse);
         }
-        for (int64_t i = 0; i < count; ++i) *row.template at<A>(p_.lse, r + i) = work_.row_max[i];
-    }
-
-    // Divides the weighted sums of values. The mean of finite values is finite, but its rounding may overflow; the sum,
-    // about half as large, then is finite and tells this case from values that are infinite.
-    void normalise(A* attn_out, A inv_row_sum) const {
-        constexpr A kLargest = largest_number<T>;
-        for (int64_t c = 0; c < p_.value_size; ++c) {
-            const A sum = attn_out[c], mean = sum * inv_row_sum;
-            const A below = mean > kLargest && sum <= kLargest ? kLargest : mean;
-            attn_out[c] = below < -kLargest && sum >= -kLargest ? -kLargest : below;
-        }
-    }
-
-    // Gate, residual and output of one query.
-    void finish(const Row& row, int64_t r, A* attn_out) const {
-        const int64_t channels = p_.value_size;
-        if (p_.attn_out.given) narrow(attn_out, channels, row.template at<A>(p_.attn_out, r));
-        if (p_.gate.given) {
-            widen(row.at(p_.gate, r), p_.gate.channel, channels, work_.scratch);
-            apply_gate(p_.gating, attn_out, work_.scratch, channels);
-        }
-        if (p_.residual.given) {
-            widen(row.at(p_.residual, r), p_.residual.channel, channels, work_.scratch);
-            for (int64_t c = 0; c < channels; ++c) attn_out[c] += work_.scratch[c];
-        }
-        narrow(attn_out, channels, row.at(p_.out, r));
+        for (int64_t i = 0; i < count; ++i) *row.query(r + i).template at<A>(p_.lse) = work_.row_max[i];
     }
 
     const AttentionProblem& p_;
     const Sizes<T> sizes_;
     const ForwardWorkspace<T> work_;
+    const Epilogue<T> epilogue_;
+    const FewQueriesForward<T> few_queries_;  // in the same memory: a thread computes one row at a time
 };
 
 INTERFORMER_ISA_END

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/kernel_table.h"
+#include "cpu/kernels/attention_epilogue.h"
 #include "cpu/kernels/memory.h"
 #include "cpu/kernels/rotary.h"
 #include "cpu/kernels/score_variant.h"
@@ -83,10 +84,8 @@ class AttentionRow {
     int64_t shards() const { return max((queries_ + shard_ - 1) / shard_, 1); }
     int64_t score_stride() const { return score_stride_; }  // numbers between the scores of two queries
 
-    template <typename E = T>
-    INTERFORMER_INLINE E* at(const RowTensor& x, int64_t r) const {
-        return address<T, E>(x, row_.index, row_.token(r), row_.head(r));
-    }
+    QueryPlace query(int64_t r) const { return {row_.index, row_.token(r), row_.head(r)}; }
+    T* at(const RowTensor& x, int64_t r) const { return query(r).template at<T>(x); }
     T* key_at(const RowTensor& x, int64_t j) const { return address<T>(x, row_.index, j, row_.kv_head); }
 
     int64_t query_position(int64_t r) const {
@@ -159,15 +158,13 @@ class AttentionRow {
             } else {
                 widen(at(p_.q, r + i), p_.q.channel, p_.head_size, scratch_);
                 if (p_.rope.cos) rotate(p_.rope, query_position(r + i), A(1), scratch_);
-                for (int64_t c = 0; c < p_.head_size; ++c) scratch_[c] *= query_sign();
+                for (int64_t c = 0; c < p_.head_size; ++c) scratch_[c] *= variant_.query_sign();
                 narrow(scratch_, p_.head_size, to);
             }
             fill(to + p_.head_size, sizes_.head_stride - p_.head_size, S{});
         }
         return {copy, sizes_.head_stride};
     }
-    // The factor of queries; scores are then multiplied by `ScoreVariant::score_scale`, which is positive.
-    A query_sign() const { return p_.variant.scale < 0 ? A(-1) : p_.variant.scale == 0 ? A(0) : A(1); }
 
   private:
     AttentionRow(const AttentionProblem& problem, const Sizes<T>& sizes, const RowOfHead& row, A* scratch)

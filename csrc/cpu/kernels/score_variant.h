@@ -44,6 +44,8 @@ class ScoreVariant {
 
     ScoreVariant(const AttentionProblem& problem, const RowOfHead& row) : p_(problem), row_(row) {}
 
+    int64_t keys() const { return row_.keys; }
+
     KeyRange key_range(int64_t r) const {
         const AttentionVariant& v = p_.variant;
         const int64_t keys = row_.keys;
@@ -90,11 +92,13 @@ class ScoreVariant {
     ColumnRanges all_columns() const { return {{{0, round_up(row_.keys, kLanes<A>)}}, row_.keys > 0 ? 1 : 0}; }
 
     // Products of queries and keys are scaled here, after the product. The sign of the scale, and a scale of 0, go into
-    // the queries (`AttentionRow::query_sign`), since a factor of 0 would turn a masked score of -inf into NaN.
+    // the queries (`query_sign`), since a factor of 0 would turn a masked score of -inf into NaN.
     A score_scale() const {
         const double scale = p_.variant.scale;
         return scale == 0 ? A(1) : static_cast<A>(scale < 0 ? -scale : scale);
     }
+
+    A query_sign() const { return p_.variant.scale < 0 ? A(-1) : p_.variant.scale == 0 ? A(0) : A(1); }
 
     // The probabilities of a softmax are 2^-headroom where the score is the largest. Then their sum over two or more
     // keys is at most 1/2, and no sum of values weighted by them exceeds the values.

@@ -1,0 +1,322 @@
+// Products of tokens with few queries under all heads, for memory-bound rows: all heads of a token are read in one
+// step, one token after another, in the order of memory. Reading one head after another reaches a third of that speed.
+//
+// A unit is one query under one key/value head: unit `query * heads + head`. Numbers of units, one for each token, lie
+// in groups of `kGroup` units, [groups, tokens, kGroup]: a vector has the numbers of some tokens, and a unit's numbers
+// lie in the same lane of each of its 128-bit parts.
+#pragma once
+
+#include "cpu/kernels/elements.h"
+
+INTERFORMER_ISA_BEGIN
+
+constexpr int64_t kFewQueries = 8;   // queries of a row under one key/value head
+constexpr int64_t kFewUnits = 32;    // units of a row that are computed together
+constexpr int64_t kTokenBlock = 48;  // tokens whose scores are computed before their values are read
+
+template <typename A>
+constexpr int64_t kGroup = 16 / sizeof(A);
+template <typename A>
+constexpr int64_t kVectorTokens = kLanes<A> / kGroup<A>;
+
+struct Units {
+    int64_t heads, queries;
+
+    int64_t count() const { return heads * queries; }
+    template <typename A>
+    int64_t groups() const {
+        return (count() + kGroup<A> - 1) / kGroup<A>;
+    }
+};
+
+// The channels of a head: whole vectors, and the numbers behind them.
+template <typename A>
+struct Channels {
+    int64_t vectors, tail;
+
+    explicit Channels(int64_t count) : vectors(count / kLanes<A>), tail(count % kLanes<A>) {}
+    int64_t padded() const { return (vectors + (tail > 0)) * kLanes<A>; }
+};
+
+// Tokens of some heads in memory, `token` and `head` numbers apart.
+template <typename E>
+struct HeadTokens {
+    E* data;
+    int64_t token, head;
+
+    HeadTokens from(int64_t t) const { return {data + t * token, token, head}; }
+};
+template <typename E>
+inline HeadTokens<const E> read_only(HeadTokens<E> x) {
+    return {x.data, x.token, x.head};
+}
+
+// Numbers of units, as above: groups are `stride` numbers apart.
+template <typename A>
+struct UnitNumbers {
+    A* data;
+    int64_t stride;
+
+    A* of_unit(int64_t unit) const { return data + unit / kGroup<A> * stride + unit % kGroup<A>; }
+    UnitNumbers from(int64_t token) const { return {data + token * kGroup<A>, stride}; }
+};
+
+// ---------------------------------------------------------------- sums of lanes
+
+// `low` and `high` choose lanes of two vectors; the chosen ones are added.
+template <typename A, typename Low, typename High>
+INTERFORMER_INLINE Vector<A> add_lanes(Vector<A> a, Vector<A> b, Low&& low_of, High&& high_of) {
+    Vector<typename IndexOf<A>::type> low, high;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kLanes<A>; ++lane) {
+        low[lane] = low_of(lane);
+        high[lane] = high_of(lane);
+    }
+    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+}
+
+// Halves the numbers that each 128-bit part still has of each unit of `a` and `b`, and puts them side by side: first
+// `a` and `b` have one unit each (`Have` 1), then two.
+template <typename A, int Have>
+INTERFORMER_INLINE Vector<A> join_units(Vector<A> a, Vector<A> b) {
+    constexpr int G = kGroup<A>, W = kLanes<A>;
+    const auto lane_of = [](int lane) {
+        const int j = lane % G, piece = j / Have;
+        return lane - j + piece / 2 * Have + j % Have + piece % 2 * W;
+    };
+    return add_lanes<A>(a, b, lane_of, [&](int lane) { return lane_of(lane) + G / 2; });
+}
+
+// The sums of each 128-bit part of `kGroup` vectors, side by side.
+template <typename A>
+INTERFORMER_INLINE Vector<A> join_group(const Vector<A>* x) {
+    if constexpr (kGroup<A> == 4)
+        return join_units<A, 2>(join_units<A, 1>(x[0], x[1]), join_units<A, 1>(x[2], x[3]));
+    else
+        return join_units<A, 1>(x[0], x[1]);
+}
+
+// Adds the 128-bit parts of each of `Count` joined vectors. The result has one part for each.
+template <typename A, int64_t Count = kVectorTokens<A>>
+INTERFORMER_INLINE Vector<A> join_tokens(const A* joined) {
+    constexpr int G = kGroup<A>, W = kLanes<A>, half = kVectorTokens<A> / 2;
+    if constexpr (Count == 1) {
+        return load_vector(joined);
+    } else {
+        const auto lane_of = [](int lane) {
+            const int part = lane / G;
+            return part % half * 2 * G + lane % G + part / half * W;
+        };
+        return add_lanes<A>(join_tokens<A, Count / 2>(joined), join_tokens<A, Count / 2>(joined + Count / 2 * W),
+                            lane_of, [&](int lane) { return lane_of(lane) + G; });
+    }
+}
+
+// Reduces the numbers of each unit in a vector; every 128-bit part of the result has them.
+template <typename A, int64_t Half = kLanes<A> / 2, typename Op>
+INTERFORMER_INLINE Vector<A> reduce_tokens(Vector<A> x, Op&& op) {
+    if constexpr (Half < kGroup<A>) {
+        return x;
+    } else {
+        Vector<typename IndexOf<A>::type> other;
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes<A>; ++lane) other[lane] = lane ^ Half;
+        return reduce_tokens<A, Half / 2>(op(x, __builtin_shuffle(x, other)), op);
+    }
+}
+
+// ---------------------------------------------------------------- dot products
+
+// to[unit][t] = <rows[unit], tokens[t] under the unit's head> for up to `kTokenBlock` tokens. Rows are padded with
+// zeros to whole vectors, and to whole groups of units. Tokens up to the end of a vector get numbers without a meaning.
+template <typename E>
+class TokenDots {
+  public:
+    using A = Acc<E>;
+
+    TokenDots(const Units& units, int64_t channels) : units_(units), channels_(channels) {}
+
+    void operator()(HeadTokens<const E> tokens, int64_t count, const A* rows, UnitNumbers<A> to) const {
+        A joined[kFewUnits / G * kTokenBlock * W];
+        if (channels_.tail == 0 && channels_.vectors == 1)
+            products<1>(tokens, count, rows, joined);
+        else if (channels_.tail == 0 && channels_.vectors == 2)
+            products<2>(tokens, count, rows, joined);
+        else if (channels_.tail == 0 && channels_.vectors == 4 && W == 16)
+            products<4>(tokens, count, rows, joined);
+        else
+            products<0>(tokens, count, rows, joined);
+        for (int64_t group = 0; group < units_.groups<A>(); ++group) {
+            A* sums = joined + group * kTokenBlock * W;
+            for (int64_t t = count; t % kVectorTokens<A> != 0; ++t) store_vector(sums + t * W, Vector<A>{});
+            for (int64_t t = 0; t < count; t += kVectorTokens<A>)
+                store_vector(to.data + group * to.stride + t * G, join_tokens<A>(sums + t * W));
+        }
+    }
+
+  private:
+    static constexpr int64_t G = kGroup<A>, W = kLanes<A>;
+
+    // C: vectors of a head; 0: any number, and a tail.
+    template <int C>
+    void products(HeadTokens<const E> tokens, int64_t count, const A* rows, A* joined) const {
+        if (C > 0 && units_.heads % G == 0)
+            for (int64_t t = 0; t < count; ++t) whole_groups<C>(tokens.from(t), rows, joined + t * W);
+        else
+            for (int64_t t = 0; t < count; ++t) any_groups<C>(tokens.from(t), rows, joined + t * W);
+    }
+
+    // Groups are heads that lie side by side, under one query.
+    template <int C>
+    INTERFORMER_INLINE void whole_groups(HeadTokens<const E> token, const A* rows, A* joined) const {
+        for (int64_t head = 0; head < units_.heads; head += G) {
+            Vector<A> x[G][C + 1];
+#pragma GCC unroll 4
+            for (int i = 0; i < G; ++i)
+#pragma GCC unroll 4
+                for (int c = 0; c < C; ++c) x[i][c] = load_wide(token.data + (head + i) * token.head + c * W);
+            for (int64_t query = 0; query < units_.queries; ++query) {
+                const int64_t unit = query * units_.heads + head;
+                Vector<A> sums[G];
+#pragma GCC unroll 4
+                for (int i = 0; i < G; ++i) {
+                    const A* row = rows + (unit + i) * C * W;
+                    sums[i] = x[i][0] * load_vector(row);
+#pragma GCC unroll 4
+                    for (int c = 1; c < C; ++c) sums[i] += x[i][c] * load_vector(row + c * W);
+                }
+                store_vector(joined + unit / G * kTokenBlock * W, join_group<A>(sums));
+            }
+        }
+    }
+
+    template <int C>
+    INTERFORMER_INLINE void any_groups(HeadTokens<const E> token, const A* rows, A* joined) const {
+        const int64_t padded = channels_.padded();
+        int64_t head = 0;
+        for (int64_t unit = 0; unit < units_.count(); unit += G) {
+            Vector<A> sums[G];
+#pragma GCC unroll 4
+            for (int i = 0; i < G; ++i) {
+                sums[i] = product<C>(token.data + head * token.head, rows + (unit + i) * padded);
+                if (++head == units_.heads) head = 0;
+            }
+            store_vector(joined + unit / G * kTokenBlock * W, join_group<A>(sums));
+        }
+    }
+
+    template <int C>
+    INTERFORMER_INLINE Vector<A> product(const E* x, const A* row) const {
+        Vector<A> sum{};
+        const int64_t vectors = C > 0 ? C : channels_.vectors;
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < vectors; ++c) sum += load_wide(x + c * W) * load_vector(row + c * W);
+        if (C == 0 && channels_.tail > 0)
+            sum += load_first(x + vectors * W, channels_.tail) * load_vector(row + vectors * W);
+        return sum;
+    }
+
+    Units units_;
+    Channels<A> channels_;
+};
+
+// ---------------------------------------------------------------- weighted sums of tokens
+
+// sums[unit] = sum over t of weights[unit][t] * tokens[t] under the unit's head; rows of sums are padded to whole
+// vectors. With `factors`, the new sums are added to the old ones times the units' factors.
+template <typename E>
+class WeightedTokens {
+  public:
+    using A = Acc<E>;
+
+    WeightedTokens(const Units& units, int64_t channels) : units_(units), channels_(channels) {}
+
+    void operator()(UnitNumbers<const A> weights, HeadTokens<const E> tokens, int64_t count, const A* factors,
+                    A* sums) const {
+        const Call call{weights, tokens, count, factors, sums};
+        if (units_.heads % kGroup<A> == 0)
+            all_heads<kGroup<A>>(call);
+        else if (units_.heads % 2 == 0)
+            all_heads<2>(call);
+        else
+            all_heads<1>(call);
+    }
+
+  private:
+    static constexpr int64_t G = kGroup<A>, W = kLanes<A>;
+    static constexpr int kMaxSums = kTileRows > 8 ? 16 : 8;  // that registers hold beside the operands
+
+    struct Call {
+        UnitNumbers<const A> weights;
+        HeadTokens<const E> tokens;
+        int64_t count;
+        const A* factors;
+        A* sums;
+    };
+
+    // `Heads` heads at once, which divide a group.
+    template <int Heads>
+    void all_heads(const Call& call) const {
+        for (int64_t head = 0; head < units_.heads; head += Heads) {
+            int64_t c = 0;
+            if constexpr (4 * Heads <= kMaxSums)
+                for (; c + 4 <= channels_.vectors; c += 4) all_queries<Heads, 4, false>(call, head, c);
+            if constexpr (2 * Heads <= kMaxSums)
+                for (; c + 2 <= channels_.vectors; c += 2) all_queries<Heads, 2, false>(call, head, c);
+            for (; c < channels_.vectors; ++c) all_queries<Heads, 1, false>(call, head, c);
+            if (channels_.tail > 0) all_queries<Heads, 1, true>(call, head, c);
+        }
+    }
+
+    template <int Heads, int C, bool Tail>
+    void all_queries(const Call& call, int64_t head, int64_t c) const {
+        int64_t query = 0;
+        if constexpr (4 * Heads * C <= kMaxSums)
+            for (; query + 4 <= units_.queries; query += 4) tile<Heads, C, 4, Tail>(call, head, c, query);
+        if constexpr (2 * Heads * C <= kMaxSums)
+            for (; query + 2 <= units_.queries; query += 2) tile<Heads, C, 2, Tail>(call, head, c, query);
+        for (; query < units_.queries; ++query) tile<Heads, C, 1, Tail>(call, head, c, query);
+    }
+
+    template <int Heads, int C, int Queries, bool Tail>
+    void tile(const Call& call, int64_t head, int64_t c, int64_t query) const {
+        Vector<A> sums[Queries][Heads][C];
+        const A* weights[Queries];
+#pragma GCC unroll 4
+        for (int q = 0; q < Queries; ++q) {
+            weights[q] = call.weights.of_unit((query + q) * units_.heads + head);
+#pragma GCC unroll 4
+            for (int h = 0; h < Heads; ++h)
+#pragma GCC unroll 4
+                for (int i = 0; i < C; ++i) sums[q][h][i] = Vector<A>{};
+        }
+        const E* token = call.tokens.data + head * call.tokens.head + c * W;
+        for (int64_t t = 0; t < call.count; ++t, token += call.tokens.token)
+#pragma GCC unroll 4
+            for (int h = 0; h < Heads; ++h)
+#pragma GCC unroll 4
+                for (int i = 0; i < C; ++i) {
+                    const E* from = token + h * call.tokens.head + i * W;
+                    const Vector<A> x = Tail ? load_first(from, channels_.tail) : load_wide(from);
+#pragma GCC unroll 4
+                    for (int q = 0; q < Queries; ++q) sums[q][h][i] += weights[q][t * G + h] * x;
+                }
+#pragma GCC unroll 4
+        for (int q = 0; q < Queries; ++q)
+#pragma GCC unroll 4
+            for (int h = 0; h < Heads; ++h) {
+                const int64_t unit = (query + q) * units_.heads + head + h;
+                A* to = call.sums + unit * channels_.padded() + c * W;
+#pragma GCC unroll 4
+                for (int i = 0; i < C; ++i, to += W) {
+                    if (call.factors) sums[q][h][i] += load_vector(to) * call.factors[unit];
+                    store_vector(to, sums[q][h][i]);
+                }
+            }
+    }
+
+    Units units_;
+    Channels<A> channels_;
+};
+
+INTERFORMER_ISA_END

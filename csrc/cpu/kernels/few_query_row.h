@@ -1,0 +1,131 @@
+// One row of few queries under some key/value heads, as the forward and the backward share it.
+#pragma once
+
+#include "cpu/kernel_table.h"
+#include "cpu/kernels/attention_epilogue.h"
+#include "cpu/kernels/few_query_scores.h"
+
+INTERFORMER_ISA_BEGIN
+
+// What is the same for all rows of few queries, and a thread's memory for one.
+template <typename T>
+struct FewQueries {
+    using A = Acc<T>;
+
+    const AttentionProblem& p;
+    int64_t q_per_kv;
+    Channels<A> head, value;
+    A* queries;  // [kFewUnits, head]; padded with zeros to whole vectors and groups
+    A* rotated;  // [kTokenBlock, heads, head], where keys are rotated
+    A* scratch;  // [head]
+
+    FewQueries(const AttentionProblem& problem, Arena& arena)
+        : p(problem),
+          q_per_kv(problem.heads / max(problem.kv_heads, 1)),
+          head(problem.head_size),
+          value(problem.value_size) {
+        queries = arena.allocate<A>(kFewUnits * head.padded());
+        rotated = arena.allocate<A>(p.rope.cos ? kTokenBlock * kFewUnits * head.padded() : 0);
+        scratch = arena.allocate<A>(head.padded());
+    }
+
+    int64_t queries_of(int64_t row) const { return (p.query_counts ? p.query_counts[row] : p.queries) * q_per_kv; }
+    bool serves(int64_t row) const { return queries_of(row) <= kFewQueries; }
+
+    // Calls `each(first_head, heads)` for the heads of a task in as many steps as units need.
+    template <typename Each>
+    void for_heads(int64_t row, int64_t first, int64_t last, Each&& each) const {
+        const int64_t step = kFewUnits / max(queries_of(row), 1);
+        for (int64_t head = first; head < last; head += step) each(head, min(step, last - head));
+    }
+};
+
+template <typename T>
+class FewQueryRow {
+  public:
+    using A = Acc<T>;
+
+    FewQueryRow(const FewQueries<T>& shared, int64_t row, int64_t first_head, int64_t heads)
+        : p_(shared.p),
+          shared_(shared),
+          row_{row, first_head, shared.p.query_counts ? shared.p.query_counts[row] : shared.p.queries,
+               shared.p.key_counts[row], shared.q_per_kv},
+          units_{heads, row_.queries()},
+          variant_(shared.p, row_) {}
+
+    const Units& units() const { return units_; }
+    const ScoreVariant<T>& variant() const { return variant_; }
+    int64_t keys() const { return row_.keys; }
+
+    // The unit of query `r` under the `head`-th head of the row.
+    QueryPlace query(int64_t r, int64_t head) const {
+        return {row_.index, row_.token(r), row_.head(r) + head * row_.q_per_kv};
+    }
+    int64_t query_position(int64_t r) const {
+        return position_of(p_.positions_q, p_.query_begins ? p_.query_begins[row_.index] : 0, row_.token(r));
+    }
+    int64_t key_position(int64_t j) const { return position_of(p_.positions_k, p_.key_begins[row_.index], j); }
+
+    // Calls `each(unit, query)` for all units.
+    template <typename Each>
+    void for_units(Each&& each) const {
+        for (int64_t r = 0, unit = 0; r < units_.queries; ++r)
+            for (int64_t head = 0; head < units_.heads; ++head, ++unit) each(unit, query(r, head), r);
+    }
+
+    // The row's queries, rotated. Their products with keys are yet to be multiplied by `score_scale`.
+    const A* queries() const {
+        const int64_t channels = p_.head_size, padded = shared_.head.padded();
+        A* to = shared_.queries;
+        const bool unchanged = !p_.rope.cos && p_.variant.scale > 0;
+        for_units([&](int64_t, const QueryPlace& query, int64_t r) {
+            widen(query.at<T>(p_.q), p_.q.channel, channels, to);
+            if (!unchanged) {
+                if (p_.rope.cos) rotate(p_.rope, query_position(r), A(1), to);
+                for (int64_t c = 0; c < channels; ++c) to[c] *= variant_.query_sign();
+            }
+            fill(to + channels, padded - channels, A(0));
+            to += padded;
+        });
+        fill(to, (units_.groups<A>() * kGroup<A> - units_.count()) * padded, A(0));
+        return shared_.queries;
+    }
+
+    // The row's tokens of a tensor with the layout of the keys.
+    HeadTokens<T> tokens(const RowTensor& x) const {
+        return {address<T>(x, row_.index, 0, row_.kv_head), x.token, x.head};
+    }
+
+    // Calls `use(tokens, first, count)` for blocks of the keys [begin, end), rotated, in order.
+    template <typename Use>
+    void for_key_blocks(int64_t begin, int64_t end, Use&& use) const {
+        const HeadTokens<const T> keys = read_only(tokens(p_.k));
+        for (int64_t j = begin; j < end; j += kTokenBlock) {
+            const int64_t count = min(kTokenBlock, end - j);
+            if (p_.rope.cos)
+                use(rotated(keys, j, count), j, count);
+            else
+                use(keys.from(j), j, count);
+        }
+    }
+
+  private:
+    HeadTokens<const A> rotated(HeadTokens<const T> keys, int64_t first, int64_t count) const {
+        const int64_t padded = shared_.head.padded();
+        A* to = shared_.rotated;
+        for (int64_t j = first; j < first + count; ++j)
+            for (int64_t head = 0; head < units_.heads; ++head, to += padded) {
+                widen(keys.from(j).data + head * keys.head, 1, p_.head_size, to);
+                rotate(p_.rope, key_position(j), A(1), to);
+            }
+        return {shared_.rotated, units_.heads * padded, padded};
+    }
+
+    const AttentionProblem& p_;
+    const FewQueries<T>& shared_;
+    RowOfHead row_;
+    Units units_;
+    ScoreVariant<T> variant_;
+};
+
+INTERFORMER_ISA_END
