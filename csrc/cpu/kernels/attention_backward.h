@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/kernels/attention_row.h"
+#include "cpu/kernels/few_queries_backward.h"
 
 INTERFORMER_ISA_BEGIN
 
@@ -81,11 +82,15 @@ class AttentionBackward {
     using S = Stored<T>;
     using X = Operand<T>;
 
-    static int64_t memory(const AttentionProblem& p) { return AttentionBackward(p, 0, nullptr).work_.bytes; }
+    static int64_t memory(const AttentionProblem& p) {
+        const AttentionBackward backward(p, 0, nullptr);
+        return max(backward.work_.bytes, backward.few_queries_.bytes());
+    }
 
     static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
         const AttentionBackward backward(p, p.row_groups[task.first_row], memory);
-        for_each_row(task, [&](int64_t row, int64_t kv_head) { backward.run_row(row, kv_head, task); });
+        for_each_row(task, backward.few_queries_,
+                     [&](int64_t row, int64_t kv_head) { backward.run_row(row, kv_head, task); });
     }
 
     static int64_t shards(const AttentionProblem& p, int64_t row) {
@@ -120,20 +125,23 @@ class AttentionBackward {
     };
 
     AttentionBackward(const AttentionProblem& problem, int64_t row_group, void* memory)
-        : p_(problem), sizes_(problem), work_(problem, sizes_, memory), epilogue_(problem, row_group, work_.epilogue) {}
+        : p_(problem),
+          sizes_(problem),
+          work_(problem, sizes_, memory),
+          epilogue_(problem, row_group, work_.epilogue),
+          few_queries_(problem, row_group, memory) {}
 
     void run_row(int64_t batch_row, int64_t kv_head, const AttentionTask& task) const {
         const Row row(p_, sizes_, batch_row, kv_head, work_.grad_out);
         const ColumnRanges ranges = row.shard_columns(task.shard);
         const Matrix<const S> keys = row.tokens(p_.k, ranges, p_.head_size, p_.rope.cos, work_.keys);
         const Matrix<const S> values = p_.v_is_k ? keys : row.tokens(p_.v, ranges, p_.value_size, false, work_.values);
-        const PackedOperand<T> packed_keys(keys, row.keys(), ranges, sizes_.head_stride, row.queries(),
-                                           work_.packed_keys);
-        const RowOperands operands{packed_keys,
-                                   p_.v_is_k ? packed_keys
-                                             : PackedOperand<T>(values, row.keys(), ranges, sizes_.value_stride,
-                                                                row.queries(), work_.packed_values),
-                                   row.tokens_along_rows(keys, ranges, sizes_.head_stride, work_.key_rows)};
+        const PackedOperand<T> packed_keys(keys, row.keys(), ranges, sizes_.head_stride, work_.packed_keys);
+        const RowOperands operands{
+            packed_keys,
+            p_.v_is_k ? packed_keys
+                      : PackedOperand<T>(values, row.keys(), ranges, sizes_.value_stride, work_.packed_values),
+            row.tokens_along_rows(keys, ranges, sizes_.head_stride, work_.key_rows)};
         if (task.shard > 0) {
             run_later_shard(row, task.shard, operands);
             return;
@@ -281,6 +289,7 @@ class AttentionBackward {
     const Sizes<T> sizes_;
     const BackwardWorkspace<T> work_;
     const EpilogueBackward<T> epilogue_;
+    const FewQueriesBackward<T> few_queries_;  // in the same memory: a thread computes one row at a time
 };
 
 INTERFORMER_ISA_END

@@ -56,13 +56,8 @@ class AttentionForward {
 
     static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
         const AttentionForward forward(p, memory);
-        for (int64_t row = task.first_row; row < task.last_row; ++row) {
-            if (forward.few_queries_.serves(row))
-                forward.few_queries_.run_row(row, task.first_head, task.last_head);
-            else
-                for (int64_t head = task.first_head; head < task.last_head; ++head)
-                    forward.run_row(row, head, task.shard);
-        }
+        for_each_row(task, forward.few_queries_,
+                     [&](int64_t row, int64_t kv_head) { forward.run_row(row, kv_head, task.shard); });
     }
 
   private:
@@ -82,8 +77,7 @@ class AttentionForward {
         const ColumnRanges ranges = row.shard_columns(shard);
         const Matrix<const S> keys = row.tokens(p_.k, ranges, p_.head_size, p_.rope.cos, work_.keys);
         const Matrix<const S> values = p_.v_is_k ? keys : row.tokens(p_.v, ranges, p_.value_size, false, work_.values);
-        const PackedOperand<T> packed_keys(keys, row.keys(), ranges, sizes_.head_stride, row.queries(),
-                                           work_.packed_keys);
+        const PackedOperand<T> packed_keys(keys, row.keys(), ranges, sizes_.head_stride, work_.packed_keys);
         const Matrix<const X> value_rows = row.tokens_along_rows(values, ranges, sizes_.value_stride, work_.value_rows);
         const int64_t first = shard < 0 ? 0 : shard * row.shard();
         const int64_t last = min(shard < 0 ? row.queries() : first + row.shard(), row.queries());

@@ -54,12 +54,15 @@ struct Sizes {
     static constexpr int64_t kBlockScores = (128 << 10) / sizeof(A), kMaxTiles = 16, kShardQueries = 512;
 };
 
-// Calls `each(row, kv_head)` for the rows and heads of a task. Heads are the inner loop, since the tokens of a row's
-// heads lie side by side in memory.
-template <typename Each>
-inline void for_each_row(const AttentionTask& task, Each&& each) {
+// Computes the rows and heads of a task: rows of few queries under all heads at once by `few`, others by
+// `each(row, kv_head)`. There heads are the inner loop, since the tokens of a row's heads lie side by side in memory.
+template <typename Few, typename Each>
+inline void for_each_row(const AttentionTask& task, const Few& few, Each&& each) {
     for (int64_t row = task.first_row; row < task.last_row; ++row)
-        for (int64_t head = task.first_head; head < task.last_head; ++head) each(row, head);
+        if (few.serves(row))
+            few.run_row(row, task.first_head, task.last_head);
+        else
+            for (int64_t head = task.first_head; head < task.last_head; ++head) each(row, head);
 }
 
 template <typename T>

@@ -223,7 +223,7 @@ class TokenDots {
 // ---------------------------------------------------------------- weighted sums of tokens
 
 // sums[unit] = sum over t of weights[unit][t] * tokens[t] under the unit's head; rows of sums are padded to whole
-// vectors. With `factors`, the new sums are added to the old ones times the units' factors.
+// vectors. With `add`, the new sums are added to the old ones, times the units' factors where given.
 template <typename E>
 class WeightedTokens {
   public:
@@ -231,9 +231,9 @@ class WeightedTokens {
 
     WeightedTokens(const Units& units, int64_t channels) : units_(units), channels_(channels) {}
 
-    void operator()(UnitNumbers<const A> weights, HeadTokens<const E> tokens, int64_t count, const A* factors,
-                    A* sums) const {
-        const Call call{weights, tokens, count, factors, sums};
+    void operator()(UnitNumbers<const A> weights, HeadTokens<const E> tokens, int64_t count, A* sums, bool add,
+                    const A* factors = nullptr) const {
+        const Call call{weights, tokens, count, sums, add, factors};
         if (units_.heads % kGroup<A> == 0)
             all_heads<kGroup<A>>(call);
         else if (units_.heads % 2 == 0)
@@ -250,8 +250,9 @@ class WeightedTokens {
         UnitNumbers<const A> weights;
         HeadTokens<const E> tokens;
         int64_t count;
-        const A* factors;
         A* sums;
+        bool add;
+        const A* factors;
     };
 
     // `Heads` heads at once, which divide a group.
@@ -309,9 +310,104 @@ class WeightedTokens {
                 A* to = call.sums + unit * channels_.padded() + c * W;
 #pragma GCC unroll 4
                 for (int i = 0; i < C; ++i, to += W) {
-                    if (call.factors) sums[q][h][i] += load_vector(to) * call.factors[unit];
+                    if (call.add) sums[q][h][i] += load_vector(to) * (call.factors ? call.factors[unit] : A(1));
                     store_vector(to, sums[q][h][i]);
                 }
+            }
+    }
+
+    Units units_;
+    Channels<A> channels_;
+};
+
+// ---------------------------------------------------------------- outer products
+
+// Numbers of units, and rows of channels, one for each unit, padded to whole vectors.
+template <typename A>
+struct UnitRows {
+    UnitNumbers<const A> numbers;
+    const A* rows;
+};
+
+// to[t] under a head = sum over the head's units of numbers[unit][t] * rows[unit], and of the terms of `more`, if
+// given.
+template <typename E>
+class OuterProducts {
+  public:
+    using A = Acc<E>;
+
+    OuterProducts(const Units& units, int64_t channels) : units_(units), channels_(channels) {}
+
+    void operator()(const UnitRows<A>& terms, const UnitRows<A>* more, int64_t count, HeadTokens<E> to) const {
+        if (units_.heads % G == 0)
+            all_tokens<G>(terms, more, count, to);
+        else
+            all_tokens<1>(terms, more, count, to);
+    }
+
+  private:
+    static constexpr int64_t G = kGroup<A>, W = kLanes<A>;
+
+    template <int Heads>
+    void all_tokens(const UnitRows<A>& terms, const UnitRows<A>* more, int64_t count, HeadTokens<E> to) const {
+        if (channels_.tail == 0 && channels_.vectors == 1)
+            tokens<Heads, 1>(terms, more, count, to);
+        else if (channels_.tail == 0 && channels_.vectors == 2)
+            tokens<Heads, 2>(terms, more, count, to);
+        else
+            tokens<Heads, 0>(terms, more, count, to);
+    }
+
+    // C: vectors of a head; 0: any number, and a tail.
+    template <int Heads, int C>
+    void tokens(const UnitRows<A>& terms, const UnitRows<A>* more, int64_t count, HeadTokens<E> to) const {
+        for (int64_t t = 0; t < count; ++t)
+            for (int64_t head = 0; head < units_.heads; head += Heads) {
+                E* first = to.data + t * to.token + head * to.head;
+                if constexpr (C > 0) {
+                    tile<Heads, C>(terms, more, t, head, 0,
+                                   [&](int h, int c, Vector<A> sum) { store_wide(first + h * to.head + c * W, sum); });
+                } else {
+                    for (int64_t c = 0; c < channels_.vectors; ++c)
+                        tile<Heads, 1>(terms, more, t, head, c, [&](int h, int, Vector<A> sum) {
+                            store_wide(first + h * to.head + c * W, sum);
+                        });
+                    const int64_t whole = channels_.vectors;
+                    if (channels_.tail > 0)
+                        tile<Heads, 1>(terms, more, t, head, whole, [&](int h, int, Vector<A> sum) {
+                            store_first(first + h * to.head + whole * W, channels_.tail, sum);
+                        });
+                }
+            }
+    }
+
+    template <int Heads, int C, typename Store>
+    INTERFORMER_INLINE void tile(const UnitRows<A>& terms, const UnitRows<A>* more, int64_t t, int64_t head, int64_t c,
+                                 Store&& store) const {
+        Vector<A> sums[Heads][C];
+        add<Heads, C, true>(terms, t, head, c, 0, sums);
+        for (int64_t query = 1; query < units_.queries; ++query) add<Heads, C, false>(terms, t, head, c, query, sums);
+        if (more)
+            for (int64_t query = 0; query < units_.queries; ++query)
+                add<Heads, C, false>(*more, t, head, c, query, sums);
+#pragma GCC unroll 4
+        for (int h = 0; h < Heads; ++h)
+#pragma GCC unroll 4
+            for (int i = 0; i < C; ++i) store(h, i, sums[h][i]);
+    }
+
+    template <int Heads, int C, bool First>
+    INTERFORMER_INLINE void add(const UnitRows<A>& terms, int64_t t, int64_t head, int64_t c, int64_t query,
+                                Vector<A> (&sums)[Heads][C]) const {
+        const int64_t unit = query * units_.heads + head, padded = C == 1 ? channels_.padded() : C * W;
+        const A* numbers = terms.numbers.of_unit(unit) + t * G;
+        const A* rows = terms.rows + unit * padded + c * W;
+#pragma GCC unroll 4
+        for (int h = 0; h < Heads; ++h)
+#pragma GCC unroll 4
+            for (int i = 0; i < C; ++i) {
+                const Vector<A> row = load_vector(rows + h * padded + i * W);
+                sums[h][i] = First ? numbers[h] * row : sums[h][i] + numbers[h] * row;
             }
     }
 

@@ -56,8 +56,8 @@ class FewQueriesForward {
         const UnitNumbers<A> numbers{scores_, kTokenBlock * kGroup<A>};
         TokenDots<K>(units, p_.head_size)(keys, count, queries, numbers);
         scores.scores_to_probs(first, count, numbers);
-        WeightedTokens<V>(units, p_.value_size)({numbers.data, numbers.stride}, values, count, scores.factors(),
-                                                attn_out_);
+        WeightedTokens<V>(units, p_.value_size)({numbers.data, numbers.stride}, values, count, attn_out_, scores.add(),
+                                                scores.factors());
     }
 
     void finish(const Row& row, FewQueryScores<T>& scores) const {

@@ -32,8 +32,9 @@ class FewQueryScores {
     // Of the units, padded to whole groups, once all blocks have been mapped or `finish` was called.
     const A* inv_row_sum() const { return inv_row_sum_; }
     const A* lse() const { return lse_; }
-    // What sums of earlier blocks are multiplied by; null for the first block.
-    const A* factors() const { return blocks_ > 1 ? factors_ : nullptr; }
+    // Whether there are sums of earlier blocks, and what they are multiplied by; null: 1.
+    bool add() const { return blocks_ > 1; }
+    const A* factors() const { return p_.variant.score.softmax ? factors_ : nullptr; }
 
     // Forward: the scores of tokens [first, first + count) become probabilities, those of a softmax before their
     // division by the sum.
@@ -48,7 +49,6 @@ class FewQueryScores {
                 activate(p_.variant.score.activation, s, whole_vectors(count), scale_,
                          static_cast<A>(p_.variant.post_scale));
                 mask_out(group, first, count, s, A(0));
-                store_group(factors_, group, Vector<A>{} + A(1));
             }
         }
     }

@@ -234,8 +234,7 @@ void weighted_sums(Scalars<X> probs, Matrix<const X> tokens, const ColumnRanges&
         for (int64_t i = 0; i < count; ++i) fill(to.data + i * to.stride, columns, SumOf<X>(0));
 }
 
-// The keys or values of a row as one operand of products along the channels. They are packed in panels, or read in
-// place for few queries, where packing would cost more than it saves.
+// The keys or values of a row as one operand of products along the channels, packed in panels.
 template <typename T>
 class PackedOperand {
   public:
@@ -244,37 +243,25 @@ class PackedOperand {
 
     // Packs those of the `count` tokens that lie in the ranges. `channels` includes the padding of a token; `panels` is
     // memory for the packed copy.
-    PackedOperand(Matrix<const S> tokens, int64_t count, const ColumnRanges& ranges, int64_t channels, int64_t queries,
-                  X* panels)
-        : tokens_(along_columns<X>(tokens)),
-          panels_(queries > kDotQueries ? panels : nullptr),
-          count_(count),
-          depth_(channels / kNumbers<X>) {
-        for (int i = 0; panels_ && i < ranges.n; ++i) {
-            const int64_t begin = ranges.r[i].begin, end = min(ranges.r[i].end, count_);
-            pack_transposed<X>(tokens_.from(begin), end - begin, depth_, panels + begin * depth_);
+    PackedOperand(Matrix<const S> tokens, int64_t count, const ColumnRanges& ranges, int64_t channels, X* panels)
+        : panels_(panels), depth_(channels / kNumbers<X>) {
+        const Matrix<const X> operands = along_columns<X>(tokens);
+        for (int i = 0; i < ranges.n; ++i) {
+            const int64_t begin = ranges.r[i].begin, end = min(ranges.r[i].end, count);
+            pack_transposed<X>(operands.from(begin), end - begin, depth_, panels + begin * depth_);
         }
     }
 
     // to[., j] = rows . token j, for the columns j of the ranges.
     void multiply(Matrix<const S> rows, int64_t count, const ColumnRanges& ranges, Matrix<Acc<T>> to) const {
-        for (int i = 0; i < ranges.n; ++i) multiply(rows, count, ranges.r[i], to);
+        for (int i = 0; i < ranges.n; ++i)
+            multiply_packed<X>(scalars_along_columns<X>(rows), panels_, count, ranges.r[i].begin, ranges.r[i].end,
+                               depth_, to);
     }
 
   private:
-    static constexpr int64_t kDotQueries = 8;  // up to this many queries, products are plain dot products
-
-    void multiply(Matrix<const S> rows, int64_t count, Columns columns, Matrix<Acc<T>> to) const {
-        if (panels_)
-            multiply_packed<X>(scalars_along_columns<X>(rows), panels_, count, columns.begin, columns.end, depth_, to);
-        else
-            multiply_dots<X>(along_columns<X>(rows), tokens_.from(columns.begin), count,
-                             min(columns.end, count_) - columns.begin, depth_, {to.data + columns.begin, to.stride});
-    }
-
-    Matrix<const X> tokens_;
     const X* panels_;
-    int64_t count_, depth_;
+    int64_t depth_;
 };
 
 INTERFORMER_ISA_END

@@ -1,0 +1,134 @@
+// Backward of attention for rows of few queries (attention_backward.h has the formulas): a pass over k for the scores,
+// one over v for the gradients of the probabilities, then one over k, which writes the gradients of both.
+#pragma once
+
+#include "cpu/kernels/few_query_row.h"
+
+INTERFORMER_ISA_BEGIN
+
+template <typename T>
+class FewQueriesBackward {
+  public:
+    using A = Acc<T>;
+
+    FewQueriesBackward(const AttentionProblem& problem, int64_t row_group, void* memory)
+        : FewQueriesBackward(problem, row_group, Arena(memory)) {}
+
+    int64_t bytes() const { return bytes_; }
+    bool serves(int64_t row) const { return shared_.serves(row); }
+
+    void run_row(int64_t row, int64_t first_head, int64_t last_head) const {
+        shared_.for_heads(row, first_head, last_head,
+                          [&](int64_t head, int64_t heads) { run_heads({shared_, row, head, heads}); });
+    }
+
+  private:
+    using Row = FewQueryRow<T>;
+
+    FewQueriesBackward(const AttentionProblem& problem, int64_t row_group, Arena arena)
+        : p_(problem),
+          shared_(problem, arena),
+          row_stride_(round_up(problem.max_keys, kVectorTokens<A>) * kGroup<A>),
+          probs_(arena.allocate<A>(kFewUnits / kGroup<A> * row_stride_)),
+          d_probs_(arena.allocate<A>(kFewUnits / kGroup<A> * row_stride_)),
+          grad_attn_out_(arena.allocate<A>(kFewUnits * shared_.value.padded())),
+          grad_q_(arena.allocate<A>(kFewUnits * shared_.head.padded())),
+          rotated_grads_(arena.allocate<A>(problem.rope.cos ? kTokenBlock * kFewUnits * shared_.head.padded() : 0)),
+          epilogue_(problem, row_group, arena.allocate<A>(2 * problem.value_size)),
+          bytes_(arena.bytes()) {}
+
+    void run_heads(const Row& row) const {
+        const Units& units = row.units();
+        if (units.queries == 0) return zero_gradients(row);
+        const A* queries = row.queries();
+        read_grad_out(row);
+        const UnitNumbers<A> probs{probs_, row_stride_}, d_probs{d_probs_, row_stride_};
+        const HeadTokens<const T> values = read_only(row.tokens(p_.v));
+        row.for_key_blocks(0, row.keys(), [&](auto keys, int64_t first, int64_t count) {
+            dots(units, p_.head_size, keys, count, queries, probs.from(first));
+            if (p_.v_is_k)
+                dots(units, p_.value_size, keys, count, grad_attn_out_, d_probs.from(first));
+            else
+                dots(units, p_.value_size, values.from(first), count, grad_attn_out_, d_probs.from(first));
+        });
+        FewQueryScores<T> scores(p_, row.variant(), units, shared_.q_per_kv);
+        scores.scores_to_probs_and_d_scores(row.keys(), probs, d_probs);
+        write_gradients(row, {{d_probs_, row_stride_}, queries}, {{probs_, row_stride_}, grad_attn_out_});
+    }
+
+    template <typename E>
+    static void dots(const Units& units, int64_t channels, HeadTokens<const E> tokens, int64_t count, const A* rows,
+                     UnitNumbers<A> to) {
+        TokenDots<E>(units, channels)(tokens, count, rows, to);
+    }
+
+    // The gradients of attn_out, padded like the queries.
+    void read_grad_out(const Row& row) const {
+        const int64_t padded = shared_.value.padded();
+        A* to = grad_attn_out_;
+        row.for_units([&](int64_t, const QueryPlace& query, int64_t) {
+            epilogue_.grad_attn_out(query, to);
+            fill(to + p_.value_size, padded - p_.value_size, A(0));
+            to += padded;
+        });
+        fill(to, (row.units().template groups<A>() * kGroup<A> - row.units().count()) * padded, A(0));
+    }
+
+    // One more pass over the keys: gradients of the queries are sums over them, those of keys and values are written.
+    void write_gradients(const Row& row, const UnitRows<A>& d_scores, const UnitRows<A>& probs) const {
+        const HeadTokens<T> grad_k = row.tokens(p_.grad_k), grad_v = row.tokens(p_.v_is_k ? p_.grad_k : p_.grad_v);
+        row.for_key_blocks(0, row.keys(), [&](auto keys, int64_t first, int64_t count) {
+            const UnitRows<A> d_scores_here{d_scores.numbers.from(first), d_scores.rows};
+            const UnitRows<A> probs_here{probs.numbers.from(first), probs.rows};
+            add_grad_q(row.units(), d_scores_here.numbers, keys, count, first > 0);
+            write_grad_k(row, d_scores_here, p_.v_is_k ? &probs_here : nullptr, first, count, grad_k.from(first));
+            if (!p_.v_is_k)
+                OuterProducts<T>(row.units(), p_.value_size)(probs_here, nullptr, count, grad_v.from(first));
+        });
+        const int64_t padded = shared_.head.padded();
+        if (row.keys() == 0) fill(grad_q_, row.units().count() * padded, A(0));
+        row.for_units([&](int64_t unit, const QueryPlace& query, int64_t r) {
+            epilogue_.write_grad_q(query, row.query_position(r), row.variant().query_sign(), grad_q_ + unit * padded);
+        });
+    }
+
+    template <typename E>
+    void add_grad_q(const Units& units, UnitNumbers<const A> d_scores, HeadTokens<const E> keys, int64_t count,
+                    bool add) const {
+        WeightedTokens<E>(units, p_.head_size)(d_scores, keys, count, grad_q_, add);
+    }
+
+    // Gradients of keys [first, first + count), rotated back.
+    void write_grad_k(const Row& row, const UnitRows<A>& terms, const UnitRows<A>* more, int64_t first, int64_t count,
+                      HeadTokens<T> to) const {
+        if (!p_.rope.cos) return OuterProducts<T>(row.units(), p_.head_size)(terms, more, count, to);
+        const int64_t padded = shared_.head.padded(), heads = row.units().heads;
+        OuterProducts<A>(row.units(), p_.head_size)(terms, more, count, {rotated_grads_, heads * padded, padded});
+        A* grad = rotated_grads_;
+        for (int64_t t = 0; t < count; ++t)
+            for (int64_t head = 0; head < heads; ++head, grad += padded) {
+                rotate(p_.rope, row.key_position(first + t), A(-1), grad);
+                narrow(grad, p_.head_size, to.from(t).data + head * to.head);
+            }
+    }
+
+    // The gradients of keys that no query reads.
+    void zero_gradients(const Row& row) const {
+        zero(row, row.tokens(p_.grad_k), p_.head_size);
+        if (!p_.v_is_k) zero(row, row.tokens(p_.grad_v), p_.value_size);
+    }
+    static void zero(const Row& row, HeadTokens<T> grads, int64_t channels) {
+        for (int64_t j = 0; j < row.keys(); ++j)
+            for (int64_t head = 0; head < row.units().heads; ++head)
+                fill(grads.from(j).data + head * grads.head, channels, T{});
+    }
+
+    const AttentionProblem& p_;
+    const FewQueries<T> shared_;
+    const int64_t row_stride_;
+    A *probs_, *d_probs_, *grad_attn_out_, *grad_q_, *rotated_grads_;
+    const EpilogueBackward<T> epilogue_;
+    const int64_t bytes_;
+};
+
+INTERFORMER_ISA_END
