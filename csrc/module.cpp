@@ -12,6 +12,7 @@
 #include "common/exchange.h"
 #include "cpu/apply_rotary.h"
 #include "cpu/attention.h"
+#include "cpu/eager_attention.h"
 #include "cpu/features.h"
 #include "cpu/isa.h"
 #include "cpu/personalized_ffn.h"
@@ -76,6 +77,28 @@ auto bound(const char* name, const char* written, void (*operation)(const Inputs
     };
 }
 
+// `run` of an eager call, or None where the call is declined.
+template <typename Run>
+py::object eager(const char* name, py::handle call, Run&& run) {
+    try {
+        return run(EagerAttention(name, call));
+    } catch (const std::exception&) {  // the long way finds it again, and has the words
+        return py::none();
+    }
+}
+
+py::object eager_attention_forward(py::handle call, py::handle residual, bool keep_lse, bool keep_attn_out,
+                                   bool validate, int64_t threads) {
+    return eager("eager_attention_forward", call, [&](const EagerAttention& attention) {
+        return attention.forward(residual, keep_lse, keep_attn_out, validate, threads);
+    });
+}
+
+py::object eager_attention_backward(py::handle call, py::handle grad_out, py::handle attn_out, int64_t threads) {
+    return eager("eager_attention_backward", call,
+                 [&](const EagerAttention& attention) { return attention.backward(grad_out, attn_out, threads); });
+}
+
 // The names of the entries that are read from each tuple, by the names that interformer_kernels/_calls.py has for them.
 std::map<std::string, std::vector<std::string>> fields() {
     return {{"AttentionCall", field_names<AttentionInputs>()},
@@ -101,6 +124,8 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("fields", &fields);
     m.def("attention_forward", bound("attention_forward", "outputs", &attention_forward));
+    m.def("eager_attention_forward", &eager_attention_forward);
+    m.def("eager_attention_backward", &eager_attention_backward);
     m.def("attention_backward", bound("attention_backward", "gradients", &attention_backward));
     m.def("personalized_ffn_forward", bound("personalized_ffn_forward", "outputs", &personalized_ffn_forward));
     m.def("personalized_ffn_backward", bound("personalized_ffn_backward", "gradients", &personalized_ffn_backward));

@@ -47,6 +47,28 @@ def attention_backward(call: AttentionCall, gradients: AttentionGradients, threa
     A, which only the gate's gradient needs.
     """
 
+# Whole eager calls of plain tensors, with new outputs; None for a call that is declined, before anything is computed.
+
+def eager_attention_forward(
+    call: AttentionCall,
+    residual: Tensor | None,
+    keep_lse: bool,
+    keep_attn_out: bool,
+    validate: bool,
+    threads: int,
+    /,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """The output, and the log-sum-exp and the ungated A where they are to be kept.
+
+    `scale` may be None, and `gate` and `residual` need only broadcast to the output. With `validate`, a call is also
+    declined for the contents of its offsets.
+    """
+
+def eager_attention_backward(
+    call: tuple[Any, ...], grad_out: Tensor, attn_out: Tensor | None, threads: int, /
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+    """Gradients of q, k, v and gate; those of gates and of shared queries in the type of accumulation."""
+
 def personalized_ffn_forward(call: FfnCall, outputs: FfnOutputs, threads: int, /) -> None:
     """Writes `out [T, F]`."""
 

@@ -40,7 +40,12 @@ def set_validation(level: str) -> str:
 
 def validates(device: torch.device) -> bool:
     """Whether the contents of index tensors on this device are to be checked."""
-    return _validation == "full" or (_validation == "default" and device.type == "cpu")
+    return _validation == "full" or (validates_cpu() and device.type == "cpu")
+
+
+def validates_cpu() -> bool:
+    """Whether the contents of index tensors on the CPU are to be checked."""
+    return _validation != "off"
 
 
 # ---------------------------------------------------------------- kinds, shapes, values

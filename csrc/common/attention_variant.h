@@ -3,8 +3,10 @@
 // Each backend maps and masks scores in one file: cpu/kernels/score_variant.h, cuda/attention_variant.cuh.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "common/activation_names.h"
 #include "common/checks.h"
@@ -12,9 +14,10 @@
 namespace interformer {
 
 struct AttentionVariant {
-    double scale = 1;  // factor of products of queries with keys
+    double scale = 1;            // factor of products of queries with keys
+    bool default_scale = false;  // it is still to be set, to 1 / sqrt(D)
     Score score{true, Activation::identity};
-    double post_scale = 1;  // factor of probabilities; 1 under softmax, whatever the call says
+    double post_scale = 1;  // factor of probabilities; 1 under softmax
     bool causal = false;
     int64_t window_left = -1, window_right = -1;  // -1: open
     int64_t num_prefix = 0;
@@ -32,10 +35,9 @@ void read(Reader& next, AttentionVariant& variant) {
         const int64_t tokens = next.integer(name);
         return tokens < kWidest ? tokens : kWidest;
     };
-    variant.scale = next.number("scale");
+    variant.default_scale = !next.optional_number("scale", variant.scale);
     variant.score = next.choice("score", parse_score);
-    const double factor = next.number("post_scale");
-    if (!variant.score.softmax) variant.post_scale = factor;
+    variant.post_scale = next.number("post_scale");
     variant.causal = next.boolean("causal");
     variant.window_left = limit("window_left");
     variant.window_right = limit("window_right");
@@ -49,6 +51,11 @@ inline void check_variant(const Checks& check, const AttentionVariant& variant) 
     const auto at_least = [&](const char* name, int64_t value, int64_t bound) {
         if (value < bound) check.refuse(name, "at least " + std::to_string(bound), std::to_string(value));
     };
+    if (variant.default_scale) check.refuse("scale", "a number", "None");
+    for (const auto& [name, value] : {std::pair{"scale", variant.scale}, {"post_scale", variant.post_scale}})
+        if (!std::isfinite(value)) check.refuse(name, "finite", std::to_string(value));
+    if (variant.score.softmax && variant.post_scale != 1)
+        check.refuse("post_scale", "1 under softmax", std::to_string(variant.post_scale));
     at_least("window_left", variant.window_left, -1);
     at_least("window_right", variant.window_right, -1);
     at_least("num_prefix", variant.num_prefix, 0);

@@ -60,6 +60,13 @@ class Entries {
         refuse(name, "a float", entry);
     }
 
+    // Returns whether a number was given, and not None.
+    bool optional_number(const char* name, double& value) {
+        if (index_ < size() && PyTuple_GET_ITEM(tuple_.ptr(), index_) == Py_None) return ++index_, false;
+        value = number(name);
+        return true;
+    }
+
     bool boolean(const char* name) {
         const py::handle entry = next(name);
         if (!PyBool_Check(entry.ptr())) refuse(name, "a bool", entry);
@@ -112,6 +119,10 @@ class EntryNames {
     double number(const char* name) {
         record(name);
         return 0;
+    }
+    bool optional_number(const char* name, double&) {
+        record(name);
+        return true;
     }
     bool boolean(const char* name) {
         record(name);

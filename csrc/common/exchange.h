@@ -66,10 +66,24 @@ inline DType dtype_of(dlpack::DataType raw) {
     return raw.code == dlpack::kBfloat && raw.bits == 16 ? DType::bfloat16 : DType::other;
 }
 
+// Whether PyTorch's dispatcher would hand a tensor on as it is: not one of a subclass, which may mean something else by
+// its operations, nor a lazily negated view, whose memory does not show it.
+inline bool is_plain(py::handle object) {
+    static PyObject* const tensor = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
+    static PyObject* const parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
+    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+    if (type != tensor && type != parameter) return false;
+    const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
+    if (!negated) throw py::error_already_set();
+    return negated.ptr() == Py_False;
+}
+
 // Makes the views of one call. Errors name the function and the argument.
 class Viewer {
   public:
-    explicit Viewer(const char* function) : function_(function) {}
+    // With `plain_only`, tensors must be plain.
+    explicit Viewer(const char* function, bool plain_only = false) : function_(function), plain_only_(plain_only) {}
 
     const char* function() const { return function_; }
 
@@ -88,6 +102,7 @@ class Viewer {
     void fill(TensorView& view, const char* argument, py::handle object) const {
         const dlpack::ExchangeTable* table = tables().find(Py_TYPE(object.ptr()));
         if (table == nullptr) refuse(argument, "a torch.Tensor", type_name(object));
+        if (plain_only_ && !is_plain(object)) refuse(argument, "a plain torch.Tensor", type_name(object));
         dlpack::Tensor tensor;
         if (table->tensor_from_object(object.ptr(), &tensor) != 0)
             refuse(argument, "a dense tensor in memory", type_name(object) + " (" + pending_error() + ")");
@@ -140,6 +155,7 @@ class Viewer {
     alignas(64) static inline char empty_[64];  // the address of tensors without elements
 
     const char* function_;
+    bool plain_only_;
 };
 
 // Translates the checks' `TypeError` to Python's.

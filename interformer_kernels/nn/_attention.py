@@ -143,7 +143,7 @@ def project_self(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tenso
     if attention.in_proj_weight is None:
         return (project_query(attention, x), *project_keys(attention, x, x))
     qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = (split_heads(attention, third) for third in qkv.chunk(3, -1))
+    q, k, v = qkv.view(x.shape[0], 3, attention.num_heads, attention.head_dim).unbind(1)
     return q, k, v
 
 

@@ -90,6 +90,11 @@ def read_rows(
     offsets_name: str = "offsets",
 ) -> Rows:
     """Check and pack one input; `width` is the required size of its last axis, `op` the module's name for errors."""
+    masked = key_padding_mask is not None or key_mask is not None or lengths is not None
+    plain = isinstance(x, Tensor) and checks.is_dense(x) and x.dim() == 2 and x.shape[1] == width
+    if plain and offsets is not None and not masked:
+        assert isinstance(x, Tensor)
+        return _packed(op, x, offsets, offsets_name)  # as below, for most calls
     arguments = {offsets_name: offsets, "key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
     named = [argument for argument, value in arguments.items() if value is not None]
     if len(named) > 1:
@@ -129,7 +134,7 @@ def _packed(op: str, x: Tensor, offsets: Tensor, offsets_name: str) -> Rows:
     readable = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable:
         checks.check_offsets_content(op, offsets_name, offsets, x.shape[0])
-        if int(offsets[-1]) == x.shape[0]:
+        if offsets[-1].item() == x.shape[0]:
             return Rows(x, offsets)
     inside = reference.inside_rows(offsets, x.shape[0])
     return Rows(reference.mask_rows(x, inside), offsets, inside=inside)

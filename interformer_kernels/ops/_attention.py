@@ -9,6 +9,7 @@ from interformer_kernels import _backend, reference
 from interformer_kernels import _checks as checks
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels._launch.tensors import accumulation_dtype
+from interformer_kernels.ops import _eager
 from interformer_kernels.ops._public import PublicOp
 from interformer_kernels.ops._registered import RegisteredOp
 from interformer_kernels.ops._spec import OpSpec
@@ -101,4 +102,4 @@ ATTENTION = OpSpec(
     empty_saved=_empty_saved,
     reads_attn_out=_backward_reads_attn_out,
 )
-registered = RegisteredOp(ATTENTION)
+registered = RegisteredOp(ATTENTION, _eager.backward)

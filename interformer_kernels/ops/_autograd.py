@@ -85,6 +85,16 @@ def _below(half: Any, args: Iterable[Any]) -> Any:
         return half(*args)
 
 
+def is_eager() -> bool:
+    """Whether a call is a plain eager one: no mode, tracer, profiler, transform or autocast would change it."""
+    return (
+        _unwatched()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def _unwatched() -> bool:
     """Whether no mode, tracer or profiler would see the call of an op."""
     return not (
@@ -126,7 +136,7 @@ class Joined(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         name, shows_lse, rest, *values = inputs
-        _save(ctx, OPS[name].spec, shows_lse, OPS[name].spec.filled(rest, values), output)
+        save(ctx, OPS[name].spec, shows_lse, OPS[name].spec.filled(rest, values), output)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -155,16 +165,16 @@ class _JoinedPlain(torch.autograd.Function):
         op = OPS[name]
         outputs = _run_plain(op.forward, args)
         outputs = outputs if op.spec.saved else (outputs,)
-        _save(ctx, op.spec, shows_lse, args, outputs)
+        save(ctx, op.spec, shows_lse, args, outputs)
         return outputs
 
 
-def _save(ctx: Any, spec: OpSpec, shows_lse: bool, args: Sequence[Any], outputs: tuple[Tensor, ...]) -> None:
+def save(ctx: Any, spec: OpSpec, shows_lse: bool, args: Sequence[Any], outputs: tuple[Tensor, ...]) -> None:
     """Keep what `backward` reads of the arguments and outputs of a forward."""
     kept = (*outputs[1:], *args[: len(spec.names)])
     ctx.save_for_backward(*spec.saved_tensors(kept))
     ctx.kept = spec.name, spec.saved_options(kept), args[-2:]
-    ctx.mark_non_differentiable(*outputs[2 if shows_lse else 1 :])
+    ctx.mark_non_differentiable(*(x for x in outputs[2 if shows_lse else 1 :] if x is not None))
     ctx.set_materialize_grads(False)
 
 
@@ -200,7 +210,14 @@ def _gradients(op: RegisteredOp, args: tuple[Any, ...], needed: tuple[bool, ...]
             by_name = op.reference_gradients(call._replace(**leaves), grad_out, tuple(leaves), create_graph=True)
             grads = tuple(by_name.get(name) for name in spec.gradients)
     if grads is None:
-        results = run(op.backward, args)
+        grads = op.eager_backward(args)
+    if grads is None:
+        # An eager call keeps no outputs that its backward does not read.
+        given = (
+            spec.lead(args[1 + len(spec.saved) :]).new_empty(0) if x is None else x
+            for x in args[1 : 1 + len(spec.saved)]
+        )
+        results = run(op.backward, (grad_out, *given, *args[1 + len(spec.saved) :]))
         grads = results if len(spec.gradients) > 1 else (results,)
     if not spec.has_residual:
         return grads

@@ -5,10 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import types
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 from interformer_kernels.ops._public import PublicOp
+from interformer_kernels.ops._spec import PLAIN_TENSORS
+
+# Kinds of arguments that are no DTensors, asked before `isinstance`, which takes four times as long.
+_NO_DTENSORS = frozenset((*PLAIN_TENSORS, types.NoneType, bool, int, float, str))
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,7 +31,11 @@ def over_shards(op: PublicOp) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             # No DTensor exists before this module is imported, which takes longer than all of ours.
             module = sys.modules.get("torch.distributed.tensor")
-            if module is None or not any(isinstance(x, module.DTensor) for x in (*args, *kwargs.values())):
+            if (
+                module is None
+                or _NO_DTENSORS.issuperset(map(type, values := (*args, *kwargs.values())))
+                or not any(isinstance(x, module.DTensor) for x in values)
+            ):
                 return function(*args, **kwargs)
             from interformer_kernels.ops import _dtensor
 

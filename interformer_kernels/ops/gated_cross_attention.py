@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from interformer_kernels._calls import AttentionCall
+from interformer_kernels.ops import _eager
 from interformer_kernels.ops._attention import ATTENTION, registered
 from interformer_kernels.ops._public import PublicOp
 from interformer_kernels.ops._sharding import over_shards
@@ -87,6 +88,9 @@ def gated_cross_attention(
     layout = "dense" if q_offsets is None else "packed"
     maps = gate_form, gate_activation, scale, score, post_scale  # the check below makes a scale of None a number
     call = AttentionCall(layout, q, k, v, q_offsets, kv_offsets, gate, *maps)  # type: ignore[arg-type]
+    eager = _eager.attention(OP, call, residual, backend, return_lse)
+    if eager is not None:
+        return eager
     call, residual = OP.checked(call, residual)
     out: Tensor | tuple[Tensor, Tensor] = registered(OP, call, residual, backend, return_lse)
     return out

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from interformer_kernels import _checks as checks
 from interformer_kernels._calls import AttentionCall
+from interformer_kernels.ops import _eager
 from interformer_kernels.ops._attention import ATTENTION, registered
 from interformer_kernels.ops._public import PublicOp
 from interformer_kernels.ops._sharding import over_shards
@@ -110,18 +111,20 @@ def jagged_attention(
     softmax: generalised dot-product attention (arXiv 2602.10016); InterFormer (arXiv 2411.09852), equations 8 to 10.
     """
     checks.check_index_kind(OP.name, "offsets", offsets)
+    left, right = checks.check_window(OP.name, window)
     q_offsets, kv_offsets = (None, offsets) if kv_offsets is None else (offsets, kv_offsets)
     maps = gate_form, gate_activation, scale, score, post_scale  # the check below makes a scale of None a number
-    others = {"causal": causal, "num_prefix": num_prefix, "rope_interleaved": rope_interleaved}
-    call = AttentionCall("packed", q, k, v, q_offsets, kv_offsets, gate, *maps, **others)  # type: ignore[arg-type]
+    tensors, masks = (q, k, v, q_offsets, kv_offsets, gate), (causal, left, right, num_prefix)
+    call = AttentionCall("packed", *tensors, *maps, *masks, rope_interleaved=rope_interleaved)  # type: ignore[arg-type]
+    if rope is None and rope_positions is None and rope_interleaved is False:
+        eager = _eager.attention(OP, call, residual, backend, return_lse)
+        if eager is not None:
+            return eager
     call, residual = OP.checked(call, residual)
-    left, right = checks.check_window(OP.name, window)
     cos, sin = (None, None) if rope is None else checks.check_rope(OP.name, rope, q.shape[2], q.device)
     positions_q, positions_k = _rope_positions(rope_positions, call, rope is not None)
-    if rope is not None or (left, right) != (-1, -1):
-        call = call._replace(
-            cos=cos, sin=sin, positions_q=positions_q, positions_k=positions_k, window_left=left, window_right=right
-        )
+    if rope is not None:
+        call = call._replace(cos=cos, sin=sin, positions_q=positions_q, positions_k=positions_k)
     out: Tensor | tuple[Tensor, Tensor] = registered(OP, call, residual, backend, return_lse)
     return out
 
