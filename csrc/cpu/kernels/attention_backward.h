@@ -27,8 +27,7 @@ struct BackwardWorkspace {
     S* grad_attn_out;  // [max_block, value_stride]
     A* probs;          // [block, score_stride], at first the scores
     A* d_probs;        // [block, score_stride], later d_scores
-    A* row_max;        // [max_block], and likewise row_sum and delta
-    A* row_sum;
+    A* row_sum;        // [max_block], and likewise delta
     A* delta;
     A* grad_q;    // [max_block, head_stride]
     A* grad_k;    // [max_keys, head_stride]
@@ -55,7 +54,6 @@ struct BackwardWorkspace {
         grad_attn_out = arena.allocate<S>(block * sizes.value_stride);
         probs = arena.allocate<A>(scores);
         d_probs = arena.allocate<A>(scores);
-        row_max = arena.allocate<A>(round_up(block, kLanes<A>));
         row_sum = arena.allocate<A>(round_up(block, kLanes<A>));
         delta = arena.allocate<A>(round_up(block, kLanes<A>));
         grad_q = arena.allocate<A>(block * sizes.head_stride);
@@ -238,8 +236,7 @@ class AttentionBackward {
             epilogue_backward(row, r + i, work_.grad_attn_out + i * sizes_.value_stride);
         operands.keys.multiply(queries, count, ranges, probs);
         operands.values.multiply(grad_attn_out, count, ranges, d_probs);
-        row.variant().scores_to_probs_and_d_scores(r, count, probs, d_probs, ranges,
-                                                   {work_.row_max, work_.row_sum, work_.delta});
+        row.variant().scores_to_probs_and_d_scores(r, count, probs, d_probs, ranges, {work_.row_sum, work_.delta});
         const Matrix<A> d_scores = d_probs;
         weighted_sums<X>(along_keys(d_scores, count, ranges), operands.key_rows, ranges, row.keys(), count,
                          sizes_.head_stride, {work_.grad_q, sizes_.head_stride});

@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #ifndef INTERFORMER_ISA
 #error "compile this file with INTERFORMER_ISA set to the name of an instruction set"
 #endif
@@ -74,6 +78,10 @@ template <>
 struct IndexOf<double> {
     using type = int64_t;
 };
+template <>
+struct IndexOf<int64_t> {
+    using type = int64_t;
+};
 
 // Reduces all lanes with `op`, by halves: few roundings, always in the same order.
 template <typename A, int64_t Half = kLanes<A> / 2, typename Op>
@@ -103,6 +111,16 @@ struct Max {
 template <typename A>
 INTERFORMER_INLINE A max_of_lanes(Vector<A> x) {
     return reduce_lanes<A>(x, Max{});
+}
+
+// Whether a comparison of vectors of A holds in any lane.
+template <typename A>
+INTERFORMER_INLINE bool any(Vector<typename IndexOf<A>::type> lanes) {
+#ifdef __AVX512F__
+    return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0;
+#else
+    return reduce_lanes<typename IndexOf<A>::type>(lanes, [](auto a, auto b) { return a | b; }) != 0;
+#endif
 }
 
 inline int64_t min(int64_t a, int64_t b) {

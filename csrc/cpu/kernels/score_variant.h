@@ -1,6 +1,8 @@
-// The one place of the CPU kernels that masks scores and maps them to probabilities, in both directions. All scores of
-// a block of queries lie in memory between the product and the map, so an additive bias, dropout or another mask is one
-// more pass over the block here: a bias before the map, dropout after it.
+// The masks and the map of scores to probabilities on the CPU: the keys that a query sees, for all kernels, and the
+// backward of blocks of queries, whose scores are [query, key]. Their forms for other orders of scores are
+// score_lanes.h, [key, query], and few_query_scores.h, tokens under all heads. Scores lie in memory between the product
+// and the map, so an additive bias, dropout or another mask is one more pass in each: a bias before the map, dropout
+// after it.
 #pragma once
 
 #include "cpu/attention_problem.h"
@@ -16,11 +18,38 @@ struct KeyRange {
     bool fully_masked() const { return prefix == 0 && first >= last; }
 };
 
-// Softmax statistics, one number for each query of a block, padded to whole vectors: the largest score, scaled; the sum
-// of the probabilities before they are normalised; delta, the mean of their gradients (backward only).
+// The keys that at least one of several queries sees.
+class VisibleKeys {
+  public:
+    explicit VisibleKeys(int64_t keys) : first_(keys) {}
+
+    void include(const KeyRange& range) {
+        prefix_ = max(prefix_, range.prefix);
+        if (range.first >= range.last) return;
+        first_ = min(first_, range.first);
+        last_ = max(last_, range.last);
+    }
+    // As columns of scores of type A, rounded outwards to panels and vectors.
+    template <typename A>
+    ColumnRanges columns() const {
+        ColumnRanges ranges{};
+        const int64_t begin = first_ / kPanel<A> * kPanel<A>, prefix_end = round_up(prefix_, kLanes<A>);
+        if (prefix_ > 0 && prefix_end < begin && first_ < last_) ranges.r[ranges.n++] = {0, prefix_end};
+        const bool joined = prefix_ > 0 && ranges.n == 0;
+        if (first_ < last_ || joined)
+            ranges.r[ranges.n++] = {joined ? 0 : begin, max(round_up(last_, kLanes<A>), joined ? prefix_end : 0)};
+        return ranges;
+    }
+
+  private:
+    int64_t prefix_ = 0, first_, last_ = 0;
+};
+
+// Softmax statistics, one number for each query of a block, padded to whole vectors: the sum of the probabilities
+// before they are normalised; delta, the mean of their gradients.
 template <typename A>
 struct RowStats {
-    A *row_max, *row_sum, *delta;
+    A *row_sum, *delta;
 };
 
 // One row of the batch under one key/value head. Query `r` of [0, query_tokens * q_per_kv) is token `token(r)` of the
@@ -45,11 +74,17 @@ class ScoreVariant {
     ScoreVariant(const AttentionProblem& problem, const RowOfHead& row) : p_(problem), row_(row) {}
 
     int64_t keys() const { return row_.keys; }
+    bool is_softmax() const { return p_.variant.score.softmax; }
+    // Whether a query may not see some key.
+    bool masks() const {
+        const AttentionVariant& v = p_.variant;
+        return v.causal || v.window_left >= 0 || v.window_right >= 0 || row_.keys == 0;
+    }
 
     KeyRange key_range(int64_t r) const {
         const AttentionVariant& v = p_.variant;
         const int64_t keys = row_.keys;
-        if (!v.causal && v.window_left < 0 && v.window_right < 0) return {0, 0, keys};
+        if (!masks()) return {0, 0, keys};
         const int64_t i = row_.token(r), diagonal = i + keys - row_.query_tokens;
         if (i < v.num_prefix) return {0, 0, keys};
         KeyRange range{min(v.num_prefix, keys), 0, keys};
@@ -68,25 +103,10 @@ class ScoreVariant {
 
     // The columns that at least one of the queries [r, r + count) sees, rounded outwards to panels and vectors.
     ColumnRanges column_ranges(int64_t r, int64_t count) const {
-        int64_t prefix = 0, first = row_.keys, last = 0;
-        const auto include = [&](const KeyRange& range) {
-            if (range.first >= range.last) return;
-            first = min(first, range.first);
-            last = max(last, range.last);
-        };
-        for (int64_t i = r; i < r + count; i += row_.q_per_kv) {
-            const KeyRange range = key_range(i);
-            prefix = max(prefix, range.prefix);
-            include(range);
-        }
-        include(key_range(r + count - 1));
-        ColumnRanges ranges{};
-        const int64_t begin = first / kPanel<A> * kPanel<A>, prefix_end = round_up(prefix, kLanes<A>);
-        if (prefix > 0 && prefix_end < begin && first < last) ranges.r[ranges.n++] = {0, prefix_end};
-        const bool joined = prefix > 0 && ranges.n == 0;
-        if (first < last || joined)
-            ranges.r[ranges.n++] = {joined ? 0 : begin, max(round_up(last, kLanes<A>), joined ? prefix_end : 0)};
-        return ranges;
+        VisibleKeys visible(row_.keys);
+        for (int64_t i = r; i < r + count; i += row_.q_per_kv) visible.include(key_range(i));
+        visible.include(key_range(r + count - 1));
+        return visible.columns<A>();
     }
 
     ColumnRanges all_columns() const { return {{{0, round_up(row_.keys, kLanes<A>)}}, row_.keys > 0 ? 1 : 0}; }
@@ -104,22 +124,9 @@ class ScoreVariant {
     // keys is at most 1/2, and no sum of values weighted by them exceeds the values.
     int headroom() const { return row_.keys < 2 ? 0 : 65 - __builtin_clzll(static_cast<uint64_t>(row_.keys - 1)); }
 
-    // Forward: the scores of queries [r, r + count) become probabilities. Softmax leaves the division by `row_sum` to
-    // the caller; pointwise probabilities contain their factor.
-    void scores_to_probs(int64_t r, int64_t count, Matrix<A> scores, const ColumnRanges& ranges,
-                         const RowStats<A>& stats) const {
-        if (p_.variant.score.softmax) return softmax(r, count, scores, ranges, stats, nullptr);
-        for (int64_t i = 0; i < count; ++i) {
-            A* s = scores.from(i).data;
-            for (int range = 0; range < ranges.n; ++range) {
-                const Columns columns = ranges.r[range];
-                activate(p_.variant.score.activation, s + columns.begin, columns.end - columns.begin, score_scale(),
-                         static_cast<A>(p_.variant.post_scale));
-            }
-            mask_out(s, key_range(r + i), ranges, A(0));
-            stats.row_max[i] = 0;
-            stats.row_sum[i] = 1;
-        }
+    // Pointwise: `count` scores become probabilities.
+    void map(A* scores, int64_t count) const {
+        activate(p_.variant.score.activation, scores, count, score_scale(), static_cast<A>(p_.variant.post_scale));
     }
 
     // Backward: the scores become normalised probabilities, and the gradients of the probabilities become those of the
@@ -183,12 +190,11 @@ class ScoreVariant {
                  const A* d_probs) const {
         for (int64_t i = 0; i < count; i += kLanes<A>)
             softmax_of_vector(r + i, min(kLanes<A>, count - i), scores.from(i), ranges,
-                              {stats.row_max + i, stats.row_sum + i, stats.delta + i},
-                              d_probs ? d_probs + i * scores.stride : nullptr);
+                              {stats.row_sum + i, stats.delta + i}, d_probs + i * scores.stride);
     }
 
     // Masks the scores of up to a vector of queries and takes their exponentials. The statistics of the queries are
-    // reduced together, one query a lane. `delta` is computed on the way where `d_probs` is given.
+    // reduced together, one query a lane. Where the largest score is +inf, row_sum is NaN, and so are all gradients.
     void softmax_of_vector(int64_t r, int64_t count, Matrix<A> scores, const ColumnRanges& ranges,
                            const RowStats<A>& stats, const A* d_probs) const {
         constexpr A kMasked = -__builtin_inf();
@@ -200,18 +206,15 @@ class ScoreVariant {
             mask_out(scores.from(i).data, range, ranges, kMasked);
             per_query[i] = max_by_lane(scores.from(i).data, ranges);
         }
-        Vector<A> row_max = reduce_first<A>(per_query, count, Max{});
-        if (max_of_lanes<A>(row_max) == -kMasked) row_max = with_nans(row_max, count, scores, ranges);
+        const Vector<A> row_max = reduce_first<A>(per_query, count, Max{});
         // A row_max of -inf is replaced by 0, so that all exponentials are 0. A fully masked query then has sum 1 and
         // delta 0; a query whose scores are all -inf has sum 0 and delta NaN, as in PyTorch.
         store_vector(base, row_max == kMasked ? Vector<A>{} : row_max);
-        store_vector(stats.row_max, row_max * score_scale());
         for (int64_t i = 0; i < count; ++i)
-            exponentials(scores.from(i).data, d_probs ? d_probs + i * scores.stride : nullptr, ranges, base[i],
-                         per_query[i], dots[i]);
+            exponentials(scores.from(i).data, d_probs + i * scores.stride, ranges, base[i], per_query[i], dots[i]);
         const Vector<A> row_sum = reduce_first<A>(per_query, count, Plus{}) + load_vector(fully_masked);
         store_vector(stats.row_sum, row_sum);
-        if (d_probs) store_vector(stats.delta, reduce_first<A>(dots, count, Plus{}) / row_sum);
+        store_vector(stats.delta, reduce_first<A>(dots, count, Plus{}) / row_sum);
     }
 
     // The largest number of each lane. NaNs are skipped: they show in the sum of the exponentials.
@@ -223,19 +226,8 @@ class ScoreVariant {
         return largest;
     }
 
-    // Where the largest score is +inf, row_sum is NaN and cannot show a NaN score. There row_max becomes that NaN.
-    static Vector<A> with_nans(Vector<A> row_max, int64_t count, Matrix<A> scores, const ColumnRanges& ranges) {
-        for (int64_t i = 0; i < count; ++i)
-            for (int range = 0; range < ranges.n; ++range)
-                for (int64_t j = ranges.r[range].begin; j < ranges.r[range].end; ++j) {
-                    const A s = scores.from(i).data[j];
-                    if (s != s && row_max[i] == static_cast<A>(__builtin_inf())) row_max[i] = s;
-                }
-        return row_max;
-    }
-
     // s becomes 2^-headroom e^(score_scale (s - base)). Returns the sums by lane, and those of the products with
-    // `d_probs` where given.
+    // `d_probs`.
     void exponentials(A* s, const A* d_probs, const ColumnRanges& ranges, A base, Vector<A>& sum,
                       Vector<A>& dot) const {
         constexpr A kLog2OfE = 1.44269504088896340736;
@@ -247,7 +239,7 @@ class ScoreVariant {
                 const Vector<A> prob = power_of_two((load_vector(s + j) - base) * scale, down);
                 store_vector(s + j, prob);
                 sums += prob;
-                if (d_probs) dots += prob * load_vector(d_probs + j);
+                dots += prob * load_vector(d_probs + j);
             }
         sum = sums;
         dot = dots;
