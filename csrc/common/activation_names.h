@@ -2,8 +2,6 @@
 // cuda/maps.cuh.
 #pragma once
 
-#include <cstddef>
-#include <stdexcept>
 #include <string>
 
 namespace interformer {
@@ -38,34 +36,11 @@ struct Gate {
     Activation activation;
 };
 
-template <size_t N>
-Activation parse_name(const char* argument, const NamedActivation (&table)[N], const std::string& name) {
-    std::string names;
-    for (size_t i = 0; i < N; ++i) {
-        if (name == table[i].name) return table[i].activation;
-        names += std::string(i == 0 ? "" : i + 1 < N ? ", " : " or ") + table[i].name;
-    }
-    throw std::invalid_argument(std::string(argument) + " must be " + names + ", found " + name);
-}
-
-inline Activation parse_activation(const std::string& name) {
-    return parse_name("activation", kScoreActivations, name);
-}
-
-inline Score parse_score(const std::string& name) {
-    if (name == "softmax") return {true, Activation::identity};
-    return {false, parse_activation(name)};
-}
-
+// Each throws for a name that is none of its own.
+Activation parse_activation(const std::string& name);
+Score parse_score(const std::string& name);
 // Whether the gate is inside the activation.
-inline bool parse_gate_form(const std::string& form) {
-    if (form == "multiply") return false;
-    if (form == "self") return true;
-    throw std::invalid_argument("gate_form must be multiply or self, found " + form);
-}
-
-inline Activation parse_gate_activation(const std::string& name) {
-    return parse_name("gate_activation", kGateActivations, name);
-}
+bool parse_gate_form(const std::string& form);
+Activation parse_gate_activation(const std::string& name);
 
 }  // namespace interformer
