@@ -26,7 +26,7 @@ from every import most_draws
 from torch import Tensor
 
 import interformer_kernels
-from interformer_kernels import testing
+from interformer_kernels import _backend, testing
 from interformer_kernels.testing import Case, make_inputs, offsets_of
 
 _C = pytest.importorskip("interformer_kernels._C", exc_type=ImportError)
@@ -196,7 +196,7 @@ class Spy:
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any) -> Any:
-            entries = [x for arg in args if isinstance(arg, tuple) for x in arg]
+            entries = [x for arg in args for x in (arg if isinstance(arg, tuple) else [arg])]
             self.handed |= {x.data_ptr() for x in entries if isinstance(x, Tensor)}
             return getattr(_C, name)(*args)
 
@@ -209,6 +209,7 @@ def test_strided_inputs_are_read_in_place(layout: str, dtype: torch.dtype, monke
     spy = Spy()
     for module in ("attention", "personalized_ffn", "apply_rotary"):
         monkeypatch.setattr(f"interformer_kernels._cpu.{module}._C", spy)
+    monkeypatch.setattr(_backend, "native", lambda: spy)
     for case in all_ops((5, 0, 70), kv_heads=2, head_size=8, value_size=16):
         gated = {"gate": "full", "residual": True} if case.op.endswith(("attention", "pooling")) else {}
         inputs = make_inputs(Case(**{**vars(case), **gated}), dtype)
