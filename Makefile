@@ -60,7 +60,7 @@ FUZZ = $(BIN)/python -m pytest --timeout 0 --hypothesis-profile fuzz --hypothesi
 
 .PHONY: help demo test triton-test cuda-test target-env target-test target-native-test target-resources resources \
         triton-resources predictions gpu-report gpu-kit gpu-rehearsal fuzz nightly sanitize lint wheel-test wide-test bench \
-        bench-model bench-compare torch-matrix docs clean
+        bench-model bench-rows bench-compare torch-matrix docs clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
@@ -84,6 +84,7 @@ help:
 	@echo "make wide-test          tests the kernels for AVX-512 BF16 on a machine with AVX2"
 	@echo "make bench [DATA=path]  every op against its peers on all named shapes: bench/out/report.md"
 	@echo "make bench-model        InterFormer against the same model on padded rows, training and inference: bench/out/model.md"
+	@echo "make bench-rows         lines that memory or short rows bound, as shares of the machine's rates: bench/out/rows.md"
 	@echo "make bench-compare REF=<git ref>  is this tree slower than another, by interleaved runs: bench/out/compare.md"
 	@echo "make docs               the documentation as a site: build/docs/site/index.html"
 	@echo "make torch-matrix       one wheel under several versions of torch (downloads them)"
@@ -222,6 +223,9 @@ bench: $(READY)
 
 bench-model: $(READY)
 	$(BIN)/python -m interformer_bench.model $(data_option) --out bench/out $(ARGS)
+
+bench-rows: $(READY)
+	$(BIN)/python -m interformer_bench.rows $(data_option) --out bench/out $(ARGS)
 
 bench-compare: $(READY)
 	$(BIN)/python -m interformer_bench.compare $(REF) $(data_option) --out bench/out $(ARGS)
