@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from interformer_bench import timing, workloads
+from interformer_bench import quiet, timing, workloads
 from interformer_bench.ops.table import TABLE
 from interformer_bench.peers import OURS
 from interformer_bench.peers.registry import candidates
@@ -77,6 +77,11 @@ def lines(seconds: float = 1.0) -> list[CostRow]:
         return [*_tiny_rows(seconds), *_border_rows(seconds)]
     finally:
         torch.set_num_threads(threads)
+
+
+def without_ratios(rows: list[CostRow], busy: str | None) -> list[CostRow]:
+    """The rows, without the ratios and verdicts of a busy machine."""
+    return [(call, time, quiet.NO_RATIO if busy and target != "-" else target) for call, time, target in rows]
 
 
 def _tiny_rows(seconds: float) -> list[CostRow]:

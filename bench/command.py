@@ -13,7 +13,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from interformer_bench import calls, curves, grid, memory, plots, progress, report, shapes, sweeps, timing, workloads
+from interformer_bench import (
+    calls,
+    curves,
+    grid,
+    memory,
+    plots,
+    progress,
+    quiet,
+    report,
+    shapes,
+    sweeps,
+    timing,
+    workloads,
+)
 from interformer_bench import run as bench
 from interformer_bench.peers import OURS
 from interformer_bench.progress import Progress
@@ -37,7 +50,12 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, help="directory with the length files")
     add("--rows", type=count, help="number of rows of a batch, instead of each shape's own")
     add("--dtype", action="append", choices=_DTYPES, help="a dtype; may be repeated; default: each shape's own")
-    add("--threads", action="append", type=count, help="number of CPU threads; may be repeated; default: 1 and 2")
+    add(
+        "--threads",
+        action="append",
+        type=count,
+        help="number of CPU threads, and fewer where that is faster; may be repeated; default: 1 and 2",
+    )
     add("--seconds", type=duration, default=1.2, help="about how long each (shape, pass, threads) is timed")
     add(
         "--quick",
@@ -86,6 +104,7 @@ def _measure(chosen: argparse.Namespace, selected: Sequence[grid.Shape], shown: 
         progress=shown,
     )
     machine = timing.Machine(chosen.device)
+    watch = quiet.Watch(max(settings.threads))
     measured: list[bench.Measurement] = []
     swept: dict[str, list[bench.Measurement]] = {}
     peaks: list[memory.Peak] = []
@@ -93,21 +112,21 @@ def _measure(chosen: argparse.Namespace, selected: Sequence[grid.Shape], shown: 
     whole = not chosen.quick and chosen.device == "cpu"
     try:
         if not chosen.sweeps:
-            _extend(measured, bench.measure(selected, settings, machine))
+            _extend(measured, bench.measure(selected, settings, machine, watch))
         if chosen.sweeps or (whole and chosen.law is None and chosen.rows is None):
             for sweep in sweeps.SWEEPS.values():
                 if chosen.op is None or sweep.op in chosen.op:
-                    _extend(swept.setdefault(sweep.axis, []), sweeps.measure(sweep, settings))
+                    _extend(swept.setdefault(sweep.axis, []), sweeps.measure(sweep, settings, watch))
         if whole and not chosen.sweeps:
             reason = memory.unsupported_reason()
             if reason is None:
                 _extend(peaks, memory.peaks(selected, chosen.data, max(settings.threads), shown))
             else:
                 shown.say(reason)
-            costs = calls.lines()
+            costs = calls.without_ratios(calls.lines(), watch.busy_since_last())
     except KeyboardInterrupt:
         shown.say("stopped: the report holds what was measured")
-    return report.Report(measured, machine.rates(), peaks, costs, swept)
+    return report.Report(measured, machine.rates(), peaks, costs, swept, watch.checks)
 
 
 def _extend(items: list[_T], new_items: Iterable[_T]) -> None:
@@ -141,11 +160,13 @@ def _draw(folder: Path, results: report.Report) -> list[str]:
         lines = plots.results_of(results.measurements, results.machine)
         for dtype in dict.fromkeys(result.dtype for result in lines):
             names.append(f"speed-{dtype}.png")
-            plots.speed(folder / names[-1], lines, dtype=dtype, title=dtype)
+            title = ", ".join([dtype, *plots.busy_note(results.measurements)])
+            plots.speed(folder / names[-1], lines, dtype=dtype, title=title)
     return names
 
 
 def _show(results: report.Report) -> None:
+    print(report.head(results))
     for op, lines in report.by_op(results).items():
         print_table(op, report.COLUMNS, lines)
         print()

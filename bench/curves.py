@@ -24,7 +24,7 @@ def sweep(path: Path, sweep: Sweep, measurements: Sequence[Measurement]) -> None
         axis.set_title(direction)
         axis.set_xlabel(sweep.label)
         axis.set_ylabel("time of a call, ms")
-    figure.suptitle(sweep.title())
+    figure.suptitle(", ".join([sweep.title(), *plots.busy_note(measurements)]))
     _legend_below(figure, axes[0])
     plots.save(path, figure)
 
@@ -80,7 +80,7 @@ def _legend_below(figure: Any, axes: Sequence[Any]) -> None:
 def roofline(path: Path, measurements: Sequence[Measurement], machine: Machine) -> None:
     """This package's FLOP/s over FLOPs per byte, under the rates of products and copies in the same run."""
     max_threads = max((m.threads for m in measurements), default=0)
-    ours = [m for m in measurements if m.runner == OURS and m.threads == max_threads and m.median]
+    ours = [m for m in measurements if m.runner == OURS and m.threads == max_threads and m.median and not m.busy]
     ops = list(dict.fromkeys(m.op for m in ours))
     figure, axes = plots.panels(len(PASSES), 5.6)
     for axis, direction in zip(axes[0], PASSES, strict=True):

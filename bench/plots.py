@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interformer_bench import report, targets
+from interformer_bench import quiet, report, targets
 from interformer_bench.peers import OURS
 from interformer_bench.report import Machine
 from interformer_bench.result_tables import Result, read_results
@@ -67,7 +67,10 @@ class Bar:
 
 
 def results_of(measurements: Sequence[Measurement], machine: Machine) -> list[Result]:
-    """One result for each shape, dtype and pass that has a best peer, on the largest number of threads."""
+    """One result for each shape, dtype and pass that has a best peer, on the largest number of threads.
+
+    There is none for a line on which the machine was busy.
+    """
     threads = max((measurement.threads for measurement in measurements), default=0)
     results = []
     for group in report.groups(measurements):
@@ -81,6 +84,12 @@ def results_of(measurements: Sequence[Measurement], machine: Machine) -> list[Re
             Result(ours.op, lengths, shape, ours.sizes, ours.dtype, ours.direction, ratio, peer.runner, *limit[::-1])
         )
     return results
+
+
+def busy_note(measurements: Sequence[Measurement]) -> list[str]:
+    """For titles: on how many lines the machine was busy; nothing where it was quiet."""
+    busy = sum(bool(group[OURS].busy) for group in report.groups(measurements))
+    return [f"{quiet.NO_RATIO} for {busy} lines"] if busy else []
 
 
 def bars_by_op(results: Iterable[Result], dtype: str = "float32", lengths: Sequence[str] = ()) -> dict[str, list[Bar]]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from interformer_bench import targets
+from interformer_bench import quiet, targets, waiting
 from interformer_bench.calls import CostRow
 from interformer_bench.memory import YARDSTICK, Peak
 from interformer_bench.peers import OURS
@@ -34,6 +34,7 @@ COLUMNS = (
     "pass",
     "interformer",
     "best peer",
+    "threads used",
     "not timed",
     "ratio",
     "of limit",
@@ -47,13 +48,14 @@ MEMORY_COLUMNS = ("op", "lengths", "sizes", "pass", "runner", "peak", "of padded
 
 @dataclass(frozen=True)
 class Report:
-    """The results of a run of the bench; `sweeps` are by axis."""
+    """The results of a run of the bench; `sweeps` are by axis, and `checks` say whether the machine was quiet."""
 
     measurements: Sequence[Measurement]
     machine: Machine
     peaks: Sequence[Peak] = ()
     calls: Sequence[CostRow] = ()
     sweeps: Mapping[str, Sequence[Measurement]] = field(default_factory=dict)
+    checks: Sequence[quiet.Quietness] = ()
 
     def everything(self) -> list[Measurement]:
         """All measurements, of sweeps too, with a time or without."""
@@ -76,7 +78,9 @@ def best_peer(group: Group, peer_group: str = "") -> Measurement | None:
 
 
 def ratio(group: Group, peer_group: str = "") -> float | None:
-    """The best peer's time over ours; None where either was not timed."""
+    """The best peer's time over ours; None where either was not timed, or the machine was busy."""
+    if group[OURS].busy:
+        return None
     seconds, peer = group[OURS].median, best_peer(group, peer_group)
     return peer.median / seconds if seconds and peer and peer.median else None
 
@@ -84,7 +88,7 @@ def ratio(group: Group, peer_group: str = "") -> float | None:
 def of_limit(measurement: Measurement, machine: Machine) -> tuple[str, float] | None:
     """The nearer limit of the machine (products or copies), and the share of it that was reached."""
     rates = ceilings(machine, measurement.dtype, measurement.threads)
-    if rates is None or not measurement.median:
+    if rates is None or not measurement.median or measurement.busy:
         return None
     seconds = measurement.median
     shares = {"GEMM": measurement.flops / rates.gemm / seconds, "copy": measurement.bytes / rates.copy / seconds}
@@ -106,6 +110,8 @@ def of_gemm(measurement: Measurement, machine: Machine) -> float | None:
 def backward_over_forward(group: Group, forward_seconds: Mapping[tuple[object, ...], float]) -> float | None:
     """The time of the backward over that of the forward, from the two passes of this package."""
     ours = group[OURS]
+    if ours.busy:
+        return None
     forward = forward_seconds.get(_forward_key(ours))
     return (ours.median - forward) / forward if ours.direction != PASSES[0] and ours.median and forward else None
 
@@ -115,10 +121,9 @@ def _forward_key(m: Measurement) -> tuple[object, ...]:
 
 
 def forward_times(measurements: Iterable[Measurement]) -> dict[tuple[object, ...], float]:
-    """Seconds of this package's forward, by shape."""
-    return {
-        _forward_key(m): m.median for m in measurements if m.runner == OURS and m.direction == PASSES[0] and m.median
-    }
+    """Seconds of this package's forward on a quiet machine, by shape."""
+    forwards = (m for m in measurements if m.runner == OURS and m.direction == PASSES[0])
+    return {_forward_key(m): m.median for m in forwards if m.median and not m.busy}
 
 
 # ---------------------------------------------------------------- targets
@@ -137,9 +142,12 @@ class JudgedTarget:
 
 
 def judge(group: Group, machine: Machine, back: float | None) -> list[JudgedTarget]:
-    """The targets of a row: those of its kind hold on `targets.THREADS` threads, the floor everywhere."""
+    """The targets of a row: those of its kind hold on `targets.THREADS` threads, the floor everywhere.
+
+    Nothing is judged where the machine was busy.
+    """
     ours = group[OURS]
-    if ours.median is None:
+    if ours.median is None or ours.busy:
         return []
     judged = []
     to_best = ratio(group)
@@ -192,15 +200,22 @@ def table(measurements: Sequence[Measurement], machine: Machine) -> list[tuple[s
                 ours.direction,
                 f"{time_of(ours)} ({ours.backend})",
                 f"{time_of(peer)} ({peer.runner})" if peer else "none timed",
+                f"{ours.best_threads or '-'}, {peer.best_threads or '-' if peer else '-'}",
                 ", ".join(name for name, m in group.items() if m.median is None) or "-",
-                f"{times:.2f}x" if times else "-",
+                _ratio_cell(ours, times),
                 f"{limit[1]:.2f} {limit[0]}" if limit else "-",
                 f"{back:.2f}" if back is not None else "-",
                 _spread(ours),
-                "; ".join(map(str, judged)) or "-",
+                ours.busy or "; ".join(map(str, judged)) or "-",
             )
         )
     return table_rows
+
+
+def _ratio_cell(ours: Measurement, times: float | None) -> str:
+    if ours.busy:
+        return quiet.NO_RATIO
+    return f"{times:.2f}x" if times else "-"
 
 
 def distribution_label(name: str, source: str) -> str:
@@ -221,9 +236,9 @@ def sweep_table(sweep: Sweep, measured: Sequence[Measurement]) -> tuple[tuple[st
     for direction in PASSES:
         for group in groups(m for m in measured if m.direction == direction):
             times = ratio(group)
-            cells = (time_of(group[name]) if name in group else "-" for name in names)
+            cells = (_time_and_threads(group[name]) if name in group else "-" for name in names)
             place = f"{sweep.at(group[OURS]):.4g}"
-            table_rows.append((direction, place, *cells, f"{times:.2f}x" if times else "-"))
+            table_rows.append((direction, place, *cells, _ratio_cell(group[OURS], times)))
     return ("pass", sweep.label, *names, "ratio"), table_rows
 
 
@@ -261,11 +276,22 @@ def time_of(measurement: Measurement) -> str:
     return f"{measurement.median:.3g} s" if measurement.median >= 1 else f"{measurement.median * 1e3:.3g} ms"
 
 
+def _time_and_threads(m: Measurement) -> str:
+    """The median, with the number of threads where fewer than the most were best."""
+    fewer = m.best_threads is not None and m.best_threads < m.threads
+    return f"{time_of(m)} on {m.best_threads}" if fewer else time_of(m)
+
+
 def _spread(m: Measurement) -> str:
     """The distance of the quartiles over the median, and the number of samples."""
     if not m.median or m.low is None or m.high is None:
         return "-"
     return f"{(m.high - m.low) / m.median:.0%} of {m.samples}" if m.samples > 2 else f"{m.samples} only"
+
+
+def head(report: Report) -> str:
+    """How threads waited, and whether the machine was quiet."""
+    return f"{waiting.described()} {quiet.described(report.checks)}"
 
 
 def rates(machine: Machine) -> str:
@@ -311,8 +337,8 @@ def memory_table(peaks: Sequence[Peak]) -> list[tuple[str, ...]]:
 
 
 def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
-    """The whole report in Markdown: tables, the machine's rates, memory, costs of calls, missed targets, problems."""
-    parts = []
+    """The whole report in Markdown: head, tables, rates, memory, costs of calls, missed targets, problems."""
+    parts = [head(report)]
     for op, lines in by_op(report).items():
         parts += [f"## {op}", rows(COLUMNS, lines)]
     for axis, measured in report.sweeps.items():
@@ -345,6 +371,8 @@ def plain(report: Report) -> dict[str, Any]:
     """The whole report as JSON values."""
     return {
         "level": isa(),
+        "waiting": waiting.described(),
+        "quiet": [{**asdict(check), "busy": check.busy} for check in report.checks],
         "machine": [{"dtype": name, "threads": n, **asdict(r)} for (name, n), r in report.machine.items()],
         "measurements": [asdict(measurement) for measurement in report.measurements],
         "memory": [asdict(peak) for peak in report.peaks],

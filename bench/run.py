@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from interformer_bench import checks, limits, timing, workloads
+from interformer_bench import checks, limits, quiet, timing, workloads
 from interformer_bench.grid import Shape
 from interformer_bench.ops.table import TABLE
 from interformer_bench.peers import OURS, Peer
 from interformer_bench.peers.registry import candidates, max_peer_bytes
 from interformer_bench.progress import Progress
+from interformer_bench.threads import best, counts
 
 from interformer_kernels import _backend
 
@@ -24,9 +25,15 @@ _SKIP_FACTOR, _SKIP_SECONDS, _MAX_SECONDS, _DROP_FACTOR = 5.0, 1.0, 10.0, 10.0
 
 @dataclass(frozen=True)
 class Measurement:
-    """The times of one runner on one shape; `problem` says why it was not timed.
+    """The times of one runner on one shape, at the number of threads where it was fastest.
 
     The fields are the keys of result files; `law` is the name of the distribution of row lengths.
+
+    Attributes:
+        threads: the most threads that it might use.
+        problem: why it was not timed.
+        best_threads: number of threads, of at most `threads`, at which it was fastest.
+        busy: why the machine was not quiet meanwhile; such times enter no ratio.
     """
 
     op: str
@@ -51,6 +58,8 @@ class Measurement:
     high: float | None = None
     samples: int = 0
     problem: str | None = None
+    best_threads: int | None = None
+    busy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Settings:
 
     Attributes:
         dtypes: names of dtypes; None takes each shape's own.
-        threads: numbers of CPU threads.
+        threads: numbers of CPU threads; at each of them everything counts at its best number of threads up to it.
         seconds: approximate time for each (shape, pass, number of threads).
         compiled: whether to measure the peers that `torch.compile` makes.
         backend: backend of this package; None takes the fastest.
@@ -80,7 +89,10 @@ class Settings:
 
 
 def measure(
-    shapes: Sequence[Shape], settings: Settings, machine: timing.Machine | None = None
+    shapes: Sequence[Shape],
+    settings: Settings,
+    machine: timing.Machine | None = None,
+    watch: quiet.Watch | None = None,
 ) -> Iterator[Measurement]:
     """Check and then time every runner on every shape, in each dtype, on each number of threads, in both passes."""
     before = torch.get_num_threads()
@@ -90,7 +102,9 @@ def measure(
         for dtype, shape in sorted(jobs, key=lambda job: job[0] != jobs[0][0]):
             lengths = f"{shape.distribution.name} ({shape.distribution.source})"
             settings.progress.step(f"{shape.op}, {dtype}: {shape.rows} rows, {lengths}, {shape.sizes}")
-            yield from _Session(shape, dtype, settings, machine).measurements()
+            measured = list(_Session(shape, dtype, settings, machine).measurements())
+            busy = watch.busy_since_last() if watch else None
+            yield from (replace(single, busy=busy) for single in measured)
     finally:
         torch.set_num_threads(before)
 
@@ -106,34 +120,48 @@ class _Session:
         available = candidates(shape.op, settings.backend, settings.compiled)
         chosen = available if settings.peers is None else (OURS, *settings.peers)
         self.runners = {name: peer for name, peer in available.items() if name in chosen}
+        # A compiled peer cannot use more threads than at its first call, so the largest number goes first.
+        self.counts = counts(settings.threads) if settings.device == "cpu" else sorted(settings.threads, reverse=True)
+        # The times found, by pass and runner and then by number of threads, and the problems by pass.
+        self.times: dict[tuple[str, str], dict[int, timing.Timing]] = {}
+        self.problems: dict[str, dict[str, str | None]] = {}
 
     def measurements(self) -> Iterator[Measurement]:
         """The measurements of all runners, passes and numbers of threads."""
-        # A compiled peer cannot use more threads than at its first call, so the largest number goes first.
-        threads = sorted(self.settings.threads, reverse=True)
-        torch.set_num_threads(threads[0])
+        torch.set_num_threads(self.counts[0])
         checker = checks.Checker(self.shape.op, self.small, self.shape.sizes, self.torch_dtype, self.settings.device)
         verdicts = {}
         for name, peer in self.runners.items():
             self.settings.progress.doing(f"checking {name}")
             verdicts[name] = checker.check(name, peer)
         self.arguments = self.shape.inputs(self.torch_dtype, self.settings.device)
-        results: list[Measurement] = []
-        dropped: dict[tuple[str, str], str] = {}
-        self._sample_machine({1, *threads})
-        for number in threads:
+        self._sample_machine({1, *self.settings.threads})
+        self.problems = {direction: self._problems(direction, verdicts) for direction in PASSES}
+        for number in self.counts:
             torch.set_num_threads(number)
             for direction in PASSES:
-                problems = self._problems(direction, verdicts)
-                problems |= {name: reason for (name, its_pass), reason in dropped.items() if its_pass == direction}
-                names = [name for name, problem in problems.items() if problem is None]
-                self.settings.progress.doing(f"timing {direction}, {number} threads: {', '.join(names)}")
-                times = self._time(direction, names)
-                dropped |= _dropped(times, direction, number)
-                results += [
-                    self._measurement(name, number, direction, times.get(name), problems[name]) for name in self.runners
-                ]
-        yield from sorted(results, key=lambda result: result.threads)
+                self._time_pass(direction, number)
+        for most in sorted(self.settings.threads):
+            for direction in PASSES:
+                for name in self.runners:
+                    yield self._best(name, most, direction)
+
+    def _time_pass(self, direction: str, threads: int) -> None:
+        """Time a pass of everything that is not excluded, and drop what is far behind from now on."""
+        names = [name for name, problem in self.problems[direction].items() if problem is None]
+        self.settings.progress.doing(f"timing {direction}, {threads} threads: {', '.join(names)}")
+        times = self._time(direction, names)
+        for name, single in times.items():
+            self.times.setdefault((direction, name), {})[threads] = single
+        self.problems[direction] |= _dropped(times, threads)
+
+    def _best(self, name: str, most: int, direction: str) -> Measurement:
+        """The measurement of a runner at its best number of threads, of at most so many."""
+        fastest = best(self.times.get((direction, name), {}), most)
+        if fastest is None:
+            return self._measurement(name, most, direction, None, self.problems[direction][name])
+        number, time = fastest
+        return replace(self._measurement(name, most, direction, time, None), best_threads=number)
 
     def _sample_machine(self, threads: Iterable[int]) -> None:
         """Sample rates of this dtype and of float32; one thread, too, shows whether more have cores of their own."""
@@ -165,7 +193,9 @@ class _Session:
         for name, call in calls.items():
             if self.runners[name].compiled:
                 call()  # it may compile once more
-        return timing.interleaved(calls, self.settings.device, self.settings.seconds) if calls else {}
+        # Numbers of threads that are tried beside those that were asked for take no longer.
+        seconds = self.settings.seconds * len(set(self.settings.threads)) / len(self.counts)
+        return timing.interleaved(calls, self.settings.device, seconds) if calls else {}
 
     def _measurement(
         self, name: str, threads: int, direction: str, time: timing.Timing | None, problem: str | None
@@ -219,11 +249,11 @@ def expected_seconds(shape: Shape, peer: Peer, small: Sequence[int], verdict: ch
     return seconds * work(shape.lengths()) / max(work(small), 1)
 
 
-def _dropped(times: Mapping[str, timing.Timing], direction: str, threads: int) -> dict[tuple[str, str], str]:
+def _dropped(times: Mapping[str, timing.Timing], threads: int) -> dict[str, str]:
     """Peers that are not timed on fewer threads, and why."""
     fastest = min((time.median for name, time in times.items() if name != OURS), default=0.0)
     return {
-        (name, direction): f"was {time.median / fastest:.0f} times slower than the best peer on {threads} threads"
+        name: f"was {time.median / fastest:.0f} times slower than the best peer on {threads} threads"
         for name, time in times.items()
         if name != OURS and time.median > _DROP_FACTOR * fastest
     }

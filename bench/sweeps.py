@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from interformer_bench import run, shapes
+from interformer_bench import quiet, run, shapes
 from interformer_bench.grid import Shape
 from interformer_bench.run import Measurement
 from interformer_bench.workloads import Sizes
@@ -71,7 +71,7 @@ def _fill() -> Sweep:
 SWEEPS = {sweep.axis: sweep for sweep in (_length(), _batch(), _fill())}
 
 
-def measure(sweep: Sweep, settings: run.Settings) -> Iterator[Measurement]:
+def measure(sweep: Sweep, settings: run.Settings, watch: quiet.Watch | None = None) -> Iterator[Measurement]:
     """The measurements of a sweep, in float32 on the largest number of threads."""
     sweep_settings = replace(
         settings,
@@ -80,4 +80,4 @@ def measure(sweep: Sweep, settings: run.Settings) -> Iterator[Measurement]:
         peers=sweep.peers,
         stage=f"against {sweep.axis}",
     )
-    return run.measure(sweep.shapes, sweep_settings)
+    return run.measure(sweep.shapes, sweep_settings, watch=watch)

@@ -21,6 +21,7 @@ _COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="interformer-kernels", description=__doc__)
+    parser.set_defaults(own_process=arguments is None)
     commands = parser.add_subparsers(dest="command", required=True)
     given = sys.argv[1:] if arguments is None else list(arguments)
     for name, (module, purpose) in _COMMANDS.items():

@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from interformer_bench import command, progress
+from interformer_bench import command, progress, quiet, waiting
 from interformer_bench.compare import interleaved, tree, verdicts
 from interformer_bench.compare.verdicts import Comparison
 from interformer_bench.progress import Progress
@@ -30,7 +30,10 @@ def _parser() -> argparse.ArgumentParser:
 def measured(
     chosen: argparse.Namespace, trees: tuple[tree.Tree, tree.Tree], shown: Progress
 ) -> tuple[str, list[Comparison]]:
-    """A heading, and all comparisons; differences in the first run are measured again by new processes."""
+    """A heading, and all comparisons; differences in the first run are measured again by new processes.
+
+    The heading says whether the machine was quiet at the start, between the runs and at the end.
+    """
     jobs = interleaved.jobs(command.shapes_of(chosen), command.dtypes_of(chosen), command.threads_of(chosen))
     pair = interleaved.Pair(*trees)
     kernels = [worker.kernels for worker in pair.workers]
@@ -38,26 +41,31 @@ def measured(
     if kernels[0] != kernels[1]:
         heading += ": NOT THE SAME (new | old)"
     comparisons: list[Comparison] = []
+    watch = quiet.Watch(max(command.threads_of(chosen)))
     try:
         for comparison in interleaved.measure(pair, jobs, chosen.seconds, "first run", shown):
             comparisons.append(comparison)
         pair.close()
+        watch.busy_since_last()
         suspects = [at for at, comparison in enumerate(comparisons) if verdicts.differs(comparison)]
         if suspects:
             pair = interleaved.Pair(*trees)
             second = interleaved.measure(pair, [jobs[at] for at in suspects], chosen.seconds, "second run", shown)
             for at, repeated in zip(suspects, second, strict=True):
                 comparisons[at] = dataclasses.replace(comparisons[at], second_run=(repeated.old, repeated.new))
+            watch.busy_since_last()
     except KeyboardInterrupt:
         shown.say("stopped: the table holds what was measured")
     finally:
         pair.close()
-    return heading, comparisons
+    return f"{heading}. {quiet.described(watch.checks)}", comparisons
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Build, measure, print and write; 1 where there is a regression, 2 where nothing can be compared."""
     chosen = _parser().parse_args(arguments)
+    if arguments is None:
+        waiting.restart()
     try:
         new_tree = tree.current()
         with progress.shown() as shown:

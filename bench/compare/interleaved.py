@@ -16,7 +16,7 @@ from interformer_bench.progress import Progress
 from interformer_bench.run import PASSES
 from interformer_bench.timing import Timing
 
-# OpenMP's threads spin for some milliseconds after their work; the next call waits until they sleep.
+# Threads of an OpenMP library that ignores `waiting.ENVIRONMENT` spin for some milliseconds after their work.
 _PAUSE = 0.02
 _MAX_SAMPLES = 30
 

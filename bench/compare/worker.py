@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from interformer_bench import waiting
 from interformer_bench.compare.tree import RefusedError, Tree
 
 
@@ -33,7 +34,7 @@ class Worker:
             stderr=self.stderr,
             text=True,
             cwd=tree.path,
-            env={**os.environ, "PYTHONPATH": paths},
+            env={**os.environ, **waiting.ENVIRONMENT, "PYTHONPATH": paths},
         )
         try:
             self.kernels = self._read_greeting()

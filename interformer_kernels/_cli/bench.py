@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print and write; returns 1 if a result of this package is wrong."""
-    from interformer_bench import command
+    from interformer_bench import command, waiting
 
+    if arguments.own_process:
+        waiting.restart()
     return int(command.run(arguments))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -42,6 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     if missing:
         print(f"demo needs {', '.join(missing)}: pip install 'interformer-kernels[bench,train]'", file=sys.stderr)
         return 1
+    if arguments.own_process:
+        from interformer_bench import waiting
+
+        waiting.restart()
     start = time.perf_counter()
     check_writable(arguments.out / "parity.json")
     heading("What is here")
@@ -60,23 +65,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _speed(arguments: argparse.Namespace, results: list[parity.Result]) -> int:
     # The bench is a package of its own, above this one: only the demo reaches up to it, and only when run.
-    from interformer_bench import grid, peers, plots, progress, report, shapes, timing
+    from interformer_bench import grid, peers, plots, progress, quiet, report, shapes, timing
     from interformer_bench import run as bench
 
     cases = grid.shapes(shapes.length_distributions(arguments.data), names=_LAWS)
     threads = torch.get_num_threads()
-    machine = timing.Machine()
+    machine, watch = timing.Machine(), quiet.Watch(threads)
     with progress.shown() as shown:
         settings = bench.Settings(("float32",), "cpu", (threads,), _SECONDS_PER_SHAPE, compiled=False, progress=shown)
-        measured = list(bench.measure(cases, settings, machine))
-    bench_report = report.Report(measured, machine.rates())
+        measured = list(bench.measure(cases, settings, machine, watch))
+    bench_report = report.Report(measured, machine.rates(), checks=watch.checks)
+    print(report.head(bench_report))
     for op, lines in report.by_op(bench_report).items():
         print_table(f"{op}; ratio above 1: faster than the best peer", report.COLUMNS, lines)
     print("\n".join([report.rates(bench_report.machine), *report.problems(bench_report.measurements)]))
     report.write_json(arguments.out / "speed.json", bench_report)
     drawn = plots.results_of(bench_report.measurements, bench_report.machine)
     kernels = [result for result in parity.worst(results) if result.backend != "reference"]
-    title = f"this machine, float32, {threads} threads, torch {torch.__version__}"
+    machine_and_version = f"this machine, float32, {threads} threads, torch {torch.__version__}"
+    title = ", ".join([machine_and_version, *plots.busy_note(measured)])
     plots.speed(arguments.out / "demo.png", drawn, kernels, title=title)
     wrong = any(m.problem and m.runner == peers.OURS for m in bench_report.measurements)
     return 1 if wrong else 0
@@ -92,7 +99,11 @@ def _train(arguments: argparse.Namespace) -> int:
         command += ["--epochs", str(arguments.epochs)]
     print("$", " ".join(["python", *command[1:]]), flush=True)
     target.unlink(missing_ok=True)
-    status = subprocess.run(command).returncode
+    from interformer_bench import waiting
+
+    # Threads sleep for the sake of comparisons alone: a user's training is left as it is.
+    environment = {name: value for name, value in os.environ.items() if name not in waiting.ENVIRONMENT}
+    status = subprocess.run(command, env=environment).returncode
     if status:
         print(f"the training ended with status {status}", file=sys.stderr)
         return 1

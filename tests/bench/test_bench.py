@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from interformer_bench import checks, grid, peers, report, run, shapes, targets, timing, workloads
+from interformer_bench import checks, grid, peers, quiet, report, run, shapes, targets, threads, timing, workloads
 from interformer_bench.__main__ import main
 from interformer_bench.peers import registry
 from interformer_bench.workloads import Sizes
@@ -222,6 +222,45 @@ def test_a_peer_far_behind_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
         ("per-row SDPA", "would take about 11 s")
     }
     assert [measurement.runner for measurement in measured if measurement.median is None] == ["per-row SDPA"] * 2
+
+
+# ---------------------------------------------------------------- numbers of threads
+
+
+def test_everything_is_tried_at_each_number_of_threads_up_to_four_and_at_powers_beyond() -> None:
+    assert threads.counts([2]) == [2, 1]
+    assert threads.counts([1, 3]) == [3, 2, 1]
+    assert threads.counts([12]) == [12, 8, 4, 3, 2, 1]
+
+
+def test_everybody_counts_at_the_best_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours is faster on two threads and a peer on one; a peer that is far behind on two is not timed on one."""
+    candidates = registry.candidates("pma_pooling", compile_too=False)
+    chosen = {name: candidates[name] for name in (peers.OURS, "padded SDPA", "per-row SDPA")}
+    monkeypatch.setattr(run, "candidates", lambda *_: chosen)
+    seconds = {2: {peers.OURS: 1.0, "padded SDPA": 3.0, "per-row SDPA": 40.0}, 1: {peers.OURS: 1.5, "padded SDPA": 2.0}}
+
+    def planted(calls: dict[str, Any], device: str, share: float) -> dict[str, timing.Timing]:
+        assert share == 4.0  # the time for two threads is shared by two numbers of them
+        return {name: timing.Timing.of([seconds[torch.get_num_threads()][name]]) for name in calls}
+
+    monkeypatch.setattr(timing, "interleaved", planted)
+    shape = grid.Shape("pma_pooling", shapes.length_distributions(NOWHERE)["diginetica"], rows=8)
+    measured = list(run.measure([shape], run.Settings(threads=(2,), seconds=8.0)))
+    found = {m.runner: (m.median, m.best_threads) for m in measured if m.direction == "forward"}
+    assert found == {peers.OURS: (1.0, 2), "padded SDPA": (2.0, 1), "per-row SDPA": (40.0, 2)}
+    assert {m.threads for m in measured} == {2}
+    assert not any(m.problem for m in measured)
+
+
+def test_a_load_between_shapes_marks_the_shapes_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "candidates", lambda *_: {peers.OURS: registry.candidates("pma_pooling")[peers.OURS]})
+    loads = iter((1.0, 1.0, 0.5, 1.0, 1.0))
+    monkeypatch.setattr(quiet, "check", lambda threads: quiet.Quietness(threads, next(loads), 0.0, 2e-5, 1e-5))
+    laws = shapes.length_distributions(NOWHERE)
+    four = [grid.Shape("pma_pooling", laws["diginetica"], rows=rows) for rows in (2, 3, 4, 5)]
+    measured = list(run.measure(four, run.Settings(threads=(1,), seconds=0.0), watch=quiet.Watch(1)))
+    assert {m.rows for m in measured if m.busy} == {3, 4}
 
 
 # ---------------------------------------------------------------- timing

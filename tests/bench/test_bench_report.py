@@ -12,7 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from interformer_bench import calls, grid, limits, memory, peers, plots, report, run, shapes, targets, timing, workloads
+from interformer_bench import (
+    calls,
+    grid,
+    limits,
+    memory,
+    peers,
+    plots,
+    quiet,
+    report,
+    run,
+    shapes,
+    targets,
+    timing,
+    workloads,
+)
 from interformer_bench.ops.table import TABLE
 from interformer_bench.peers import registry
 from interformer_bench.progress import Progress
@@ -126,9 +140,9 @@ MACHINE = {("float32", 2): timing.Rates(gemm=2e9, copy=3e9), ("bfloat16", 2): ti
 
 def test_the_table_compares_with_the_best_peer_only(tmp_path: Path) -> None:
     measured = [
-        measurement(),
+        measurement(best_threads=2),
         measurement(runner="slow", median=0.009),
-        measurement(runner="fast", median=0.001),
+        measurement(runner="fast", median=0.001, best_threads=1),
         measurement(runner="wrong", median=None, problem="wrong out: error 1, budget 0"),
         measurement(direction="forward+backward", median=0.008),
         measurement(direction="forward+backward", runner="fast", median=0.032),
@@ -139,10 +153,11 @@ def test_the_table_compares_with_the_best_peer_only(tmp_path: Path) -> None:
     missed = ">= 0.95x: 0.50 MISS; >= 3x: 0.50 MISS"
     # 1 MFLOP at 2 GFLOP/s takes 0.5 ms, 3 MB at 3 GB/s 1 ms: copies are the nearer limit, half of it is reached.
     assert (
-        f"{shape} forward | 2 ms (cpu) | 1 ms (fast) | wrong | 0.50x | 0.50 copy | - | 100% of 3 | {missed} |" in text
+        f"{shape} forward | 2 ms (cpu) | 1 ms (fast) | 2, 1 | wrong | 0.50x | 0.50 copy | - | 100% of 3 | {missed} |"
+        in text
     )
     passed = ">= 0.95x: 4.00 pass; >= 3x: 4.00 pass; back / forth <= 2.8: 3.00 MISS"
-    assert f"{shape} forward+backward | 8 ms (cpu) | 32 ms (fast) | - | 4.00x | 0.12 copy | 3.00 |" in text
+    assert f"{shape} forward+backward | 8 ms (cpu) | 32 ms (fast) | -, - | - | 4.00x | 0.12 copy | 3.00 |" in text
     assert passed in text
     assert "float32, 2 threads: GEMM 2 GFLOP/s (2048^3), copy 3.0 GB/s" in text
     assert "- pma_pooling: wrong wrong out: error .., budget .. (beauty, H4 D16 M2, float32, forward: 1 0)" in text
@@ -153,6 +168,31 @@ def test_the_table_compares_with_the_best_peer_only(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "new" / "speed.json").read_text())
     assert len(written["measurements"]) == 6
     assert written["machine"][0] == {"dtype": "float32", "threads": 2, "gemm": 2e9, "copy": 3e9, "size": 2048}
+
+
+def test_a_busy_machine_has_no_ratio_and_no_verdict_on_its_own_lines(tmp_path: Path) -> None:
+    reason = "a thread got 0.50 of a processor, 0.9 is quiet"
+    measured = [
+        measurement(direction=d, runner=name, busy=reason if d == "forward" else None)
+        for d in run.PASSES
+        for name in (peers.OURS, "peer")
+    ]
+    checks = [quiet.Quietness(2, share, 0.0, 2e-5, 1e-5) for share in (0.99, 0.5)]
+    results = report.Report(measured, MACHINE, checks=checks)
+    text = report.markdown(results)
+    assert text.splitlines()[0].endswith(f"{report.head(results)}")
+    assert "BUSY in 1 of 2 checks" in text.splitlines()[0]
+    busy, calm = (line for line in text.splitlines() if line.startswith("| beauty"))
+    assert f"| {quiet.NO_RATIO} | - | - | 100% of 3 | {reason} |" in busy
+    assert "| 1.00x | 0.50 copy | - |" in calm  # no share of a forward that a busy machine timed
+    assert all("forward+backward" in line for line in report.missed(results))
+    (tmp_path / "report.md").write_text(text)
+    assert [line.direction for line in read_results(tmp_path / "report.md")] == ["forward+backward"]
+    assert [line.direction for line in plots.results_of(measured, MACHINE)] == ["forward+backward"]
+    assert plots.busy_note(measured) == [f"{quiet.NO_RATIO} for 1 lines"]
+    assert report.plain(results)["quiet"][1]["busy"] == reason
+    costs = [("a call", "2 us", "1.0x pass"), ("another", "2 us", "-")]
+    assert [row[2] for row in calls.without_ratios(costs, reason)] == [quiet.NO_RATIO, "-"]
 
 
 def test_targets_hold_on_two_threads_and_the_floor_on_any() -> None:

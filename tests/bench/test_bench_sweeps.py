@@ -146,7 +146,7 @@ def test_sweeps_belong_to_a_whole_run(
     monkeypatch.setattr(run, "measure", nothing)
     monkeypatch.setattr(command.memory, "peaks", nothing)
     monkeypatch.setattr(command.calls, "lines", list)
-    monkeypatch.setattr(sweeps, "measure", lambda sweep, settings: swept_axes.append(sweep.axis) or nothing())
+    monkeypatch.setattr(sweeps, "measure", lambda sweep, settings, watch: swept_axes.append(sweep.axis) or nothing())
     assert main(["--op", "pma_pooling", *options, "--json", str(tmp_path / "bench.json")]) == 0
     assert swept_axes == (["batch"] if swept else [])
 

@@ -1,0 +1,28 @@
+"""The numbers of threads at which everything is timed, so that each implementation counts at its best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from interformer_bench.timing import Timing
+
+# Every number of threads up to this one is tried, and powers of two beyond.
+_EVERY = 4
+
+
+def counts(threads: Iterable[int]) -> list[int]:
+    """The numbers to time at for these numbers of threads, the largest first: them and those below."""
+    tried: set[int] = set()
+    for most in threads:
+        tried |= {most, *range(1, min(most, _EVERY) + 1)}
+        power = _EVERY
+        while power < most:
+            tried.add(power)
+            power *= 2
+    return sorted(tried, reverse=True)
+
+
+def best(times: Mapping[int, Timing], most: int) -> tuple[int, Timing] | None:
+    """The fastest number of threads of at most so many, with its time; None without any."""
+    allowed = {count: time for count, time in times.items() if count <= most}
+    return min(allowed.items(), key=lambda item: item[1].median, default=None)
