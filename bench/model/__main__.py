@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from interformer_bench import progress, shapes
+from interformer_bench import progress, quiet, shapes, waiting
 from interformer_bench.model import measure, profiles, report
 from interformer_bench.model.cases import Case, cases
 from interformer_bench.model.contenders import OURS, contenders
@@ -47,6 +47,8 @@ def _chosen(texts: Sequence[str] | None, all_cases: Sequence[Case]) -> list[Case
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; 1 where our own model is wrong somewhere, 2 where no case has such a name."""
     options = _parser().parse_args(arguments)
+    if arguments is None:
+        waiting.restart()
     all_cases = cases(shapes.length_distributions(options.data))
     chosen = _chosen(options.case, all_cases)
     if not chosen:
@@ -59,11 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.profile:
         _profile(chosen, not options.no_compile)
         return 0
+    watch = quiet.Watch(options.threads)
     with progress.shown() as shown:
-        measured = list(measure.measure(chosen, options.data, not options.no_compile, options.seconds, shown))
+        measured = list(measure.measure(chosen, options.data, not options.no_compile, options.seconds, shown, watch))
+    print(report.head(watch.checks))
     print_table("whole models", report.COLUMNS, report.table(measured))
     if options.out:
-        write_text(options.out / "model.md", report.markdown(measured))
+        write_text(options.out / "model.md", report.markdown(measured, watch.checks))
         report.write_json(options.out / "model.json", measured)
     return 1 if any(result.problem and result.contender == OURS for result in measured) else 0
 

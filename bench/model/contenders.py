@@ -54,7 +54,8 @@ def unsupported_reason(name: str, case: Case) -> str | None:
 def make(name: str, batch: Batch) -> Contender:
     """The contender of this name with the common parameters, and the batch in its form.
 
-    Padded models are compiled for the batch's own sizes, which suits them best; ours for any sizes.
+    Padded models are compiled for the batch's own sizes, which suits them best; ours for any sizes. Both run on any
+    number of threads.
     """
     if name in (PADDED, PADDED_COMPILED):
         lengths = batch.offsets.diff()
@@ -64,7 +65,8 @@ def make(name: str, batch: Batch) -> Contender:
         model = InterFormer(replace(CONFIG, backend="reference" if name == REFERENCE else None), SCHEMA)
     model.load_state_dict(_state())
     if name in _COMPILED:
-        return Contender(torch.compile(model, fullgraph=True, dynamic=name == COMPILED), model, batch)
+        options = {"cpp.dynamic_threads": True}
+        return Contender(torch.compile(model, fullgraph=True, dynamic=name == COMPILED, options=options), model, batch)
     return Contender(model, model, batch)
 
 

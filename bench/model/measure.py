@@ -7,13 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from interformer.testing import random_batch
-from interformer_bench import memory, shapes, timing
+from interformer_bench import memory, quiet, shapes, threads, timing
 from interformer_bench.model.cases import SCHEMA, Case, cases
 from interformer_bench.model.contenders import OURS, contenders, make, runner, unsupported_reason
 from interformer_bench.progress import Progress
@@ -26,9 +26,11 @@ _MAX_ROWS, _MAX_LENGTH, _PEER_ALLOWANCE = 16, 256, 10.0
 
 @dataclass(frozen=True)
 class Measured:
-    """One contender on one case; `problem` says why it was not timed.
+    """One contender on one case at its best number of threads; `problem` says why it was not timed.
 
     Attributes:
+        best_threads: number of threads at which it was fastest.
+        busy: why the machine was not quiet meanwhile; such times enter no ratio.
         peak: bytes by which a call raises the process' memory at its peak, or the reason why they are unknown.
     """
 
@@ -37,6 +39,8 @@ class Measured:
     time: timing.Timing | None = None
     peak: int | str = "-"
     problem: str | None = None
+    best_threads: int | None = None
+    busy: str | None = None
 
 
 def wrong(name: str, lengths: Sequence[int]) -> str | None:
@@ -53,7 +57,12 @@ def wrong(name: str, lengths: Sequence[int]) -> str | None:
 
 
 def measure(
-    chosen: Sequence[Case], data: Path | None, compile_too: bool, seconds: float, progress: Progress
+    chosen: Sequence[Case],
+    data: Path | None,
+    compile_too: bool,
+    seconds: float,
+    progress: Progress,
+    watch: quiet.Watch | None = None,
 ) -> Iterator[Measured]:
     """Every contender on every case: interleaved times in this process, peak memory in a process for each."""
     progress.begin("models", len(chosen))
@@ -65,13 +74,31 @@ def measure(
             progress.doing(f"preparing {name}")
             problems[name] = _prepare(name, case, calls)
         progress.doing(f"timing {', '.join(calls)}")
-        times = timing.interleaved(calls, seconds=seconds)
+        times = _at_best(calls, seconds)
+        busy = watch.busy_since_last() if watch else None
         calls.clear()
         torch.compiler.reset()
         for name, problem in problems.items():
             progress.doing(f"memory of {name}")
             peak = "-" if problem else memory.unsupported_reason() or _peak(case, name, data)
-            yield Measured(case, name, times.get(name), peak, problem)
+            number, time = times.get(name, (None, None))
+            yield Measured(case, name, time, peak, problem, number, busy)
+
+
+def _at_best(calls: Mapping[str, timing.TimedCall], seconds: float) -> dict[str, tuple[int, timing.Timing]]:
+    """Each call's best number of threads, of at most torch's current one, and its time there."""
+    most = torch.get_num_threads()
+    times: dict[str, dict[int, timing.Timing]] = {name: {} for name in calls}
+    tried = threads.counts([most])
+    try:
+        for number in tried:
+            torch.set_num_threads(number)
+            for name, time in timing.interleaved(calls, seconds=seconds / len(tried)).items():
+                times[name][number] = time
+    finally:
+        torch.set_num_threads(most)
+    found = {name: threads.best(of_name, most) for name, of_name in times.items()}
+    return {name: fastest for name, fastest in found.items() if fastest is not None}
 
 
 def _prepare(name: str, case: Case, calls: dict[str, timing.TimedCall]) -> str | None:
@@ -101,8 +128,8 @@ def _peak(case: Case, name: str, data: Path | None) -> int | str:
 
 def main(request: str) -> None:
     """The child process: print by how many bytes the second call raises the process' memory at its peak."""
-    name, contender, data, threads = json.loads(request)
-    torch.set_num_threads(threads)
+    name, contender, data, num_threads = json.loads(request)
+    torch.set_num_threads(num_threads)
     case = next(case for case in cases(shapes.length_distributions(data)) if case.name == name)
     call = runner(make(contender, case.batch()), case.direction)
     call()

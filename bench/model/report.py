@@ -6,13 +6,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from interformer_bench import quiet, waiting
 from interformer_bench.model.contenders import COMPILED, OURS, PADDED, PADDED_COMPILED
 from interformer_bench.model.measure import Measured
 from interformer_bench.report import distribution_label
 
 from interformer_kernels._files import to_json, write_text
 
-COLUMNS = ("lengths", "rows x mean (longest)", "pass", "model", "time", "spread", "peak memory", "of ours", "targets")
+COLUMNS = (
+    "lengths",
+    "rows x mean (longest)",
+    "pass",
+    "model",
+    "time",
+    "threads used",
+    "spread",
+    "peak memory",
+    "of ours",
+    "targets",
+)
 Group = dict[str, Measured]
 # Eager and compiled of each side: the faster of the two counts.
 _SIDES = (OURS, COMPILED), (PADDED, PADDED_COMPILED)
@@ -37,19 +49,29 @@ def _row(result: Measured, group: Group) -> tuple[str, ...]:
     label = distribution_label(case.distribution.name, case.distribution.source)
     cells = label, batch, case.direction, result.contender
     if time is None:
-        return (*cells, result.problem or "-", "-", "-", "-", "-")
+        return (*cells, result.problem or "-", "-", "-", "-", "-", "-")
     spread = f"{(time.high - time.low) / time.median:.0%} of {time.samples}"
     peak = result.peak if isinstance(result.peak, str) else f"{result.peak / 2**20:.0f} MiB"
     of_ours = f"{time.median / ours.time.median:.2f}x" if ours.time else "-"
+    of_ours = quiet.NO_RATIO if ours.busy else of_ours
     targets = "; ".join(verdicts(group)) if result is ours else ""
-    return (*cells, f"{time.median * 1e3:.4g} ms", spread, peak, of_ours, targets or "-")
+    return (
+        *cells,
+        f"{time.median * 1e3:.4g} ms",
+        str(result.best_threads or "-"),
+        spread,
+        peak,
+        of_ours,
+        targets or "-",
+    )
 
 
 def verdicts(group: Group) -> list[str]:
-    """The targets of the case with their results, and whether they are met."""
-    case, texts = group[OURS].case, []
+    """The targets of the case with their results, and whether they are met; speed only where the machine was quiet."""
+    case, busy = group[OURS].case, group[OURS].busy
+    texts = [busy] if busy else []
     our_seconds, padded_seconds = (_best(group, names) for names in _SIDES)
-    if case.ratio is not None and our_seconds and padded_seconds:
+    if case.ratio is not None and our_seconds and padded_seconds and not busy:
         ratio = padded_seconds / our_seconds
         texts.append(f">= {case.ratio:g}x padded: {ratio:.2f}x {'pass' if ratio >= case.ratio else 'MISS'}")
     peaks = [
@@ -65,10 +87,15 @@ def _best(group: Group, names: Sequence[str]) -> float | None:
     return min((group[name].time.median for name in names if name in group and group[name].time), default=None)
 
 
-def markdown(measured: Sequence[Measured]) -> str:
-    """The table in Markdown."""
+def head(checks: Sequence[quiet.Quietness]) -> str:
+    """How threads waited, and whether the machine was quiet."""
+    return f"{waiting.described()} {quiet.described(checks)}"
+
+
+def markdown(measured: Sequence[Measured], checks: Sequence[quiet.Quietness] = ()) -> str:
+    """The head and the table in Markdown."""
     lines = [COLUMNS, tuple("---" for _ in COLUMNS), *table(measured)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join([f"{head(checks)}\n\n", *(f"| {' | '.join(line)} |\n" for line in lines)])
 
 
 def write_json(path: Path, measured: Sequence[Measured]) -> None:
@@ -79,6 +106,8 @@ def write_json(path: Path, measured: Sequence[Measured]) -> None:
             "lengths": result.case.lengths(),
             "contender": result.contender,
             "seconds": asdict(result.time) if result.time else None,
+            "best_threads": result.best_threads,
+            "busy": result.busy,
             "peak_bytes": result.peak,
             "problem": result.problem,
         }

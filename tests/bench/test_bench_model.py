@@ -12,7 +12,7 @@ import pytest
 import torch
 from interformer import InterFormer, InterFormerConfig
 from interformer.testing import random_batch, small_schema
-from interformer_bench import shapes, timing
+from interformer_bench import quiet, shapes, timing
 from interformer_bench.model import __main__ as command
 from interformer_bench.model import cases, contenders, measure, profiles, report
 from interformer_bench.model.padded import PaddedInterFormer, padded
@@ -113,6 +113,30 @@ def test_targets_are_judged(padded_seconds: float, peaks: tuple[int, int], verdi
     (group,) = report.groups(_measured(0.1, padded_seconds, peaks))
     assert [text.split()[-1] for text in report.verdicts(group)] == verdicts
     assert f"{padded_seconds / 0.1:.2f}x" in report.markdown(list(group.values()))
+
+
+def test_a_busy_machine_has_no_ratio_of_models() -> None:
+    measured = [replace(result, busy="a thread got 0.50") for result in _measured(0.1, 0.5, (40, 100))]
+    (group,) = report.groups(measured)
+    assert report.verdicts(group) == ["a thread got 0.50", "memory <= 50%: 40% pass"]
+    assert all(line[-2] == quiet.NO_RATIO for line in report.table(measured))
+
+
+def test_models_count_at_their_best_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {1: {"a": 1.0, "b": 3.0}, 2: {"a": 2.0, "b": 2.5}}
+
+    def planted(calls: Mapping[str, Any], **_: Any) -> dict[str, timing.Timing]:
+        return {name: timing.Timing.of([seconds[torch.get_num_threads()][name]]) for name in calls}
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(timing, "interleaved", planted)
+    torch.set_num_threads(2)
+    try:
+        found = measure._at_best({"a": lambda: None, "b": lambda: None}, 1.0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert {name: (number, time.median) for name, (number, time) in found.items()} == {"a": (1, 1.0), "b": (2, 2.5)}
 
 
 def test_the_shares_of_a_profile_are_those_of_the_whole_call() -> None:
