@@ -239,11 +239,11 @@ def too_large(peer: Peer, arguments: workloads.Inputs, direction: str) -> str | 
 def expected_seconds(shape: Shape, peer: Peer, small: Sequence[int], verdict: checks.Verdict, direction: str) -> float:
     """The approximate time of a call, extrapolated from the `small` batch."""
 
-    def work(lengths: Sequence[int]) -> int:
+    def work(lengths: Sequence[int]) -> float:
         """Tokens, or pairs of tokens, in proportion to which the time grows; padded ones where the peer pads."""
         longest = max(lengths, default=0)
         power = 2 if TABLE[shape.op].packed_queries else 1
-        return sum((longest if peer.tokens else length) ** power for length in lengths)
+        return sum(peer.padded_length(length, longest) ** power for length in lengths)
 
     seconds = verdict.forward if direction == PASSES[0] else verdict.training
     return seconds * work(shape.lengths()) / max(work(small), 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 from interformer_bench.ops.call import OpFunction, Sizes
 from interformer_bench.ops.spec import BenchOp, GpuRow, GridRow, attention_flops
-from interformer_bench.peers import Peer, compiled, cores, nested, on_gpu, padded, rows, varlen
+from interformer_bench.peers import Peer, buckets, compiled, cores, fbgemm, nested, on_gpu, padded, rows, varlen
 from interformer_bench.shapes import REAL
 
 _GRID = (
@@ -64,6 +64,14 @@ def _peers() -> dict[str, Peer]:
         "per-row SDPA": Peer(cores.as_jagged(rows.attend_jagged)),
         "nested SDPA": Peer(cores.as_jagged(nested.attend_jagged), tokens=5, scores=1),
         "eager with mask": Peer(with_width(padded.eager_with_mask), tokens=5, scores=3),
+        **{
+            name: replace(peer, run=cores.as_jagged(peer.run))
+            for name, peer in {
+                **cores.grouped_peers(buckets.attend_jagged, tokens=5),
+                **cores.fbgemm_peer(fbgemm.attend_jagged, tokens=5),
+                "torch.compile by row": Peer(cores.compiled_by_row(rows.attend_jagged), compiled=True),
+            }.items()
+        },
         "torch.compile": Peer(
             cores.as_jagged(cores.compiled_core(padded.attend_jagged)), compiled=True, tokens=5, scores=2
         ),

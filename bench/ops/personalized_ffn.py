@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from interformer_bench.ops.call import Sizes
 from interformer_bench.ops.spec import BenchOp, GpuRow, GridRow
-from interformer_bench.peers import Peer, compiled, padded, rows
+from interformer_bench.peers import Peer, buckets, compiled, fbgemm, padded, rows
 from interformer_bench.peers.peer import PADDED_BMM
 from torch import Tensor
 
@@ -42,9 +43,19 @@ def _peers() -> dict[str, Peer]:
         out: Tensor = compiled.compiled(padded.ffn)(x, weight, offsets, bias, padded.longest(offsets))
         return out
 
+    def compiled_rows(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
+        return rows.ffn(x, weight, offsets, bias, compiled.compiled(rows.addmm_of_row))
+
+    def grouped_bmm(grouping: buckets.Grouping, within: float) -> Peer:
+        return Peer(functools.partial(buckets.ffn, grouping), within=within, tokens=2)
+
     return {
         "padded bmm": Peer(padded_bmm, group=PADDED_BMM, tokens=2),
         "row by row": Peer(rows.ffn),
+        "bucketed bmm": grouped_bmm(buckets.by_powers, buckets.BUCKET_WIDTH),
+        "sorted bmm": grouped_bmm(buckets.by_chunks, buckets.CHUNK_WIDTH),
+        **({"FBGEMM": Peer(fbgemm.ffn)} if fbgemm.installed() else {}),
+        "torch.compile by row": Peer(compiled_rows, compiled=True),
         "torch.compile": Peer(compiled_bmm, compiled=True, tokens=2),
     }
 

@@ -122,10 +122,25 @@ def _folding(pooling: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> OpFu
     return run
 
 
+# Cores that pool raw tokens, and compiled ones that are left out where every token is projected: compiling takes longer
+# than everything else, and the projection is most of their time.
+_FOLDED = (
+    "padded SDPA",
+    "bucketed SDPA",
+    "sorted SDPA",
+    "FBGEMM",
+    "eager with mask",
+    "torch.compile",
+    "torch.compile by bucket",
+)
+_NOT_PROJECTED = ("torch.compile by bucket", "torch.compile by row")
+
+
 def _peers() -> dict[str, Peer]:
     projected = {
         f"projected, {name}": replace(peer, run=_projecting(peer.run), group=PROJECTS)
         for name, peer in pooling_peers().items()
+        if name not in _NOT_PROJECTED
     }
 
     def one_head(core: cores.AttentionCore) -> OpFunction:
@@ -137,7 +152,8 @@ def _peers() -> dict[str, Peer]:
 
         return _folding(pool)
 
-    chosen = {name: cores.dense_cores()[name] for name in ("padded SDPA", "eager with mask", "torch.compile")}
+    available = cores.dense_cores()
+    chosen = {name: available[name] for name in _FOLDED if name in available}
     folded = {f"folded, {n}": replace(peer, run=one_head(peer.run), group=FOLDS) for n, peer in chosen.items()}
     return {**projected, **folded, "folded, row by row": Peer(_folding(rows.folded), group=FOLDS)}
 

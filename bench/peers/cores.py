@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 from interformer_bench.ops.call import OpFunction
-from interformer_bench.peers import compiled, nested, padded, rows, varlen
+from interformer_bench.peers import buckets, compiled, fbgemm, nested, padded, rows, varlen
 from interformer_bench.peers.peer import Peer
 from torch import Tensor, cuda
 
@@ -61,6 +63,34 @@ def compiled_core(core: Callable[..., Tensor]) -> AttentionCore:
     return run
 
 
+def compiled_by_row(core: Callable[..., Tensor]) -> AttentionCore:
+    """A core over rows, with each row's attention compiled for any length."""
+    return lambda q, k, v, offsets, scale: core(q, k, v, offsets, scale, compiled.compiled(rows.eager_of_row))
+
+
+def grouped_peers(core: Callable[..., Tensor], tokens: int) -> dict[str, Peer]:
+    """Attention over rows that are grouped by length, by a core of `buckets`, as peers whose `run` is a core."""
+
+    def peer(attention: padded.PaddedAttention, grouping: buckets.Grouping, within: float, **more: Any) -> Peer:
+        return Peer(functools.partial(core, attention, grouping), within=within, tokens=tokens, **more)
+
+    def compiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        out: Tensor = compiled.compiled(padded.eager_in_group)(q, k, v, mask, scale)
+        return out
+
+    buckets_of = buckets.by_powers, buckets.BUCKET_WIDTH
+    return {
+        "bucketed SDPA": peer(buckets.sdpa_in_group, *buckets_of),
+        "sorted SDPA": peer(buckets.sdpa_in_group, buckets.by_chunks, buckets.CHUNK_WIDTH),
+        "torch.compile by bucket": peer(compiled_attention, *buckets_of, compiled=True, scores=2),
+    }
+
+
+def fbgemm_peer(run: AttentionCore, **more: Any) -> dict[str, Peer]:
+    """FBGEMM's jagged operations, where they are installed; they know neither float64 nor GPUs here."""
+    return {"FBGEMM": Peer(run, **more)} if fbgemm.installed() else {}
+
+
 def varlen_peer(run: OpFunction) -> dict[str, Peer]:
     """PyTorch's own attention over packed rows, which only GPUs have."""
     return {"varlen_attn": Peer(run)} if cuda.is_available() else {}
@@ -78,7 +108,10 @@ def dense_cores() -> dict[str, Peer]:
         "per-row SDPA": Peer(rows.attend_dense),
         "nested SDPA": Peer(nested.attend_dense, tokens=4, scores=1),
         "eager with mask": Peer(with_width(padded.eager_with_mask), tokens=4, scores=3),
+        **grouped_peers(buckets.attend_dense, tokens=4),
+        **fbgemm_peer(fbgemm.attend_dense),
         "torch.compile": Peer(compiled_core(padded.attend_dense), compiled=True, tokens=4, scores=2),
+        "torch.compile by row": Peer(compiled_by_row(rows.attend_dense), compiled=True),
         "FlexAttention": Peer(flex, compiled=True, trains=False, tokens=4),
         **varlen_peer(varlen.attend_dense),
     }

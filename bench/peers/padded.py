@@ -7,13 +7,15 @@ Tokens are gathered into the padded batch and back by one index each. This was t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-# Attention over padded tensors: q [B, H, N, D], k and v [B, H, L, D], mask [B, 1, 1, L] (True at a key), scale.
-PaddedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+# Attention over padded tensors: q [B, H, N, D], k and v [B, H, L, D], mask [B, 1, 1, L] (True at a key; where rows are
+# grouped by length None if no row is padded), scale.
+PaddedAttention = Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
 
 
 def sdpa_with_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -25,6 +27,12 @@ def eager_with_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
     """Attention in plain tensor operations; masked scores are finite, so that rows without keys are not NaN."""
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, torch.finfo(q.dtype).min)
     return scores.softmax(-1) @ v
+
+
+def eager_in_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The same, without a mask where no row is padded; every row has keys."""
+    scores = q @ k.transpose(-1, -2) * scale
+    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ v
 
 
 class Padding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 from interformer_bench import checks, grid, peers, quiet, report, run, shapes, targets, threads, timing, workloads
 from interformer_bench.__main__ import main
-from interformer_bench.peers import registry
+from interformer_bench.ops.table import TABLE
+from interformer_bench.peers import buckets, compiled, fbgemm, registry
 from interformer_bench.workloads import Sizes
 
 NOWHERE = Path("nowhere")
@@ -158,6 +160,54 @@ def test_every_peer_is_right_with_empty_rows_among_the_others(op: str, dtype: to
     candidates = registry.candidates(op, compile_too=False)
     assert len(candidates) >= 3
     assert {name: checker.check(name, peer).problem for name, peer in candidates.items()} == dict.fromkeys(candidates)
+
+
+@pytest.mark.parametrize("op", [op for op in workloads.OPS if op != "apply_rotary"])
+def test_compiled_peers_are_right_as_they_are_written(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run uncompiled here, on rows that are grouped, with rows of one token and of none among them."""
+    monkeypatch.setattr(compiled, "compiled", lambda function, any_threads=True: function)
+    chosen = {name: p for name, p in registry.candidates(op).items() if name.rpartition(", ")[2].startswith("torch.co")}
+    assert {"torch.compile"} < {name.rpartition(", ")[2] for name in chosen}
+    checker = checks.Checker(op, (5, 1, 6, 33, 5, 0), SIZES.get(op, Sizes(heads=2, head_size=8)), torch.float32)
+    assert {name: checker.check(name, peer).problem for name, peer in chosen.items()} == dict.fromkeys(chosen)
+
+
+@pytest.mark.parametrize("op", [op for op in workloads.OPS if op != "apply_rotary"])
+def test_rows_of_similar_length_are_peers_everywhere(op: str) -> None:
+    names = {name.rpartition(", ")[2].split()[0] for name in registry.candidates(op, compile_too=False)}
+    assert {"bucketed", "sorted"} <= names
+    assert ("FBGEMM" in names) == fbgemm.installed()
+
+
+def test_fbgemm_is_listed_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fbgemm, "installed", lambda: False)
+    assert "FBGEMM" not in TABLE["jagged_attention"].peers()
+
+
+def test_fbgemm_computes_where_it_is_installed() -> None:
+    pytest.importorskip("fbgemm_gpu", exc_type=(ImportError, OSError))
+    x, weight, bias = torch.randn(5, 3), torch.randn(2, 3, 4), torch.randn(2, 4)
+    out = fbgemm.ffn(x, weight, torch.tensor([0, 2, 5]), bias)
+    torch.testing.assert_close(out, torch.cat([x[:2] @ weight[0] + bias[0], x[2:] @ weight[1] + bias[1]]))
+
+
+def test_rows_are_grouped_by_length_without_much_padding() -> None:
+    lengths = [5, 0, 8, 1, 33, 4, 64, 2, 3, 50, 0]
+    in_buckets = [[lengths[row] for row in group] for group in buckets.by_powers(lengths)]
+    assert in_buckets == [[64, 50, 33], [8, 5], [4, 3], [2], [1]]
+    for grouping, width in ((buckets.by_powers, buckets.BUCKET_WIDTH), (buckets.by_chunks, buckets.CHUNK_WIDTH)):
+        groups = grouping(lengths)
+        assert sorted(row for group in groups for row in group) == [row for row, n in enumerate(lengths) if n]
+        assert all(max(lengths[row] for row in group) <= width * min(lengths[row] for row in group) for group in groups)
+
+
+def test_grouped_peers_need_memory_for_what_they_pad() -> None:
+    arguments = workloads.inputs("jagged_attention", (100, *[1] * 99), Sizes(heads=1, head_size=8), torch.float32)
+    padded = peers.Peer(lambda **_: torch.empty(0), tokens=1)
+    assert padded.needs(arguments) == 100 * 100 * 8 * 4
+    assert replace(padded, within=2.0).needs(arguments) == (100 + 99 * 2) * 8 * 4
+    assert [replace(padded, within=w).padded_length(3, 100) for w in (0.0, 2.0, 50.0)] == [100, 6.0, 100]
+    assert replace(padded, tokens=0).padded_length(3, 100) == 3
 
 
 def test_what_is_folded_is_what_is_projected() -> None:
