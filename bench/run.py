@@ -20,7 +20,7 @@ PASSES = ("forward", "forward+backward")
 # A peer is not timed where its call is expected to take more than `_SKIP_SECONDS` and `_SKIP_FACTOR` times as long as
 # the fastest peer's, or more than `_MAX_SECONDS`; the peer that is expected to be the fastest is always timed. A peer
 # that was more than `_DROP_FACTOR` times slower than the best one is not timed again on fewer threads.
-_SKIP_FACTOR, _SKIP_SECONDS, _MAX_SECONDS, _DROP_FACTOR = 5.0, 1.0, 10.0, 10.0
+_SKIP_FACTOR, _SKIP_SECONDS, _MAX_SECONDS, _DROP_FACTOR = 5.0, 1.0, 10.0, 5.0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The targets of this package by kind of shape: ratios to its best peer, and shares of the machine's GEMM rate.
 
-The targets are for AVX-512 and 2 threads. On AVX2 the promise is `FLOOR` times the best peer, everywhere.
+The targets are for AVX-512 and 2 threads. On AVX2 the promise is `FLOOR` times the best peer, everywhere. They are held
+against the best peer at its best number of threads, and only where the machine was quiet.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 
 # A call whose arguments are bound, as it is timed.
 TimedCall = Callable[[], object]
-# A call this many times slower than the fastest gets one sample: more would not change the comparison.
+# A call this many times slower than the fastest gets one sample, its warm-up: more would not change the comparison.
 _SLOW_FACTOR = 3.0
 # Sizes of the matrices of a GEMM, the largest first; a smaller one is taken where a product would take longer than
 # this.
@@ -98,6 +98,11 @@ class _Series:
         self.repeats = max(1, math.ceil(1e-3 / self.typical))
         self.spent = sum(self.samples)
 
+    def keep_typical(self) -> None:
+        """Take the warm-up's last call as the only sample."""
+        if not self.samples:
+            self.samples, self.spent = [self.typical], self.typical
+
     def sample(self) -> None:
         seconds = once(self.call, self.device, self.repeats)
         self.samples.append(seconds)
@@ -126,6 +131,10 @@ def interleaved(
     """
     series = {name: _Series(call, device, slow) for name, call in calls.items()}
     share = seconds / max(len(calls), 1)
+    quickest_seconds = min((single.typical for single in series.values()), default=0.0)
+    for single in series.values():
+        if single.typical > max(_SLOW_FACTOR * quickest_seconds, share):
+            single.keep_typical()
     start = time.perf_counter()
     for _ in range(max_samples):
         late = time.perf_counter() - start > 10 * seconds

@@ -329,6 +329,21 @@ def test_interleaved_runs_take_turns_and_report_medians() -> None:
     assert timing.Timing.of([2.0]) == timing.Timing(2.0, 2.0, 2.0, 1)
 
 
+def test_a_call_far_behind_gets_its_warm_up_as_its_only_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    seconds = {"fast": 1.0, "close": 2.0, "slow": 8.0}
+
+    def once(call: Callable[[], str], device: str = "cpu", repeats: int = 1) -> float:
+        calls.append(call())
+        return seconds[calls[-1]]
+
+    monkeypatch.setattr(timing, "once", once)
+    times = timing.interleaved({name: lambda name=name: name for name in seconds}, seconds=3.0, slow=100.0)
+    assert {name: timed.samples for name, timed in times.items()} == {"fast": 3, "close": 3, "slow": 1}
+    assert calls.count("slow") == 2
+    assert times["slow"].median == 8.0
+
+
 def test_the_machines_rates_are_those_of_each_dtype_and_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_GEMM_SIZES", (64, 32))
     monkeypatch.setattr(timing, "_COPY_BYTES", 1 << 16)
