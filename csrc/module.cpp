@@ -14,6 +14,7 @@
 #include "cpu/attention.h"
 #include "cpu/eager_attention.h"
 #include "cpu/features.h"
+#include "cpu/freed_memory.h"
 #include "cpu/isa.h"
 #include "cpu/personalized_ffn.h"
 #include "cpu/rows.h"
@@ -120,6 +121,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info);
     m.def("cpu_features", &cpu_features);
     m.def("cuda_device_count", &cuda_device_count);
+    m.def("keep_freed_memory", &keep_freed_memory);
     m.def("first_bad_offset", &bind_first_bad_offset, py::arg("offsets"), py::arg("total"));
 
     m.def("fields", &fields);

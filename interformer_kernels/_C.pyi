@@ -29,6 +29,9 @@ def cpu_features() -> list[str]:
 def cuda_device_count() -> int:
     """GPUs that the CUDA part could use; 0 without one, without a driver, and where that part was not built."""
 
+def keep_freed_memory() -> bool:
+    """Makes the system's allocator keep freed memory, for good; False where it is not glibc's."""
+
 def first_bad_offset(offsets: Tensor, total: int) -> int:
     """Index of the first entry that is not 0 at the start, less than its predecessor, or beyond `total`; else -1."""
 

@@ -2,6 +2,7 @@
 
 from interformer_kernels import nn
 from interformer_kernels._checks import set_validation
+from interformer_kernels._memory import keep_freed_memory
 from interformer_kernels.nn.accelerate import Report, accelerate, register_adapter
 from interformer_kernels.ops.apply_rotary import apply_rotary
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
@@ -17,6 +18,7 @@ __all__ = [
     "apply_rotary",
     "gated_cross_attention",
     "jagged_attention",
+    "keep_freed_memory",
     "nn",
     "personalized_ffn",
     "plan",

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from interformer._cli import experiment, train
+from interformer_kernels import keep_freed_memory
 from interformer_kernels._cli.errors import guarded
 
 _COMMANDS = {
@@ -32,4 +33,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -19,6 +19,7 @@ from interformer.data import registry
 from interformer.data.clicks import Splits
 from interformer.experiments.runs import Job
 from interformer.train import EpochRecord, Progress, TrainConfig, train
+from interformer_kernels import keep_freed_memory
 from interformer_kernels._cli.errors import one_line_error
 
 Send = Callable[[dict[str, Any]], None]
@@ -100,6 +101,7 @@ def describe(data: Mapping[str, Any], root: Path, measure_test: bool) -> dict[st
 
 def work(job: Job, root: Path, connection: Connection) -> None:
     """Run a job in this process: its progress goes to `connection`, its output to its log."""
+    keep_freed_memory()
     with job.lock():
         if job.finished():  # Another process held the lock and finished it.
             job.forget_unfinished()
