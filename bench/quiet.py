@@ -11,9 +11,10 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +24,9 @@ MIN_SHARE, MAX_STEP = 0.9, 150e-6
 # What a table has in the place of a ratio.
 NO_RATIO = "machine busy: no ratio"
 _BUSY_SECONDS, _REGIONS = 0.1, 300
+# A shorter measurement says nothing about what others used.
+_SHORTEST = 0.2
+_T = TypeVar("_T")
 # Elements for each thread of a tiny region: PyTorch's grain, below which it takes fewer threads.
 _GRAIN = 1 << 15
 _STAT = Path("/proc/stat")
@@ -81,17 +85,31 @@ def _check_once(threads: int) -> Quietness:
 
 
 class Watch:
-    """The checks of a run: one at its start, and one after each shape."""
+    """The checks of a run: one at its start, and one after each shape; and what others used while calls were timed."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.checks: list[Quietness] = [check(threads)]
+        self.disturbed: list[str] = []
+
+    def during(self, measure: Callable[[], _T]) -> _T:
+        """Run a measurement; processors that others used meanwhile, of those that it needs, are held against it."""
+        before, own, start = _used_seconds(), sum(os.times()[:4]), time.perf_counter()
+        result = measure()
+        wall, used = time.perf_counter() - start, _used_seconds() - before
+        others = (used - (sum(os.times()[:4]) - own)) / wall
+        spare = (os.cpu_count() or 1) - self.threads
+        # The system counts in hundredths of a second.
+        if wall > _SHORTEST and others - spare > (1 - MIN_SHARE) * self.threads:
+            self.disturbed.append(f"others used {others:.2f} processors meanwhile, {spare} were spare")
+        return result
 
     def busy_since_last(self) -> str | None:
         """Check again; why what was measured since the last check was not on a quiet machine, None where it was."""
-        before = self.checks[-1].busy
+        before, disturbed = self.checks[-1].busy, next(iter(self.disturbed), None)
+        self.disturbed = []
         self.checks.append(check(self.threads))
-        return before or self.checks[-1].busy
+        return before or disturbed or self.checks[-1].busy
 
 
 def described(checks: Sequence[Quietness]) -> str:
@@ -149,9 +167,20 @@ def _region(threads: int, size: int) -> float:
 
 
 def _stolen_seconds() -> float:
-    """Seconds that the hypervisor has taken from all processors; 0 where the system does not tell."""
+    """Seconds that the hypervisor has taken from all processors."""
+    return _processor_seconds()[7]
+
+
+def _used_seconds() -> float:
+    """Seconds that anything has run on all processors, and those that the hypervisor has taken."""
+    user, nice, system, _, _, interrupts, soft_interrupts, stolen = _processor_seconds()
+    return user + nice + system + interrupts + soft_interrupts + stolen
+
+
+def _processor_seconds() -> list[float]:
+    """The first eight figures of Linux's account of all processors; zeros where there is none."""
     try:
         fields = _STAT.read_text().splitlines()[0].split()
-        return int(fields[8]) / os.sysconf("SC_CLK_TCK")
+        return [int(field) / os.sysconf("SC_CLK_TCK") for field in fields[1:9]]
     except (OSError, ValueError, IndexError):
-        return 0.0
+        return [0.0] * 8

@@ -244,13 +244,22 @@ def sweep_table(sweep: Sweep, measured: Sequence[Measurement]) -> tuple[tuple[st
 
 def problems(measurements: Iterable[Measurement]) -> list[str]:
     """Reasons for not timing runners: a line per op, runner and kind of reason, then the shapes with their numbers."""
+    return _by_reason((m, m.problem) for m in measurements)
+
+
+def dropped(measurements: Iterable[Measurement]) -> list[str]:
+    """Reasons for not trying runners on fewer threads, in the same form."""
+    return _by_reason((m, m.dropped) for m in measurements)
+
+
+def _by_reason(reasons: Iterable[tuple[Measurement, str | None]]) -> list[str]:
     shapes_by_reason: dict[tuple[str, str, str], dict[str, None]] = {}
-    for m in measurements:
-        if m.problem is None:
+    for m, reason in reasons:
+        if reason is None:
             continue
         # Numbers differ from shape to shape, so they are listed with the shape.
-        kind = m.problem if m.runner == OURS else _NUMBER.sub("..", m.problem)
-        numbers = " ".join(_NUMBER.findall(m.problem)) if kind != m.problem else ""
+        kind = reason if m.runner == OURS else _NUMBER.sub("..", reason)
+        numbers = " ".join(_NUMBER.findall(reason)) if kind != reason else ""
         shape = f"{m.law}, {m.sizes}, {m.dtype}, {m.direction}"
         shapes_by_reason.setdefault((m.op, m.runner, kind), {})[f"{shape}: {numbers}" if numbers else shape] = None
     return [f"{op}: {runner} {kind} ({'; '.join(shapes)})" for (op, runner, kind), shapes in shapes_by_reason.items()]
@@ -351,7 +360,13 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
         parts += ["## The cost of a call", rows(CALL_COLUMNS, report.calls)]
     if pictures:
         parts += ["## Pictures", *(f"![{name}]({name})" for name in pictures)]
-    for title, items in (("Targets missed", missed(report)), ("Not timed", problems(report.everything()))):
+    everything = report.everything()
+    lists = {
+        "Targets missed": missed(report),
+        "Not timed": problems(everything),
+        "Not tried on fewer threads": dropped(everything),
+    }
+    for title, items in lists.items():
         if items:
             parts += [f"## {title}", "\n".join(f"- {item}" for item in items)]
     return "\n\n".join(parts) + "\n"

@@ -33,6 +33,7 @@ class Measurement:
         threads: the most threads that it might use.
         problem: why it was not timed.
         best_threads: number of threads, of at most `threads`, at which it was fastest.
+        dropped: why it was not tried on fewer threads, too.
         busy: why the machine was not quiet meanwhile; such times enter no ratio.
     """
 
@@ -59,6 +60,7 @@ class Measurement:
     samples: int = 0
     problem: str | None = None
     best_threads: int | None = None
+    dropped: str | None = None
     busy: str | None = None
 
 
@@ -102,7 +104,7 @@ def measure(
         for dtype, shape in sorted(jobs, key=lambda job: job[0] != jobs[0][0]):
             lengths = f"{shape.distribution.name} ({shape.distribution.source})"
             settings.progress.step(f"{shape.op}, {dtype}: {shape.rows} rows, {lengths}, {shape.sizes}")
-            measured = list(_Session(shape, dtype, settings, machine).measurements())
+            measured = list(_Session(shape, dtype, settings, machine, watch).measurements())
             busy = watch.busy_since_last() if watch else None
             yield from (replace(single, busy=busy) for single in measured)
     finally:
@@ -112,8 +114,15 @@ def measure(
 class _Session:
     """The measurements of one shape in one dtype."""
 
-    def __init__(self, shape: Shape, dtype: str, settings: Settings, machine: timing.Machine | None) -> None:
-        self.shape, self.dtype, self.settings, self.machine = shape, dtype, settings, machine
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: str,
+        settings: Settings,
+        machine: timing.Machine | None,
+        watch: quiet.Watch | None,
+    ) -> None:
+        self.shape, self.dtype, self.settings, self.machine, self.watch = shape, dtype, settings, machine, watch
         self.torch_dtype: torch.dtype = getattr(torch, dtype)
         self.lengths = shape.lengths()
         self.small = checks.small_lengths(self.lengths, shape.sizes.heads)
@@ -161,7 +170,8 @@ class _Session:
         if fastest is None:
             return self._measurement(name, most, direction, None, self.problems[direction][name])
         number, time = fastest
-        return replace(self._measurement(name, most, direction, time, None), best_threads=number)
+        measured = self._measurement(name, most, direction, time, None)
+        return replace(measured, best_threads=number, dropped=self.problems[direction][name])
 
     def _sample_machine(self, threads: Iterable[int]) -> None:
         """Sample rates of this dtype and of float32; one thread, too, shows whether more have cores of their own."""
@@ -195,7 +205,13 @@ class _Session:
                 call()  # it may compile once more
         # Numbers of threads that are tried beside those that were asked for take no longer.
         seconds = self.settings.seconds * len(set(self.settings.threads)) / len(self.counts)
-        return timing.interleaved(calls, self.settings.device, seconds) if calls else {}
+        if not calls:
+            return {}
+
+        def time_calls() -> dict[str, timing.Timing]:
+            return timing.interleaved(calls, self.settings.device, seconds)
+
+        return self.watch.during(time_calls) if self.watch else time_calls()
 
     def _measurement(
         self, name: str, threads: int, direction: str, time: timing.Timing | None, problem: str | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -74,7 +75,8 @@ def measure(
             progress.doing(f"preparing {name}")
             problems[name] = _prepare(name, case, calls)
         progress.doing(f"timing {', '.join(calls)}")
-        times = _at_best(calls, seconds)
+        time_calls = functools.partial(_at_best, calls, seconds)
+        times = watch.during(time_calls) if watch else time_calls()
         busy = watch.busy_since_last() if watch else None
         calls.clear()
         torch.compiler.reset()

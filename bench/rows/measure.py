@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,10 +112,11 @@ def _measured(
     products = {torch.float32} if dtype == "float16" else {torch.float32, kind}
     for product in products:
         machine.sample(product)
-    times = _alternating(calls, seconds)
+    time_calls = functools.partial(_alternating, calls, seconds)
+    times = watch.during(time_calls) if watch else time_calls()
     busy = watch.busy_since_last() if watch else None
     rates = machine.rates()
-    del arguments, calls
+    del arguments, calls, time_calls
     gc.collect()  # autograd's cycles would keep the inputs beside those of the next line
     return RowMeasurement(
         *named,

@@ -301,6 +301,10 @@ def test_everybody_counts_at_the_best_number_of_threads(monkeypatch: pytest.Monk
     assert found == {peers.OURS: (1.0, 2), "padded SDPA": (2.0, 1), "per-row SDPA": (40.0, 2)}
     assert {m.threads for m in measured} == {2}
     assert not any(m.problem for m in measured)
+    assert report.dropped(measured) == [
+        "pma_pooling: per-row SDPA was .. times slower than the best peer on .. threads "
+        "(diginetica, H1 D16 M1, float32, forward: 13 2; diginetica, H1 D16 M1, float32, forward+backward: 13 2)"
+    ]
 
 
 def test_a_load_between_shapes_marks_the_shapes_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:

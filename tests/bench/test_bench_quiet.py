@@ -61,6 +61,23 @@ def test_a_load_marks_what_lies_beside_its_checks_alone(monkeypatch: pytest.Monk
     assert "not checked" in quiet.described([])
 
 
+@pytest.mark.parametrize(("others", "marked"), [(0.0, False), (0.1, False), (0.9, True)])
+def test_a_load_in_the_middle_of_a_measurement_marks_it_alone(
+    others: float, marked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(monkeypatch, *[CALM] * 3)
+    used, own, now = iter((10.0, 12.0 + others)), iter((3.0, 5.0)), iter((0.0, 1.0))
+    monkeypatch.setattr(quiet, "_used_seconds", lambda: next(used))
+    monkeypatch.setattr(quiet.os, "times", lambda: (next(own), 0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(quiet.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(quiet.time, "perf_counter", lambda: next(now))
+    watch = quiet.Watch(2)
+    assert watch.during(lambda: "result") == "result"
+    reason = "others used 0.90 processors meanwhile, 0 were spare"
+    assert watch.busy_since_last() == (reason if marked else None)
+    assert watch.busy_since_last() is None
+
+
 def test_a_command_starts_itself_again_with_sleeping_threads() -> None:
     program = (
         "import os, sys; from interformer_bench import waiting; assert 'torch' not in sys.modules; "
