@@ -12,7 +12,8 @@ import torch
 
 # A call whose arguments are bound, as it is timed.
 TimedCall = Callable[[], object]
-# A call this many times slower than the fastest gets one sample, its warm-up: more would not change the comparison.
+# A call this many times slower than the second fastest, which ours or the best peer is, gets one sample, its warm-up:
+# more would not change the comparison.
 _SLOW_FACTOR = 3.0
 # Sizes of the matrices of a GEMM, the largest first; a smaller one is taken where a product would take longer than
 # this.
@@ -122,8 +123,8 @@ def interleaved(
     Args:
         calls: by name; each is called before it is timed, and that call counts if it takes longer than `slow`.
         device: "cpu" or "cuda".
-        seconds: approximate time for all calls together, shared equally. Calls close to the fastest get `min_samples`
-            even beyond it, unless that takes ten times as long; every call gets at least one sample.
+        seconds: approximate time for all calls together, shared equally. Calls close to the two fastest get
+            `min_samples` even beyond it, unless that takes ten times as long; every call gets at least one sample.
         max_samples: samples of one call at most.
         slow: a call that takes this many seconds needs no second one to warm up.
 
@@ -131,16 +132,15 @@ def interleaved(
     """
     series = {name: _Series(call, device, slow) for name, call in calls.items()}
     share = seconds / max(len(calls), 1)
-    quickest_seconds = min((single.typical for single in series.values()), default=0.0)
+    second = max(sorted(single.typical for single in series.values())[:2], default=0.0)
     for single in series.values():
-        if single.typical > max(_SLOW_FACTOR * quickest_seconds, share):
+        if single.typical > max(_SLOW_FACTOR * second, share):
             single.keep_typical()
     start = time.perf_counter()
     for _ in range(max_samples):
         late = time.perf_counter() - start > 10 * seconds
-        fastest = min((single.typical for single in series.values()), default=0.0)
         for single in series.values():
-            close = single.typical <= _SLOW_FACTOR * fastest and len(single.samples) < min_samples
+            close = single.typical <= _SLOW_FACTOR * second and len(single.samples) < min_samples
             if not single.samples or (not late and (close or single.spent < share)):
                 single.sample()
     return {name: Timing.of(single.samples) for name, single in series.items()}

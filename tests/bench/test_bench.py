@@ -335,17 +335,17 @@ def test_interleaved_runs_take_turns_and_report_medians() -> None:
 
 def test_a_call_far_behind_gets_its_warm_up_as_its_only_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    seconds = {"fast": 1.0, "close": 2.0, "slow": 8.0}
+    seconds = {"ours": 1.0, "best peer": 8.0, "close": 16.0, "slow": 25.0}
 
     def once(call: Callable[[], str], device: str = "cpu", repeats: int = 1) -> float:
         calls.append(call())
         return seconds[calls[-1]]
 
     monkeypatch.setattr(timing, "once", once)
-    times = timing.interleaved({name: lambda name=name: name for name in seconds}, seconds=3.0, slow=100.0)
-    assert {name: timed.samples for name, timed in times.items()} == {"fast": 3, "close": 3, "slow": 1}
+    times = timing.interleaved({name: lambda name=name: name for name in seconds}, seconds=4.0, slow=100.0)
+    assert {name: timed.samples for name, timed in times.items()} == {"ours": 3, "best peer": 3, "close": 3, "slow": 1}
     assert calls.count("slow") == 2
-    assert times["slow"].median == 8.0
+    assert times["slow"].median == 25.0
 
 
 def test_the_machines_rates_are_those_of_each_dtype_and_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
