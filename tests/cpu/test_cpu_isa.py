@@ -40,7 +40,7 @@ def python(script: str, isa: str | None = None) -> subprocess.CompletedProcess[s
 GRID = """
 import torch
 from cpu_calls import all_ops
-from interformer_kernels import _C, testing
+from interformer_kernels import _C, personalized_ffn, testing
 from interformer_kernels.testing import Case
 torch.set_num_threads(1)
 epilogue = dict(gate="full", residual=True)
@@ -57,6 +57,22 @@ for case in cases:
         compared = testing.compare(case, "cpu", dtype)
         rows += len(compared)
         print(*(f"BREACH {case.op} {case} {dtype} {row}\\n" for row in compared if not row.ok), end="")
+def alike(a, b):
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+for dtype in (torch.float16, torch.bfloat16):
+    row = torch.tensor([0, 65536])
+    x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)[:, None]
+    for outputs in (32, 37):
+        weight = torch.linspace(-9, 9, outputs).exp2().to(dtype).view(1, 1, outputs)
+        exact = x.float() * weight[0].float()
+        out = personalized_ffn(x, weight, row, backend="cpu")
+        small = torch.finfo(dtype).tiny if dtype == torch.bfloat16 else 0  # pairs of bfloat16 flush subnormal numbers
+        asked = ~((x.abs() < small) | (exact.abs() < 2 * small))
+        print(end="" if alike(out[asked], exact.to(dtype)[asked]) else f"BREACH rounding {dtype} {outputs}\\n")
+    added = x.view(-1, 64)
+    nothing = added.new_zeros(1024, 1), added.new_zeros(1, 1, 64)
+    out = personalized_ffn(*nothing, row // 64, residual=added, backend="cpu")
+    print(end="" if alike(out, added) else f"BREACH reading {dtype}\\n")
 print(_C.build_info()["cpu_level"], rows > 100)
 """
 
