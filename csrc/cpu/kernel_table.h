@@ -18,6 +18,7 @@ struct FfnProblem {
     RowTensor x, residual, out;
     RowTensor weight, bias;  // [B, E, F] as rows of "tokens" E, and [B, F] as rows of one token
     Activation activation = Activation::identity;
+    bool stream = false;  // the outputs exceed the caches
 
     // Backward.
     RowTensor grad_out, grad_x, grad_weight, grad_bias;

@@ -1,5 +1,6 @@
 #include "cpu/personalized_ffn.h"
 
+#include "cpu/caches.h"
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/kernel_table.h"
@@ -55,6 +56,10 @@ class Call {
     Rows rows_;
 };
 
+int64_t bytes_of(const TensorView& x) {
+    return x.size() * x.raw_type.bits / 8;
+}
+
 }  // namespace
 
 void personalized_ffn_forward(const FfnInputs& in, const FfnOutputs& outputs, int64_t threads) {
@@ -62,6 +67,7 @@ void personalized_ffn_forward(const FfnInputs& in, const FfnOutputs& outputs, in
     Call call(in);
     FfnProblem& p = call.problem;
     p.out = call.tokens(outputs.out);
+    p.stream = exceed_caches(bytes_of(outputs.out));
     advise_huge_pages(outputs.out);
     if (outputs.residual) p.residual = call.tokens(*outputs.residual);
     zero_gaps(call.rows(), outputs.out);
@@ -79,6 +85,7 @@ void personalized_ffn_backward(const FfnInputs& in, const FfnGradients& grads, i
     advise_huge_pages(grads.grad_x);
     advise_huge_pages(grads.grad_weight);
     p.grad_weight = call.matrices(grads.grad_weight);
+    p.stream = exceed_caches(bytes_of(grads.grad_x) + bytes_of(grads.grad_weight));
     if (in.bias) p.grad_bias = call.vectors(*grads.grad_bias);
     zero_gaps(call.rows(), grads.grad_x);
     const Kernels& native = kernels(in.x.dtype);

@@ -344,3 +344,27 @@ def test_gradients_are_checked_numerically() -> None:
             return testing.call(op, {**inputs, **dict(zip(names, leaves, strict=True))}, "cpu")[0]
 
         assert torch.autograd.gradcheck(run, [inputs[name] for name in names]), name_of(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inputs", [64, 1])
+def test_outputs_that_exceed_the_caches(dtype: torch.dtype, inputs: int) -> None:
+    """They are written past the caches, with the bits of the same rows in a small call."""
+    rows, each = (
+        ((34 << 20) // (64 * 64 * dtype.itemsize), 1) if inputs == 64 else (2, (17 << 20) // (64 * dtype.itemsize))
+    )
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.rand(rows * each, width, generator=generator).to(dtype) for width in (inputs, 64))
+    weight = torch.rand(rows, inputs, 64, generator=generator).to(dtype)
+    offsets = torch.arange(rows + 1) * each
+
+    def first(count: int) -> tuple[Tensor, ...]:
+        leaves = [x[: count * each].clone().requires_grad_(), weight[:count].clone().requires_grad_()]
+        out = interformer_kernels.personalized_ffn(leaves[0], leaves[1], offsets[: count + 1], backend="cpu")
+        return out, *torch.autograd.grad(out, leaves, grad[: count * each])
+
+    whole, part = first(rows), first(max(rows // 64, 1))
+    assert max(made.nbytes for made in whole) > 32 << 20 >= max(made.nbytes for made in part)
+    for made, again in zip(whole, part, strict=True):
+        assert made.isfinite().all()
+        assert torch.equal(made[: len(again)], again)

@@ -1,10 +1,12 @@
 // Element types: numbers are widened to the accumulation type when read, and rounded when written.
 #pragma once
 
+#include <type_traits>
+
 #include "common/element.h"
 #include "cpu/kernels/isa.h"
 
-#ifdef __F16C__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -102,19 +104,36 @@ inline void store_wide(double* to, Vector<double> x) {
     store_vector(to, x);
 }
 
+// GCC's own conversions of such vectors take several shuffles.
+INTERFORMER_INLINE Bits32 zero_extended(Bits16 x) {
+#if defined(__AVX512F__)
+    return (Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x);
+#elif defined(__AVX2__) && !defined(INTERFORMER_WIDE)
+    return (Bits32)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, Bits32);
+#endif
+}
+INTERFORMER_INLINE Bits16 low_halves(Bits32 x) {
+#if defined(__AVX512F__)
+    return (Bits16)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)x);
+#else
+    return __builtin_convertvector(x, Bits16);
+#endif
+}
+
 // Neighbouring elements as a vector of their accumulation type.
 INTERFORMER_INLINE Vector<float> load_wide(const BFloat16* from) {
     Bits16 bits;
     std::memcpy(&bits, from, sizeof bits);
-    const Bits32 widened = __builtin_convertvector(bits, Bits32) << 16;
-    return (Vector<float>)widened;
+    return (Vector<float>)(zero_extended(bits) << 16);
 }
 
 // The inverse, with the bits of `store`.
 INTERFORMER_INLINE void store_wide(BFloat16* to, Vector<float> x) {
     const Bits32 bits = (Bits32)x;
     const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Bits16 narrowed = __builtin_convertvector(x != x ? 0x7fc0u | (bits >> 16) : rounded, Bits16);
+    const Bits16 narrowed = low_halves(x != x ? 0x7fc0u | (bits >> 16) : rounded);
     std::memcpy(to, &narrowed, sizeof narrowed);
 }
 
@@ -152,25 +171,51 @@ INTERFORMER_INLINE void store_wide(Float16* to, Vector<float> x) {
 // The first `count` of a vector's elements, fewer than all; the other lanes are 0, and the other elements untouched.
 template <typename T>
 INTERFORMER_INLINE Vector<Acc<T>> load_first(const T* from, int64_t count) {
-    T elements[kLanes<Acc<T>>] = {};
 #ifdef __AVX512BW__
     const uint32_t mask = (1u << count) - 1;
-    if constexpr (sizeof(T) == 2)
-        _mm256_storeu_epi16(elements, _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from));
-    else if constexpr (sizeof(T) == 4)
-        _mm512_storeu_ps(elements, _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from));
+    if constexpr (std::is_same_v<T, double>)
+        return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from);
+    else if constexpr (std::is_same_v<T, float>)
+        return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
+    else if constexpr (std::is_same_v<T, BFloat16>)
+        return (Vector<float>)(zero_extended((Bits16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from))
+                               << 16);
     else
-        _mm512_storeu_pd(elements, _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from));
+        return _mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from));
 #else
+    T elements[kLanes<Acc<T>>] = {};
     for (int64_t i = 0; i < count; ++i) elements[i] = from[i];
-#endif
     return load_wide(elements);
+#endif
 }
 template <typename T>
 INTERFORMER_INLINE void store_first(T* to, int64_t count, Vector<Acc<T>> x) {
     T elements[kLanes<Acc<T>>];
     store_wide(elements, x);
     for (int64_t i = 0; i < count; ++i) to[i] = elements[i];
+}
+
+// `store_wide` past the caches, to an address that is a multiple of the elements' bytes; `finish_streams` orders these
+// stores before all later ones.
+template <typename T>
+INTERFORMER_INLINE void stream_wide(T* to, Vector<Acc<T>> x) {
+#if defined(__AVX2__) && !defined(INTERFORMER_WIDE)
+    alignas(64) T elements[kLanes<Acc<T>>];
+    store_wide(elements, x);
+    if constexpr (sizeof elements == 64)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), *reinterpret_cast<const __m512i*>(elements));
+    else if constexpr (sizeof elements == 32)
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to), *reinterpret_cast<const __m256i*>(elements));
+    else
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to), *reinterpret_cast<const __m128i*>(elements));
+#else
+    store_wide(to, x);
+#endif
+}
+inline void finish_streams() {
+#ifdef __AVX2__
+    _mm_sfence();
+#endif
 }
 
 // ---------------------------------------------------------------- runs of elements

@@ -21,11 +21,13 @@ class Ffn {
     static void forward(const FfnProblem& p, int64_t first, int64_t last, void* memory) {
         const Ffn ffn(p, memory, last);
         for (int64_t row = first; row < last; ++row) ffn.forward_row(row);
+        if (p.stream) finish_streams();
     }
 
     static void backward(const FfnProblem& p, int64_t first, int64_t last, void* memory) {
         const Ffn ffn(p, memory, last);
         for (int64_t row = first; row < last; ++row) ffn.backward_row(row);
+        if (p.stream) finish_streams();
     }
 
   private:
@@ -109,7 +111,7 @@ class Ffn {
         if (p.bias.given) widen(address<T>(p.bias, row, 0, 0), p.bias.channel, p.outputs, bias_);
     }
 
-    // Adds what the next row will read of a tensor.
+    // Adds what the next row will read of a tensor, or write of an output that does not go past the caches.
     void fetch(const RowTensor& x, int64_t row, int64_t tokens, int64_t channels, Prefetches& ahead) const {
         if (x.channel == 1 && x.token == channels)
             ahead.add(address<T>(x, row + 1, 0, 0), tokens * channels * static_cast<int64_t>(sizeof(T)));
@@ -129,11 +131,19 @@ class Ffn {
         for (int64_t i = 0; i < count; ++i) narrow(from.from(i).data, channels, address<T>(x, row, t + i, 0));
     }
 
+    // Whether vectors of elements lie at multiples of their size.
+    static bool may_stream(const RowTensor& x) {
+        constexpr int64_t kSize = sizeof(T), kBytes = kLanes<A> * kSize;
+        return reinterpret_cast<uintptr_t>(x.data) % kBytes == 0 && x.token * kSize % kBytes == 0 &&
+               x.row * kSize % kBytes == 0;
+    }
+
     // start + a b for the tokens [t, t + count) of an output, a tile of them. Whole vectors are rounded in registers.
     void multiply_to(const RowTensor& x, int64_t row, int64_t t, int64_t count, int64_t channels, Scalars<X> a,
                      Panels<X> b, int64_t depth, const A* start, A* memory, Prefetches& ahead) const {
         if (channels % kLanes<A> == 0)
-            return row_products<X, T>(count, a, b, channels, depth, start, {address<T>(x, row, t, 0), x.token}, ahead);
+            return row_products<X, T>(count, a, b, channels, depth, start, {address<T>(x, row, t, 0), x.token}, ahead,
+                                      p.stream && may_stream(x));
         const int64_t columns = round_up(channels, kLanes<A>);
         row_products<X, A>(count, a, b, columns, depth, start, {memory, columns}, ahead);
         narrow_rows({memory, columns}, count, channels, x, row, t);
@@ -149,7 +159,7 @@ class Ffn {
         if (row + 1 < last_) {
             fetch(p.weight, row, p.inputs, p.outputs, ahead);
             fetch(p.x, row, p.counts[row + 1], p.inputs, ahead);
-            fetch(p.out, row, p.counts[row + 1], p.outputs, ahead);
+            if (!p.stream) fetch(p.out, row, p.counts[row + 1], p.outputs, ahead);
         }
         ahead.spread(steps_of<X>(count, columns_, depth));
         const bool linear = p.activation == Activation::identity && !p.residual.given;
@@ -164,15 +174,18 @@ class Ffn {
 
     // The activation, the residual and the rounding of a tile of tokens.
     void finish(int64_t row, int64_t t, int64_t count, Matrix<A> y) const {
-        for (int64_t i = 0; i < count; ++i) {
-            A* to = y.from(i).data;
-            activate(p.activation, to, p.outputs);
-            if (p.residual.given) {
-                widen(address<T>(p.residual, row, t + i, 0), p.residual.channel, p.outputs, grad_);
-                for (int64_t f = 0; f < p.outputs; ++f) to[f] += grad_[f];
-            }
-        }
-        narrow_rows(y, count, p.outputs, p.out, row, t);
+        if (p.activation != Activation::identity)
+            for (int64_t i = 0; i < count; ++i) activate(p.activation, y.from(i).data, p.outputs);
+        if (!p.residual.given) return narrow_rows(y, count, p.outputs, p.out, row, t);
+        for (int64_t i = 0; i < count; ++i)
+            add_residual(y.from(i).data, address<T>(p.residual, row, t + i, 0), address<T>(p.out, row, t + i, 0));
+    }
+    void add_residual(const A* y, const T* residual, T* out) const {
+        constexpr int64_t W = kLanes<A>;
+        int64_t f = 0;
+        if (p.residual.channel == 1)
+            for (; f + W <= p.outputs; f += W) store_wide(out + f, load_vector(y + f) + load_wide(residual + f));
+        for (; f < p.outputs; ++f) store(out[f], y[f] + load(residual[f * p.residual.channel]));
     }
 
     // ---------------------------------------------------------------- backward
@@ -210,8 +223,10 @@ class Ffn {
         fetch(p.weight, row, p.inputs, p.outputs, ahead);
         fetch(p.x, row, p.counts[row + 1], p.inputs, ahead);
         fetch(p.grad_out, row, p.counts[row + 1], p.outputs, ahead);
-        fetch(p.grad_weight, row, p.inputs, p.outputs, ahead);
-        fetch(p.grad_x, row, p.counts[row + 1], p.inputs, ahead);
+        if (!p.stream) {
+            fetch(p.grad_weight, row, p.inputs, p.outputs, ahead);
+            fetch(p.grad_x, row, p.counts[row + 1], p.inputs, ahead);
+        }
         ahead.spread(steps_of<X>(p.inputs, columns_, operands<X>(count)) +
                      steps_of<X>(count, x_columns_, operands<X>(p.outputs)));
     }

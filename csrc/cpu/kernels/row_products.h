@@ -15,7 +15,7 @@ class Prefetches {
         bytes_ += bytes;
     }
     // The steps that follow. Where they are few, every second line is left to the processor, which fetches pairs.
-    void spread(int64_t steps) { step_ = min(2 * kLine, bytes_ / max(steps, 1) + 1); }
+    void spread(int64_t steps) { step_ = min(kMostOfStep, bytes_ / max(steps, 1) + 1); }
 
     // The share of a tile of `steps` steps: an address, and the bytes from each step's address to the next one's.
     struct Share {
@@ -33,7 +33,7 @@ class Prefetches {
     }
 
   private:
-    static constexpr int64_t kLine = 64;
+    static constexpr int64_t kMostOfStep = 2 * 64;
     struct Range {
         const char* first;
         int64_t bytes;
@@ -53,10 +53,10 @@ struct Panels {
     Panels(const X* packed, int64_t depth) : data(packed), stride(kPanel<X>), panel(kPanel<X> * depth) {}
 };
 
-// c[m, n] = start[n] + sum over k of a[m, k] * b[k, n], rounded to T.
+// c[m, n] = start[n] + sum over k of a[m, k] * b[k, n], rounded to T. `stream`: past the caches.
 template <typename X, int M, int N, typename T>
 void row_tile(Scalars<X> a, Matrix<const X> b, int64_t depth, const SumOf<X>* start, Matrix<T> c,
-              Prefetches::Share ahead) {
+              Prefetches::Share ahead, bool stream) {
     constexpr int64_t W = kLanes<X>;
     Vector<SumOf<X>> sum[M][N];
 #pragma GCC unroll 16
@@ -81,33 +81,39 @@ void row_tile(Scalars<X> a, Matrix<const X> b, int64_t depth, const SumOf<X>* st
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) store_wide(c.data + m * c.stride + n * W, sum[m][n]);
+        for (int n = 0; n < N; ++n) {
+            T* to = c.data + m * c.stride + n * W;
+            if (stream)
+                stream_wide(to, sum[m][n]);
+            else
+                store_wide(to, sum[m][n]);
+        }
 }
 
 // `row_tile` for `rows` of [1, M].
 template <typename X, int M, int N, typename T>
 inline void row_tiles(int64_t rows, Scalars<X> a, Matrix<const X> b, int64_t depth, const SumOf<X>* start, Matrix<T> c,
-                      Prefetches::Share ahead) {
-    if (rows == M) return row_tile<X, M, N>(a, b, depth, start, c, ahead);
-    if constexpr (M > 1) row_tiles<X, M - 1, N>(rows, a, b, depth, start, c, ahead);
+                      Prefetches::Share ahead, bool stream) {
+    if (rows == M) return row_tile<X, M, N>(a, b, depth, start, c, ahead, stream);
+    if constexpr (M > 1) row_tiles<X, M - 1, N>(rows, a, b, depth, start, c, ahead, stream);
 }
 
 // The same for at most `kTileRows` rows and any number of columns that is a multiple of the vector.
 template <typename X, typename T>
 void row_products(int64_t rows, Scalars<X> a, Panels<X> b, int64_t columns, int64_t depth, const SumOf<X>* start,
-                  Matrix<T> c, Prefetches& ahead) {
+                  Matrix<T> c, Prefetches& ahead, bool stream = false) {
     int64_t n = 0;
     if (rows <= 3 && b.panel == kPanel<X>)  // more columns at once, to hide the latency of the sums
         for (; n + 2 * kPanel<X> <= columns; n += 2 * kPanel<X>)
             row_tiles<X, 3, 4, T>(rows, a, {b.data + n, b.stride}, depth, start + n, {c.data + n, c.stride},
-                                  ahead.share(depth));
+                                  ahead.share(depth), stream);
     for (; n < columns; n += kPanel<X>) {
         const Matrix<const X> panel{b.data + n / kPanel<X> * b.panel, b.stride};
         const Matrix<T> to{c.data + n, c.stride};
         if (columns - n > kLanes<X>)
-            row_tiles<X, kTileRows, 2, T>(rows, a, panel, depth, start + n, to, ahead.share(depth));
+            row_tiles<X, kTileRows, 2, T>(rows, a, panel, depth, start + n, to, ahead.share(depth), stream);
         else
-            row_tiles<X, kTileRows, 1, T>(rows, a, panel, depth, start + n, to, ahead.share(depth));
+            row_tiles<X, kTileRows, 1, T>(rows, a, panel, depth, start + n, to, ahead.share(depth), stream);
     }
 }
 
