@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "cpu/caches.h"
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
@@ -83,13 +84,16 @@ class Call {
         return {x.data, nullptr, s[0], s[1], s[2], 0, true};
     }
 
+    // Queries of a row under one key/value head.
+    int64_t queries_of(int64_t row) const {
+        return (problem.query_counts ? problem.query_counts[row] : problem.queries) *
+               (problem.heads / problem.kv_heads);
+    }
     // An estimate of a row's work under one key/value head, in products of a query and a key.
     double work(int64_t row) const {
-        const double queries = problem.query_counts ? problem.query_counts[row] : problem.queries;
-        const double keys = problem.key_counts[row];
-        const double q_per_kv = problem.heads / problem.kv_heads;
+        const double queries = static_cast<double>(queries_of(row)), keys = problem.key_counts[row];
         constexpr double kOverhead = 16;  // cost of a token beside the products, in keys
-        return queries * q_per_kv * (keys + kOverhead) + keys * kOverhead + kOverhead;
+        return queries * (keys + kOverhead) + keys * kOverhead + kOverhead;
     }
 
   private:
@@ -109,6 +113,10 @@ class Call {
     int64_t query_tokens_;  // packed queries, including the tail
 };
 
+int64_t bytes_of(const TensorView& x) {
+    return x.size() * x.raw_type.bits / 8;
+}
+
 // Queries that no row holds see no key, so their log-sum-exp is -inf.
 template <typename A>
 void fill_lse_gaps(const Rows& rows, const TensorView& lse) {
@@ -119,16 +127,19 @@ void fill_lse_gaps(const Rows& rows, const TensorView& lse) {
 }
 
 // The tasks for threads. A row group under all heads, which lie side by side in memory, is one task. The heads of a
-// heavy group become tasks of their own, and so do shards of a row with too much work for one thread. No choice made
-// here changes a result's bits.
+// heavy group become tasks of their own, and so do shards of a row with too much work for one thread. Heads of rows of
+// few queries, which are read together, only where threads would be idle. No choice made here changes a result's bits.
 std::vector<AttentionTask> make_tasks(const Call& call, const RowGroups& groups, int64_t threads, bool may_shard) {
     constexpr double kHeavy = 1.0 / 64;
     const AttentionProblem& p = call.problem;
+    const double heavy_of_few = std::max(kHeavy, 0.25 / static_cast<double>(threads));
     const double half_a_thread = groups.total() * static_cast<double>(p.kv_heads) / static_cast<double>(2 * threads);
     std::vector<AttentionTask> tasks;
     for (int64_t i = 0; i < groups.count(); ++i) {
         const int64_t group = groups.scheduled(i), first = groups.bound(group), last = groups.bound(group + 1);
-        const bool heavy = groups.work(group) > kHeavy * groups.total();
+        bool few = true;
+        for (int64_t row = first; row < last; ++row) few = few && call.queries_of(row) <= kFewQueries;
+        const bool heavy = groups.work(group) > (few ? heavy_of_few : kHeavy) * groups.total();
         const bool sharded = may_shard && threads > 1 && last - first == 1 && groups.work(group) > half_a_thread;
         const int64_t shards = sharded ? kernels(call.dtype()).attention_shards(p, first) : 1;
         for (int64_t head = 0, heads = heavy ? 1 : p.kv_heads; head < p.kv_heads; head += heads)
@@ -317,6 +328,7 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
         advise_huge_pages(*grads.grad_v);
         zero_gaps(call.keys(), *grads.grad_v);
     }
+    p.stream_key_grads = exceed_caches(bytes_of(grads.grad_k) + (grads.grad_v ? bytes_of(*grads.grad_v) : 0));
     p.shared_queries = in.layout == QueryLayout::shared;
     const RowGroups groups = backward_groups(call, p.shared_queries || in.gate);
     const std::vector<int64_t> row_groups = groups.by_row();

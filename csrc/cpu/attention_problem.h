@@ -9,6 +9,9 @@
 
 namespace interformer {
 
+// Rows of so few queries under one key/value head are computed under all heads at once.
+constexpr int64_t kFewQueries = 8;
+
 struct AttentionProblem {
     int64_t rows = 0, heads = 0, kv_heads = 0, head_size = 0, value_size = 0;
     const int64_t* query_begins = nullptr;  // packed queries: spans of the rows; null: each row has `queries`
@@ -36,6 +39,7 @@ struct AttentionProblem {
     bool gate_summed = false;             // strides of 0 in `grad_gate` sum over an axis
     int64_t gate_channels = 0;            // 1 or value_size
     const int64_t* row_groups = nullptr;  // the group of each row
+    bool stream_key_grads = false;        // grad_k and grad_v exceed the caches
     // Numbers between the sums of two row groups; 0: no sum over rows.
     int64_t grad_q_group_stride = 0, grad_gate_group_stride = 0;
 };

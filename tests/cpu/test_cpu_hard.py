@@ -254,3 +254,44 @@ def compare_with_truth(op: str, inputs: dict[str, Any]) -> None:
     actual, expected = results(op, inputs), truth(op, inputs)
     for name, x in actual.items():
         torch.testing.assert_close(x, expected[name], msg=lambda text, name=name: f"{op} {name}: {text}")
+
+
+# ---------------------------------------------------------------- softmax over several blocks of keys
+
+
+def plant_scores(k: Tensor, kind: str, places: Tensor) -> None:
+    """Makes scores of the first channel's queries infinite or NaN at two keys, or -inf at all of them."""
+    infinite = torch.zeros_like(k[0])
+    infinite[0] = math.inf
+    if kind in {"inf", "inf and nan"}:
+        k[places[0]] = infinite
+    if kind in {"nan", "inf and nan"}:
+        k[places[1], 0] = math.nan
+    if kind == "-inf":
+        k[:] = -infinite
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", ["none", "inf", "nan", "inf and nan", "-inf"])
+def test_scores_that_are_not_finite_in_any_block_of_keys(kind: str, dtype: torch.dtype) -> None:
+    """The blocks of the forward's online softmax give the maximum, the sum and NaNs of the whole row."""
+    n = 300
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    masks: tuple[dict[str, Any], ...] = (
+        {},
+        {"causal": True},
+        {"window": (20, 5)},
+        {"window": (50, 0), "num_prefix": 3},
+    )
+    for seed, mask in enumerate(masks):
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v = (torch.randn(n, 2, 16, generator=generator).to(dtype) for _ in range(3))
+        q[:, :, 0] = q[:, :, 0].abs() + 0.5
+        plant_scores(k[:, 0], kind, torch.randint(n, (2,), generator=generator))
+        arguments = {"offsets": offsets_of((n,)), "return_lse": True, **mask}
+        out, lse = ik.jagged_attention(q, k, v, backend="cpu", **arguments)
+        wide = ik.jagged_attention(q.double(), k.double(), v.double(), backend="reference", **arguments)
+        for actual, expected in zip((out, lse), wide, strict=True):
+            torch.testing.assert_close(
+                actual.double(), expected, rtol=tolerance, atol=2 * tolerance, equal_nan=True, msg=f"{mask}"
+            )

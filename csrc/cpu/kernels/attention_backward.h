@@ -89,6 +89,7 @@ class AttentionBackward {
         const AttentionBackward backward(p, p.row_groups[task.first_row], memory);
         for_each_row(task, backward.few_queries_,
                      [&](int64_t row, int64_t kv_head) { backward.run_row(row, kv_head, task); });
+        backward.few_queries_.finish_task();
     }
 
     static int64_t shards(const AttentionProblem& p, int64_t row) {

@@ -20,16 +20,17 @@ struct QueryPlace {
     }
 };
 
-// Divides weighted sums of values. The mean of finite values is finite, but its rounding may overflow; the sum, about
-// half as large, then is finite and tells this case from values that are infinite.
+// Divides weighted sums of values, `channels` padded to whole vectors. The mean of finite values is finite, but its
+// rounding may overflow; the sum, about half as large, then is finite and tells this case from values that are
+// infinite.
 template <typename T>
 inline void normalise(Acc<T>* attn_out, int64_t channels, Acc<T> inv_row_sum) {
     using A = Acc<T>;
-    constexpr A kLargest = largest_number<T>;
-    for (int64_t c = 0; c < channels; ++c) {
-        const A sum = attn_out[c], mean = sum * inv_row_sum;
-        const A below = mean > kLargest && sum <= kLargest ? kLargest : mean;
-        attn_out[c] = below < -kLargest && sum >= -kLargest ? -kLargest : below;
+    const Vector<A> largest = Vector<A>{} + largest_number<T>;
+    for (int64_t c = 0; c < channels; c += kLanes<A>) {
+        const Vector<A> sum = load_vector(attn_out + c), mean = sum * inv_row_sum;
+        const Vector<A> below = (mean > largest) & (sum <= largest) ? largest : mean;
+        store_vector(attn_out + c, (below < -largest) & (sum >= -largest) ? -largest : below);
     }
 }
 
@@ -75,6 +76,9 @@ class EpilogueBackward {
     // `row_group` is where sums over rows are kept; `scratch` is memory for two heads' values.
     EpilogueBackward(const AttentionProblem& problem, int64_t row_group, A* scratch)
         : p_(problem), row_group_(row_group), attn_out_(scratch), gate_(scratch + problem.value_size) {}
+
+    // Whether `grad_attn_out` only widens.
+    bool is_plain() const { return !p_.gate.given && p_.variant.post_scale == 1; }
 
     // From grad_out to the gradients of attn_out, times the factor of probabilities, and of the gate.
     void grad_attn_out(const QueryPlace& query, A* grad) const {

@@ -16,18 +16,18 @@ class AttentionForward {
     }
 
     static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
-        const AttentionForward forward(p, memory);
+        AttentionForward forward(p, memory);
         for_each_row(task, forward.few_queries_,
-                     [&](int64_t row, int64_t kv_head) { forward.query_lanes_.run_row(row, kv_head, task.shard); });
+                     [&](int64_t row, int64_t kv_head) { forward.query_lanes_.run_row(task, row, kv_head); });
     }
 
   private:
     AttentionForward(const AttentionProblem& problem, void* memory)
         : few_queries_(problem, memory), query_lanes_(problem, memory) {}
 
-    // Both in the same memory: a thread computes one row at a time.
+    // In the same memory: a thread computes one row at a time.
     const FewQueriesForward<T> few_queries_;
-    const QueryLanesForward<T> query_lanes_;
+    QueryLanesForward<T> query_lanes_;
 };
 
 INTERFORMER_ISA_END

@@ -1,7 +1,7 @@
 // One row of the batch under one key/value head, as the forward and the backward of attention share it.
 //
-// Queries are taken in blocks. The scores of a block are kept for all keys of the row at once, [block, keys], so the
-// softmax needs no online update whatever the row's length, and the backward computes the scores only once.
+// The backward takes queries in blocks. The scores of a block are kept for all keys of the row at once, [block, keys],
+// so the softmax needs no online update whatever the row's length, and scores are computed only once.
 #pragma once
 
 #include "cpu/kernel_table.h"
@@ -81,6 +81,7 @@ class AttentionRow {
 
     const ScoreVariant<T>& variant() const { return variant_; }
     int64_t keys() const { return row_.keys; }
+    int64_t kv_head() const { return row_.kv_head; }
     int64_t queries() const { return queries_; }  // over all heads
     int64_t block() const { return block_; }      // queries of a block
     int64_t shard() const { return shard_; }      // queries of a shard
@@ -127,17 +128,18 @@ class AttentionRow {
         return {copy, stride};
     }
 
-    // The same tokens, of `channels` padded channels, as operands of sums over tokens.
+    // The same tokens as operands of sums over tokens, of whole vectors of channels.
     Matrix<const X> tokens_along_rows(Matrix<const S> tokens, const ColumnRanges& ranges, int64_t channels,
                                       X* copy) const {
         if constexpr (std::is_same_v<X, S>) {
             return tokens;
         } else {
+            const int64_t stride = round_up(channels, kLanes<X>);
             for (int i = 0; i < ranges.n; ++i) {
                 const int64_t begin = ranges.r[i].begin, end = min(ranges.r[i].end, row_.keys);
-                along_rows<X>(tokens.from(begin), end - begin, channels, copy + operands<X>(begin) * channels);
+                along_rows<X>(tokens.from(begin), end - begin, channels, copy + operands<X>(begin) * stride);
             }
-            return {copy, channels};
+            return {copy, stride};
         }
     }
 

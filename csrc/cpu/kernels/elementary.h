@@ -58,7 +58,7 @@ inline Vector<double> exponential(Vector<double> x) {
 // 2^(x - down) for x <= 0 and a small `down` >= 0, as the softmax needs it; 0 below 2^-126. x = n + r with |r| <= 1/2;
 // 2^r is the minimax polynomial 1 + r q(r) (relative error 2e-9, computed with float64); 2^(n - down) comes from the
 // exponent's bits, so that `down` costs no rounding. A NaN stays NaN.
-inline Vector<float> power_of_two(Vector<float> x, int down) {
+INTERFORMER_INLINE Vector<float> power_of_two(Vector<float> x, int down) {
     const Vector<float> shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which its last bits hold
     const Vector<float> r = x - (shifted - 12582912.0f);
     Vector<float> q = Vector<float>{} + 0.00015353362f;
@@ -80,10 +80,47 @@ inline Vector<double> power_of_two(Vector<double> x, int down) {
     return x * exp2_of<double>(-down);
 }
 
+// `power_of_two` with a fixed `down`, for loops over many vectors. AVX-512 rounds to an integer and scales by a power
+// of two in an instruction each; `down` lies in the polynomial's coefficients.
+template <typename A>
+class PowerOfTwo {
+  public:
+    explicit PowerOfTwo(int down) : down_(down) {}
+    INTERFORMER_INLINE Vector<A> operator()(Vector<A> x) const { return power_of_two(x, down_); }
+
+  private:
+    int down_;
+};
+#ifdef __AVX512F__
+template <>
+class PowerOfTwo<float> {
+  public:
+    explicit PowerOfTwo(int down) : least_(Vector<float>{} + static_cast<float>(down - 126)) {
+        constexpr float kCoefficients[] = {
+            0.00015353362f, 0.00133988739f, 0.00961843692f, 0.0555033237f, 0.240226477f, 0.693147182f, 1.0f};
+        const float scale = exp2_of<float>(-down);
+        for (int i = 0; i < kTerms; ++i) coefficients_[i] = Vector<float>{} + kCoefficients[i] * scale;
+    }
+    INTERFORMER_INLINE Vector<float> operator()(Vector<float> x) const {
+        constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        const Vector<float> n = _mm512_maskz_roundscale_ps(0xffff, x, kNearest), r = x - n;
+        Vector<float> power = coefficients_[0];
+#pragma GCC unroll 8
+        for (int i = 1; i < kTerms; ++i) power = power * r + coefficients_[i];
+        // Smaller results would be subnormal numbers, which cost a hundred times as much.
+        return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, least_, _CMP_NLT_UQ), power, n);
+    }
+
+  private:
+    static constexpr int kTerms = 7;
+    Vector<float> coefficients_[kTerms], least_;
+};
+#endif
+
 // The natural logarithm of x >= 1 (the row_sum of a softmax). A NaN stays NaN; the result for 0 has no meaning.
 // x = 2^e m with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh t with t = (m - 1) / (m + 1), by its series (remainder
 // below 1e-9).
-inline Vector<float> logarithm(Vector<float> x) {
+INTERFORMER_INLINE Vector<float> logarithm(Vector<float> x) {
     Vector<uint32_t> bits;  // unsigned, since it wraps for numbers below 1
     std::memcpy(&bits, &x, sizeof bits);
     const Vector<int32_t> exponent = (Vector<int32_t>)(bits - 0x3f3504f3u) >> 23;  // of x / sqrt(1/2)

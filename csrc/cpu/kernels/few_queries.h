@@ -10,7 +10,6 @@
 
 INTERFORMER_ISA_BEGIN
 
-constexpr int64_t kFewQueries = 8;   // queries of a row under one key/value head
 constexpr int64_t kFewUnits = 32;    // units of a row that are computed together
 constexpr int64_t kTokenBlock = 48;  // tokens whose scores are computed before their values are read
 
@@ -59,6 +58,18 @@ struct UnitNumbers {
 
     A* of_unit(int64_t unit) const { return data + unit / kGroup<A> * stride + unit % kGroup<A>; }
     UnitNumbers from(int64_t token) const { return {data + token * kGroup<A>, stride}; }
+};
+
+// Tokens that are soon read, as many bytes each, `stride` bytes apart: with each token of a pass one of them is fetched
+// to the second level of cache. Without data none is.
+struct TokensAhead {
+    const char* data = nullptr;
+    int64_t stride = 0, bytes = 0;
+
+    INTERFORMER_INLINE void fetch(int64_t t) const {
+        if (data != nullptr)
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + t * stride + i, 0, 2);
+    }
 };
 
 // ---------------------------------------------------------------- sums of lanes
@@ -134,18 +145,19 @@ class TokenDots {
   public:
     using A = Acc<E>;
 
-    TokenDots(const Units& units, int64_t channels) : units_(units), channels_(channels) {}
+    TokenDots(const Units& units, const Channels<A>& channels) : units_(units), channels_(channels) {}
 
-    void operator()(HeadTokens<const E> tokens, int64_t count, const A* rows, UnitNumbers<A> to) const {
+    void operator()(const HeadTokens<const E>& tokens, int64_t count, const A* rows, UnitNumbers<A> to,
+                    const TokensAhead& ahead = {}) const {
         A joined[kFewUnits / G * kTokenBlock * W];
         if (channels_.tail == 0 && channels_.vectors == 1)
-            products<1>(tokens, count, rows, joined);
+            products<1>(tokens, count, rows, joined, ahead);
         else if (channels_.tail == 0 && channels_.vectors == 2)
-            products<2>(tokens, count, rows, joined);
+            products<2>(tokens, count, rows, joined, ahead);
         else if (channels_.tail == 0 && channels_.vectors == 4 && W == 16)
-            products<4>(tokens, count, rows, joined);
+            products<4>(tokens, count, rows, joined, ahead);
         else
-            products<0>(tokens, count, rows, joined);
+            products<0>(tokens, count, rows, joined, ahead);
         for (int64_t group = 0; group < units_.groups<A>(); ++group) {
             A* sums = joined + group * kTokenBlock * W;
             for (int64_t t = count; t % kVectorTokens<A> != 0; ++t) store_vector(sums + t * W, Vector<A>{});
@@ -159,22 +171,27 @@ class TokenDots {
 
     // C: vectors of a head; 0: any number, and a tail.
     template <int C>
-    void products(HeadTokens<const E> tokens, int64_t count, const A* rows, A* joined) const {
+    void products(const HeadTokens<const E>& tokens, int64_t count, const A* rows, A* joined,
+                  const TokensAhead& ahead) const {
         if (C > 0 && units_.heads % G == 0)
-            for (int64_t t = 0; t < count; ++t) whole_groups<C>(tokens.from(t), rows, joined + t * W);
+            for (int64_t t = 0; t < count; ++t) {
+                ahead.fetch(t);
+                whole_groups<C>(tokens.data + t * tokens.token, tokens.head, rows, joined + t * W);
+            }
         else
-            for (int64_t t = 0; t < count; ++t) any_groups<C>(tokens.from(t), rows, joined + t * W);
+            for (int64_t t = 0; t < count; ++t)
+                any_groups<C>(tokens.data + t * tokens.token, tokens.head, rows, joined + t * W);
     }
 
     // Groups are heads that lie side by side, under one query.
     template <int C>
-    INTERFORMER_INLINE void whole_groups(HeadTokens<const E> token, const A* rows, A* joined) const {
+    INTERFORMER_INLINE void whole_groups(const E* token, int64_t head_stride, const A* rows, A* joined) const {
         for (int64_t head = 0; head < units_.heads; head += G) {
             Vector<A> x[G][C + 1];
 #pragma GCC unroll 4
             for (int i = 0; i < G; ++i)
 #pragma GCC unroll 4
-                for (int c = 0; c < C; ++c) x[i][c] = load_wide(token.data + (head + i) * token.head + c * W);
+                for (int c = 0; c < C; ++c) x[i][c] = load_wide(token + (head + i) * head_stride + c * W);
             for (int64_t query = 0; query < units_.queries; ++query) {
                 const int64_t unit = query * units_.heads + head;
                 Vector<A> sums[G];
@@ -191,14 +208,14 @@ class TokenDots {
     }
 
     template <int C>
-    INTERFORMER_INLINE void any_groups(HeadTokens<const E> token, const A* rows, A* joined) const {
+    INTERFORMER_INLINE void any_groups(const E* token, int64_t head_stride, const A* rows, A* joined) const {
         const int64_t padded = channels_.padded();
         int64_t head = 0;
         for (int64_t unit = 0; unit < units_.count(); unit += G) {
             Vector<A> sums[G];
 #pragma GCC unroll 4
             for (int i = 0; i < G; ++i) {
-                sums[i] = product<C>(token.data + head * token.head, rows + (unit + i) * padded);
+                sums[i] = product<C>(token + head * head_stride, rows + (unit + i) * padded);
                 if (++head == units_.heads) head = 0;
             }
             store_vector(joined + unit / G * kTokenBlock * W, join_group<A>(sums));
@@ -216,8 +233,8 @@ class TokenDots {
         return sum;
     }
 
-    Units units_;
-    Channels<A> channels_;
+    const Units& units_;
+    const Channels<A>& channels_;
 };
 
 // ---------------------------------------------------------------- weighted sums of tokens
@@ -229,9 +246,9 @@ class WeightedTokens {
   public:
     using A = Acc<E>;
 
-    WeightedTokens(const Units& units, int64_t channels) : units_(units), channels_(channels) {}
+    WeightedTokens(const Units& units, const Channels<A>& channels) : units_(units), channels_(channels) {}
 
-    void operator()(UnitNumbers<const A> weights, HeadTokens<const E> tokens, int64_t count, A* sums, bool add,
+    void operator()(UnitNumbers<const A> weights, const HeadTokens<const E>& tokens, int64_t count, A* sums, bool add,
                     const A* factors = nullptr) const {
         const Call call{weights, tokens, count, sums, add, factors};
         if (units_.heads % kGroup<A> == 0)
@@ -248,7 +265,7 @@ class WeightedTokens {
 
     struct Call {
         UnitNumbers<const A> weights;
-        HeadTokens<const E> tokens;
+        const HeadTokens<const E>& tokens;
         int64_t count;
         A* sums;
         bool add;
@@ -316,8 +333,8 @@ class WeightedTokens {
             }
     }
 
-    Units units_;
-    Channels<A> channels_;
+    const Units& units_;
+    const Channels<A>& channels_;
 };
 
 // ---------------------------------------------------------------- outer products
@@ -336,60 +353,83 @@ class OuterProducts {
   public:
     using A = Acc<E>;
 
-    OuterProducts(const Units& units, int64_t channels) : units_(units), channels_(channels) {}
+    // `stream`: past the caches. Then the addresses of all vectors must be multiples of their bytes.
+    OuterProducts(const Units& units, const Channels<A>& channels, bool stream = false)
+        : units_(units), channels_(channels), stream_(stream && channels.tail == 0 && channels.vectors <= 2) {}
 
-    void operator()(const UnitRows<A>& terms, const UnitRows<A>* more, int64_t count, HeadTokens<E> to) const {
+    void operator()(const UnitRows<A>& terms, const UnitRows<A>* more, int64_t count, const HeadTokens<E>& to,
+                    const TokensAhead& ahead = {}) const {
+        const Call call{terms, more, count, to, ahead};
         if (units_.heads % G == 0)
-            all_tokens<G>(terms, more, count, to);
+            all_tokens<G>(call);
         else
-            all_tokens<1>(terms, more, count, to);
+            all_tokens<1>(call);
     }
 
   private:
     static constexpr int64_t G = kGroup<A>, W = kLanes<A>;
 
+    struct Call {
+        const UnitRows<A>& terms;
+        const UnitRows<A>* more;
+        int64_t count;
+        const HeadTokens<E>& to;
+        const TokensAhead& ahead;
+    };
+
     template <int Heads>
-    void all_tokens(const UnitRows<A>& terms, const UnitRows<A>* more, int64_t count, HeadTokens<E> to) const {
+    void all_tokens(const Call& call) const {
         if (channels_.tail == 0 && channels_.vectors == 1)
-            tokens<Heads, 1>(terms, more, count, to);
+            stream_ ? tokens<Heads, 1, true>(call) : tokens<Heads, 1, false>(call);
         else if (channels_.tail == 0 && channels_.vectors == 2)
-            tokens<Heads, 2>(terms, more, count, to);
+            stream_ ? tokens<Heads, 2, true>(call) : tokens<Heads, 2, false>(call);
         else
-            tokens<Heads, 0>(terms, more, count, to);
+            tokens<Heads, 0, false>(call);
     }
 
     // C: vectors of a head; 0: any number, and a tail.
-    template <int Heads, int C>
-    void tokens(const UnitRows<A>& terms, const UnitRows<A>* more, int64_t count, HeadTokens<E> to) const {
-        for (int64_t t = 0; t < count; ++t)
+    template <int Heads, int C, bool Stream>
+    void tokens(const Call& call) const {
+        const HeadTokens<E>& to = call.to;
+        for (int64_t t = 0; t < call.count; ++t) {
+            call.ahead.fetch(t);
             for (int64_t head = 0; head < units_.heads; head += Heads) {
                 E* first = to.data + t * to.token + head * to.head;
                 if constexpr (C > 0) {
-                    tile<Heads, C>(terms, more, t, head, 0,
-                                   [&](int h, int c, Vector<A> sum) { store_wide(first + h * to.head + c * W, sum); });
-                } else {
-                    for (int64_t c = 0; c < channels_.vectors; ++c)
-                        tile<Heads, 1>(terms, more, t, head, c, [&](int h, int, Vector<A> sum) {
+                    tile<Heads, C>(call, t, head, 0, [&](int h, int c, Vector<A> sum) {
+                        if constexpr (Stream)
+                            stream_wide(first + h * to.head + c * W, sum);
+                        else
                             store_wide(first + h * to.head + c * W, sum);
-                        });
-                    const int64_t whole = channels_.vectors;
-                    if (channels_.tail > 0)
-                        tile<Heads, 1>(terms, more, t, head, whole, [&](int h, int, Vector<A> sum) {
-                            store_first(first + h * to.head + whole * W, channels_.tail, sum);
-                        });
+                    });
+                } else {
+                    any_channels<Heads>(call, t, head, first);
                 }
             }
+        }
+    }
+
+    template <int Heads>
+    void any_channels(const Call& call, int64_t t, int64_t head, E* first) const {
+        const int64_t whole = channels_.vectors, stride = call.to.head;
+        for (int64_t c = 0; c < whole; ++c)
+            tile<Heads, 1>(call, t, head, c,
+                           [&](int h, int, Vector<A> sum) { store_wide(first + h * stride + c * W, sum); });
+        if (channels_.tail > 0)
+            tile<Heads, 1>(call, t, head, whole, [&](int h, int, Vector<A> sum) {
+                store_first(first + h * stride + whole * W, channels_.tail, sum);
+            });
     }
 
     template <int Heads, int C, typename Store>
-    INTERFORMER_INLINE void tile(const UnitRows<A>& terms, const UnitRows<A>* more, int64_t t, int64_t head, int64_t c,
-                                 Store&& store) const {
+    INTERFORMER_INLINE void tile(const Call& call, int64_t t, int64_t head, int64_t c, Store&& store) const {
         Vector<A> sums[Heads][C];
-        add<Heads, C, true>(terms, t, head, c, 0, sums);
-        for (int64_t query = 1; query < units_.queries; ++query) add<Heads, C, false>(terms, t, head, c, query, sums);
-        if (more)
+        add<Heads, C, true>(call.terms, t, head, c, 0, sums);
+        for (int64_t query = 1; query < units_.queries; ++query)
+            add<Heads, C, false>(call.terms, t, head, c, query, sums);
+        if (call.more)
             for (int64_t query = 0; query < units_.queries; ++query)
-                add<Heads, C, false>(*more, t, head, c, query, sums);
+                add<Heads, C, false>(*call.more, t, head, c, query, sums);
 #pragma GCC unroll 4
         for (int h = 0; h < Heads; ++h)
 #pragma GCC unroll 4
@@ -411,8 +451,9 @@ class OuterProducts {
             }
     }
 
-    Units units_;
-    Channels<A> channels_;
+    const Units& units_;
+    const Channels<A>& channels_;
+    const bool stream_;
 };
 
 INTERFORMER_ISA_END

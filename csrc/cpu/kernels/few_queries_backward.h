@@ -16,6 +16,9 @@ class FewQueriesBackward {
 
     int64_t bytes() const { return bytes_; }
     bool serves(int64_t row) const { return shared_.serves(row); }
+    void finish_task() const {
+        if (stream_) finish_streams();
+    }
 
     void run_row(int64_t row, int64_t first_head, int64_t last_head) const {
         shared_.for_heads(row, first_head, last_head,
@@ -35,75 +38,102 @@ class FewQueriesBackward {
           grad_q_(arena.allocate<A>(kFewUnits * shared_.head.padded())),
           rotated_grads_(arena.allocate<A>(problem.rope.cos ? kTokenBlock * kFewUnits * shared_.head.padded() : 0)),
           epilogue_(problem, row_group, arena.allocate<A>(2 * problem.value_size)),
+          stream_(problem.stream_key_grads && may_stream(problem.grad_k) &&
+                  (problem.v_is_k || may_stream(problem.grad_v))),
           bytes_(arena.bytes()) {}
+
+    // Whether vectors of elements lie at multiples of their size.
+    static bool may_stream(const RowTensor& x) {
+        constexpr int64_t kBytes = kLanes<A> * sizeof(T), kSize = sizeof(T);
+        return reinterpret_cast<uintptr_t>(x.data) % kBytes == 0 && x.token * kSize % kBytes == 0 &&
+               x.head * kSize % kBytes == 0;
+    }
 
     void run_heads(const Row& row) const {
         const Units& units = row.units();
         if (units.queries == 0) return zero_gradients(row);
         const A* queries = row.queries();
-        read_grad_out(row);
+        const A* grad_attn_out = read_grad_out(row);
         const UnitNumbers<A> probs{probs_, row_stride_}, d_probs{d_probs_, row_stride_};
         const HeadTokens<const T> values = read_only(row.tokens(p_.v));
-        row.for_key_blocks(0, row.keys(), [&](auto keys, int64_t first, int64_t count) {
-            dots(units, p_.head_size, keys, count, queries, probs.from(first));
+        row.for_key_blocks(0, row.keys(), [&](const auto& keys, int64_t first, int64_t count) {
+            dots(units, shared_.head, keys, count, queries, probs.from(first));
             if (p_.v_is_k)
-                dots(units, p_.value_size, keys, count, grad_attn_out_, d_probs.from(first));
+                dots(units, shared_.value, keys, count, grad_attn_out, d_probs.from(first));
             else
-                dots(units, p_.value_size, values.from(first), count, grad_attn_out_, d_probs.from(first));
+                dots(units, shared_.value, values.from(first), count, grad_attn_out, d_probs.from(first));
         });
-        FewQueryScores<T> scores(p_, row.variant(), units, shared_.q_per_kv);
+        FewQueryScores<T> scores(p_, row.variant(), units);
         scores.scores_to_probs_and_d_scores(row.keys(), probs, d_probs);
-        write_gradients(row, {{d_probs_, row_stride_}, queries}, {{probs_, row_stride_}, grad_attn_out_});
+        write_gradients(row, {{d_probs_, row_stride_}, queries}, {{probs_, row_stride_}, grad_attn_out});
     }
 
     template <typename E>
-    static void dots(const Units& units, int64_t channels, HeadTokens<const E> tokens, int64_t count, const A* rows,
-                     UnitNumbers<A> to) {
+    static void dots(const Units& units, const Channels<A>& channels, const HeadTokens<const E>& tokens, int64_t count,
+                     const A* rows, UnitNumbers<A> to) {
         TokenDots<E>(units, channels)(tokens, count, rows, to);
     }
 
     // The gradients of attn_out, padded like the queries.
-    void read_grad_out(const Row& row) const {
+    const A* read_grad_out(const Row& row) const {
+        if (epilogue_.is_plain() && row.side_by_side(p_.grad_out, p_.value_size))
+            return row.rows_of(p_.grad_out, p_.value_size, grad_attn_out_);
         const int64_t padded = shared_.value.padded();
         A* to = grad_attn_out_;
-        row.for_units([&](int64_t, const QueryPlace& query, int64_t) {
+        row.for_units([&](int64_t, const QueryPlace& query) {
             epilogue_.grad_attn_out(query, to);
             fill(to + p_.value_size, padded - p_.value_size, A(0));
             to += padded;
         });
-        fill(to, (row.units().template groups<A>() * kGroup<A> - row.units().count()) * padded, A(0));
+        return row.zero_padded(grad_attn_out_, padded);
     }
 
     // One more pass over the keys: gradients of the queries are sums over them, those of keys and values are written.
     void write_gradients(const Row& row, const UnitRows<A>& d_scores, const UnitRows<A>& probs) const {
         const HeadTokens<T> grad_k = row.tokens(p_.grad_k), grad_v = row.tokens(p_.v_is_k ? p_.grad_k : p_.grad_v);
-        row.for_key_blocks(0, row.keys(), [&](auto keys, int64_t first, int64_t count) {
+        row.for_key_blocks(0, row.keys(), [&](const auto& keys, int64_t first, int64_t count) {
             const UnitRows<A> d_scores_here{d_scores.numbers.from(first), d_scores.rows};
             const UnitRows<A> probs_here{probs.numbers.from(first), probs.rows};
             add_grad_q(row.units(), d_scores_here.numbers, keys, count, first > 0);
             write_grad_k(row, d_scores_here, p_.v_is_k ? &probs_here : nullptr, first, count, grad_k.from(first));
             if (!p_.v_is_k)
-                OuterProducts<T>(row.units(), p_.value_size)(probs_here, nullptr, count, grad_v.from(first));
+                OuterProducts<T>(row.units(), shared_.value, stream_)(probs_here, nullptr, count, grad_v.from(first),
+                                                                      next_row(row, p_.v, shared_.value, first));
         });
         const int64_t padded = shared_.head.padded();
         if (row.keys() == 0) fill(grad_q_, row.units().count() * padded, A(0));
-        row.for_units([&](int64_t unit, const QueryPlace& query, int64_t r) {
-            epilogue_.write_grad_q(query, row.query_position(r), row.variant().query_sign(), grad_q_ + unit * padded);
+        if (shared_.plain_queries && !p_.shared_queries && row.side_by_side(p_.grad_q, p_.head_size))
+            return narrow(grad_q_, row.units().count() * padded, row.first_unit(0).template at<T>(p_.grad_q));
+        row.for_units([&](int64_t unit, const QueryPlace& query) {
+            epilogue_.write_grad_q(query, row.query_position(query.token), row.variant().query_sign(),
+                                   grad_q_ + unit * padded);
         });
     }
 
+    // The tokens of the next row, which lie behind this one's, from a token on: where gradients leave the caches, so
+    // does what is read, and computing leaves time to fetch it.
+    TokensAhead next_row(const Row& row, const RowTensor& x, const Channels<A>& channels, int64_t first) const {
+        constexpr int64_t kMostKeys = 256;  // the next row stays in the second level of cache
+        if (!stream_ || row.keys() > kMostKeys || x.head * x.channel != channels.vectors * kLanes<A>) return {};
+        const HeadTokens<T> next = row.tokens(x).from(row.keys() + first);
+        return {reinterpret_cast<const char*>(next.data), x.token * static_cast<int64_t>(sizeof(T)),
+                row.units().heads * x.head * static_cast<int64_t>(sizeof(T))};
+    }
+
     template <typename E>
-    void add_grad_q(const Units& units, UnitNumbers<const A> d_scores, HeadTokens<const E> keys, int64_t count,
+    void add_grad_q(const Units& units, UnitNumbers<const A> d_scores, const HeadTokens<const E>& keys, int64_t count,
                     bool add) const {
-        WeightedTokens<E>(units, p_.head_size)(d_scores, keys, count, grad_q_, add);
+        WeightedTokens<E>(units, shared_.head)(d_scores, keys, count, grad_q_, add);
     }
 
     // Gradients of keys [first, first + count), rotated back.
     void write_grad_k(const Row& row, const UnitRows<A>& terms, const UnitRows<A>* more, int64_t first, int64_t count,
-                      HeadTokens<T> to) const {
-        if (!p_.rope.cos) return OuterProducts<T>(row.units(), p_.head_size)(terms, more, count, to);
+                      const HeadTokens<T>& to) const {
+        if (!p_.rope.cos)
+            return OuterProducts<T>(row.units(), shared_.head, stream_)(terms, more, count, to,
+                                                                        next_row(row, p_.k, shared_.head, first));
         const int64_t padded = shared_.head.padded(), heads = row.units().heads;
-        OuterProducts<A>(row.units(), p_.head_size)(terms, more, count, {rotated_grads_, heads * padded, padded});
+        OuterProducts<A>(row.units(), shared_.head)(terms, more, count, {rotated_grads_, heads * padded, padded});
         A* grad = rotated_grads_;
         for (int64_t t = 0; t < count; ++t)
             for (int64_t head = 0; head < heads; ++head, grad += padded) {
@@ -117,7 +147,7 @@ class FewQueriesBackward {
         zero(row, row.tokens(p_.grad_k), p_.head_size);
         if (!p_.v_is_k) zero(row, row.tokens(p_.grad_v), p_.value_size);
     }
-    static void zero(const Row& row, HeadTokens<T> grads, int64_t channels) {
+    static void zero(const Row& row, const HeadTokens<T>& grads, int64_t channels) {
         for (int64_t j = 0; j < row.keys(); ++j)
             for (int64_t head = 0; head < row.units().heads; ++head)
                 fill(grads.from(j).data + head * grads.head, channels, T{});
@@ -128,6 +158,7 @@ class FewQueriesBackward {
     const int64_t row_stride_;
     A *probs_, *d_probs_, *grad_attn_out_, *grad_q_, *rotated_grads_;
     const EpilogueBackward<T> epilogue_;
+    const bool stream_;
     const int64_t bytes_;
 };
 

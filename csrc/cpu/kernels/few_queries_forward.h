@@ -34,13 +34,13 @@ class FewQueriesForward {
           bytes_(arena.bytes()) {}
 
     void run_heads(const Row& row) const {
-        FewQueryScores<T> scores(p_, row.variant(), row.units(), shared_.q_per_kv);
+        FewQueryScores<T> scores(p_, row.variant(), row.units());
         const A* queries = row.queries();
         const ColumnRanges ranges = row.variant().column_ranges(0, row.units().queries);
         const HeadTokens<const T> values = read_only(row.tokens(p_.v));
         for (int i = 0; i < ranges.n; ++i)
             row.for_key_blocks(ranges.r[i].begin, min(ranges.r[i].end, row.keys()),
-                               [&](auto keys, int64_t first, int64_t count) {
+                               [&](const auto& keys, int64_t first, int64_t count) {
                                    if (p_.v_is_k)
                                        add_block(row.units(), queries, scores, keys, keys, first, count);
                                    else
@@ -51,19 +51,19 @@ class FewQueriesForward {
     }
 
     template <typename K, typename V>
-    void add_block(const Units& units, const A* queries, FewQueryScores<T>& scores, HeadTokens<const K> keys,
-                   HeadTokens<const V> values, int64_t first, int64_t count) const {
+    void add_block(const Units& units, const A* queries, FewQueryScores<T>& scores, const HeadTokens<const K>& keys,
+                   const HeadTokens<const V>& values, int64_t first, int64_t count) const {
         const UnitNumbers<A> numbers{scores_, kTokenBlock * kGroup<A>};
-        TokenDots<K>(units, p_.head_size)(keys, count, queries, numbers);
+        TokenDots<K>(units, shared_.head)(keys, count, queries, numbers);
         scores.scores_to_probs(first, count, numbers);
-        WeightedTokens<V>(units, p_.value_size)({numbers.data, numbers.stride}, values, count, attn_out_, scores.add(),
+        WeightedTokens<V>(units, shared_.value)({numbers.data, numbers.stride}, values, count, attn_out_, scores.add(),
                                                 scores.factors());
     }
 
     void finish(const Row& row, FewQueryScores<T>& scores) const {
         const int64_t padded = shared_.value.padded();
         if (p_.variant.score.softmax) scores.finish(p_.lse.given);
-        row.for_units([&](int64_t unit, const QueryPlace& query, int64_t) {
+        row.for_units([&](int64_t unit, const QueryPlace& query) {
             A* sums = attn_out_ + unit * padded;
             if (p_.variant.score.softmax) {
                 normalise<T>(sums, p_.value_size, scores.inv_row_sum()[unit]);
@@ -73,7 +73,7 @@ class FewQueriesForward {
         });
         const Units& units = row.units();
         for (int64_t r = 0; heads_adjoin_ && r < units.queries; ++r)
-            epilogue_.finish(row.query(r, 0), attn_out_ + r * units.heads * padded, units.heads * padded);
+            epilogue_.finish(row.first_unit(r), attn_out_ + r * units.heads * padded, units.heads * padded);
     }
 
     const AttentionProblem& p_;

@@ -17,7 +17,7 @@ struct FewQueries {
     Channels<A> head, value;
     A* queries;  // [kFewUnits, head]; padded with zeros to whole vectors and groups
     A* rotated;  // [kTokenBlock, heads, head], where keys are rotated
-    A* scratch;  // [head]
+    bool plain_queries;
 
     FewQueries(const AttentionProblem& problem, Arena& arena)
         : p(problem),
@@ -26,7 +26,7 @@ struct FewQueries {
           value(problem.value_size) {
         queries = arena.allocate<A>(kFewUnits * head.padded());
         rotated = arena.allocate<A>(p.rope.cos ? kTokenBlock * kFewUnits * head.padded() : 0);
-        scratch = arena.allocate<A>(head.padded());
+        plain_queries = !p.rope.cos && p.variant.scale > 0;
     }
 
     int64_t queries_of(int64_t row) const { return (p.query_counts ? p.query_counts[row] : p.queries) * q_per_kv; }
@@ -35,7 +35,9 @@ struct FewQueries {
     // Calls `each(first_head, heads)` for the heads of a task in as many steps as units need.
     template <typename Each>
     void for_heads(int64_t row, int64_t first, int64_t last, Each&& each) const {
-        const int64_t step = kFewUnits / max(queries_of(row), 1);
+        const int64_t queries = queries_of(row);
+        if (queries * (last - first) <= kFewUnits) return each(first, last - first);
+        const int64_t step = kFewUnits / queries;
         for (int64_t head = first; head < last; head += step) each(head, min(step, last - head));
     }
 };
@@ -45,50 +47,71 @@ class FewQueryRow {
   public:
     using A = Acc<T>;
 
-    FewQueryRow(const FewQueries<T>& shared, int64_t row, int64_t first_head, int64_t heads)
+    INTERFORMER_INLINE FewQueryRow(const FewQueries<T>& shared, int64_t row, int64_t first_head, int64_t heads)
         : p_(shared.p),
           shared_(shared),
-          row_{row, first_head, shared.p.query_counts ? shared.p.query_counts[row] : shared.p.queries,
-               shared.p.key_counts[row], shared.q_per_kv},
-          units_{heads, row_.queries()},
-          variant_(shared.p, row_) {}
+          variant_(shared.p, {row, first_head, shared.p.query_counts ? shared.p.query_counts[row] : shared.p.queries,
+                              shared.p.key_counts[row], shared.q_per_kv}),
+          row_(variant_.row()),
+          units_{heads, row_.queries()} {}
 
     const Units& units() const { return units_; }
     const ScoreVariant<T>& variant() const { return variant_; }
     int64_t keys() const { return row_.keys; }
 
-    // The unit of query `r` under the `head`-th head of the row.
-    QueryPlace query(int64_t r, int64_t head) const {
-        return {row_.index, row_.token(r), row_.head(r) + head * row_.q_per_kv};
-    }
-    int64_t query_position(int64_t r) const {
-        return position_of(p_.positions_q, p_.query_begins ? p_.query_begins[row_.index] : 0, row_.token(r));
+    int64_t query_position(int64_t token) const {
+        return position_of(p_.positions_q, p_.query_begins ? p_.query_begins[row_.index] : 0, token);
     }
     int64_t key_position(int64_t j) const { return position_of(p_.positions_k, p_.key_begins[row_.index], j); }
 
     // Calls `each(unit, query)` for all units.
     template <typename Each>
-    void for_units(Each&& each) const {
-        for (int64_t r = 0, unit = 0; r < units_.queries; ++r)
-            for (int64_t head = 0; head < units_.heads; ++head, ++unit) each(unit, query(r, head), r);
+    INTERFORMER_INLINE void for_units(Each&& each) const {
+        int64_t unit = 0;
+        for (int64_t token = 0; token < row_.query_tokens; ++token)
+            for (int64_t i = 0; i < row_.q_per_kv; ++i)
+                for (int64_t head = 0; head < units_.heads; ++head, ++unit)
+                    each(unit, QueryPlace{row_.index, token, (row_.kv_head + head) * row_.q_per_kv + i});
+    }
+    // The first head of a query token, where heads are not grouped.
+    QueryPlace first_unit(int64_t token) const { return {row_.index, token, row_.kv_head}; }
+
+    // Whether a tensor of the queries' layout has the row's units side by side, as rows of whole vectors.
+    bool side_by_side(const RowTensor& x, int64_t channels) const {
+        return channels % kLanes<A> == 0 && row_.q_per_kv == 1 && units_.heads == p_.heads && x.channel == 1 &&
+               x.head == channels && x.token == p_.heads * channels;
+    }
+    // Those rows in place, or widened in `copy`.
+    const A* rows_of(const RowTensor& x, int64_t channels, A* copy) const {
+        const T* first = address<T>(x, row_.index, 0, row_.kv_head);
+        if constexpr (std::is_same_v<T, A>)
+            if (units_.count() % kGroup<A> == 0) return first;
+        widen(first, 1, units_.count() * channels, copy);
+        return zero_padded(copy, channels);
     }
 
     // The row's queries, rotated. Their products with keys are yet to be multiplied by `score_scale`.
     const A* queries() const {
         const int64_t channels = p_.head_size, padded = shared_.head.padded();
+        if (shared_.plain_queries && side_by_side(p_.q, channels)) return rows_of(p_.q, channels, shared_.queries);
         A* to = shared_.queries;
-        const bool unchanged = !p_.rope.cos && p_.variant.scale > 0;
-        for_units([&](int64_t, const QueryPlace& query, int64_t r) {
+        for_units([&](int64_t, const QueryPlace& query) {
             widen(query.at<T>(p_.q), p_.q.channel, channels, to);
-            if (!unchanged) {
-                if (p_.rope.cos) rotate(p_.rope, query_position(r), A(1), to);
+            if (!shared_.plain_queries) {
+                if (p_.rope.cos) rotate(p_.rope, query_position(query.token), A(1), to);
                 for (int64_t c = 0; c < channels; ++c) to[c] *= variant_.query_sign();
             }
             fill(to + channels, padded - channels, A(0));
             to += padded;
         });
-        fill(to, (units_.groups<A>() * kGroup<A> - units_.count()) * padded, A(0));
-        return shared_.queries;
+        return zero_padded(shared_.queries, padded);
+    }
+
+    // Fills the rows behind the last unit, up to a whole group.
+    const A* zero_padded(A* rows, int64_t padded) const {
+        const int64_t units = units_.count(), missing = units_.groups<A>() * kGroup<A> - units;
+        if (missing > 0) fill(rows + units * padded, missing * padded, A(0));
+        return rows;
     }
 
     // The row's tokens of a tensor with the layout of the keys.
@@ -110,7 +133,7 @@ class FewQueryRow {
     }
 
   private:
-    HeadTokens<const A> rotated(HeadTokens<const T> keys, int64_t first, int64_t count) const {
+    HeadTokens<const A> rotated(const HeadTokens<const T>& keys, int64_t first, int64_t count) const {
         const int64_t padded = shared_.head.padded();
         A* to = shared_.rotated;
         for (int64_t j = first; j < first + count; ++j)
@@ -123,9 +146,9 @@ class FewQueryRow {
 
     const AttentionProblem& p_;
     const FewQueries<T>& shared_;
-    RowOfHead row_;
-    Units units_;
-    ScoreVariant<T> variant_;
+    const ScoreVariant<T> variant_;
+    const RowOfHead& row_;
+    const Units units_;
 };
 
 INTERFORMER_ISA_END

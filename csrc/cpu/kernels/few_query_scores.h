@@ -12,8 +12,8 @@ class FewQueryScores {
   public:
     using A = Acc<T>;
 
-    FewQueryScores(const AttentionProblem& problem, const ScoreVariant<T>& variant, const Units& units,
-                   int64_t q_per_kv)
+    INTERFORMER_INLINE FewQueryScores(const AttentionProblem& problem, const ScoreVariant<T>& variant,
+                                      const Units& units)
         : p_(problem),
           variant_(variant),
           units_(units),
@@ -21,12 +21,9 @@ class FewQueryScores {
           exponent_scale_(variant.score_scale() * kLog2OfE),
           headroom_(variant.headroom()),
           groups_(units.groups<A>()),
-          masked_(problem.variant.causal || problem.variant.window_left >= 0 || problem.variant.window_right >= 0) {
+          masked_(variant.has_masks()) {
         if (masked_)
-            for (int64_t query = 0; query < units.queries; query += q_per_kv) {
-                const KeyRange range = variant.key_range(query);
-                for (int64_t i = 0; i < q_per_kv; ++i) ranges_[query + i] = range;
-            }
+            for (int64_t query = 0; query < units.queries; ++query) ranges_[query] = variant.key_range(query);
     }
 
     // Of the units, padded to whole groups, once all blocks have been mapped or `finish` was called.
@@ -128,9 +125,9 @@ class FewQueryScores {
     // 1 for units that see no key, whose sum of probabilities is 0.
     Vector<A> fully_masked(int64_t group) const {
         Vector<A> x{};
-        if (masked_ || variant_.keys() == 0)
+        if (masked_ || variant_.row().keys == 0)
             for (int64_t lane = 0; lane < W; ++lane)
-                if (variant_.keys() == 0 || ranges_[query_of(group * G + lane % G)].fully_masked()) x[lane] = 1;
+                if (variant_.row().keys == 0 || ranges_[query_of(group * G + lane % G)].fully_masked()) x[lane] = 1;
         return x;
     }
 
@@ -199,7 +196,7 @@ class FewQueryScores {
 
     const AttentionProblem& p_;
     const ScoreVariant<T>& variant_;
-    Units units_;
+    const Units& units_;
     A scale_, exponent_scale_;
     int headroom_;
     int64_t groups_, blocks_ = 0;

@@ -48,6 +48,17 @@ inline int64_t padded(int64_t channels) {
 template <typename X>
 using SumOf = std::conditional_t<std::is_same_v<X, Pair>, float, X>;
 
+// The first `count` of a vector; further lanes are 0.
+inline Vector<Pair> load_first(const Pair* from, int64_t count) {
+#ifdef __AVX512BF16__
+    return (Vector<Pair>)_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), from);
+#else
+    Vector<Pair> x{};
+    std::memcpy(&x, from, static_cast<size_t>(count) * sizeof(Pair));
+    return x;
+#endif
+}
+
 // The numbers in the high, or low, halves of pairs.
 inline Vector<float> high_numbers(Vector<Pair> pairs) {
     const Vector<Pair> bits = pairs & 0xffff0000u;
@@ -104,6 +115,14 @@ inline Scalars<X> scalars_along_columns(Matrix<const S> x) {
     return {words.data, words.stride, 1};
 }
 
+// A vector of numbers in the low halves of pairs.
+inline Vector<Pair> halves(const BFloat16* from) {
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    Halves bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return __builtin_convertvector(bits, Vector<Pair>);
+}
+
 // A matrix [rows, columns] of stored numbers to be summed along its rows: itself, or a copy whose rows are pairs of its
 // rows. A last row without a partner is paired with zeros.
 template <typename X, typename S>
@@ -115,10 +134,13 @@ inline Matrix<const X> along_rows(Matrix<const S> x, int64_t rows, int64_t colum
         for (int64_t i = 0; i < rows; i += 2) {
             const S *first = x.from(i).data, *second = first + x.stride;
             X* to = copy + i / 2 * stride;
-            if (i + 1 < rows)
-                for (int64_t c = 0; c < columns; ++c) to[c] = first[c].bits | static_cast<X>(second[c].bits) << 16;
-            else
-                for (int64_t c = 0; c < columns; ++c) to[c] = first[c].bits;
+            int64_t c = 0;
+            for (; c + kLanes<X> <= columns; c += kLanes<X>) {
+                const Vector<X> high = i + 1 < rows ? halves(second + c) << 16 : Vector<X>{};
+                store_vector(to + c, halves(first + c) | high);
+            }
+            for (; c < columns; ++c)
+                to[c] = first[c].bits | (i + 1 < rows ? static_cast<X>(second[c].bits) << 16 : X(0));
             fill(to + columns, stride - columns, X(0));
         }
         return {copy, stride};
@@ -137,6 +159,17 @@ inline Vector<Pair> rounded_bits(Vector<float> x) {
 
 inline Vector<Pair> pairs_of(Vector<float> first, Vector<float> second) {
     return rounded_bits(first) >> 16 | (rounded_bits(second) & 0xffff0000u);
+}
+
+// The same, where subnormal numbers may become 0.
+inline Vector<Pair> rounded_pairs(Vector<float> first, Vector<float> second) {
+#ifdef __AVX512BF16__
+    uint16_t lanes __attribute__((vector_size(64)));
+    for (int lane = 0; lane < 32; ++lane) lanes[lane] = static_cast<uint16_t>(lane % 2 * 16 + lane / 2);
+    return (Vector<Pair>)_mm512_permutexvar_epi16((__m512i)lanes, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+#else
+    return pairs_of(first, second);
+#endif
 }
 
 // The numbers of two vectors, one after the other, in pairs of neighbours.

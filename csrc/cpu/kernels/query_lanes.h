@@ -9,7 +9,7 @@
 
 INTERFORMER_ISA_BEGIN
 
-// The numbers of M keys at one channel. Four pointers and a stride reach 12 keys. Left alone, the compiler keeps a
+// The numbers of M keys at one channel. A pointer and a stride reach 3 keys. Left alone, the compiler keeps a
 // pointer for each, which are more than it has registers.
 template <typename X, int M>
 class KeyCursor {
@@ -108,9 +108,10 @@ inline void lane_rows(int64_t rows, Scalars a, const X* b, int64_t b_stride, int
 template <typename X, int N, typename Scalars>
 void lane_columns(Scalars a, const X* b, int64_t b_stride, int64_t rows, int64_t depth, SumOf<X>* c, int64_t c_stride,
                   bool add) {
-    for (int64_t tiles = (rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+    constexpr int64_t kRows = N == 1 ? kTileRows + kTileRows / 3 : kTileRows;
+    for (int64_t tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
         const int64_t m = tiles == 1 ? rows : (rows + tiles - 1) / tiles;
-        lane_rows<X, kTileRows, N>(m, a, b, b_stride, depth, c, c_stride, add);
+        lane_rows<X, kRows, N>(m, a, b, b_stride, depth, c, c_stride, add);
         a = a.from(m, 0);
         c += m * c_stride;
         rows -= m;
@@ -138,15 +139,26 @@ inline void lane_sums(const X* probs, Matrix<const X> values, int64_t count, int
         lane_columns<X, 1>(a, values.data + c, values.stride, count, depth, sums.data + c, sums.stride, add);
 }
 
-// Transposes a vector of queries: operand (lane i, k) of `depth` goes to `to[k * stride + i]`. `rows` are the queries,
-// of whole vectors of operands.
-template <typename X>
-inline void transpose_queries(const X* const* rows, int64_t depth, X* to, int64_t stride) {
+// A vector of operands from channels as they lie in memory; with less than a vector left (pairs only), zeros follow.
+template <typename X, typename T>
+INTERFORMER_INLINE Vector<X> load_operands(const T* channels, int64_t left) {
+    if constexpr (!std::is_same_v<X, Pair>) {
+        return load_wide(channels);
+    } else {
+        const X* words = reinterpret_cast<const X*>(channels);
+        return left < kLanes<X> ? load_first(words, left) : load_vector(words);
+    }
+}
+
+// Transposes a vector of queries: operand (lane i, k) of `depth` goes to `to[k * stride + i]`. Without pairs, `depth`
+// is a multiple of the vector.
+template <typename X, typename T>
+inline void transpose_queries(const T* const* lanes, int64_t depth, X* to, int64_t stride) {
     constexpr int64_t W = kLanes<X>;
     for (int64_t k = 0; k < depth; k += W) {
         Vector<X> square[W];
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < W; ++i) square[i] = load_vector(rows[i] + k);
+        for (int64_t i = 0; i < W; ++i) square[i] = load_operands<X>(lanes[i] + k * kNumbers<X>, depth - k);
         transpose_square<X>(square);
 #pragma GCC unroll 16
         for (int64_t i = 0; i < W; ++i) store_vector(to + (k + i) * stride, square[i]);

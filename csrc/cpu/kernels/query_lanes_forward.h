@@ -25,9 +25,17 @@ struct QueryLanesWorkspace {
     A* scores;       // [kKeys, kQueries]
     A* inv_row_sum;  // [kQueries], and likewise lse
     A* lse;
-    A* attn_out;  // [kQueries, value_stride]
-    A* scratch;   // the channels of one token
+    A* attn_out;             // [kQueries, value_stride]
+    A* scratch;              // the channels of one token
+    int64_t padded_queries;  // under a key/value head, of shared queries
     int64_t bytes;
+
+    // Whether the rows' queries are the same, and few enough to be kept transposed.
+    static bool shares_queries(const AttentionProblem& p, const Sizes<T>& sizes) {
+        constexpr int64_t kMaxNumbers = 1 << 14;
+        if (p.queries * sizes.q_per_kv <= kFewQueries) return false;
+        return !p.q.begins && p.q.row == 0 && !p.rope.cos && p.queries * p.heads * sizes.head_stride <= kMaxNumbers;
+    }
 
     QueryLanesWorkspace(const AttentionProblem& p, const Sizes<T>& sizes, void* memory) {
         Arena arena(memory);
@@ -35,7 +43,8 @@ struct QueryLanesWorkspace {
         values = p.v_is_k ? keys : arena.allocate<S>(p.max_keys * sizes.value_stride);
         value_rows = kNumbers<X> == 1 ? nullptr : arena.allocate<X>(operands<X>(p.max_keys) * sizes.value_stride);
         query_rows = arena.allocate<S>(kQueries * sizes.head_stride);
-        queries = arena.allocate<X>(operands<X>(sizes.head_stride) * kQueries);
+        padded_queries = shares_queries(p, sizes) ? round_up(p.queries * sizes.q_per_kv, kQueries) : 0;
+        queries = arena.allocate<X>(operands<X>(sizes.head_stride) * max(kQueries, padded_queries * p.kv_heads));
         scores = arena.allocate<A>(kKeys * kQueries);
         inv_row_sum = arena.allocate<A>(kQueries);
         lse = arena.allocate<A>(kQueries);
@@ -43,6 +52,75 @@ struct QueryLanesWorkspace {
         scratch = arena.allocate<A>(max(sizes.head_stride, sizes.value_stride));
         bytes = arena.bytes();
     }
+};
+
+// The addresses of successive queries of a row under one key/value head, without a division for each.
+template <typename E>
+class QueryWalk {
+  public:
+    // `first` is the address of query `r`.
+    QueryWalk(E* first, const RowTensor& x, int64_t q_per_kv, int64_t r)
+        : at_(first),
+          head_(x.head),
+          next_token_(x.token - (q_per_kv - 1) * x.head),
+          heads_(q_per_kv),
+          left_(q_per_kv == 1 ? 1 : q_per_kv - r % q_per_kv) {}
+
+    INTERFORMER_INLINE E* at() const { return at_; }
+    INTERFORMER_INLINE void advance() {
+        const bool last_head = --left_ == 0;
+        at_ += last_head ? next_token_ : head_;
+        left_ = last_head ? heads_ : left_;
+    }
+
+  private:
+    E* at_;
+    int64_t head_, next_token_, heads_, left_;
+};
+
+// Prefetches the next row to the second level of cache, a part of it with each tile of this row. Read head by head when
+// it is due, short rows would arrive at a third of the memory's rate.
+template <typename T>
+class RowAhead {
+  public:
+    // `steps` parts.
+    void begin(const AttentionProblem& p, int64_t row, int64_t steps) {
+        const int64_t queries = p.query_counts ? p.query_counts[row] : p.queries, keys = p.key_counts[row];
+        const bool shared = !p.q.begins && p.q.row == 0;
+        set(0, p.q, row, shared ? 0 : queries, p.heads * p.head_size, steps);
+        set(1, p.k, row, keys, p.kv_heads * p.head_size, steps);
+        set(2, p.v, row, p.v_is_k ? 0 : keys, p.kv_heads * p.value_size, steps);
+        set(3, p.out, row, queries, p.heads * p.value_size, steps);
+    }
+    void stop() {
+        for (Tokens& tokens : tokens_) tokens.left = 0;
+    }
+
+    // The next part of q (0), k (1), v (2) or the output (3).
+    INTERFORMER_INLINE void prefetch(int tensor) {
+        Tokens& tokens = tokens_[tensor];
+        const int64_t count = min(tokens.part, tokens.left);
+        tokens.left -= count;
+        for (int64_t i = 0; i < count; ++i, tokens.next += tokens.stride)
+            for (int64_t line = 0; line < tokens.bytes; line += 64) __builtin_prefetch(tokens.next + line, 0, 2);
+    }
+
+  private:
+    struct Tokens {
+        const char* next;
+        int64_t stride, bytes, part, left = 0;
+    };
+
+    void set(int tensor, const RowTensor& x, int64_t row, int64_t count, int64_t numbers, int64_t steps) {
+        constexpr int64_t kSize = static_cast<int64_t>(sizeof(T)), kMaxBytes = 64 << 10;
+        const int64_t bytes = numbers * kSize;
+        if (count * bytes > kMaxBytes) count = 0;  // long rows arrive in time without
+        const int64_t part = static_cast<int32_t>(count + steps - 1) / static_cast<int32_t>(steps);
+        tokens_[tensor] = {reinterpret_cast<const char*>(address<T>(x, row, 0, 0)), x.token * kSize, bytes, part,
+                           count};
+    }
+
+    Tokens tokens_[4];
 };
 
 template <typename T>
@@ -53,16 +131,25 @@ class QueryLanesForward {
     using X = Operand<T>;
 
     QueryLanesForward(const AttentionProblem& problem, void* memory)
-        : p_(problem), sizes_(problem), work_(problem, sizes_, memory), epilogue_(problem, work_.scratch) {}
+        : p_(problem),
+          sizes_(problem),
+          value_stride_(round_up(problem.value_size, kLanes<A>)),
+          work_(problem, sizes_, memory),
+          epilogue_(problem, work_.scratch),
+          shared_queries_(Workspace::shares_queries(problem, sizes_)),
+          plain_(!problem.gate.given && !problem.residual.given && !problem.attn_out.given &&
+                 problem.out.channel == 1 && problem.value_size % kLanes<A> == 0) {}
 
     int64_t bytes() const { return work_.bytes; }
 
     // All queries of the row, or one shard of them. Tiles begin anew with each shard.
-    void run_row(int64_t batch_row, int64_t kv_head, int64_t shard) const {
+    void run_row(const AttentionTask& task, int64_t batch_row, int64_t kv_head) {
         const Row row(p_, sizes_, batch_row, kv_head, work_.scratch);
+        const int64_t shard = task.shard;
         if (row.queries() == 0) return;
-        const ColumnRanges ranges = row.shard_columns(shard);
-        const Operands operands = read(row, ranges);
+        if (shared_queries_ && batch_row == task.first_row && kv_head == task.first_head) transpose_shared(task);
+        if (kv_head == task.first_head) look_ahead(task, batch_row, row.queries());
+        const Operands operands = read(row, row.shard_columns(shard));
         const int64_t first = shard < 0 ? 0 : shard * row.shard();
         const int64_t last = min(shard < 0 ? row.queries() : first + row.shard(), row.queries());
         for (int64_t r = first; r < last; r += row.shard()) run_shard(row, r, min(row.shard(), last - r), operands);
@@ -72,20 +159,58 @@ class QueryLanesForward {
     using Row = AttentionRow<T>;
     using Workspace = QueryLanesWorkspace<T>;
 
+    static constexpr int64_t kMaxTiles = 64;  // of a row, up to which the next one is prefetched
+
+    // Transposes queries that all rows share, once for a task.
+    void transpose_shared(const AttentionTask& task) const {
+        for (int64_t head = task.first_head; head < task.last_head; ++head) {
+            const Row row(p_, sizes_, task.first_row, head, work_.scratch);
+            for (int64_t r = 0; r < row.queries(); r += kPanel<A>) {
+                const int64_t count = min(kPanel<A>, row.queries() - r);
+                if (count > kLanes<A>)
+                    load_queries<2>(row, r, count, shared_tile(head, r));
+                else
+                    load_queries<1>(row, r, count, shared_tile(head, r));
+            }
+        }
+    }
+
+    static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
+        QueryLanesForward forward(p, memory);
+        forward.begin(task);
+        for_each_row(task, [&](int64_t row, int64_t kv_head) { forward.run_row(task, row, kv_head); });
+    }
+
     struct Operands {
         KeyScalars<X> keys;
         Matrix<const X> values;
     };
 
-    // Keys are read in place but where they are widened or rotated, or pairs would not begin where an operand may.
+    // Keys and values are read in place where they are neither widened nor rotated, and whole operands.
     Operands read(const Row& row, const ColumnRanges& ranges) const {
-        const Matrix<const S> keys = row.tokens(p_.k, ranges, p_.head_size, p_.rope.cos, work_.keys);
-        const Matrix<const S> values = p_.v_is_k ? keys : row.tokens(p_.v, ranges, p_.value_size, false, work_.values);
-        return {{reinterpret_cast<const X*>(keys.data), keys.stride / kNumbers<X>},
-                row.tokens_along_rows(values, ranges, sizes_.value_stride, work_.value_rows)};
+        if constexpr (kNumbers<X> > 1) {
+            const Matrix<const T> values{row.key_at(p_.v, 0), p_.v.token};
+            const bool in_place = !p_.rope.cos && p_.head_size % 2 == 0 && p_.k.token % 2 == 0;
+            const Matrix<const T> keys = in_place ? Matrix<const T>{row.key_at(p_.k, 0), p_.k.token}
+                                                  : row.tokens(p_.k, ranges, p_.head_size, p_.rope.cos, work_.keys);
+            return {{reinterpret_cast<const X*>(keys.data), keys.stride / 2},
+                    row.tokens_along_rows(values, ranges, p_.value_size, work_.value_rows)};
+        } else {
+            const Matrix<const X> keys = row.tokens(p_.k, ranges, p_.head_size, p_.rope.cos, work_.keys);
+            return {{keys.data, keys.stride},
+                    p_.v_is_k ? keys : row.tokens(p_.v, ranges, p_.value_size, false, work_.values)};
+        }
     }
 
-    void run_shard(const Row& row, int64_t first, int64_t count, const Operands& operands) const {
+    void look_ahead(const AttentionTask& task, int64_t row, int64_t queries) {
+        const int64_t tiles = (queries + kPanel<A> - 1) / kPanel<A>;
+        if (row + 1 < task.last_row && task.last_head - task.first_head == p_.kv_heads && tiles < kMaxTiles)
+            ahead_.begin(p_, row + 1, tiles * p_.kv_heads);
+        else
+            ahead_.stop();
+    }
+
+    void run_shard(const Row& row, int64_t first, int64_t count, const Operands& operands) {
         int64_t r = first;
         for (const int64_t last = first + count; r < last; r += kPanel<A>)
             if (last - r > kLanes<A>)
@@ -95,11 +220,13 @@ class QueryLanesForward {
     }
 
     template <int N>
-    void run_tile(const Row& row, int64_t r, int64_t count, const Operands& operands) const {
+    void run_tile(const Row& row, int64_t r, int64_t count, const Operands& operands) {
         constexpr int64_t kQueries = N * kLanes<A>;
-        const Matrix<A> attn_out{work_.attn_out, sizes_.value_stride};
+        const Matrix<A> attn_out{work_.attn_out, value_stride_};
         const int64_t depth = operands_of(p_.head_size);
-        load_queries<N>(row, r, count);
+        const X* queries = shared_queries_ ? shared_tile(row.kv_head(), r) : work_.queries;
+        if (!shared_queries_) load_queries<N>(row, r, count, work_.queries);
+        ahead_.prefetch(0);
         ScoreLanes<T, N> lanes(row.variant(), r, count);
         const ColumnRanges ranges = lanes.columns();
         bool add = false;
@@ -107,19 +234,24 @@ class QueryLanesForward {
             for (int64_t j = ranges.r[i].begin, end = min(ranges.r[i].end, row.keys()); j < end;
                  j += Workspace::kKeys) {
                 const int64_t keys = min(Workspace::kKeys, end - j);
-                lane_scores<X, N>(operands.keys.from(j, 0), work_.queries, keys, depth, work_.scores);
+                lane_scores<X, N>(operands.keys.from(j, 0), queries, keys, depth, work_.scores);
+                ahead_.prefetch(1);
                 if (lanes.scores_to_probs(j, keys, work_.scores) && add) rescale(lanes.rescale(), count);
+                ahead_.prefetch(2);
                 lane_sums<X, N>(operands_in<X>(work_.scores), operands.values.from(j / kNumbers<X>), count,
-                                sizes_.value_stride, operands_of(keys), attn_out, add);
+                                value_stride_, operands_of(keys), attn_out, add);
+                ahead_.prefetch(3);
                 add = true;
             }
         static_assert(Workspace::kKeys % kNumbers<X> == 0 && kQueries <= Workspace::kQueries);
-        if (!add) fill(work_.attn_out, count * sizes_.value_stride, A(0));
+        if (!add) fill(work_.attn_out, count * value_stride_, A(0));
         lanes.inv_row_sums(work_.inv_row_sum);
         if (p_.lse.given) {
             lanes.lse(work_.lse);
-            for (int64_t i = 0; i < count; ++i) *row.query(r + i).template at<A>(p_.lse) = work_.lse[i];
+            QueryWalk<A> walk = walk_from<A>(row, p_.lse, r);
+            for (int64_t i = 0; i < count; ++i, walk.advance()) *walk.at() = work_.lse[i];
         }
+        if (plain_) return write_plain(row, r, count);
         for (int64_t i = 0; i < count; ++i) {
             A* sums = attn_out.from(i).data;
             if (p_.variant.score.softmax) normalise<T>(sums, p_.value_size, work_.inv_row_sum[i]);
@@ -127,32 +259,77 @@ class QueryLanesForward {
         }
     }
 
+    X* shared_tile(int64_t kv_head, int64_t r) const {
+        return work_.queries + (kv_head * work_.padded_queries + r) * operands_of(sizes_.head_stride);
+    }
+
     static int64_t operands_of(int64_t count) { return operands<X>(count); }
 
+    template <typename E>
+    QueryWalk<E> walk_from(const Row& row, const RowTensor& x, int64_t r) const {
+        return {row.query(r).template at<E>(x), x, sizes_.q_per_kv, r};
+    }
+
+    // Further lanes repeat the last query.
     template <int N>
-    void load_queries(const Row& row, int64_t r, int64_t count) const {
+    void load_queries(const Row& row, int64_t r, int64_t count, X* to) const {
         constexpr int64_t W = kLanes<A>;
-        const Matrix<const S> rows = row.query_rows(r, count, work_.query_rows);
-        for (int n = 0; n < N; ++n) {
-            const X* lanes[W];
-            for (int64_t i = 0; i < W; ++i)
-                lanes[i] = reinterpret_cast<const X*>(rows.from(min(n * W + i, count - 1)).data);
-            transpose_queries<X>(lanes, operands_of(sizes_.head_stride), work_.queries + n * W, N * W);
+        const bool whole = kNumbers<X> == 1 ? p_.head_size % W == 0 : p_.head_size % 2 == 0;
+        if (whole && p_.q.channel == 1 && !p_.rope.cos && p_.variant.scale > 0) {
+            const T* lanes[N * W];
+            QueryWalk<T> walk = walk_from<T>(row, p_.q, r);
+            for (int64_t i = 0; i < N * W; ++i) {
+                lanes[i] = walk.at();
+                if (i + 1 < count) walk.advance();
+            }
+            for (int n = 0; n < N; ++n)
+                transpose_queries<X>(lanes + n * W, operands_of(p_.head_size), to + n * W, N * W);
+            return;
         }
+        const Matrix<const S> rows = row.query_rows(r, count, work_.query_rows);
+        const S* lanes[N * W];
+        for (int64_t i = 0; i < N * W; ++i) lanes[i] = rows.from(min(i, count - 1)).data;
+        for (int n = 0; n < N; ++n)
+            transpose_queries<X>(lanes + n * W, operands_of(sizes_.head_stride), to + n * W, N * W);
     }
 
     void rescale(const A* factors, int64_t count) const {
         for (int64_t i = 0; i < count; ++i) {
-            A* sums = work_.attn_out + i * sizes_.value_stride;
-            for (int64_t c = 0; c < sizes_.value_stride; c += kLanes<A>)
+            A* sums = work_.attn_out + i * value_stride_;
+            for (int64_t c = 0; c < value_stride_; c += kLanes<A>)
                 store_vector(sums + c, load_vector(sums + c) * factors[i]);
         }
     }
 
+    // Outputs of whole vectors without gate and residual.
+    void write_plain(const Row& row, int64_t r, int64_t count) const {
+        const bool softmax = p_.variant.score.softmax;
+        QueryWalk<T> walk = walk_from<T>(row, p_.out, r);
+        for (int64_t i = 0; i < count; ++i, walk.advance()) {
+            const A* sums = work_.attn_out + i * value_stride_;
+            const Vector<A> factor = Vector<A>{} + work_.inv_row_sum[i];
+            T* to = walk.at();
+            for (int64_t c = 0; c < p_.value_size; c += kLanes<A>) {
+                const Vector<A> sum = load_vector(sums + c);
+                store_wide(to + c, softmax ? mean_of(sum, factor) : sum);
+            }
+        }
+    }
+
+    // `normalise` of attention_epilogue.h for a vector.
+    static Vector<A> mean_of(Vector<A> sum, Vector<A> inv_row_sum) {
+        const Vector<A> largest = Vector<A>{} + A(largest_number<T>), mean = sum * inv_row_sum;
+        const Vector<A> below = (mean > largest) & (sum <= largest) ? largest : mean;
+        return (below < -largest) & (sum >= -largest) ? -largest : below;
+    }
+
     const AttentionProblem& p_;
     const Sizes<T> sizes_;
-    const QueryLanesWorkspace<T> work_;
+    const int64_t value_stride_;  // numbers between queries' sums of values: whole vectors
+    const Workspace work_;
     const Epilogue<T> epilogue_;
+    const bool shared_queries_, plain_;
+    RowAhead<T> ahead_;
 };
 
 INTERFORMER_ISA_END

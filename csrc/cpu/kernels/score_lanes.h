@@ -1,6 +1,6 @@
-// The same as score_variant.h for scores with queries in lanes: it masks the scores of a tile of queries and maps them
-// to probabilities. Keys are taken in blocks, [key, N vectors of queries], with an online softmax over the blocks. A
-// bias would be a pass before the map, dropout after it.
+// Scores with queries in lanes: a tile of queries is masked by the ranges of score_variant.h and mapped to
+// probabilities. Keys are taken in blocks, [key, N vectors of queries], with an online softmax over the blocks. A bias
+// would be a pass before the map, dropout after it.
 #pragma once
 
 #include "cpu/kernels/score_variant.h"
@@ -16,7 +16,7 @@ class ScoreLanes {
 
     // Queries [r, r + count); further lanes repeat the last one.
     ScoreLanes(const ScoreVariant<T>& variant, int64_t r, int64_t count)
-        : variant_(variant), masks_(variant.masks()), scale_(variant.score_scale()) {
+        : variant_(variant), masks_(variant.has_masks() || variant.row().keys == 0), scale_(variant.score_scale()) {
         for (int n = 0; n < N; ++n) {
             row_max_[n] = Vector<A>{} - kInfinity;
             row_sum_[n] = Vector<A>{};
@@ -62,7 +62,7 @@ class ScoreLanes {
     static constexpr A kInfinity = __builtin_inf();
 
     void find_ranges(int64_t r, int64_t count) {
-        VisibleKeys visible(variant_.keys());
+        VisibleKeys visible(variant_.row().keys);
         for (int64_t i = 0; i < kQueries; ++i) {
             const KeyRange range = variant_.key_range(r + min(i, count - 1));
             visible.include(range);
@@ -110,7 +110,6 @@ class ScoreLanes {
     }
 
     bool softmax(int64_t count, A* scores) {
-        const int down = variant_.headroom();
         Vector<A> base[N];
         bool rescales = false;
         new_maxima(count, scores, base);
@@ -125,26 +124,36 @@ class ScoreLanes {
             store_vector(rescale_ + n * W, factor);
             row_sum_[n] *= factor;
         }
+        exponentials(count, scores, base);
+        return rescales;
+    }
+
+    // Scores become 2^-headroom e^(score_scale (s - base)), as operands, and are summed.
+    void exponentials(int64_t count, A* scores, const Vector<A>* base) {
+        const PowerOfTwo<A> power(variant_.headroom());
+        const Vector<A> scale = Vector<A>{} + scale_ * kLog2OfE;
         Vector<A> sum[N] = {};
-        for (int64_t k = 0; k < count; k += kNumbers<X>) {
+        int64_t k = 0;
+        for (; k + kNumbers<X> <= count; k += kNumbers<X>)
 #pragma GCC unroll 2
             for (int n = 0; n < N; ++n) {
                 A* s = scores + k * kQueries + n * W;
-                const Vector<A> prob = power_of_two((load_vector(s) - base[n]) * (scale_ * kLog2OfE), down);
+                const Vector<A> prob = power((load_vector(s) - base[n]) * scale);
                 sum[n] += prob;
                 if constexpr (kNumbers<X> == 1) {
                     store_vector(s, prob);
                 } else {
-                    Vector<A> next{};
-                    if (k + 1 < count)
-                        next = power_of_two((load_vector(s + kQueries) - base[n]) * (scale_ * kLog2OfE), down);
+                    const Vector<A> next = power((load_vector(s + kQueries) - base[n]) * scale);
                     sum[n] += next;
                     store_pairs(prob, next, scores + k / 2 * kQueries + n * W);
                 }
             }
+        for (int n = 0; k < count && n < N; ++n) {  // a last key without a partner
+            const Vector<A> prob = power((load_vector(scores + k * kQueries + n * W) - base[n]) * scale);
+            sum[n] += prob;
+            store_pairs(prob, Vector<A>{}, scores + k / 2 * kQueries + n * W);
         }
         for (int n = 0; n < N; ++n) row_sum_[n] += sum[n];
-        return rescales;
     }
 
     // The largest scores up to these keys. NaNs are skipped: they show in the sum of the exponentials. Where the
@@ -180,8 +189,10 @@ class ScoreLanes {
                 }
     }
     static void store_pairs(Vector<A> first, Vector<A> second, A* to) {
-        const Vector<X> words = pairs_of(first, second);
-        std::memcpy(to, &words, sizeof words);
+        if constexpr (kNumbers<X> > 1) {
+            const Vector<X> words = rounded_pairs(first, second);
+            std::memcpy(to, &words, sizeof words);
+        }
     }
 
     static constexpr A kLog2OfE = 1.44269504088896340736;

@@ -1,8 +1,7 @@
-// The masks and the map of scores to probabilities on the CPU: the keys that a query sees, for all kernels, and the
-// backward of blocks of queries, whose scores are [query, key]. Their forms for other orders of scores are
-// score_lanes.h, [key, query], and few_query_scores.h, tokens under all heads. Scores lie in memory between the product
-// and the map, so an additive bias, dropout or another mask is one more pass in each: a bias before the map, dropout
-// after it.
+// Masks of attention's scores, and their map to probabilities in the backward of many queries. score_lanes.h and
+// few_query_scores.h map them in the forward, by the masks and factors defined here. All scores of a block of queries
+// lie in memory between the product and the map, so an additive bias, dropout or another mask is one more pass over the
+// block in each of the three: a bias before the map, dropout after it.
 #pragma once
 
 #include "cpu/attention_problem.h"
@@ -45,8 +44,8 @@ class VisibleKeys {
     int64_t prefix_ = 0, first_, last_ = 0;
 };
 
-// Softmax statistics, one number for each query of a block, padded to whole vectors: the sum of the probabilities
-// before they are normalised; delta, the mean of their gradients.
+// Softmax statistics, one number for each query of a block, padded to whole vectors: the sum of the
+// probabilities before they are normalised; delta, the mean of their gradients.
 template <typename A>
 struct RowStats {
     A *row_sum, *delta;
@@ -71,20 +70,17 @@ class ScoreVariant {
   public:
     using A = Acc<T>;
 
-    ScoreVariant(const AttentionProblem& problem, const RowOfHead& row) : p_(problem), row_(row) {}
+    INTERFORMER_INLINE ScoreVariant(const AttentionProblem& problem, const RowOfHead& row) : p_(problem), row_(row) {}
 
-    int64_t keys() const { return row_.keys; }
+    const RowOfHead& row() const { return row_; }
+    bool has_masks() const { return p_.variant.causal || p_.variant.window_left >= 0 || p_.variant.window_right >= 0; }
+
     bool is_softmax() const { return p_.variant.score.softmax; }
-    // Whether a query may not see some key.
-    bool masks() const {
-        const AttentionVariant& v = p_.variant;
-        return v.causal || v.window_left >= 0 || v.window_right >= 0 || row_.keys == 0;
-    }
 
     KeyRange key_range(int64_t r) const {
         const AttentionVariant& v = p_.variant;
         const int64_t keys = row_.keys;
-        if (!masks()) return {0, 0, keys};
+        if (!has_masks()) return {0, 0, keys};
         const int64_t i = row_.token(r), diagonal = i + keys - row_.query_tokens;
         if (i < v.num_prefix) return {0, 0, keys};
         KeyRange range{min(v.num_prefix, keys), 0, keys};
@@ -103,6 +99,7 @@ class ScoreVariant {
 
     // The columns that at least one of the queries [r, r + count) sees, rounded outwards to panels and vectors.
     ColumnRanges column_ranges(int64_t r, int64_t count) const {
+        if (!has_masks()) return all_columns();
         VisibleKeys visible(row_.keys);
         for (int64_t i = r; i < r + count; i += row_.q_per_kv) visible.include(key_range(i));
         visible.include(key_range(r + count - 1));
@@ -194,7 +191,7 @@ class ScoreVariant {
     }
 
     // Masks the scores of up to a vector of queries and takes their exponentials. The statistics of the queries are
-    // reduced together, one query a lane. Where the largest score is +inf, row_sum is NaN, and so are all gradients.
+    // reduced together, one query a lane. `delta` is computed on the way.
     void softmax_of_vector(int64_t r, int64_t count, Matrix<A> scores, const ColumnRanges& ranges,
                            const RowStats<A>& stats, const A* d_probs) const {
         constexpr A kMasked = -__builtin_inf();
