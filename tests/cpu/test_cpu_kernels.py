@@ -325,6 +325,43 @@ def test_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
         assert torch.equal(bits(converted(a, b)), bits((a.float() + b.float()).to(dtype)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "queries", "size"), [(1, 3, 16), (2, 4, 32), (3, 2, 20), (6, 1, 64), (12, 8, 16)])
+def test_few_queries_under_any_number_of_heads(heads: int, queries: int, size: int, dtype: torch.dtype) -> None:
+    """Heads and queries that fill no group, more than are computed at once, and rows around a block of tokens."""
+    sizes: dict[str, Any] = {"heads": heads, "kv_heads": heads, "head_size": size, "value_size": size}
+    for options in ({}, {"score": "silu", "scale": 0.3}):
+        case = Case("gated_cross_attention", "", (1, 47, 0, 48, 97, 6), queries=queries, options=options, **sizes)
+        assert not breaches(case, dtype), options
+
+
+@pytest.mark.parametrize("mask", [{"causal": True}, {"window": (30, 2)}, {"window": (9, 0), "num_prefix": 2}], ids=str)
+def test_few_queries_under_masks(mask: dict[str, Any]) -> None:
+    """The last tokens of long rows ask: blocks of keys that some of them do not see, and that none does."""
+    sizes: dict[str, Any] = {"heads": 4, "kv_heads": 2, "rope": 8, "positions": True}
+    case = Case("jagged_attention", "", (150, 4, 0, 49), query_lengths=(4, 4, 2, 3), options=mask, **sizes)
+    assert not breaches(case, torch.float32)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_beyond_the_caches_have_the_same_bits(dtype: torch.dtype, shared: bool) -> None:
+    """They are written past the caches, and those of the same rows in a small call are not."""
+    case = Case("pma_pooling", "", (3, 50, 0, 1) * 100, queries=2, shared_value=shared, tail=0)
+    inputs = make_inputs(case, dtype)
+    times = 2**26 // inputs["k"].nbytes
+    many = {name: inputs[name] for name in inputs}
+    for name in ("k", "v", "grad_out"):
+        if many.get(name) is not None:
+            x = inputs[name].detach()
+            many[name] = x.repeat(times, *[1] * (x.dim() - 1)).requires_grad_(name != "grad_out")
+    many["offsets"] = offsets_of((3, 50, 0, 1) * 100 * times)
+    small, large = results(case.op, inputs), results(case.op, many)
+    for name in ("dk",) if shared else ("dk", "dv"):
+        rows = small[name]
+        assert torch.equal(large[name], rows.repeat(times, *[1] * (rows.dim() - 1))), name
+
+
 @pytest.mark.parametrize("op", ["pma_pooling", "jagged_attention"])
 def test_megabytes_on_huge_pages(op: str) -> None:
     """Outputs and gradients of more than 8 MiB, which end inside a page."""

@@ -72,6 +72,13 @@ struct TokensAhead {
     }
 };
 
+template <typename E>
+inline TokensAhead tokens_ahead(const HeadTokens<E>& x, int64_t heads, int64_t channels) {
+    if (x.head != channels) return {};
+    constexpr int64_t kSize = sizeof(E);
+    return {reinterpret_cast<const char*>(x.data), x.token * kSize, heads * channels * kSize};
+}
+
 // ---------------------------------------------------------------- sums of lanes
 
 // `low` and `high` choose lanes of two vectors; the chosen ones are added.

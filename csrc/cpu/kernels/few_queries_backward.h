@@ -98,7 +98,7 @@ class FewQueriesBackward {
             write_grad_k(row, d_scores_here, p_.v_is_k ? &probs_here : nullptr, first, count, grad_k.from(first));
             if (!p_.v_is_k)
                 OuterProducts<T>(row.units(), shared_.value, stream_)(probs_here, nullptr, count, grad_v.from(first),
-                                                                      next_row(row, p_.v, shared_.value, first));
+                                                                      next_row(row, p_.v, p_.value_size, first));
         });
         const int64_t padded = shared_.head.padded();
         if (row.keys() == 0) fill(grad_q_, row.units().count() * padded, A(0));
@@ -112,12 +112,10 @@ class FewQueriesBackward {
 
     // The tokens of the next row, which lie behind this one's, from a token on: where gradients leave the caches, so
     // does what is read, and computing leaves time to fetch it.
-    TokensAhead next_row(const Row& row, const RowTensor& x, const Channels<A>& channels, int64_t first) const {
+    TokensAhead next_row(const Row& row, const RowTensor& x, int64_t channels, int64_t first) const {
         constexpr int64_t kMostKeys = 256;  // the next row stays in the second level of cache
-        if (!stream_ || row.keys() > kMostKeys || x.head * x.channel != channels.vectors * kLanes<A>) return {};
-        const HeadTokens<T> next = row.tokens(x).from(row.keys() + first);
-        return {reinterpret_cast<const char*>(next.data), x.token * static_cast<int64_t>(sizeof(T)),
-                row.units().heads * x.head * static_cast<int64_t>(sizeof(T))};
+        if (!stream_ || row.keys() > kMostKeys) return {};
+        return tokens_ahead(row.tokens(x).from(row.keys() + first), row.units().heads, channels);
     }
 
     template <typename E>
@@ -131,7 +129,7 @@ class FewQueriesBackward {
                       const HeadTokens<T>& to) const {
         if (!p_.rope.cos)
             return OuterProducts<T>(row.units(), shared_.head, stream_)(terms, more, count, to,
-                                                                        next_row(row, p_.k, shared_.head, first));
+                                                                        next_row(row, p_.k, p_.head_size, first));
         const int64_t padded = shared_.head.padded(), heads = row.units().heads;
         OuterProducts<A>(row.units(), shared_.head)(terms, more, count, {rotated_grads_, heads * padded, padded});
         A* grad = rotated_grads_;

@@ -54,7 +54,8 @@ class FewQueriesForward {
     void add_block(const Units& units, const A* queries, FewQueryScores<T>& scores, const HeadTokens<const K>& keys,
                    const HeadTokens<const V>& values, int64_t first, int64_t count) const {
         const UnitNumbers<A> numbers{scores_, kTokenBlock * kGroup<A>};
-        TokenDots<K>(units, shared_.head)(keys, count, queries, numbers);
+        TokenDots<K>(units, shared_.head)(keys, count, queries, numbers,
+                                          tokens_ahead(values, units.heads, p_.value_size));
         scores.scores_to_probs(first, count, numbers);
         WeightedTokens<V>(units, shared_.value)({numbers.data, numbers.stride}, values, count, attn_out_, scores.add(),
                                                 scores.factors());
