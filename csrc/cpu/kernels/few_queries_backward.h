@@ -2,6 +2,7 @@
 // one over v for the gradients of the probabilities, then one over k, which writes the gradients of both.
 #pragma once
 
+#include "cpu/kernels/few_query_outer.h"
 #include "cpu/kernels/few_query_row.h"
 
 INTERFORMER_ISA_BEGIN
