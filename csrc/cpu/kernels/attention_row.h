@@ -111,7 +111,7 @@ class AttentionRow {
         const int64_t stride = padded<X>(channels);
         if constexpr (std::is_same_v<T, S>) {
             const T* first = key_at(x, 0);
-            if (!rotated && stride == channels && whole_operands(first, x.token)) return {first, x.token};
+            if (!rotated && stride == channels && whole_operands<X>(first, x.token)) return {first, x.token};
         }
         for (int i = 0; i < ranges.n; ++i)
             for (int64_t j = ranges.r[i].begin; j < min(ranges.r[i].end, row_.keys); ++j) {
@@ -153,7 +153,7 @@ class AttentionRow {
             const bool even = sizes_.q_per_kv == 1 || p_.q.token == sizes_.q_per_kv * p_.q.head;
             const T* first = at(p_.q, r);
             if (queries_ <= kInPlaceQueries && unchanged && even && p_.q.channel == 1 &&
-                p_.head_size == sizes_.head_stride && whole_operands(first, stride))
+                p_.head_size == sizes_.head_stride && whole_operands<X>(first, stride))
                 return {first, stride};
         }
         S* to = copy;
@@ -182,11 +182,6 @@ class AttentionRow {
           block_(sizes.block(queries_, row.keys)),
           shard_(sizes.shard(queries_, row.keys)),
           score_stride_(sizes.score_stride(row.keys)) {}
-
-    // Whether rows that begin at `first`, `stride` apart, begin where an operand may.
-    static bool whole_operands(const T* first, int64_t stride) {
-        return kNumbers<X> == 1 || (stride % kNumbers<X> == 0 && reinterpret_cast<uintptr_t>(first) % sizeof(X) == 0);
-    }
 
     const AttentionProblem& p_;
     const Sizes<T>& sizes_;

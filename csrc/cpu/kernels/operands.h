@@ -45,6 +45,11 @@ template <typename X>
 inline int64_t padded(int64_t channels) {
     return round_up(channels, kNumbers<X> * kLanes<X>);
 }
+// Whether rows of stored numbers that begin at `first`, `stride` apart, begin where an operand may.
+template <typename X, typename S>
+inline bool whole_operands(const S* first, int64_t stride) {
+    return kNumbers<X> == 1 || (stride % kNumbers<X> == 0 && reinterpret_cast<uintptr_t>(first) % sizeof(X) == 0);
+}
 template <typename X>
 using SumOf = std::conditional_t<std::is_same_v<X, Pair>, float, X>;
 

@@ -75,15 +75,13 @@ class Ffn {
         const T* first = address<T>(x, row, t, 0);
         const int64_t stride = padded<X>(channels);
         if constexpr (std::is_same_v<T, S>)
-            if (x.channel == 1 && channels % multiple == 0 && whole_operands(first, x.token)) return {first, x.token};
+            if (x.channel == 1 && channels % multiple == 0 && whole_operands<X>(first, x.token))
+                return {first, x.token};
         for (int64_t i = 0; i < count; ++i) {
             copy_stored(first + i * x.token, x.channel, channels, copy + i * stride);
             fill(copy + i * stride + channels, stride - channels, S{});
         }
         return {copy, stride};
-    }
-    static bool whole_operands(const T* first, int64_t stride) {
-        return stride % kNumbers<X> == 0 && reinterpret_cast<uintptr_t>(first) % sizeof(X) == 0;
     }
 
     // Tokens [t, t + count) of x, read operand by operand along their channels.
