@@ -1,7 +1,7 @@
 """Pictures of speed: times as fast as the best peer, share of the machine's limit, and parity, on one page.
 
 A committed table of results is drawn again without measuring anything:
-`python -m interformer_bench.plots bench/results/cpu-avx512-zen4.md --out docs/images/speed.png`.
+`python -m interformer_bench.plots bench/results/cpu-avx512-intel.md --out docs/images/speed.png`.
 """
 
 from __future__ import annotations
