@@ -86,7 +86,10 @@ def test_every_isa_is_right(isa: str) -> None:
 @pytest.mark.parametrize("isa", [None, ""], ids=["unset", "empty"])
 def test_the_best_isa_is_chosen(isa: str | None) -> None:
     completed = python("import torch\nfrom interformer_kernels import _C\nprint(_C.build_info()['cpu_level'])", isa)
-    assert completed.stdout.strip() == _C.build_info()["cpu_levels"][-1], completed.stderr
+    levels = _C.build_info()["cpu_levels"]
+    if levels[-1] == "avx512_bf16" and "AuthenticAMD" not in Path("/proc/cpuinfo").read_text():
+        levels.pop()  # its pairs are slow on others
+    assert completed.stdout.strip() == levels[-1], completed.stderr
 
 
 def test_an_unknown_isa_is_an_error() -> None:
