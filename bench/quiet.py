@@ -21,7 +21,7 @@ import torch
 # Bounds of a quiet machine: the share of wall time that the thread which got least had on a processor, and the seconds
 # that a tiny parallel region on all threads takes beyond the same work on one.
 MIN_SHARE, MAX_STEP = 0.9, 150e-6
-# What a table has in the place of a ratio.
+# The text of a table in the place of a ratio.
 NO_RATIO = "machine busy: no ratio"
 _BUSY_SECONDS, _REGIONS = 0.1, 300
 # A shorter measurement says nothing about what others used.

@@ -67,7 +67,7 @@ def speed(m: RowMeasurement, other: RowMeasurement | None) -> float | None:
 
 
 def judged(m: RowMeasurement, wanted: Wanted, speeds: dict[str, float | None]) -> list[str]:
-    """What is wanted of a line, with what was found."""
+    """The shares and speeds that are wanted of a line, each with its verdict."""
     texts = []
     if m.dtype in wanted.share:
         found = m.of_gemm if wanted.of == GEMM else max(m.of_gemm, m.of_copy)

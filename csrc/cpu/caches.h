@@ -1,4 +1,4 @@
-// What fits the caches: streaming stores and prefetches pay where a tensor does not, and cost where it does.
+// The size of the caches: streaming stores and prefetches pay where a tensor exceeds them, and cost where it fits.
 #pragma once
 
 #include <unistd.h>

@@ -199,6 +199,7 @@ def _gradients(op: RegisteredOp, args: tuple[Any, ...], needed: tuple[bool, ...]
     """The needed gradients, of a call of `<name>_bwd` with these arguments; through the reference where they shall be
     differentiable themselves."""
     spec, grad_out = op.spec, args[0]
+    saved, others = args[1 : 1 + len(spec.saved)], args[1 + len(spec.saved) :]
     grads = None
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         call, _ = spec.backward_call(args)
@@ -212,12 +213,8 @@ def _gradients(op: RegisteredOp, args: tuple[Any, ...], needed: tuple[bool, ...]
     if grads is None:
         grads = op.eager_backward(args)
     if grads is None:
-        # An eager call keeps no outputs that its backward does not read.
-        given = (
-            spec.lead(args[1 + len(spec.saved) :]).new_empty(0) if x is None else x
-            for x in args[1 : 1 + len(spec.saved)]
-        )
-        results = run(op.backward, (grad_out, *given, *args[1 + len(spec.saved) :]))
+        # An eager call keeps no outputs that its backward does not read; the op takes an empty tensor for each.
+        results = run(op.backward, (grad_out, *(grad_out.new_empty(0) if x is None else x for x in saved), *others))
         grads = results if len(spec.gradients) > 1 else (results,)
     if not spec.has_residual:
         return grads

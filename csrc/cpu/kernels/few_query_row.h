@@ -7,7 +7,7 @@
 
 INTERFORMER_ISA_BEGIN
 
-// What is the same for all rows of few queries, and a thread's memory for one.
+// The settings that all rows of few queries share, and a thread's memory for one row.
 template <typename T>
 struct FewQueries {
     using A = Acc<T>;

@@ -26,7 +26,7 @@ class FewQueryScores {
             for (int64_t query = 0; query < units.queries; ++query) ranges_[query] = variant.key_range(query);
     }
 
-    // Of the units, padded to whole groups, once all blocks have been mapped or `finish` was called.
+    // Both have a number for each unit, padded to whole groups, and are right after `finish`.
     const A* inv_row_sum() const { return inv_row_sum_; }
     const A* lse() const { return lse_; }
     // Whether there are sums of earlier blocks, and what they are multiplied by; null: 1.
