@@ -10,6 +10,8 @@ from interformer_bench.model import contenders
 from interformer_bench.model.cases import Case, cases
 from interformer_bench.model.measure import wrong
 
+from interformer_kernels import keep_freed_memory
+
 _CASES = cases(shapes.length_distributions())
 
 
@@ -21,5 +23,6 @@ def test_model(benchmark: Any, case: Case, name: str) -> None:
     if reason is not None:
         pytest.skip(reason)
     assert wrong(name, case.lengths()) is None
+    keep_freed_memory()
     benchmark.group = case.name
     benchmark(contenders.runner(contenders.make(name, case.batch()), case.direction))

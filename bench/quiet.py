@@ -104,6 +104,11 @@ class Watch:
             self.disturbed.append(f"others used {others:.2f} processors meanwhile, {spare} were spare")
         return result
 
+    def anew(self) -> None:
+        """Check again, and forget what came since the last check, where nothing was measured."""
+        self.disturbed = []
+        self.checks.append(check(self.threads))
+
     def busy_since_last(self) -> str | None:
         """Check again; why what was measured since the last check was not on a quiet machine, None where it was."""
         before, disturbed = self.checks[-1].busy, next(iter(self.disturbed), None)

@@ -12,15 +12,14 @@ from interformer_bench.ops.table import TABLE
 from interformer_bench.peers import OURS, Peer
 from interformer_bench.peers.registry import candidates, max_peer_bytes
 from interformer_bench.progress import Progress
-from interformer_bench.threads import best, counts
+from interformer_bench.threads import best, counts, dropped
 
 from interformer_kernels import _backend
 
 PASSES = ("forward", "forward+backward")
-# A peer is not timed where its call is expected to take more than `_SKIP_SECONDS` and `_SKIP_FACTOR` times as long as
-# the fastest peer's, or more than `_MAX_SECONDS`; the peer that is expected to be the fastest is always timed. A peer
-# that was more than `_DROP_FACTOR` times slower than the best one is not timed again on fewer threads.
-_SKIP_FACTOR, _SKIP_SECONDS, _MAX_SECONDS, _DROP_FACTOR = 5.0, 1.0, 10.0, 5.0
+# A peer is not timed where its call is expected to take more than `SKIP_SECONDS` and `SKIP_FACTOR` times as long as
+# the fastest peer's, or more than `_MAX_SECONDS`; the peer that is expected to be the fastest is always timed.
+SKIP_FACTOR, SKIP_SECONDS, _MAX_SECONDS = 5.0, 1.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class _Session:
         times = self._time(direction, names)
         for name, single in times.items():
             self.times.setdefault((direction, name), {})[threads] = single
-        self.problems[direction] |= _dropped(times, threads)
+        self.problems[direction] |= dropped(times, (OURS,), threads)
 
     def _best(self, name: str, most: int, direction: str) -> Measurement:
         """The measurement of a runner at its best number of threads, of at most so many."""
@@ -195,7 +194,7 @@ class _Session:
             if problems[name] is None and name != OURS and not peer.within:
                 expected[name] = expected_seconds(self.shape, peer, self.small, verdicts[name], direction)
         fastest = min(expected.values(), default=0.0)
-        limit = max(fastest, min(_MAX_SECONDS, max(_SKIP_SECONDS, _SKIP_FACTOR * fastest)))
+        limit = max(fastest, min(_MAX_SECONDS, max(SKIP_SECONDS, SKIP_FACTOR * fastest)))
         slow = {name: f"would take about {time:.0f} s" for name, time in expected.items() if time > limit}
         return problems | slow
 
@@ -264,16 +263,6 @@ def expected_seconds(shape: Shape, peer: Peer, small: Sequence[int], verdict: ch
 
     seconds = verdict.forward if direction == PASSES[0] else verdict.training
     return seconds * work(shape.lengths()) / max(work(small), 1)
-
-
-def _dropped(times: Mapping[str, timing.Timing], threads: int) -> dict[str, str]:
-    """Peers that are not timed on fewer threads, and why."""
-    fastest = min((time.median for name, time in times.items() if name != OURS), default=0.0)
-    return {
-        name: f"was {time.median / fastest:.0f} times slower than the best peer on {threads} threads"
-        for name, time in times.items()
-        if name != OURS and time.median > _DROP_FACTOR * fastest
-    }
 
 
 def runner(op: str, peer: Peer, arguments: workloads.Inputs, direction: str) -> timing.TimedCall:

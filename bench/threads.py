@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from interformer_bench.timing import Timing
 
 # Every number of threads up to this one is tried, and powers of two beyond.
 _EVERY = 4
+# A peer that was so many times slower than the best one is not timed again on fewer threads.
+_DROP_FACTOR = 5.0
 
 
 def counts(threads: Iterable[int]) -> list[int]:
@@ -26,3 +28,13 @@ def best(times: Mapping[int, Timing], most: int) -> tuple[int, Timing] | None:
     """The fastest number of threads of at most so many, with its time; None without any."""
     allowed = {count: time for count, time in times.items() if count <= most}
     return min(allowed.items(), key=lambda item: item[1].median, default=None)
+
+
+def dropped(times: Mapping[str, Timing], ours: Collection[str], threads: int) -> dict[str, str]:
+    """Peers that are not timed on fewer threads after these times on `threads`, and why; `ours` are none."""
+    fastest = min((time.median for name, time in times.items() if name not in ours), default=0.0)
+    return {
+        name: f"was {time.median / fastest:.0f} times slower than the best peer on {threads} threads"
+        for name, time in times.items()
+        if name not in ours and time.median > _DROP_FACTOR * fastest
+    }

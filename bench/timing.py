@@ -117,6 +117,7 @@ def interleaved(
     min_samples: int = 3,
     max_samples: int = 50,
     slow: float = 2.0,
+    patience: float = 10.0,
 ) -> dict[str, Timing]:
     """Time the calls in turn, one sample each, so that other load on the machine affects all of them alike.
 
@@ -124,7 +125,8 @@ def interleaved(
         calls: by name; each is called before it is timed, and that call counts if it takes longer than `slow`.
         device: "cpu" or "cuda".
         seconds: approximate time for all calls together, shared equally. Calls close to the two fastest get
-            `min_samples` even beyond it, unless that takes ten times as long; every call gets at least one sample.
+            `min_samples` even beyond it, unless that takes `patience` times as long; every call gets at least one
+            sample.
         max_samples: samples of one call at most.
         slow: a call that takes this many seconds needs no second one to warm up.
 
@@ -138,7 +140,7 @@ def interleaved(
             single.keep_typical()
     start = time.perf_counter()
     for _ in range(max_samples):
-        late = time.perf_counter() - start > 10 * seconds
+        late = time.perf_counter() - start > patience * seconds
         for single in series.values():
             close = single.typical <= _SLOW_FACTOR * second and len(single.samples) < min_samples
             if not single.samples or (not late and (close or single.spent < share)):

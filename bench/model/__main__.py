@@ -59,17 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(case.name for case in chosen))
         return 0
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # for all contenders: else fresh pages are a third of a large step
+    keeps_memory = keep_freed_memory()  # for all contenders: else fresh pages are a third of a large step
     if options.profile:
         _profile(chosen, not options.no_compile)
         return 0
     watch = quiet.Watch(options.threads)
     with progress.shown() as shown:
         measured = list(measure.measure(chosen, options.data, not options.no_compile, options.seconds, shown, watch))
-    print(report.head(watch.checks))
+    head = report.head(watch.checks, keeps_memory)
+    print(head)
     print_table("whole models", report.COLUMNS, report.table(measured))
     if options.out:
-        write_text(options.out / "model.md", report.markdown(measured, watch.checks))
+        write_text(options.out / "model.md", report.markdown(measured, head))
         report.write_json(options.out / "model.json", measured)
     return 1 if any(result.problem and result.contender == OURS for result in measured) else 0
 

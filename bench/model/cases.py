@@ -65,11 +65,12 @@ def cases(distributions: Mapping[str, LengthDistribution]) -> list[Case]:
     """All cases, training first."""
     real, short, paper = (distributions[name] for name in ("movielens", "beauty", "all 104"))
     return [
-        Case(real, 256, TRAINING, 2.5, 0.5),
+        *(Case(real, rows, TRAINING, 2.5, 0.5) for rows in (32, 256, 2048)),
         Case(short, 1024, TRAINING, 2.5, 0.5),
-        Case(paper, 2048, TRAINING, 1.3),
+        Case(paper, 2048, TRAINING, 1.8),
         Case(_LONG, 64, TRAINING),
-        *(Case(real, rows, INFERENCE, 2.5) for rows in (1, 32, 2048)),
+        Case(real, 1, INFERENCE, 1.2),
+        *(Case(real, rows, INFERENCE, 2.5) for rows in (32, 2048)),
         *(Case(paper, rows, INFERENCE) for rows in (1, 32, 2048)),
         *(Case(_LONG, rows, INFERENCE) for rows in (1, 32)),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,13 +12,19 @@ import torch.nn.functional as F
 from interformer import InterFormer
 from interformer.batch import Batch
 from interformer.train import TrainConfig, make_optimizer
+from interformer_bench.model.by_length import ByLengthInterFormer, bucketed, grouped
 from interformer_bench.model.cases import CONFIG, SCHEMA, TRAINING, Case
 from interformer_bench.model.padded import PaddedInterFormer, padded
 from torch import nn
 
 OURS, COMPILED, REFERENCE = "interformer", "interformer, compiled", "reference"
 PADDED, PADDED_COMPILED = "padded SDPA", "padded SDPA, compiled"
-_ALL, _COMPILED = (OURS, COMPILED, REFERENCE, PADDED, PADDED_COMPILED), (COMPILED, PADDED_COMPILED)
+BY_LENGTH, BY_LENGTH_COMPILED = "padded by length", "padded by length, compiled"
+# The fastest of these is what ours is held against.
+PEERS = (PADDED, PADDED_COMPILED, BY_LENGTH, BY_LENGTH_COMPILED)
+# In this order, since padding to the longest row is tried only where it may be faster than by length.
+_ALL = (OURS, COMPILED, BY_LENGTH, BY_LENGTH_COMPILED, PADDED, PADDED_COMPILED, REFERENCE)
+_COMPILED = (COMPILED, BY_LENGTH_COMPILED, PADDED_COMPILED)
 # Tokens of a padded batch that fit into this machine's memory, in training and in inference.
 _MAX_TOKENS = {True: 400_000, False: 2_000_000}
 
@@ -26,9 +32,9 @@ _MAX_TOKENS = {True: 400_000, False: 2_000_000}
 class Contender(NamedTuple):
     """The model as it is called, the module whose parameters it has, and the batch in the model's form."""
 
-    call: Callable[[Batch], torch.Tensor]
+    call: Callable[[Any], torch.Tensor]
     model: nn.Module
-    batch: Batch
+    batch: Any
 
 
 @functools.cache
@@ -42,32 +48,53 @@ def contenders(compile_too: bool) -> tuple[str, ...]:
     return tuple(name for name in _ALL if compile_too or name not in _COMPILED)
 
 
+def padded_tokens(name: str, lengths: Sequence[int]) -> int:
+    """Events that the contender computes for rows of these lengths, padding included."""
+    if name in (PADDED, PADDED_COMPILED):
+        return len(lengths) * max(lengths)
+    if name in (BY_LENGTH, BY_LENGTH_COMPILED):
+        groups = grouped(lengths, CONFIG.num_cls)
+        return sum(len(group) * max(lengths[row] for row in group) for group in groups)
+    return sum(lengths)
+
+
 def unsupported_reason(name: str, case: Case) -> str | None:
     """The reason why a contender is not measured on the case; None where it is."""
     lengths = case.lengths()
-    tokens, max_tokens = len(lengths) * max(lengths), _MAX_TOKENS[case.direction == TRAINING]
-    if name in (PADDED, PADDED_COMPILED) and tokens > max_tokens:
+    tokens, max_tokens = padded_tokens(name, lengths), _MAX_TOKENS[case.direction == TRAINING]
+    if name in PEERS and tokens > max_tokens:
         return f"would pad to {tokens} tokens, which memory does not hold"
+    if name in (BY_LENGTH, BY_LENGTH_COMPILED) and len(grouped(lengths, CONFIG.num_cls)) == 1:
+        return "has one bucket: it is the padded model"
     return None
 
 
 def make(name: str, batch: Batch) -> Contender:
     """The contender of this name with the common parameters, and the batch in its form.
 
-    Padded models are compiled for the batch's own sizes, which suits them best; ours for any sizes. Both run on any
-    number of threads.
+    Padded models are compiled for the batch's own sizes, which suits them best; ours, and a bucket, for any sizes. All
+    run on any number of threads.
     """
+    form: Any = batch
     if name in (PADDED, PADDED_COMPILED):
         lengths = batch.offsets.diff()
         model: nn.Module = PaddedInterFormer(CONFIG, SCHEMA, full=bool((lengths == lengths[0]).all()))
-        batch = padded(batch)
+        form = padded(batch)
+    elif name in (BY_LENGTH, BY_LENGTH_COMPILED):
+        model, form = ByLengthInterFormer(CONFIG, SCHEMA), bucketed(batch, CONFIG.num_cls)
     else:
         model = InterFormer(replace(CONFIG, backend="reference" if name == REFERENCE else None), SCHEMA)
     model.load_state_dict(_state())
-    if name in _COMPILED:
-        options = {"cpp.dynamic_threads": True}
-        return Contender(torch.compile(model, fullgraph=True, dynamic=name == COMPILED, options=options), model, batch)
-    return Contender(model, model, batch)
+    if name == BY_LENGTH_COMPILED:
+        model.both_sides = _compiled(model.both_sides, dynamic=True)
+    elif name in _COMPILED:
+        return Contender(_compiled(model, dynamic=name == COMPILED), model, form)
+    return Contender(model, model, form)
+
+
+def _compiled(function: Callable[..., torch.Tensor], dynamic: bool) -> Callable[..., torch.Tensor]:
+    options = {"cpp.dynamic_threads": True}
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
 
 
 def runner(contender: Contender, direction: str) -> Callable[[], torch.Tensor]:

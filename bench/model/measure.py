@@ -16,13 +16,30 @@ import torch
 from interformer.testing import random_batch
 from interformer_bench import memory, quiet, shapes, threads, timing
 from interformer_bench.model.cases import SCHEMA, Case, cases
-from interformer_bench.model.contenders import OURS, contenders, make, runner, unsupported_reason
+from interformer_bench.model.contenders import (
+    COMPILED,
+    OURS,
+    PADDED,
+    PADDED_COMPILED,
+    PEERS,
+    REFERENCE,
+    contenders,
+    make,
+    padded_tokens,
+    runner,
+    unsupported_reason,
+)
 from interformer_bench.progress import Progress
+from interformer_bench.run import SKIP_FACTOR, SKIP_SECONDS
 
 from interformer_kernels import testing
 
 # Rows that every contender is checked on, their longest length, and the multiple of the budget that peers may use.
 _MAX_ROWS, _MAX_LENGTH, _PEER_ALLOWANCE = 16, 256, 10.0
+# Their time grows with the rows, so that a batch of about so many tokens foretells it.
+_LINEAR, _SAMPLE_TOKENS = (PADDED, PADDED_COMPILED, REFERENCE), 8192
+# Slow calls get their three samples only while that takes no longer than so many times the time asked for.
+_PATIENCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -71,13 +88,12 @@ def measure(
         progress.step(case.name)
         problems: dict[str, str | None] = {}
         calls: dict[str, timing.TimedCall] = {}
+        first_calls: dict[str, float] = {}
         for name in contenders(compile_too):
             progress.doing(f"preparing {name}")
-            problems[name] = _prepare(name, case, calls)
+            problems[name] = _prepare(name, case, calls, first_calls)
         progress.doing(f"timing {', '.join(calls)}")
-        time_calls = functools.partial(_at_best, calls, seconds)
-        times = watch.during(time_calls) if watch else time_calls()
-        busy = watch.busy_since_last() if watch else None
+        times, busy = at_best(calls, seconds, watch)
         calls.clear()
         torch.compiler.reset()
         for name, problem in problems.items():
@@ -87,36 +103,75 @@ def measure(
             yield Measured(case, name, time, peak, problem, number, busy)
 
 
-def _at_best(calls: Mapping[str, timing.TimedCall], seconds: float) -> dict[str, tuple[int, timing.Timing]]:
-    """Each call's best number of threads, of at most torch's current one, and its time there."""
+def at_best(
+    calls: Mapping[str, timing.TimedCall], seconds: float, watch: quiet.Watch | None = None
+) -> tuple[dict[str, tuple[int, timing.Timing]], str | None]:
+    """Each call's best number of threads, of at most torch's current one, and its time there; why the machine was busy.
+
+    Padded models far behind the best one are not tried on fewer threads, and slow calls have a single sample there.
+    """
     most = torch.get_num_threads()
     times: dict[str, dict[int, timing.Timing]] = {name: {} for name in calls}
-    tried = threads.counts([most])
+    tried, busy, left = threads.counts([most]), None, dict(calls)
+    if watch:
+        watch.anew()
     try:
         for number in tried:
             torch.set_num_threads(number)
-            for name, time in timing.interleaved(calls, seconds=seconds / len(tried)).items():
+            time_calls = functools.partial(
+                timing.interleaved,
+                left,
+                seconds=seconds / len(tried),
+                min_samples=3 if number == most else 1,
+                patience=_PATIENCE,
+            )
+            found = watch.during(time_calls) if watch else time_calls()
+            disturbed = watch.busy_since_last() if watch else None
+            busy = busy or disturbed
+            for name, time in found.items():
                 times[name][number] = time
+            for name in threads.dropped(found, (OURS, COMPILED), number):
+                del left[name]
     finally:
         torch.set_num_threads(most)
-    found = {name: threads.best(of_name, most) for name, of_name in times.items()}
-    return {name: fastest for name, fastest in found.items() if fastest is not None}
+    fastest = {name: threads.best(of_name, most) for name, of_name in times.items()}
+    return {name: single for name, single in fastest.items() if single is not None}, busy
 
 
-def _prepare(name: str, case: Case, calls: dict[str, timing.TimedCall]) -> str | None:
+def _prepare(name: str, case: Case, calls: dict[str, timing.TimedCall], first_calls: dict[str, float]) -> str | None:
     """Add the contender's call, compiled if need be, to `calls`; or the reason why it cannot be timed."""
     reason = unsupported_reason(name, case)
     if reason is not None:
         return reason
     try:
-        reason = wrong(name, case.lengths())
+        reason = wrong(name, case.lengths()) or too_slow(name, case, first_calls)
         if reason is None:
             call = runner(make(name, case.batch()), case.direction)
-            call()
+            first_calls[name] = timing.once(call)
             calls[name] = call
     except Exception as error:
         reason = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
     return reason
+
+
+def too_slow(name: str, case: Case, first_calls: Mapping[str, float]) -> str | None:
+    """The time that the contender would take, in words, where that says all; `first_calls` are seconds of others.
+
+    It is extrapolated from a few rows, the longest among them, uncompiled; None where the contender is worth timing.
+    """
+    fastest = min((seconds for peer, seconds in first_calls.items() if peer in PEERS), default=None)
+    lengths = case.lengths()
+    rows = max(1, _SAMPLE_TOKENS // max(max(lengths), 1))
+    if fastest is None or name not in _LINEAR or rows >= len(lengths):
+        return None
+    few = (max(lengths), *lengths[: rows - 1])
+    uncompiled = PADDED if name == PADDED_COMPILED else name
+    call = runner(make(uncompiled, random_batch(SCHEMA, few)), case.direction)
+    call()
+    expected = timing.once(call) * padded_tokens(name, lengths) / padded_tokens(name, few)
+    if expected <= max(SKIP_SECONDS, SKIP_FACTOR * fastest):
+        return None
+    return f"would take about {expected:.2g} s, {expected / fastest:.0f} times as long as the best padded model"
 
 
 def _peak(case: Case, name: str, data: Path | None) -> int | str:

@@ -14,7 +14,8 @@ from interformer import InterFormer, InterFormerConfig
 from interformer.testing import random_batch, small_schema
 from interformer_bench import quiet, shapes, timing
 from interformer_bench.model import __main__ as command
-from interformer_bench.model import cases, contenders, measure, profiles, report
+from interformer_bench.model import by_length, cases, contenders, measure, profiles, report
+from interformer_bench.model.by_length import ByLengthInterFormer, bucketed
 from interformer_bench.model.padded import PaddedInterFormer, padded
 from interformer_bench.progress import Progress
 from module_budget import assert_within_budget, perturbed
@@ -35,16 +36,46 @@ ANSWER = cases.Case(LAWS["diginetica"], 2, cases.INFERENCE)
 
 
 @pytest.mark.parametrize("lengths", [(3, 0, 17, 1, 9, 40), (5, 5, 5)], ids=["mixed", "full"])
-def test_the_padded_model_is_interformer(lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("peer", ["padded", "by length"])
+def test_padded_models_are_interformer(monkeypatch: pytest.MonkeyPatch, peer: str, lengths: tuple[int, ...]) -> None:
+    monkeypatch.setattr(by_length, "_CALL", 1)  # else so few rows are one bucket
     reference = perturbed(InterFormer(replace(SMALL, backend="reference"), small_schema()), by=0.1)
-    peer = PaddedInterFormer(SMALL, small_schema(), full=len(set(lengths)) == 1)
-    peer.load_state_dict(reference.state_dict())
+    if peer == "padded":
+        model: Any = PaddedInterFormer(SMALL, small_schema(), full=len(set(lengths)) == 1)
+    else:
+        model = ByLengthInterFormer(SMALL, small_schema())
+    model.load_state_dict(reference.state_dict())
 
     def run(model: Any, inputs: Mapping[str, Any]) -> Tensor:
-        batch = random_batch(model.schema, lengths, seed=inputs["seed"])
-        return model(padded(batch) if isinstance(model, PaddedInterFormer) else batch)
+        batch: Any = random_batch(model.schema, lengths, seed=inputs["seed"])
+        if isinstance(model, ByLengthInterFormer):
+            batch = bucketed(batch, SMALL.num_cls)
+            assert len(batch.buckets) == len(set(lengths))
+        elif isinstance(model, PaddedInterFormer):
+            batch = padded(batch)
+        return model(batch)
 
-    assert_within_budget(reference, peer, lambda seed: {"seed": seed}, run, max_draws=16)
+    assert_within_budget(reference, model, lambda seed: {"seed": seed}, run, max_draws=16)
+
+
+def test_rows_are_cut_into_the_cheapest_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, num_cls = [7, 0, 3, 7, 30, 8, 3, 1], 4
+    monkeypatch.setattr(by_length, "_CALL", 20)
+    monkeypatch.setattr(by_length, "_ATTENTION", 10)
+
+    def cost(groups: list[list[int]]) -> float:
+        widths = [num_cls + max(lengths[row] for row in group) for group in groups]
+        return sum(20 + len(group) * width * (1 + width / 10) for group, width in zip(groups, widths, strict=True))
+
+    rows = sorted(range(8), key=lengths.__getitem__)
+    ways = []
+    for cuts in range(2**7):
+        ends = [place for place in range(1, 8) if cuts >> (place - 1) & 1]
+        ways.append([rows[start:end] for start, end in zip([0, *ends], [*ends, 8], strict=True)])
+    found = by_length.grouped(lengths, num_cls)
+    assert sorted(row for group in found for row in group) == list(range(8))
+    assert cost(found) == min(map(cost, ways))
+    assert 1 < len(found) < len(set(lengths))
 
 
 def test_a_form_that_is_not_written_on_padded_rows_is_refused() -> None:
@@ -86,6 +117,7 @@ def test_a_wrong_contender_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         return contender._replace(call=lambda batch: contender.call(batch) + 1)
 
     monkeypatch.setattr(measure, "make", spoiled)
+    monkeypatch.setattr(measure, "_peak", lambda case, name, data: 0)
     measured = list(measure.measure([TINY], None, False, 0.01, Progress()))
     assert "wrong logits" in (measured[0].problem or "")
     assert measured[0].time is None
@@ -96,6 +128,25 @@ def test_what_memory_does_not_hold_is_not_tried() -> None:
     huge = cases.Case(LAWS["movielens"], 100_000, cases.INFERENCE)
     assert "would pad to" in (contenders.unsupported_reason(contenders.PADDED, huge) or "")
     assert contenders.unsupported_reason(contenders.OURS, huge) is None
+
+
+def test_one_bucket_is_no_contender_of_its_own() -> None:
+    reason = contenders.unsupported_reason(contenders.BY_LENGTH, TINY)
+    assert reason == "has one bucket: it is the padded model"
+
+
+@pytest.mark.parametrize(("fastest", "tried"), [(1e-6, False), (1e3, True)], ids=["far behind", "close"])
+def test_a_model_that_is_foretold_to_be_far_behind_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, fastest: float, tried: bool
+) -> None:
+    monkeypatch.setattr(measure, "_SAMPLE_TOKENS", 40)
+    monkeypatch.setattr(measure, "SKIP_SECONDS", 0.0)
+    case = cases.Case(LAWS["diginetica"], 64, cases.INFERENCE)
+    found = measure.too_slow(contenders.PADDED, case, {contenders.OURS: 1e-9, contenders.BY_LENGTH: fastest})
+    assert (found is None) is tried
+    assert tried or "times as long as the best padded model" in str(found)
+    assert measure.too_slow(contenders.BY_LENGTH, case, {contenders.BY_LENGTH: fastest}) is None
+    assert measure.too_slow(contenders.PADDED, case, {contenders.OURS: 1e-9}) is None
 
 
 def _measured(our_seconds: float, padded_seconds: float, peaks: tuple[int, int]) -> list[measure.Measured]:
@@ -112,7 +163,19 @@ def _measured(our_seconds: float, padded_seconds: float, peaks: tuple[int, int])
 def test_targets_are_judged(padded_seconds: float, peaks: tuple[int, int], verdicts: list[str]) -> None:
     (group,) = report.groups(_measured(0.1, padded_seconds, peaks))
     assert [text.split()[-1] for text in report.verdicts(group)] == verdicts
-    assert f"{padded_seconds / 0.1:.2f}x" in report.markdown(list(group.values()))
+    assert f"{padded_seconds / 0.1:.2f}x" in report.markdown(list(group.values()), "head")
+
+
+def test_the_best_of_all_padded_models_counts() -> None:
+    measured = _measured(0.1, 0.5, (40, 100))
+    by_length_time = timing.Timing(0.15, 0.15, 0.15, 5)
+    group = report.groups([*measured, measure.Measured(TINY, contenders.BY_LENGTH, by_length_time)])[0]
+    assert report.verdicts(group)[0] == ">= 2x the best, padded by length: 1.50x MISS"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_head_says_whether_freed_memory_was_kept(kept: bool) -> None:
+    assert ("FREED MEMORY IS NOT KEPT" in report.head([], kept)) is not kept
 
 
 def test_a_busy_machine_has_no_ratio_of_models() -> None:
@@ -123,7 +186,11 @@ def test_a_busy_machine_has_no_ratio_of_models() -> None:
 
 
 def test_models_count_at_their_best_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {1: {"a": 1.0, "b": 3.0}, 2: {"a": 2.0, "b": 2.5}}
+    # "c" is far behind on two threads, so it is not tried on one; ours always is.
+    seconds = {
+        1: {"a": 1.0, "b": 3.0, contenders.OURS: 30.0},
+        2: {"a": 2.0, "b": 2.5, "c": 20.0, contenders.OURS: 20.0},
+    }
 
     def planted(calls: Mapping[str, Any], **_: Any) -> dict[str, timing.Timing]:
         return {name: timing.Timing.of([seconds[torch.get_num_threads()][name]]) for name in calls}
@@ -132,11 +199,30 @@ def test_models_count_at_their_best_number_of_threads(monkeypatch: pytest.Monkey
     monkeypatch.setattr(timing, "interleaved", planted)
     torch.set_num_threads(2)
     try:
-        found = measure._at_best({"a": lambda: None, "b": lambda: None}, 1.0)
+        found, busy = measure.at_best(dict.fromkeys(seconds[2], lambda: None), 1.0)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert {name: (number, time.median) for name, (number, time) in found.items()} == {"a": (1, 1.0), "b": (2, 2.5)}
+    best = {name: (number, time.median) for name, (number, time) in found.items()}
+    assert best == {"a": (1, 1.0), "b": (2, 2.5), "c": (2, 20.0), contenders.OURS: (2, 20.0)}
+    assert busy is None
+
+
+def test_models_are_timed_between_checks_at_every_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Planted(quiet.Watch):
+        def busy_since_last(self) -> str | None:
+            self.checks.append(self.checks[0])
+            return "busy" if len(self.checks) == 3 else None  # after the first number of threads
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        watch = Planted(1)
+        _, busy = measure.at_best({"a": lambda: None}, 0.01, watch)
+    finally:
+        torch.set_num_threads(before)
+    assert busy == "busy"
+    assert len(watch.checks) == 4  # at the start, before the first number, after each
 
 
 def test_the_shares_of_a_profile_are_those_of_the_whole_call() -> None:
@@ -152,6 +238,8 @@ def test_the_command_measures_prints_and_writes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(command, "cases", lambda laws: [TINY, ANSWER])
+    # Their processes know no such case; one of them is tested by itself.
+    monkeypatch.setattr(measure, "_peak", lambda case, name, data: 2**20)
     arguments = ["--no-compile", "--seconds", "0.01", "--case", "training", "--out", str(tmp_path), "--threads", "1"]
     before = torch.get_num_threads()
     try:
@@ -167,7 +255,7 @@ def test_the_command_measures_prints_and_writes(
 
 def test_an_unknown_case_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--case", "nonsense"]) == 2
-    assert "--case must be part of one of: movielens x 256, training step" in capsys.readouterr().err
+    assert "--case must be part of one of: movielens x 32, training step" in capsys.readouterr().err
 
 
 def test_peaks_are_measured_in_a_process_of_their_own() -> None:
