@@ -24,7 +24,7 @@ BY_LENGTH, BY_LENGTH_COMPILED = "padded by length", "padded by length, compiled"
 PEERS = (PADDED, PADDED_COMPILED, BY_LENGTH, BY_LENGTH_COMPILED)
 # In this order, since padding to the longest row is tried only where it may be faster than by length.
 _ALL = (OURS, COMPILED, BY_LENGTH, BY_LENGTH_COMPILED, PADDED, PADDED_COMPILED, REFERENCE)
-_COMPILED = (COMPILED, BY_LENGTH_COMPILED, PADDED_COMPILED)
+COMPILED_MODELS = frozenset({COMPILED, BY_LENGTH_COMPILED, PADDED_COMPILED})
 # Tokens of a padded batch that fit into this machine's memory, in training and in inference.
 _MAX_TOKENS = {True: 400_000, False: 2_000_000}
 
@@ -45,7 +45,7 @@ def _state() -> dict[str, Any]:
 
 def contenders(compile_too: bool) -> tuple[str, ...]:
     """Names of the contenders, ours first."""
-    return tuple(name for name in _ALL if compile_too or name not in _COMPILED)
+    return tuple(name for name in _ALL if compile_too or name not in COMPILED_MODELS)
 
 
 def padded_tokens(name: str, lengths: Sequence[int]) -> int:
@@ -87,7 +87,7 @@ def make(name: str, batch: Batch) -> Contender:
     model.load_state_dict(_state())
     if name == BY_LENGTH_COMPILED:
         model.both_sides = _compiled(model.both_sides, dynamic=True)
-    elif name in _COMPILED:
+    elif name in COMPILED_MODELS:
         return Contender(_compiled(model, dynamic=name == COMPILED), model, form)
     return Contender(model, model, form)
 

@@ -222,7 +222,7 @@ def test_models_are_timed_between_checks_at_every_number_of_threads(monkeypatch:
     finally:
         torch.set_num_threads(before)
     assert busy == "busy"
-    assert len(watch.checks) == 4  # at the start, before the first number, after each
+    assert len(watch.checks) == 5  # at the start, before and after each number
 
 
 def test_the_shares_of_a_profile_are_those_of_the_whole_call() -> None:
