@@ -14,6 +14,7 @@
 #include "cpu/attention.h"
 #include "cpu/eager_attention.h"
 #include "cpu/features.h"
+#include "cpu/folded_pooling.h"
 #include "cpu/freed_memory.h"
 #include "cpu/isa.h"
 #include "cpu/personalized_ffn.h"
@@ -105,6 +106,8 @@ std::map<std::string, std::vector<std::string>> fields() {
     return {{"AttentionCall", field_names<AttentionInputs>()},
             {"AttentionOutputs", field_names<AttentionOutputs>()},
             {"AttentionGradients", field_names<AttentionGradients>()},
+            {"FoldedCall", field_names<FoldedInputs>()},
+            {"FoldedOutputs", field_names<FoldedOutputs>()},
             {"FfnCall", field_names<FfnInputs>()},
             {"FfnOutputs", field_names<FfnOutputs>()},
             {"FfnGradients", field_names<FfnGradients>()},
@@ -129,6 +132,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("eager_attention_forward", &eager_attention_forward);
     m.def("eager_attention_backward", &eager_attention_backward);
     m.def("attention_backward", bound("attention_backward", "gradients", &attention_backward));
+    m.def("folded_pooling_forward", bound("folded_pooling_forward", "outputs", &folded_pooling_forward));
     m.def("personalized_ffn_forward", bound("personalized_ffn_forward", "outputs", &personalized_ffn_forward));
     m.def("personalized_ffn_backward", bound("personalized_ffn_backward", "gradients", &personalized_ffn_backward));
     m.def("apply_rotary", bound("apply_rotary", "outputs", &apply_rotary));

@@ -15,6 +15,8 @@ from interformer_kernels._calls import (
     FfnCall,
     FfnGradients,
     FfnOutputs,
+    FoldedCall,
+    FoldedOutputs,
     RotaryCall,
     RotaryOutputs,
 )
@@ -71,6 +73,9 @@ def eager_attention_backward(
     call: tuple[Any, ...], grad_out: Tensor, attn_out: Tensor | None, threads: int, /
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
     """Gradients of q, k, v and gate; those of gates and of shared queries in the type of accumulation."""
+
+def folded_pooling_forward(call: FoldedCall, outputs: FoldedOutputs, threads: int, /) -> None:
+    """Writes `out [B, M, H, D]`, and the pooled tokens `[B, M, H, E]` where given; all inputs may have any strides."""
 
 def personalized_ffn_forward(call: FfnCall, outputs: FfnOutputs, threads: int, /) -> None:
     """Writes `out [T, F]`."""

@@ -192,6 +192,28 @@ class AttentionGradients(NamedTuple):
     grad_gate: Tensor | None
 
 
+class FoldedCall(NamedTuple):
+    """`pma_pooling` of projected tokens with folded projections: `ops/pma_folded.py`, whose eager calls it holds.
+
+    `seeds [M, H, D]`, weights `[H*D, E]`, `value_bias [H*D]`, `x [T, E]`. No registered op takes it.
+    """
+
+    seeds: Tensor
+    key_weight: Tensor
+    value_weight: Tensor
+    value_bias: Tensor | None
+    x: Tensor
+    offsets: Tensor
+    scale: float
+
+
+class FoldedOutputs(NamedTuple):
+    """Tensors that are written: the output `[B, M, H, D]`, and the pooled tokens `[B, M, H, E]` where asked."""
+
+    out: Tensor
+    pooled: Tensor | None
+
+
 class FfnCall(NamedTuple):
     """Every token times the weight matrix of its row."""
 

@@ -35,6 +35,22 @@ struct RotaryProblem {
     bool backwards = false;
 };
 
+// `pma_pooling` of projected tokens without projecting each token (docs/ops.md, folded projections):
+//
+//     out[b, m, h] = (sum over t of P(<seeds[m, h], W_k[h] x_t>) x_t) W_v[h]' + bias[h]
+//
+// `pooling` is attention over the raw tokens x [T, 1 head, E], under softmax and without masks: each row's M x H
+// queries are the folded seeds.
+struct FoldedProblem {
+    AttentionProblem pooling;
+    int64_t head_size = 0;               // D, of a projected head
+    RowTensor seeds;                     // [M, H, D], as rows' shared queries
+    RowTensor key_weight, value_weight;  // [H, D, E]: a head is a head, one of its D rows a token
+    RowTensor value_bias;                // [H, D], if given
+    RowTensor out;                       // [B, M, H, D]
+    RowTensor pooled;                    // [B, M, H, E], if given: the sums before W_v
+};
+
 // A task of attention: the rows [first_row, last_row) of one row group under the key/value heads [first_head,
 // last_head). A row with too much work for one thread is sharded: each of its tasks takes one shard of its queries, and
 // the backward sums the gradients of the row's keys over the shards in `key_grads`.
@@ -58,6 +74,11 @@ struct Kernels {
     int64_t (*attention_shards)(const AttentionProblem&, int64_t row);
     int64_t (*attention_key_grads_bytes)(const AttentionProblem&, int64_t row);
     void (*attention_add_shard)(const AttentionProblem&, const AttentionTask&, void* memory);
+    // What all threads read, made once for a call in memory of so many bytes; then tasks are the rows [first, last).
+    int64_t (*folded_shared_memory)(const FoldedProblem&);
+    void (*folded_prepare)(const FoldedProblem&, void* shared);
+    int64_t (*folded_memory)(const FoldedProblem&);
+    void (*folded_forward)(const FoldedProblem&, const void* shared, int64_t first, int64_t last, void* memory);
     int64_t (*ffn_memory)(const FfnProblem&);
     void (*ffn_forward)(const FfnProblem&, int64_t first, int64_t last, void* memory);
     void (*ffn_backward)(const FfnProblem&, int64_t first, int64_t last, void* memory);

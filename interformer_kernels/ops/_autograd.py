@@ -70,7 +70,7 @@ def run(half: Half, args: Sequence[Any]) -> Any:
     """
     if torch._C._are_functorch_transforms_active():
         return half.op(*args)
-    if _are_plain(half.tensors(args)):
+    if are_plain(half.tensors(args)):
         return _run_plain(half, args)
     return _below(half.op, args)
 
@@ -106,7 +106,7 @@ def _unwatched() -> bool:
     )
 
 
-def _are_plain(tensors: Iterable[Tensor | None]) -> bool:
+def are_plain(tensors: Iterable[Tensor | None]) -> bool:
     """Whether the dispatcher would hand all tensors on as they are."""
     for x in tensors:
         # A loop: a generator would double the time.
@@ -148,7 +148,7 @@ class Joined(torch.autograd.Function):
         if grad_out is None:
             return (None,) * (3 + len(op.spec.differentiable))
         needed = ctx.needs_input_grad[3:]
-        computed = _gradients(op, (grad_out, *kept, *names), needed)
+        computed = gradients(op, (grad_out, *kept, *names), needed)
         return None, None, None, *(grad if need else None for grad, need in zip(computed, needed, strict=True))
 
 
@@ -187,7 +187,7 @@ def join(op: RegisteredOp, shows_lse: bool, args: list[Any], inputs: list[Tensor
     """`Joined` of a call of `<name>_fwd` with these arguments, of which `inputs` are differentiable."""
     outputs: tuple[Tensor, ...]
     transformed = torch._C._are_functorch_transforms_active()
-    if not transformed and _are_plain(op.forward.tensors(args)):
+    if not transformed and are_plain(op.forward.tensors(args)):
         outputs = _apply_plain(op.spec.name, shows_lse, args, *inputs)
     else:
         joined = (op.spec.name, shows_lse, op.spec.without_inputs(args), *inputs)
@@ -195,7 +195,7 @@ def join(op: RegisteredOp, shows_lse: bool, args: list[Any], inputs: list[Tensor
     return outputs
 
 
-def _gradients(op: RegisteredOp, args: tuple[Any, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def gradients(op: RegisteredOp, args: tuple[Any, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """The needed gradients, of a call of `<name>_bwd` with these arguments; through the reference where they shall be
     differentiable themselves."""
     spec, grad_out = op.spec, args[0]

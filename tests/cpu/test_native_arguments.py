@@ -16,6 +16,8 @@ from interformer_kernels._calls import (
     FfnCall,
     FfnGradients,
     FfnOutputs,
+    FoldedCall,
+    FoldedOutputs,
     RotaryCall,
     RotaryOutputs,
 )
@@ -94,6 +96,13 @@ def ffn_backward(**changed: Any) -> None:
     shared = ffn_arguments()
     gradients = FfnGradients(torch.zeros(T, DV), *(shared[name].clone() for name in ("x", "weight", "bias")))
     called(_C.personalized_ffn_backward, FfnCall(**shared), gradients, changed)
+
+
+def folded(**changed: Any) -> None:
+    seeds, weight, bias, x = torch.zeros(M, H, D), torch.zeros(H * D, DV), torch.zeros(H * D), torch.zeros(T, DV)
+    call = FoldedCall(seeds, weight, weight, bias, x, torch.tensor([0, 3, 7]), 1.0)
+    outputs = FoldedOutputs(torch.zeros(B, M, H, D), torch.zeros(B, M, H, DV))
+    called(_C.folded_pooling_forward, call, outputs, changed)
 
 
 def rotary(**changed: Any) -> None:
@@ -254,6 +263,31 @@ def test_wrong_rotary(changed: dict[str, Any], error: type[Exception], message: 
         rotary(**changed)
 
 
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"x": torch.zeros(7, 6).int()}, TypeError, f"x must be {FLOATS}, found int32 [7, 6]"),
+        ({"x": torch.zeros(7, 6, 1)}, ValueError, "x must be float32 [T, E], found float32 [7, 6, 1]"),
+        ({"x": torch.zeros(7, 0)}, ValueError, "x must be of at least one channel, found float32 [7, 0]"),
+        ({"seeds": torch.zeros(3, 20)}, ValueError, "seeds must be float32 [M, H, D], found float32 [3, 20]"),
+        ({"seeds": torch.zeros(3, 4, 5).half()}, TypeError, "seeds must be float32, found float16 [3, 4, 5]"),
+        ({"key_weight": torch.zeros(6, 20)}, ValueError, "key_weight must be float32 [H D = 20, E = 6], found"),
+        ({"value_weight": torch.zeros(20, 7)}, ValueError, "value_weight must be float32 [H D = 20, E = 6], found"),
+        ({"value_bias": torch.zeros(5)}, ValueError, "value_bias must be float32 [H D = 20], found float32 [5]"),
+        ({"offsets": torch.zeros(3)}, TypeError, "offsets must be int32 or int64, found float32 [3]"),
+        ({"offsets": torch.zeros(0).int()}, ValueError, "offsets must be [B+1] with at least one entry, found"),
+        ({"scale": float("inf")}, ValueError, "scale must be finite, found inf"),
+        ({"out": torch.zeros(2, 3, 4, 6)}, ValueError, "out must be float32 [B = 2, M = 3, H = 4, D = 5], found"),
+        ({"out": torch.zeros(2, 4, 3, 5).transpose(1, 2)}, ValueError, "out must be contiguous, found a stride of"),
+        ({"pooled": torch.zeros(2, 3, 4, 5)}, ValueError, "pooled must be float32 [B = 2, M = 3, H = 4, E = 6], found"),
+    ],
+    ids=wrong,
+)  # fmt: skip
+def test_wrong_folded(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^" + re.escape("folded_pooling_forward: " + message)):
+        folded(**changed)
+
+
 def without_memory(x: torch.Tensor) -> torch.Tensor:
     x.untyped_storage().resize_(0)
     return x
@@ -292,6 +326,8 @@ def test_valid_calls_pass() -> None:
     ffn_forward(bias=None, residual=None)
     ffn_backward()
     ffn_backward(bias=None, grad_bias=None)
+    folded()
+    folded(value_bias=None, pooled=None)
     rotary()
 
 

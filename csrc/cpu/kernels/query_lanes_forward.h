@@ -311,16 +311,9 @@ class QueryLanesForward {
             T* to = walk.at();
             for (int64_t c = 0; c < p_.value_size; c += kLanes<A>) {
                 const Vector<A> sum = load_vector(sums + c);
-                store_wide(to + c, softmax ? mean_of(sum, factor) : sum);
+                store_wide(to + c, softmax ? mean_of<T>(sum, factor) : sum);
             }
         }
-    }
-
-    // `normalise` of attention_epilogue.h for a vector.
-    static Vector<A> mean_of(Vector<A> sum, Vector<A> inv_row_sum) {
-        const Vector<A> largest = Vector<A>{} + A(largest_number<T>), mean = sum * inv_row_sum;
-        const Vector<A> below = (mean > largest) & (sum <= largest) ? largest : mean;
-        return (below < -largest) & (sum >= -largest) ? -largest : below;
     }
 
     const AttentionProblem& p_;

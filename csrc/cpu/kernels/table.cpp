@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/attention_backward.h"
 #include "cpu/kernels/attention_forward.h"
+#include "cpu/kernels/folded_pooling.h"
 #include "cpu/kernels/personalized_ffn.h"
 #include "cpu/kernels/rotary.h"
 
@@ -17,6 +18,10 @@ constexpr Kernels kernels_of() {
             &AttentionBackward<T>::shards,
             &AttentionBackward<T>::key_grads_bytes,
             &AttentionBackward<T>::add_shard,
+            &FoldedWeights<T>::memory,
+            &FoldedWeights<T>::prepare,
+            &FoldedPooling<T>::memory,
+            &FoldedPooling<T>::run,
             &Ffn<T>::memory,
             &Ffn<T>::forward,
             &Ffn<T>::backward,
