@@ -190,7 +190,8 @@ class QueryLanesForward {
     Operands read(const Row& row, const ColumnRanges& ranges) const {
         if constexpr (kNumbers<X> > 1) {
             const Matrix<const T> values{row.key_at(p_.v, 0), p_.v.token};
-            const bool in_place = !p_.rope.cos && p_.head_size % 2 == 0 && p_.k.token % 2 == 0;
+            const bool in_place =
+                !p_.rope.cos && p_.head_size % 2 == 0 && p_.k.token % 2 == 0 && row.reads_in_place(p_.k, p_.head_size);
             const Matrix<const T> keys = in_place ? Matrix<const T>{row.key_at(p_.k, 0), p_.k.token}
                                                   : row.tokens(p_.k, ranges, p_.head_size, p_.rope.cos, work_.keys);
             return {{reinterpret_cast<const X*>(keys.data), keys.stride / 2},
