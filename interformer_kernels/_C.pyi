@@ -17,6 +17,9 @@ from interformer_kernels._calls import (
     FfnOutputs,
     FoldedCall,
     FoldedOutputs,
+    LinearCall,
+    LinearGradients,
+    LinearOutputs,
     RotaryCall,
     RotaryOutputs,
 )
@@ -81,6 +84,12 @@ def personalized_ffn_forward(call: FfnCall, outputs: FfnOutputs, threads: int, /
     """Writes `out [T, F]`."""
 
 def personalized_ffn_backward(call: FfnCall, gradients: FfnGradients, threads: int, /) -> None:
+    """Writes the gradients."""
+
+def fused_linear_forward(call: LinearCall, outputs: LinearOutputs, threads: int, /) -> None:
+    """Writes `out [T, F]`."""
+
+def fused_linear_backward(call: LinearCall, gradients: LinearGradients, threads: int, /) -> None:
     """Writes the gradients."""
 
 def apply_rotary(call: RotaryCall, outputs: RotaryOutputs, threads: int, /) -> None:

@@ -5,6 +5,7 @@ from interformer_kernels._checks import set_validation
 from interformer_kernels._memory import keep_freed_memory
 from interformer_kernels.nn.accelerate import Report, accelerate, register_adapter
 from interformer_kernels.ops.apply_rotary import apply_rotary
+from interformer_kernels.ops.fused_linear import fused_linear
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 from interformer_kernels.ops.jagged_attention import jagged_attention
 from interformer_kernels.ops.personalized_ffn import personalized_ffn
@@ -16,6 +17,7 @@ __all__ = [
     "Report",
     "accelerate",
     "apply_rotary",
+    "fused_linear",
     "gated_cross_attention",
     "jagged_attention",
     "keep_freed_memory",

@@ -51,6 +51,23 @@ struct FoldedProblem {
     RowTensor pooled;                    // [B, M, H, E], if given: the sums before W_v
 };
 
+// `fused_linear` of docs/ops.md: y = prologue(x) W' + bias (+ residual), where the prologue of a token is
+// act(norm(x)) * gate. Tensors of tokens are [T, 1 head, channels] of one row of the batch; vectors are a token each.
+struct LinearProblem {
+    int64_t inputs = 0, outputs = 0;  // E, F
+    RowTensor x, gate, residual, out;
+    RowTensor weight, bias;  // [F, E] and [F]
+    RowTensor norm_weight, norm_bias;
+    Activation activation = Activation::identity;
+    double eps = 0;
+    bool stream = false;           // the output exceeds the caches
+    const void* packed = nullptr;  // the operands that all tasks read, made by `linear_pack`
+
+    // Backward.
+    RowTensor grad_out, grad_x, grad_gate;
+    RowTensor grad_weight, grad_bias, grad_norm_weight, grad_norm_bias;
+};
+
 // A task of attention: the rows [first_row, last_row) of one row group under the key/value heads [first_head,
 // last_head). A row with too much work for one thread is sharded: each of its tasks takes one shard of its queries, and
 // the backward sums the gradients of the row's keys over the shards in `key_grads`.
@@ -84,6 +101,16 @@ struct Kernels {
     void (*ffn_backward)(const FfnProblem&, int64_t first, int64_t last, void* memory);
     int64_t (*rotary_memory)(const RotaryProblem&);
     void (*rotary)(const RotaryProblem&, int64_t first, int64_t last, void* memory);
+    // Tasks are the tokens [first, last). Those of the backward write partial sums of the gradients of weights, bytes
+    // as `linear_sums_bytes` says, which `linear_add_sums` adds in their order for the rows [first, last) of the
+    // weight, and for the vectors where `first` is 0.
+    int64_t (*linear_packed_bytes)(const LinearProblem&, bool backward);
+    void (*linear_pack)(const LinearProblem&, bool backward, void* packed);
+    int64_t (*linear_memory)(const LinearProblem&, bool backward);
+    int64_t (*linear_sums_bytes)(const LinearProblem&);
+    void (*linear_forward)(const LinearProblem&, int64_t first, int64_t last, void* memory);
+    void (*linear_backward)(const LinearProblem&, int64_t first, int64_t last, void* memory, void* sums);
+    void (*linear_add_sums)(const LinearProblem&, const void* sums, int64_t tasks, int64_t first, int64_t last);
 };
 
 }  // namespace interformer

@@ -97,9 +97,10 @@ class RegisteredOp:
         return self.gradient_outputs(call, grads)
 
     def gradient_outputs(self, call: Call, grads: dict[str, Tensor]) -> Any:
-        """The outputs of `<name>_bwd` from gradients by name: an empty one for an input that was not given."""
+        """The outputs of `<name>_bwd` from gradients by name, contiguous: an empty one for an input not given."""
         outputs = tuple(
-            grads[name] if name in grads else self.spec.lead(call).new_empty(0) for name in self.spec.gradients
+            grads[name].contiguous() if name in grads else self.spec.lead(call).new_empty(0)
+            for name in self.spec.gradients
         )
         return outputs if len(outputs) > 1 else outputs[0]
 

@@ -4,6 +4,7 @@
 #include "cpu/kernels/attention_backward.h"
 #include "cpu/kernels/attention_forward.h"
 #include "cpu/kernels/folded_pooling.h"
+#include "cpu/kernels/fused_linear.h"
 #include "cpu/kernels/personalized_ffn.h"
 #include "cpu/kernels/rotary.h"
 
@@ -26,7 +27,14 @@ constexpr Kernels kernels_of() {
             &Ffn<T>::forward,
             &Ffn<T>::backward,
             &Rotary<T>::memory,
-            &Rotary<T>::run};
+            &Rotary<T>::run,
+            &FusedLinear<T>::packed_bytes,
+            &FusedLinear<T>::pack,
+            &FusedLinear<T>::memory,
+            &FusedLinear<T>::sums_bytes,
+            &FusedLinear<T>::forward,
+            &FusedLinear<T>::backward,
+            &FusedLinear<T>::add_sums};
 }
 
 INTERFORMER_ISA_END
