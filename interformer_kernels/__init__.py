@@ -7,6 +7,7 @@ from interformer_kernels.nn.accelerate import Report, accelerate, register_adapt
 from interformer_kernels.ops.apply_rotary import apply_rotary
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 from interformer_kernels.ops.jagged_attention import jagged_attention
+from interformer_kernels.ops.merge_attention import merge_attention
 from interformer_kernels.ops.personalized_ffn import personalized_ffn
 from interformer_kernels.ops.plans import Plan, plan
 from interformer_kernels.ops.pma_pooling import pma_pooling
@@ -19,6 +20,7 @@ __all__ = [
     "gated_cross_attention",
     "jagged_attention",
     "keep_freed_memory",
+    "merge_attention",
     "nn",
     "personalized_ffn",
     "plan",
