@@ -97,9 +97,11 @@ py::object eager_attention_forward(py::handle call, py::handle residual, bool ke
     });
 }
 
-py::object eager_attention_backward(py::handle call, py::handle grad_out, py::handle attn_out, int64_t threads) {
-    return eager("eager_attention_backward", call,
-                 [&](const EagerAttention& attention) { return attention.backward(grad_out, attn_out, threads); });
+py::object eager_attention_backward(py::handle call, py::handle grad_out, py::handle attn_out, py::handle grad_lse,
+                                    int64_t threads) {
+    return eager("eager_attention_backward", call, [&](const EagerAttention& attention) {
+        return attention.backward(grad_out, attn_out, grad_lse, threads);
+    });
 }
 
 // A plain eager call of fused_linear, whose output the caller has allocated: whether it was computed. A call that is

@@ -51,8 +51,9 @@ def attention_forward(call: AttentionCall, outputs: AttentionOutputs, threads: i
 def attention_backward(call: AttentionCall, gradients: AttentionGradients, threads: int, /) -> None:
     """Writes the gradients; an axis of size 1 of `grad_gate` that the gate broadcast over is summed.
 
-    `grad_gate`, `attn_out`, and `grad_q` of shared queries, are of the type of accumulation. `attn_out` is the ungated
-    A, which only the gate's gradient needs.
+    `grad_gate`, `attn_out`, `grad_lse`, and `grad_q` of shared queries, are of the type of accumulation. `attn_out` is
+    the ungated A, which only the gate's gradient needs. `grad_lse`, if given, has the output's shape without its last
+    axis.
     """
 
 # Whole eager calls of plain tensors, with new outputs; None for a call that is declined, before anything is computed.
@@ -73,7 +74,7 @@ def eager_attention_forward(
     """
 
 def eager_attention_backward(
-    call: tuple[Any, ...], grad_out: Tensor, attn_out: Tensor | None, threads: int, /
+    call: tuple[Any, ...], grad_out: Tensor, attn_out: Tensor | None, grad_lse: Tensor | None, threads: int, /
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
     """Gradients of q, k, v and gate; those of gates and of shared queries in the type of accumulation."""
 

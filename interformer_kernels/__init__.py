@@ -8,6 +8,7 @@ from interformer_kernels.ops.apply_rotary import apply_rotary
 from interformer_kernels.ops.fused_linear import fused_linear
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 from interformer_kernels.ops.jagged_attention import jagged_attention
+from interformer_kernels.ops.merge_attention import merge_attention
 from interformer_kernels.ops.personalized_ffn import personalized_ffn
 from interformer_kernels.ops.plans import Plan, plan
 from interformer_kernels.ops.pma_pooling import pma_pooling
@@ -21,6 +22,7 @@ __all__ = [
     "gated_cross_attention",
     "jagged_attention",
     "keep_freed_memory",
+    "merge_attention",
     "nn",
     "personalized_ffn",
     "plan",

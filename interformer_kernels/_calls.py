@@ -183,10 +183,11 @@ class AttentionOutputs(NamedTuple):
 
 
 class AttentionGradients(NamedTuple):
-    """Gradients of attention; `grad_out` and `attn_out` are read, the others written."""
+    """Gradients of attention; `grad_out`, `attn_out` and `grad_lse` are read, the others written."""
 
     grad_out: Tensor
     attn_out: Tensor | None
+    grad_lse: Tensor | None
     grad_q: Tensor
     grad_k: Tensor
     grad_v: Tensor | None

@@ -155,8 +155,8 @@ def attend(
     fully_masked = ~visible.any(-1, keepdim=True)
     s = s.masked_fill(fully_masked, 0).masked_fill(~visible & ~fully_masked, -torch.inf)
     p = F.dropout((torch.softmax(s, -1) if s.shape[-1] else s).where(visible, 0), dropout)
-    exact = s.detach() if s.dtype == torch.float64 else s.detach().float()
-    lse = torch.logsumexp(exact.masked_fill(fully_masked, -torch.inf), -1)
+    exact = s if s.dtype == torch.float64 else s.float()
+    lse = torch.logsumexp(exact, -1).masked_fill(fully_masked.squeeze(-1), -torch.inf)
     return torch.einsum("bnhl,blhe->bnhe", p, v), lse
 
 

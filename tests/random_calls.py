@@ -52,6 +52,7 @@ def attention_cases(draw: st.DrawFn, op: str) -> Case:
         "residual": draw(st.booleans()),
         "strided": draw(st.booleans()),
         "index_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
+        "grad_lse": score == "softmax" and draw(st.booleans()),
     }
     query_lengths = st.lists(st.integers(0, 9), min_size=len(rows), max_size=len(rows)).map(tuple)
     if op == "pma_pooling":

@@ -200,7 +200,7 @@ def _gradients(call: FoldedCall, pooled: Tensor, grad_out: Tensor, needed: Seque
         return None, None, grad_value_weight, grad_bias, None
     grad_pooled = torch.bmm(by_head, weight.unflatten(0, heads)).transpose(0, 1).to(x.dtype)
     attention = AttentionCall("shared", folded, x[:, None], None, None, offsets, scale=scale)
-    arguments = grad_pooled.view(pooled.shape), None, None, *attention, "pma_pooling", "cpu"
+    arguments = grad_pooled.view(pooled.shape), None, None, None, *attention, "pma_pooling", "cpu"
     grad_folded, grad_x, *_ = autograd.gradients(registered, arguments, (True, True, False, False, False))
     assert grad_folded is not None
     assert grad_x is not None

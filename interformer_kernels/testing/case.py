@@ -30,6 +30,7 @@ class Case:
         rope: channels that rotate; 0 is no rotary embedding.
         positions: explicit rotary positions instead of the index in the row.
         shared_value: `v=None`, the keys are the values (pma_pooling).
+        grad_lse: the log-sum-exp has a gradient, too (softmax).
         bias: with a bias (personalized_ffn, fused_linear).
         norm: with a layer norm (fused_linear).
         strided: tensors are slices of wider ones, so that only their last axis is contiguous.
@@ -52,6 +53,7 @@ class Case:
     positions: bool = False
     strided: bool = False
     shared_value: bool = False
+    grad_lse: bool = False
     bias: bool = True
     norm: bool = False
     index_dtype: torch.dtype = torch.int64

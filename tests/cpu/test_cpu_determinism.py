@@ -127,7 +127,7 @@ ALONG: dict[str, dict[str, str]] = {
 def along(case: Case, name: str) -> str | None:
     """The first axis of an argument or result: ROWS, QUERIES or KEYS; None where all rows share it."""
     name = name.removeprefix("d") if name != "dense" else name
-    if name in ("gate", "residual", "grad_out"):
+    if name in ("gate", "residual", "grad_out", "grad_lse"):
         name = "out"
     axis = ALONG[case.op].get(name)
     if axis == QUERIES and case.name == "dense":
@@ -151,7 +151,9 @@ def rows_of(case: Case, name: str, x: Tensor, rows: tuple[int, ...]) -> Tensor:
 def batch_of(case: Case, inputs: dict[str, Any], rows: tuple[int, ...]) -> dict[str, Any]:
     """The inputs of a batch of these rows, in new memory."""
     batch = replaced(inputs, lambda name, x: rows_of(case, name, x, rows).clone())
-    batch["grad_out"] = rows_of(case, "grad_out", inputs["grad_out"], rows).clone()
+    for name in ("grad_out", "grad_lse"):
+        if name in inputs:
+            batch[name] = rows_of(case, name, inputs[name], rows).clone()
     keys, queries = (
         None if lengths is None else offsets_of([lengths[row] for row in rows])
         for lengths in (case.lengths, case.query_lengths)
@@ -171,8 +173,8 @@ def test_batch_invariance(layout: int, sizes: tuple[int, int], dtype: torch.dtyp
     lengths = (37, 1, 300, 0, 65, 700, 64)
     shape = {"heads": 2, "kv_heads": 1, "head_size": sizes[0], "value_size": sizes[1], "tail": 0}
     case = all_ops(lengths, **shape)[layout]
-    gated = {"gate": "full", "residual": True} if case.op.endswith(("attention", "pooling")) else {}
-    case = Case(**{**vars(case), **gated})
+    gated = {"gate": "full", "residual": True, "grad_lse": True}
+    case = Case(**{**vars(case), **(gated if case.op.endswith(("attention", "pooling")) else {})})
     inputs = make_inputs(case, dtype)
     together = results(case.op, inputs)
     alone = [(row,) for row in range(len(lengths))]

@@ -65,7 +65,7 @@ def forward(**changed: Any) -> None:
 def backward(**changed: Any) -> None:
     row, shared = torch.zeros(B, M, H, DV), attention_arguments()
     written = (shared[name].clone() for name in ("q", "k", "v"))
-    gradients = AttentionGradients(row, row, *written, torch.zeros(B, 1, H, DV))
+    gradients = AttentionGradients(row, row, row[..., 0], *written, torch.zeros(B, 1, H, DV))
     called(_C.attention_backward, AttentionCall(**shared), gradients, changed)
 
 
@@ -205,6 +205,8 @@ def test_unknown_names(call: Callable[..., None], changed: dict[str, Any], messa
         ({"grad_v": torch.zeros(7, 2, 5)}, "grad_v must be of the shape of v, [7, 2, 6], found float32 [7, 2, 5]"),
         ({"grad_k": torch.zeros(7, 2, 10)[..., ::2]}, "grad_k must be contiguous, found a stride of 2"),
         ({"grad_out": torch.zeros(2, 3, 4, 5)}, "grad_out must be float32 [B = 2, N = 3, H = 4, Dv = 6], found"),
+        ({"grad_lse": torch.zeros(2, 3, 1)}, "grad_lse must be float32 [B = 2, N = 3, H = 4], found float32 [2, 3, 1]"),
+        ({"score": "relu"}, "grad_lse must be None without softmax, found float32 [2, 3, 4]"),
     ],
     ids=wrong,
 )  # fmt: skip
@@ -363,7 +365,7 @@ def test_the_shared_arguments_are_one_tuple(change: Callable[[Any], object], mes
     with pytest.raises(TypeError, match="^attention_forward: " + re.escape(message) + "$"):
         _C.attention_forward(changed, AttentionOutputs(None, row, None, None), 1)
     with pytest.raises(TypeError, match="^attention_backward: " + re.escape(message) + "$"):
-        _C.attention_backward(changed, AttentionGradients(*[row] * 6), 1)
+        _C.attention_backward(changed, AttentionGradients(*[row] * 7), 1)
 
 
 def test_outputs_and_gradients_are_tuples() -> None:
@@ -373,7 +375,7 @@ def test_outputs_and_gradients_are_tuples() -> None:
     with pytest.raises(
         TypeError, match="^attention_backward: gradients must be a tuple that goes on with grad_k, found"
     ):
-        _C.attention_backward(call, (torch.zeros(B, M, H, DV), None, torch.zeros(M, H, D)), 1)
+        _C.attention_backward(call, (torch.zeros(B, M, H, DV), None, None, torch.zeros(M, H, D)), 1)
 
 
 def test_tensors_with_gradients_are_viewed() -> None:

@@ -24,7 +24,7 @@ from interformer_kernels.testing import Case, offsets_of
 OPCHECKED = [case for op in (*testing.OPS, *testing.TOKEN_OPS) for case in testing.cases(op) if case.name in {
     "plain", "gate and residual", "grouped heads, strided", "score silu", "no rows", "no tokens", "v is k",
     "jagged queries", "mask causal", "rotary on some channels, positions", "halves", "interleaved, rope",
-    "gelu, bias, residual", "gelu, norm, gate, residual",
+    "gelu, bias, residual", "gelu, norm, gate, residual", "gradient of lse",
 }]  # fmt: skip
 
 
@@ -76,7 +76,8 @@ def test_signatures_agree(op: str) -> None:
         if kernels is not None:
             others = [name for name in ("residual", "keep_attn_out") if name in spec.forward_names]
             assert list(inspect.signature(kernels.forward).parameters) == ["call", *others]
-            assert set(inspect.signature(kernels.backward).parameters) == {"call", "grad_out", *spec.saved}
+            given = {"grad_out", *(["grad_lse"] if spec.has_lse else []), *spec.saved}
+            assert set(inspect.signature(kernels.backward).parameters) == {"call", *given}
 
 
 @pytest.mark.skipif("cpu" not in backends("jagged_attention"), reason="needs the native module")

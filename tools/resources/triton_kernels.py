@@ -141,6 +141,15 @@ def _many_rows(width: int, dtype: torch.dtype) -> None:
     attention.backward(call, out, attn_out, lse)
 
 
+def _lse_gradient(width: int, dtype: torch.dtype) -> None:
+    """The backward of self attention where the log-sum-exp has a gradient."""
+    x, offsets = _meta(4096, 4, width, dtype=dtype), _meta(129, dtype=torch.int64)
+    call = AttentionCall("packed", x, x, x, None, offsets, None, *_MAPS)
+    lse = _meta(4096, 4, dtype=torch.float32)
+    attn_out = _meta(*((0,) if dtype == torch.float32 else (4096, 4, width)), dtype=torch.float32)
+    attention.backward(call, x, attn_out, lse, lse)
+
+
 def _rotary(width: int, dtype: torch.dtype) -> None:
     """All channels rotated."""
     x, table = _meta(4096, 4, width, dtype=dtype), _table(width)
@@ -159,6 +168,7 @@ CALLS: dict[str, Callable[[int, torch.dtype], None]] = {
     "jagged_attention": _jagged,
     "many_rows": _many_rows,
     "rotary_attention": _rotated,
+    "lse_gradient": _lse_gradient,
     "pma_pooling": _pooling,
     "gated_cross_attention": _crossed,
     "apply_rotary": _rotary,

@@ -1,7 +1,7 @@
 // Backward of attention, in one pass over the queries. Scores and probabilities P are computed again, then
 //
 //     dP = dO V'
-//     dS = P * (dP - delta), delta = sum over keys of P * dP      (softmax; else act'(S) * dP)
+//     dS = P * (dP - delta + dlse), delta = sum over keys of P * dP      (softmax; else act'(S) * dP)
 //     dQ = scale dS K,   dK += scale dS' Q,   dV += P' dO
 //
 // where O is attn_out. Without softmax P is act(S), and dO contains the factor of P.
