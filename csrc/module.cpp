@@ -16,6 +16,8 @@
 #include "cpu/features.h"
 #include "cpu/freed_memory.h"
 #include "cpu/isa.h"
+#include "cpu/jagged_softmax.h"
+#include "cpu/jagged_weighted_sum.h"
 #include "cpu/personalized_ffn.h"
 #include "cpu/rows.h"
 #ifdef INTERFORMER_HAS_CUDA
@@ -109,7 +111,13 @@ std::map<std::string, std::vector<std::string>> fields() {
             {"FfnOutputs", field_names<FfnOutputs>()},
             {"FfnGradients", field_names<FfnGradients>()},
             {"RotaryCall", field_names<RotaryInputs>()},
-            {"RotaryOutputs", field_names<RotaryOutputs>()}};
+            {"RotaryOutputs", field_names<RotaryOutputs>()},
+            {"SoftmaxCall", field_names<SoftmaxInputs>()},
+            {"SoftmaxOutputs", field_names<SoftmaxOutputs>()},
+            {"SoftmaxGradients", field_names<SoftmaxGradients>()},
+            {"WeightedSumCall", field_names<WeightedSumInputs>()},
+            {"WeightedSumOutputs", field_names<WeightedSumOutputs>()},
+            {"WeightedSumGradients", field_names<WeightedSumGradients>()}};
 }
 
 }  // namespace
@@ -132,6 +140,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("personalized_ffn_forward", bound("personalized_ffn_forward", "outputs", &personalized_ffn_forward));
     m.def("personalized_ffn_backward", bound("personalized_ffn_backward", "gradients", &personalized_ffn_backward));
     m.def("apply_rotary", bound("apply_rotary", "outputs", &apply_rotary));
+    m.def("jagged_softmax_forward", bound("jagged_softmax_forward", "outputs", &jagged_softmax_forward));
+    m.def("jagged_softmax_backward", bound("jagged_softmax_backward", "gradients", &jagged_softmax_backward));
+    m.def("jagged_weighted_sum_forward", bound("jagged_weighted_sum_forward", "outputs", &jagged_weighted_sum_forward));
+    m.def("jagged_weighted_sum_backward",
+          bound("jagged_weighted_sum_backward", "gradients", &jagged_weighted_sum_backward));
 
 #ifdef INTERFORMER_HAS_CUDA
     cuda::bind(m);

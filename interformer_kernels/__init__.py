@@ -7,6 +7,8 @@ from interformer_kernels.nn.accelerate import Report, accelerate, register_adapt
 from interformer_kernels.ops.apply_rotary import apply_rotary
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 from interformer_kernels.ops.jagged_attention import jagged_attention
+from interformer_kernels.ops.jagged_softmax import jagged_softmax
+from interformer_kernels.ops.jagged_weighted_sum import jagged_weighted_sum
 from interformer_kernels.ops.personalized_ffn import personalized_ffn
 from interformer_kernels.ops.plans import Plan, plan
 from interformer_kernels.ops.pma_pooling import pma_pooling
@@ -18,6 +20,8 @@ __all__ = [
     "apply_rotary",
     "gated_cross_attention",
     "jagged_attention",
+    "jagged_softmax",
+    "jagged_weighted_sum",
     "keep_freed_memory",
     "nn",
     "personalized_ffn",

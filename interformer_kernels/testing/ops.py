@@ -7,7 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from interformer_kernels.testing import _apply_rotary, _attention, _personalized_ffn
+from interformer_kernels.testing import (
+    _apply_rotary,
+    _attention,
+    _jagged_softmax,
+    _jagged_weighted_sum,
+    _personalized_ffn,
+)
 from interformer_kernels.testing.case import HARD_LENGTHS, HARD_SIZES, Case
 from interformer_kernels.testing.draw import Draw, Made
 from interformer_kernels.testing.reach import Reach
@@ -18,6 +24,8 @@ _MODULES: dict[str, Any] = {
     "gated_cross_attention": _attention,
     "apply_rotary": _apply_rotary,
     "personalized_ffn": _personalized_ffn,
+    "jagged_softmax": _jagged_softmax,
+    "jagged_weighted_sum": _jagged_weighted_sum,
 }
 OPS = tuple(_MODULES)
 

@@ -29,6 +29,8 @@ DERIVED = [
     Case("gated_cross_attention", "dense", gate="scalar", options={"gate_activation": "tanh"}, **SMALL),
     Case("gated_cross_attention", "jagged", query_lengths=(2, 1, 0), gate="full", residual=True, **SMALL),
     Case("apply_rotary", "some channels", rope=2, **SMALL),
+    Case("jagged_softmax", "scores", **SMALL),
+    Case("jagged_weighted_sum", "values", **SMALL),
     Case("personalized_ffn", "gelu", residual=True, options={"activation": "gelu"}, **SMALL),
 ]
 

@@ -3,6 +3,8 @@
 
 #include "cpu/kernels/attention_backward.h"
 #include "cpu/kernels/attention_forward.h"
+#include "cpu/kernels/jagged_softmax.h"
+#include "cpu/kernels/jagged_weighted_sum.h"
 #include "cpu/kernels/personalized_ffn.h"
 #include "cpu/kernels/rotary.h"
 
@@ -21,7 +23,13 @@ constexpr Kernels kernels_of() {
             &Ffn<T>::forward,
             &Ffn<T>::backward,
             &Rotary<T>::memory,
-            &Rotary<T>::run};
+            &Rotary<T>::run,
+            &Softmax<T>::memory,
+            &Softmax<T>::forward,
+            &Softmax<T>::backward,
+            &WeightedSum<T>::memory,
+            &WeightedSum<T>::forward,
+            &WeightedSum<T>::backward};
 }
 
 INTERFORMER_ISA_END
