@@ -25,25 +25,26 @@ def _load(x, tokens, o_h, mask, OTHER: tl.constexpr):
     return tl.load(x.pointer + tokens[:, None] * x.row + o_h[None, :], mask=mask, other=OTHER).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
+@triton.jit(do_not_specialize=["rows", "tokens", "tails"])
 def softmax_rows(
-    scores, grad_out, out, offsets, rows, tokens,
+    scores, grad_out, out, offsets, rows, tokens, tails,
     HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """The weights of one row under a block of heads; with a `grad_out` instead the gradients of the scores.
 
-    Programs behind those of the rows write the zeros of the tail.
+    The first `tails` programs write the zeros of the tail.
     """
     blocks: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
-    row = tl.program_id(0) // blocks
-    first, count = partition(tl.minimum(row, rows), offsets, rows, tokens)
-    if tl.program_id(0) >= rows * blocks:
-        o_n = (tl.program_id(0) - rows * blocks).to(tl.int64) * TAIL + tl.arange(0, TAIL)
+    program = tl.program_id(0) - tails
+    row = tl.where(program < 0, rows, program // blocks)
+    first, count = partition(row, offsets, rows, tokens)
+    if program < 0:
+        o_n = tl.program_id(0).to(tl.int64) * TAIL + tl.arange(0, TAIL)
         m_tail = (o_n >= first * HEADS) & (o_n < (first + count) * HEADS)
         tl.store(out + o_n, tl.zeros([TAIL], out.dtype.element_ty), mask=m_tail)
         return
     DTYPE: tl.constexpr = scores.pointer.dtype.element_ty
-    o_h = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    o_h = program % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     m_h = (o_h < HEADS)[None, :]
     most = tl.full([BLOCK_H], float("-inf"), tl.float32)
     base = tl.zeros([BLOCK_H], tl.float32)
@@ -81,11 +82,11 @@ def _rows(call: SoftmaxCall, grad_out: Tensor | None) -> Tensor:
     if out.numel():
         block_h = min(_MOST_HEADS, triton.next_power_of_2(heads))
         block_t = min(_MOST_TOKENS, _TILE_NUMBERS // block_h)
-        programs = rows * -(-heads // block_h) + -(-tokens * heads // _TAIL_NUMBERS)
+        tails = -(-tokens * heads // _TAIL_NUMBERS)
         _run.start(
-            softmax_rows, programs,
+            softmax_rows, tails + rows * -(-heads // block_h),
             Table(scores, scores.stride(0)), None if grad is None else Table(grad, grad.stride(0)), out, offsets,
-            rows, tokens,
+            rows, tokens, tails,
             HEADS=heads, BLOCK_T=block_t, BLOCK_H=block_h, TAIL=_TAIL_NUMBERS,
             lead=scores, tiles=Tiles(block_t, block_h, max(1, block_t * block_h // 256), 1),
         )  # fmt: skip

@@ -7,8 +7,9 @@
 
 INTERFORMER_ISA_BEGIN
 
-// A row's scores as vectors, one a step. Few heads whose tokens lie side by side are read through, so that a vector
-// holds several tokens of each head; of other layouts a vector holds the heads of one token.
+// A row's scores as vectors, one a step. Where the heads divide a vector, it holds several tokens of all of them, and
+// is read at once if tokens lie side by side; else it holds heads of one token. Sums have the same order for any
+// strides.
 template <typename T>
 class Softmax {
   public:
@@ -18,16 +19,15 @@ class Softmax {
 
     static void forward(const SoftmaxProblem& p, int64_t first, int64_t last, void* memory) {
         for_each_run(p, first, last, [&](const Steps& steps, int64_t row, int64_t head) {
-            const Softmax run(steps, address<T>(p.scores, row, 0, head), p.scores.token, memory);
+            const Softmax run(steps, source(steps, p.scores, row, head), memory);
             run.forward_run(address<T>(p.out, row, 0, head), p.out.token);
         });
     }
 
     static void backward(const SoftmaxProblem& p, int64_t first, int64_t last, void* memory) {
         for_each_run(p, first, last, [&](const Steps& steps, int64_t row, int64_t head) {
-            const Softmax run(steps, address<T>(p.scores, row, 0, head), p.scores.token, memory);
-            run.backward_run(address<T>(p.grad_out, row, 0, head), p.grad_out.token, address<T>(p.out, row, 0, head),
-                             p.out.token);
+            const Softmax run(steps, source(steps, p.scores, row, head), memory);
+            run.backward_run(source(steps, p.grad_out, row, head), address<T>(p.out, row, 0, head), p.out.token);
         });
     }
 
@@ -38,29 +38,37 @@ class Softmax {
     static constexpr int64_t kKept = 512;  // vectors of exponentials that are kept; those behind are computed again
     static constexpr int64_t kPart = 32;   // steps that are added up before they are added to the sum
 
-    // The vectors of a row: `full` ones of W numbers, then `partial` ones of fewer. Every `heads` lanes begin a token.
+    // The vectors of a row: `full` ones of W numbers, then `partial` ones of fewer. A vector holds `tokens` tokens.
     struct Steps {
-        int64_t full, partial, lanes, heads;
-        bool flat;
+        int64_t full, partial, lanes, tokens;
+    };
+    // An input of a row.
+    struct Source {
+        const T* at;
+        int64_t token, step;
+        bool whole;  // the numbers of a step lie side by side
     };
 
-    Softmax(const Steps& steps, const T* scores, int64_t token, void* memory)
-        : steps_(steps), scores_(scores), step_(steps.flat ? W : token), kept_(static_cast<A*>(memory)) {}
+    Softmax(const Steps& steps, const Source& scores, void* memory)
+        : steps_(steps), scores_(scores), kept_(static_cast<A*>(memory)) {}
+
+    static Source source(const Steps& steps, const RowTensor& x, int64_t row, int64_t head) {
+        const bool whole = steps.tokens == 1 || x.token * steps.tokens == W;
+        return {address<T>(x, row, 0, head), x.token, x.token * steps.tokens, whole};
+    }
 
     template <typename Each>
     static void for_each_run(const SoftmaxProblem& p, int64_t first, int64_t last, Each each) {
-        const auto side_by_side = [&](const RowTensor& x) { return !x.given || x.token == p.heads; };
-        const bool flat = p.heads > 0 && W % p.heads == 0 && side_by_side(p.scores) && side_by_side(p.grad_out) &&
-                          side_by_side(p.out);
+        const bool several = p.heads > 0 && W % p.heads == 0;
         for (int64_t row = first; row < last; ++row) {
             const int64_t count = p.counts[row], numbers = count * p.heads;
-            if (flat) {
-                each(Steps{numbers / W, numbers % W != 0, numbers % W, p.heads, true}, row, int64_t{0});
+            if (several) {
+                each(Steps{numbers / W, numbers % W != 0, numbers % W, W / p.heads}, row, int64_t{0});
                 continue;
             }
             for (int64_t h = 0; h < p.heads; h += W) {
                 const int64_t lanes = min(W, p.heads - h);
-                each(Steps{lanes == W ? count : 0, lanes == W ? 0 : count, lanes, W, false}, row, h);
+                each(Steps{lanes == W ? count : 0, lanes == W ? 0 : count, lanes, 1}, row, h);
             }
         }
     }
@@ -73,8 +81,16 @@ class Softmax {
         for (int64_t i = 0; i < steps_.full; ++i) each(i, W);
         for (int64_t i = 0; i < steps_.partial; ++i) each(steps_.full + i, steps_.lanes);
     }
-    static INTERFORMER_INLINE Vector<A> read(const T* from, int64_t lanes) {
+    INTERFORMER_INLINE Vector<A> read(const Source& x, int64_t i, int64_t lanes) const {
+        const T* from = x.at + i * x.step;
+        if (!x.whole) return gather(x, from, lanes);
         return lanes == W ? load_wide(from) : load_first(from, lanes);
+    }
+    Vector<A> gather(const Source& x, const T* from, int64_t lanes) const {
+        const int64_t heads = W / steps_.tokens;
+        A numbers[W] = {};
+        for (int64_t lane = 0; lane < lanes; ++lane) numbers[lane] = load(from[lane / heads * x.token + lane % heads]);
+        return load_vector(numbers);
     }
     static INTERFORMER_INLINE void write(T* to, int64_t lanes, Vector<A> x) {
         if (lanes == W) return store_wide(to, x);
@@ -82,7 +98,7 @@ class Softmax {
     }
     // The scores of a step; the lanes that hold none are -inf.
     INTERFORMER_INLINE Vector<A> score(int64_t i, int64_t lanes) const {
-        const Vector<A> x = read(scores_ + i * step_, lanes);
+        const Vector<A> x = read(scores_, i, lanes);
         if (lanes == W) return x;
         Lanes lane;
 #pragma GCC unroll 16
@@ -94,7 +110,7 @@ class Softmax {
     template <int64_t Half = W / 2, typename Op>
     INTERFORMER_INLINE Vector<A> fold(Vector<A> x, Op op) const {
         if constexpr (Half > 0) {
-            if (steps_.heads > Half) return x;
+            if (steps_.tokens * Half < W) return x;  // fewer lanes than a token has
             Lanes other;
 #pragma GCC unroll 16
             for (int lane = 0; lane < W; ++lane) other[lane] = lane ^ Half;
@@ -143,7 +159,7 @@ class Softmax {
     static INTERFORMER_INLINE Vector<A> inverse(Vector<A> sum) { return sum == A(0) ? Vector<A>{} : A(1) / sum; }
 
     void forward_run(T* out, int64_t token) const {
-        const int64_t step = steps_.flat ? W : token;
+        const int64_t step = token * steps_.tokens;
         const PowerOfTwo<A> power(0);
         const Vector<A> most = largest();
         Sum sum;
@@ -157,8 +173,8 @@ class Softmax {
             [&](int64_t i, int64_t lanes) { write(out + i * step, lanes, kept(power, most, i, lanes) * factor); });
     }
 
-    void backward_run(const T* grad, int64_t grad_token, T* out, int64_t token) const {
-        const int64_t step = steps_.flat ? W : token, grad_step = steps_.flat ? W : grad_token;
+    void backward_run(const Source& grad, T* out, int64_t token) const {
+        const int64_t step = token * steps_.tokens;
         const PowerOfTwo<A> power(0);
         const Vector<A> most = largest();
         Sum sum, products;
@@ -166,19 +182,18 @@ class Softmax {
             const Vector<A> e = exponential_of_step(power, most, i, lanes);
             keep(i, e);
             sum.add(i, e);
-            products.add(i, e * read(grad + i * grad_step, lanes));
+            products.add(i, e * read(grad, i, lanes));
         });
         const Vector<A> factor = inverse(fold(sum.total(), Plus{}));
         const Vector<A> delta = fold(products.total(), Plus{}) * factor;
         for_each_step([&](int64_t i, int64_t lanes) {
             const Vector<A> p = kept(power, most, i, lanes) * factor;
-            write(out + i * step, lanes, p * (read(grad + i * grad_step, lanes) - delta));
+            write(out + i * step, lanes, p * (read(grad, i, lanes) - delta));
         });
     }
 
     Steps steps_;
-    const T* scores_;
-    int64_t step_;
+    Source scores_;
     A* kept_;
 };
 
