@@ -18,6 +18,8 @@
 #include "cpu/freed_memory.h"
 #include "cpu/fused_linear.h"
 #include "cpu/isa.h"
+#include "cpu/jagged_softmax.h"
+#include "cpu/jagged_weighted_sum.h"
 #include "cpu/personalized_ffn.h"
 #include "cpu/rows.h"
 #ifdef INTERFORMER_HAS_CUDA
@@ -133,7 +135,13 @@ std::map<std::string, std::vector<std::string>> fields() {
             {"LinearOutputs", field_names<LinearOutputs>()},
             {"LinearGradients", field_names<LinearGradients>()},
             {"RotaryCall", field_names<RotaryInputs>()},
-            {"RotaryOutputs", field_names<RotaryOutputs>()}};
+            {"RotaryOutputs", field_names<RotaryOutputs>()},
+            {"SoftmaxCall", field_names<SoftmaxInputs>()},
+            {"SoftmaxOutputs", field_names<SoftmaxOutputs>()},
+            {"SoftmaxGradients", field_names<SoftmaxGradients>()},
+            {"WeightedSumCall", field_names<WeightedSumInputs>()},
+            {"WeightedSumOutputs", field_names<WeightedSumOutputs>()},
+            {"WeightedSumGradients", field_names<WeightedSumGradients>()}};
 }
 
 }  // namespace
@@ -160,6 +168,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("eager_fused_linear_forward", &eager_fused_linear_forward);
     m.def("fused_linear_backward", bound("fused_linear_backward", "gradients", &fused_linear_backward));
     m.def("apply_rotary", bound("apply_rotary", "outputs", &apply_rotary));
+    m.def("jagged_softmax_forward", bound("jagged_softmax_forward", "outputs", &jagged_softmax_forward));
+    m.def("jagged_softmax_backward", bound("jagged_softmax_backward", "gradients", &jagged_softmax_backward));
+    m.def("jagged_weighted_sum_forward", bound("jagged_weighted_sum_forward", "outputs", &jagged_weighted_sum_forward));
+    m.def("jagged_weighted_sum_backward",
+          bound("jagged_weighted_sum_backward", "gradients", &jagged_weighted_sum_backward));
 
 #ifdef INTERFORMER_HAS_CUDA
     cuda::bind(m);

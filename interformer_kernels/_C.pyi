@@ -22,6 +22,12 @@ from interformer_kernels._calls import (
     LinearOutputs,
     RotaryCall,
     RotaryOutputs,
+    SoftmaxCall,
+    SoftmaxGradients,
+    SoftmaxOutputs,
+    WeightedSumCall,
+    WeightedSumGradients,
+    WeightedSumOutputs,
 )
 from interformer_kernels._cuda import attention, personalized_ffn
 
@@ -96,6 +102,18 @@ def fused_linear_backward(call: LinearCall, gradients: LinearGradients, threads:
 def apply_rotary(call: RotaryCall, outputs: RotaryOutputs, threads: int, /) -> None:
     """Writes `out [T, H, D]`: x rotated, or, backwards, turned back."""
 
+def jagged_softmax_forward(call: SoftmaxCall, outputs: SoftmaxOutputs, threads: int, /) -> None:
+    """Writes `out [T, H]`."""
+
+def jagged_softmax_backward(call: SoftmaxCall, gradients: SoftmaxGradients, threads: int, /) -> None:
+    """Writes the gradient; the weights are computed again from the scores."""
+
+def jagged_weighted_sum_forward(call: WeightedSumCall, outputs: WeightedSumOutputs, threads: int, /) -> None:
+    """Writes `out [B, H, D]`."""
+
+def jagged_weighted_sum_backward(call: WeightedSumCall, gradients: WeightedSumGradients, threads: int, /) -> None:
+    """Writes the gradients."""
+
 # The CUDA part, where it is built: the same calls for tensors on one GPU, on the caller's current stream.
 
 cuda_scheduler_size: int
@@ -144,3 +162,15 @@ def cuda_personalized_ffn_backward(
 
 def cuda_apply_rotary(call: RotaryCall, outputs: RotaryOutputs, /) -> None:
     """Writes `out [T, H, D]`: x rotated, or, backwards, rotated back."""
+
+def cuda_jagged_softmax_forward(call: SoftmaxCall, outputs: SoftmaxOutputs, /) -> None:
+    """Writes `out [T, H]`."""
+
+def cuda_jagged_softmax_backward(call: SoftmaxCall, gradients: SoftmaxGradients, /) -> None:
+    """Writes the gradient; the weights are computed again from the scores."""
+
+def cuda_jagged_weighted_sum_forward(call: WeightedSumCall, outputs: WeightedSumOutputs, /) -> None:
+    """Writes `out [B, H, D]`."""
+
+def cuda_jagged_weighted_sum_backward(call: WeightedSumCall, gradients: WeightedSumGradients, /) -> None:
+    """Writes the gradients."""

@@ -8,6 +8,8 @@ from interformer_kernels.ops.apply_rotary import apply_rotary
 from interformer_kernels.ops.fused_linear import fused_linear
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 from interformer_kernels.ops.jagged_attention import jagged_attention
+from interformer_kernels.ops.jagged_softmax import jagged_softmax
+from interformer_kernels.ops.jagged_weighted_sum import jagged_weighted_sum
 from interformer_kernels.ops.merge_attention import merge_attention
 from interformer_kernels.ops.personalized_ffn import personalized_ffn
 from interformer_kernels.ops.plans import Plan, plan
@@ -21,6 +23,8 @@ __all__ = [
     "fused_linear",
     "gated_cross_attention",
     "jagged_attention",
+    "jagged_softmax",
+    "jagged_weighted_sum",
     "keep_freed_memory",
     "merge_attention",
     "nn",

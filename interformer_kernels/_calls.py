@@ -314,3 +314,61 @@ class RotaryOutputs(NamedTuple):
 
     out: Tensor
     backwards: bool
+
+
+class SoftmaxCall(NamedTuple):
+    """Scores of tokens, each head of a row normalised by its softmax."""
+
+    scores: Annotated[Tensor, Values("T H")]
+    offsets: Annotated[Tensor, Offsets("scores")]
+
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output, `[T, H]`."""
+        return tuple(self.scores.shape)
+
+    def out_offsets(self) -> Tensor:
+        """Offsets of the output's rows."""
+        return self.offsets
+
+
+class SoftmaxOutputs(NamedTuple):
+    """The tensor that is written."""
+
+    out: Tensor
+
+
+class SoftmaxGradients(NamedTuple):
+    """Gradients of the softmax; `grad_out` is read, the other written."""
+
+    grad_out: Tensor
+    grad_scores: Tensor
+
+
+class WeightedSumCall(NamedTuple):
+    """Values of each row's tokens, summed with the tokens' weights."""
+
+    weights: Annotated[Tensor, Values("T H")]
+    v: Annotated[Tensor, Values("T H D")]
+    offsets: Annotated[Tensor, Offsets("v")]
+
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output, `[B, H, D]`."""
+        return (self.offsets.shape[0] - 1, *self.v.shape[1:])
+
+    def out_offsets(self) -> None:
+        """None: the output has a place for every row, and no tail."""
+        return
+
+
+class WeightedSumOutputs(NamedTuple):
+    """The tensor that is written."""
+
+    out: Tensor
+
+
+class WeightedSumGradients(NamedTuple):
+    """Gradients of the weighted sum; `grad_out` is read, the others are written."""
+
+    grad_out: Tensor
+    grad_weights: Tensor
+    grad_v: Tensor

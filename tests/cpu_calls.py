@@ -35,6 +35,8 @@ def all_ops(lengths: tuple[int, ...], **sizes: Any) -> list[testing.Case]:
     other_ops = (
         ("personalized_ffn", {"residual": True, "options": {"activation": "gelu"}}),
         ("apply_rotary", {"rope": 6}),
+        ("jagged_softmax", {}),
+        ("jagged_weighted_sum", {}),
     )
     return layouts(lengths, **sizes) + [
         testing.Case(op, "tokens", lengths=lengths, **{**sizes, **options}) for op, options in other_ops

@@ -86,6 +86,8 @@ def row_cases(draw: st.DrawFn, op: str) -> Case:
         fields["rope"] = 2 * draw(st.integers(1, fields["head_size"] // 2))
         fields["positions"] = draw(st.booleans())
         options: dict[str, Any] = {"interleaved": draw(st.booleans())}
+    elif op != "personalized_ffn":
+        options = {}
     else:
         fields["bias"], fields["residual"] = draw(st.booleans()), draw(st.booleans())
         options = {"activation": draw(st.sampled_from(FFN_ACTIVATIONS))}

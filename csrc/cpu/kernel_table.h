@@ -68,6 +68,23 @@ struct LinearProblem {
     RowTensor grad_weight, grad_bias, grad_norm_weight, grad_norm_bias;
 };
 
+// `jagged_softmax` of docs/ops.md. Tensors are [T, heads, 1 channel], their heads side by side.
+struct SoftmaxProblem {
+    int64_t heads = 0;
+    const int64_t* counts = nullptr;
+    RowTensor scores, grad_out;
+    RowTensor out;  // written: the output or, backwards, the gradient of the scores
+};
+
+// `jagged_weighted_sum` of docs/ops.md. Weights are [T, heads, 1 channel], `out` or its gradient [B, 1 token, heads,
+// channels]; channels lie side by side, and so do the heads of weights.
+struct WeightedSumProblem {
+    int64_t heads = 0, channels = 0;
+    const int64_t* counts = nullptr;
+    RowTensor weights, v, out, grad_weights, grad_v;
+    bool stream = false;  // grad_v exceeds the caches
+};
+
 // A task of attention: the rows [first_row, last_row) of one row group under the key/value heads [first_head,
 // last_head). A row with too much work for one thread is sharded: each of its tasks takes one shard of its queries, and
 // the backward sums the gradients of the row's keys over the shards in `key_grads`.
@@ -111,6 +128,12 @@ struct Kernels {
     void (*linear_forward)(const LinearProblem&, int64_t first, int64_t last, void* memory);
     void (*linear_backward)(const LinearProblem&, int64_t first, int64_t last, void* memory, void* sums);
     void (*linear_add_sums)(const LinearProblem&, const void* sums, int64_t tasks, int64_t first, int64_t last);
+    int64_t (*softmax_memory)(const SoftmaxProblem&);
+    void (*softmax_forward)(const SoftmaxProblem&, int64_t first, int64_t last, void* memory);
+    void (*softmax_backward)(const SoftmaxProblem&, int64_t first, int64_t last, void* memory);
+    int64_t (*weighted_sum_memory)(const WeightedSumProblem&);
+    void (*weighted_sum_forward)(const WeightedSumProblem&, int64_t first, int64_t last, void* memory);
+    void (*weighted_sum_backward)(const WeightedSumProblem&, int64_t first, int64_t last, void* memory);
 };
 
 }  // namespace interformer

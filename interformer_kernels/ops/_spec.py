@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from interformer_kernels._calls import fields_of
+from interformer_kernels._calls import Values, fields_of
 from interformer_kernels.ops._compiling import any_number
 
 if TYPE_CHECKING:
@@ -119,11 +119,17 @@ class OpSpec:
         """Uninitialised outputs of `<name>_fwd`."""
         call, others = self.forward_call(args)
         rows, *shape = call.out_shape()
-        if getattr(call, "layout", "") == "shared":
+        if self._counts_rows(getattr(call, "layout", "")):
             rows = any_number(rows)
         out = self.lead(call).new_empty((rows, *shape))
         saved = self.empty_saved(call, out, others.get("keep_attn_out", False))
         return (out, *saved) if saved else out
+
+    def _counts_rows(self, layout: str) -> bool:
+        """Whether the output's first axis is a number of rows that follows from the offsets alone."""
+        values = [field.name for field in self.fields if isinstance(field.note, Values)]
+        first = [axes.split()[0] for axes in (self.out_axes(layout), *(self.axes(name, layout) for name in values))]
+        return first[0] == "B" and "B" not in first[1:]
 
     def backward_fake(self, *args: Any) -> Any:
         """Uninitialised contiguous gradients; an empty one for an input that was not given."""
@@ -186,3 +192,9 @@ def _tensors(count: int) -> str:
 
 def _names_of(arguments: list[str]) -> tuple[str, ...]:
     return tuple(argument.split()[1] for argument in arguments)
+
+
+def with_heads(x: Any, axes: int) -> tuple[Any, bool]:
+    """A tensor of so many axes with one head behind its tokens, and True; anything else as it is, and False."""
+    is_flat = isinstance(x, Tensor) and x.dim() == axes
+    return (x.unsqueeze(1) if is_flat else x), is_flat

@@ -49,4 +49,5 @@ def _of_rows(name: str, x: Any, inputs: Mapping[str, Any]) -> bool:
     """Whether an argument has something for every row, or every token of theirs."""
     if name == "gate":  # may be of the output's shape up to sizes of 1, or broadcast over rows and tokens
         return x is not None and x.dim() == inputs["grad_out"].dim()
-    return x is not None and name in ("q", "k", "v", "x", "weight", "bias", "residual", "grad_out", "grad_lse")
+    of_rows = ("q", "k", "v", "x", "weight", "bias", "scores", "weights", "residual", "grad_out", "grad_lse")
+    return x is not None and name in of_rows

@@ -121,6 +121,8 @@ ALONG: dict[str, dict[str, str]] = {
     "pma_pooling": {"k": KEYS, "v": KEYS, "out": ROWS, "lse": ROWS},
     "personalized_ffn": {"x": KEYS, "weight": ROWS, "bias": ROWS, "out": KEYS},
     "apply_rotary": {"x": KEYS, "positions": KEYS, "out": KEYS},
+    "jagged_softmax": {"scores": KEYS, "out": KEYS},
+    "jagged_weighted_sum": {"weights": KEYS, "v": KEYS, "out": ROWS},
 }
 
 
@@ -167,7 +169,7 @@ def batch_of(case: Case, inputs: dict[str, Any], rows: tuple[int, ...]) -> dict[
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [(16, 16), (9, 11)], ids=str)
-@pytest.mark.parametrize("layout", range(7))
+@pytest.mark.parametrize("layout", range(9))
 def test_batch_invariance(layout: int, sizes: tuple[int, int], dtype: torch.dtype) -> None:
     """Batch invariance: alone, first, last, next to very long rows, and in other memory, with odd channels too."""
     lengths = (37, 1, 300, 0, 65, 700, 64)

@@ -32,6 +32,8 @@ DERIVED = [
     Case("gated_cross_attention", "jagged", query_lengths=(2, 1, 0), gate="full", residual=True, **SMALL),
     Case("gated_cross_attention", "lse", residual=True, grad_lse=True, **SMALL),
     Case("apply_rotary", "some channels", rope=2, **SMALL),
+    Case("jagged_softmax", "scores", **SMALL),
+    Case("jagged_weighted_sum", "values", **SMALL),
     Case("personalized_ffn", "gelu", residual=True, options={"activation": "gelu"}, **SMALL),
 ]
 

@@ -28,11 +28,11 @@ CASES = [
     Case("gated_cross_attention", "dense", **{**GATED, "gate": "scalar"}),
     Case("gated_cross_attention", "jagged", query_lengths=(2, 1, 0), **GATED),
     Case("apply_rotary", "some channels", rope=2, **SMALL),
+    Case("jagged_softmax", "scores", **SMALL),
+    Case("jagged_weighted_sum", "values", **SMALL),
     Case("personalized_ffn", "gelu", residual=True, options={"activation": "gelu"}, **SMALL),
 ]
-EACH_OP = [
-    next(case for case in CASES if case.op == op and (case.gate or case.residual or case.rope)) for op in testing.OPS
-]
+EACH_OP = [next(case for case in CASES if case.op == op and case.name != "plain") for op in testing.OPS]
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.name}")
 over_ops = pytest.mark.parametrize("case", EACH_OP, ids=lambda case: case.op)
 

@@ -5,6 +5,8 @@
 #include "cpu/kernels/attention_forward.h"
 #include "cpu/kernels/folded_pooling.h"
 #include "cpu/kernels/fused_linear.h"
+#include "cpu/kernels/jagged_softmax.h"
+#include "cpu/kernels/jagged_weighted_sum.h"
 #include "cpu/kernels/personalized_ffn.h"
 #include "cpu/kernels/rotary.h"
 
@@ -34,7 +36,13 @@ constexpr Kernels kernels_of() {
             &FusedLinear<T>::sums_bytes,
             &FusedLinear<T>::forward,
             &FusedLinear<T>::backward,
-            &FusedLinear<T>::add_sums};
+            &FusedLinear<T>::add_sums,
+            &Softmax<T>::memory,
+            &Softmax<T>::forward,
+            &Softmax<T>::backward,
+            &WeightedSum<T>::memory,
+            &WeightedSum<T>::forward,
+            &WeightedSum<T>::backward};
 }
 
 INTERFORMER_ISA_END
