@@ -48,7 +48,12 @@ def rows_of(inputs: Inputs) -> int:
 
 def place_of_row(op: str, inputs: Inputs, row: int) -> int:
     """The place in the output where row `row` begins: its index, or its first token."""
-    return row if op in ("pma_pooling", "gated_cross_attention") else int(inputs["offsets"][row])
+    return row if op in ("pma_pooling", "gated_cross_attention", "jagged_weighted_sum") else int(inputs["offsets"][row])
+
+
+def of_tokens(inputs: Inputs) -> str:
+    """An input that every row's own tokens have."""
+    return next(name for name in ("x", "k", "v", "scores") if name in inputs)
 
 
 def spoiled_out(row: int, min_rows: int) -> Serve:
@@ -66,12 +71,12 @@ def spoiled_out(row: int, min_rows: int) -> Serve:
 
 
 def spoiled_gradient(row: int, min_rows: int) -> Serve:
-    """A wrong gradient of x, or of k, at the first token of row `row`, in batches of `least` rows and more."""
+    """A wrong gradient of x, k, v or scores at the first token of row `row`, in batches of `least` rows and more."""
 
     def serve(op: str, inputs: Inputs) -> Outputs:
         if rows_of(inputs) < min_rows:
             return served(op, inputs)
-        name = "x" if "x" in inputs else "k"
+        name = of_tokens(inputs)
         offsets = inputs["kv_offsets"] if "kv_offsets" in inputs else inputs["offsets"]
         return served(op, {**inputs, name: Spoil.apply(inputs[name], int(offsets[row]))})
 
@@ -88,7 +93,7 @@ def test_a_row_that_differs_in_a_large_batch_is_found_and_named(op: str, spoil: 
     for finding in findings:
         if finding.what.startswith(("slices", "rows alone")):
             assert finding.row == row
-            assert finding.quantity in ("out", "dx", "dk")
+            assert finding.quantity in ("out", "dx", "dk", "dv", "dscores")
             assert finding.index is not None
             assert finding.differing > 0
     if spoil is spoiled_out:
@@ -141,7 +146,7 @@ def test_what_a_graph_keeps_of_its_first_contents_is_found(
     def serve(op: str, inputs: Inputs) -> Outputs:
         name = {
             "offsets": "kv_offsets" if "kv_offsets" in inputs else "offsets",
-            "numbers": "x" if "x" in inputs else "k",
+            "numbers": of_tokens(inputs),
         }
         contents = first_contents.setdefault(
             inputs["grad_out"].data_ptr(), {n: x.detach().clone() for n, x in inputs.items() if isinstance(x, Tensor)}

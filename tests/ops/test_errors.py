@@ -114,7 +114,7 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     (FFN, {"bias": torch.randn(3, 5)}, r"bias must be \[B, F\] with B = 3, F = 6, found shape \[3, 5\]"),
     (FFN, {"residual": torch.randn(5, 5)}, r"residual must broadcast to the output's shape \[5, 6\], found \[5, 5\]"),
     (SOFTMAX, {"scores": torch.randn(5, 2, 2)}, r"scores must be \[T, H\], found shape \[5, 2, 2\]"),
-    (SOFTMAX, {"offsets": OFFSETS[:, None]}, r"offsets must be \[B\+1\]"),
+    (SOFTMAX, {"offsets": OFFSETS[:, None]}, r"offsets must have one axis, found shape \[4, 1\]"),
     (SUM, {"weights": torch.randn(5)}, r"v must be \[T, H, D\] with T = 5, H = 1, found shape \[5, 4, 8\]"),
     (SUM, {"v": torch.randn(4, 4, 8)}, r"v must be \[T, H, D\] with T = 5, H = 4, found shape \[4, 4, 8\]"),
     (FFN, {"activation": "tanh"}, "activation must be one of identity, relu, silu, gelu; found 'tanh'"),
