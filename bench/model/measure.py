@@ -147,7 +147,7 @@ def _prepare(name: str, case: Case, calls: dict[str, timing.TimedCall], first_ca
     if reason is not None:
         return reason
     try:
-        reason = wrong(name, case.lengths()) or too_slow(name, case, first_calls)
+        reason = too_slow(name, case, first_calls) or wrong(name, case.lengths())
         if reason is None:
             call = runner(make(name, case.batch()), case.direction)
             first_calls[name] = timing.once(call)
