@@ -9,17 +9,16 @@ import gpu_stand_in
 import pytest
 import torch
 from gpu_faults import OPS, Outputs, Serve, ask, counted, served, wrong_findings
-from interformer_bench import check_calls, check_rows, gpu_checks
+from interformer_bench import check_calls, check_model, check_rows, gpu_checks
 from interformer_bench.check_context import Inputs
 from torch import Tensor
 
 import interformer_kernels
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("kind", gpu_checks.KINDS)
-def test_nothing_is_found_on_the_cpu(kind: str, op: str) -> None:
-    findings = ask(kind, op)
+@pytest.mark.parametrize("name", gpu_checks.NAMES)
+def test_nothing_is_found_on_the_cpu(name: str) -> None:
+    findings = ask(*name.split("."))
     assert findings
     assert [finding for finding in findings if finding.ok is not True] == []
 
@@ -161,6 +160,23 @@ def test_what_a_graph_keeps_of_its_first_contents_is_found(
         serve = served
     findings = wrong_findings("graph-replay", op, serve)
     assert {finding.what for finding in findings} >= {f"replay on contents {number}" for number in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("stale", ["batch", "replay"])
+def test_what_a_captured_step_keeps_of_its_first_batch_is_found(stale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    training_step = check_model.training_step
+
+    def stale_step(model: Any, batch: Any) -> Callable[[], Tensor]:
+        return training_step(model, batch.with_capacity(len(batch.sequences)) if stale == "batch" else batch)
+
+    def capture(step: Callable[[], Tensor], place: Any) -> tuple[Callable[[], Any], Tensor]:
+        return step if stale != "replay" else lambda: None, step()
+
+    monkeypatch.setattr(check_model, "training_step", stale_step)
+    monkeypatch.setattr(check_model, "capture_graph", capture)
+    found = {finding.what for finding in wrong_findings("graph-step", check_model.OP, served)}
+    trains, right = ({f"replay on batch {number}{end}" for number in (0, 1, 2)} for end in (" trains", ""))
+    assert found >= (trains if stale != "batch" else right - {"replay on batch 0"})
 
 
 @pytest.mark.parametrize("waits", [False, True])

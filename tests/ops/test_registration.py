@@ -173,11 +173,14 @@ def test_compile_fullgraph_dynamic_without_recompiles(backend: str) -> None:
     assert frames == frames[:1] * len(frames), "recompiled after warm-up"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", testing.OPS)
-def test_compile_every_op_alone(op: str) -> None:
+def test_compile_every_op_alone(op: str, dtype: torch.dtype) -> None:
+    """With a gate in one dtype, without in the other, where the backward's needs follow from the backend."""
     torch._dynamo.reset()
-    case = Case(op, "", gate="full" if op != "personalized_ffn" else "", residual=op != "apply_rotary", rope=4, tail=0)
-    inputs = testing.make_inputs(case, torch.float32)
+    gate = "full" if op != "personalized_ffn" and dtype == torch.float32 else ""
+    case = Case(op, "", gate=gate, residual=op != "apply_rotary", rope=4, tail=0)
+    inputs = testing.make_inputs(case, dtype)
     compiled = torch.compile(getattr(ik, op), fullgraph=True, dynamic=True, backend="aot_eager")
     arguments = {name: x for name, x in inputs.items() if name != "grad_out"}
     leaves = [inputs[n] for n in testing.DIFFERENTIABLE[op] if inputs.get(n) is not None]
