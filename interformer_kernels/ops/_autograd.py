@@ -202,8 +202,6 @@ def gradients(op: RegisteredOp, args: tuple[Any, ...], needed: tuple[bool, ...])
     """The needed gradients, of a call of `<name>_bwd` with these arguments; through the reference where they shall be
     differentiable themselves."""
     spec, grad_out = op.spec, args[0]
-    first = spec.outputs + len(spec.saved)
-    of_outputs, saved, others = args[: spec.outputs], args[spec.outputs : first], args[first:]
     grads = None
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         call, given = spec.backward_call(args)
@@ -218,8 +216,9 @@ def gradients(op: RegisteredOp, args: tuple[Any, ...], needed: tuple[bool, ...])
         grads = op.eager_backward(args)
     if grads is None:
         # An eager call keeps no outputs that its backward does not read; the op takes an empty tensor for each.
-        saved = tuple(grad_out.new_empty(0) if x is None else x for x in saved)
-        results = run(op.backward, (*of_outputs, *saved, *others))
+        first = spec.outputs + len(spec.saved)
+        saved = (grad_out.new_empty(0) if x is None else x for x in args[spec.outputs : first])
+        results = run(op.backward, (*args[: spec.outputs], *saved, *args[first:]))
         grads = results if len(spec.gradients) > 1 else (results,)
     if not spec.has_residual:
         return grads

@@ -105,10 +105,9 @@ def hard_cases(op: str) -> list[Case]:
     """The calls into which values are planted."""
     full: dict[str, Any] = {**HARD_SIZES, "gate": "full", "residual": True}
     grid = [
-        Case(op, "gate and residual", **full),
+        Case(op, "gate and residual", **full, grad_lse=True),
         Case(op, "head gate, silu", **HARD_SIZES, gate="head", options=pointwise("silu")),
     ]
-    grid += [Case(op, "gradient of lse", **HARD_SIZES, gate="head", grad_lse=True)]
     if op == "jagged_attention":
         grid += [Case(op, "causal, window, prefix", **HARD_SIZES, options={"window": (4, 0), "num_prefix": 1})]
         grid += [Case(op, "cross", **HARD_SIZES, query_lengths=(2, 3, 0, 20, 9), options={"causal": True})]
