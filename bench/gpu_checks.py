@@ -1,7 +1,8 @@
 """`python -m interformer_bench.gpu_checks`: correctness checks that need a GPU, beyond parity on small calls.
 
 Large batches whose rows have the same bits alone, graph replays, side streams, other kinds of offsets, misaligned and
-very large tensors, full validation, autocast and torch.compile, for every op and backend. `--list` prints the checks;
+very large tensors, full validation, autocast and torch.compile, for every op and backend; and a model's training step
+in a graph. `--list` prints the checks;
 `--only` takes one of them (`large-batch.pma_pooling`) or one for all ops (`large-batch`). Every finding is appended at
 once as a line of JSON. With `--device cpu --tiny` the same code runs on a few short rows, and CPU kernels stand in for
 the GPU's.
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from interformer_bench import check_calls, check_rows
+from interformer_bench import check_calls, check_model, check_rows
 from interformer_bench.check_context import DTYPES, CheckContext, Finding
 from interformer_bench.checks import error_line
 from interformer_bench.gpu_place import (
@@ -36,17 +37,19 @@ from interformer_kernels._cli.errors import guarded
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of check that every op gets; `seconds` is its time on a GPU for one op and one backend."""
+    """A kind of check that each of `ops` gets; `seconds` is its time on a GPU for one op and one backend."""
 
     part: int
     seconds: float
     run: Callable[[CheckContext], Iterator[Finding]]
+    ops: tuple[str, ...] = testing.OPS
 
 
 # In order of value.
 KINDS = {
     "large-batch": Kind(1, 12, check_rows.large_batch),
     "graph-replay": Kind(1, 4, check_calls.graph_replay),
+    "graph-step": Kind(1, 20, check_model.graph_step, (check_model.OP,)),
     "side-stream": Kind(1, 5, check_calls.side_stream),
     "index-views": Kind(1, 4, check_calls.index_views),
     "full-validation": Kind(2, 3, check_calls.full_validation),
@@ -55,7 +58,7 @@ KINDS = {
     "compile": Kind(2, 25, check_calls.compiled),
     "beyond-int32": Kind(2, 10, check_rows.beyond_int32),
 }
-NAMES = [f"{kind}.{op}" for kind in KINDS for op in testing.OPS]
+NAMES = [f"{name}.{op}" for name, kind in KINDS.items() for op in kind.ops]
 
 
 def plain(name: str) -> Record:
@@ -77,7 +80,8 @@ def check(name: str, context: CheckContext, write: Write) -> bool:
         fields = {"step": name, "op": context.op, "backend": context.backend, "seconds": time.perf_counter() - start}
         write({**finding.record(), **fields})
 
-    reasons = [context.place.unsupported_reason(context.op, context.backend, dtype) for dtype in DTYPES]
+    ops = testing.OPS if context.op == check_model.OP else (context.op,)
+    reasons = [context.place.unsupported_reason(op, context.backend, dtype) for op in ops for dtype in DTYPES]
     reason = next(filter(None, reasons), None)
     if reason is not None:
         record(Finding("serves", "", False, reason))

@@ -80,9 +80,8 @@ def results_of(measurements: Sequence[Measurement], machine: Machine) -> list[Re
         shape = f"{ours.rows} x {ours.tokens / max(ours.rows, 1):.0f} ({ours.longest})"
         limit = report.of_limit(ours, machine) or ("", math.nan)
         lengths = ours.law if ours.source == "synthetic" else f"{ours.law} ({ours.source})"
-        results.append(
-            Result(ours.op, lengths, shape, ours.sizes, ours.dtype, ours.direction, ratio, peer.runner, *limit[::-1])
-        )
+        case = ours.op, lengths, shape, ours.sizes, ours.dtype, ours.direction
+        results.append(Result(*case, ratio, peer.runner, *limit[::-1], f"{ratio:.2f}x"))
     return results
 
 

@@ -15,8 +15,19 @@ from interformer_kernels._calls import (
     FfnCall,
     FfnGradients,
     FfnOutputs,
+    FoldedCall,
+    FoldedOutputs,
+    LinearCall,
+    LinearGradients,
+    LinearOutputs,
     RotaryCall,
     RotaryOutputs,
+    SoftmaxCall,
+    SoftmaxGradients,
+    SoftmaxOutputs,
+    WeightedSumCall,
+    WeightedSumGradients,
+    WeightedSumOutputs,
 )
 from interformer_kernels._cuda import attention, personalized_ffn
 
@@ -46,8 +57,9 @@ def attention_forward(call: AttentionCall, outputs: AttentionOutputs, threads: i
 def attention_backward(call: AttentionCall, gradients: AttentionGradients, threads: int, /) -> None:
     """Writes the gradients; an axis of size 1 of `grad_gate` that the gate broadcast over is summed.
 
-    `grad_gate`, `attn_out`, and `grad_q` of shared queries, are of the type of accumulation. `attn_out` is the ungated
-    A, which only the gate's gradient needs.
+    `grad_gate`, `attn_out`, `grad_lse`, and `grad_q` of shared queries, are of the type of accumulation. `attn_out` is
+    the ungated A, which only the gate's gradient needs. `grad_lse`, if given, has the output's shape without its last
+    axis.
     """
 
 # Whole eager calls of plain tensors, with new outputs; None for a call that is declined, before anything is computed.
@@ -68,9 +80,12 @@ def eager_attention_forward(
     """
 
 def eager_attention_backward(
-    call: tuple[Any, ...], grad_out: Tensor, attn_out: Tensor | None, threads: int, /
+    call: tuple[Any, ...], grad_out: Tensor, attn_out: Tensor | None, grad_lse: Tensor | None, threads: int, /
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
     """Gradients of q, k, v and gate; those of gates and of shared queries in the type of accumulation."""
+
+def folded_pooling_forward(call: FoldedCall, outputs: FoldedOutputs, threads: int, /) -> None:
+    """Writes `out [B, M, H, D]`, and the pooled tokens `[B, M, H, E]` where given; all inputs may have any strides."""
 
 def personalized_ffn_forward(call: FfnCall, outputs: FfnOutputs, threads: int, /) -> None:
     """Writes `out [T, F]`."""
@@ -78,8 +93,26 @@ def personalized_ffn_forward(call: FfnCall, outputs: FfnOutputs, threads: int, /
 def personalized_ffn_backward(call: FfnCall, gradients: FfnGradients, threads: int, /) -> None:
     """Writes the gradients."""
 
+def fused_linear_forward(call: LinearCall, outputs: LinearOutputs, threads: int, /) -> None:
+    """Writes `out [T, F]`."""
+
+def fused_linear_backward(call: LinearCall, gradients: LinearGradients, threads: int, /) -> None:
+    """Writes the gradients."""
+
 def apply_rotary(call: RotaryCall, outputs: RotaryOutputs, threads: int, /) -> None:
     """Writes `out [T, H, D]`: x rotated, or, backwards, turned back."""
+
+def jagged_softmax_forward(call: SoftmaxCall, outputs: SoftmaxOutputs, threads: int, /) -> None:
+    """Writes `out [T, H]`."""
+
+def jagged_softmax_backward(call: SoftmaxCall, gradients: SoftmaxGradients, threads: int, /) -> None:
+    """Writes the gradient; the weights are computed again from the scores."""
+
+def jagged_weighted_sum_forward(call: WeightedSumCall, outputs: WeightedSumOutputs, threads: int, /) -> None:
+    """Writes `out [B, H, D]`."""
+
+def jagged_weighted_sum_backward(call: WeightedSumCall, gradients: WeightedSumGradients, threads: int, /) -> None:
+    """Writes the gradients."""
 
 # The CUDA part, where it is built: the same calls for tensors on one GPU, on the caller's current stream.
 
@@ -129,3 +162,15 @@ def cuda_personalized_ffn_backward(
 
 def cuda_apply_rotary(call: RotaryCall, outputs: RotaryOutputs, /) -> None:
     """Writes `out [T, H, D]`: x rotated, or, backwards, rotated back."""
+
+def cuda_jagged_softmax_forward(call: SoftmaxCall, outputs: SoftmaxOutputs, /) -> None:
+    """Writes `out [T, H]`."""
+
+def cuda_jagged_softmax_backward(call: SoftmaxCall, gradients: SoftmaxGradients, /) -> None:
+    """Writes the gradient; the weights are computed again from the scores."""
+
+def cuda_jagged_weighted_sum_forward(call: WeightedSumCall, outputs: WeightedSumOutputs, /) -> None:
+    """Writes `out [B, H, D]`."""
+
+def cuda_jagged_weighted_sum_backward(call: WeightedSumCall, gradients: WeightedSumGradients, /) -> None:
+    """Writes the gradients."""

@@ -23,6 +23,7 @@ SCORES = ("softmax", "identity", "relu", "silu", "gelu")
 GATE_FORMS = ("multiply", "self")
 GATE_ACTIVATIONS = ("sigmoid", "tanh", "silu", "identity")
 FFN_ACTIVATIONS = ("identity", "relu", "silu", "gelu")
+LINEAR_ACTIVATIONS = FFN_ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,14 +183,37 @@ class AttentionOutputs(NamedTuple):
 
 
 class AttentionGradients(NamedTuple):
-    """Gradients of attention; `grad_out` and `attn_out` are read, the others written."""
+    """Gradients of attention; `grad_out`, `attn_out` and `grad_lse` are read, the others written."""
 
     grad_out: Tensor
     attn_out: Tensor | None
+    grad_lse: Tensor | None
     grad_q: Tensor
     grad_k: Tensor
     grad_v: Tensor | None
     grad_gate: Tensor | None
+
+
+class FoldedCall(NamedTuple):
+    """`pma_pooling` of projected tokens with folded projections: `ops/pma_folded.py`, whose eager calls it holds.
+
+    `seeds [M, H, D]`, weights `[H*D, E]`, `value_bias [H*D]`, `x [T, E]`. No registered op takes it.
+    """
+
+    seeds: Tensor
+    key_weight: Tensor
+    value_weight: Tensor
+    value_bias: Tensor | None
+    x: Tensor
+    offsets: Tensor
+    scale: float
+
+
+class FoldedOutputs(NamedTuple):
+    """Tensors that are written: the output `[B, M, H, D]`, and the pooled tokens `[B, M, H, E]` where asked."""
+
+    out: Tensor
+    pooled: Tensor | None
 
 
 class FfnCall(NamedTuple):
@@ -226,6 +250,46 @@ class FfnGradients(NamedTuple):
     grad_bias: Tensor | None
 
 
+class LinearCall(NamedTuple):
+    """A linear layer of every token behind layer norm, activation and gate."""
+
+    x: Annotated[Tensor, Values("T E")]
+    weight: Annotated[Tensor, Values("F E")]
+    bias: Annotated[Tensor | None, Values("F")]
+    norm_weight: Annotated[Tensor | None, Values("E")]
+    norm_bias: Annotated[Tensor | None, Values("E")]
+    gate: Annotated[Tensor | None, Values("T E")]
+    eps: Annotated[float, Finite()]
+    activation: Annotated[str, OneOf(LINEAR_ACTIVATIONS)]
+
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output, `[T, F]`."""
+        return self.x.shape[0], self.weight.shape[0]
+
+    def out_offsets(self) -> None:
+        """None: there are no rows, and no tail behind them."""
+        return
+
+
+class LinearOutputs(NamedTuple):
+    """Tensors of the output's side; the residual is read."""
+
+    residual: Tensor | None
+    out: Tensor
+
+
+class LinearGradients(NamedTuple):
+    """Gradients of the linear layer; `grad_out` is read, the others are written."""
+
+    grad_out: Tensor
+    grad_x: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor | None
+    grad_norm_weight: Tensor | None
+    grad_norm_bias: Tensor | None
+    grad_gate: Tensor | None
+
+
 class RotaryCall(NamedTuple):
     """Pairs of channels of every token, rotated by the angle of its position."""
 
@@ -250,3 +314,61 @@ class RotaryOutputs(NamedTuple):
 
     out: Tensor
     backwards: bool
+
+
+class SoftmaxCall(NamedTuple):
+    """Scores of tokens, each head of a row normalised by its softmax."""
+
+    scores: Annotated[Tensor, Values("T H")]
+    offsets: Annotated[Tensor, Offsets("scores")]
+
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output, `[T, H]`."""
+        return tuple(self.scores.shape)
+
+    def out_offsets(self) -> Tensor:
+        """Offsets of the output's rows."""
+        return self.offsets
+
+
+class SoftmaxOutputs(NamedTuple):
+    """The tensor that is written."""
+
+    out: Tensor
+
+
+class SoftmaxGradients(NamedTuple):
+    """Gradients of the softmax; `grad_out` is read, the other written."""
+
+    grad_out: Tensor
+    grad_scores: Tensor
+
+
+class WeightedSumCall(NamedTuple):
+    """Values of each row's tokens, summed with the tokens' weights."""
+
+    weights: Annotated[Tensor, Values("T H")]
+    v: Annotated[Tensor, Values("T H D")]
+    offsets: Annotated[Tensor, Offsets("v")]
+
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output, `[B, H, D]`."""
+        return (self.offsets.shape[0] - 1, *self.v.shape[1:])
+
+    def out_offsets(self) -> None:
+        """None: the output has a place for every row, and no tail."""
+        return
+
+
+class WeightedSumOutputs(NamedTuple):
+    """The tensor that is written."""
+
+    out: Tensor
+
+
+class WeightedSumGradients(NamedTuple):
+    """Gradients of the weighted sum; `grad_out` is read, the others are written."""
+
+    grad_out: Tensor
+    grad_weights: Tensor
+    grad_v: Tensor

@@ -193,7 +193,7 @@ def check_heads(op: str, axes: Mapping[str, int]) -> None:
 def check_broadcasts(op: str, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     """`x` broadcasts to `shape`, the output's."""
     fits = x.dim() <= len(shape) and all(
-        have in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
+        have in (want, 1) for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
     )
     if not fits:
         raise ValueError(f"{op}: {name} must broadcast to the output's shape {list(shape)}, found {list(x.shape)}")

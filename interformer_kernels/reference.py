@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interformer_kernels._calls import AttentionCall, FfnCall, RotaryCall
+from interformer_kernels._calls import AttentionCall, FfnCall, LinearCall, RotaryCall, SoftmaxCall, WeightedSumCall
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -155,8 +155,8 @@ def attend(
     fully_masked = ~visible.any(-1, keepdim=True)
     s = s.masked_fill(fully_masked, 0).masked_fill(~visible & ~fully_masked, -torch.inf)
     p = F.dropout((torch.softmax(s, -1) if s.shape[-1] else s).where(visible, 0), dropout)
-    exact = s.detach() if s.dtype == torch.float64 else s.detach().float()
-    lse = torch.logsumexp(exact.masked_fill(fully_masked, -torch.inf), -1)
+    exact = s if s.dtype == torch.float64 else s.float()
+    lse = torch.logsumexp(exact, -1).masked_fill(fully_masked.squeeze(-1), -torch.inf)
     return torch.einsum("bnhl,blhe->bnhe", p, v), lse
 
 
@@ -290,3 +290,43 @@ def personalized_ffn(call: FfnCall, residual: Tensor | None) -> Tensor:
         outputs.append(ACTIVATIONS[call.activation](y)[held])
     out = scatter(x.new_zeros(x.shape[0], weight.shape[2]), tokens, outputs)
     return out if residual is None else mask_rows(residual + out, inside_rows(call.offsets, x.shape[0]))
+
+
+def fused_linear(call: LinearCall, residual: Tensor | None) -> Tensor:
+    """`y_t = (act(norm(x_t)) * gate_t) @ weight.T + bias (+ residual_t)` for every token."""
+    x = call.x
+    if call.norm_weight is not None:
+        x = F.layer_norm(x, x.shape[1:], call.norm_weight, call.norm_bias, call.eps)
+    x = ACTIVATIONS[call.activation](x)
+    y = F.linear(x if call.gate is None else x * call.gate, call.weight, call.bias)
+    return y if residual is None else y + residual
+
+
+def jagged_softmax(call: SoftmaxCall) -> Tensor:
+    """Softmax of `scores [T, H]` along each row's tokens, head by head; zero for scores of -inf, and on the tail."""
+    scores = call.scores
+    spans = row_spans(call.offsets, scores.shape[0])
+    tokens, outputs = [], []
+    for rows in similar_rows(spans):
+        index, held = token_index(Spans(spans.starts[rows], spans.lengths[rows]))
+        s = mask_rows(scores[index], held)
+        visible = held[..., None] & (s != -torch.inf)
+        # As in `attend`: where nothing is visible, scores of 0 keep NaN out of the gradients.
+        nothing = ~visible.any(1, keepdim=True)
+        s = s.masked_fill(nothing, 0).masked_fill(~visible & ~nothing, -torch.inf)
+        p = (torch.softmax(s, 1) if s.shape[1] else s).where(visible, 0)
+        tokens.append(index[held])
+        outputs.append(p[held])
+    return scatter(torch.zeros_like(scores), tokens, outputs)
+
+
+def jagged_weighted_sum(call: WeightedSumCall) -> Tensor:
+    """`sum_t weights_th v_th` over the tokens `t` of each row, `[B, H, D]`; zero for empty rows."""
+    weights, v = call.weights, call.v
+    spans = row_spans(call.offsets, v.shape[0])
+    numbers, outputs = [], []
+    for rows in similar_rows(spans):
+        index, held = token_index(Spans(spans.starts[rows], spans.lengths[rows]))
+        numbers.append(rows)
+        outputs.append(torch.einsum("blh,blhd->bhd", mask_rows(weights[index], held), mask_rows(v[index], held)))
+    return scatter(v.new_zeros(call.out_shape()), numbers, outputs)

@@ -35,6 +35,8 @@ def all_ops(lengths: tuple[int, ...], **sizes: Any) -> list[testing.Case]:
     other_ops = (
         ("personalized_ffn", {"residual": True, "options": {"activation": "gelu"}}),
         ("apply_rotary", {"rope": 6}),
+        ("jagged_softmax", {}),
+        ("jagged_weighted_sum", {}),
     )
     return layouts(lengths, **sizes) + [
         testing.Case(op, "tokens", lengths=lengths, **{**sizes, **options}) for op, options in other_ops
@@ -68,10 +70,10 @@ def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
 
 
 def replaced(inputs: Mapping[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
-    """The inputs with `change(name, x)` of every floating tensor but `grad_out`, as gradient leaves."""
+    """The inputs with `change(name, x)` of every floating tensor but gradients of outputs, as leaves."""
     changed = dict(inputs)
     for name, x in inputs.items():
-        if isinstance(x, Tensor) and x.is_floating_point() and name != "grad_out":
+        if isinstance(x, Tensor) and x.is_floating_point() and name not in ("grad_out", "grad_lse"):
             changed[name] = change(name, x.detach()).requires_grad_(x.requires_grad)
     return changed
 
@@ -91,7 +93,9 @@ def relaid(x: Tensor, layout: str) -> Tensor:
 def relaid_inputs(inputs: Mapping[str, Any], layout: str) -> dict[str, Any]:
     """The inputs with all floating tensors relaid."""
     changed = replaced(inputs, lambda name, x: relaid(x, layout))
-    changed["grad_out"] = relaid(inputs["grad_out"], layout)
+    for name in ("grad_out", "grad_lse"):
+        if name in inputs:
+            changed[name] = relaid(inputs[name], layout)
     if "rope" in inputs:
         changed["rope"] = tuple(relaid(x, layout) for x in inputs["rope"])
     return changed

@@ -20,6 +20,8 @@ CASES = [
     Case("gated_cross_attention", "jagged queries", lengths=(3, 5), query_lengths=(2, 1), gate="head", **_SMALL),
     Case("apply_rotary", "positions", lengths=(3, 5), rope=4, positions=True, **_SMALL),
     Case("personalized_ffn", "silu", lengths=(3, 5), options={"activation": "silu"}, **_SMALL),
+    Case("jagged_softmax", "scores", lengths=(3, 5), **_SMALL),
+    Case("jagged_weighted_sum", "values", lengths=(3, 5), **_SMALL),
 ]
 _OFFSETS = ("offsets", "kv_offsets", "q_offsets")
 

@@ -52,6 +52,7 @@ def attention_cases(draw: st.DrawFn, op: str) -> Case:
         "residual": draw(st.booleans()),
         "strided": draw(st.booleans()),
         "index_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
+        "grad_lse": score == "softmax" and draw(st.booleans()),
     }
     query_lengths = st.lists(st.integers(0, 9), min_size=len(rows), max_size=len(rows)).map(tuple)
     if op == "pma_pooling":
@@ -85,6 +86,8 @@ def row_cases(draw: st.DrawFn, op: str) -> Case:
         fields["rope"] = 2 * draw(st.integers(1, fields["head_size"] // 2))
         fields["positions"] = draw(st.booleans())
         options: dict[str, Any] = {"interleaved": draw(st.booleans())}
+    elif op != "personalized_ffn":
+        options = {}
     else:
         fields["bias"], fields["residual"] = draw(st.booleans()), draw(st.booleans())
         options = {"activation": draw(st.sampled_from(FFN_ACTIVATIONS))}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,11 +46,14 @@ class FakeDriver:
         self.utils = _Utils(triton_kernels.SHARED_MEMORY[target])
         self.launches = 0
         self.latest: tuple[str, tuple[Any, ...]] = ("", ())
+        self.watch: Callable[[Any, tuple[Any, ...]], None] | None = None  # gets metadata and arguments of launches
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         def launch(*arguments: Any) -> None:
             self.launches += 1
             self.latest = metadata.hash, arguments
+            if self.watch is not None:
+                self.watch(metadata, arguments)
 
         return launch
 

@@ -38,6 +38,12 @@ def call_of(op: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
     if op == "personalized_ffn":
         x, weight, bias = leaf(tokens, 64), leaf(8, 64, 64), leaf(8, 64)
         return lambda: ik.personalized_ffn(x, weight, OFFSETS, bias=bias, backend="triton"), [x, weight, bias]
+    if op == "jagged_softmax":
+        scores = leaf(tokens, 4)
+        return lambda: ik.jagged_softmax(scores, OFFSETS, backend="triton"), [scores]
+    if op == "jagged_weighted_sum":
+        weights = leaf(tokens, 4)
+        return lambda: ik.jagged_weighted_sum(weights, v, OFFSETS, backend="triton"), [weights, v]
     queries = {"pma_pooling": (2, 4, 16), "gated_cross_attention": (8, 2, 4, 16), "jagged_attention": tuple(x.shape)}
     q, function = leaf(*queries[op]), getattr(ik, op)
     return lambda: function(q, k, v, OFFSETS, backend="triton"), [q, k, v]

@@ -1,6 +1,6 @@
 """`pma_folded` in the bench: pooling of projected tokens (`k = x W_k`, `v = x W_v`).
 
-This package computes it by `pma_pooling` of the raw tokens, without projecting them.
+This package pools the raw tokens, without projecting them: `pool_folded`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from interformer_bench.peers import Peer, cores, rows
 from interformer_bench.peers.peer import FOLDS, PROJECTS
 from torch import Tensor
 
-import interformer_kernels
 from interformer_kernels import testing
+from interformer_kernels.ops.pma_folded import pool_folded
 
 # Heads times head size is the width of the tokens.
 _GRID = (
@@ -89,12 +89,8 @@ def _definition(seeds: Tensor, x: Tensor, key_weight: Tensor, value_weight: Tens
 
 def _ours(backend: str | None) -> OpFunction:
     def folded(seeds: Tensor, x: Tensor, key_weight: Tensor, value_weight: Tensor, offsets: Tensor) -> Tensor:
-        scale = cores.default_scale(seeds)
-        pooled = interformer_kernels.pma_pooling(
-            _fold(seeds, key_weight), x[:, None], None, offsets, scale=scale, backend=backend
-        )
-        assert isinstance(pooled, Tensor)
-        return _unfold(pooled, value_weight)
+        weights = key_weight.flatten(1).T, value_weight.flatten(1).T  # [H * D, E], as modules have them
+        return pool_folded(seeds, *weights, None, x, offsets, scale=cores.default_scale(seeds), backend=backend)
 
     return folded
 

@@ -6,10 +6,21 @@ from interformer_bench.ops import (
     apply_rotary,
     gated_cross_attention,
     jagged_attention,
+    jagged_softmax,
+    jagged_weighted_sum,
     personalized_ffn,
     pma_folded,
     pma_pooling,
 )
 
-_MODULES = (jagged_attention, pma_pooling, pma_folded, gated_cross_attention, apply_rotary, personalized_ffn)
+_MODULES = (
+    jagged_attention,
+    pma_pooling,
+    pma_folded,
+    gated_cross_attention,
+    apply_rotary,
+    personalized_ffn,
+    jagged_softmax,
+    jagged_weighted_sum,
+)
 TABLE = {module.OP.name: module.OP for module in _MODULES}

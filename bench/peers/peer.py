@@ -43,7 +43,7 @@ class Peer:
         """The approximate number of bytes that a forward call allocates for padding or spreading out."""
         lengths = key_offsets(arguments).diff()
         longest, total = int(lengths.max()), int(lengths.sum())
-        queries_or_x: Tensor = next(arguments[name] for name in ("q", "seeds", "x") if name in arguments)
+        queries_or_x: Tensor = next(arguments[name] for name in ("q", "seeds", "x", "v", "scores") if name in arguments)
         *_, heads, width = (1, *queries_or_x.shape)
         heads, width = (heads, heads * width) if queries_or_x.dim() > 2 else (1, width)
         padded = (lengths * self.within).clamp(max=longest) if self.within else lengths.new_full((), longest)

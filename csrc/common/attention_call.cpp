@@ -129,6 +129,12 @@ void check_key_gradients(const Checks& check, const AttentionInputs& in, const A
     check_gradients(check, in.variant, grads.variant);
 }
 
+void check_lse_gradient(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads) {
+    if (!grads.grad_lse) return;
+    check_like_output(check, in, "grad_lse", *grads.grad_lse, accumulation_dtype(in.k.dtype), std::nullopt);
+    if (!in.variant.score.softmax) check.refuse("grad_lse", "None without softmax", describe(*grads.grad_lse));
+}
+
 void check_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads) {
     const DType dtype = in.k.dtype;
     check_like_output(check, in, "grad_out", grads.grad_out, dtype, value_axis(in));
@@ -140,6 +146,7 @@ void check_gradients(const Checks& check, const AttentionInputs& in, const Atten
         check.gradient("grad_q", grads.grad_q, "q", in.q);
     }
     check_key_gradients(check, in, grads);
+    check_lse_gradient(check, in, grads);
     check_pair(check, "attn_out", in.gate.has_value(), grads.attn_out);
     check_pair(check, "grad_gate", in.gate.has_value(), grads.grad_gate);
     if (!in.gate) return;

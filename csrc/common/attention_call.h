@@ -43,6 +43,7 @@ struct AttentionOutputs {
 struct AttentionGradients {
     TensorView grad_out;                 // read
     std::optional<TensorView> attn_out;  // the forward's, read; only a gate needs it
+    std::optional<TensorView> grad_lse;  // in the accumulation type, read; None: zeros
     TensorView grad_q, grad_k;           // where v is k, grad_k is the sum of both gradients
     std::optional<TensorView> grad_v;
     std::optional<TensorView> grad_gate;  // of the output's rank; axes of size 1 are summed
@@ -81,6 +82,7 @@ template <typename Reader>
 void read(Reader& next, AttentionGradients& grads) {
     next.tensor("grad_out", grads.grad_out);
     next.optional("attn_out", grads.attn_out);
+    next.optional("grad_lse", grads.grad_lse);
     next.tensor("grad_q", grads.grad_q);
     next.tensor("grad_k", grads.grad_k);
     next.optional("grad_v", grads.grad_v);
@@ -98,6 +100,8 @@ Axis value_axis(const AttentionInputs& in);
 void check_pair(const Checks& check, const char* argument, bool expected, const std::optional<TensorView>& given);
 void check_key_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads);
 void check_outputs(const Checks& check, const AttentionInputs& in, const AttentionOutputs& outputs);
+// The gradient of the log-sum-exp, if it is given.
+void check_lse_gradient(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads);
 void check_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads);
 
 }  // namespace interformer

@@ -3,9 +3,8 @@
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/kernel_table.h"
-#include "cpu/parallel.h"
 #include "cpu/rotary_tables.h"
-#include "cpu/rows.h"
+#include "cpu/row_tasks.h"
 
 namespace interformer {
 
@@ -26,14 +25,8 @@ void apply_rotary(const RotaryInputs& in, const RotaryOutputs& outputs, int64_t 
     advise_huge_pages(out);
     zero_gaps(rows, out);
     const Kernels& native = kernels(x.dtype);
-    const RowGroups groups(rows.count(), kMaxRowGroups,
-                           [&](int64_t row) { return static_cast<double>(1 + rows.counts()[row]); });
-    const int active = worthwhile_threads(rows.ordered() ? threads : 1, groups.count(), 4 * x.size());
-    ThreadMemory memory(active, native.rotary_memory(p));
-    parallel_for(active, groups.count(), [&](int64_t i, int thread) {
-        const int64_t group = groups.scheduled(i);
-        native.rotary(p, groups.bound(group), groups.bound(group + 1), memory.for_thread(thread));
-    });
+    for_row_groups(rows, threads, 4 * p.heads * p.head_size, native.rotary_memory(p),
+                   [&](int64_t first, int64_t last, void* memory) { native.rotary(p, first, last, memory); });
 }
 
 }  // namespace interformer

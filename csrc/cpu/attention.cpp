@@ -320,6 +320,7 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
     AttentionProblem& p = call.problem;
     p.grad_out = call.like_output(grads.grad_out);
     if (grads.attn_out) p.attn_out = call.like_output(*grads.attn_out);
+    if (grads.grad_lse) p.grad_lse = call.without_channels(*grads.grad_lse);
     p.grad_k = call.like_keys(grads.grad_k);
     advise_huge_pages(grads.grad_k);
     zero_gaps(call.keys(), grads.grad_k);

@@ -31,8 +31,8 @@ struct AttentionProblem {
     // Forward. `attn_out` and `lse` have the accumulation type.
     RowTensor out, attn_out, lse;
 
-    // Backward, which reads `attn_out`.
-    RowTensor grad_out, grad_q, grad_k, grad_v;
+    // Backward, which reads `attn_out`. `grad_lse` has the accumulation type.
+    RowTensor grad_out, grad_lse, grad_q, grad_k, grad_v;
     VariantGradients variant_grads;
     bool shared_queries = false;          // grad_q is a sum over rows, in double
     RowTensor grad_gate;                  // double where `gate_summed`, else the accumulation type

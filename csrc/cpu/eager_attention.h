@@ -59,9 +59,10 @@ class EagerAttention {
 
     // The gradients of q, k, v and gate; None for one that was not given. Sums over rows, tokens or heads have the
     // accumulation type: those of shared queries, and of gates.
-    py::object backward(py::handle grad_out, py::handle attn_out, int64_t threads) const {
+    py::object backward(py::handle grad_out, py::handle attn_out, py::handle grad_lse, int64_t threads) const {
         AttentionGradients grads{};
         view_.fill(grads.grad_out, "grad_out", grad_out);
+        grads.grad_lse = view_.optional("grad_lse", grad_lse);
         if (in_.gate) grads.attn_out = view_.optional("attn_out", attn_out);
         const bool summed = in_.layout == QueryLayout::shared;
         const py::object none = py::none(), grad_q = empty(shape_of(in_.q), grads.grad_q, summed);

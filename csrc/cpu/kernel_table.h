@@ -35,6 +35,56 @@ struct RotaryProblem {
     bool backwards = false;
 };
 
+// `pma_pooling` of projected tokens without projecting each token (docs/ops.md, folded projections):
+//
+//     out[b, m, h] = (sum over t of P(<seeds[m, h], W_k[h] x_t>) x_t) W_v[h]' + bias[h]
+//
+// `pooling` is attention over the raw tokens x [T, 1 head, E], under softmax and without masks: each row's M x H
+// queries are the folded seeds.
+struct FoldedProblem {
+    AttentionProblem pooling;
+    int64_t head_size = 0;               // D, of a projected head
+    RowTensor seeds;                     // [M, H, D], as rows' shared queries
+    RowTensor key_weight, value_weight;  // [H, D, E]: a head is a head, one of its D rows a token
+    RowTensor value_bias;                // [H, D], if given
+    RowTensor out;                       // [B, M, H, D]
+    RowTensor pooled;                    // [B, M, H, E], if given: the sums before W_v
+};
+
+// `fused_linear` of docs/ops.md: y = prologue(x) W' + bias (+ residual), where the prologue of a token is
+// act(norm(x)) * gate. Tensors of tokens are [T, 1 head, channels] of one row of the batch; vectors are a token each.
+struct LinearProblem {
+    int64_t inputs = 0, outputs = 0;  // E, F
+    RowTensor x, gate, residual, out;
+    RowTensor weight, bias;  // [F, E] and [F]
+    RowTensor norm_weight, norm_bias;
+    Activation activation = Activation::identity;
+    double eps = 0;
+    bool stream = false;           // the output exceeds the caches
+    const void* packed = nullptr;  // the operands that all tasks read, made by `linear_pack`
+
+    // Backward.
+    RowTensor grad_out, grad_x, grad_gate;
+    RowTensor grad_weight, grad_bias, grad_norm_weight, grad_norm_bias;
+};
+
+// `jagged_softmax` of docs/ops.md. Tensors are [T, heads, 1 channel], their heads side by side.
+struct SoftmaxProblem {
+    int64_t heads = 0;
+    const int64_t* counts = nullptr;
+    RowTensor scores, grad_out;
+    RowTensor out;  // written: the output or, backwards, the gradient of the scores
+};
+
+// `jagged_weighted_sum` of docs/ops.md. Weights are [T, heads, 1 channel], `out` or its gradient [B, 1 token, heads,
+// channels]; channels lie side by side, and so do the heads of weights.
+struct WeightedSumProblem {
+    int64_t heads = 0, channels = 0;
+    const int64_t* counts = nullptr;
+    RowTensor weights, v, out, grad_weights, grad_v;
+    bool stream = false;  // grad_v exceeds the caches
+};
+
 // A task of attention: the rows [first_row, last_row) of one row group under the key/value heads [first_head,
 // last_head). A row with too much work for one thread is sharded: each of its tasks takes one shard of its queries, and
 // the backward sums the gradients of the row's keys over the shards in `key_grads`.
@@ -58,11 +108,32 @@ struct Kernels {
     int64_t (*attention_shards)(const AttentionProblem&, int64_t row);
     int64_t (*attention_key_grads_bytes)(const AttentionProblem&, int64_t row);
     void (*attention_add_shard)(const AttentionProblem&, const AttentionTask&, void* memory);
+    // What all threads read, made once for a call in memory of so many bytes; then tasks are the rows [first, last).
+    int64_t (*folded_shared_memory)(const FoldedProblem&);
+    void (*folded_prepare)(const FoldedProblem&, void* shared);
+    int64_t (*folded_memory)(const FoldedProblem&);
+    void (*folded_forward)(const FoldedProblem&, const void* shared, int64_t first, int64_t last, void* memory);
     int64_t (*ffn_memory)(const FfnProblem&);
     void (*ffn_forward)(const FfnProblem&, int64_t first, int64_t last, void* memory);
     void (*ffn_backward)(const FfnProblem&, int64_t first, int64_t last, void* memory);
     int64_t (*rotary_memory)(const RotaryProblem&);
     void (*rotary)(const RotaryProblem&, int64_t first, int64_t last, void* memory);
+    // Tasks are the tokens [first, last). Those of the backward write partial sums of the gradients of weights, bytes
+    // as `linear_sums_bytes` says, which `linear_add_sums` adds in their order for the rows [first, last) of the
+    // weight, and for the vectors where `first` is 0.
+    int64_t (*linear_packed_bytes)(const LinearProblem&, bool backward);
+    void (*linear_pack)(const LinearProblem&, bool backward, void* packed);
+    int64_t (*linear_memory)(const LinearProblem&, bool backward);
+    int64_t (*linear_sums_bytes)(const LinearProblem&);
+    void (*linear_forward)(const LinearProblem&, int64_t first, int64_t last, void* memory);
+    void (*linear_backward)(const LinearProblem&, int64_t first, int64_t last, void* memory, void* sums);
+    void (*linear_add_sums)(const LinearProblem&, const void* sums, int64_t tasks, int64_t first, int64_t last);
+    int64_t (*softmax_memory)(const SoftmaxProblem&);
+    void (*softmax_forward)(const SoftmaxProblem&, int64_t first, int64_t last, void* memory);
+    void (*softmax_backward)(const SoftmaxProblem&, int64_t first, int64_t last, void* memory);
+    int64_t (*weighted_sum_memory)(const WeightedSumProblem&);
+    void (*weighted_sum_forward)(const WeightedSumProblem&, int64_t first, int64_t last, void* memory);
+    void (*weighted_sum_backward)(const WeightedSumProblem&, int64_t first, int64_t last, void* memory);
 };
 
 }  // namespace interformer

@@ -1,11 +1,12 @@
 #include "cpu/personalized_ffn.h"
 
+#include <utility>
+
 #include "cpu/caches.h"
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/kernel_table.h"
-#include "cpu/parallel.h"
-#include "cpu/rows.h"
+#include "cpu/row_tasks.h"
 
 namespace interformer {
 
@@ -38,18 +39,7 @@ class Call {
 
     template <typename Task>
     void run(int64_t bytes, int64_t threads, Task&& task) const {
-        const int64_t size = problem.inputs * problem.outputs;
-        // The work of a row: its products, and the reading of its matrix.
-        const RowGroups groups(rows_.count(), kMaxRowGroups,
-                               [&](int64_t row) { return double(1 + rows_.counts()[row]); });
-        const int64_t useful = rows_.ordered() ? threads : 1;  // rows that overlap write the same tokens
-        const int active = worthwhile_threads(useful, groups.count(),
-                                              static_cast<int64_t>(groups.total() * static_cast<double>(size)));
-        ThreadMemory memory(active, bytes);
-        parallel_for(active, groups.count(), [&](int64_t i, int thread) {
-            const int64_t group = groups.scheduled(i);
-            task(groups.bound(group), groups.bound(group + 1), memory.for_thread(thread));
-        });
+        for_row_groups(rows_, threads, problem.inputs * problem.outputs, bytes, std::forward<Task>(task));
     }
 
   private:

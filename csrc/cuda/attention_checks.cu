@@ -131,6 +131,8 @@ void check_backward(const Checks& check, const AttentionInputs& in, const Attent
     check_query_gradient(check, in, grads.grad_q, workspace.key_shards);
     check_splits(check, in, workspace.splits, {"D", in.k.shape[2]}, in.layout != QueryLayout::shared, softmax);
     check_key_gradients(check, in, grads);
+    check_lse_gradient(check, in, grads);
+    if (grads.grad_lse) check.contiguous("grad_lse", *grads.grad_lse);
     check_pair(check, "attn_out", gated, grads.attn_out);
     check_per_query(check, in, "lse", softmax, workspace.lse);
     check_per_query(check, in, "delta", softmax, workspace.delta);

@@ -1,7 +1,7 @@
 // Common to the passes of the backward. With probabilities P = softmax(S) or act(S), dA the gradient of A times the
 // factor of P, and dP = dA V':
 //
-//     dS = P * (dP - delta), delta = sum of P * dP over keys      (softmax; else act'(S) * dP)
+//     dS = P * (dP - delta), delta = sum of P * dP over keys - dlse      (softmax; else act'(S) * dP)
 //     dQ = scale dS K,   dK = scale dS' Q,   dV = P' dA
 //
 // Two roundings would break the budget. A float32 log-sum-exp is off by a rounding, which is an error of all

@@ -1,5 +1,5 @@
-// The first pass of the backward under softmax: delta and inverse row sum of every query, from sums of P and of P * dP
-// over its keys.
+// The first pass of the backward under softmax: delta less dlse, and inverse row sum of every query, from sums of P and
+// of P * dP over its keys.
 #include <cstdint>
 
 #include "cuda/attention_gradient.cuh"
@@ -14,9 +14,12 @@ namespace {
 
 template <typename T>
 struct StatsArguments : BackwardArguments<T> {
-    using BackwardArguments<T>::BackwardArguments;
-
+    const float* grad_lse = nullptr;  // of each query, as `lse`; null: zeros
     Partials partials;
+
+    explicit StatsArguments(const Backward& call) : BackwardArguments<T>(call), partials(call.workspace.splits) {
+        if (call.grads.grad_lse) grad_lse = static_cast<const float*>(call.grads.grad_lse->data);
+    }
 };
 
 template <typename T>
@@ -31,10 +34,13 @@ struct StatsSums {
 };
 
 template <typename T>
-__device__ void write_stats(const StatsArguments<T>& g, int64_t place, float prob_scale, float probs, float products) {
+__device__ void write_stats(const StatsArguments<T>& g, int64_t place, int keys, float probs, float products) {
     const float divisor = probs == 0.0f ? 1.0f : probs;
-    g.delta[place] = products / divisor;
-    g.inv_row_sum[place] = prob_scale / divisor;
+    float delta = products / divisor;
+    // Queries of the tail are not read, since they have no keys.
+    if (g.grad_lse != nullptr && keys > 0) delta -= g.grad_lse[place];
+    g.delta[place] = delta;
+    g.inv_row_sum[place] = prob_scale_for<T>(keys) / divisor;
 }
 
 template <typename T>
@@ -46,7 +52,7 @@ __device__ void write_sums(const StatsArguments<T>& g, const Task& task, const P
         const PackedRow query = rows[lane_index() / 4 + half * 8];
         if (lane_index() % 4 != 0 || query.token >= task.queries.count) continue;
         if (task.partial < 0) {
-            write_stats(g, g.place(task.queries, query), prob_scale_for<T>(task.keys.count), probs, products);
+            write_stats(g, g.place(task.queries, query), task.keys.count, probs, products);
             continue;
         }
         const int64_t at = (task.partial * g.problem.queries + query.token) * g.problem.heads + query.head;
@@ -115,7 +121,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) combine_partials(const __gri
         probs += g.partials.stats[2 * item.at(i)];
         products += g.partials.stats[2 * item.at(i) + 1];
     }
-    write_stats(g, item.row * item.queries + item.query, prob_scale_for<T>(item.keys), probs, products);
+    write_stats(g, item.row * item.queries + item.query, item.keys, probs, products);
 }
 
 }  // namespace
@@ -125,7 +131,6 @@ void query_stats_backward(const Backward& call) {
     with_element(call.in.k.dtype, call.tf32, [&](auto element) {
         using T = decltype(element);
         StatsArguments<T> g(call);
-        g.partials = Partials(call.workspace.splits);
         const AttentionProblem<T>& p = g.problem;
         with_width(call.in, [&](auto width) {
             g.plan = plan_of<T, width.value>({p.mean_packed_rows(), p.mean_keys(), contents_of(p)});

@@ -8,6 +8,8 @@
 #include "common/exchange.h"
 #include "cuda/apply_rotary.h"
 #include "cuda/attention.h"
+#include "cuda/jagged_softmax.h"
+#include "cuda/jagged_weighted_sum.h"
 #include "cuda/personalized_ffn.h"
 
 namespace interformer {
@@ -21,6 +23,12 @@ inline const TensorView& lead(const FfnInputs& in) {
 }
 inline const TensorView& lead(const RotaryInputs& in) {
     return in.x;
+}
+inline const TensorView& lead(const SoftmaxInputs& in) {
+    return in.scores;
+}
+inline const TensorView& lead(const WeightedSumInputs& in) {
+    return in.v;
 }
 
 // Calls `operation(in, to, stream)` with what the tuples hold, on the caller's stream.
@@ -51,10 +59,12 @@ inline void bind_attention_backward(py::handle call, py::handle gradients, py::h
                                              });
 }
 
-inline void bind_apply_rotary(py::handle call, py::handle outputs) {
-    run<RotaryInputs, RotaryOutputs>(
-        Viewer("apply_rotary"), call, "outputs", outputs,
-        [](const auto& in, const auto& to, const Stream& stream) { apply_rotary(in, to, stream); });
+// The Python function of an operation without further arguments.
+template <typename Inputs, typename Outputs>
+auto bound(const char* name, const char* written, void (*operation)(const Inputs&, const Outputs&, const Stream&)) {
+    return [=](py::handle call, py::handle outputs) {
+        run<Inputs, Outputs>(Viewer(name), call, written, outputs, operation);
+    };
 }
 
 inline void bind_personalized_ffn_forward(py::handle call, py::handle outputs, bool tf32) {
@@ -77,7 +87,13 @@ inline void bind(py::module_& m) {
     m.attr("cuda_widest_rope") = kWidestRope;
     m.def("cuda_attention_forward", &bind_attention_forward);
     m.def("cuda_attention_backward", &bind_attention_backward);
-    m.def("cuda_apply_rotary", &bind_apply_rotary);
+    m.def("cuda_apply_rotary", bound("apply_rotary", "outputs", &apply_rotary));
+    m.def("cuda_jagged_softmax_forward", bound("jagged_softmax_forward", "outputs", &jagged_softmax_forward));
+    m.def("cuda_jagged_softmax_backward", bound("jagged_softmax_backward", "gradients", &jagged_softmax_backward));
+    m.def("cuda_jagged_weighted_sum_forward",
+          bound("jagged_weighted_sum_forward", "outputs", &jagged_weighted_sum_forward));
+    m.def("cuda_jagged_weighted_sum_backward",
+          bound("jagged_weighted_sum_backward", "gradients", &jagged_weighted_sum_backward));
     m.def("cuda_personalized_ffn_forward", &bind_personalized_ffn_forward);
     m.def("cuda_personalized_ffn_backward", &bind_personalized_ffn_backward);
 }

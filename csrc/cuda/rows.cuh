@@ -68,6 +68,11 @@ struct Offsets {
         return {row, first, static_cast<int>(last > first ? last - first : 0)};
     }
 
+    // A row of the partition that searches find, or its tail.
+    __device__ Span row(int64_t row) const {
+        return last_row([&](int64_t, int64_t begun) { return begun <= row; });
+    }
+
     // Row and tile of a slot, where tiles are `block` packed rows, `per_token` of them to a token.
     __device__ Slot find(int64_t slot, int64_t per_token, int64_t block) const {
         // edge * per_token / block + row <= slot, without a 64-bit division in every step

@@ -22,7 +22,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
 
 
 def backward(
-    call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor
+    call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor, grad_lse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `q, k, v, gate`, empty where an input was not given; the weights are computed without `lse`."""
     q, k, v, gate = call.q, call.k, call.v, call.gate
@@ -35,6 +35,7 @@ def backward(
     gradients = AttentionGradients(
         grad_out=resolved(grad_out),
         attn_out=None if gate is None else resolved(attn_out),
+        grad_lse=resolved(grad_lse),
         grad_q=grad_q,
         grad_k=grad_k,
         grad_v=None if v is None else grad_v,

@@ -13,7 +13,7 @@ from interformer_kernels._cuda.apply_rotary import rotated
 from interformer_kernels._launch import splits
 from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
 from interformer_kernels._launch.rotary import rotated_before
-from interformer_kernels._launch.tensors import allows_tf32, fitted, readable
+from interformer_kernels._launch.tensors import allows_tf32, fitted, readable, resolved
 
 _GATE_BLOCK = 32  # tokens over which gradients of a gate that all tokens share are summed at once
 _ROPE_VECTOR = 4  # pairs of channels that the kernels rotate at once
@@ -123,7 +123,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
 
 
 def backward(
-    call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor
+    call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor, grad_lse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
     q, k, v, gate, shape = call.q, call.k, call.v, call.gate, call.out_shape()
@@ -137,6 +137,7 @@ def backward(
     gradients = AttentionGradients(
         grad_out=readable(grad_out),
         attn_out=None if gate is None else attn_out,
+        grad_lse=None if grad_lse is None else resolved(grad_lse).contiguous(),
         grad_q=grad_q,
         grad_k=grad_k,
         grad_v=None if v is None else grad_v,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, TypeVar
+import functools
+from typing import Any, NamedTuple, Optional, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,19 @@ def readable(x: Given) -> Given:
     if x.is_contiguous() or x.shape[-1] <= 1 or x.stride(-1) == 1:
         return x
     return x.contiguous()
+
+
+Call = TypeVar("Call", bound=NamedTuple)
+
+
+def readable_call(call: Call) -> Call:
+    """A call without optional tensors, its floating ones as kernels read them in place."""
+    return call._replace(**{name: readable(getattr(call, name)) for name in _values_of(type(call))})
+
+
+@functools.cache
+def _values_of(call: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields_of(call) if isinstance(field.note, Values))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -101,7 +101,7 @@ class Partials(NamedTuple):
 
 class QuerySide(NamedTuple):
     """Operands and statistics of the queries in the backward; `delta` has pairs of a row sum and delta, which the pass
-    before dQ makes from `attn_out`, unless that is None.
+    before dQ makes from `attn_out`, unless that is None. `grad_lse` is None where nobody asks for that gradient.
     """
 
     q: QueryOperand
@@ -109,6 +109,7 @@ class QuerySide(NamedTuple):
     lse: Any
     delta: Any
     attn_out: Any
+    grad_lse: Any
 
 
 # ---------------------------------------------------------------- compiled in

@@ -3,7 +3,7 @@
 
 With the probabilities P = softmax(S) or act(S), dA the gradient of P V, and dP = dA V':
 
-    dS = P * (dP - delta), delta = sum of dA * A over channels      (softmax; else act'(S) * dP)
+    dS = P * (dP - delta + dlse), delta = sum of dA * A over channels      (softmax; else act'(S) * dP)
     dQ = scale dS K,   dK = scale dS' Q,   dV = P' dA
 
 The rounding of a log-sum-exp is an error of all probabilities of its query, and the products in delta do not cancel
@@ -11,7 +11,8 @@ against those in dP bit by bit. In float32 (`fp32_softmax`) both matter, so a pa
 probabilities are then divided, and P * dP, whose quotient is delta. In 16 bits delta comes from A as it was in float32
 and from the rounded dA that is multiplied in dP, so they cancel as far as float32 goes; there the pass sums up only
 for queries whose scores are so large that the log-sum-exp has lost digits (`only_large_lse`), and makes others' delta,
-unless the epilogue's backward reads A anyway. Numbers that are not finite stay in their row and head by
+unless the epilogue's backward reads A anyway. The gradient dlse of the log-sum-exp, where it is asked, is taken from
+delta as that is read. Numbers that are not finite stay in their row and head by
 `_attention_tiles.of_attempt`.
 """
 
@@ -120,7 +121,7 @@ def _make_stats(
         row_sum = tl.where(needed, sums, row_sum)
         delta = tl.where(needed, mean, delta)
     store_stats(side.delta, p_head, n < task.count, row_sum, delta)
-    return finish_query_stats(lse, row_sum, delta, PASS.fp32_softmax)
+    return finish_query_stats(side, p_head, m_in, task.keys, lse, row_sum, delta, PASS.fp32_softmax)
 
 
 @triton.jit
@@ -153,7 +154,7 @@ def _over_rows(
             )
         else:
             b_lse, b_sum, b_delta = load_query_stats(
-                side.lse, side.delta, p_head, m_in, VARIANT, PASS.fp32_softmax, PASS.gradient
+                side, p_head, m_in, keys, VARIANT, PASS.fp32_softmax, PASS.gradient
             )
         stats = query_stats(b_lse, b_sum, b_delta, variant, VARIANT, kv.k.pointer.dtype.element_ty, True)
         tiles_of_shard = tl.cdiv(keys * SHAPE.pack, SHAPE.block_k)
@@ -260,7 +261,7 @@ def attention_grad_queries(
     """
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = make_variant(variant_inputs, left, right, prefix)
-    side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out)
+    side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i = tl.program_id(0)
     count, stride = tiles_of_program(i, tile_list, SHAPE, PERSISTENT)
@@ -293,7 +294,7 @@ def _over_queries(
         b_q = load_q(side.q, rope, task.row, task.first, n, head, m_q, SHAPE)
         b_grad = load_queries(side.grad, task.row, task.first, n, head, m_q, SHAPE.dv, SHAPE.block_dv, LAYOUT)
         p_head = (task.first + n) * (SHAPE.packs * HEADS) + head
-        b_lse, b_sum, b_delta = load_query_stats(side.lse, side.delta, p_head, m_q, VARIANT, FP32_SOFTMAX, True)
+        b_lse, b_sum, b_delta = load_query_stats(side, p_head, m_q, task.keys, VARIANT, FP32_SOFTMAX, True)
         stats = query_stats(b_lse, b_sum, b_delta, variant, VARIANT, b_k.dtype, False)
         # [BLOCK_K, BLOCK_Q]
         if SHAPE.pack > 1:
@@ -390,7 +391,7 @@ def attention_grad_keys(
     the tail and on skipped keys."""
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = make_variant(variant_inputs, left, right, prefix)
-    side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out)
+    side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i = tl.program_id(0)
     count, stride = tiles_of_program(i, tile_list, SHAPE, PERSISTENT)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._attention_tiles import load_queries, packed_rows, places
-from interformer_kernels._triton._attention_variant import is_large
+from interformer_kernels._triton._attention_variant import factor_of_d_probs, grad_of_seen_lse, is_large
 from interformer_kernels._triton._maps import activate, activation_grad, narrow
 from interformer_kernels._triton._rows import edge
 
@@ -163,29 +163,34 @@ def sums_to_stats(row_sum, mean, FP32_SOFTMAX: tl.constexpr):
 
 
 @triton.jit
-def finish_query_stats(lse, row_sum, delta, FP32_SOFTMAX: tl.constexpr):
-    """Log-sum-exp, sum of probabilities, and delta, from those in memory."""
+def finish_query_stats(side, p_head, m_q, keys, lse, row_sum, delta, FP32_SOFTMAX: tl.constexpr):
+    """Log-sum-exp, sum of probabilities, and delta less dlse, from those in memory."""
     if FP32_SOFTMAX:
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
         delta = tl.div_rn(delta, row_sum)
     # lse = -inf: the query is fully masked (delta is 0), or its scores are all -inf (delta is NaN). With
     # disordered offsets such a query may see finite scores after all.
-    return tl.where(lse == float("-inf"), delta * 0.0, lse), row_sum, delta
+    masked = lse == float("-inf")
+    lse = tl.where(masked, delta * 0.0, lse)
+    if side.grad_lse is not None:
+        grad_lse = grad_of_seen_lse(_load_per_query(side.grad_lse + p_head, m_q), masked)
+        delta = delta * factor_of_d_probs(keys) - grad_lse
+    return lse, row_sum, delta
 
 
 @triton.jit
 def load_query_stats(
-    lse, delta, p_head, m_q, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr, WITH_DELTA: tl.constexpr
+    side, p_head, m_q, keys, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr, WITH_DELTA: tl.constexpr
 ):
-    """Log-sum-exp of queries, the sum of their probabilities by it (without FP32_SOFTMAX its log2), and delta, the
-    latter two where they are known."""
+    """Log-sum-exp of queries, the sum of their probabilities by it (without FP32_SOFTMAX its log2), and delta less
+    dlse, the latter two where they are known; `keys` is the number of their row's keys."""
     b_lse = (p_head * 0).to(tl.float32)
     b_delta = b_lse
     row_sum = b_lse + 1.0 if FP32_SOFTMAX else b_lse
     if VARIANT.score == "softmax":
-        b_lse = _load_per_query(lse + p_head, m_q)
+        b_lse = _load_per_query(side.lse + p_head, m_q)
         if WITH_DELTA:
-            row_sum = _load_per_query(delta + 2 * p_head, m_q)
-            b_delta = _load_per_query(delta + 2 * p_head + 1, m_q)
-            b_lse, row_sum, b_delta = finish_query_stats(b_lse, row_sum, b_delta, FP32_SOFTMAX)
+            row_sum = _load_per_query(side.delta + 2 * p_head, m_q)
+            b_delta = _load_per_query(side.delta + 2 * p_head + 1, m_q)
+            b_lse, row_sum, b_delta = finish_query_stats(side, p_head, m_q, keys, b_lse, row_sum, b_delta, FP32_SOFTMAX)
     return b_lse, row_sum, b_delta

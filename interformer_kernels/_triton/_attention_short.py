@@ -19,6 +19,7 @@ from interformer_kernels._triton._attention_masks import Pairs, pairs_under, see
 from interformer_kernels._triton._attention_output import store_outputs
 from interformer_kernels._triton._attention_tiles import (
     load_k,
+    load_numbers,
     load_q,
     load_tokens,
     of_attempt,
@@ -129,7 +130,7 @@ def attention_forward_short(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward_short(
-    q, kv, offsets, grad_attn_out, grad_q, grad_k, grad_v,
+    q, kv, offsets, grad_attn_out, grad_lse, grad_q, grad_k, grad_v,
     rows, q_tokens, k_tokens, left, right, prefix, variant_inputs,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
@@ -158,11 +159,12 @@ def attention_backward_short(
                 b_grad = load_tokens(grad_attn_out, task.first, n, head, m_q, SHAPE.dv, SHAPE.block_dv)
                 products = dot(b_q, tl.trans(b_k), PRECISION)
                 d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
+                p_q = (task.first + n) * (SHAPE.kv_heads * SHAPE.q_per_kv) + head
+                b_grad_lse = load_numbers(grad_lse, p_q, m_q)
                 probs, d_scores = whole_row_to_probs(
-                    products, d_probs, pairs_under(pairs, head), variant, VARIANT, b_v.dtype
+                    products, d_probs, b_grad_lse, pairs_under(pairs, head), variant, VARIANT, b_v.dtype
                 )
                 d_scores = narrow(d_scores, b_q.dtype)
-                p_q = (task.first + n) * (SHAPE.kv_heads * SHAPE.q_per_kv) + head
                 acc_q = dot(d_scores, b_k, PRECISION) * rest
                 b_dq = rotate_q(acc_q, kv.rope, task.first, n, m_q, SHAPE, True)
                 store_tokens(grad_q, p_q, m_q, b_dq, o_d, SHAPE.d)

@@ -206,6 +206,15 @@ def load_tokens(x, first, i, head, mask, C: tl.constexpr, BLOCK_C: tl.constexpr)
 
 
 @triton.jit
+def load_numbers(x, p, mask):
+    """Float32 numbers at places of `x`; zeros where the mask says no, and where `x` is None."""
+    numbers = (p * 0).to(tl.float32)
+    if x is not None:
+        numbers = tl.load(x + p, mask=mask, other=0.0)
+    return numbers
+
+
+@triton.jit
 def store_tokens(to, p_token, mask, values, o_c, C: tl.constexpr):
     """Store the channels `o_c` of tokens at the places `p_token` of a contiguous tensor."""
     p = p_token[:, None] * C + o_c

@@ -43,13 +43,14 @@ class VariantInputs(NamedTuple):
 
 
 class VariantOptions(NamedTuple):
-    """The map of scores, and which masks there are."""
+    """The map of scores, which masks there are, and whether a backward has a gradient of the log-sum-exp."""
 
     score: str
     causal: bool
     left: bool
     right: bool
     prefix: bool
+    grad_lse: bool = False
 
     @classmethod
     def of(cls, call: AttentionCall) -> VariantOptions:
@@ -68,7 +69,7 @@ class Variant(NamedTuple):
 
 class QueryStats(NamedTuple):
     """Statistics of queries for the backward of a softmax: the factor and the base that turn raw scores into logarithms
-    of probabilities; the sum of these probabilities; the factor of dP; and delta times the latter."""
+    of probabilities; the sum of these probabilities; the factor of dP; and delta, less dlse, times the latter."""
 
     factor: Any
     base: Any
@@ -248,9 +249,31 @@ def remaining_scale(keys, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
     if VARIANT.score == "softmax":
         if tl.bfloat16 == DTYPE:
             factor = factor * tl.maximum(variant.inputs.scale, 1.0)
-        # The softmax of a single key is constant, whatever `dP - delta` rounds to.
-        factor = tl.where(keys == 1, 0.0, factor)
+        if not VARIANT.grad_lse:
+            # The softmax of a single key is constant, whatever `dP - delta` rounds to.
+            factor = tl.where(keys == 1, 0.0, factor)
     return factor
+
+
+@triton.jit
+def factor_of_d_probs(keys):
+    """The factor of dP and delta, 0 for a single key, beside a gradient of the log-sum-exp: else it would be in
+    `remaining_scale`."""
+    return tl.where(keys == 1, 0.0, 1.0)
+
+
+@triton.jit
+def without_single_keys(d_probs, pairs, VARIANT: tl.constexpr):
+    """Gradients of probabilities times `factor_of_d_probs`."""
+    if VARIANT.grad_lse:
+        d_probs = d_probs * factor_of_d_probs(pairs.keys)
+    return d_probs
+
+
+@triton.jit
+def grad_of_seen_lse(grad_lse, masked):
+    """The gradient of the log-sum-exp, 0 where a query is fully masked, whatever is given there."""
+    return tl.where(masked, 0.0, grad_lse)
 
 
 @triton.jit
@@ -323,6 +346,7 @@ def scores_to_probs(
             if not OF_QUERIES:
                 x = x - tl.expand_dims(stats.row_sum, AXIS)
         probs = exp2(mask_out(x, pairs, float("-inf"), variant, VARIANT), DTYPE)
+        d_probs = without_single_keys(d_probs, pairs, VARIANT)
         # Masked ones are 0, unless a number is not finite.
         if tl.float32 == DTYPE:
             d_scores = probs * (d_probs - delta) * stats.scale
@@ -336,8 +360,9 @@ def scores_to_probs(
 
 
 @triton.jit
-def whole_row_to_probs(products, d_probs, pairs, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
-    """`scores_to_probs` where a tile holds all keys of its rows, so that no statistics are needed."""
+def whole_row_to_probs(products, d_probs, grad_lse, pairs, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
+    """`scores_to_probs` where a tile holds all keys of its rows, so that no statistics are needed; `grad_lse` is that
+    of the queries, if VARIANT has it."""
     if VARIANT.score == "softmax":
         row_max, row_sum = empty_softmax(products.shape[0])
         probs, _, _, row_sum = online_softmax_update(products, pairs, row_max, row_sum, variant, VARIANT, DTYPE)
@@ -345,7 +370,10 @@ def whole_row_to_probs(products, d_probs, pairs, variant, VARIANT: tl.constexpr,
         # A row whose scores are all -inf gives NaN, as in PyTorch.
         inv_row_sum = tl.div_rn(1.0, tl.where(row_sum == 0.0, float("nan"), row_sum))
         probs = mask_out(probs * inv_row_sum[:, None], pairs, 0.0, variant, VARIANT)
+        d_probs = without_single_keys(d_probs, pairs, VARIANT)
         delta = tl.sum(probs * d_probs, 1)
+        if VARIANT.grad_lse:
+            delta = delta - grad_of_seen_lse(grad_lse, row_sum == 0.0)
         if tl.float32 == DTYPE:
             d_scores = probs * (d_probs - delta[:, None]) * variant.inputs.scale
         else:
@@ -379,11 +407,16 @@ def whole_row_probs(products, pairs, lse, variant, VARIANT: tl.constexpr, DTYPE:
 
 
 @triton.jit
-def whole_row_d_scores(products, probs, d_probs, pairs, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
+def whole_row_d_scores(
+    products, probs, d_probs, lse, grad_lse, pairs, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr
+):
     """Gradients of the products of such a tile, but for `remaining_scale`; delta is a sum over the tile."""
     if VARIANT.score == "softmax":
         scale = _scale_of_d_probs(variant, DTYPE)
+        d_probs = without_single_keys(d_probs, pairs, VARIANT)
         delta = tl.sum(probs * d_probs, 1) * scale
+        if VARIANT.grad_lse:
+            delta = delta - grad_of_seen_lse(grad_lse, lse == float("-inf")) * scale
         d_scores = probs * tl.fma(d_probs, scale, -delta[:, None])
     else:
         _, d_scores = _activation_backward(products, d_probs, pairs, variant, VARIANT, DTYPE)

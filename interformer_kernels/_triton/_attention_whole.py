@@ -15,7 +15,7 @@ import triton.language as tl
 from interformer_kernels._triton._arguments import KeysAndValues, RowTask, Sizes
 from interformer_kernels._triton._attention_masks import Pairs
 from interformer_kernels._triton._attention_short import SIZES
-from interformer_kernels._triton._attention_tiles import load_k, load_q, load_tokens, store_tokens
+from interformer_kernels._triton._attention_tiles import load_k, load_numbers, load_q, load_tokens, store_tokens
 from interformer_kernels._triton._attention_variant import (
     make_variant,
     remaining_scale,
@@ -29,7 +29,7 @@ from interformer_kernels._triton._rows import span
 
 @triton.jit
 def _over_queries(
-    q, rope, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest,
+    q, rope, b_k, b_v, grad_attn_out, lse, grad_lse, grad_q, i_head, j, task, variant, rest,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """dQ of a row, stored, and its dK and dV, but for `rest` of dK."""
@@ -51,16 +51,15 @@ def _over_queries(
         m_q = n < task.count
         b_q = load_q(q, rope, task.row, task.first, n, head, m_q, SHAPE)
         b_grad = load_tokens(grad_attn_out, task.first, n, head, m_q, SHAPE.dv, SHAPE.block_dv)
-        b_lse = (p_q * 0).to(tl.float32)
-        if lse is not None:
-            b_lse = tl.load(lse + p_q, mask=m_q, other=0.0)
+        b_lse = load_numbers(lse, p_q, m_q)
+        b_grad_lse = load_numbers(grad_lse, p_q, m_q)
         pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, True, None)
         products = dot(b_q, tl.trans(b_k), PRECISION)
         probs = whole_row_probs(products, pairs, b_lse, variant, VARIANT, b_v.dtype)
         # Probabilities are done with before gradients take registers.
         acc_v += dot(tl.trans(narrow(probs, b_grad.dtype)), b_grad, PRECISION)
         d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
-        d_scores = whole_row_d_scores(products, probs, d_probs, pairs, variant, VARIANT, b_v.dtype)
+        d_scores = whole_row_d_scores(products, probs, d_probs, b_lse, b_grad_lse, pairs, variant, VARIANT, b_v.dtype)
         d_scores = narrow(d_scores, b_q.dtype)
         acc_k += dot(tl.trans(d_scores), b_q, PRECISION)
         acc_q = dot(d_scores, b_k, PRECISION) * rest
@@ -71,7 +70,7 @@ def _over_queries(
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward_whole(
-    q, kv, offsets, grad_attn_out, lse, grad_q, grad_k, grad_v,
+    q, kv, offsets, grad_attn_out, lse, grad_lse, grad_q, grad_k, grad_v,
     rows, q_tokens, k_tokens, left, right, prefix, variant_inputs,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +93,7 @@ def attention_backward_whole(
     b_v = load_tokens(kv.v, k_first, j, i_head, m_k, SHAPE.dv, SHAPE.block_dv)
     rest = remaining_scale(keys, variant, VARIANT, b_v.dtype)
     acc_k, acc_v = _over_queries(
-        q, kv.rope, b_k, b_v, grad_attn_out, lse, grad_q, i_head, j, task, variant, rest, SHAPE, VARIANT
+        q, kv.rope, b_k, b_v, grad_attn_out, lse, grad_lse, grad_q, i_head, j, task, variant, rest, SHAPE, VARIANT
     )
     p_k = (k_first + j) * SHAPE.kv_heads + i_head
     acc_k = rotate_k(acc_k * rest, kv.rope, k_first, j, m_k, SHAPE, True)

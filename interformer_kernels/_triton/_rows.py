@@ -81,6 +81,13 @@ def holder(token, offsets, rows, tokens):
 
 
 @triton.jit
+def partition(row, offsets, rows, tokens):
+    """First token of a row, or of the tail (row `rows`), and number of tokens, of the partition that searches find."""
+    _, first, last = _search(row, offsets, rows, tokens, 0, 1, True)  # without tokens, a row is its own slot
+    return first, (last - first).to(tl.int32)
+
+
+@triton.jit
 def split_row(mark, offsets, rows, tokens, skip, SPLIT_KV: tl.constexpr):
     """The row that holds a mark: its number, first token, keys behind the skipped ones, and whether these are split.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels._launch import splits
 from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
-from interformer_kernels._launch.tensors import expanded, readable
+from interformer_kernels._launch.tensors import expanded, readable, resolved
 from interformer_kernels._triton import _run
 from interformer_kernels._triton._arguments import Epilogue, GradPass, Outputs, Partials, QuerySide
 from interformer_kernels._triton._attention_backward import attention_grad_keys, attention_grad_queries
@@ -113,10 +113,13 @@ def _start_whole(problem: Problem, *operands: Any) -> None:
 
 
 def backward(
-    call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor
+    call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor, grad_lse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
     problem = Problem(call, backward=True)
+    if grad_lse is not None:
+        grad_lse = resolved(grad_lse).contiguous()
+        problem.variant_options = problem.variant_options._replace(grad_lse=True)
     # Without A, delta comes from the probabilities. The output would not do: a confident softmax shows its rounding.
     recompute_stats = problem.fp32_softmax or (problem.softmax and not attn_out.numel())
     grad_attn_out, delta, grad_gate = _through_epilogue(problem, readable(grad_out), attn_out, recompute_stats)
@@ -126,12 +129,12 @@ def backward(
     grad = problem.query_operand(grad_attn_out)
     # Behind a gate the epilogue's backward reads A, and makes delta of it.
     delta_from = attn_out if call.gate is None and problem.softmax and not recompute_stats else None
-    problem.know((grad, lse, delta_from))
-    side = QuerySide(problem.queries_operand, grad, lse, delta, delta_from)
+    problem.know((grad, lse, delta_from, grad_lse))
+    side = QuerySide(problem.queries_operand, grad, lse, delta, delta_from, grad_lse)
     grad_q = _grad_queries(problem, side, recompute_stats)
     grad_k, grad_v = _grad_keys(problem, side)
-    _start_short(problem, attention_backward_short, grad, grad_q, grad_k, grad_v)
-    _start_whole(problem, grad, lse if problem.softmax else None, grad_q, grad_k, grad_v)
+    _start_short(problem, attention_backward_short, grad, grad_lse, grad_q, grad_k, grad_v)
+    _start_whole(problem, grad, lse if problem.softmax else None, grad_lse, grad_q, grad_k, grad_v)
     if problem.q_factor != 1:
         grad_q = grad_q * problem.q_factor
     if call.cos is not None and call.sin is not None and problem.kv.rope is None:

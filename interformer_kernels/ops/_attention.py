@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -63,8 +64,13 @@ def _backward_reads_attn_out(op: str, backend: str, call: AttentionCall) -> bool
         return True
     if call.score != "softmax" or call.k.dtype.itemsize != 2:
         return False
-    chosen = backend or _backend.choose(op, call.k.device.type, call.k.dtype, ATTENTION.channels(call))
-    return chosen == "triton"
+    return (backend or _chosen(op, call.k.device.type, call.k.dtype)) == "triton"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _chosen(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend for heads of any size, as far as the question is Triton; the compiler cannot trace the choice."""
+    return _backend.choose(op, device_type, dtype)
 
 
 def _flops(call: AttentionCall) -> int:

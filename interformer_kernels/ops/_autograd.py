@@ -70,7 +70,7 @@ def run(half: Half, args: Sequence[Any]) -> Any:
     """
     if torch._C._are_functorch_transforms_active():
         return half.op(*args)
-    if _are_plain(half.tensors(args)):
+    if are_plain(half.tensors(args)):
         return _run_plain(half, args)
     return _below(half.op, args)
 
@@ -106,7 +106,7 @@ def _unwatched() -> bool:
     )
 
 
-def _are_plain(tensors: Iterable[Tensor | None]) -> bool:
+def are_plain(tensors: Iterable[Tensor | None]) -> bool:
     """Whether the dispatcher would hand all tensors on as they are."""
     for x in tensors:
         # A loop: a generator would double the time.
@@ -120,8 +120,8 @@ def _are_plain(tensors: Iterable[Tensor | None]) -> bool:
 class Joined(torch.autograd.Function):
     """The two halves of an op as one differentiable call.
 
-    Its arguments are the registered op's name; whether the caller hands on the log-sum-exp, whose gradient somebody
-    might then ask for; the arguments of the forward, without the differentiable ones; and those. Few arguments make
+    Its arguments are the registered op's name; whether the caller hands on the log-sum-exp, which then is
+    differentiable, too; the arguments of the forward, without the differentiable ones; and those. Few arguments make
     this function cheap: autograd looks at each of them.
     """
 
@@ -142,13 +142,16 @@ class Joined(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         name, options, names = ctx.kept
         op = OPS[name]
-        kept = op.spec.restored(ctx.saved_tensors, options)
-        if grads and grads[0] is not None:
-            kept = (_without_lse_gradient(names[0], kept[0], grads[0]), *kept[1:])
-        if grad_out is None:
+        grad_lse = grads[0] if grads else None
+        if grad_out is None and grad_lse is None:
             return (None,) * (3 + len(op.spec.differentiable))
+        kept = op.spec.restored(ctx.saved_tensors, options)
+        if grad_out is None:
+            call = op.spec.call._make(kept[len(op.spec.saved) :])
+            grad_out = op.spec.lead(call).new_zeros(call.out_shape())
+        args = (grad_out, *([grad_lse] if op.spec.has_lse else []), *kept, *names)
         needed = ctx.needs_input_grad[3:]
-        computed = _gradients(op, (grad_out, *kept, *names), needed)
+        computed = gradients(op, args, needed)
         return None, None, None, *(grad if need else None for grad, need in zip(computed, needed, strict=True))
 
 
@@ -187,7 +190,7 @@ def join(op: RegisteredOp, shows_lse: bool, args: list[Any], inputs: list[Tensor
     """`Joined` of a call of `<name>_fwd` with these arguments, of which `inputs` are differentiable."""
     outputs: tuple[Tensor, ...]
     transformed = torch._C._are_functorch_transforms_active()
-    if not transformed and _are_plain(op.forward.tensors(args)):
+    if not transformed and are_plain(op.forward.tensors(args)):
         outputs = _apply_plain(op.spec.name, shows_lse, args, *inputs)
     else:
         joined = (op.spec.name, shows_lse, op.spec.without_inputs(args), *inputs)
@@ -195,26 +198,28 @@ def join(op: RegisteredOp, shows_lse: bool, args: list[Any], inputs: list[Tensor
     return outputs
 
 
-def _gradients(op: RegisteredOp, args: tuple[Any, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def gradients(op: RegisteredOp, args: tuple[Any, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """The needed gradients, of a call of `<name>_bwd` with these arguments; through the reference where they shall be
     differentiable themselves."""
     spec, grad_out = op.spec, args[0]
-    saved, others = args[1 : 1 + len(spec.saved)], args[1 + len(spec.saved) :]
+    first = spec.outputs + len(spec.saved)
+    of_outputs, saved, others = args[: spec.outputs], args[spec.outputs : first], args[first:]
     grads = None
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        call, _ = spec.backward_call(args)
+        call, given = spec.backward_call(args)
         wanted = [name for name, need in zip(spec.gradients, needed, strict=False) if need]
         # Views: two arguments may be one tensor, or one made from the other; each gets the gradient of its own place.
         leaves = {name: getattr(call, name).view_as(getattr(call, name)) for name in wanted}
         # Where nobody records, as when torch.func.vjp has left its level, the views do not ask for gradients either.
         if wants_gradients(leaves.values()):
-            by_name = op.reference_gradients(call._replace(**leaves), grad_out, tuple(leaves), create_graph=True)
+            by_name = op.reference_gradients(call._replace(**leaves), given, tuple(leaves), create_graph=True)
             grads = tuple(by_name.get(name) for name in spec.gradients)
     if grads is None:
         grads = op.eager_backward(args)
     if grads is None:
         # An eager call keeps no outputs that its backward does not read; the op takes an empty tensor for each.
-        results = run(op.backward, (grad_out, *(grad_out.new_empty(0) if x is None else x for x in saved), *others))
+        saved = tuple(grad_out.new_empty(0) if x is None else x for x in saved)
+        results = run(op.backward, (*of_outputs, *saved, *others))
         grads = results if len(spec.gradients) > 1 else (results,)
     if not spec.has_residual:
         return grads
@@ -228,41 +233,6 @@ def _residual_gradient(call: Call, grad_out: Tensor) -> Tensor:
         return grad_out
     inside = reference.inside_rows(offsets, grad_out.shape[0])
     return grad_out.where(inside.view(-1, *[1] * (grad_out.dim() - 1)), 0)
-
-
-# ---------------------------------------------------------------- the log-sum-exp, which has no gradient yet
-
-
-def _without_lse_gradient(name: str, lse: Tensor, grad_lse: Tensor) -> Tensor:
-    """`lse` itself, for the backward, after a gradient of it other than zero has been refused."""
-    wait = not (torch.compiler.is_compiling() or is_fake(grad_lse))
-    checked: Tensor = torch.ops.interformer_kernels.without_lse_gradient.default(lse, grad_lse, name, wait)
-    return checked
-
-
-def _check_lse_gradient(lse: Tensor, grad_lse: Tensor, name: str, wait: bool) -> Tensor:
-    """The gradient's content decides, for compiled programs and checkpoints pass zeros where nobody asks for one.
-
-    The result is a copy of `lse`, so that no compiler drops the check: the backward reads it. Compiled programs do not
-    wait for a GPU.
-    """
-    message = f"{name}: lse is not differentiable yet; use lse.detach()"
-    if wait or grad_lse.device.type == "cpu":
-        if bool(grad_lse.any()):
-            raise NotImplementedError(message)
-    else:
-        torch._assert_async(~grad_lse.any(), message)
-    return lse.clone()
-
-
-LIBRARY.define(
-    "without_lse_gradient(Tensor lse, Tensor grad_lse, str name, bool wait) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIBRARY.impl("without_lse_gradient", _check_lse_gradient, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "interformer_kernels::without_lse_gradient", lambda lse, grad_lse, name, wait: lse.new_empty(lse.shape), lib=LIBRARY
-)
 
 
 # ---------------------------------------------------------------- bare calls of the halves
@@ -307,7 +277,7 @@ def _forward_kernel(op: RegisteredOp, args: tuple[Any, ...]) -> Any:
         inputs.append(others["residual"])
     rest = spec.without_inputs([*call, *others.values()])
     with enable_single_level_autograd_function():
-        outputs = _AtLevel.apply(spec.name, True, rest, *inputs)  # type: ignore[attr-defined]
+        outputs = _AtLevel.apply(spec.name, spec.shows_lse(call), rest, *inputs)  # type: ignore[attr-defined]
     if not spec.saved:
         return outputs[0]
     return outputs if asked else (*outputs[:2], outputs[2].new_empty(0))
@@ -324,7 +294,7 @@ def _backward_kernel(op: RegisteredOp, args: tuple[Any, ...]) -> Any:
         # A compiled graph has no lengths of rows, which the reference's gradients need.
         raise NotImplementedError(f"{public}: second derivatives cannot be compiled; take them in eager mode")
     leaves = {name: _leaf(x) for name in spec.gradients if (x := getattr(call, name)) is not None}
-    grads = op.reference_gradients(call._replace(**leaves), others["grad_out"], tuple(leaves), create_graph=True)
+    grads = op.reference_gradients(call._replace(**leaves), others, tuple(leaves), create_graph=True)
     return op.gradient_outputs(call, grads)
 
 

@@ -197,7 +197,8 @@ class _Call:
 
     def _local_heads(self, name: str, x: Tensor) -> Tensor:
         """The heads of whole keys or values that this process' queries read."""
-        heads, key_heads = self.arguments[self.lead].shape[-2], x.shape[1]
+        heads = self.arguments[self.lead].shape[self.layouts[self.lead].index("H")]
+        key_heads = x.shape[1]
         part, group = self._part("heads"), max(heads // max(key_heads, 1), 1)
         local_heads = heads // part.parts
         if local_heads % group and group % max(local_heads, 1):

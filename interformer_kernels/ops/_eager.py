@@ -56,7 +56,8 @@ def backward(args: Sequence[Any]) -> tuple[Tensor | None, ...] | None:
     module, dtype = _backend.native(), args[0].dtype
     if module is None or args[-1] not in ("", "cpu") or not autograd.is_eager():
         return None
-    grads = module.eager_attention_backward(args[3:-2], args[0], args[2], torch.get_num_threads())
+    grad_out, grad_lse, _, attn_out, *call = args[:-2]
+    grads = module.eager_attention_backward(tuple(call), grad_out, attn_out, grad_lse, torch.get_num_threads())
     if grads is None:
         return None
     return tuple(x if x is None or x.dtype is dtype else x.to(dtype) for x in grads)  # sums are wider

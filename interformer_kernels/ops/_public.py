@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _checks as checks
-from interformer_kernels._calls import AtLeast, Field, Finite, Offsets, OneOf, Scale, Values
+from interformer_kernels._calls import AtLeast, Broadcast, Field, Finite, Offsets, OneOf, Scale, Values
 from interformer_kernels.ops._spec import PLAIN_TENSORS, OpSpec, taken
 
 _STRIDED = torch.strided
@@ -54,7 +54,8 @@ class PublicOp:
         self.offsets = [field for field in spec.fields if isinstance(field.note, Offsets)]
         self._lead_name, self._float_names = self.named(self.lead), (*map(self.named, spec.gradients), "residual")
         self._lead_place = spec.names.index(self.lead)
-        self._rows_place = next(spec.names.index(field.name) for field in self.offsets if not field.optional)
+        self._rows_place = next((spec.names.index(field.name) for field in self.offsets if not field.optional), None)
+        self._broadcast = [(place, field.name) for place, field in enumerate(spec.fields) if field.note == Broadcast()]
         self._offsets_places = [(spec.names.index(field.name), field.optional) for field in self.offsets]
         self._scale_axis = next((field.note.axis for field in spec.fields if isinstance(field.note, Scale)), "")
         self._known_options: dict[tuple[Any, ...], dict[int, Any]] = {}
@@ -96,9 +97,9 @@ class PublicOp:
         if "Hk" in sizes:
             sizes.setdefault("Dv", sizes["D"])  # v is k
             checks.check_heads(self.name, sizes)
-        gate = getattr(call, "gate", None)
-        if gate is not None:
-            checks.check_broadcasts(self.name, "gate", gate, call.out_shape())
+        for place, name in self._broadcast:
+            if call[place] is not None:
+                checks.check_broadcasts(self.name, name, call[place], call.out_shape())
         call = self._with_options(call, sizes)
         self.spec.check_options(self, call)
         return call, None if residual is None else checks.check_residual(self.name, residual, call.out_shape())
@@ -144,7 +145,7 @@ class PublicOp:
             if found < 0 or (rows >= 0 and found != rows):
                 return None
             rows = found
-        sizes = {"B": rows}
+        sizes = {} if self._rows_place is None else {"B": rows}
         for place, name, axes in self._axes[getattr(call, "layout", "")]:
             x = call[place]
             if x is None:
@@ -162,7 +163,9 @@ class PublicOp:
         return sizes
 
     def _checked_axes(self, call: Any) -> dict[str, int]:
-        axes = checks.Axes(self.name, B=call[self._rows_place].shape[0] - 1)
+        axes = checks.Axes(self.name)
+        if self._rows_place is not None:
+            axes.sizes["B"] = call[self._rows_place].shape[0] - 1
         for place, name, wanted in self._axes[getattr(call, "layout", "")]:
             value = call[place]
             if value is not None or name in self.required:

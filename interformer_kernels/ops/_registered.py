@@ -8,7 +8,7 @@ does (measured on a toy op, torch 2.13, forward without gradients: 38 us bare, 8
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,37 +85,42 @@ class RegisteredOp:
     def run_backward(self, *args: Any) -> Any:
         """The implementation of `<name>_bwd`."""
         spec = self.spec
-        grad_out, *saved = args[: 1 + len(spec.saved)]
-        call = spec.call._make(args[1 + len(saved) : -2])
-        module = self._kernels(public_op(spec, args[-2]), call, args[-1])
+        call, others = spec.backward_call(args)
+        public, backend = others.pop("op"), others.pop("backend")
+        module = self._kernels(public_op(spec, public), call, backend)
         if module is not None:
-            return module.backward(call, grad_out, **dict(zip(spec.saved, saved, strict=True)))
+            return module.backward(call, **others)
         given = {name: x for name in spec.gradients if (x := getattr(call, name)) is not None}
         leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
         with _recording_autograd(), _autocast_off(spec.lead(call)):
-            grads = self.reference_gradients(call._replace(**leaves), grad_out, tuple(leaves))
+            grads = self.reference_gradients(call._replace(**leaves), others, tuple(leaves))
         return self.gradient_outputs(call, grads)
 
     def gradient_outputs(self, call: Call, grads: dict[str, Tensor]) -> Any:
-        """The outputs of `<name>_bwd` from gradients by name: an empty one for an input that was not given."""
+        """The outputs of `<name>_bwd` from gradients by name, contiguous: an empty one for an input not given."""
         outputs = tuple(
-            grads[name] if name in grads else self.spec.lead(call).new_empty(0) for name in self.spec.gradients
+            grads[name].contiguous() if name in grads else self.spec.lead(call).new_empty(0)
+            for name in self.spec.gradients
         )
         return outputs if len(outputs) > 1 else outputs[0]
 
     def reference_gradients(
-        self, call: Call, grad_out: Tensor, names: tuple[str, ...], create_graph: bool = False
+        self, call: Call, given: Mapping[str, Any], names: tuple[str, ...], create_graph: bool = False
     ) -> dict[str, Tensor]:
-        """Gradients of the named inputs by automatic differentiation of the reference."""
+        """Gradients of the named inputs by automatic differentiation of the reference, from those of the outputs:
+        `grad_out` and, where it is asked, `grad_lse` of what is `given`."""
         inputs = [getattr(call, name) for name in names]
-        if grad_out.is_meta:  # the reference reads lengths; shapes alone follow from any dependence on all inputs
-            out = sum(x.sum() for x in inputs).square().expand_as(grad_out)
+        grads_of_outputs = [x for name in ("grad_out", "grad_lse") if (x := given.get(name)) is not None]
+        if grads_of_outputs[0].is_meta:
+            # The reference reads lengths; shapes alone follow from any dependence on all inputs.
+            outputs = [sum(x.sum() for x in inputs).square().expand_as(grad) for grad in grads_of_outputs]
         else:
             result = self._reference(call, None)
-            out = result if isinstance(result, Tensor) else result[0]
+            outputs = [result] if isinstance(result, Tensor) else [*result[: len(grads_of_outputs)]]
         grads = torch.autograd.grad(
-            out, inputs, grad_out.to(out.dtype), create_graph=create_graph, allow_unused=True, materialize_grads=True
-        )
+            outputs, inputs, [grad.to(out.dtype) for out, grad in zip(outputs, grads_of_outputs, strict=True)],
+            create_graph=create_graph, allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
         return dict(zip(names, grads, strict=True))
 
     def _reference(self, call: Call, residual: Tensor | None) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from interformer_kernels._calls import fields_of
+from interformer_kernels._calls import Values, fields_of
 from interformer_kernels.ops._compiling import any_number
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ class OpSpec:
 
     `<name>_fwd` takes the fields of the call, then a `residual` (unless the op has none), `keep_attn_out` where the op
     saves A, the public function's name for messages, and the backend's name. It returns the output and `saved`.
-    `<name>_bwd` takes `grad_out`, `saved`, the fields, and both names; it returns one gradient for each differentiable
-    field. The residual's gradient is the output's own and needs no kernel.
+    `<name>_bwd` takes `grad_out`, `grad_lse` where the op saves the log-sum-exp (None: nobody asks for its gradient),
+    `saved`, the fields, and both names; it returns one gradient for each differentiable field. The residual's gradient
+    is the output's own and needs no kernel.
 
     Args:
         name: of the registered pair, and of the backends' modules.
@@ -41,7 +42,7 @@ class OpSpec:
         check_options: `check_options(public, call)` checks options against one another.
         flops: floating-point operations of the forward of a call.
         backward_over_forward: those of the backward, in multiples of the forward's.
-        saved: further outputs, which the backward reads.
+        saved: further outputs, which the backward reads; of these `lse`, the first, may be differentiated.
         empty_saved: allocates them: `empty_saved(call, out, keep_attn_out)`.
         reads_attn_out: whether the backward of a call reads A: `reads_attn_out(public name, backend, call)`.
         residual: whether the op takes one.
@@ -69,13 +70,13 @@ class OpSpec:
         self.empty_saved, self.reads_attn_out = empty_saved, reads_attn_out
         self.fields = fields_of(call)
         self.names = tuple(field.name for field in self.fields)
-        self.keeps_attn_out = "attn_out" in saved
+        self.keeps_attn_out, self.has_lse = "attn_out" in saved, "lse" in saved
         self.gradients = tuple(field.name for field in self.fields if field.differentiable)
         self.differentiable = (*self.gradients, *(["residual"] if residual else []))
         extra = (["Tensor? residual"] if residual else []) + (["bool keep_attn_out"] if self.keeps_attn_out else [])
         fields, names = [field.schema for field in self.fields], ["str op", "str backend"]
         self.forward_schema = f"({', '.join(fields + extra + names)}) -> {_tensors(1 + len(saved))}"
-        given = [f"Tensor {name}" for name in ("grad_out", *saved)]
+        given = ["Tensor grad_out", *(["Tensor? grad_lse"] if self.has_lse else []), *(f"Tensor {x}" for x in saved)]
         self.backward_schema = f"({', '.join(given + fields + names)}) -> {_tensors(len(self.gradients))}"
         self.forward_names = _names_of(fields + extra + names)
         self.backward_names = _names_of(given + fields + names)
@@ -85,12 +86,13 @@ class OpSpec:
         self.without_inputs, self.filled = taken(others), _put_back(others, inputs)
         tensors = [place for place, field in enumerate(self.fields) if field.type is Tensor]
         self.forward_tensors = taken(sorted({*tensors, *inputs}))
-        # Saved outputs and fields, as the backward takes them behind `grad_out`.
+        # Saved outputs and fields, as the backward takes them behind the gradients of outputs.
+        self.outputs = 1 + self.has_lse
         saves = [*range(len(saved)), *(len(saved) + place for place in tensors)]
         options = [place for place in range(len(saved) + len(self.names)) if place not in saves]
         self.saved_tensors, self.saved_options = taken(saves), taken(options)
         self.restored = _put_back(saves, options)
-        self.backward_tensors = taken([0, *(1 + place for place in saves)])
+        self.backward_tensors = taken([*range(self.outputs), *(self.outputs + place for place in saves)])
 
     # The first two take the arguments of `<name>_fwd`, the next two saved outputs and fields; all give tuples.
     without_inputs: Callable[[Sequence[Any]], tuple[Any, ...]]  # those that are not differentiable
@@ -108,7 +110,8 @@ class OpSpec:
 
     def backward_call(self, args: tuple[Any, ...]) -> tuple[Call, dict[str, Any]]:
         """The call among the arguments of `<name>_bwd`, and the others by name."""
-        start, stop = 1 + len(self.saved), 1 + len(self.saved) + len(self.names)
+        start = self.outputs + len(self.saved)
+        stop = start + len(self.names)
         others = zip((*self.backward_names[:start], "op", "backend"), (*args[:start], *args[stop:]), strict=True)
         return self.call._make(args[start:stop]), dict(others)
 
@@ -116,11 +119,17 @@ class OpSpec:
         """Uninitialised outputs of `<name>_fwd`."""
         call, others = self.forward_call(args)
         rows, *shape = call.out_shape()
-        if getattr(call, "layout", "") == "shared":
+        if self._counts_rows(getattr(call, "layout", "")):
             rows = any_number(rows)
         out = self.lead(call).new_empty((rows, *shape))
         saved = self.empty_saved(call, out, others.get("keep_attn_out", False))
         return (out, *saved) if saved else out
+
+    def _counts_rows(self, layout: str) -> bool:
+        """Whether the output's first axis is a number of rows that follows from the offsets alone."""
+        values = [field.name for field in self.fields if isinstance(field.note, Values)]
+        first = [axes.split()[0] for axes in (self.out_axes(layout), *(self.axes(name, layout) for name in values))]
+        return first[0] == "B" and "B" not in first[1:]
 
     def backward_fake(self, *args: Any) -> Any:
         """Uninitialised contiguous gradients; an empty one for an input that was not given."""
@@ -128,6 +137,10 @@ class OpSpec:
         inputs = [getattr(call, name) for name in self.gradients]
         grads = tuple(self.lead(call).new_empty((0,) if x is None else x.shape) for x in inputs)
         return grads if len(grads) > 1 else grads[0]
+
+    def shows_lse(self, call: Call) -> bool:
+        """Whether a call has a log-sum-exp, which only a softmax has."""
+        return self.has_lse and call.score == "softmax"
 
     def lead(self, call: Call) -> Tensor:
         """The first floating tensor, whose dtype and device all share."""
@@ -179,3 +192,9 @@ def _tensors(count: int) -> str:
 
 def _names_of(arguments: list[str]) -> tuple[str, ...]:
     return tuple(argument.split()[1] for argument in arguments)
+
+
+def with_heads(x: Any, axes: int) -> tuple[Any, bool]:
+    """A tensor of so many axes with one head behind its tokens, and True; anything else as it is, and False."""
+    is_flat = isinstance(x, Tensor) and x.dim() == axes
+    return (x.unsqueeze(1) if is_flat else x), is_flat

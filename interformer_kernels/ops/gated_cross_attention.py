@@ -62,8 +62,8 @@ def gated_cross_attention(
         score: ``"softmax"``, or ``"identity"``, ``"relu"``, ``"silu"``, ``"gelu"`` (by erf): then
             ``A = c * sum_t act(scale * <q, k_t>) v_t``.
         post_scale: the factor ``c``; 1 with softmax.
-        return_lse: also return the log-sum-exp of each query's scores (softmax only); it has no gradient
-            yet, and a backward that would need one raises an error: use ``lse.detach()``.
+        return_lse: also return the log-sum-exp of each query's scores (softmax only), which is differentiable;
+            :func:`merge_attention` merges attentions over disjoint keys by it.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None takes the fastest that can serve.
 
     Returns:

@@ -87,8 +87,8 @@ def jagged_attention(
         gate_form: ``"multiply"``: ``G = A * act(gate)``; ``"self"``: ``G = act(A * gate)`` (InterFormer's equation 10).
         gate_activation: ``"sigmoid"``, ``"tanh"``, ``"silu"`` or ``"identity"``.
         residual: added to the result; anything that broadcasts to it, as the gate does.
-        return_lse: also return the log-sum-exp of each query's scores (softmax only); it has no gradient
-            yet, and a backward that would need one raises an error: use ``lse.detach()``.
+        return_lse: also return the log-sum-exp of each query's scores (softmax only), which is differentiable;
+            :func:`merge_attention` merges attentions over disjoint keys by it.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None takes the fastest that can serve.
 
     Returns:

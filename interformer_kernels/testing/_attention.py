@@ -45,6 +45,9 @@ def _family_cases(op: str) -> list[Case]:
         Case(op, "one channel", head_size=1, value_size=1),
         Case(op, "gate and residual", gate="full", residual=True),
         Case(op, "residual", residual=True),
+        Case(op, "gradient of lse", grad_lse=True),
+        Case(op, "gradient of lse, single keys", lengths=(1, 0, 1, 2, 1), grad_lse=True),
+        Case(op, "gradient of lse, giant row", lengths=ONE_GIANT, grad_lse=True, gate="full", strided=True, kv_heads=2),
     ]
     cases += [Case(op, f"score {o['score']}", options=o) for o in _SCORES]
     for (form, activation), shape in zip(_GATES, _GATE_SHAPES, strict=True):
@@ -62,6 +65,7 @@ def _pooling_cases(op: str) -> list[Case]:
         Case(op, "v is k", shared_value=True, kv_heads=1),
         Case(op, "v is k, identity score", shared_value=True, options=_SCORES[0]),
         Case(op, "skip prefix", options={"skip_prefix": 2}),
+        Case(op, "gradient of lse, v is k, skip prefix", shared_value=True, grad_lse=True, options={"skip_prefix": 2}),
         Case(op, "one seed", queries=1),
         Case(op, "many seeds", queries=33),
     ]
@@ -71,6 +75,7 @@ def _cross_cases(op: str) -> list[Case]:
     return [
         Case(op, "jagged queries", query_lengths=(2, 3, 0, 9, 1), gate="full", residual=True),
         Case(op, "one query", queries=1, gate="head"),
+        Case(op, "gradient of lse, jagged queries", query_lengths=(2, 3, 0, 9, 1), grad_lse=True),
         Case(op, "no queries", queries=0),
     ]
 
@@ -90,6 +95,8 @@ def _jagged_cases(op: str) -> list[Case]:
         Case(op, "rotary on some channels, positions", rope=10, positions=True, kv_heads=2),
         Case(op, "rotary, cross, positions", rope=16, positions=True, query_lengths=(2, 3, 40, 0, 9)),
         Case(op, "rotary, window, gate", rope=16, gate="head", residual=True, options={"window": (3, 3)}),
+        Case(op, "gradient of lse, rotary, causal", rope=16, grad_lse=True, options={"causal": True}),
+        Case(op, "gradient of lse, cross, causal", query_lengths=(9, 3, 40, 0, 9), grad_lse=True, options=masks[0]),
     ]
     return grid
 
@@ -101,6 +108,7 @@ def hard_cases(op: str) -> list[Case]:
         Case(op, "gate and residual", **full),
         Case(op, "head gate, silu", **HARD_SIZES, gate="head", options=pointwise("silu")),
     ]
+    grid += [Case(op, "gradient of lse", **HARD_SIZES, gate="head", grad_lse=True)]
     if op == "jagged_attention":
         grid += [Case(op, "causal, window, prefix", **HARD_SIZES, options={"window": (4, 0), "num_prefix": 1})]
         grid += [Case(op, "cross", **HARD_SIZES, query_lengths=(2, 3, 0, 20, 9), options={"causal": True})]
@@ -223,7 +231,7 @@ class _Readers:
         channels = given["grad_out"].shape[-1]
         queries = self._queries(name, place)  # [..., H]
         outputs = queries[..., None].expand(*queries.shape, channels)
-        forward, backward = name != "grad_out", name != "residual"
+        forward, backward = name not in ("grad_out", "grad_lse"), name != "residual"
         nothing = torch.zeros_like(queries)
         reached = {"out": outputs if forward else torch.zeros_like(outputs)}
         if given.get("score", "softmax") == "softmax":
@@ -233,10 +241,12 @@ class _Readers:
         of_queries = of_queries.any(0) if self.shared else of_queries
         reached["dseeds" if self.shared else "dq"] = of_queries[..., None].expand_as(self.q)
         reached["dk"] = keys[..., None].expand_as(self.k)
+        of_scores_alone = name == "grad_lse"
         if given.get("v") is not None:
-            reached["dv"] = keys[..., None].expand_as(given["v"])
+            reached["dv"] = (keys & (not of_scores_alone))[..., None].expand_as(given["v"])
         if given.get("gate") is not None:
-            reached["dgate"] = gathered(outputs if backward else torch.zeros_like(outputs), given["gate"])
+            of_gate = backward and not of_scores_alone
+            reached["dgate"] = gathered(outputs if of_gate else torch.zeros_like(outputs), given["gate"])
         if given.get("residual") is not None:
             reached["dresidual"] = outputs if name == "grad_out" else torch.zeros_like(outputs)
         return reached
@@ -250,7 +260,7 @@ class _Readers:
         mask = at(x, place)
         if name in ("gate", "residual"):
             mask = mask.expand(self.inputs["grad_out"].shape)
-        mask = mask.any(-1)
+        mask = mask if name == "grad_lse" else mask.any(-1)
         mask = mask.expand(*self.q_rows.shape, mask.shape[-1])
         return mask & (self.q_rows >= 0)[..., None]
 

@@ -54,7 +54,7 @@ def _over(error: float, budget: float) -> float:
 
 def call(op: str, inputs: Mapping[str, Any], backend: str | None) -> tuple[Tensor, Tensor | None]:
     """The public function on these inputs: `(out, lse)`; `lse` is None where the op or score has none."""
-    arguments = {name: x for name, x in inputs.items() if name != "grad_out"}
+    arguments = {name: x for name, x in inputs.items() if name not in ("grad_out", "grad_lse")}
     with_lse = "lse" in PUBLIC_OPS[op].spec.saved and arguments.get("score", "softmax") == "softmax"
     function = getattr(interformer_kernels, op)
     if with_lse:
@@ -71,7 +71,13 @@ def evaluate(run: Callable[[], tuple[Tensor, Tensor | None]], op: str, inputs: M
         results["lse"] = lse.detach()
     names = [name for name in DIFFERENTIABLE[op] if inputs.get(name) is not None]
     leaves = [inputs[name] for name in names]
-    grads = torch.autograd.grad(out, leaves, inputs["grad_out"], allow_unused=True, materialize_grads=True)
+    outputs, given = [out], [inputs["grad_out"]]
+    if inputs.get("grad_lse") is not None:
+        assert lse is not None
+        # Where a query sees nothing, the gradient of its log-sum-exp shall not be noticed.
+        grad_lse = inputs["grad_lse"].to(lse.dtype).masked_fill(lse.detach() == -torch.inf, torch.nan)
+        outputs, given = [out, lse], [*given, grad_lse]
+    grads = torch.autograd.grad(outputs, leaves, given, allow_unused=True, materialize_grads=True)
     results.update({f"d{name}": grad for name, grad in zip(names, grads, strict=True)})
     return results
 

@@ -30,7 +30,9 @@ class Case:
         rope: channels that rotate; 0 is no rotary embedding.
         positions: explicit rotary positions instead of the index in the row.
         shared_value: `v=None`, the keys are the values (pma_pooling).
-        bias: with a bias (personalized_ffn).
+        grad_lse: the log-sum-exp has a gradient, too (softmax).
+        bias: with a bias (personalized_ffn, fused_linear).
+        norm: with a layer norm (fused_linear).
         strided: tensors are slices of wider ones, so that only their last axis is contiguous.
         options: further keyword arguments of the public function.
     """
@@ -51,7 +53,9 @@ class Case:
     positions: bool = False
     strided: bool = False
     shared_value: bool = False
+    grad_lse: bool = False
     bias: bool = True
+    norm: bool = False
     index_dtype: torch.dtype = torch.int64
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -64,7 +64,8 @@ def held_tokens(x: Tensor) -> int:
 
 
 def plants(inputs: Mapping[str, Any]) -> Iterator[Plant]:
-    """Every value in every floating input, `grad_out` included: near its beginning, and at the end of what is held."""
+    """Every value in every floating input, given gradients included: near its beginning, and at the end of what is
+    held."""
     for name, x in inputs.items():
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
             continue

@@ -56,6 +56,14 @@ def _far_apart(inputs: Inputs) -> Inputs:
     return {**_scaled(inputs, k=size, q=small, seeds=small, v=values), "scale": 1 / (size * small)}
 
 
+def _hidden(inputs: Inputs) -> Inputs:
+    """Every third score is -inf, and all of the first tokens', which are whole rows."""
+    scores = inputs["scores"].detach().clone()
+    scores[::3] = -torch.inf
+    scores[:4] = -torch.inf
+    return {**inputs, "scores": scores.requires_grad_()}
+
+
 # Few queries have two keys of nearly the largest score: they carry the whole error of a gradient. Only over many such
 # queries is its ratio to eager PyTorch's no matter of luck.
 LARGE_SCORES = "scores of hundreds"
@@ -74,5 +82,8 @@ HARD_VALUES: dict[str, tuple[Callable[[Inputs], Inputs], tuple[dict[str, Any], .
     "largest values": (_largest, _SOFTMAX),
     "keys near the largest": (_far_apart, _ALL_SCORES),
     "inputs of 1e-3": (lambda inputs: _scaled(inputs, q=1e-3, seeds=1e-3, k=1e-3, v=1e-3, x=1e-3), _ALL_SCORES),
+    # Of `jagged_softmax` alone.
+    "scores of -inf": (_hidden, ()),
+    "scores of tens": (lambda inputs: _scaled(inputs, scores=30.0), ()),
     LARGE_SCORES: (lambda inputs: inputs, ({"scale": 20.0}, {"scale": -20.0})),
 }

@@ -14,10 +14,14 @@ from interformer_kernels.testing.ops import make_arguments
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
-    """Keyword arguments of the case's public function, gradient leaves included, and the output's `grad_out`."""
+    """Keyword arguments of the case's public function, gradient leaves included, and the output's `grad_out`, with the
+    log-sum-exp's `grad_lse` where the case has one."""
     draw = Draw(case, dtype, device, seed)
     inputs, shape, rows = make_arguments(draw, case, offsets_of(case.lengths, case.index_dtype, device))
-    return {**case.options, **inputs, "grad_out": draw.leaf(*shape, rows=rows, gradient=False)}
+    made = {**case.options, **inputs, "grad_out": draw.leaf(*shape, rows=rows, gradient=False)}
+    if case.grad_lse:
+        made["grad_lse"] = draw.leaf(*shape[:-1], rows=rows, gradient=False)
+    return made
 
 
 def row_of(x: Tensor, lengths: Sequence[int], b: int, end: int | None = None) -> Tensor:
@@ -45,4 +49,5 @@ def _of_rows(name: str, x: Any, inputs: Mapping[str, Any]) -> bool:
     """Whether an argument has something for every row, or every token of theirs."""
     if name == "gate":  # may be of the output's shape up to sizes of 1, or broadcast over rows and tokens
         return x is not None and x.dim() == inputs["grad_out"].dim()
-    return x is not None and name in ("q", "k", "v", "x", "weight", "bias", "residual", "grad_out")
+    of_rows = ("q", "k", "v", "x", "weight", "bias", "scores", "weights", "residual", "grad_out", "grad_lse")
+    return x is not None and name in of_rows

@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from interformer_kernels.testing import _apply_rotary, _attention, _personalized_ffn
+from interformer_kernels.testing import (
+    _apply_rotary,
+    _attention,
+    _fused_linear,
+    _jagged_softmax,
+    _jagged_weighted_sum,
+    _personalized_ffn,
+)
 from interformer_kernels.testing.case import HARD_LENGTHS, HARD_SIZES, Case
 from interformer_kernels.testing.draw import Draw, Made
 from interformer_kernels.testing.reach import Reach
@@ -18,8 +25,13 @@ _MODULES: dict[str, Any] = {
     "gated_cross_attention": _attention,
     "apply_rotary": _apply_rotary,
     "personalized_ffn": _personalized_ffn,
+    "fused_linear": _fused_linear,
+    "jagged_softmax": _jagged_softmax,
+    "jagged_weighted_sum": _jagged_weighted_sum,
 }
-OPS = tuple(_MODULES)
+# Ops on rows of tokens, and those that know tokens alone: no offsets, no tail, no kernels on GPUs.
+OPS = tuple(name for name in _MODULES if name != "fused_linear")
+TOKEN_OPS = ("fused_linear",)
 
 
 def cases(op: str) -> list[Case]:

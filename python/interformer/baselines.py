@@ -20,7 +20,7 @@ from interformer.embedding import Embedding, module_key
 from interformer.layers import MLP, RotaryTables
 from interformer.schema import Schema
 from interformer.sequence import SelfAttention
-from interformer_kernels import pma_pooling
+from interformer_kernels import jagged_weighted_sum
 
 
 class LogisticRegression(nn.Module):
@@ -97,13 +97,8 @@ class DIN(_WithEvents):
         candidate = self.candidate(self.embedding.candidate_of(x))  # [B, E]
         c = candidate.index_select(0, row_of_tokens(batch.offsets, events.shape[0]))  # [T, E]
         weights = self.weigh(torch.cat((events, c, events - c, events * c), 1))  # [T, 1]
-        # A weighted sum is pooling with identity score, one-channel keys that are the weights, and the query 1.
-        query = weights.new_ones(1, 1, 1)
-        summed = pma_pooling(
-            query, weights[:, None], events[:, None], batch.offsets, score="identity", backend=self.config.backend
-        )
-        assert isinstance(summed, Tensor)
-        return torch.cat((summed.flatten(1), candidate), 1)
+        summed = jagged_weighted_sum(weights.squeeze(1), events, batch.offsets, backend=self.config.backend)
+        return torch.cat((summed, candidate), 1)
 
 
 class BST(_WithEvents):

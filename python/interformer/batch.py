@@ -6,10 +6,12 @@ of an event, `E` model width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from interformer import checks
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,42 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+
+    def with_capacity(self, tokens: int) -> Batch:
+        """A copy with place for `tokens` events, at least `T`: events of no row, behind the last one, have id 0.
+
+        Such events cost time, but change neither logits nor gradients. So batches of different lengths can share one
+        shape, and with `copy_` one place in memory, as a captured CUDA graph needs (docs/recipes/cuda_graphs.md).
+
+        Raises:
+            ValueError: the batch has more than `tokens` events.
+        """
+        checks.whole("tokens", tokens, 0)
+        missing = tokens - self.sequences.shape[0]
+        if missing < 0:
+            raise ValueError(f"tokens must be at least the batch's {self.sequences.shape[0]} events, found {tokens}")
+        copy = Batch(**{field.name: getattr(self, field.name).clone() for field in fields(self)})
+        return replace(copy, sequences=torch.nn.functional.pad(copy.sequences, (0, 0, 0, missing)))
+
+    def copy_(self, batch: Batch) -> Batch:
+        """Overwrite this batch in place with another of as many rows and at most as many events; returns itself.
+
+        Its events of no row keep the ids that were there. From another device nothing waits for a copy if `batch` lies
+        in pinned memory.
+
+        Raises:
+            ValueError: `batch` has another number of rows or fields, or more events than fit; nothing was overwritten.
+        """
+        events = min(batch.sequences.shape[0], self.sequences.shape[0])
+        pairs = {field.name: (getattr(self, field.name), getattr(batch, field.name)) for field in fields(self)}
+        pairs["sequences"] = self.sequences[:events], batch.sequences
+        for name, (target, source) in pairs.items():
+            if target.shape != source.shape:
+                most = f"at most {self.sequences.shape[0]} events, " if name == "sequences" else ""
+                raise ValueError(f"batch.{name} must have {most}shape {list(target.shape)}, found {list(source.shape)}")
+        for target, source in pairs.values():
+            target.copy_(source, non_blocking=True)
+        return self
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,7 @@ def test_shapes_are_chosen_by_op_law_and_size() -> None:
 # ---------------------------------------------------------------- peers
 
 
+MEMORY_BOUND = ("apply_rotary", "jagged_softmax", "jagged_weighted_sum")  # grouping rows would only add copies
 SIZES = {
     "pma_folded": Sizes(heads=2, head_size=8, queries=3, width=16),
     "personalized_ffn": Sizes(head_size=12, width=7),
@@ -172,7 +173,7 @@ def test_compiled_peers_are_right_as_they_are_written(op: str, monkeypatch: pyte
     assert {name: checker.check(name, peer).problem for name, peer in chosen.items()} == dict.fromkeys(chosen)
 
 
-@pytest.mark.parametrize("op", [op for op in workloads.OPS if op != "apply_rotary"])
+@pytest.mark.parametrize("op", [op for op in workloads.OPS if op not in MEMORY_BOUND])
 def test_rows_of_similar_length_are_peers_everywhere(op: str) -> None:
     names = {name.rpartition(", ")[2].split()[0] for name in registry.candidates(op, compile_too=False)}
     assert {"bucketed", "sorted"} <= names

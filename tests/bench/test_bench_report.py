@@ -20,6 +20,7 @@ from interformer_bench import (
     peers,
     plots,
     quiet,
+    ranges,
     report,
     run,
     shapes,
@@ -276,6 +277,26 @@ def test_a_written_table_is_read_back(tmp_path: Path) -> None:
     file.write_text("# nothing\n")
     with pytest.raises(ValueError, match="wanted a table of results"):
         read_results(file)
+
+
+def test_two_runs_are_one_table_with_the_range_of_their_ratios(tmp_path: Path) -> None:
+    def run_of(name: str, *cases: tuple[str, float, str]) -> Path:
+        measured = [
+            measurement(direction=direction, runner=runner, median=median, busy=busy)
+            for direction, seconds, busy in cases
+            for runner, median in ((peers.OURS, 1.0), ("peer", seconds))
+        ]
+        (tmp_path / name).write_text(report.markdown(report.Report(measured, MACHINE)))
+        return tmp_path / name
+
+    forward, training = run.PASSES
+    first = run_of("first.md", (forward, 3.0, ""), (training, 5.0, ""))
+    second = run_of("second.md", (forward, 2.0, ""), (training, 4.5, ""))
+    busy = run_of("busy.md", (forward, 9.0, "others"), (training, 9.0, "others"))
+    ranges.main([str(first), str(second), str(busy), "--out", str(tmp_path / "both.md")])
+    lines = read_results(tmp_path / "both.md")
+    assert [(line.ratio, line.ratio_text) for line in lines] == [(2.0, "2.00 to 3.00x"), (4.5, "4.50x")]
+    assert "forward: 2 of 3" in (tmp_path / "both.md").read_text()
 
 
 def test_a_line_measured_again_takes_the_place_of_the_first() -> None:

@@ -121,13 +121,15 @@ ALONG: dict[str, dict[str, str]] = {
     "pma_pooling": {"k": KEYS, "v": KEYS, "out": ROWS, "lse": ROWS},
     "personalized_ffn": {"x": KEYS, "weight": ROWS, "bias": ROWS, "out": KEYS},
     "apply_rotary": {"x": KEYS, "positions": KEYS, "out": KEYS},
+    "jagged_softmax": {"scores": KEYS, "out": KEYS},
+    "jagged_weighted_sum": {"weights": KEYS, "v": KEYS, "out": ROWS},
 }
 
 
 def along(case: Case, name: str) -> str | None:
     """The first axis of an argument or result: ROWS, QUERIES or KEYS; None where all rows share it."""
     name = name.removeprefix("d") if name != "dense" else name
-    if name in ("gate", "residual", "grad_out"):
+    if name in ("gate", "residual", "grad_out", "grad_lse"):
         name = "out"
     axis = ALONG[case.op].get(name)
     if axis == QUERIES and case.name == "dense":
@@ -151,7 +153,9 @@ def rows_of(case: Case, name: str, x: Tensor, rows: tuple[int, ...]) -> Tensor:
 def batch_of(case: Case, inputs: dict[str, Any], rows: tuple[int, ...]) -> dict[str, Any]:
     """The inputs of a batch of these rows, in new memory."""
     batch = replaced(inputs, lambda name, x: rows_of(case, name, x, rows).clone())
-    batch["grad_out"] = rows_of(case, "grad_out", inputs["grad_out"], rows).clone()
+    for name in ("grad_out", "grad_lse"):
+        if name in inputs:
+            batch[name] = rows_of(case, name, inputs[name], rows).clone()
     keys, queries = (
         None if lengths is None else offsets_of([lengths[row] for row in rows])
         for lengths in (case.lengths, case.query_lengths)
@@ -165,14 +169,14 @@ def batch_of(case: Case, inputs: dict[str, Any], rows: tuple[int, ...]) -> dict[
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [(16, 16), (9, 11)], ids=str)
-@pytest.mark.parametrize("layout", range(7))
+@pytest.mark.parametrize("layout", range(9))
 def test_batch_invariance(layout: int, sizes: tuple[int, int], dtype: torch.dtype) -> None:
     """Batch invariance: alone, first, last, next to very long rows, and in other memory, with odd channels too."""
     lengths = (37, 1, 300, 0, 65, 700, 64)
     shape = {"heads": 2, "kv_heads": 1, "head_size": sizes[0], "value_size": sizes[1], "tail": 0}
     case = all_ops(lengths, **shape)[layout]
-    gated = {"gate": "full", "residual": True} if case.op.endswith(("attention", "pooling")) else {}
-    case = Case(**{**vars(case), **gated})
+    gated = {"gate": "full", "residual": True, "grad_lse": True}
+    case = Case(**{**vars(case), **(gated if case.op.endswith(("attention", "pooling")) else {})})
     inputs = make_inputs(case, dtype)
     together = results(case.op, inputs)
     alone = [(row,) for row in range(len(lengths))]

@@ -116,7 +116,8 @@ def test_every_length(dtype: torch.dtype, d: int, dv: int, options: dict[str, An
             assert error <= share * largest + 2 * unit * size, (name, length)
 
 
-@pytest.mark.parametrize("op", ["pma_pooling", "gated_cross_attention", "personalized_ffn", "apply_rotary"])
+@pytest.mark.parametrize("op", ["pma_pooling", "gated_cross_attention", "personalized_ffn", "apply_rotary",
+                                "jagged_softmax", "jagged_weighted_sum"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_every_length_of_the_other_ops(op: str, dtype: torch.dtype) -> None:
     for d, dv in ((2, 1), (16, 16), (33, 7)):
@@ -141,6 +142,9 @@ def test_numbers_of_queries(queries: int) -> None:
         Case("jagged_attention", "identity", lengths=(900,), heads=1, kv_heads=1, options={"score": "identity"}),
         Case("pma_pooling", "shared", lengths=(2500,), heads=2, kv_heads=1, gate="full"),
         Case("personalized_ffn", "tokens", lengths=(2000,)),
+        Case("jagged_softmax", "one head", lengths=(20000, 3), heads=1),
+        Case("jagged_softmax", "three heads", lengths=(9000,), heads=3),
+        Case("jagged_weighted_sum", "tokens", lengths=(9000,), heads=2),
     ],
     ids=name_of,
 )
@@ -207,7 +211,7 @@ class Spy:
 @pytest.mark.parametrize("layout", MEMORY_LAYOUTS)
 def test_strided_inputs_are_read_in_place(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy()
-    for module in ("attention", "personalized_ffn", "apply_rotary"):
+    for module in ("attention", "personalized_ffn", "apply_rotary", "jagged_softmax", "jagged_weighted_sum"):
         monkeypatch.setattr(f"interformer_kernels._cpu.{module}._C", spy)
     monkeypatch.setattr(_backend, "native", lambda: spy)
     for case in all_ops((5, 0, 70), kv_heads=2, head_size=8, value_size=16):
@@ -220,8 +224,9 @@ def test_strided_inputs_are_read_in_place(layout: str, dtype: torch.dtype, monke
         spy.handed.clear()
         assert not differing(results(case.op, strided), results(case.op, inputs)), name_of(case)
         read_in_place = {name: x for name, x in strided.items() if isinstance(x, Tensor)}
-        if layout == "channels apart":  # the kernels read k and v by whole vectors, so these are copied
-            read_in_place = {name: x for name, x in read_in_place.items() if name not in ("k", "v")}
+        if layout == "channels apart":  # the kernels read these by whole vectors, so they are copied
+            copied = {"k", "v", *(("scores", "weights", "grad_out") if case.op.endswith(("softmax", "sum")) else ())}
+            read_in_place = {name: x for name, x in read_in_place.items() if name not in copied}
         assert {name for name, x in read_in_place.items() if x.data_ptr() not in spy.handed} == set()
 
 
@@ -257,13 +262,13 @@ def test_lazily_conjugated_views() -> None:
     ("op", "far"),
     [("pma_pooling", "k"), ("pma_pooling", "v"), ("jagged_attention", "q"), ("gated_cross_attention", "q"),
      ("gated_cross_attention", "residual"), ("jagged_attention", "gate"), ("personalized_ffn", "x"),
-     ("personalized_ffn", "weight"), ("apply_rotary", "x")],
+     ("personalized_ffn", "weight"), ("apply_rotary", "x"), ("jagged_softmax", "scores"), ("jagged_weighted_sum", "v")],
 )  # fmt: skip
 def test_beyond_two_to_the_31(op: str, far: str) -> None:
     """Element offsets need 64 bits. Only a few pages of the memory are ever touched."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     step = 2**31 + 100
-    epilogue = {} if op in ("personalized_ffn", "apply_rotary") else {"gate": "full", "residual": True}
+    epilogue = {} if not op.endswith(("attention", "pooling")) else {"gate": "full", "residual": True}
     sizes = {"heads": 1, "kv_heads": 1, "head_size": 4, "value_size": 4, "queries": 2, "rope": 0, "tail": 0}
     lengths = (1, 1) if far == "weight" or op == "gated_cross_attention" else (2,)
     case = Case(op, "", lengths=lengths, **{**sizes, **epilogue, "rope": 4 if op == "apply_rotary" else 0})

@@ -55,6 +55,7 @@ def test_plain_calls_take_the_short_way(dtype: torch.dtype) -> None:
 SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_size": 8, "value_size": 6, "gate": "head", "residual": True}
 CASES = [
     *layouts((3, 0, 40), **SIZES),
+    *layouts((3, 0, 40), **SIZES, grad_lse=True),
     *layouts((3, 0, 40), **SIZES, options={"score": "silu", "post_scale": 0.5, "scale": 0.3}),
     Case("jagged_attention", "masks", options={"causal": True, "window": (3, 0), "num_prefix": 2}),
     Case("pma_pooling", "shared values", shared_value=True, options={"skip_prefix": 2}),
@@ -156,8 +157,11 @@ def test_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(lambda *x: ik.jagged_attention(*x, OFFSETS), (q, k, v))
 
 
-def test_a_gradient_of_the_log_sum_exp_is_refused() -> None:
+@pytest.mark.usefixtures("no_long_way")
+def test_a_gradient_of_the_log_sum_exp_takes_the_short_way() -> None:
     q, k, v = _tensors(requires_grad=True)
     out, lse = ik.jagged_attention(q, k, v, OFFSETS, return_lse=True)
-    with pytest.raises(NotImplementedError, match="lse is not differentiable"):
-        (out.sum() + lse.sum()).backward()
+    grads = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
+    assert all(x.any() for x in grads)
+    out, lse = ik.jagged_attention(q, k, v, OFFSETS, return_lse=True)
+    assert [x is None for x in torch.autograd.grad(lse.sum(), (q, k, v), allow_unused=True)] == [False] * 3

@@ -16,6 +16,8 @@ from interformer_kernels._calls import (
     FfnCall,
     FfnGradients,
     FfnOutputs,
+    FoldedCall,
+    FoldedOutputs,
     RotaryCall,
     RotaryOutputs,
 )
@@ -63,7 +65,7 @@ def forward(**changed: Any) -> None:
 def backward(**changed: Any) -> None:
     row, shared = torch.zeros(B, M, H, DV), attention_arguments()
     written = (shared[name].clone() for name in ("q", "k", "v"))
-    gradients = AttentionGradients(row, row, *written, torch.zeros(B, 1, H, DV))
+    gradients = AttentionGradients(row, row, row[..., 0], *written, torch.zeros(B, 1, H, DV))
     called(_C.attention_backward, AttentionCall(**shared), gradients, changed)
 
 
@@ -94,6 +96,13 @@ def ffn_backward(**changed: Any) -> None:
     shared = ffn_arguments()
     gradients = FfnGradients(torch.zeros(T, DV), *(shared[name].clone() for name in ("x", "weight", "bias")))
     called(_C.personalized_ffn_backward, FfnCall(**shared), gradients, changed)
+
+
+def folded(**changed: Any) -> None:
+    seeds, weight, bias, x = torch.zeros(M, H, D), torch.zeros(H * D, DV), torch.zeros(H * D), torch.zeros(T, DV)
+    call = FoldedCall(seeds, weight, weight, bias, x, torch.tensor([0, 3, 7]), 1.0)
+    outputs = FoldedOutputs(torch.zeros(B, M, H, D), torch.zeros(B, M, H, DV))
+    called(_C.folded_pooling_forward, call, outputs, changed)
 
 
 def rotary(**changed: Any) -> None:
@@ -196,6 +205,8 @@ def test_unknown_names(call: Callable[..., None], changed: dict[str, Any], messa
         ({"grad_v": torch.zeros(7, 2, 5)}, "grad_v must be of the shape of v, [7, 2, 6], found float32 [7, 2, 5]"),
         ({"grad_k": torch.zeros(7, 2, 10)[..., ::2]}, "grad_k must be contiguous, found a stride of 2"),
         ({"grad_out": torch.zeros(2, 3, 4, 5)}, "grad_out must be float32 [B = 2, N = 3, H = 4, Dv = 6], found"),
+        ({"grad_lse": torch.zeros(2, 3, 1)}, "grad_lse must be float32 [B = 2, N = 3, H = 4], found float32 [2, 3, 1]"),
+        ({"score": "relu"}, "grad_lse must be None without softmax, found float32 [2, 3, 4]"),
     ],
     ids=wrong,
 )  # fmt: skip
@@ -254,6 +265,31 @@ def test_wrong_rotary(changed: dict[str, Any], error: type[Exception], message: 
         rotary(**changed)
 
 
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"x": torch.zeros(7, 6).int()}, TypeError, f"x must be {FLOATS}, found int32 [7, 6]"),
+        ({"x": torch.zeros(7, 6, 1)}, ValueError, "x must be float32 [T, E], found float32 [7, 6, 1]"),
+        ({"x": torch.zeros(7, 0)}, ValueError, "x must be of at least one channel, found float32 [7, 0]"),
+        ({"seeds": torch.zeros(3, 20)}, ValueError, "seeds must be float32 [M, H, D], found float32 [3, 20]"),
+        ({"seeds": torch.zeros(3, 4, 5).half()}, TypeError, "seeds must be float32, found float16 [3, 4, 5]"),
+        ({"key_weight": torch.zeros(6, 20)}, ValueError, "key_weight must be float32 [H D = 20, E = 6], found"),
+        ({"value_weight": torch.zeros(20, 7)}, ValueError, "value_weight must be float32 [H D = 20, E = 6], found"),
+        ({"value_bias": torch.zeros(5)}, ValueError, "value_bias must be float32 [H D = 20], found float32 [5]"),
+        ({"offsets": torch.zeros(3)}, TypeError, "offsets must be int32 or int64, found float32 [3]"),
+        ({"offsets": torch.zeros(0).int()}, ValueError, "offsets must be [B+1] with at least one entry, found"),
+        ({"scale": float("inf")}, ValueError, "scale must be finite, found inf"),
+        ({"out": torch.zeros(2, 3, 4, 6)}, ValueError, "out must be float32 [B = 2, M = 3, H = 4, D = 5], found"),
+        ({"out": torch.zeros(2, 4, 3, 5).transpose(1, 2)}, ValueError, "out must be contiguous, found a stride of"),
+        ({"pooled": torch.zeros(2, 3, 4, 5)}, ValueError, "pooled must be float32 [B = 2, M = 3, H = 4, E = 6], found"),
+    ],
+    ids=wrong,
+)  # fmt: skip
+def test_wrong_folded(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^" + re.escape("folded_pooling_forward: " + message)):
+        folded(**changed)
+
+
 def without_memory(x: torch.Tensor) -> torch.Tensor:
     x.untyped_storage().resize_(0)
     return x
@@ -292,6 +328,8 @@ def test_valid_calls_pass() -> None:
     ffn_forward(bias=None, residual=None)
     ffn_backward()
     ffn_backward(bias=None, grad_bias=None)
+    folded()
+    folded(value_bias=None, pooled=None)
     rotary()
 
 
@@ -327,7 +365,7 @@ def test_the_shared_arguments_are_one_tuple(change: Callable[[Any], object], mes
     with pytest.raises(TypeError, match="^attention_forward: " + re.escape(message) + "$"):
         _C.attention_forward(changed, AttentionOutputs(None, row, None, None), 1)
     with pytest.raises(TypeError, match="^attention_backward: " + re.escape(message) + "$"):
-        _C.attention_backward(changed, AttentionGradients(*[row] * 6), 1)
+        _C.attention_backward(changed, AttentionGradients(*[row] * 7), 1)
 
 
 def test_outputs_and_gradients_are_tuples() -> None:
@@ -337,7 +375,7 @@ def test_outputs_and_gradients_are_tuples() -> None:
     with pytest.raises(
         TypeError, match="^attention_backward: gradients must be a tuple that goes on with grad_k, found"
     ):
-        _C.attention_backward(call, (torch.zeros(B, M, H, DV), None, torch.zeros(M, H, D)), 1)
+        _C.attention_backward(call, (torch.zeros(B, M, H, DV), None, None, torch.zeros(M, H, D)), 1)
 
 
 def test_tensors_with_gradients_are_viewed() -> None:

@@ -76,6 +76,8 @@ OWN_QUERIES = {"query_lengths": (2, 30, 9, 0, 50, 1)}
 BROKEN_CASES = [
     small("apply_rotary", **BROKEN),
     small("personalized_ffn", **BROKEN),
+    small("jagged_softmax", **BROKEN),
+    small("jagged_weighted_sum", **BROKEN),
     small("jagged_attention", **BROKEN, gate="full", options={"causal": True, "num_prefix": 2}),
     small("jagged_attention", **BROKEN, **OWN_QUERIES, **POINTWISE),
     small("gated_cross_attention", **BROKEN, **OWN_QUERIES, **POINTWISE, gate="channel"),
@@ -97,7 +99,8 @@ def test_disordered_offsets_leave_nothing_unwritten(
     monkeypatch.setattr(splits, "SPLIT_TOKENS", split)
     ik.set_validation("off")
     inputs = guarded_inputs(case, dtype)
-    tokens = {"offsets": "x" if "x" in inputs else "k", "kv_offsets": "k", "q_offsets": "q"}
+    lead = next(name for name in ("x", "k", "v", "scores") if name in inputs)
+    tokens = {"offsets": lead, "kv_offsets": "k", "q_offsets": "q"}
     if case.op == "jagged_attention":
         tokens["offsets"] = "q"
     names = [name for name in tokens if inputs.get(name) is not None]
@@ -150,7 +153,7 @@ def test_more_than_65535_rows(op: str, emulated: ModuleType) -> None:
     """The last of 65540 rows, which the last blocks of a grid compute, has the bits that it has alone."""
     sizes = {"heads": 1, "kv_heads": 1, "head_size": 4, "value_size": 4, "queries": 1, "tail": 0}
     inputs = testing.make_inputs(small(op, lengths=(2,) * 65540, **sizes), torch.float32)
-    of_rows = ("q", "k", "v", "x", "weight", "bias", "residual")
+    of_rows = ("q", "k", "v", "x", "weight", "bias", "scores", "weights", "residual")
     alone = {name: inputs[name][-(len(inputs[name]) // 65540) :] for name in of_rows if name in inputs}
     alone |= {name: offsets_of((2,)) for name in ("offsets", "kv_offsets") if name in inputs}
     with torch.no_grad():
@@ -162,6 +165,7 @@ def test_more_than_65535_rows(op: str, emulated: ModuleType) -> None:
 
 @pytest.mark.parametrize(("op", "far"), [(op, far) for op, far in (
     ("jagged_attention", "k"), ("gated_cross_attention", "q"), ("personalized_ffn", "weight"), ("apply_rotary", "x"),
+    ("jagged_softmax", "scores"), ("jagged_weighted_sum", "v"),
 ) if op in SERVED])  # fmt: skip
 def test_beyond_two_to_the_31(op: str, far: str) -> None:
     """Element offsets need 64 bits; of the memory only a few pages are ever touched."""

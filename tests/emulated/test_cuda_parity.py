@@ -84,10 +84,12 @@ def test_tail_and_dtype(op: str, way: str, emulated: ModuleType) -> None:
     emulated.configure(*WAYS[way])
     extra = {"gate": "full", "residual": True} if op in testing.OPS[:3] else {}
     case = Case(op, "", rope=4 if op == "apply_rotary" else 0, **extra)
-    of_rows = op == "pma_pooling" or (op == "gated_cross_attention" and case.query_lengths is None)
+    of_rows = op in ("pma_pooling", "jagged_weighted_sum") or (
+        op == "gated_cross_attention" and case.query_lengths is None
+    )
     for name, x in results(op, guarded_inputs(case, torch.bfloat16)).items():
         assert x.dtype == (torch.float32 if name == "lse" else torch.bfloat16), name
-        if name in ("dx", "dk", "dv") or (name == "out" and not of_rows):
+        if name in ("dx", "dk", "dv", "dscores", "dweights") or (name == "out" and not of_rows):
             assert not x[-case.tail :].any(), name
         assert x.isfinite().all() or name == "lse", name
 

@@ -9,17 +9,16 @@ import gpu_stand_in
 import pytest
 import torch
 from gpu_faults import OPS, Outputs, Serve, ask, counted, served, wrong_findings
-from interformer_bench import check_calls, check_rows, gpu_checks
+from interformer_bench import check_calls, check_model, check_rows, gpu_checks
 from interformer_bench.check_context import Inputs
 from torch import Tensor
 
 import interformer_kernels
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("kind", gpu_checks.KINDS)
-def test_nothing_is_found_on_the_cpu(kind: str, op: str) -> None:
-    findings = ask(kind, op)
+@pytest.mark.parametrize("name", gpu_checks.NAMES)
+def test_nothing_is_found_on_the_cpu(name: str) -> None:
+    findings = ask(*name.split("."))
     assert findings
     assert [finding for finding in findings if finding.ok is not True] == []
 
@@ -48,7 +47,12 @@ def rows_of(inputs: Inputs) -> int:
 
 def place_of_row(op: str, inputs: Inputs, row: int) -> int:
     """The place in the output where row `row` begins: its index, or its first token."""
-    return row if op in ("pma_pooling", "gated_cross_attention") else int(inputs["offsets"][row])
+    return row if op in ("pma_pooling", "gated_cross_attention", "jagged_weighted_sum") else int(inputs["offsets"][row])
+
+
+def of_tokens(inputs: Inputs) -> str:
+    """An input that every row's own tokens have."""
+    return next(name for name in ("x", "k", "v", "scores") if name in inputs)
 
 
 def spoiled_out(row: int, min_rows: int) -> Serve:
@@ -66,12 +70,12 @@ def spoiled_out(row: int, min_rows: int) -> Serve:
 
 
 def spoiled_gradient(row: int, min_rows: int) -> Serve:
-    """A wrong gradient of x, or of k, at the first token of row `row`, in batches of `least` rows and more."""
+    """A wrong gradient of x, k, v or scores at the first token of row `row`, in batches of `least` rows and more."""
 
     def serve(op: str, inputs: Inputs) -> Outputs:
         if rows_of(inputs) < min_rows:
             return served(op, inputs)
-        name = "x" if "x" in inputs else "k"
+        name = of_tokens(inputs)
         offsets = inputs["kv_offsets"] if "kv_offsets" in inputs else inputs["offsets"]
         return served(op, {**inputs, name: Spoil.apply(inputs[name], int(offsets[row]))})
 
@@ -88,7 +92,7 @@ def test_a_row_that_differs_in_a_large_batch_is_found_and_named(op: str, spoil: 
     for finding in findings:
         if finding.what.startswith(("slices", "rows alone")):
             assert finding.row == row
-            assert finding.quantity in ("out", "dx", "dk")
+            assert finding.quantity in ("out", "dx", "dk", "dv", "dscores")
             assert finding.index is not None
             assert finding.differing > 0
     if spoil is spoiled_out:
@@ -141,7 +145,7 @@ def test_what_a_graph_keeps_of_its_first_contents_is_found(
     def serve(op: str, inputs: Inputs) -> Outputs:
         name = {
             "offsets": "kv_offsets" if "kv_offsets" in inputs else "offsets",
-            "numbers": "x" if "x" in inputs else "k",
+            "numbers": of_tokens(inputs),
         }
         contents = first_contents.setdefault(
             inputs["grad_out"].data_ptr(), {n: x.detach().clone() for n, x in inputs.items() if isinstance(x, Tensor)}
@@ -156,6 +160,23 @@ def test_what_a_graph_keeps_of_its_first_contents_is_found(
         serve = served
     findings = wrong_findings("graph-replay", op, serve)
     assert {finding.what for finding in findings} >= {f"replay on contents {number}" for number in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("stale", ["batch", "replay"])
+def test_what_a_captured_step_keeps_of_its_first_batch_is_found(stale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    training_step = check_model.training_step
+
+    def stale_step(model: Any, batch: Any) -> Callable[[], Tensor]:
+        return training_step(model, batch.with_capacity(len(batch.sequences)) if stale == "batch" else batch)
+
+    def capture(step: Callable[[], Tensor], place: Any) -> tuple[Callable[[], Any], Tensor]:
+        return step if stale != "replay" else lambda: None, step()
+
+    monkeypatch.setattr(check_model, "training_step", stale_step)
+    monkeypatch.setattr(check_model, "capture_graph", capture)
+    found = {finding.what for finding in wrong_findings("graph-step", check_model.OP, served)}
+    trains, right = ({f"replay on batch {number}{end}" for number in (0, 1, 2)} for end in (" trains", ""))
+    assert found >= (trains if stale != "batch" else right - {"replay on batch 0"})
 
 
 @pytest.mark.parametrize("waits", [False, True])

@@ -28,11 +28,12 @@ PART = (
     "personalized_ffn/64/bfloat16/sm_90",
     "apply_rotary/64/float16/sm_90",
     "rotary_attention/64/bfloat16/gfx942",
+    "own_scores/64/bfloat16/sm_90",
 )
 KERNELS = {
     "attention_forward", "epilogue_backward", "attention_grad_queries", "attention_grad_keys", "combine_partials",
     "add_partials", "attention_forward_short", "attention_backward_short", "attention_backward_whole", "rotate_rows",
-    "row_products", "row_grad_weight",
+    "row_products", "row_grad_weight", "softmax_rows", "weighted_sums", "weighted_sum_gradients",
 }  # fmt: skip
 
 

@@ -189,7 +189,7 @@ def test_more_than_65535_rows(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(op, "", lengths=(2,) * rows, tail=0, heads=1, kv_heads=1, head_size=4, value_size=4, queries=1, rope=4)
     inputs = testing.make_inputs(case, torch.float32)
     alone = {name: offsets_of((2,)) if name in ("offsets", "kv_offsets") else x for name, x in inputs.items()}
-    for name in ("q", "k", "v", "x", "weight", "bias"):
+    for name in ("q", "k", "v", "x", "weight", "bias", "scores", "weights"):
         if name in inputs:
             alone[name] = inputs[name][-(len(inputs[name]) // rows) :]
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_more_than_65535_rows(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("op", "far"), [("jagged_attention", "k"), ("gated_cross_attention", "q"), ("personalized_ffn", "weight"),
-                    ("apply_rotary", "x")],
+                    ("apply_rotary", "x"), ("jagged_softmax", "scores"), ("jagged_weighted_sum", "v")],
 )  # fmt: skip
 def test_beyond_two_to_the_31(op: str, far: str) -> None:
     """Element offsets need 64 bits; only a few pages of the memory are touched."""

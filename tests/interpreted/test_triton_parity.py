@@ -126,8 +126,8 @@ def test_tail_and_dtype(op: str) -> None:
     case = Case(op, "", rope=4 if op == "apply_rotary" else 0, query_lengths=query_lengths, **epilogue, **gate)
     inputs = guarded_inputs(case, torch.bfloat16)
     found = results(op, inputs)
-    tailed = {"out", "lse", "dx", "dk", "dv", "dq", "dgate", "dresidual"} - (
-        {"out", "lse", "dgate", "dresidual"} if op == "pma_pooling" else set()
+    tailed = {"out", "lse", "dx", "dk", "dv", "dq", "dscores", "dweights", "dgate", "dresidual"} - (
+        {"out", "lse", "dgate", "dresidual"} if op in ("pma_pooling", "jagged_weighted_sum") else set()
     )
     for name, x in found.items():
         assert x.dtype == (torch.float32 if name == "lse" else torch.bfloat16), name

@@ -17,6 +17,8 @@ from interformer.layers import Gating, MaskNet, RotaryTables
 from interformer.testing import random_batch, rows_of, small_schema
 from module_budget import assert_within_budget, perturbed
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from interformer_kernels.ops.pma_folded import pool_folded
 
@@ -117,6 +119,26 @@ def test_tail_events_of_no_row_change_nothing() -> None:
     with_tail = random_batch(model.schema, LENGTHS, tail=7)
     without = replace(with_tail, sequences=with_tail.sequences[:-7])
     torch.testing.assert_close(model(with_tail), model(without))
+
+
+class _OneDevice(TorchDispatchMode):
+    """Refuses operations between devices, and so every read by the host."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        devices = {x.device for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)}
+        assert len(devices) <= 1, f"{function} works on {devices}"
+        return result
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_step_reads_or_moves_contents(form: str) -> None:
+    """On `meta`, which has none, a training step finds all that it needs; a captured CUDA graph rests on that."""
+    model = _model(replace(SMALL, **FORMS[form])).to("meta")
+    batch = random_batch(model.schema, LENGTHS, tail=7).to("meta")
+    with _OneDevice():
+        F.binary_cross_entropy_with_logits(model(batch), batch.label).backward()
+    assert all(parameter.grad is not None and parameter.grad.is_meta for parameter in model.parameters())
 
 
 def test_no_rows_give_no_logits() -> None:

@@ -23,24 +23,33 @@ DERIVED = [
         **SMALL,
     ),
     Case("jagged_attention", "silu self-gate", gate="full", options={"score": "silu", "gate_form": "self"}, **SMALL),
+    Case("jagged_attention", "lse", rope=4, grad_lse=True, options={"window": (1, 1)}, **SMALL),
     Case("jagged_attention", "cross causal", query_lengths=(1, 2, 2), options={"causal": True}, **SMALL),
     Case("pma_pooling", "gate residual", gate="channel", residual=True, options={"skip_prefix": 1}, **SMALL),
+    Case("pma_pooling", "lse", gate="full", grad_lse=True, **SMALL),
     Case("pma_pooling", "v is k, gelu", shared_value=True, options={"score": "gelu"}, **SMALL),
     Case("gated_cross_attention", "dense", gate="scalar", options={"gate_activation": "tanh"}, **SMALL),
     Case("gated_cross_attention", "jagged", query_lengths=(2, 1, 0), gate="full", residual=True, **SMALL),
+    Case("gated_cross_attention", "lse", residual=True, grad_lse=True, **SMALL),
     Case("apply_rotary", "some channels", rope=2, **SMALL),
+    Case("jagged_softmax", "scores", **SMALL),
+    Case("jagged_weighted_sum", "values", **SMALL),
     Case("personalized_ffn", "gelu", residual=True, options={"activation": "gelu"}, **SMALL),
 ]
 
 
 def call_of(case: Case, backend: str) -> tuple[object, tuple[Tensor, ...]]:
-    """The case as a function of its gradient leaves, in float64 and without NaN in the tail (finite differences)."""
+    """The case as a function of its gradient leaves, in float64 and without NaN in the tail (finite differences); with
+    the output goes the log-sum-exp of queries that see something, if it has a gradient."""
     inputs = testing.make_inputs(case, torch.float64)
     names = [n for n in testing.DIFFERENTIABLE[case.op] if inputs.get(n) is not None]
     leaves = tuple(inputs[n].detach().nan_to_num(0.5).requires_grad_() for n in names)
 
     def run(*values: Tensor) -> Tensor:
-        return testing.call(case.op, {**inputs, **dict(zip(names, values, strict=True))}, backend)[0]
+        out, lse = testing.call(case.op, {**inputs, **dict(zip(names, values, strict=True))}, backend)
+        if not case.grad_lse or lse is None:
+            return out
+        return torch.cat((out, lse.masked_fill(lse == -torch.inf, 0)[..., None]), -1)
 
     return run, leaves
 
@@ -106,6 +115,24 @@ def test_grad_out_in_the_tail_is_not_read() -> None:
             assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", backends("jagged_attention"))
+def test_the_gradient_of_lse_where_a_query_sees_nothing_is_not_read(backend: str) -> None:
+    """On the tail, in rows without keys, and behind masks."""
+    q, k = torch.randn(7, 2, 4, requires_grad=True), torch.randn(4, 1, 4, requires_grad=True)
+    rows = {"offsets": offsets_of((2, 3, 1)), "kv_offsets": offsets_of((1, 0, 2)), "causal": True, "backend": backend}
+    for nothing in (torch.nan, torch.inf):
+        out, lse = ik.jagged_attention(q, k, k, **rows, return_lse=True)
+        sees = lse != -torch.inf
+        assert sees[:, 0].tolist() == [False, True, False, False, False, True, False]
+        given = torch.randn_like(lse).where(sees, nothing)
+        found = torch.autograd.grad((out, lse), (q, k), (torch.ones_like(out), given))
+        again = ik.jagged_attention(q, k, k, **rows, return_lse=True)
+        clean = torch.autograd.grad(again, (q, k), (torch.ones_like(out), given.where(sees, 0)))
+        for x, wanted in zip(found, clean, strict=True):
+            assert torch.equal(x, wanted)
+        assert not found[0][~sees].any()
+
+
 def _loss(backend: str, *qkv: Tensor) -> Tensor:
     out = ik.jagged_attention(*qkv, offsets_of((2, 4)), backend=backend)
     assert isinstance(out, Tensor)
@@ -157,6 +184,7 @@ MAPPED = [
     Case(op, "mapped", gate="" if op in ("apply_rotary", "personalized_ffn") else "full", rope=4, residual=True)
     for op in testing.OPS
 ]
+MAPPED.append(Case("pma_pooling", "mapped, lse", grad_lse=True, tail=0))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

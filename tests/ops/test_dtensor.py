@@ -62,7 +62,8 @@ def placement_of(what: str, parts: int, case: Case, name: str, x: Tensor) -> Pla
     if what == "channels":
         return Shard(1) if name in ("x", "weight") else Replicate()
     whole = (name in ("k", "v") and case.kv_heads % parts) or (name == "gate" and case.gate in ("token", "scalar"))
-    return Replicate() if whole else Shard(x.dim() - 2)
+    has_channels = name not in ("scores", "weights", "grad_lse") and case.op != "jagged_softmax"
+    return Replicate() if whole else Shard(x.dim() - (2 if has_channels else 1))
 
 
 def halves_of(case: Case, what: str, x: Tensor, axis: int) -> list[int]:

@@ -28,7 +28,7 @@ def refuses(op: str, kind: type[Exception], match: str, made: dict[str, Any], **
     assert str(caught.value).startswith(f"{op}: ")
 
 
-JAGGED, PMA, CROSS, ROTARY, FFN = testing.OPS
+JAGGED, PMA, CROSS, ROTARY, FFN, SOFTMAX, SUM = testing.OPS
 Q, K = torch.randn(5, 4, 8), torch.randn(5, 2, 8)
 OFFSETS = offsets_of(LENGTHS)
 COS, SIN = rotary_tables(8, 8)
@@ -56,6 +56,8 @@ KINDS: list[tuple[str, dict[str, Any], str]] = [
     (JAGGED, {"rope": (COS, SIN), "rope_positions": Q[:, 0, 0]}, r"rope_positions\[0\] must be an int32 or int64"),
     (JAGGED, {"rope_interleaved": None}, "rope_interleaved must be a bool, found None"),
     (JAGGED, {"backend": 1}, "backend must be a string, one of reference, cpu, triton, cuda; found 1"),
+    (SOFTMAX, {"scores": [1.0]}, r"scores must be a tensor of float32, .* found \[1.0\] \(list\)"),
+    (SUM, {"v": Q.half()}, "v must have weights's dtype torch.float32, found torch.float16"),
     (PMA, {"seeds": None, "k": None}, "k must be a tensor of float32"),
     (PMA, {"skip_prefix": 1.5}, "skip_prefix must be an int, found 1.5"),
     (CROSS, {"q_offsets": 3}, "q_offsets must be an int32 or int64 tensor, found 3"),
@@ -111,6 +113,10 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     (FFN, {"weight": torch.randn(2, 8, 6)}, r"weight must be \[B, E, F\] with B = 3, E = 8, found shape \[2, 8, 6\]"),
     (FFN, {"bias": torch.randn(3, 5)}, r"bias must be \[B, F\] with B = 3, F = 6, found shape \[3, 5\]"),
     (FFN, {"residual": torch.randn(5, 5)}, r"residual must broadcast to the output's shape \[5, 6\], found \[5, 5\]"),
+    (SOFTMAX, {"scores": torch.randn(5, 2, 2)}, r"scores must be \[T, H\], found shape \[5, 2, 2\]"),
+    (SOFTMAX, {"offsets": OFFSETS[:, None]}, r"offsets must have one axis, found shape \[4, 1\]"),
+    (SUM, {"weights": torch.randn(5)}, r"v must be \[T, H, D\] with T = 5, H = 1, found shape \[5, 4, 8\]"),
+    (SUM, {"v": torch.randn(4, 4, 8)}, r"v must be \[T, H, D\] with T = 5, H = 4, found shape \[4, 4, 8\]"),
     (FFN, {"activation": "tanh"}, "activation must be one of identity, relu, silu, gelu; found 'tanh'"),
 ]
 
@@ -130,6 +136,8 @@ CONTENTS: list[tuple[str, dict[str, Any], str]] = [
     (CROSS, {"kv_offsets": torch.tensor([0, 4, 3, 5])}, r"kv_offsets\[2\] must be at least 4"),
     (ROTARY, {"offsets": torch.tensor([2, 5])}, r"offsets\[0\] must be 0, found 2"),
     (ROTARY, {"positions": torch.tensor([0, -1, 0, 0, 0])}, r"positions\[1\] must lie in \[0, P = 3\), found -1"),
+    (SOFTMAX, {"offsets": torch.tensor([0, 3, 2])}, r"offsets\[2\] must be at least 3"),
+    (SUM, {"offsets": torch.tensor([0, 9])}, r"offsets\[1\] must be at most 5"),
     (FFN, {"offsets": torch.tensor([0, 1, 2, 9])}, r"offsets\[3\] must be at most 5"),
 ]
 

@@ -177,6 +177,18 @@ def test_personalized_ffn() -> None:
     torch.testing.assert_close(found, residual + torch.cat(wanted))
 
 
+def test_softmax_and_sum_of_rows_are_attention_by_its_scores() -> None:
+    scores, v, offsets = draw(sum(LENGTHS_K) + 2, H), draw(sum(LENGTHS_K) + 2, H, D), offsets_of(LENGTHS_K)
+    scores[1], scores[sum(LENGTHS_K) :] = -torch.inf, torch.nan
+    weights = ik.jagged_softmax(scores, offsets, backend="reference")
+    assert not weights[sum(LENGTHS_K) :].any()
+    found = ik.jagged_weighted_sum(weights, v, offsets, backend="reference")
+    for row, s, w, x in zip(found, *(rows(x, LENGTHS_K) for x in (scores, weights, v)), strict=True):
+        e = s.exp()
+        torch.testing.assert_close(w, e / e.sum(0))
+        torch.testing.assert_close(row, (w[:, :, None] * x).sum(0))
+
+
 def test_the_widest_window_and_prefix_do_not_overflow() -> None:
     q, offsets = draw(sum(LENGTHS_Q), 2, D), offsets_of(LENGTHS_Q)
     widest = 2**63 - 1
@@ -205,3 +217,4 @@ def test_corrupt_offsets_are_clamped_when_not_validated(offsets: list[int]) -> N
     ik.pma_pooling(q[:2], q, None, x, backend="reference")
     ik.personalized_ffn(q[:, 0], draw(3, 4, 4), x, backend="reference")
     ik.apply_rotary(q, x, rotary_tables(4, 4), backend="reference")
+    ik.jagged_weighted_sum(ik.jagged_softmax(q[..., 0], x, backend="reference"), q, x, backend="reference")

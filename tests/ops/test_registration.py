@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from grid import ALL_CASES, backends, case_ids
+from grid import ALL_CASES, TOKEN_CASES, backends, case_ids
 from recorded import Recorder, all_ops_at_once, recorded_calls
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,10 +21,10 @@ from interformer_kernels import _backend, _calls, testing
 from interformer_kernels.ops import _autograd, _public
 from interformer_kernels.testing import Case, offsets_of
 
-OPCHECKED = [case for op in testing.OPS for case in testing.cases(op) if case.name in {
+OPCHECKED = [case for op in (*testing.OPS, *testing.TOKEN_OPS) for case in testing.cases(op) if case.name in {
     "plain", "gate and residual", "grouped heads, strided", "score silu", "no rows", "no tokens", "v is k",
     "jagged queries", "mask causal", "rotary on some channels, positions", "halves", "interleaved, rope",
-    "gelu, bias, residual",
+    "gelu, bias, residual", "gelu, norm, gate, residual", "gradient of lse",
 }]  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def test_opcheck(backend: str, case: Case) -> None:
         torch.library.opcheck(func, clean)
 
 
-@on_backends(ALL_CASES)
+@on_backends([*ALL_CASES, *TOKEN_CASES])
 def test_fake_outputs_match_real_ones(backend: str, case: Case) -> None:
     """Shapes, dtypes and strides promised to the compiler are those that come."""
     for func, args in recorded_calls(case, backend):
@@ -76,7 +76,8 @@ def test_signatures_agree(op: str) -> None:
         if kernels is not None:
             others = [name for name in ("residual", "keep_attn_out") if name in spec.forward_names]
             assert list(inspect.signature(kernels.forward).parameters) == ["call", *others]
-            assert set(inspect.signature(kernels.backward).parameters) == {"call", "grad_out", *spec.saved}
+            given = {"grad_out", *(["grad_lse"] if spec.has_lse else []), *spec.saved}
+            assert set(inspect.signature(kernels.backward).parameters) == {"call", *given}
 
 
 @pytest.mark.skipif("cpu" not in backends("jagged_attention"), reason="needs the native module")
@@ -172,11 +173,14 @@ def test_compile_fullgraph_dynamic_without_recompiles(backend: str) -> None:
     assert frames == frames[:1] * len(frames), "recompiled after warm-up"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", testing.OPS)
-def test_compile_every_op_alone(op: str) -> None:
+def test_compile_every_op_alone(op: str, dtype: torch.dtype) -> None:
+    """With a gate in one dtype, without in the other, where the backward's needs follow from the backend."""
     torch._dynamo.reset()
-    case = Case(op, "", gate="full" if op != "personalized_ffn" else "", residual=op != "apply_rotary", rope=4, tail=0)
-    inputs = testing.make_inputs(case, torch.float32)
+    gate = "full" if op != "personalized_ffn" and dtype == torch.float32 else ""
+    case = Case(op, "", gate=gate, residual=op != "apply_rotary", rope=4, tail=0)
+    inputs = testing.make_inputs(case, dtype)
     compiled = torch.compile(getattr(ik, op), fullgraph=True, dynamic=True, backend="aot_eager")
     arguments = {name: x for name, x in inputs.items() if name != "grad_out"}
     leaves = [inputs[n] for n in testing.DIFFERENTIABLE[op] if inputs.get(n) is not None]

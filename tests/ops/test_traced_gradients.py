@@ -28,11 +28,11 @@ CASES = [
     Case("gated_cross_attention", "dense", **{**GATED, "gate": "scalar"}),
     Case("gated_cross_attention", "jagged", query_lengths=(2, 1, 0), **GATED),
     Case("apply_rotary", "some channels", rope=2, **SMALL),
+    Case("jagged_softmax", "scores", **SMALL),
+    Case("jagged_weighted_sum", "values", **SMALL),
     Case("personalized_ffn", "gelu", residual=True, options={"activation": "gelu"}, **SMALL),
 ]
-EACH_OP = [
-    next(case for case in CASES if case.op == op and (case.gate or case.residual or case.rope)) for op in testing.OPS
-]
+EACH_OP = [next(case for case in CASES if case.op == op and case.name != "plain") for op in testing.OPS]
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.name}")
 over_ops = pytest.mark.parametrize("case", EACH_OP, ids=lambda case: case.op)
 
@@ -283,16 +283,35 @@ class WithLse(nn.Module):
         return with_lse(self.op, x)
 
 
+def _plain(op: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`with_lse` in plain PyTorch, row by row."""
+    outs, sums = [], []
+    for row, keys in enumerate(x.split((2, 3))):
+        q = {"jagged_attention": keys, "pma_pooling": x[:2]}.get(op, x[2 * row : 2 * row + 2])
+        s = torch.einsum("nhd,lhd->nhl", q, keys) / 2
+        outs.append(torch.einsum("nhl,lhd->nhd", s.softmax(-1), keys))
+        sums.append(s.logsumexp(-1))
+    join = torch.cat if op == "jagged_attention" else torch.stack
+    return join(outs), join(sums)
+
+
+LOSSES: dict[str, Any] = {
+    "output alone": lambda out, lse: out.square().sum(),
+    "lse alone": lambda out, lse: lse.square().mean(),
+    "both": lambda out, lse: (out * lse.exp()[..., None]).sum(),
+    "detached": lambda out, lse: (out.square() * (1 + lse.detach()[..., None])).sum(),
+}
+
+
 @pytest.mark.parametrize("way", ["reference", "cpu", "compiled", "exported", "traced"])
 @pytest.mark.parametrize("op", ATTENTION)
-def test_a_gradient_of_lse_is_an_error(op: str, way: str) -> None:
-    """And where none is asked for, lse may be returned and looked at."""
+def test_lse_has_a_gradient(op: str, way: str) -> None:
+    """A gradient of the output, of lse, or of both is asked for."""
     x = torch.randn(5, 2, 4, requires_grad=True)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         return with_lse(op, x, None if way in ("compiled", "exported", "traced") else way)
 
-    wanted = torch.autograd.grad(run(x)[0].square().sum(), x)
     if way == "compiled":
         torch._dynamo.reset()
         run = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -300,21 +319,21 @@ def test_a_gradient_of_lse_is_an_error(op: str, way: str) -> None:
         run = torch.export.export(WithLse(op), (x,)).module()
     elif way == "traced":
         run = make_fx(run)(x.detach())
-    torch.testing.assert_close(torch.autograd.grad(run(x)[0].square().sum(), x), wanted)
-    out, lse = run(x)
-    assert lse.detach().isfinite().all()
-    torch.testing.assert_close(torch.autograd.grad((out.square() * (1 + 0 * lse.detach()[..., None])).sum(), x), wanted)
-    for loss in (lambda out, lse: lse.sum(), lambda out, lse: (out * lse.exp()[..., None]).sum()):
-        with pytest.raises(NotImplementedError, match=rf"{op}: lse is not differentiable yet; use lse\.detach\(\)"):
-            loss(*run(x)).backward()
+    for loss in LOSSES.values():
+        wanted = torch.autograd.grad(loss(*_plain(op, x)), x)
+        torch.testing.assert_close(torch.autograd.grad(loss(*run(x)), x), wanted)
 
 
-def test_a_checkpoint_that_returns_lse_works() -> None:
-    """Its backward passes zeros for outputs of which nobody asks a gradient."""
-    x = torch.randn(5, 2, 4, requires_grad=True)
-    out, _ = torch.utils.checkpoint.checkpoint(lambda x: with_lse("pma_pooling", x), x, use_reentrant=True)
-    wanted = torch.autograd.grad(with_lse("pma_pooling", x)[0].sum(), x)
-    out.sum().backward()
-    torch.testing.assert_close(x.grad, wanted[0])
-    with pytest.raises(NotImplementedError, match="lse is not differentiable yet"):
-        torch.func.grad(lambda x: with_lse("pma_pooling", x)[1].sum())(x.detach())
+@pytest.mark.parametrize("op", ATTENTION)
+def test_transforms_of_lse(op: str) -> None:
+    """torch.func's grad, second derivatives, and reentrant checkpoints, which pass zeros where nobody asks."""
+    x = torch.randn(5, 2, 4, dtype=torch.float64, requires_grad=True)
+    for loss in LOSSES.values():
+        (wanted,) = torch.autograd.grad(loss(*_plain(op, x)), x, create_graph=True)
+        torch.testing.assert_close(torch.func.grad(lambda x, loss=loss: loss(*with_lse(op, x)))(x.detach()), wanted)
+        (found,) = torch.autograd.grad(loss(*with_lse(op, x)), x, create_graph=True)
+        second = [torch.autograd.grad(first.square().sum(), x)[0] for first in (found, wanted)]
+        torch.testing.assert_close(*second)
+        x.grad = None
+        loss(*torch.utils.checkpoint.checkpoint(lambda x: with_lse(op, x), x, use_reentrant=True)).backward()
+        torch.testing.assert_close(x.grad, wanted)

@@ -57,7 +57,7 @@ def test_every_measured_row_stands_in_the_results() -> None:
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
     assert len(rows) == 6
     committed = {
-        (result.op, result.shape, f"{result.ratio:.2f}x", result.peer)
+        (result.op, result.shape, result.ratio_text, result.peer)
         for result in read_results(ROOT / "bench/results/cpu-avx512-intel.md")
         if (result.dtype, result.direction) == ("float32", "forward+backward")
     }

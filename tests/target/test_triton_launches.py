@@ -64,6 +64,8 @@ OF_MODELS = [
     Case("jagged_attention", "of a model, rotary", lengths=(40, 3), heads=2, kv_heads=2, head_size=64, value_size=64,
          rope=64),
     Case("apply_rotary", "of a model", rope=16),
+    Case("jagged_softmax", "of a model", heads=1),
+    Case("jagged_weighted_sum", "of a model", heads=1, head_size=64),
     Case("personalized_ffn", "of a model", head_size=64, value_size=64, residual=True),
 ]  # fmt: skip
 PAIRS = [

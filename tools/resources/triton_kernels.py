@@ -29,10 +29,17 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from interformer_kernels._calls import AttentionCall, FfnCall, RotaryCall
+from interformer_kernels._calls import AttentionCall, FfnCall, RotaryCall, SoftmaxCall, WeightedSumCall
 from interformer_kernels._cli.arguments import count
 from interformer_kernels._cli.tables import print_table, status_line
-from interformer_kernels._triton import _run, apply_rotary, attention, personalized_ffn
+from interformer_kernels._triton import (
+    _run,
+    apply_rotary,
+    attention,
+    jagged_softmax,
+    jagged_weighted_sum,
+    personalized_ffn,
+)
 from interformer_kernels._triton._run import Launch
 from interformer_kernels._triton._tiles import Target
 from resources import loop_record
@@ -141,6 +148,15 @@ def _many_rows(width: int, dtype: torch.dtype) -> None:
     attention.backward(call, out, attn_out, lse)
 
 
+def _lse_gradient(width: int, dtype: torch.dtype) -> None:
+    """The backward of self attention where the log-sum-exp has a gradient."""
+    x, offsets = _meta(4096, 4, width, dtype=dtype), _meta(129, dtype=torch.int64)
+    call = AttentionCall("packed", x, x, x, None, offsets, None, *_MAPS)
+    lse = _meta(4096, 4, dtype=torch.float32)
+    attn_out = _meta(*((0,) if dtype == torch.float32 else (4096, 4, width)), dtype=torch.float32)
+    attention.backward(call, x, attn_out, lse, lse)
+
+
 def _rotary(width: int, dtype: torch.dtype) -> None:
     """All channels rotated."""
     x, table = _meta(4096, 4, width, dtype=dtype), _table(width)
@@ -155,14 +171,26 @@ def _feed_forward(width: int, dtype: torch.dtype) -> None:
     personalized_ffn.backward(call, personalized_ffn.forward(call, x))
 
 
+def _own_scores(width: int, dtype: torch.dtype) -> None:
+    """Weights of four heads from scores, and sums with them."""
+    scores, v, offsets = _meta(4096, 4, dtype=dtype), _meta(4096, 4, width, dtype=dtype), _meta(129, dtype=torch.int64)
+    call = SoftmaxCall(scores, offsets)
+    weights = jagged_softmax.forward(call)
+    jagged_softmax.backward(call, weights)
+    summed = WeightedSumCall(weights, v, offsets)
+    jagged_weighted_sum.backward(summed, jagged_weighted_sum.forward(summed))
+
+
 CALLS: dict[str, Callable[[int, torch.dtype], None]] = {
     "jagged_attention": _jagged,
     "many_rows": _many_rows,
     "rotary_attention": _rotated,
+    "lse_gradient": _lse_gradient,
     "pma_pooling": _pooling,
     "gated_cross_attention": _crossed,
     "apply_rotary": _rotary,
     "personalized_ffn": _feed_forward,
+    "own_scores": _own_scores,
 }
 
 

@@ -1,7 +1,7 @@
 // Backward of attention, in one pass over the queries. Scores and probabilities P are computed again, then
 //
 //     dP = dO V'
-//     dS = P * (dP - delta), delta = sum over keys of P * dP      (softmax; else act'(S) * dP)
+//     dS = P * (dP - delta + dlse), delta = sum over keys of P * dP      (softmax; else act'(S) * dP)
 //     dQ = scale dS K,   dK += scale dS' Q,   dV += P' dO
 //
 // where O is attn_out. Without softmax P is act(S), and dO contains the factor of P.
@@ -271,8 +271,8 @@ class AttentionBackward {
         for (int i = 0; i < ranges.n; ++i) {
             const int64_t j = ranges.r[i].begin;
             pair_rows<X>(x, count, j, ranges.r[i].end);
-            multiply<X>({operands_in<X>(x.data) + j, 1, kNumbers<X> * x.stride}, rows, min(ranges.r[i].end, keys) - j,
-                        channels, operands<X>(count), grads.from(j), add);
+            multiply<X>(Scalars<X>{operands_in<X>(x.data) + j, 1, kNumbers<X> * x.stride}, rows,
+                        min(ranges.r[i].end, keys) - j, channels, operands<X>(count), grads.from(j), add);
         }
     }
 

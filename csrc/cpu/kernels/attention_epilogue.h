@@ -20,18 +20,22 @@ struct QueryPlace {
     }
 };
 
-// Divides weighted sums of values, `channels` padded to whole vectors. The mean of finite values is finite, but its
-// rounding may overflow; the sum, about half as large, then is finite and tells this case from values that are
-// infinite.
+// The mean of weighted values from their sum. The mean of finite values is finite, but its rounding may overflow; the
+// sum, about half as large, then is finite and tells this case from values that are infinite.
+template <typename T>
+INTERFORMER_INLINE Vector<Acc<T>> mean_of(Vector<Acc<T>> sum, Vector<Acc<T>> inv_row_sum) {
+    using A = Acc<T>;
+    const Vector<A> largest = Vector<A>{} + largest_number<T>, mean = sum * inv_row_sum;
+    const Vector<A> below = (mean > largest) & (sum <= largest) ? largest : mean;
+    return (below < -largest) & (sum >= -largest) ? -largest : below;
+}
+
+// Divides weighted sums of values, `channels` padded to whole vectors.
 template <typename T>
 inline void normalise(Acc<T>* attn_out, int64_t channels, Acc<T> inv_row_sum) {
     using A = Acc<T>;
-    const Vector<A> largest = Vector<A>{} + largest_number<T>;
-    for (int64_t c = 0; c < channels; c += kLanes<A>) {
-        const Vector<A> sum = load_vector(attn_out + c), mean = sum * inv_row_sum;
-        const Vector<A> below = (mean > largest) & (sum <= largest) ? largest : mean;
-        store_vector(attn_out + c, (below < -largest) & (sum >= -largest) ? -largest : below);
-    }
+    for (int64_t c = 0; c < channels; c += kLanes<A>)
+        store_vector(attn_out + c, mean_of<T>(load_vector(attn_out + c), Vector<A>{} + inv_row_sum));
 }
 
 template <typename T>

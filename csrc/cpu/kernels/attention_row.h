@@ -104,6 +104,14 @@ class AttentionRow {
         return first < queries_ ? variant_.column_ranges(first, min(shard_, queries_ - first)) : ColumnRanges{};
     }
 
+    // Whether tokens of k or v may be read where they lie, as far as the row's length decides. Under many queries they
+    // are copied next to each other once: heads side by side put the tokens of one head a power of two of bytes apart,
+    // where they compete for a few sets of the caches.
+    bool reads_in_place(const RowTensor& x, int64_t channels) const {
+        constexpr int64_t kCopyQueries = 256;
+        return queries_ < kCopyQueries || x.token == channels;
+    }
+
     // The tokens of k or v in place where their layout allows it; else those in the ranges are copied. Channels of the
     // copy beyond the last are 0.
     Matrix<const S> tokens(const RowTensor& x, const ColumnRanges& ranges, int64_t channels, bool rotated,
@@ -111,7 +119,8 @@ class AttentionRow {
         const int64_t stride = padded<X>(channels);
         if constexpr (std::is_same_v<T, S>) {
             const T* first = key_at(x, 0);
-            if (!rotated && stride == channels && whole_operands<X>(first, x.token)) return {first, x.token};
+            if (!rotated && stride == channels && whole_operands<X>(first, x.token) && reads_in_place(x, channels))
+                return {first, x.token};
         }
         for (int i = 0; i < ranges.n; ++i)
             for (int64_t j = ranges.r[i].begin; j < min(ranges.r[i].end, row_.keys); ++j) {

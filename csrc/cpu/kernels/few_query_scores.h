@@ -186,12 +186,27 @@ class FewQueryScores {
             dots += prob * load_vector(d_probs + j);
         }
         const Vector<A> row_sum = reduce_tokens<A>(sums, Plus{}) + fully_masked(group);
-        const Vector<A> inv_row_sum = A(1) / row_sum, delta = reduce_tokens<A>(dots, Plus{}) / row_sum;
+        const Vector<A> inv_row_sum = A(1) / row_sum;
+        Vector<A> delta = reduce_tokens<A>(dots, Plus{}) / row_sum;
+        if (p_.grad_lse.given) add_grad_lse(group, count, d_probs, delta);
         for (int64_t j = 0; j < whole_vectors(count); j += W) {
             const Vector<A> prob = load_vector(s + j) * inv_row_sum;
             store_vector(s + j, prob);
             store_vector(d_probs + j, prob * (load_vector(d_probs + j) - delta) * scale_);
         }
+    }
+
+    // As `ScoreVariant::add_grad_lse`.
+    void add_grad_lse(int64_t group, int64_t count, A* d_probs, Vector<A>& delta) const {
+        Vector<A> grad;
+        for (int64_t lane = 0; lane < W; ++lane) {
+            const int64_t unit = min(group * G + lane % G, units_.count() - 1), query = query_of(unit);
+            grad[lane] = variant_.grad_lse(query, masked_ ? ranges_[query] : KeyRange{0, 0, count},
+                                           unit % units_.heads * variant_.row().q_per_kv);
+        }
+        for (int64_t j = 0; j < whole_vectors(count); j += W)
+            store_vector(d_probs + j, load_vector(d_probs + j) - delta + grad);
+        delta = Vector<A>{};
     }
 
     const AttentionProblem& p_;

@@ -175,14 +175,8 @@ class QueryLanesForward {
         }
     }
 
-    static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
-        QueryLanesForward forward(p, memory);
-        forward.begin(task);
-        for_each_row(task, [&](int64_t row, int64_t kv_head) { forward.run_row(task, row, kv_head); });
-    }
-
     struct Operands {
-        KeyScalars<X> keys;
+        Scalars<X> keys;
         Matrix<const X> values;
     };
 
@@ -190,14 +184,15 @@ class QueryLanesForward {
     Operands read(const Row& row, const ColumnRanges& ranges) const {
         if constexpr (kNumbers<X> > 1) {
             const Matrix<const T> values{row.key_at(p_.v, 0), p_.v.token};
-            const bool in_place = !p_.rope.cos && p_.head_size % 2 == 0 && p_.k.token % 2 == 0;
+            const bool in_place =
+                !p_.rope.cos && p_.head_size % 2 == 0 && p_.k.token % 2 == 0 && row.reads_in_place(p_.k, p_.head_size);
             const Matrix<const T> keys = in_place ? Matrix<const T>{row.key_at(p_.k, 0), p_.k.token}
                                                   : row.tokens(p_.k, ranges, p_.head_size, p_.rope.cos, work_.keys);
-            return {{reinterpret_cast<const X*>(keys.data), keys.stride / 2},
+            return {scalars_along_columns<X>(keys),
                     row.tokens_along_rows(values, ranges, p_.value_size, work_.value_rows)};
         } else {
             const Matrix<const X> keys = row.tokens(p_.k, ranges, p_.head_size, p_.rope.cos, work_.keys);
-            return {{keys.data, keys.stride},
+            return {scalars_along_columns<X>(keys),
                     p_.v_is_k ? keys : row.tokens(p_.v, ranges, p_.value_size, false, work_.values)};
         }
     }
@@ -311,16 +306,9 @@ class QueryLanesForward {
             T* to = walk.at();
             for (int64_t c = 0; c < p_.value_size; c += kLanes<A>) {
                 const Vector<A> sum = load_vector(sums + c);
-                store_wide(to + c, softmax ? mean_of(sum, factor) : sum);
+                store_wide(to + c, softmax ? mean_of<T>(sum, factor) : sum);
             }
         }
-    }
-
-    // `normalise` of attention_epilogue.h for a vector.
-    static Vector<A> mean_of(Vector<A> sum, Vector<A> inv_row_sum) {
-        const Vector<A> largest = Vector<A>{} + A(largest_number<T>), mean = sum * inv_row_sum;
-        const Vector<A> below = (mean > largest) & (sum <= largest) ? largest : mean;
-        return (below < -largest) & (sum >= -largest) ? -largest : below;
     }
 
     const AttentionProblem& p_;

@@ -6,6 +6,7 @@
 
 #include "cpu/attention_problem.h"
 #include "cpu/kernels/activations.h"
+#include "cpu/kernels/memory.h"
 #include "cpu/kernels/multiply.h"
 
 INTERFORMER_ISA_BEGIN
@@ -136,10 +137,19 @@ class ScoreVariant {
             return;
         }
         softmax(r, count, scores, ranges, stats, d_probs.data);
-        for (int64_t i = 0; i < count; ++i)
+        for (int64_t i = 0; i < count; ++i) {
+            if (p_.grad_lse.given) add_grad_lse(r + i, d_probs.from(i).data, ranges, stats.delta[i]);
             for (int range = 0; range < ranges.n; ++range)
                 softmax_backward(scores.from(i).data, d_probs.from(i).data, ranges.r[range], A(1) / stats.row_sum[i],
                                  stats.delta[i], score_scale());
+        }
+    }
+
+    // The gradient of the log-sum-exp of a query under its head, or `heads_on` further ones; 0 where the query sees no
+    // key, whatever is given there.
+    A grad_lse(int64_t r, const KeyRange& range, int64_t heads_on = 0) const {
+        if (range.fully_masked()) return 0;
+        return *address<const A>(p_.grad_lse, row_.index, row_.token(r), row_.head(r) + heads_on);
     }
 
   private:
@@ -150,6 +160,15 @@ class ScoreVariant {
         const KeyRange range = key_range(r);
         mask_out(scores, range, ranges, A(0));
         mask_out(d_probs, range, ranges, A(0));
+    }
+
+    // Subtracts delta from the gradients of a query's probabilities, which sets it to 0, and adds the log-sum-exp's.
+    // The difference of one key is exactly 0: delta less the log-sum-exp's would round.
+    void add_grad_lse(int64_t r, A* d_probs, const ColumnRanges& ranges, A& delta) const {
+        const A grad = grad_lse(r, key_range(r));
+        for (int i = 0; i < ranges.n; ++i)
+            for (int64_t j = ranges.r[i].begin; j < ranges.r[i].end; ++j) d_probs[j] = d_probs[j] - delta + grad;
+        delta = 0;
     }
 
     static void softmax_backward(A* probs, A* d_probs, Columns columns, A inv_row_sum, A delta, A scale) {

@@ -3,6 +3,10 @@
 
 #include "cpu/kernels/attention_backward.h"
 #include "cpu/kernels/attention_forward.h"
+#include "cpu/kernels/folded_pooling.h"
+#include "cpu/kernels/fused_linear.h"
+#include "cpu/kernels/jagged_softmax.h"
+#include "cpu/kernels/jagged_weighted_sum.h"
 #include "cpu/kernels/personalized_ffn.h"
 #include "cpu/kernels/rotary.h"
 
@@ -17,11 +21,28 @@ constexpr Kernels kernels_of() {
             &AttentionBackward<T>::shards,
             &AttentionBackward<T>::key_grads_bytes,
             &AttentionBackward<T>::add_shard,
+            &FoldedWeights<T>::memory,
+            &FoldedWeights<T>::prepare,
+            &FoldedPooling<T>::memory,
+            &FoldedPooling<T>::run,
             &Ffn<T>::memory,
             &Ffn<T>::forward,
             &Ffn<T>::backward,
             &Rotary<T>::memory,
-            &Rotary<T>::run};
+            &Rotary<T>::run,
+            &FusedLinear<T>::packed_bytes,
+            &FusedLinear<T>::pack,
+            &FusedLinear<T>::memory,
+            &FusedLinear<T>::sums_bytes,
+            &FusedLinear<T>::forward,
+            &FusedLinear<T>::backward,
+            &FusedLinear<T>::add_sums,
+            &Softmax<T>::memory,
+            &Softmax<T>::forward,
+            &Softmax<T>::backward,
+            &WeightedSum<T>::memory,
+            &WeightedSum<T>::forward,
+            &WeightedSum<T>::backward};
 }
 
 INTERFORMER_ISA_END
