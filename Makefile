@@ -60,7 +60,7 @@ FUZZ = $(BIN)/python -m pytest --timeout 0 --hypothesis-profile fuzz --hypothesi
 
 .PHONY: help demo test triton-test cuda-test target-env target-test target-native-test target-resources resources \
         triton-resources predictions gpu-report gpu-kit gpu-rehearsal fuzz nightly sanitize lint wheel-test wide-test bench \
-        bench-model bench-rows bench-compare torch-matrix docs clean
+        bench-model bench-rows bench-compare instruction-counts torch-matrix docs clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
@@ -86,6 +86,7 @@ help:
 	@echo "make bench-model        InterFormer against the same model on padded rows, training and inference: bench/out/model.md"
 	@echo "make bench-rows         lines that memory or short rows bound, as shares of the machine's rates: bench/out/rows.md"
 	@echo "make bench-compare REF=<git ref>  is this tree slower than another, by interleaved runs: bench/out/compare.md"
+	@echo "make instruction-counts  do small calls take more instructions than recorded, by valgrind, on a busy machine too"
 	@echo "make docs               the documentation as a site: build/docs/site/index.html"
 	@echo "make torch-matrix       one wheel under several versions of torch (downloads them)"
 	@echo "make clean              removes the environment and all that was built"
@@ -229,6 +230,10 @@ bench-rows: $(READY)
 
 bench-compare: $(READY)
 	$(BIN)/python -m interformer_bench.compare $(REF) $(data_option) --out bench/out $(ARGS)
+
+# ARGS=--record writes the new figures into tools/instructions/recorded.json.
+instruction-counts: $(READY)
+	PYTHONPATH=tools $(BIN)/python -m instructions $(ARGS)
 
 # In an environment of its own: the site is built from the sources, without torch and without this package installed.
 docs: build/docs/ready
