@@ -169,7 +169,7 @@ def test_nothing_to_pool(lengths: tuple[int, ...]) -> None:
 
 
 def test_derivatives() -> None:
-    M, H, D, E = 2, 2, 3, 5
+    M, H, D, E = 2, 2, 2, 3
     shapes = (M, H, D), (H * D, E), (H * D, E), (H * D,), (6, E)
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     offsets = torch.tensor([0, 2, 2, 6])
@@ -177,8 +177,8 @@ def test_derivatives() -> None:
     def run(*values: Tensor) -> Tensor:
         return pool({**dict(zip(NAMES, values, strict=True)), "offsets": offsets})
 
-    assert torch.autograd.gradcheck(run, leaves)
-    assert torch.autograd.gradgradcheck(run, leaves)
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("kept", [*NAMES, "none"])

@@ -18,6 +18,7 @@ class FewQueriesBackward {
     int64_t bytes() const { return bytes_; }
     bool serves(int64_t row) const { return shared_.serves(row); }
     void finish_task() const {
+        add_sums_of_queries();
         if (stream_) finish_streams();
     }
 
@@ -36,6 +37,7 @@ class FewQueriesBackward {
           probs_(arena.allocate<A>(kFewUnits / kGroup<A> * row_stride_)),
           d_probs_(arena.allocate<A>(kFewUnits / kGroup<A> * row_stride_)),
           grad_attn_out_(arena.allocate<A>(kFewUnits * shared_.value.padded())),
+          turned_grads_(arena.allocate<A>(kFewUnits * shared_.value.padded())),
           grad_q_(arena.allocate<A>(kFewUnits * shared_.head.padded())),
           rotated_grads_(arena.allocate<A>(problem.rope.cos ? kTokenBlock * kFewUnits * shared_.head.padded() : 0)),
           epilogue_(problem, row_group, arena.allocate<A>(2 * problem.value_size)),
@@ -55,14 +57,16 @@ class FewQueriesBackward {
         if (units.queries == 0) return zero_gradients(row);
         const A* queries = row.queries();
         const A* grad_attn_out = read_grad_out(row);
+        const A* turned_queries = shared_.turned;
+        const A* turned_grads = row.turned(grad_attn_out, shared_.value, turned_grads_);
         const UnitNumbers<A> probs{probs_, row_stride_}, d_probs{d_probs_, row_stride_};
         const HeadTokens<const T> values = read_only(row.tokens(p_.v));
         row.for_key_blocks(0, row.keys(), [&](const auto& keys, int64_t first, int64_t count) {
-            dots(units, shared_.head, keys, count, queries, probs.from(first));
+            dots(units, shared_.head, keys, count, turned_queries, probs.from(first));
             if (p_.v_is_k)
-                dots(units, shared_.value, keys, count, grad_attn_out, d_probs.from(first));
+                dots(units, shared_.value, keys, count, turned_grads, d_probs.from(first));
             else
-                dots(units, shared_.value, values.from(first), count, grad_attn_out, d_probs.from(first));
+                dots(units, shared_.value, values.from(first), count, turned_grads, d_probs.from(first));
         });
         FewQueryScores<T> scores(p_, row.variant(), units);
         scores.scores_to_probs_and_d_scores(row.keys(), probs, d_probs);
@@ -89,26 +93,45 @@ class FewQueriesBackward {
         return row.zero_padded(grad_attn_out_, padded);
     }
 
+    // Whether gradients of queries that rows share are summed over several rows before they are added to the sums in
+    // double, one by one. It must not depend on the heads of a task.
+    bool sums_queries() const { return p_.shared_queries && p_.queries * shared_.q_per_kv * p_.kv_heads <= kFewUnits; }
+    // Adds the gradients of queries, summed over some rows, to the sums in double.
+    void add_sums_of_queries() const {
+        if (summed_.rows == 0) return;
+        summed_.rows = summed_.keys = 0;
+        write_grad_q({shared_, summed_.row, summed_.first_head, summed_.heads});
+    }
+    void write_grad_q(const Row& row) const {
+        row.for_units([&](int64_t unit, const QueryPlace& query) {
+            epilogue_.write_grad_q(query, row.query_position(query.token), row.variant().query_sign(),
+                                   grad_q_ + unit * shared_.head.padded());
+        });
+    }
+
     // One more pass over the keys: gradients of the queries are sums over them, those of keys and values are written.
     void write_gradients(const Row& row, const UnitRows<A>& d_scores, const UnitRows<A>& probs) const {
         const HeadTokens<T> grad_k = row.tokens(p_.grad_k), grad_v = row.tokens(p_.v_is_k ? p_.grad_k : p_.grad_v);
         row.for_key_blocks(0, row.keys(), [&](const auto& keys, int64_t first, int64_t count) {
             const UnitRows<A> d_scores_here{d_scores.numbers.from(first), d_scores.rows};
             const UnitRows<A> probs_here{probs.numbers.from(first), probs.rows};
-            add_grad_q(row.units(), d_scores_here.numbers, keys, count, first > 0);
+            add_grad_q(row.units(), d_scores_here.numbers, keys, count, first > 0 || summed_.rows > 0);
             write_grad_k(row, d_scores_here, p_.v_is_k ? &probs_here : nullptr, first, count, grad_k.from(first));
             if (!p_.v_is_k)
                 OuterProducts<T>(row.units(), shared_.value, stream_)(probs_here, nullptr, count, grad_v.from(first),
                                                                       next_row(row, p_.v, p_.value_size, first));
         });
         const int64_t padded = shared_.head.padded();
-        if (row.keys() == 0) fill(grad_q_, row.units().count() * padded, A(0));
+        if (row.keys() == 0 && summed_.rows == 0) fill(grad_q_, row.units().count() * padded, A(0));
+        if (sums_queries()) {
+            const QueryPlace first = row.first_unit(0);
+            summed_ = {first.row, first.head, row.units().heads, summed_.rows + 1, summed_.keys + row.keys()};
+            if (summed_.keys >= kTokenBlock) add_sums_of_queries();
+            return;
+        }
         if (shared_.plain_queries && !p_.shared_queries && row.side_by_side(p_.grad_q, p_.head_size))
             return narrow(grad_q_, row.units().count() * padded, row.first_unit(0).template at<T>(p_.grad_q));
-        row.for_units([&](int64_t unit, const QueryPlace& query) {
-            epilogue_.write_grad_q(query, row.query_position(query.token), row.variant().query_sign(),
-                                   grad_q_ + unit * padded);
-        });
+        write_grad_q(row);
     }
 
     // The tokens of the next row, which lie behind this one's, from a token on: where gradients leave the caches, so
@@ -155,9 +178,14 @@ class FewQueriesBackward {
     const AttentionProblem& p_;
     const FewQueries<T> shared_;
     const int64_t row_stride_;
-    A *probs_, *d_probs_, *grad_attn_out_, *grad_q_, *rotated_grads_;
+    A *probs_, *d_probs_, *grad_attn_out_, *turned_grads_, *grad_q_, *rotated_grads_;
     const EpilogueBackward<T> epilogue_;
     const bool stream_;
+    // The rows over which `grad_q_` is summed, and the last of them.
+    struct SummedRows {
+        int64_t row, first_head, heads, rows, keys;
+    };
+    mutable SummedRows summed_{};
     const int64_t bytes_;
 };
 

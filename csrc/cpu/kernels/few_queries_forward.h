@@ -31,11 +31,14 @@ class FewQueriesForward {
           attn_out_(arena.allocate<A>(kFewUnits * shared_.value.padded())),
           epilogue_(problem, arena.allocate<A>(kFewUnits * shared_.value.padded())),
           heads_adjoin_(shared_.value.tail == 0 && epilogue_.heads_adjoin()),
+          plain_(heads_adjoin_ && problem.variant.score.softmax && !problem.gate.given && !problem.residual.given &&
+                 !problem.attn_out.given),
           bytes_(arena.bytes()) {}
 
     void run_heads(const Row& row) const {
         FewQueryScores<T> scores(p_, row.variant(), row.units());
-        const A* queries = row.queries();
+        row.queries();
+        const A* queries = shared_.turned;
         const ColumnRanges ranges = row.variant().column_ranges(0, row.units().queries);
         const HeadTokens<const T> values = read_only(row.tokens(p_.v));
         for (int i = 0; i < ranges.n; ++i)
@@ -63,13 +66,14 @@ class FewQueriesForward {
 
     void finish(const Row& row, FewQueryScores<T>& scores) const {
         const int64_t padded = shared_.value.padded();
-        if (p_.variant.score.softmax) scores.finish(p_.lse.given);
+        const bool softmax = p_.variant.score.softmax;
+        if (softmax) scores.finish(p_.lse.given);
+        if (softmax && p_.lse.given)
+            row.for_units([&](int64_t unit, const QueryPlace& query) { *query.at<A>(p_.lse) = scores.lse()[unit]; });
+        if (plain_) return write_plain(row, scores);
         row.for_units([&](int64_t unit, const QueryPlace& query) {
             A* sums = attn_out_ + unit * padded;
-            if (p_.variant.score.softmax) {
-                normalise<T>(sums, p_.value_size, scores.inv_row_sum()[unit]);
-                if (p_.lse.given) *query.at<A>(p_.lse) = scores.lse()[unit];
-            }
+            if (softmax) normalise<T>(sums, p_.value_size, scores.inv_row_sum()[unit]);
             if (!heads_adjoin_) epilogue_.finish(query, sums, p_.value_size);
         });
         const Units& units = row.units();
@@ -77,11 +81,23 @@ class FewQueriesForward {
             epilogue_.finish(row.first_unit(r), attn_out_ + r * units.heads * padded, units.heads * padded);
     }
 
+    // Means of whole vectors, without gate and residual.
+    void write_plain(const Row& row, const FewQueryScores<T>& scores) const {
+        const Units& units = row.units();
+        const A *sums = attn_out_, *factor = scores.inv_row_sum();
+        for (int64_t r = 0; r < units.queries; ++r) {
+            T* to = row.first_unit(r).template at<T>(p_.out);
+            for (int64_t head = 0; head < units.heads; ++head, ++factor)
+                for (int64_t c = 0; c < p_.value_size; c += kLanes<A>, sums += kLanes<A>, to += kLanes<A>)
+                    store_wide(to, mean_of<T>(load_vector(sums), Vector<A>{} + *factor));
+        }
+    }
+
     const AttentionProblem& p_;
     const FewQueries<T> shared_;
     A *scores_, *attn_out_;
     const Epilogue<T> epilogue_;
-    const bool heads_adjoin_;
+    const bool heads_adjoin_, plain_;
     const int64_t bytes_;
 };
 

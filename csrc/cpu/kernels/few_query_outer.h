@@ -43,14 +43,49 @@ class OuterProducts {
         const TokensAhead& ahead;
     };
 
+    static constexpr int kMaxRows = kTileRows > 8 ? 16 : 8;  // that registers hold beside the sums
+
     template <int Heads>
     void all_tokens(const Call& call) const {
+        if constexpr (Heads == G)
+            if (channels_.tail == 0 && channels_.vectors == 1 && units_.heads == G && !call.more) {
+                if (units_.queries == 2) return stream_ ? held_rows<2, true>(call) : held_rows<2, false>(call);
+                if constexpr (4 * G <= kMaxRows)
+                    if (units_.queries == 4) return stream_ ? held_rows<4, true>(call) : held_rows<4, false>(call);
+            }
         if (channels_.tail == 0 && channels_.vectors == 1)
             stream_ ? tokens<Heads, 1, true>(call) : tokens<Heads, 1, false>(call);
         else if (channels_.tail == 0 && channels_.vectors == 2)
             stream_ ? tokens<Heads, 2, true>(call) : tokens<Heads, 2, false>(call);
         else
             tokens<Heads, 0, false>(call);
+    }
+
+    // All rows are in registers: one group of heads of one vector each.
+    template <int Queries, bool Stream>
+    void held_rows(const Call& call) const {
+        Vector<A> rows[Queries][G];
+        const A* numbers[Queries];
+#pragma GCC unroll 4
+        for (int q = 0; q < Queries; ++q) {
+            numbers[q] = call.terms.numbers.of_unit(q * G);
+#pragma GCC unroll 4
+            for (int h = 0; h < G; ++h) rows[q][h] = load_vector(call.terms.rows + (q * G + h) * W);
+        }
+        for (int64_t t = 0; t < call.count; ++t) {
+            call.ahead.fetch(t);
+            E* to = call.to.data + t * call.to.token;
+#pragma GCC unroll 4
+            for (int h = 0; h < G; ++h) {
+                Vector<A> sum = numbers[0][t * G + h] * rows[0][h];
+#pragma GCC unroll 4
+                for (int q = 1; q < Queries; ++q) sum += numbers[q][t * G + h] * rows[q][h];
+                if constexpr (Stream)
+                    stream_wide(to + h * call.to.head, sum);
+                else
+                    store_wide(to + h * call.to.head, sum);
+            }
+        }
     }
 
     // C: vectors of a head; 0: any number, and a tail.

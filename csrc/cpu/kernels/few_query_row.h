@@ -16,8 +16,13 @@ struct FewQueries {
     int64_t q_per_kv;
     Channels<A> head, value;
     A* queries;  // [kFewUnits, head]; padded with zeros to whole vectors and groups
+    A* turned;   // the same, turned
     A* rotated;  // [kTokenBlock, heads, head], where keys are rotated
     bool plain_queries;
+    // Queries that all rows share are read once for a task; the heads whose queries the buffers hold.
+    bool same_queries;
+    mutable const A* ready = nullptr;
+    mutable int64_t ready_head = 0, ready_heads = 0;
 
     FewQueries(const AttentionProblem& problem, Arena& arena)
         : p(problem),
@@ -25,8 +30,10 @@ struct FewQueries {
           head(problem.head_size),
           value(problem.value_size) {
         queries = arena.allocate<A>(kFewUnits * head.padded());
+        turned = arena.allocate<A>(kFewUnits * head.padded());
         rotated = arena.allocate<A>(p.rope.cos ? kTokenBlock * kFewUnits * head.padded() : 0);
         plain_queries = !p.rope.cos && p.variant.scale > 0;
+        same_queries = !p.q.begins && p.q.row == 0 && !p.rope.cos;
     }
 
     int64_t queries_of(int64_t row) const { return (p.query_counts ? p.query_counts[row] : p.queries) * q_per_kv; }
@@ -90,21 +97,22 @@ class FewQueryRow {
         return zero_padded(copy, channels);
     }
 
-    // The row's queries, rotated. Their products with keys are yet to be multiplied by `score_scale`.
+    // The row's queries, rotated; `FewQueries::turned` then has them turned. Their products with keys are yet to be
+    // multiplied by `score_scale`.
     const A* queries() const {
-        const int64_t channels = p_.head_size, padded = shared_.head.padded();
-        if (shared_.plain_queries && side_by_side(p_.q, channels)) return rows_of(p_.q, channels, shared_.queries);
-        A* to = shared_.queries;
-        for_units([&](int64_t, const QueryPlace& query) {
-            widen(query.at<T>(p_.q), p_.q.channel, channels, to);
-            if (!shared_.plain_queries) {
-                if (p_.rope.cos) rotate(p_.rope, query_position(query.token), A(1), to);
-                for (int64_t c = 0; c < channels; ++c) to[c] *= variant_.query_sign();
-            }
-            fill(to + channels, padded - channels, A(0));
-            to += padded;
-        });
-        return zero_padded(shared_.queries, padded);
+        const bool known = shared_.ready && shared_.ready_head == row_.kv_head && shared_.ready_heads == units_.heads;
+        if (shared_.same_queries && known) return shared_.ready;
+        shared_.ready = read_queries();
+        shared_.ready_head = row_.kv_head;
+        shared_.ready_heads = units_.heads;
+        turned(shared_.ready, shared_.head, shared_.turned);
+        return shared_.ready;
+    }
+
+    // Rows of the units, turned for `TokenDots`.
+    const A* turned(const A* rows, const Channels<A>& channels, A* to) const {
+        turn_rows<A>(rows, units_.template groups<A>(), channels, to);
+        return to;
     }
 
     // Fills the rows behind the last unit, up to a whole group.
@@ -133,6 +141,22 @@ class FewQueryRow {
     }
 
   private:
+    const A* read_queries() const {
+        const int64_t channels = p_.head_size, padded = shared_.head.padded();
+        if (shared_.plain_queries && side_by_side(p_.q, channels)) return rows_of(p_.q, channels, shared_.queries);
+        A* to = shared_.queries;
+        for_units([&](int64_t, const QueryPlace& query) {
+            widen(query.at<T>(p_.q), p_.q.channel, channels, to);
+            if (!shared_.plain_queries) {
+                if (p_.rope.cos) rotate(p_.rope, query_position(query.token), A(1), to);
+                for (int64_t c = 0; c < channels; ++c) to[c] *= variant_.query_sign();
+            }
+            fill(to + channels, padded - channels, A(0));
+            to += padded;
+        });
+        return zero_padded(shared_.queries, padded);
+    }
+
     HeadTokens<const A> rotated(const HeadTokens<const T>& keys, int64_t first, int64_t count) const {
         const int64_t padded = shared_.head.padded();
         A* to = shared_.rotated;
