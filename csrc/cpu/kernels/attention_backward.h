@@ -271,8 +271,8 @@ class AttentionBackward {
         for (int i = 0; i < ranges.n; ++i) {
             const int64_t j = ranges.r[i].begin;
             pair_rows<X>(x, count, j, ranges.r[i].end);
-            multiply<X>(Scalars<X>{operands_in<X>(x.data) + j, 1, kNumbers<X> * x.stride}, rows,
-                        min(ranges.r[i].end, keys) - j, channels, operands<X>(count), grads.from(j), add);
+            multiply<X>({operands_in<X>(x.data) + j, 1, kNumbers<X> * x.stride}, rows, min(ranges.r[i].end, keys) - j,
+                        channels, operands<X>(count), grads.from(j), add);
         }
     }
 

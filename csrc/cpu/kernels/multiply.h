@@ -10,22 +10,8 @@
 
 INTERFORMER_ISA_BEGIN
 
-// An earlier sum in C is added last, so that the error of a long sum grows with its steps, not its terms.
-template <typename X, int M, int N, bool ADD>
-INTERFORMER_INLINE void store_tile(const Vector<SumOf<X>> (&sum)[M][N], SumOf<X>* c, int64_t c_stride) {
-    constexpr int64_t W = kLanes<X>;
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) store_vector(c + n * W, ADD ? load_vector(c + n * W) + sum[m][n] : sum[m][n]);
-        c += c_stride;
-        asm("" : "+r"(c));  // one pointer, not one for each row
-    }
-}
-
-// `Left` is `Scalars<X>`, or has a cursor whose strides are known when it is compiled.
-template <typename X, int M, int N, typename Left>
-void multiply_tile(Left a, const X* b, int64_t b_stride, int64_t depth, SumOf<X>* c, int64_t c_stride, bool add) {
+template <typename X, int M, int N>
+void multiply_tile(Scalars<X> a, const X* b, int64_t b_stride, int64_t depth, SumOf<X>* c, int64_t c_stride, bool add) {
     using A = SumOf<X>;
     constexpr int64_t W = kLanes<X>;
     Vector<A> sum[M][N];
@@ -33,27 +19,30 @@ void multiply_tile(Left a, const X* b, int64_t b_stride, int64_t depth, SumOf<X>
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) sum[m][n] = Vector<A>{};
-    auto at = a.template cursor<M>();
-    for (int64_t k = 0; k < depth; ++k, at.advance(), b += b_stride) {
+    for (int64_t k = 0; k < depth; ++k) {
         Vector<X> row[N];
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) row[n] = load_vector(b + n * W);
+        for (int n = 0; n < N; ++n) row[n] = load_vector(b + k * b_stride + n * W);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-            const X x = at[m];
+            const X x = a.data[m * a.row + k * a.column];
 #pragma GCC unroll 4
             for (int n = 0; n < N; ++n) multiply_add<X>(sum[m][n], x, row[n]);
         }
     }
-    if (add)
-        store_tile<X, M, N, true>(sum, c, c_stride);
-    else
-        store_tile<X, M, N, false>(sum, c, c_stride);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+            A* to = c + m * c_stride + n * W;
+            // The earlier sum is added last, so that the error of a long sum grows with its steps, not its terms.
+            store_vector(to, add ? load_vector(to) + sum[m][n] : sum[m][n]);
+        }
 }
 
 // `multiply_tile` for `rows` of [1, M].
-template <typename X, int M, int N, typename Left>
-inline void multiply_rows(int64_t rows, Left a, const X* b, int64_t b_stride, int64_t depth, SumOf<X>* c,
+template <typename X, int M, int N>
+inline void multiply_rows(int64_t rows, Scalars<X> a, const X* b, int64_t b_stride, int64_t depth, SumOf<X>* c,
                           int64_t c_stride, bool add) {
     if (rows == M) return multiply_tile<X, M, N>(a, b, b_stride, depth, c, c_stride, add);
     if constexpr (M > 1) multiply_rows<X, M - 1, N>(rows, a, b, b_stride, depth, c, c_stride, add);
@@ -61,12 +50,12 @@ inline void multiply_rows(int64_t rows, Left a, const X* b, int64_t b_stride, in
 
 // C [rows, N vectors], in tiles of nearly equal height: a last tile of one row would be bound by the latency of its
 // sums.
-template <typename X, int N, typename Left>
-void multiply_columns(Left a, const X* b, int64_t b_stride, int64_t rows, int64_t depth, Matrix<SumOf<X>> c, bool add) {
-    constexpr int64_t kRows = N == 1 ? kTileRows + kTileRows / 3 : kTileRows;
-    for (int64_t tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
-        const int64_t m = tiles == 1 ? rows : (rows + tiles - 1) / tiles;
-        multiply_rows<X, kRows, N>(m, a, b, b_stride, depth, c.data, c.stride, add);
+template <typename X, int N>
+void multiply_columns(Scalars<X> a, const X* b, int64_t b_stride, int64_t rows, int64_t depth, Matrix<SumOf<X>> c,
+                      bool add) {
+    for (int64_t tiles = (rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+        const int64_t m = (rows + tiles - 1) / tiles;
+        multiply_rows<X, kTileRows, N>(m, a, b, b_stride, depth, c.data, c.stride, add);
         a = a.from(m, 0);
         c.data += m * c.stride;
         rows -= m;
@@ -74,8 +63,9 @@ void multiply_columns(Left a, const X* b, int64_t b_stride, int64_t rows, int64_
 }
 
 // C [rows, columns] with B's rows read in place; `columns` is a multiple of the vector.
-template <typename X, typename Left>
-void multiply(Left a, Matrix<const X> b, int64_t rows, int64_t columns, int64_t depth, Matrix<SumOf<X>> c, bool add) {
+template <typename X>
+void multiply(Scalars<X> a, Matrix<const X> b, int64_t rows, int64_t columns, int64_t depth, Matrix<SumOf<X>> c,
+              bool add) {
     int64_t n = 0;
     if (rows <= 3)  // more columns at once, to hide the latency of the sums
         for (; n + 2 * kPanel<X> <= columns; n += 2 * kPanel<X>)

@@ -91,35 +91,6 @@ INTERFORMER_INLINE void multiply_add(Vector<SumOf<X>>& sum, Multiplier x, Vector
     }
 }
 
-// M operands of a column, which then moves to the next column. A pointer and a stride reach 3 rows. Left alone, the
-// compiler keeps a pointer or a multiple of the stride for each row, which are more than it has registers.
-template <typename X, int M>
-class ScalarCursor {
-  public:
-    INTERFORMER_INLINE ScalarCursor(const X* first, int64_t row, int64_t column)
-        : stride_(row * static_cast<int64_t>(sizeof(X))), step_(column * static_cast<int64_t>(sizeof(X))) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kPointers; ++i) at_[i] = reinterpret_cast<const char*>(first) + 3 * i * stride_;
-    }
-    INTERFORMER_INLINE X operator[](int m) const {
-        X x;
-        std::memcpy(&x, at_[m / 3] + m % 3 * stride_, sizeof x);
-        return x;
-    }
-    INTERFORMER_INLINE void advance() {
-#pragma GCC unroll 8
-        for (int i = 0; i < kPointers; ++i) {
-            at_[i] += step_;
-            asm("" : "+r"(at_[i]));
-        }
-    }
-
-  private:
-    static constexpr int kPointers = (M + 2) / 3;
-    const char* at_[kPointers];
-    int64_t stride_, step_;
-};
-
 // A matrix read one operand at a time.
 template <typename X>
 struct Scalars {
@@ -127,10 +98,6 @@ struct Scalars {
     int64_t row, column;  // strides
 
     Scalars from(int64_t m, int64_t k) const { return {data + m * row + k * column, row, column}; }
-    template <int M>
-    INTERFORMER_INLINE ScalarCursor<X, M> cursor() const {
-        return {data, row, column};
-    }
 };
 
 // A matrix whose rows are read by the vector; rows are `stride` apart.

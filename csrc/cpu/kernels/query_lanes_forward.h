@@ -175,8 +175,14 @@ class QueryLanesForward {
         }
     }
 
+    static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
+        QueryLanesForward forward(p, memory);
+        forward.begin(task);
+        for_each_row(task, [&](int64_t row, int64_t kv_head) { forward.run_row(task, row, kv_head); });
+    }
+
     struct Operands {
-        Scalars<X> keys;
+        KeyScalars<X> keys;
         Matrix<const X> values;
     };
 
@@ -188,11 +194,11 @@ class QueryLanesForward {
                 !p_.rope.cos && p_.head_size % 2 == 0 && p_.k.token % 2 == 0 && row.reads_in_place(p_.k, p_.head_size);
             const Matrix<const T> keys = in_place ? Matrix<const T>{row.key_at(p_.k, 0), p_.k.token}
                                                   : row.tokens(p_.k, ranges, p_.head_size, p_.rope.cos, work_.keys);
-            return {scalars_along_columns<X>(keys),
+            return {{reinterpret_cast<const X*>(keys.data), keys.stride / 2},
                     row.tokens_along_rows(values, ranges, p_.value_size, work_.value_rows)};
         } else {
             const Matrix<const X> keys = row.tokens(p_.k, ranges, p_.head_size, p_.rope.cos, work_.keys);
-            return {scalars_along_columns<X>(keys),
+            return {{keys.data, keys.stride},
                     p_.v_is_k ? keys : row.tokens(p_.v, ranges, p_.value_size, false, work_.values)};
         }
     }
