@@ -37,7 +37,7 @@ class FewQueriesBackward {
           probs_(arena.allocate<A>(kFewUnits / kGroup<A> * row_stride_)),
           d_probs_(arena.allocate<A>(kFewUnits / kGroup<A> * row_stride_)),
           grad_attn_out_(arena.allocate<A>(kFewUnits * shared_.value.padded())),
-          turned_grads_(arena.allocate<A>(kFewUnits * shared_.value.padded())),
+          for_dots_(arena.allocate<A>(kFewUnits * shared_.value.padded())),
           grad_q_(arena.allocate<A>(kFewUnits * shared_.head.padded())),
           rotated_grads_(arena.allocate<A>(problem.rope.cos ? kTokenBlock * kFewUnits * shared_.head.padded() : 0)),
           epilogue_(problem, row_group, arena.allocate<A>(2 * problem.value_size)),
@@ -57,16 +57,16 @@ class FewQueriesBackward {
         if (units.queries == 0) return zero_gradients(row);
         const A* queries = row.queries();
         const A* grad_attn_out = read_grad_out(row);
-        const A* turned_queries = shared_.turned;
-        const A* turned_grads = row.turned(grad_attn_out, shared_.value, turned_grads_);
+        const A* dot_queries = shared_.for_dots;
+        const A* dot_grads = row.for_dots(grad_attn_out, shared_.value, for_dots_);
         const UnitNumbers<A> probs{probs_, row_stride_}, d_probs{d_probs_, row_stride_};
         const HeadTokens<const T> values = read_only(row.tokens(p_.v));
         row.for_key_blocks(0, row.keys(), [&](const auto& keys, int64_t first, int64_t count) {
-            dots(units, shared_.head, keys, count, turned_queries, probs.from(first));
+            dots(units, shared_.head, keys, count, dot_queries, probs.from(first));
             if (p_.v_is_k)
-                dots(units, shared_.value, keys, count, turned_grads, d_probs.from(first));
+                dots(units, shared_.value, keys, count, dot_grads, d_probs.from(first));
             else
-                dots(units, shared_.value, values.from(first), count, turned_grads, d_probs.from(first));
+                dots(units, shared_.value, values.from(first), count, dot_grads, d_probs.from(first));
         });
         FewQueryScores<T> scores(p_, row.variant(), units);
         scores.scores_to_probs_and_d_scores(row.keys(), probs, d_probs);
@@ -178,7 +178,7 @@ class FewQueriesBackward {
     const AttentionProblem& p_;
     const FewQueries<T> shared_;
     const int64_t row_stride_;
-    A *probs_, *d_probs_, *grad_attn_out_, *turned_grads_, *grad_q_, *rotated_grads_;
+    A *probs_, *d_probs_, *grad_attn_out_, *for_dots_, *grad_q_, *rotated_grads_;
     const EpilogueBackward<T> epilogue_;
     const bool stream_;
     // The rows over which `grad_q_` is summed, and the last of them.

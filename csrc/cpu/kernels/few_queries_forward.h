@@ -38,7 +38,7 @@ class FewQueriesForward {
     void run_heads(const Row& row) const {
         FewQueryScores<T> scores(p_, row.variant(), row.units());
         row.queries();
-        const A* queries = shared_.turned;
+        const A* queries = shared_.for_dots;
         const ColumnRanges ranges = row.variant().column_ranges(0, row.units().queries);
         const HeadTokens<const T> values = read_only(row.tokens(p_.v));
         for (int i = 0; i < ranges.n; ++i)

@@ -3,6 +3,7 @@
 
 #include "cpu/kernel_table.h"
 #include "cpu/kernels/attention_epilogue.h"
+#include "cpu/kernels/few_query_dots.h"
 #include "cpu/kernels/few_query_scores.h"
 
 INTERFORMER_ISA_BEGIN
@@ -21,7 +22,7 @@ struct FewQueries {
     bool plain_queries;
     // Queries that all rows share are read once for a task; the heads whose queries the buffers hold.
     bool same_queries;
-    mutable const A* ready = nullptr;
+    mutable const A *ready = nullptr, *for_dots = nullptr;
     mutable int64_t ready_head = 0, ready_heads = 0;
 
     FewQueries(const AttentionProblem& problem, Arena& arena)
@@ -97,20 +98,21 @@ class FewQueryRow {
         return zero_padded(copy, channels);
     }
 
-    // The row's queries, rotated; `FewQueries::turned` then has them turned. Their products with keys are yet to be
-    // multiplied by `score_scale`.
+    // The row's queries, rotated; `FewQueries::for_dots` then has them for `TokenDots`. Their products with keys are
+    // yet to be multiplied by `score_scale`.
     const A* queries() const {
         const bool known = shared_.ready && shared_.ready_head == row_.kv_head && shared_.ready_heads == units_.heads;
         if (shared_.same_queries && known) return shared_.ready;
         shared_.ready = read_queries();
         shared_.ready_head = row_.kv_head;
         shared_.ready_heads = units_.heads;
-        turned(shared_.ready, shared_.head, shared_.turned);
+        shared_.for_dots = for_dots(shared_.ready, shared_.head, shared_.turned);
         return shared_.ready;
     }
 
-    // Rows of the units, turned for `TokenDots`.
-    const A* turned(const A* rows, const Channels<A>& channels, A* to) const {
+    // Rows of the units as `TokenDots` takes them: turned, or as they are.
+    const A* for_dots(const A* rows, const Channels<A>& channels, A* to) const {
+        if (!turns(units_, channels)) return rows;
         turn_rows<A>(rows, units_.template groups<A>(), channels, to);
         return to;
     }
