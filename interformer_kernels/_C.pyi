@@ -96,6 +96,9 @@ def personalized_ffn_backward(call: FfnCall, gradients: FfnGradients, threads: i
 def fused_linear_forward(call: LinearCall, outputs: LinearOutputs, threads: int, /) -> None:
     """Writes `out [T, F]`."""
 
+def eager_fused_linear_forward(call: LinearCall, outputs: LinearOutputs, threads: int, /) -> bool:
+    """The same for a plain eager call, its residual of the output's shape; False for a call that is declined."""
+
 def fused_linear_backward(call: LinearCall, gradients: LinearGradients, threads: int, /) -> None:
     """Writes the gradients."""
 

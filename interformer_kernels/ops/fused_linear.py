@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from interformer_kernels import reference
-from interformer_kernels._calls import LinearCall
+from interformer_kernels import _backend, reference
+from interformer_kernels._calls import LinearCall, LinearOutputs
+from interformer_kernels.ops import _autograd as autograd
 from interformer_kernels.ops._public import PublicOp
 from interformer_kernels.ops._registered import RegisteredOp
 from interformer_kernels.ops._sharding import unsharded
-from interformer_kernels.ops._spec import OpSpec
+from interformer_kernels.ops._spec import PLAIN_TENSORS, OpSpec
 
 
 def _check_options(op: PublicOp, call: LinearCall) -> None:
@@ -35,6 +37,28 @@ LINEAR = OpSpec(
 )
 OP = PublicOp("fused_linear", LINEAR)
 _registered = RegisteredOp(LINEAR)
+
+
+def _eager(call: LinearCall, residual: Tensor | None, backend: str | None) -> Tensor | None:
+    """The output of a plain eager call without gradients, by one native call; None where it is declined.
+
+    The native module asks all questions of the way below, where a small call spends most of its time.
+    """
+    if torch.compiler.is_compiling() or not (backend is None or (type(backend) is str and backend == "cpu")):
+        return None
+    module, x, weight = _backend.native(), call.x, call.weight
+    if module is None or type(x) not in PLAIN_TENSORS or type(weight) not in PLAIN_TENSORS:
+        return None
+    if x.dim() != 2 or weight.dim() != 2 or not autograd.is_eager():
+        return None
+    if autograd.wants_gradients((*call[:6], residual)):
+        return None
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    outputs = LinearOutputs(residual, out)
+    if not module.eager_fused_linear_forward(call, outputs, torch.get_num_threads()):
+        return None
+    _backend.choose(OP.name, "cpu", x.dtype)  # for its log
+    return out
 
 
 @unsharded(OP)
@@ -94,6 +118,9 @@ def fused_linear(
     Source: the fused layers of Transformer Engine (``LayerNormLinear``); its product is MaskNet's (Wang et al., 2021).
     """
     call = LinearCall(x, weight, bias, norm_weight, norm_bias, gate, eps, activation)
+    served = _eager(call, residual, backend)
+    if served is not None:
+        return served
     call, residual = OP.checked(call, residual)
     out: Tensor = _registered(OP, call, residual, backend)
     return out

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from grid import backends
+from grid import TOKEN_CASES, backends, case_ids
 from torch import Tensor
 
 from interformer_kernels import fused_linear, testing
@@ -77,6 +77,18 @@ def test_a_token_has_the_same_bits_in_any_batch() -> None:
         found = results({**made, **leaves}, "cpu")
         for name in ("out", "dx", "dgate", "dresidual"):
             assert torch.equal(found[name], whole[name][first:last]), name
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native module")
+@pytest.mark.parametrize("case", TOKEN_CASES, ids=case_ids(TOKEN_CASES))
+def test_calls_without_gradients_have_the_bits_of_those_with(case: Case) -> None:
+    """They take one native call, which declines what it does not serve."""
+    made = {name: x for name, x in testing.make_inputs(case, torch.float32).items() if name != "grad_out"}
+    wanted = fused_linear(**made)
+    assert wanted.requires_grad
+    with torch.no_grad():
+        assert torch.equal(fused_linear(**made), wanted)
+        assert torch.equal(fused_linear(**{**made, "x": made["x"].neg()._neg_view()}), wanted)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
