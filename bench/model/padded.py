@@ -69,7 +69,7 @@ class PaddedInterFormer(InterFormer):
         for name, required in _FORM.items():
             if getattr(config, name) != required:
                 raise ValueError(f"{name} must be {required!r} on padded rows, found {getattr(config, name)!r}")
-        super().__init__(config, schema)
+        super().__init__(replace(config, backend="reference"), schema)  # PyTorch's layers alone, none of this package
         self.full = full
         for module in self.modules():
             module.__class__ = _PADDED.get(type(module), type(module))
