@@ -17,6 +17,15 @@ _MOST_LOOPED = 64
 _WIDE_HEAD = 128  # padded channels of a head from which heads are not packed
 _NUMBERS_OF_WARP = 256  # of a tile that combines partials, at least
 _TILE_NUMBERS = 4096  # of a tile that combines partials
+_PACKED = {"grad_queries": ("grad_queries_packed",)}  # entries that replace a kernel's for packed queries
+# Tiles of packed queries for 16-bit heads that fill their padded width only in part, where those of full heads spill
+# on compute capability 9.0: the mask of channels takes registers.
+_MASKED: dict[str, dict[int, Tiles]] = {
+    "forward": {128: Tiles(64, 32, 8), 256: Tiles(32, 32, 8)},
+    "grad_queries": {64: Tiles(64, 32), 128: Tiles(64, 16, 8), 256: Tiles(16, 16, 8)},
+    "grad_keys": {128: Tiles(32, 64, 8)},
+    "short": {64: Tiles(64, 32, 8, 1)},
+}
 
 
 class Geometry:
@@ -66,7 +75,15 @@ class Geometry:
         """Tiles of short rows, of `keys` tokens at most; None where there are none."""
         if self.layout != "packed" or self.width > max(entries("short", *self.on)):
             return None
-        return tiles(f"short{self._suffix}", self.width, *self.on)
+        entry = tiles(f"short{self._suffix}", self.width, *self.on)
+        return entry if self.rotates else self._masked("short", entry)
+
+    def _masked(self, kernel: str, entry: Tiles) -> Tiles:
+        """The tiles of a kernel of packed queries where heads do not fill them; tuned ones are left as they are."""
+        itemsize, target = self.on
+        concerned = not self._fills_tiles and itemsize == 2 and target.kind == "cuda" and 90 <= target.capability < 100
+        tuned = not any(entry in entries(name, *self.on).values() for name in (kernel, *_PACKED.get(kernel, ())))
+        return _MASKED[kernel].get(self.width, entry) if concerned and not tuned else entry
 
     def _short_tiles_of_backward(self, forward: Tiles | None) -> Tiles | None:
         own = None if forward is None else variant(f"short_backward{self._suffix}", self.width, *self.on)
@@ -93,7 +110,7 @@ class Geometry:
         entry = tiles(kernel, self.width, *self.on)
         if self.layout == "packed":
             packed_entry = variant("grad_queries_packed", self.width, *self.on) if kernel == "grad_queries" else None
-            return packed_entry or entry
+            return self._masked(kernel, packed_entry or entry)
         queries = min(entry.queries, padded(max(1, self.queries * self.heads_per_program)))
         # Masks of channels take registers that a tile of few queries and many keys lacks in so few warps.
         masked = kernel == "forward" and queries < entry.keys and not self._fills_tiles and self.on[0] == 2

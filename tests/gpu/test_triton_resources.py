@@ -81,3 +81,25 @@ def test_what_does_not_fit_is_seen() -> None:
     assert Usage(*kernel, 0, SHARED_MEMORY["sm_80"]).fits
     assert not Usage(*kernel, 4, 0).fits
     assert not Usage(*kernel, 0, SHARED_MEMORY["sm_80"] + 1).fits
+
+
+def test_heads_that_fill_their_tiles_in_part_have_tiles_of_their_own() -> None:
+    """In 16 bits on 9.0, where a mask of channels takes registers; full heads, other devices and dtypes keep theirs."""
+    from interformer_kernels._triton._attention_geometry import geometry
+    from interformer_kernels._triton._tiles import Target, Tiles, forced
+
+    def chosen(d: int, capability: int = 90, itemsize: int = 2) -> list[Any]:
+        sizes = "packed", "softmax", False, d, d, 4, 4, 0, itemsize, Target("cuda", capability), "ieee", 0, True
+        made = geometry.__wrapped__(0, *sizes)
+        kernels = ("forward", "grad_queries", "grad_keys")
+        return [*(tuple(made.tiles(kernel)) for kernel in kernels), made.short[True] and tuple(made.short[True])]
+
+    assert chosen(50) == [(64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (64, 32, 8, 1)]
+    assert chosen(100) == [(64, 32, 8, 2), (64, 16, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1)]
+    assert chosen(200)[:2] == [(32, 32, 8, 2), (16, 16, 8, 2)]
+    assert chosen(128) == [(64, 32, 4, 2), (64, 32, 4, 2), (32, 128, 8, 2), (32, 32, 4, 1)]
+    for options in ({"capability": 80}, {"capability": 100}, {"itemsize": 4}):
+        assert chosen(100, **options) == chosen(128, **options)
+    tuned = Tiles(32, 64, 2, 3)
+    with forced("forward/128/16", tuned):
+        assert chosen(100)[0] == tuple(tuned)
