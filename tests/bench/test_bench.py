@@ -168,7 +168,9 @@ def test_compiled_peers_are_right_as_they_are_written(op: str, monkeypatch: pyte
     """They run uncompiled here, on rows that are grouped, with rows of one token and of none among them."""
     monkeypatch.setattr(compiled, "compiled", lambda function, any_threads=True: function)
     chosen = {name: p for name, p in registry.candidates(op).items() if name.rpartition(", ")[2].startswith("torch.co")}
-    assert {"torch.compile"} < {name.rpartition(", ")[2] for name in chosen}
+    kinds = {name.rpartition(", ")[2] for name in chosen}
+    assert "torch.compile" in kinds
+    assert len(kinds) > 1 or op in MEMORY_BOUND
     checker = checks.Checker(op, (5, 1, 6, 33, 5, 0), SIZES.get(op, Sizes(heads=2, head_size=8)), torch.float32)
     assert {name: checker.check(name, peer).problem for name, peer in chosen.items()} == dict.fromkeys(chosen)
 
