@@ -136,7 +136,7 @@ class FoldedPooling {
     template <int N>
     void score(Matrix<const S> tokens, int64_t count, int64_t unit) const {
         const Matrix<const X> keys = along_columns<X>(tokens);
-        lane_scores<X, N>({keys.data, keys.stride, 1}, weights_.queries(unit), count, operands<X>(rows_.head_size),
+        lane_scores<X, N>({keys.data, keys.stride}, weights_.queries(unit), count, operands<X>(rows_.head_size),
                           scores_);
     }
 
@@ -169,7 +169,7 @@ class FoldedPooling {
     void project(int64_t first, int64_t count) const {
         const int64_t row_stride = rows_.heads * weights_.head_stride();
         for (int64_t head = 0; head < rows_.heads; ++head) {
-            const Scalars<A> pooled{sums_of(0, head), rows_.heads * unit_stride_, 1};
+            const KeyScalars<A> pooled{sums_of(0, head), rows_.heads * unit_stride_};
             const Matrix<const A> weight = weights_.value_weight(head);
             multiply_pooled(pooled, weight, count * rows_.queries,
                             {projected_ + head * weights_.head_stride(), row_stride});
@@ -180,12 +180,18 @@ class FoldedPooling {
         }
     }
 
-    void multiply_pooled(Scalars<A> pooled, Matrix<const A> weight, int64_t count, Matrix<A> to) const {
+    void multiply_pooled(KeyScalars<A> pooled, Matrix<const A> weight, int64_t count, Matrix<A> to) const {
         constexpr int64_t kStepDepth = 64;  // a long sum is made in steps
-        const int64_t width = rows_.head_size;
-        for (int64_t k = 0; k < width; k += kStepDepth)
-            multiply<A>(pooled.from(0, k), weight.from(k), count, weights_.head_stride(), min(kStepDepth, width - k),
-                        to, k > 0);
+        const int64_t width = rows_.head_size, columns = weights_.head_stride();
+        for (int64_t k = 0; k < width; k += kStepDepth) {
+            const int64_t depth = min(kStepDepth, width - k);
+            const A* rows = weight.from(k).data;
+            int64_t c = 0;
+            for (; c + kPanel<A> <= columns; c += kPanel<A>)
+                lane_columns<A, 2>(pooled.from(0, k), rows + c, columns, count, depth, to.data + c, to.stride, k > 0);
+            if (c < columns)
+                lane_columns<A, 1>(pooled.from(0, k), rows + c, columns, count, depth, to.data + c, to.stride, k > 0);
+        }
     }
 
     // Divides projected sums and adds the bias. A row without tokens is 0.

@@ -217,8 +217,8 @@ class FusedLinear {
         const Matrix<const A> x = inputs(t, count);
         const Matrix<const A> grad_out = output_gradients(t, count);
         if (p.grad_bias.given) add_rows(grad_out, count, to.bias_columns, to.bias);
-        multiply<A>(Scalars<A>{grad_out.data, 1, grad_out.stride}, x, p.outputs, to.columns, count,
-                    {to.weight, to.columns}, true);
+        multiply<A>({grad_out.data, 1, grad_out.stride}, x, p.outputs, to.columns, count, {to.weight, to.columns},
+                    true);
         const bool direct = prologue_.empty() && !prologue_.streams() && in_place<T>(p.grad_x, p.inputs);
         const Matrix<A> grad = direct ? tokens(p.grad_x, t) : Matrix<A>{grad_, x_stride_};
         multiply_packed<A>({grad_out.data, grad_out.stride, 1}, packed_.panels, count, 0, to.columns, p.outputs, grad);
