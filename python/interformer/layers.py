@@ -7,22 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from interformer.config import InterFormerConfig
-from interformer_kernels import fused_linear
 
 Rope = tuple[Tensor, Tensor]
-
-
-def fuses(backend: str | None, tokens: Tensor, *layers: nn.Module) -> bool:
-    """Whether `fused_linear` shall serve these linear layers: packed tokens `[T, E]` on the CPU, layers as PyTorch has
-    them. The reference is written without it, and a GPU has no kernel for it."""
-    plain = all(type(layer) in (nn.Linear, nn.LayerNorm) for layer in layers)
-    return plain and backend in (None, "cpu") and tokens.is_cpu and tokens.dim() == 2
 
 
 class MLP(nn.Sequential):
@@ -57,7 +48,6 @@ class MaskNet(nn.Module):
         width = num_sequences * config.embed_dim
         self.mask = MLP((width, width, width)) if config.mask_output != "none" else None
         self.sigmoid = config.mask_output == "sigmoid"
-        self.backend = config.backend
         self.lce = nn.Linear(width, config.embed_dim)
         if self.mask is not None:
             # Without a sigmoid, the mask starts at one, so that MaskNet starts as a linear map of the events.
@@ -66,18 +56,8 @@ class MaskNet(nn.Module):
     def forward(self, events: Tensor) -> Tensor:
         if self.mask is None:
             return self.lce(events)
-        if not fuses(self.backend, events, self.mask[0], self.mask.last, self.lce):
-            mask = self.mask(events)
-            return self.lce(events * (torch.sigmoid(mask) if self.sigmoid else mask))
-        hidden = _linear(events, self.mask[0], backend=self.backend)
-        mask = _linear(hidden, self.mask.last, activation="silu", backend=self.backend)
-        mask = torch.sigmoid(mask) if self.sigmoid else mask
-        return _linear(mask, self.lce, gate=events, backend=self.backend)
-
-
-def _linear(x: Tensor, layer: nn.Module, **options: Any) -> Tensor:
-    assert isinstance(layer, nn.Linear)
-    return fused_linear(x, layer.weight, layer.bias, **options)
+        mask = self.mask(events)
+        return self.lce(events * (torch.sigmoid(mask) if self.sigmoid else mask))
 
 
 _SELF_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

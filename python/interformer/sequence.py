@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from interformer.config import InterFormerConfig
 from interformer.feed_forward import FEED_FORWARDS
-from interformer.layers import Rope, fuses
-from interformer_kernels import fused_linear, jagged_attention
+from interformer.layers import Rope
+from interformer_kernels import jagged_attention
 
 
 class SelfAttention(nn.Module):
@@ -32,29 +32,12 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, tokens: Tensor, offsets: Tensor, rope: Rope | None = None) -> Tensor:
-        return self.out(self._attend(self.qkv(tokens), offsets, rope))
-
-    def residual_block(self, tokens: Tensor, norm: nn.LayerNorm, offsets: Tensor, rope: Rope | None = None) -> Tensor:
-        """`tokens + self(norm(tokens))`, with fewer passes over the tokens, where `fuses` says so."""
-        qkv = fused_linear(
-            tokens,
-            self.qkv.weight,
-            norm_weight=norm.weight,
-            norm_bias=norm.bias,
-            eps=norm.eps,
-            backend=self.backend,
-        )
-        attn_out = self._attend(qkv, offsets, rope)
-        return fused_linear(attn_out, self.out.weight, residual=tokens, backend=self.backend)
-
-    def _attend(self, qkv: Tensor, offsets: Tensor, rope: Rope | None) -> Tensor:
-        """Attention by `qkv [T, 3E]` before `W_O`: `[T, E]`."""
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [T, H, D] each
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [T, H, D] each
         attn_out = jagged_attention(
             q, k, v, offsets, window=self.window, num_prefix=self.num_prefix, rope=rope, backend=self.backend
         )
         assert isinstance(attn_out, Tensor)
-        return attn_out.flatten(-2)
+        return self.out(attn_out.flatten(-2))
 
 
 class SequenceArch(nn.Module):
@@ -65,7 +48,7 @@ class SequenceArch(nn.Module):
 
     def __init__(self, config: InterFormerConfig) -> None:
         super().__init__()
-        self.literal, self.backend = config.literal, config.backend
+        self.literal = config.literal
         self.feed_forward = FEED_FORWARDS[config.pffn](config) if config.pffn != "none" else None
         self.attention = SelfAttention(config, config.cls_tokens) if config.attention else None
         self.feed_forward_norm = self._norm_before(self.feed_forward, config)
@@ -79,10 +62,6 @@ class SequenceArch(nn.Module):
         if self.feed_forward is not None:
             ffn_out = self.feed_forward(self.feed_forward_norm(tokens), x_sum, offsets)
             tokens = ffn_out if self.literal else tokens + ffn_out
-        norm = self.attention_norm
-        if self.attention is not None and fuses(self.backend, tokens, norm, self.attention.qkv, self.attention.out):
-            assert isinstance(norm, nn.LayerNorm)  # else it is no norm that `fuses` knows
-            return self.attention.residual_block(tokens, norm, offsets, rope)
         if self.attention is not None:
             attn_out = self.attention(self.attention_norm(tokens), offsets, rope)
             tokens = attn_out if self.literal else tokens + attn_out
