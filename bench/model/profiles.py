@@ -14,7 +14,6 @@ COLUMNS = ("lengths", "rows", "pass", "model", "work", "time", "share")
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl::_mkl_linear")
 # Kinds of work by parts of an event's name; the first match counts.
 _KINDS = {
-    "fused layers over tokens": ("interformer_kernels::fused_linear",),
     "kernels": ("interformer_kernels::",),
     "SDPA": ("scaled_dot_product", "_flash_attention"),
     "embedding": ("embedding", "aten::index_select", "aten::scatter_add", "aten::index_add"),
