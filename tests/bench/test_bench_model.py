@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import interformer.layers
-import interformer.sequence
 import pytest
 import torch
 from interformer import InterFormer, InterFormerConfig
@@ -41,8 +39,6 @@ ANSWER = cases.Case(LAWS["diginetica"], 2, cases.INFERENCE)
 @pytest.mark.parametrize("peer", ["padded", "by length"])
 def test_padded_models_are_interformer(monkeypatch: pytest.MonkeyPatch, peer: str, lengths: tuple[int, ...]) -> None:
     monkeypatch.setattr(by_length, "_CALL", 1)  # else so few rows are one bucket
-    for module in (interformer.layers, interformer.sequence):
-        monkeypatch.setattr(module, "fused_linear", lambda *_, **__: pytest.fail("padded models are PyTorch's alone"))
     reference = perturbed(InterFormer(replace(SMALL, backend="reference"), small_schema()), by=0.1)
     if peer == "padded":
         model: Any = PaddedInterFormer(SMALL, small_schema(), full=len(set(lengths)) == 1)
