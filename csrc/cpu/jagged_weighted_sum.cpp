@@ -10,6 +10,9 @@ namespace interformer {
 
 namespace {
 
+// Multiply-adds that a number of the values counts for: it is read for a single one.
+constexpr int64_t kWorkOfNumber = 2;
+
 RowTensor token_values(const TensorView& x, const int64_t* begins) {
     return {x.data, begins, 0, x.strides[0], x.strides[1], x.strides[2], true};
 }
@@ -37,7 +40,7 @@ void jagged_weighted_sum_forward(const WeightedSumInputs& in, const WeightedSumO
     p.out = row_sums(outputs.out);
     const Kernels& native = kernels(in.v.dtype);
     for_row_groups(
-        rows, threads, p.heads * p.channels, native.weighted_sum_memory(p),
+        rows, threads, kWorkOfNumber * p.heads * p.channels, native.weighted_sum_memory(p),
         [&](int64_t first, int64_t last, void* memory) { native.weighted_sum_forward(p, first, last, memory); });
 }
 
@@ -54,7 +57,7 @@ void jagged_weighted_sum_backward(const WeightedSumInputs& in, const WeightedSum
     zero_gaps(rows, grads.grad_v);
     const Kernels& native = kernels(in.v.dtype);
     for_row_groups(
-        rows, threads, 2 * p.heads * p.channels, native.weighted_sum_memory(p),
+        rows, threads, 2 * kWorkOfNumber * p.heads * p.channels, native.weighted_sum_memory(p),
         [&](int64_t first, int64_t last, void* memory) { native.weighted_sum_backward(p, first, last, memory); });
 }
 

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kPairs; ++i) {
         const int64_t pair = begin + i * groups + threadIdx.x / p.lanes;
         const bool written = pair < end;
-        const int64_t token = min(pair, end - 1) / p.heads, head = min(pair, end - 1) % p.heads;
+        const int64_t last = min(pair, end - 1), token = last / p.heads, head = last - token * p.heads;
         const int64_t row = offsets.row_between(token, low, high);
         const bool held = written && row < offsets.rows && token >= offsets.edge(row);
         float dot = 0.0f;

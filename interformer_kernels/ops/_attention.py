@@ -67,10 +67,13 @@ def _backward_reads_attn_out(op: str, backend: str, call: AttentionCall) -> bool
     return (backend or _chosen(op, call.k.device.type, call.k.dtype)) == "triton"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _chosen(op: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend for heads of any size, as far as the question is Triton; the compiler cannot trace the choice."""
     return _backend.choose(op, device_type, dtype)
+
+
+# As torch.compiler.assume_constant_result sets it; importing that function would take a second.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _flops(call: AttentionCall) -> int:

@@ -197,8 +197,8 @@ class _Call:
 
     def _local_heads(self, name: str, x: Tensor) -> Tensor:
         """The heads of whole keys or values that this process' queries read."""
-        heads = self.arguments[self.lead].shape[self.layouts[self.lead].index("H")]
-        key_heads = x.shape[1]
+        of_queries = next(n for n, axes in self.layouts.items() if "H" in axes)
+        heads, key_heads = self.arguments[of_queries].shape[self.layouts[of_queries].index("H")], x.shape[1]
         part, group = self._part("heads"), max(heads // max(key_heads, 1), 1)
         local_heads = heads // part.parts
         if local_heads % group and group % max(local_heads, 1):
