@@ -217,7 +217,8 @@ wide-test: $(READY)
 	    --target $(WIDE)/site .
 	cp -r tests pyproject.toml $(WIDE)/run
 	cd $(WIDE)/run && INTERFORMER_CPU_LEVEL=wide PYTHONPATH=$(WIDE)/site $(PYTEST) -k '$(CASES)' \
-	    tests/ops/test_parity.py tests/cpu/test_cpu_kernels.py tests/cpu/test_cpu_determinism.py
+	    tests/ops/test_parity.py tests/cpu/test_cpu_kernels.py tests/cpu/test_cpu_layouts.py \
+	    tests/cpu/test_cpu_determinism.py
 
 bench: $(READY)
 	$(BIN)/python -m interformer_bench $(data_option) --out bench/out $(ARGS)
