@@ -168,7 +168,7 @@ def test_a_row_does_not_see_the_others(op: str) -> None:
                     alone[name] = testing.offsets_of((length,))
                 elif name in ("weight", "bias") or (name == "q" and x.dim() == 4):
                     alone[name] = x[b : b + 1]
-                elif name in ("q", "k", "v", "x"):
+                elif name in ("q", "k", "v", "x", "scores", "weights"):
                     alone[name] = x[first : first + length]
             single = testing.call(op, alone, "cuda")[0]
             assert torch.equal(together[b : b + 1] if dense else together[first : first + length], single), b
