@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_map
 import interformer_kernels as ik
 
 pytest.importorskip("interformer", reason="the environment of another Triton has the kernels alone")
-from interformer import InterFormer, InterFormerConfig  # noqa: E402
-from interformer.batch import Batch  # noqa: E402
-from interformer.testing import random_batch, small_schema  # noqa: E402
+from interformer import InterFormer, InterFormerConfig
+from interformer.batch import Batch
+from interformer.testing import random_batch, small_schema
 
 DRIVER = fake_triton_driver.install("sm_90")
 # Few long rows, many short ones, none with events; the model has attention, pooling and a personalised feed-forward.
