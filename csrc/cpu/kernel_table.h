@@ -108,7 +108,7 @@ struct Kernels {
     int64_t (*attention_shards)(const AttentionProblem&, int64_t row);
     int64_t (*attention_key_grads_bytes)(const AttentionProblem&, int64_t row);
     void (*attention_add_shard)(const AttentionProblem&, const AttentionTask&, void* memory);
-    // What all threads read, made once for a call in memory of so many bytes; then tasks are the rows [first, last).
+    // All threads read memory of so many bytes, which is made once for a call; then tasks are the rows [first, last).
     int64_t (*folded_shared_memory)(const FoldedProblem&);
     void (*folded_prepare)(const FoldedProblem&, void* shared);
     int64_t (*folded_memory)(const FoldedProblem&);

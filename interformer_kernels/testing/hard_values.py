@@ -82,7 +82,7 @@ HARD_VALUES: dict[str, tuple[Callable[[Inputs], Inputs], tuple[dict[str, Any], .
     "largest values": (_largest, _SOFTMAX),
     "keys near the largest": (_far_apart, _ALL_SCORES),
     "inputs of 1e-3": (lambda inputs: _scaled(inputs, q=1e-3, seeds=1e-3, k=1e-3, v=1e-3, x=1e-3), _ALL_SCORES),
-    # Of `jagged_softmax` alone.
+    # Only `jagged_softmax` takes these.
     "scores of -inf": (_hidden, ()),
     "scores of tens": (lambda inputs: _scaled(inputs, scores=30.0), ()),
     LARGE_SCORES: (lambda inputs: inputs, ({"scale": 20.0}, {"scale": -20.0})),

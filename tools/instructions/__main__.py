@@ -31,7 +31,7 @@ ENVIRONMENT = {
 }
 # The native module's own instructions, and those of the whole process: Python's, PyTorch's, the C library's.
 NATIVE, ALL = "native module", "all"
-# What a recorded figure may be exceeded by.
+# A count may exceed its recorded figure by this share.
 TOLERANCE = {NATIVE: 0.02, ALL: 0.03}
 COLUMNS = ("call", "native module", "recorded", "change", "all", "recorded", "change", "verdict")
 Figures = dict[str, dict[str, int]]

@@ -1,4 +1,4 @@
-// What all rows of folded pooling share: the seeds with W_k folded in, transposed for products with queries in lanes,
+// All rows of folded pooling share these operands: the seeds with W_k folded in, transposed for products with queries in lanes,
 // and W_v as the operand of its product.
 #pragma once
 
