@@ -1,5 +1,5 @@
-// All rows of folded pooling share these operands: the seeds with W_k folded in, transposed for products with queries in lanes,
-// and W_v as the operand of its product.
+// All rows of folded pooling share these operands: the seeds with W_k folded in, transposed for products with queries
+// in lanes, and W_v as the operand of its product.
 #pragma once
 
 #include "cpu/kernel_table.h"
