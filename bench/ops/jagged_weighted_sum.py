@@ -5,26 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from interformer_bench.ops.call import Sizes
-from interformer_bench.ops.spec import BenchOp, GpuRow, GridRow
+from interformer_bench.ops.jagged_softmax import GRID
+from interformer_bench.ops.spec import BenchOp, GpuRow
 from interformer_bench.peers import Peer, compiled, own_scores
 from interformer_bench.peers.padded import longest
 from torch import Tensor
 
-# Memory-bound: only the floor is a target.
-_GRID = (
-    GridRow("movielens", rows=256, heads=1, head_size=64, bfloat16=True, quick=True),
-    GridRow("beauty", rows=1024, heads=1, head_size=64),
-    GridRow("grocery", rows=1024, heads=1, head_size=32),
-    GridRow("diginetica", rows=2048, heads=1, head_size=64),
-    GridRow("uniform 1..50", rows=1024, heads=1, head_size=32, quick=True),
-    GridRow("log-normal, mean 100", rows=256, heads=4, head_size=16),
-    GridRow("log-normal, mean 500", rows=64, heads=1, head_size=64),
-    GridRow("all 1024", rows=16, heads=4, head_size=16),
-    GridRow("all 104", rows=2048, heads=1, head_size=64),
-    GridRow("fill 0.1", rows=256, heads=1, head_size=64, memory=True),
-    GridRow("fill 0.5", rows=128, heads=1, head_size=64),
-    GridRow("fill 1.0", rows=64, heads=1, head_size=64),
-)
 _GPU_ROWS = (GpuRow("all 104", name="sum-104", rank=19, rows=2048, heads=1, head_size=64, compiled=True),)
 
 
@@ -59,7 +45,7 @@ def _gpu_peers(lengths: Sequence[int]) -> dict[str, Peer]:
 
 OP = BenchOp(
     name="jagged_weighted_sum",
-    grid=_GRID,
+    grid=GRID,
     flops=_flops,
     peers=_peers,
     memory_peers=("padded", "scattered"),
