@@ -99,12 +99,15 @@ SINCE: dict[int, dict[str, dict[int, dict[int, Tiles]]]] = {
         "whole": {2: {64: Tiles(64, 64, 4, 1)}},
     },
     90: {
-        "forward": {2: {128: Tiles(64, 32)}, 4: {32: Tiles(32, 16)}},
+        "forward": {2: {128: Tiles(64, 32)}, 4: {16: Tiles(32, 32, 8), 32: Tiles(32, 16)}},
         "grad_queries": {
             2: {32: Tiles(64, 64), 64: Tiles(64, 64, 8), 128: Tiles(64, 32)},
             4: {16: Tiles(16, 64), 32: Tiles(32, 16), 64: Tiles(16, 16, 8), 128: Tiles(16, 16, 8)},
         },
-        "grad_keys": {2: {128: Tiles(32, 128, 8)}, 4: {64: Tiles(32, 16), 128: Tiles(32, 16), 256: Tiles(16, 16)}},
+        "grad_keys": {
+            2: {128: Tiles(32, 128, 8)},
+            4: {16: Tiles(32, 16, 8), 64: Tiles(32, 16), 128: Tiles(32, 16), 256: Tiles(16, 16)},
+        },
         "whole": {2: {128: Tiles(64, 64, 8, 1)}},
         "whole_long": {2: {64: Tiles(128, 128, 8, 1)}},
         "grad_queries_packed": {
