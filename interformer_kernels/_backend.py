@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -21,6 +22,9 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 _SERVING = {"fused_linear": (("cpu",), "on other devices backend=None takes PyTorch's ops, the reference")}
 # Channels of a head, at most, in the ops of the attention family; no entry: any number.
 _MOST_CHANNELS = {"cuda": 256}
+# Options of attention that a backend does not serve yet, in the order of `AttentionCall`.
+_OPTIONS = ("prefix", "full_tail", "num_targets", "softcap", "sinks", "position_bias", "time_bias", "dropout_p")
+UNSERVED: dict[str, tuple[str, ...]] = {"cpu": _OPTIONS, "triton": _OPTIONS, "cuda": _OPTIONS}
 _DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # Backends that `backend=None` tries on a device, fastest first; the reference serves all other calls.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
@@ -70,7 +74,24 @@ def _cuda_missing() -> str | None:
     return None
 
 
-def unsupported_reason(op: str, backend: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> str | None:
+def options_of(call: Any) -> tuple[str, ...]:
+    """The options of a call that some backend does not serve yet."""
+    neutral = (None, 0, "full")
+    return tuple(name for name in _OPTIONS if not _is_any(getattr(call, name, None), neutral))
+
+
+def _is_any(value: Any, values: tuple[Any, ...]) -> bool:
+    return not isinstance(value, torch.Tensor) and value in values
+
+
+def unsupported_reason(
+    op: str,
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype,
+    channels: int = 0,
+    options: tuple[str, ...] = (),
+) -> str | None:
     """Why `backend` cannot serve this op on this device and dtype, or heads of so many channels; None where it can."""
     if backend == "reference":
         return None
@@ -85,18 +106,21 @@ def unsupported_reason(op: str, backend: str, device_type: str, dtype: torch.dty
     most = _MOST_CHANNELS.get(backend, channels)
     if channels > most:
         return f"it serves heads of at most {most} channels, found {channels}"
+    unserved = [name for name in options if name in UNSERVED[backend]]
+    if unserved:
+        return f"it does not serve {', '.join(unserved)} yet"
     return _missing(backend)
 
 
 @functools.cache
-def choose(op: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> str:
+def choose(op: str, device_type: str, dtype: torch.dtype, channels: int = 0, options: tuple[str, ...] = ()) -> str:
     """The fastest backend that can serve; its name and the reason are logged once per op, device, dtype and head size.
 
     `channels` are those of the widest head, of ops that attend; 0 for others.
     """
     module, passed_over = native(), []
     for backend in _PREFERENCE.get(device_type, ()):
-        reason = unsupported_reason(op, backend, device_type, dtype, channels)
+        reason = unsupported_reason(op, backend, device_type, dtype, channels, options)
         if backend == "triton" and interprets_triton():
             reason = "its interpreter serves only where it is named"
         if reason is None:
@@ -111,15 +135,21 @@ def choose(op: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> 
 
 @functools.cache
 def kernels(
-    module: str, op: str, backend: str, device_type: str, dtype: torch.dtype, channels: int = 0
+    module: str,
+    op: str,
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype,
+    channels: int = 0,
+    options: tuple[str, ...] = (),
 ) -> ModuleType | None:
     """The module of this name whose `forward` and `backward` serve the call; None stands for the reference.
 
     `backend` is a name, which never falls back, or `""` for the fastest that can serve. `op` is the public function's
     name, for messages.
     """
-    chosen = backend or choose(op, device_type, dtype, channels)
-    reason = unsupported_reason(op, chosen, device_type, dtype, channels)
+    chosen = backend or choose(op, device_type, dtype, channels, options)
+    reason = unsupported_reason(op, chosen, device_type, dtype, channels, options)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {chosen!r} cannot serve: {reason}")
     return None if chosen == "reference" else importlib.import_module(f"interformer_kernels._{chosen}.{module}")

@@ -12,14 +12,17 @@ channels.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 LAYOUTS = ("packed", "dense", "shared")
 SCORES = ("softmax", "identity", "relu", "silu", "gelu")
+PREFIXES = ("full", "keys", "index")
 GATE_FORMS = ("multiply", "self")
 GATE_ACTIVATIONS = ("sigmoid", "tanh", "silu", "identity")
 FFN_ACTIVATIONS = ("identity", "relu", "silu", "gelu")
@@ -31,6 +34,13 @@ class Values:
     """A floating tensor, which gets a gradient: its axes, by layout where the layouts differ."""
 
     axes: str | dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Wide:
+    """A tensor of the accumulation dtype, whatever the others' dtype, which gets a gradient: its axes."""
+
+    axes: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +60,14 @@ class Positions:
     """The position of each token in the rotary tables, int32 or int64."""
 
     axis: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Ints:
+    """Whole numbers: their axes, by layout where the layouts differ, and their dtypes."""
+
+    axes: str | dict[str, str]
+    dtypes: tuple[torch.dtype, ...] = (torch.int64,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +92,14 @@ class AtLeast:
 @dataclasses.dataclass(frozen=True)
 class Finite:
     """A finite number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """A number from one bound to another."""
+
+    least: float
+    most: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +128,7 @@ class Field(NamedTuple):
     @property
     def differentiable(self) -> bool:
         """Whether the field gets a gradient."""
-        return isinstance(self.note, (Values, Broadcast))
+        return isinstance(self.note, (Values, Wide, Broadcast))
 
 
 def fields_of(call: type) -> tuple[Field, ...]:
@@ -123,8 +149,8 @@ class AttentionCall(NamedTuple):
     """Attention of the queries of each row over the keys of the same row; the three public ops differ by `layout`.
 
     Queries are "packed" `[Tq, H, D]` with offsets of their own (None: the keys'), "dense" `[B, N, H, D]`, or "shared"
-    by all rows, `[M, H, D]`. `v` None stands for `k`. Rotary embedding, causal masks, windows and prefixes are for
-    packed queries; a public op without an option leaves its neutral value here.
+    by all rows, `[M, H, D]`. `v` None stands for `k`. Rotary embedding and masks are for packed queries, biases for
+    packed and dense ones; a public op without an option leaves its neutral value here. `Hb` is `H`, or 1 for all heads.
     """
 
     layout: Annotated[str, OneOf(LAYOUTS)]
@@ -143,12 +169,30 @@ class AttentionCall(NamedTuple):
     window_left: Annotated[int, AtLeast(-1)] = -1
     window_right: Annotated[int, AtLeast(-1)] = -1
     num_prefix: Annotated[int, AtLeast(0)] = 0
+    prefix: Annotated[str, OneOf(PREFIXES)] = "full"
+    full_tail: Annotated[int, AtLeast(0)] = 0
+    num_targets: Annotated[Tensor | None, Ints("B", (torch.int32, torch.int64))] = None
+    softcap: Annotated[float, Within(0.0, sys.float_info.max)] = 0.0
+    sinks: Annotated[Tensor | None, Wide("H")] = None
+    position_bias: Annotated[Tensor | None, Wide("Hb distances")] = None
+    queries_at_end: bool = False  # for distances, all queries stand behind the last key
+    time_bias: Annotated[Tensor | None, Wide("Hb bins")] = None
+    times_q: Annotated[Tensor | None, Ints({"packed": "Tq", "dense": "B N", "shared": ""})] = None
+    times_k: Annotated[Tensor | None, Ints("Tk")] = None
+    time_edges: Annotated[Tensor | None, Ints("edges")] = None
+    dropout_p: Annotated[float, Within(0.0, 1.0)] = 0.0
+    dropout_seed: Annotated[Tensor | None, Ints("")] = None
     skip_prefix: Annotated[int, AtLeast(0)] = 0
     cos: Annotated[Tensor | None, Table()] = None
     sin: Annotated[Tensor | None, Table()] = None
     positions_q: Annotated[Tensor | None, Positions("Tq")] = None
     positions_k: Annotated[Tensor | None, Positions("Tk")] = None
     rope_interleaved: bool = False
+
+    @property
+    def drops(self) -> bool:
+        """Whether some weights are dropped, and others may not be."""
+        return 0 < self.dropout_p < 1
 
     @property
     def scales_sum(self) -> bool:
@@ -192,6 +236,9 @@ class AttentionGradients(NamedTuple):
     grad_k: Tensor
     grad_v: Tensor | None
     grad_gate: Tensor | None
+    grad_sinks: Tensor | None = None
+    grad_position_bias: Tensor | None = None
+    grad_time_bias: Tensor | None = None
 
 
 class FoldedCall(NamedTuple):

@@ -250,6 +250,15 @@ def check_number(op: str, name: str, value: object) -> float:
     return float(value)
 
 
+def check_within(op: str, name: str, value: object, least: float, most: float) -> float:
+    """`value` is a number from `least` to `most`; returns it as a float."""
+    number = check_number(op, name, value)
+    if not least <= number <= most:
+        wanted = f"from {least:g} to {most:g}" if most < 1e308 else f"at least {least:g}"
+        raise ValueError(f"{op}: {name} must be {wanted}, found {number}")
+    return number
+
+
 def check_rope(op: str, rope: object, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The rotary tables `(cos, sin)`, each float32 `[P, R/2]` with `P >= 1` and `R <= D`."""
     if not isinstance(rope, (tuple, list)) or len(rope) != 2:

@@ -19,6 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from interformer_kernels._calls import AttentionCall, FfnCall, LinearCall, RotaryCall, SoftmaxCall, WeightedSumCall
+from interformer_kernels.reference_scores import (
+    Dropout,
+    Masks,
+    Sizes,
+    places,
+    position_bias,
+    time_bias,
+    visible_keys,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -100,92 +109,122 @@ class Maps(NamedTuple):
     post_scale: float = 1.0
 
 
-class Masks(NamedTuple):
-    """Masks by position: see `visible_keys`."""
+class Scores(NamedTuple):
+    """What becomes of the scores of padded rows, beside `Maps`.
 
-    causal: bool = False
-    window: tuple[int, int] = (-1, -1)
-    num_prefix: int = 0
-
-
-def visible_keys(queries: Tensor, keys: Tensor, size: tuple[int, int], masks: Masks) -> Tensor:
-    """The keys that each query sees, `[B, N, L]`, for rows of `queries [B]` queries and `keys [B]` keys.
-
-    Query `i` stands at `p = i + (keys - queries)`, so that the last query stands at the last key.
+    Attributes:
+        softcap: scores become `softcap * tanh(s / softcap)`; 0 leaves them.
+        bias: added then; broadcasts to `[B, N, H, L]`.
+        sinks: `[H]`, one more score of each query, without a value (softmax).
+        dropout: factors of the weights, `[B, N, H, L]`.
     """
-    device = queries.device
-    i = torch.arange(size[0], device=device)[:, None]
-    j = torch.arange(size[1], device=device)
-    p = i + (keys - queries)[:, None, None]
-    left, right = masks.window
-    seen = torch.ones_like(p + j, dtype=torch.bool)
-    if masks.causal:
-        seen &= j <= p
-    if left >= 0:
-        seen &= j >= p - left
-    if right >= 0:
-        seen &= j <= p + right
-    seen |= (j < masks.num_prefix) | (i < masks.num_prefix)
-    return seen & (i < queries[:, None, None]) & (j < keys[:, None, None])
+
+    softcap: float = 0.0
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+    dropout: Tensor | None = None
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visible: Tensor,
-    maps: Maps,
-    dropout: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, maps: Maps, scores: Scores | None = None
 ) -> tuple[Tensor, Tensor]:
     """Dense attention of `q [B, N, H, D]` over `k [B, L, Hk, D]`, `v [B, L, Hk, Dv]` where `visible [B, N, L]`.
 
-    Returns `A [B, N, H, Dv]` and `lse [B, N, H]` (float32, or float64 for float64; meaningful for softmax). Each weight
-    is left out with probability `dropout`, and the others grow by `1 / (1 - dropout)`: no op offers it, modules in
-    training use it.
+    Returns `A [B, N, H, Dv]` and `lse [B, N, H]` (float32, or float64 for float64; meaningful for softmax).
     """
+    scores = Scores() if scores is None else scores
     group = q.shape[2] // max(k.shape[2], 1)
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     s = maps.scale * torch.einsum("bnhd,blhd->bnhl", q, k)
     visible = visible[:, :, None, :]
+    if scores.softcap:
+        s = scores.softcap * torch.tanh(s / scores.softcap)
+    if scores.bias is not None:
+        s = s + scores.bias.to(s.dtype)
+    dropout = 1 if scores.dropout is None else scores.dropout.to(s.dtype)
     if maps.score != "softmax":
         # Masked before and after: a hidden score has no gradient, whatever it holds.
-        a = F.dropout(ACTIVATIONS[maps.score](s.where(visible, 0)).where(visible, 0), dropout)
+        a = ACTIVATIONS[maps.score](s.where(visible, 0)).where(visible, 0) * dropout
         return maps.post_scale * torch.einsum("bnhl,blhe->bnhe", a, v), s.new_empty(0)
     # A query that sees no key has scores of 0: their softmax is finite, so no NaN reaches the gradients.
     fully_masked = ~visible.any(-1, keepdim=True)
     s = s.masked_fill(fully_masked, 0).masked_fill(~visible & ~fully_masked, -torch.inf)
-    p = F.dropout((torch.softmax(s, -1) if s.shape[-1] else s).where(visible, 0), dropout)
+    no_key = s.new_full((), -torch.inf) if scores.sinks is None else scores.sinks.to(s.dtype)
+    if scores.sinks is not None:
+        s = torch.cat((s, no_key[:, None].expand(*s.shape[:-1], 1)), -1)
+    p = torch.softmax(s, -1) if s.shape[-1] else s
+    p = p[..., : visible.shape[-1]].where(visible, 0) * dropout
     exact = s if s.dtype == torch.float64 else s.float()
-    lse = torch.logsumexp(exact, -1).masked_fill(fully_masked.squeeze(-1), -torch.inf)
-    return torch.einsum("bnhl,blhe->bnhe", p, v), lse
+    lse = torch.logsumexp(exact, -1)
+    return torch.einsum("bnhl,blhe->bnhe", p, v), no_key.to(lse.dtype).where(fully_masked.squeeze(-1), lse)
+
+
+class Tables(NamedTuple):
+    """Tensors that scores of packed rows are made with, and the softcap: fields of `AttentionCall`."""
+
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    position_bias: Tensor | None = None
+    queries_at_end: bool = False  # for distances, all queries stand behind the last key
+    time_bias: Tensor | None = None
+    times_q: Tensor | None = None
+    times_k: Tensor | None = None
+    time_edges: Tensor | None = None
+    dropout: Dropout = Dropout(0.0, None)
+
+    def scores(self, index_q: Tensor, index_k: Tensor, p: Tensor, keys: Tensor, heads: int, skipped: int) -> Scores:
+        """Those of padded rows whose queries and keys are the tokens `index_q [B, N]` and `index_k [B, L]`."""
+        bias: Tensor | None = None
+        if self.position_bias is not None:
+            at = keys[:, None, None].expand_as(p) if self.queries_at_end else p
+            bias = position_bias(self.position_bias, at, index_k.shape[1])
+        if self.time_bias is not None:
+            times_q, times_k, edges = self.times_q, self.times_k, self.time_edges
+            assert times_q is not None
+            assert times_k is not None
+            assert edges is not None
+            by_time = time_bias(self.time_bias, times_q.flatten()[index_q], times_k[index_k], edges)
+            bias = by_time if bias is None else bias + by_time
+        factors = None
+        if self.dropout.p > 0:
+            at_key = torch.arange(skipped, skipped + index_k.shape[1], device=index_k.device)
+            factors = self.dropout.factors(index_q, at_key, heads)
+        return Scores(self.softcap, bias, self.sinks, factors)
+
+
+NO_TABLES = Tables()
+
+
+class Rows(NamedTuple):
+    """The rows of a call: spans of queries and of keys, keys that each row skips, and targets (None: none)."""
+
+    queries: Spans
+    keys: Spans
+    skipped: int = 0
+    targets: Tensor | None = None
 
 
 def attend_rows(
-    q: Tensor,
-    q_spans: Spans,
-    k: Tensor,
-    v: Tensor,
-    k_spans: Spans,
-    maps: Maps,
-    masks: Masks,
-    dropout: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, maps: Maps, masks: Masks, tables: Tables = NO_TABLES
 ) -> tuple[Tensor, Tensor]:
     """Row-wise attention of packed `q [Tq, H, D]` over packed `k [Tk, Hk, D]`, `v [Tk, Hk, Dv]`.
 
     Returns packed `A [Tq, H, Dv]` and `lse [Tq, H]`; query tokens of no row get zero and `-inf`.
     """
     tokens, outputs, sums = [], [], []
-    for rows in similar_rows(q_spans, k_spans):
-        here_q, here_k = (Spans(side.starts[rows], side.lengths[rows]) for side in (q_spans, k_spans))
+    for some in similar_rows(rows.queries, rows.keys):
+        here_q, here_k = (Spans(side.starts[some], side.lengths[some]) for side in (rows.queries, rows.keys))
         (index_q, held_q), (index_k, held_k) = token_index(here_q), token_index(here_k)
+        sizes = Sizes(here_q.lengths, here_k.lengths, None if rows.targets is None else rows.targets[some])
         size = index_q.shape[1], index_k.shape[1]
-        seen = visible_keys(here_q.lengths, here_k.lengths, size, masks)
+        seen = visible_keys(sizes, size, masks)
         row_q, row_k, row_v = (
             mask_rows(q[index_q], held_q),
             mask_rows(k[index_k], held_k),
             mask_rows(v[index_k], held_k),
         )
-        a, lse = attend(row_q, row_k, row_v, seen, maps, dropout)
+        scores = tables.scores(index_q, index_k, places(sizes, size).p, sizes.keys, q.shape[1], rows.skipped)
+        a, lse = attend(row_q, row_k, row_v, seen, maps, scores)
         tokens.append(index_q[held_q])
         outputs.append(a[held_q])
         if maps.score == "softmax":
@@ -251,8 +290,12 @@ def attention(call: AttentionCall, residual: Tensor | None) -> tuple[Tensor, Ten
     else:
         queries = row_spans(offsets, q.shape[0])
     maps = Maps(call.scale, call.score, call.post_scale)
-    masks = Masks(call.causal, (call.window_left, call.window_right), call.num_prefix)
-    attn_out, lse = attend_rows(q, queries, k, k if call.v is None else call.v, keys, maps, masks)
+    window = call.window_left, call.window_right
+    masks = Masks(call.causal, window, call.num_prefix, call.prefix, call.full_tail)
+    rows = Rows(queries, keys, call.skip_prefix, call.num_targets)
+    dropout = Dropout(call.dropout_p, call.dropout_seed)
+    tables = Tables(*(getattr(call, name) for name in Tables._fields[:-1]), dropout)
+    attn_out, lse = attend_rows(q, k, k if call.v is None else call.v, rows, maps, masks, tables)
     attn_out = attn_out.view(*shape, attn_out.shape[-1])
     lse = lse.view(shape) if call.score == "softmax" else lse
     inside = None if offsets is None else inside_rows(offsets, q.shape[0])

@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "common/rotary_call.h"
 
@@ -12,6 +13,13 @@ QueryLayout parse_query_layout(const std::string& name) {
     if (name == "dense") return QueryLayout::dense;
     if (name == "shared") return QueryLayout::shared;
     throw std::invalid_argument("layout must be packed, dense or shared, found " + name);
+}
+
+Prefix parse_prefix(const std::string& name) {
+    if (name == "full") return Prefix::full;
+    if (name == "keys") return Prefix::keys;
+    if (name == "index") return Prefix::index;
+    throw std::invalid_argument("prefix must be full, keys or index, found " + name);
 }
 
 void check_like_output(const Checks& check, const AttentionInputs& in, const char* argument, const TensorView& x,
@@ -71,6 +79,78 @@ DType accumulation_dtype(DType dtype) {
     return dtype == DType::float64 ? DType::float64 : DType::float32;
 }
 
+// A table of numbers by head, or for all heads, in the accumulation type.
+void check_bias(const Checks& check, const char* argument, const TensorView& bias, DType dtype, int64_t heads) {
+    check.tensor(argument, bias, dtype, {{"H or 1"}, {"entries"}});
+    check.contiguous_last_axis(argument, bias);
+    if ((bias.shape[0] != heads && bias.shape[0] != 1) || bias.shape[1] < 1)
+        check.refuse(argument, "of H = " + std::to_string(heads) + " or 1 heads, with entries", describe(bias));
+}
+
+void check_times(const Checks& check, const AttentionInputs& in) {
+    const VariantTensors& t = in.variant_tensors;
+    for (const auto& [name, x] :
+         {std::pair{"times_q", &t.times_q}, {"times_k", &t.times_k}, {"time_edges", &t.time_edges}})
+        check_pair(check, name, t.time_bias.has_value(), *x);
+    if (!t.time_bias) return;
+    if (in.q.axes == 4)
+        check.tensor("times_q", *t.times_q, DType::int64, {{"B", in.q.shape[0]}, {"N", in.q.shape[1]}});
+    else
+        check.tensor("times_q", *t.times_q, DType::int64, {{"Tq", in.q.shape[0]}});
+    check.tensor("times_k", *t.times_k, DType::int64, {{"Tk", in.k.shape[0]}});
+    check.tensor("time_edges", *t.time_edges, DType::int64, {{"N - 1", t.time_bias->shape[1] - 1}});
+    for (const auto& [name, x] :
+         {std::pair{"times_q", &t.times_q}, {"times_k", &t.times_k}, {"time_edges", &t.time_edges}})
+        check.contiguous(name, **x);
+}
+
+void check_variant_tensors(const Checks& check, const AttentionInputs& in) {
+    const VariantTensors& t = in.variant_tensors;
+    const int64_t heads = in.q.shape[in.q.axes - 2];
+    const DType exact = accumulation_dtype(in.k.dtype);
+    const auto packed_only = [&](const char* argument, bool given) {
+        if (given && in.layout != QueryLayout::packed)
+            check.refuse(argument, "its default unless queries are packed", "another");
+    };
+    packed_only("num_targets", t.num_targets.has_value());
+    packed_only("full_tail", in.variant.full_tail != 0);
+    packed_only("prefix", in.variant.prefix != Prefix::full);
+    if (t.num_targets) {
+        check.index("num_targets", *t.num_targets);
+        const int64_t rows = in.kv_offsets.shape[0] - 1;
+        if (t.num_targets->shape[0] != rows) check.refuse("num_targets", "[B]", describe(*t.num_targets));
+        check.contiguous("num_targets", *t.num_targets);
+    }
+    if (t.sinks) {
+        check.tensor("sinks", *t.sinks, exact, {{"H", heads}});
+        check.contiguous("sinks", *t.sinks);
+        if (!in.variant.score.softmax) check.refuse("sinks", "None without softmax", describe(*t.sinks));
+    }
+    for (const auto& [name, bias] : {std::pair{"position_bias", &t.position_bias}, {"time_bias", &t.time_bias}}) {
+        if (!*bias) continue;
+        check_bias(check, name, **bias, exact, heads);
+        if (in.layout == QueryLayout::shared) check.refuse(name, "None where rows share queries", describe(**bias));
+    }
+    if (t.position_bias && t.position_bias->shape[1] % 2 == 0)
+        check.refuse("position_bias", "of 2 P + 1 entries", describe(*t.position_bias));
+    check_times(check, in);
+    check_pair(check, "dropout_seed", in.variant.drops(), t.dropout_seed);
+    if (t.dropout_seed) check.tensor("dropout_seed", *t.dropout_seed, DType::int64, {});
+}
+
+// Gradients have the shapes of their tensors.
+void check_variant_gradients(const Checks& check, const AttentionInputs& in, const VariantGradients& grads) {
+    const VariantTensors& t = in.variant_tensors;
+    const auto check_one = [&](const char* argument, const std::optional<TensorView>& grad, const char* of,
+                               const std::optional<TensorView>& x) {
+        check_pair(check, argument, x.has_value(), grad);
+        if (x) check.gradient(argument, *grad, of, *x);
+    };
+    check_one("grad_sinks", grads.sinks, "sinks", t.sinks);
+    check_one("grad_position_bias", grads.position_bias, "position_bias", t.position_bias);
+    check_one("grad_time_bias", grads.time_bias, "time_bias", t.time_bias);
+}
+
 void check_gate_gradient(const Checks& check, const AttentionInputs& in, const TensorView& grad) {
     const TensorView& gate = *in.gate;
     const DType acc_dtype = accumulation_dtype(in.k.dtype);
@@ -103,6 +183,7 @@ void check_inputs(const Checks& check, const AttentionInputs& in) {
     if (in.k.shape[2] < 1 || value_axis(in).size < 1) check.refuse("k", "of at least one channel", describe(in.k));
     check_rope(check, in);
     check_variant(check, in.variant);
+    check_variant_tensors(check, in);
     if (in.gate) check_like_output(check, in, "gate", *in.gate, dtype, value_axis(in));
     if (in.skip_prefix < 0) check.refuse("skip_prefix", "at least 0", std::to_string(in.skip_prefix));
 }
@@ -126,7 +207,7 @@ void check_key_gradients(const Checks& check, const AttentionInputs& in, const A
     check.gradient("grad_k", grads.grad_k, "k", in.k);
     check_pair(check, "grad_v", in.v.has_value(), grads.grad_v);
     if (in.v) check.gradient("grad_v", *grads.grad_v, "v", *in.v);
-    check_gradients(check, in.variant, grads.variant);
+    check_variant_gradients(check, in, grads.variant);
 }
 
 void check_lse_gradient(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads) {

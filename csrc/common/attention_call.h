@@ -26,6 +26,7 @@ struct AttentionInputs {
     std::optional<TensorView> q_offsets;  // for packed queries; without it, the keys'
     TensorView kv_offsets;
     AttentionVariant variant;
+    VariantTensors variant_tensors;
     int64_t skip_prefix;  // keys skipped at the start of each row
     std::optional<TensorView> cos, sin, positions_q, positions_k;
     bool rope_interleaved;
@@ -61,7 +62,7 @@ void read(Reader& next, AttentionInputs& in) {
     next.optional("gate", in.gate);
     in.gating.inside = next.choice("gate_form", parse_gate_form);
     in.gating.activation = next.choice("gate_activation", parse_gate_activation);
-    read(next, in.variant);
+    read(next, in.variant, in.variant_tensors);
     in.skip_prefix = next.integer("skip_prefix");
     next.optional("cos", in.cos);
     next.optional("sin", in.sin);

@@ -3,8 +3,8 @@
 // bindings include this file.
 //
 // A call is served where all tensors are plain, dense and on the CPU, every option has the kind that it is declared
-// with, and the contents of offsets are right where they are to be validated. Any other call is declined with None,
-// before anything is computed: the long way serves it, or says what is wrong with it.
+// with, none is a tensor of the variant, and the contents of offsets are right where they are to be validated. Any other
+// call is declined with None, before anything is computed: the long way serves it, or says what is wrong with it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -27,6 +27,9 @@ class EagerAttention {
     explicit EagerAttention(const char* function, py::handle call)
         : view_(function, true), check_(function), in_(from_tuple<AttentionInputs>(view_, "call", call, &lead_)) {
         AttentionVariant& variant = in_.variant;
+        const VariantTensors& tensors = in_.variant_tensors;
+        if (tensors.num_targets || tensors.sinks || tensors.position_bias || tensors.time_bias || tensors.dropout_seed)
+            check_.refuse("call", "without tensors of the variant", "one");
         // The gate is fitted to the output's shape, which is not known before the others are checked.
         std::optional<TensorView> gate;
         std::swap(gate, in_.gate);

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from interformer_kernels import _C
 from interformer_kernels._calls import AttentionCall, AttentionGradients, AttentionOutputs
-from interformer_kernels._launch.tensors import accumulation_dtype, broadcast_axes_as_ones, fitted, resolved
+from interformer_kernels._launch.tensors import (
+    accumulation_dtype,
+    broadcast_axes_as_ones,
+    fitted,
+    resolved,
+    table_gradients,
+)
 
 
 def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,7 +29,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
 
 def backward(
     call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor, grad_lse: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of `q, k, v, gate`, empty where an input was not given; the weights are computed without `lse`."""
     q, k, v, gate = call.q, call.k, call.v, call.gate
     dtype, exact = k.dtype, accumulation_dtype(k.dtype)
@@ -42,4 +48,4 @@ def backward(
         grad_gate=None if gate is None else broadcast_axes_as_ones(grad_gate, grad_out.dim()),
     )
     _C.attention_backward(fitted(call, tuple(grad_out.shape)), gradients, torch.get_num_threads())
-    return grad_q.to(dtype), grad_k, grad_v, grad_gate.to(dtype)
+    return grad_q.to(dtype), grad_k, grad_v, grad_gate.to(dtype), *table_gradients(call)

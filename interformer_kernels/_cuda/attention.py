@@ -13,7 +13,7 @@ from interformer_kernels._cuda.apply_rotary import rotated
 from interformer_kernels._launch import splits
 from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
 from interformer_kernels._launch.rotary import rotated_before
-from interformer_kernels._launch.tensors import allows_tf32, fitted, readable, resolved
+from interformer_kernels._launch.tensors import allows_tf32, fitted, readable, resolved, table_gradients
 
 _GATE_BLOCK = 32  # tokens over which gradients of a gate that all tokens share are summed at once
 _ROPE_VECTOR = 4  # pairs of channels that the kernels rotate at once
@@ -124,7 +124,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
 
 def backward(
     call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor, grad_lse: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
     q, k, v, gate, shape = call.q, call.k, call.v, call.gate, call.out_shape()
     softmax, shared = call.score == "softmax", call.layout == "shared"
@@ -164,4 +164,5 @@ def backward(
     elif call.cos is not None and prepared.cos is None:
         grad_q = _rotated(grad_q, call, backwards=True, queries=True)
         grad_k = _rotated(grad_k, call, backwards=True, queries=False)
-    return grad_q, grad_k, grad_v, sums if gate is None else gate_gradient(gate, sums, shape)
+    grad_gate = sums if gate is None else gate_gradient(gate, sums, shape)
+    return grad_q, grad_k, grad_v, grad_gate, *table_gradients(call)

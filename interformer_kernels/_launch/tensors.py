@@ -57,6 +57,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def table_gradients(call: AttentionCall) -> tuple[Tensor, ...]:
+    """Memory for the gradients of sinks, position bias and time bias; without numbers for a table that is not given."""
+    dtype, tables = accumulation_dtype(call.k.dtype), (call.sinks, call.position_bias, call.time_bias)
+    return tuple(call.k.new_empty((0,) if x is None else x.shape, dtype=dtype) for x in tables)
+
+
 def allows_tf32(dtype: torch.dtype) -> bool:
     """Whether float32 may be multiplied by tensor cores: as PyTorch's own matrix products on a GPU are.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels._launch import splits
 from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
-from interformer_kernels._launch.tensors import expanded, readable, resolved
+from interformer_kernels._launch.tensors import expanded, readable, resolved, table_gradients
 from interformer_kernels._triton import _run
 from interformer_kernels._triton._arguments import Epilogue, GradPass, Outputs, Partials, QuerySide
 from interformer_kernels._triton._attention_backward import attention_grad_keys, attention_grad_queries
@@ -114,7 +114,7 @@ def _start_whole(problem: Problem, *operands: Any) -> None:
 
 def backward(
     call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor, grad_lse: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
     problem = Problem(call, backward=True)
     if grad_lse is not None:
@@ -141,7 +141,7 @@ def backward(
         tables, interleaved = (call.cos, call.sin), call.rope_interleaved
         grad_q = rotated(grad_q, problem.offsets.q, *tables, call.positions_q, interleaved, backwards=True)
         grad_k = rotated(grad_k, problem.offsets.kv, *tables, call.positions_k, interleaved, backwards=True)
-    return grad_q, grad_k, grad_v, grad_gate
+    return grad_q, grad_k, grad_v, grad_gate, *table_gradients(call)
 
 
 def _through_epilogue(

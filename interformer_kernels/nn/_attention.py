@@ -1,8 +1,7 @@
-"""Shared by the attention modules: the parameters of `torch.nn.MultiheadAttention`, and attention with dropout."""
+"""Shared by the attention modules: the parameters of `torch.nn.MultiheadAttention`, and dropout of weights."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeVar, Union
 
 import torch
@@ -10,9 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interformer_kernels import _checks as checks
-from interformer_kernels import reference
-from interformer_kernels.nn._notices import warn_once
-from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 
 PARAMETERS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
 
@@ -152,7 +148,7 @@ def project_out(attention: Attention, attn_out: Tensor) -> Tensor:
     return F.linear(attn_out.flatten(-2), attention.out_proj.weight, attention.out_proj.bias)
 
 
-# ---------------------------------------------------------------- attention with dropout
+# ---------------------------------------------------------------- calls of the ops
 
 
 def output_only(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -161,37 +157,14 @@ def output_only(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return result
 
 
-def drops_weights(module: nn.Module, dropout: float) -> bool:
-    """Whether this call drops attention weights; if so, warns once that the reference replaces the kernels."""
+def dropout_options(module: nn.Module, dropout: float, device: torch.device) -> dict[str, Any]:
+    """The ops' arguments for a call that drops attention weights; none in `eval()`, or without dropout.
+
+    The seed comes from torch's generator of the device: `torch.manual_seed` and checkpointing reproduce it.
+    """
     if not (module.training and dropout):
-        return False
-    warn_once(
-        f"{type(module).__name__}: dropout = {dropout} in training: the reference (eager PyTorch) computes the "
-        "attention, because the kernels have no dropout; with dropout=0 or in eval() the kernels are used"
-    )
-    return True
-
-
-def attend_with_dropout(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    kv_offsets: Tensor,
-    dropout: float,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    num_prefix: int = 0,
-) -> Tensor:
-    """Softmax attention of packed `q [Tq, H, D]` over `k`, `v [Tk, H, D]` with dropout on the weights: `[Tq, H, D]`."""
-    if q.is_meta:  # The reference reads lengths, which meta tensors do not have; the op only computes shapes.
-        return output_only(gated_cross_attention(q, k, v, kv_offsets, q_offsets=q_offsets))
-    q_spans, kv_spans = reference.row_spans(q_offsets, q.shape[0]), reference.row_spans(kv_offsets, k.shape[0])
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    maps, masks = reference.Maps(scale, "softmax"), reference.Masks(causal, window, num_prefix)
-    return reference.attend_rows(q, q_spans, k, v, kv_spans, maps, masks, dropout)[0]
+        return {}
+    return {"dropout_p": dropout, "dropout_seed": torch.randint(2**62, (), device=device)}
 
 
 def check_call(op: str, need_weights: object, attn_mask: object, is_causal: object, causal: bool) -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from interformer_kernels import _checks as checks
-from interformer_kernels import reference
 from interformer_kernels.nn import _attention as shared
 from interformer_kernels.nn._rows import Rows, read_rows
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
@@ -27,8 +26,8 @@ class GatedCrossAttention(shared.AttentionModule):
     Args:
         embed_dim: ``E``, the width of queries and output.
         num_heads: ``H``, a divisor of ``E``; heads have ``D = E / H`` channels.
-        dropout: dropout of the attention weights. The kernels have none: above 0, the reference (eager PyTorch)
-            computes the attention in training, which is logged once.
+        dropout: the probability with which an attention weight is dropped in training; the others grow by
+            ``1 / (1 - dropout)``. The seed comes from torch's generator of the device.
         bias: whether the projections have biases.
         kdim, vdim: widths of keys and values; None means ``E``.
         batch_first: padded batches are ``[B, L, E]``; else ``[L, B, E]``, PyTorch's default.
@@ -144,10 +143,8 @@ class GatedCrossAttention(shared.AttentionModule):
         q = shared.project_query(self, queries.tokens)
         gate = None if self.gate_proj is None else shared.split_heads(self, self.gate_proj(queries.tokens))
         activation = self.gate_activation or "identity"
-        if shared.drops_weights(self, self.dropout):
-            attn_out = shared.attend_with_dropout(q, k, v, queries.offsets, kv_offsets, self.dropout)
-            return reference.epilogue(attn_out, gate, None, self.gate_form, activation, None)
         options: dict[str, Any] = {"gate_form": self.gate_form, "gate_activation": activation, "backend": self.backend}
+        options.update(shared.dropout_options(self, self.dropout, q.device))
         return shared.output_only(
             gated_cross_attention(q, k, v, kv_offsets, q_offsets=queries.offsets, gate=gate, **options)
         )

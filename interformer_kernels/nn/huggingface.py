@@ -18,7 +18,6 @@ from interformer_kernels.nn import _attention as shared
 from interformer_kernels.nn import _huggingface_rows as rows
 from interformer_kernels.nn._huggingface_mask import NAME, MaskForm, MaskInfo, PairMask, mask, with_packed_rows
 from interformer_kernels.nn._notices import warn_once
-from interformer_kernels.nn._rows import equal_offsets
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 from interformer_kernels.ops.jagged_attention import jagged_attention
 
@@ -194,7 +193,7 @@ class _Call:
 
     def by_ops(self, form: MaskForm, packed: rows.Packed | None) -> Tensor:
         """Attention on the ops: of packed rows, a padded batch, or a batch without padding."""
-        attend = _Attend(self.scaling, form.causal, (-1, -1), self.dropout)
+        attend = _Attend(self.module, self.scaling, form.causal, (-1, -1), self.dropout)
         q, k, v = (x.transpose(1, 2) for x in self.heads)
         if form.tokens is not None:
             return attend.padded(q, k, v, form.tokens)
@@ -243,27 +242,26 @@ class _Call:
                 )
             sliding_window = None
         window = (-1, -1) if sliding_window is None else (sliding_window - 1, -1)
-        attend = _Attend(self.scaling, causal, window, self.dropout)
+        attend = _Attend(self.module, self.scaling, causal, window, self.dropout)
         q, k, v = (x.transpose(1, 2) for x in self.heads)
         return attend.rows(q, k, v, *(packed or rows.one_row_each(q, k)))
 
 
 class _Attend:
-    """Attention of one call, by the ops or, with dropout, by the reference."""
+    """Attention of one call by the ops."""
 
-    def __init__(self, scale: float | None, causal: bool, window: tuple[int, int], dropout: float) -> None:
-        self.options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window}
-        self.causal, self.dropout = causal, dropout
-        if dropout:
-            warn_once(
-                f"attn_implementation={NAME!r}: dropout = {dropout} in training: the reference computes the attention"
-            )
+    def __init__(self, module: nn.Module, scale: float | None, causal: bool, window: Any, dropout: float) -> None:
+        self.module, self.scale, self.causal, self.window, self.dropout = module, scale, causal, window, dropout
+
+    def _options(self, q: Tensor) -> dict[str, Any]:
+        # transformers hands over a dropout of 0 in `eval()`, whatever the module's mode.
+        drops = shared.dropout_options(self.module, self.dropout, q.device) if self.dropout else {}
+        return {"scale": self.scale, **drops}
 
     def packed(self, q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor) -> Tensor:
         """`q [Tq, H, D]` over `k`, `v [Tk, Hk, ...]`."""
-        if self.dropout:
-            return shared.attend_with_dropout(q, k, v, q_offsets, kv_offsets, self.dropout, **self.options)
-        return shared.output_only(jagged_attention(q, k, v, q_offsets, kv_offsets=kv_offsets, **self.options))
+        masks: dict[str, Any] = {"kv_offsets": kv_offsets, "causal": self.causal, "window": self.window}
+        return shared.output_only(jagged_attention(q, k, v, q_offsets, **masks, **self._options(q)))
 
     def rows(self, q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor) -> Tensor:
         """A batch without padding, `q [B, Lq, H, D]`, with rows given by offsets: `[B, Lq, H, Dv]`."""
@@ -281,8 +279,4 @@ class _Attend:
         if self.causal:
             queries = layout_of_mask(tokens[:, tokens.shape[1] - q.shape[1] :])
             return queries.pad(self.packed(queries.pack(q), k, v, queries.offsets, keys.offsets))
-        if self.dropout:
-            q_offsets = equal_offsets(q.shape[0], q.shape[1], q.device)
-            flat = self.packed(q.flatten(0, 1), k, v, q_offsets, keys.offsets)
-            return flat.view(*q.shape[:2], *flat.shape[1:])
-        return shared.output_only(gated_cross_attention(q, k, v, keys.offsets, scale=self.options["scale"]))
+        return shared.output_only(gated_cross_attention(q, k, v, keys.offsets, **self._options(q)))

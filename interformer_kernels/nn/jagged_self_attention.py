@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from interformer_kernels import _checks as checks
 from interformer_kernels.nn import _attention as shared
 from interformer_kernels.nn._rows import read_rows
-from interformer_kernels.ops.apply_rotary import apply_rotary
 from interformer_kernels.ops.jagged_attention import jagged_attention
 
 
@@ -27,8 +26,8 @@ class JaggedSelfAttention(shared.AttentionModule):
     Args:
         embed_dim: ``E``, the width of input and output.
         num_heads: ``H``, a divisor of ``E``; heads have ``D = E / H`` channels.
-        dropout: dropout of the attention weights. The kernels have none: above 0, the reference (eager PyTorch)
-            computes the attention in training, which is logged once.
+        dropout: the probability with which an attention weight is dropped in training; the others grow by
+            ``1 / (1 - dropout)``. The seed comes from torch's generator of the device.
         bias: whether the four projections have biases.
         batch_first: padded batches are ``[B, L, E]``; else ``[L, B, E]``, PyTorch's default.
         device, dtype: device and dtype of the parameters.
@@ -121,13 +120,9 @@ class JaggedSelfAttention(shared.AttentionModule):
         mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
         rows = read_rows(name, "x", x, self.embed_dim, offsets=offsets, batch_first=self.batch_first, **mask)
         q, k, v = shared.project_self(self, rows.tokens)
-        if shared.drops_weights(self, self.dropout):
-            if rope is not None:
-                q, k = (apply_rotary(x, rows.offsets, rope, interleaved=self.rope_interleaved) for x in (q, k))
-            attn_out = shared.attend_with_dropout(q, k, v, rows.offsets, rows.offsets, self.dropout, **self.masks)
-        else:
-            options: dict[str, Any] = {**self.masks, "rope": rope, "rope_interleaved": self.rope_interleaved}
-            attn_out = shared.output_only(jagged_attention(q, k, v, rows.offsets, **options, backend=self.backend))
+        options: dict[str, Any] = {**self.masks, "rope": rope, "rope_interleaved": self.rope_interleaved}
+        options.update(shared.dropout_options(self, self.dropout, q.device), backend=self.backend)
+        attn_out = shared.output_only(jagged_attention(q, k, v, rows.offsets, **options))
         return rows.restore(self.out_proj(attn_out.flatten(-2)))
 
     @classmethod

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from interformer_kernels import _checks as checks
 from interformer_kernels.nn import _attention as shared
-from interformer_kernels.nn._rows import equal_offsets, read_rows
+from interformer_kernels.nn._rows import read_rows
 from interformer_kernels.ops.pma_folded import folding_wins, merge_rows, pool_folded, split_rows
 from interformer_kernels.ops.pma_pooling import pma_pooling
 
@@ -62,8 +62,8 @@ class PMAPooling(shared.AttentionModule):
         embed_dim: ``E``, the width of seeds and output.
         num_heads: ``H``, a divisor of ``E``; heads have ``D = E / H`` channels.
         num_seeds: ``M``.
-        dropout: dropout of the attention weights. The kernels have none: above 0, the reference (eager PyTorch)
-            computes the attention in training, which is logged once.
+        dropout: the probability with which an attention weight is dropped in training; the others grow by
+            ``1 / (1 - dropout)``. The seed comes from torch's generator of the device.
         bias: whether the projections have biases.
         kdim: width of ``x``; None means ``E``.
         batch_first: padded batches are ``[B, L, E]`` and their outputs ``[B, M, E]``; else the batch axis is second.
@@ -142,8 +142,11 @@ class PMAPooling(shared.AttentionModule):
         mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
         rows = read_rows(type(self).__name__, "x", x, self.kdim, offsets=offsets, batch_first=self.batch_first, **mask)
         query = shared.project_query(self, self.seeds)
-        if shared.drops_weights(self, self.dropout):
-            pooled = self._pool_with_dropout(query, rows.tokens, rows.offsets)
+        drops = shared.dropout_options(self, self.dropout, query.device)
+        if drops:
+            k, v = shared.project_keys(self, rows.tokens, rows.tokens)
+            drops.update(scale=self.scale, backend=self.backend)
+            pooled = shared.output_only(pma_pooling(query, k, v, rows.offsets, **drops))
         else:
             options: dict[str, Any] = {"scale": self.scale, "fold": self.fold, "backend": self.backend}
             pooled = pool_rows(self, query, rows.tokens, rows.offsets, **options)
@@ -155,13 +158,6 @@ class PMAPooling(shared.AttentionModule):
         else:
             out = self.out_proj(merge_rows(pooled.flatten(-2)))
         return rows.restore_rows(split_rows(out, pooled.shape[:2]))
-
-    def _pool_with_dropout(self, query: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-        rows = offsets.shape[0] - 1
-        k, v = shared.project_keys(self, x, x)
-        q, q_offsets = query.expand(rows, *query.shape).flatten(0, 1), equal_offsets(rows, self.num_seeds, x.device)
-        attn_out = shared.attend_with_dropout(q, k, v, q_offsets, offsets, self.dropout, scale=self.scale)
-        return attn_out.view(rows, self.num_seeds, *attn_out.shape[1:])
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, seeds: Tensor, **options: Any) -> PMAPooling:

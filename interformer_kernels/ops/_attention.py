@@ -11,6 +11,7 @@ from interformer_kernels import _checks as checks
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels._launch.tensors import accumulation_dtype
 from interformer_kernels.ops import _eager
+from interformer_kernels.ops._attention_options import check_contents, check_options
 from interformer_kernels.ops._public import PublicOp
 from interformer_kernels.ops._registered import RegisteredOp
 from interformer_kernels.ops._spec import OpSpec
@@ -26,6 +27,7 @@ def _validate(op: PublicOp, call: AttentionCall) -> None:
     for name, _, x, offsets in sides:
         if offsets is not None:
             checks.check_offsets_content(op.name, op.offsets_name(call, name), offsets, x.shape[0])
+    check_contents(op, call)
     if call.cos is None:
         return
     table_rows = call.cos.shape[0]
@@ -37,11 +39,6 @@ def _validate(op: PublicOp, call: AttentionCall) -> None:
             checks.check_positions_content(op.name, named, positions, rows, table_rows)
         elif offsets is not None:
             checks.check_rows_fit_tables(op.name, op.offsets_name(call, name), offsets, table_rows)
-
-
-def _check_options(op: PublicOp, call: AttentionCall) -> None:
-    if call.score == "softmax" and call.post_scale != 1:
-        raise ValueError(f'{op.name}: post_scale must be 1 with score="softmax", found {call.post_scale}')
 
 
 def _empty_saved(call: AttentionCall, out: Tensor, keep_attn_out: bool) -> tuple[Tensor, Tensor]:
@@ -106,7 +103,7 @@ ATTENTION = OpSpec(
     validate=_validate,
     flops=_flops,
     backward_over_forward=2.5,  # five matrix products against two: scores again, dV, dP, dQ, dK
-    check_options=_check_options,
+    check_options=check_options,
     saved=("lse", "attn_out"),
     empty_saved=_empty_saved,
     reads_attn_out=_backward_reads_attn_out,

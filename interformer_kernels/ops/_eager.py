@@ -33,9 +33,11 @@ def attention(
         or not (backend is None or (type(backend) is str and backend == "cpu"))
     ):
         return None
+    if _backend.UNSERVED["cpu"] and _backend.options_of(call):
+        return None
     if (call.v is None and "v" in public.required) or (return_lse is not False and return_lse is not True):
         return None
-    inputs = (call.q, call.k, call.v, call.gate, residual)
+    inputs = (*public.spec.inputs(call), residual)
     records = autograd.wants_gradients(inputs)
     outputs = module.eager_attention_forward(
         call, residual, return_lse, records and call.gate is not None, checks.validates_cpu(), torch.get_num_threads()
@@ -50,7 +52,7 @@ def attention(
 
 
 def backward(args: Sequence[Any]) -> tuple[Tensor | None, ...] | None:
-    """The gradients of q, k, v and gate, of the arguments of `attention_bwd`; None where it is declined."""
+    """The gradients of the differentiable fields, of the arguments of `attention_bwd`; None where it is declined."""
     if torch.compiler.is_compiling():
         return None
     module, dtype = _backend.native(), args[0].dtype
@@ -60,7 +62,8 @@ def backward(args: Sequence[Any]) -> tuple[Tensor | None, ...] | None:
     grads = module.eager_attention_backward(tuple(call), grad_out, attn_out, grad_lse, torch.get_num_threads())
     if grads is None:
         return None
-    return tuple(x if x is None or x.dtype is dtype else x.to(dtype) for x in grads)  # sums are wider
+    grads = tuple(x if x is None or x.dtype is dtype else x.to(dtype) for x in grads)  # sums are wider
+    return *grads, None, None, None  # calls with tables are declined
 
 
 class _Recorded(torch.autograd.Function):

@@ -9,7 +9,20 @@ import torch
 from torch import Tensor
 
 from interformer_kernels import _checks as checks
-from interformer_kernels._calls import AtLeast, Broadcast, Field, Finite, Offsets, OneOf, Scale, Values
+from interformer_kernels._calls import (
+    AtLeast,
+    Broadcast,
+    Field,
+    Finite,
+    Ints,
+    Offsets,
+    OneOf,
+    Scale,
+    Values,
+    Wide,
+    Within,
+)
+from interformer_kernels._launch.tensors import accumulation_dtype
 from interformer_kernels.ops._spec import PLAIN_TENSORS, OpSpec, taken
 
 _STRIDED = torch.strided
@@ -52,7 +65,11 @@ class PublicOp:
             for layout in layouts
         }
         self.offsets = [field for field in spec.fields if isinstance(field.note, Offsets)]
-        self._lead_name, self._float_names = self.named(self.lead), (*map(self.named, spec.gradients), "residual")
+        self._shared = tuple(name for name in spec.gradients if name not in spec.wide)  # of the lead's dtype
+        self._shared_places = taken([spec.names.index(name) for name in self._shared])
+        self._lead_name, self._float_names = self.named(self.lead), (*map(self.named, self._shared), "residual")
+        further = [field for field in spec.fields if isinstance(field.note, (Wide, Ints))]
+        self._further = [(spec.names.index(field.name), field) for field in further]
         self._lead_place = spec.names.index(self.lead)
         self._rows_place = next((spec.names.index(field.name) for field in self.offsets if not field.optional), None)
         self._broadcast = [(place, field.name) for place, field in enumerate(spec.fields) if field.note == Broadcast()]
@@ -77,18 +94,18 @@ class PublicOp:
         checked = [
             field
             for field in self.spec.fields
-            if isinstance(field.note, (OneOf, AtLeast, Finite, Scale)) or field.type is bool
+            if isinstance(field.note, (OneOf, AtLeast, Finite, Within, Scale)) or field.type is bool
         ]
         self.options = [field for field in checked if self.named(field.name) in parameters]
         self._options_of = taken([self.spec.names.index(field.name) for field in self.options])
 
     def checked(self, call: Any, residual: Tensor | None = None) -> tuple[Any, Tensor | None]:
         """The call and the residual after autocast, their kinds, dtypes, devices, axes and options checked."""
-        tensors = [*self.spec.inputs(call), residual]
+        tensors = [*self._shared_places(call), residual]
         cast = checks.autocast_dtype(call[self._lead_place])
         if cast is not None:
             *values, residual = tensors = [checks.autocast(x, cast) for x in tensors]
-            call = call._replace(**dict(zip(self.spec.gradients, values, strict=True)))
+            call = call._replace(**dict(zip(self._shared, values, strict=True)))
         sizes = self._sizes(call, tensors)
         if sizes is None:
             checks.check_floats(self.name, self._lead_name, dict(zip(self._float_names, tensors, strict=True)))
@@ -100,6 +117,9 @@ class PublicOp:
         for place, name in self._broadcast:
             if call[place] is not None:
                 checks.check_broadcasts(self.name, name, call[place], call.out_shape())
+        for place, field in self._further:
+            if call[place] is not None:
+                self._check_further(field, call[place], call, sizes)
         call = self._with_options(call, sizes)
         self.spec.check_options(self, call)
         return call, None if residual is None else checks.check_residual(self.name, residual, call.out_shape())
@@ -115,6 +135,20 @@ class PublicOp:
                 wanted = f"[B+1] with B = {rows} (from {first})"
                 raise ValueError(f"{self.name}: {name} must be {wanted}, found B = {found}")
             rows, first = found, name
+
+    def _check_further(self, field: Field, x: object, call: Any, sizes: Mapping[str, int]) -> None:
+        """Check a tensor of another dtype than the lead's."""
+        name, lead = self.named(field.name), getattr(call, self.lead)
+        dtypes = field.note.dtypes if isinstance(field.note, Ints) else (accumulation_dtype(lead.dtype),)
+        if not isinstance(x, Tensor) or x.dtype not in dtypes or not checks.is_dense(x):
+            wanted = " or ".join(map(str, dtypes))
+            raise TypeError(f"{self.name}: {name} must be a tensor of {wanted}, found {checks.describe(x)}")
+        if x.device != lead.device:
+            raise ValueError(
+                f"{self.name}: {name} must be on {self._lead_name}'s device {lead.device}, found {x.device}"
+            )
+        axes = self.spec.axes(field.name, getattr(call, "layout", "")).split()
+        checks.Axes(self.name, **sizes).bind(name, x, axes)
 
     def _sizes(self, call: Any, tensors: Sequence[Any]) -> dict[str, int] | None:
         """Sizes of the axes of a call whose offsets and floating tensors are plain and right; None for any other.
@@ -214,6 +248,8 @@ class PublicOp:
                 checked = sizes[note.axis] ** -0.5
             elif isinstance(note, (Finite, Scale)):
                 checked = checks.check_number(self.name, name, value)
+            elif isinstance(note, Within):
+                checked = checks.check_within(self.name, name, value, note.least, note.most)
             else:
                 checked = checks.check_count(self.name, name, value, note.bound)
             if checked is not value:

@@ -99,7 +99,7 @@ class RegisteredOp:
     def gradient_outputs(self, call: Call, grads: dict[str, Tensor]) -> Any:
         """The outputs of `<name>_bwd` from gradients by name, contiguous: an empty one for an input not given."""
         outputs = tuple(
-            grads[name].contiguous() if name in grads else self.spec.lead(call).new_empty(0)
+            grads[name].contiguous() if name in grads else self.spec.empty_gradient(call, name)
             for name in self.spec.gradients
         )
         return outputs if len(outputs) > 1 else outputs[0]
@@ -132,9 +132,9 @@ class RegisteredOp:
 
     def _kernels(self, public: PublicOp, call: Call, backend: str) -> Any:
         lead = self.spec.lead(call)
-        name, channels = self.spec.name, self.spec.channels(call)
+        name, channels, options = self.spec.name, self.spec.channels(call), _backend.options_of(call)
         device = "cuda" if lead.is_cuda else lead.device.type
-        return _backend.kernels(name, public.name, backend, device, lead.dtype, channels)
+        return _backend.kernels(name, public.name, backend, device, lead.dtype, channels, options)
 
     # -------------------------------------------------------- the differentiable call
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from interformer_kernels._calls import Values, fields_of
+from interformer_kernels._calls import Values, Wide, fields_of
+from interformer_kernels._launch.tensors import accumulation_dtype
 from interformer_kernels.ops._compiling import any_number
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class OpSpec:
         self.names = tuple(field.name for field in self.fields)
         self.keeps_attn_out, self.has_lse = "attn_out" in saved, "lse" in saved
         self.gradients = tuple(field.name for field in self.fields if field.differentiable)
+        self.wide = frozenset(field.name for field in self.fields if isinstance(field.note, Wide))
         self.differentiable = (*self.gradients, *(["residual"] if residual else []))
         extra = (["Tensor? residual"] if residual else []) + (["bool keep_attn_out"] if self.keeps_attn_out else [])
         fields, names = [field.schema for field in self.fields], ["str op", "str backend"]
@@ -134,9 +136,14 @@ class OpSpec:
     def backward_fake(self, *args: Any) -> Any:
         """Uninitialised contiguous gradients; an empty one for an input that was not given."""
         call, _ = self.backward_call(args)
-        inputs = [getattr(call, name) for name in self.gradients]
-        grads = tuple(self.lead(call).new_empty((0,) if x is None else x.shape) for x in inputs)
+        grads = tuple(self.empty_gradient(call, name) for name in self.gradients)
         return grads if len(grads) > 1 else grads[0]
+
+    def empty_gradient(self, call: Call, name: str) -> Tensor:
+        """An uninitialised gradient of a differentiable field, without numbers where the field was not given."""
+        x, lead = getattr(call, name), self.lead(call)
+        dtype = accumulation_dtype(lead.dtype) if name in self.wide else lead.dtype
+        return lead.new_empty((0,) if x is None else x.shape, dtype=dtype)
 
     def shows_lse(self, call: Call) -> bool:
         """Whether a call has a log-sum-exp, which only a softmax has."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels.ops import _eager
 from interformer_kernels.ops._attention import ATTENTION, registered
+from interformer_kernels.ops._attention_options import pair_of_times, seed_tensor, without_idle_seed
 from interformer_kernels.ops._public import PublicOp
 from interformer_kernels.ops._sharding import over_shards
 
@@ -28,6 +29,14 @@ def gated_cross_attention(
     scale: float | None = None,
     score: str = "softmax",
     post_scale: float = 1.0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    time_bias: Tensor | None = None,
+    times: tuple[Tensor, Tensor] | None = None,
+    time_edges: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -62,6 +71,18 @@ def gated_cross_attention(
         score: ``"softmax"``, or ``"identity"``, ``"relu"``, ``"silu"``, ``"gelu"`` (by erf): then
             ``A = c * sum_t act(scale * <q, k_t>) v_t``.
         post_scale: the factor ``c``; 1 with softmax.
+        softcap: scores become ``softcap * tanh(s / softcap)``, before any bias; 0 leaves them.
+        sinks: ``[H]`` in the accumulation dtype (float32; float64 for float64): one more term ``exp(sinks[h])`` in the
+            softmax's sum, which has no value; ``lse`` includes it.
+        position_bias: ``[Hb, 2 P + 1]`` in the accumulation dtype, ``Hb`` 1 or ``H``: added to the score of key ``j``
+            of ``L`` at ``clamp(L - j, -P, P) + P``, for all queries stand behind the last key.
+        time_bias: ``[Hb, bins]``, as ``position_bias``: added at the number of edges that are at most ``|t_i - t_j|``.
+        times: the pair of queries' and keys' times, int64 ``[B, N]`` (or ``[Tq]``) and ``[Tk]``.
+        time_edges: int64 ``[bins-1]``, ascending.
+        dropout_p: the probability with which a weight is dropped, after the softmax (or the pointwise score); the
+            others are divided by ``1 - dropout_p``. ``lse`` does not see it.
+        dropout_seed: an int, or an int64 tensor without axes on the device, required where weights are dropped; see
+            :func:`jagged_attention`.
         return_lse: also return the log-sum-exp of each query's scores (softmax only), which is differentiable;
             :func:`merge_attention` merges attentions over disjoint keys by it.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None takes the fastest that can serve.
@@ -87,10 +108,17 @@ def gated_cross_attention(
     """
     layout = "dense" if q_offsets is None else "packed"
     maps = gate_form, gate_activation, scale, score, post_scale  # the check below makes a scale of None a number
-    call = AttentionCall(layout, q, k, v, q_offsets, kv_offsets, gate, *maps)  # type: ignore[arg-type]
+    times_q, times_k = pair_of_times(OP, times, False)
+    seed = seed_tensor(OP, dropout_seed, k)
+    call = AttentionCall(
+        layout, q, k, v, q_offsets, kv_offsets, gate, *maps,  # type: ignore[arg-type]
+        softcap=softcap, sinks=sinks, position_bias=position_bias, queries_at_end=True, time_bias=time_bias,
+        times_q=times_q, times_k=times_k, time_edges=time_edges, dropout_p=dropout_p, dropout_seed=seed,
+    )  # fmt: skip
     eager = _eager.attention(OP, call, residual, backend, return_lse)
     if eager is not None:
         return eager
     call, residual = OP.checked(call, residual)
+    call = without_idle_seed(call)
     out: Tensor | tuple[Tensor, Tensor] = registered(OP, call, residual, backend, return_lse)
     return out

@@ -7,6 +7,7 @@ from torch import Tensor
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels.ops import _eager
 from interformer_kernels.ops._attention import ATTENTION, registered
+from interformer_kernels.ops._attention_options import seed_tensor, without_idle_seed
 from interformer_kernels.ops._public import PublicOp
 from interformer_kernels.ops._sharding import over_shards
 
@@ -30,6 +31,10 @@ def pma_pooling(
     skip_prefix: int = 0,
     score: str = "softmax",
     post_scale: float = 1.0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | int | None = None,
     gate: Tensor | None = None,
     gate_form: str = "multiply",
     gate_activation: str = "sigmoid",
@@ -63,6 +68,13 @@ def pma_pooling(
         score: ``"softmax"``, or ``"identity"``, ``"relu"``, ``"silu"``, ``"gelu"`` (by erf): then
             ``A = c * sum_t act(scale * <s, k_t>) v_t``.
         post_scale: the factor ``c``; 1 with softmax.
+        softcap: scores become ``softcap * tanh(s / softcap)``; 0 leaves them.
+        sinks: ``[H]`` in the accumulation dtype (float32; float64 for float64): one more term ``exp(sinks[h])`` in the
+            softmax's sum, which has no value; ``lse`` includes it.
+        dropout_p: the probability with which a weight is dropped, after the softmax (or the pointwise score); the
+            others are divided by ``1 - dropout_p``. ``lse`` does not see it.
+        dropout_seed: an int, or an int64 tensor without axes on the device, required where weights are dropped; see
+            :func:`jagged_attention`.
         gate: anything that broadcasts to the output ``[B, M, H, Dv]``; its gradient is summed over the broadcast axes.
         gate_form: ``"multiply"``: ``G = A * act(gate)``; ``"self"``: ``G = act(A * gate)`` (InterFormer's equation 10).
         gate_activation: ``"sigmoid"``, ``"tanh"``, ``"silu"`` or ``"identity"``.
@@ -89,10 +101,15 @@ def pma_pooling(
     Source: Set Transformer (Lee et al., 2019), section 3.2; InterFormer (arXiv 2411.09852), section 4.3.
     """
     maps = gate_form, gate_activation, scale, score, post_scale  # the check below makes a scale of None a number
-    call = AttentionCall("shared", seeds, k, v, None, offsets, gate, *maps, skip_prefix=skip_prefix)  # type: ignore[arg-type]
+    seed = seed_tensor(OP, dropout_seed, k)
+    call = AttentionCall(
+        "shared", seeds, k, v, None, offsets, gate, *maps,  # type: ignore[arg-type]
+        softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=seed, skip_prefix=skip_prefix,
+    )  # fmt: skip
     eager = _eager.attention(OP, call, residual, backend, return_lse)
     if eager is not None:
         return eager
     call, residual = OP.checked(call, residual)
+    call = without_idle_seed(call)
     out: Tensor | tuple[Tensor, Tensor] = registered(OP, call, residual, backend, return_lse)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +51,7 @@ def _family_cases(op: str) -> list[Case]:
         Case(op, "gradient of lse, giant row", lengths=ONE_GIANT, grad_lse=True, gate="full", strided=True, kv_heads=2),
     ]
     cases += [Case(op, f"score {o['score']}", options=o) for o in _SCORES]
+    cases += _option_cases(op)
     for (form, activation), shape in zip(_GATES, _GATE_SHAPES, strict=True):
         gate: dict[str, Any] = {"gate": shape, "residual": form == "self"}
         # A gradient of one number is drawn a thousand times, and one of 16 still 64 times.
@@ -60,6 +62,47 @@ def _family_cases(op: str) -> list[Case]:
     return cases
 
 
+# A gradient of one number for each head is drawn until there are a thousand.
+_SMALL: dict[str, Any] = {"lengths": (5, 0, 3, 1), "heads": 16, "kv_heads": 16, "head_size": 4, "value_size": 4}
+_DROPPED: dict[str, Any] = {"dropout_p": 0.3, "dropout_seed": -0x123456789ABCDEF}
+
+
+def _option_cases(op: str) -> list[Case]:
+    """Options of scores and weights that every op of the family has."""
+    return [
+        Case(op, "softcap", lengths=TILE_EDGES, kv_heads=2, options={"softcap": 1.5, "scale": 0.7}),
+        Case(op, "softcap, negative scale", options={"softcap": 2.0, "scale": -0.5}, gate="full"),
+        Case(op, "softcap, score silu", options={**_SCORES[2], "softcap": 1.0}),
+        Case(op, "sinks", **_SMALL, sinks=True, grad_lse=True),
+        Case(op, "sinks, softcap, giant row", sinks=True, heads=8, lengths=ONE_GIANT, options={"softcap": 3.0}),
+        Case(op, "dropout", lengths=TILE_EDGES, kv_heads=2, options=_DROPPED),
+        Case(
+            op, "dropout, gate, lse", gate="full", residual=True, grad_lse=True, options={**_DROPPED, "dropout_p": 0.75}
+        ),
+        Case(
+            op, "dropout, giant row", lengths=ONE_GIANT, index_dtype=torch.int32, options={**_DROPPED, "dropout_p": 0.1}
+        ),
+        Case(op, "dropout, score gelu", options={**_SCORES[3], **_DROPPED}),
+        Case(op, "dropout of all", options={"dropout_p": 1.0}),
+    ]
+
+
+def _bias_cases(op: str) -> list[Case]:
+    """Biases of jagged and of cross attention."""
+    more: dict[str, Any] = {"queries": 9} if op == "gated_cross_attention" else {}
+    return [
+        Case(op, "position bias", lengths=TILE_EDGES, position_bias=40, **more),
+        Case(op, "position bias for all heads", position_bias=-130, kv_heads=2, lengths=ONE_GIANT, grad_lse=True),
+        Case(op, "time bias", lengths=TILE_EDGES, time_bias=70, kv_heads=2, **more),
+        Case(op, "both biases", position_bias=33, time_bias=64, gate="full", lengths=(9, 0, 40, 1), **more),
+        Case(op, "both biases, score silu", position_bias=33, time_bias=64, options=_SCORES[2], **more),
+        Case(
+            op, "all options", position_bias=33, time_bias=64, sinks=True, heads=16, kv_heads=8, grad_lse=True,
+            options={"softcap": 2.0, **_DROPPED}, **more,
+        ),
+    ]  # fmt: skip
+
+
 def _pooling_cases(op: str) -> list[Case]:
     return [
         Case(op, "v is k", shared_value=True, kv_heads=1),
@@ -68,6 +111,7 @@ def _pooling_cases(op: str) -> list[Case]:
         Case(op, "gradient of lse, v is k, skip prefix", shared_value=True, grad_lse=True, options={"skip_prefix": 2}),
         Case(op, "one seed", queries=1),
         Case(op, "many seeds", queries=33),
+        Case(op, "dropout, v is k, skip prefix", shared_value=True, options={**_DROPPED, "skip_prefix": 3}),
     ]
 
 
@@ -77,6 +121,8 @@ def _cross_cases(op: str) -> list[Case]:
         Case(op, "one query", queries=1, gate="head"),
         Case(op, "gradient of lse, jagged queries", query_lengths=(2, 3, 0, 9, 1), grad_lse=True),
         Case(op, "no queries", queries=0),
+        Case(op, "both biases, jagged queries", query_lengths=(2, 3, 0, 50, 1), position_bias=33, time_bias=64),
+        *_bias_cases(op),
     ]
 
 
@@ -98,7 +144,44 @@ def _jagged_cases(op: str) -> list[Case]:
         Case(op, "gradient of lse, rotary, causal", rope=16, grad_lse=True, options={"causal": True}),
         Case(op, "gradient of lse, cross, causal", query_lengths=(9, 3, 40, 0, 9), grad_lse=True, options=masks[0]),
     ]
+    return grid + _target_cases(op) + _bias_cases(op)
+
+
+def _target_cases(op: str) -> list[Case]:
+    """Masks with targets, tails and the other kinds of prefix."""
+    masks: list[dict[str, Any]] = [
+        {},
+        {"causal": True},
+        {"causal": True, "window": (3, 0), "full_tail": 2},
+        {"causal": True, "window": (4, -1), "num_prefix": 2, "prefix": "keys"},
+        {"causal": True, "window": (2, 0), "num_prefix": 3, "prefix": "index"},
+        {"window": (2, 3), "num_prefix": 2, "prefix": "index", "full_tail": 3},
+        {"window": (5, 1), "num_prefix": 2, "score": "silu", "post_scale": 0.5},
+    ]
+    names = [", ".join(map(str, mask.items())) for mask in masks]
+    some, edges = (2, 0, 7, 1, 8), (3, 0, 20, 64, 0)
+    grid = [Case(op, f"targets {name}", targets=some, options=mask) for name, mask in zip(names, masks, strict=True)]
+    grid += [
+        Case(op, f"tiles {name}", lengths=TILE_EDGES, options=mask)
+        for name, mask in zip(names[2:], masks[2:], strict=True)
+    ]
+    crossed = {"query_lengths": (2, 3, 40, 0, 9), "lengths": (5, 0, 37, 1, 8), "targets": (1, 0, 20, 0, 3)}
+    grid += [
+        Case(op, f"targets, cross {name}", **crossed, options=mask) for name, mask in zip(names, masks, strict=True)
+    ]
+    grid += [
+        Case(op, "targets, tiles", lengths=TILE_EDGES, targets=edges, options=masks[2], index_dtype=torch.int32),
+        Case(op, "targets, giant row", lengths=ONE_GIANT, targets=(1, 0, 100, 0, 1), options=masks[4]),
+        Case(op, "targets, rotary, gate", targets=some, rope=16, gate="full", residual=True, options=masks[2]),
+        Case(op, "targets, position bias", targets=some, position_bias=33, options=masks[1]),
+        Case(op, "index prefix, both biases", position_bias=33, time_bias=64, lengths=TILE_EDGES, options=masks[4]),
+        Case(op, "dropout, causal, cross", query_lengths=(9, 3, 40, 0, 9), options={"causal": True, **_DROPPED}),
+        Case(op, "sinks, window", sinks=True, heads=16, query_lengths=(9, 3, 40, 0, 9), options={"window": (2, 0)}),
+    ]
     return grid
+
+
+_TABLES: dict[str, Any] = {"position_bias": 5, "time_bias": 6}
 
 
 def hard_cases(op: str) -> list[Case]:
@@ -107,14 +190,19 @@ def hard_cases(op: str) -> list[Case]:
     grid = [
         Case(op, "gate and residual", **full, grad_lse=True),
         Case(op, "head gate, silu", **HARD_SIZES, gate="head", options=pointwise("silu")),
+        Case(op, "softcap, sinks", **HARD_SIZES, sinks=True, grad_lse=True, options={"softcap": 2.0}),
+        Case(op, "dropout", **HARD_SIZES, options={"dropout_p": 0.4, "dropout_seed": 5}),
     ]
     if op == "jagged_attention":
         grid += [Case(op, "causal, window, prefix", **HARD_SIZES, options={"window": (4, 0), "num_prefix": 1})]
         grid += [Case(op, "cross", **HARD_SIZES, query_lengths=(2, 3, 0, 20, 9), options={"causal": True})]
+        targets: dict[str, Any] = {"targets": (1, 0, 4, 1, 30), "options": {"causal": True, "window": (4, 0)}}
+        grid += [Case(op, "targets", **HARD_SIZES, **targets), Case(op, "biases", **HARD_SIZES, **_TABLES)]
     elif op == "pma_pooling":
         grid += [Case(op, "v is k, skip prefix", **HARD_SIZES, shared_value=True, options={"skip_prefix": 2})]
     else:
         grid += [Case(op, "jagged queries", **HARD_SIZES, query_lengths=(2, 3, 0, 9, 1))]
+        grid += [Case(op, "biases", **HARD_SIZES, **_TABLES)]
     return grid
 
 
@@ -150,7 +238,31 @@ def make_inputs(draw: Draw, case: Case, offsets: Tensor) -> Made:
         q_rows = rows if case.query_lengths is None else sum(case.query_lengths)
         inputs.update(_jagged_queries(draw, case, offsets, q_rows))
         shape = (q_rows + case.tail, case.heads, value_size)
+    inputs.update(_tables(draw, case, inputs))
     return {**inputs, **draw.epilogue(shape, q_rows)}, shape, q_rows
+
+
+def _tables(draw: Draw, case: Case, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Sinks, biases with their times, and targets."""
+    tables: dict[str, Any] = {}
+    if case.sinks:
+        tables["sinks"] = draw.table(case.heads)
+    if case.position_bias:
+        heads = case.heads if case.position_bias > 0 else 1
+        tables["position_bias"] = draw.table(heads, 2 * abs(case.position_bias) + 1)
+    if case.time_bias:
+        edges = draw.whole(0, 3 * case.time_bias, case.time_bias - 1).sort().values
+        tables.update(time_bias=draw.table(case.heads, case.time_bias), time_edges=edges)
+        times_k = draw.whole(-2 * case.time_bias, 2 * case.time_bias, len(inputs["k"]))
+        q = inputs["q"]
+        if case.op == "jagged_attention" and case.query_lengths is None:
+            tables["times"] = times_k
+        else:
+            rows = q.shape[:-2]
+            tables["times"] = draw.whole(-2 * case.time_bias, 2 * case.time_bias, math.prod(rows)).view(rows), times_k
+    if case.targets is not None:
+        tables["num_targets"] = torch.tensor(case.targets, dtype=case.index_dtype, device=draw.device)
+    return tables
 
 
 def _jagged_queries(draw: Draw, case: Case, offsets: Tensor, rows: int) -> dict[str, Any]:
@@ -190,6 +302,11 @@ def _call(op: str, inputs: Mapping[str, Any]) -> AttentionCall:
     if given.get("scale") is None:
         given["scale"] = given["k"].shape[-1] ** -0.5
     given["window_left"], given["window_right"] = given.get("window", (-1, -1))
+    times = given.get("times")
+    given["times_q"], given["times_k"] = times if isinstance(times, tuple) else (times, times)
+    given["queries_at_end"] = op == "gated_cross_attention"
+    if isinstance(seed := given.get("dropout_seed"), int):
+        given["dropout_seed"] = torch.tensor(seed, device=given["k"].device)
     given["cos"], given["sin"] = given.get("rope") or (None, None)
     positions = given.get("rope_positions")
     given["positions_q"], given["positions_k"] = positions if isinstance(positions, tuple) else (positions, positions)
@@ -234,7 +351,8 @@ class _Readers:
         nothing = torch.zeros_like(queries)
         reached = {"out": outputs if forward else torch.zeros_like(outputs)}
         if given.get("score", "softmax") == "softmax":
-            reached["lse"] = queries if name in ("q", "seeds", "k") else nothing
+            of_scores = ("q", "seeds", "k", "sinks", "position_bias", "time_bias")
+            reached["lse"] = queries if name in of_scores else nothing
         keys = self._keys(queries) if backward else torch.zeros_like(self._keys(queries))
         of_queries = queries if backward else nothing
         of_queries = of_queries.any(0) if self.shared else of_queries
@@ -246,6 +364,11 @@ class _Readers:
         if given.get("gate") is not None:
             of_gate = backward and not of_scores_alone
             reached["dgate"] = gathered(outputs if of_gate else torch.zeros_like(outputs), given["gate"])
+        by_head = queries.flatten(0, -2).any(0) & backward
+        for table in ("sinks", "position_bias", "time_bias"):
+            if (x := given.get(table)) is not None:
+                some = by_head if x.shape[0] == len(by_head) else by_head.any()[None]
+                reached[f"d{table}"] = some.view(-1, *[1] * (x.dim() - 1)).expand_as(x)
         if given.get("residual") is not None:
             reached["dresidual"] = outputs if name == "grad_out" else torch.zeros_like(outputs)
         return reached
@@ -256,6 +379,10 @@ class _Readers:
         if name in ("k", "v"):
             of_row = (self.q_rows == self.k_rows[place[0]]) & (self.q_rows >= 0)
             return torch.logical_and(of_row[..., None], self.kv_head == place[1])
+        if name in ("sinks", "position_bias", "time_bias"):
+            heads = torch.arange(self.q.shape[-2], device=x.device)
+            of_head = (heads == place[0]) | (x.shape[0] != len(heads))
+            return of_head & (self.q_rows >= 0)[..., None]
         mask = at(x, place)
         if name in ("gate", "residual"):
             mask = mask.expand(self.inputs["grad_out"].shape)

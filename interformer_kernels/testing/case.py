@@ -30,6 +30,10 @@ class Case:
         rope: channels that rotate; 0 is no rotary embedding.
         positions: explicit rotary positions instead of the index in the row.
         shared_value: `v=None`, the keys are the values (pma_pooling).
+        targets: targets of each row (jagged_attention).
+        sinks: with sinks.
+        position_bias: `P` of a position bias `[H, 2 P + 1]`, or of one for all heads where it is negative.
+        time_bias: bins of a time bias, with times and edges.
         grad_lse: the log-sum-exp has a gradient, too (softmax).
         bias: with a bias (personalized_ffn, fused_linear).
         norm: with a layer norm (fused_linear).
@@ -53,6 +57,10 @@ class Case:
     positions: bool = False
     strided: bool = False
     shared_value: bool = False
+    targets: tuple[int, ...] | None = None
+    sinks: bool = False
+    position_bias: int = 0
+    time_bias: int = 0
     grad_lse: bool = False
     bias: bool = True
     norm: bool = False

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interformer_kernels._launch.tensors import accumulation_dtype
 from interformer_kernels.testing.case import Case
 
 
@@ -70,6 +71,14 @@ class Draw:
         x = x.to(self.device, self.dtype)
         x = x[..., 1 : 1 + shape[-1]] if self.case.strided and shape else x
         return x.requires_grad_(gradient)
+
+    def table(self, *shape: int) -> Tensor:
+        """Normal numbers of the accumulation dtype, a gradient leaf."""
+        return self.numbers.normal(shape).to(self.device, accumulation_dtype(self.dtype)).requires_grad_()
+
+    def whole(self, low: int, high: int, count: int) -> Tensor:
+        """So many int64 numbers from `low` to below `high`."""
+        return torch.randint(low, high, (count,), generator=self.numbers.generator).to(self.device)
 
     def epilogue(self, shape: tuple[int, ...], rows: int | None) -> dict[str, Tensor]:
         """Gate and residual for an output of this shape."""

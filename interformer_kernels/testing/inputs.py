@@ -50,4 +50,4 @@ def _of_rows(name: str, x: Any, inputs: Mapping[str, Any]) -> bool:
     if name == "gate":  # may be of the output's shape up to sizes of 1, or broadcast over rows and tokens
         return x is not None and x.dim() == inputs["grad_out"].dim()
     of_rows = ("q", "k", "v", "x", "weight", "bias", "scores", "weights", "residual", "grad_out", "grad_lse")
-    return x is not None and name in of_rows
+    return isinstance(x, Tensor) and name in (*of_rows, "num_targets", "times")

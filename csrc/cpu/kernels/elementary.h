@@ -1,4 +1,5 @@
-// Elementary functions of numbers and vectors. Loops over them become vector code.
+// Elementary functions of numbers and vectors. Loops over them become vector code, which rests on their being inlined:
+// left to the compiler, it stopped once there were enough loops, and gates took four times as long.
 #pragma once
 
 #include "cpu/kernels/isa.h"
@@ -16,7 +17,7 @@ inline A exp2_of(int n) {
 // degree 7 (relative remainder below 6e-9); 2^n comes from the exponent's bits in two factors, so that the smallest and
 // largest results are right. A NaN stays NaN, since its comparisons are false.
 template <typename Float, typename Int, typename Bits>
-inline Float exponential_of(Float x) {
+INTERFORMER_INLINE Float exponential_of(Float x) {
     const Float low = Float{} - 104.0f, high = Float{} + 89.0f;
     const Float bounded = x < low ? low : x;
     const Float inside = bounded > high ? high : bounded;
@@ -40,17 +41,17 @@ inline Float exponential_of(Float x) {
     return power * first * second;
 }
 
-inline float exponential(float x) {
+INTERFORMER_INLINE float exponential(float x) {
     return exponential_of<float, int32_t, uint32_t>(x);
 }
-inline Vector<float> exponential(Vector<float> x) {
+INTERFORMER_INLINE Vector<float> exponential(Vector<float> x) {
     return exponential_of<Vector<float>, Vector<int32_t>, Vector<uint32_t>>(x);
 }
 
-inline double exponential(double x) {
+INTERFORMER_INLINE double exponential(double x) {
     return __builtin_exp(x);
 }
-inline Vector<double> exponential(Vector<double> x) {
+INTERFORMER_INLINE Vector<double> exponential(Vector<double> x) {
     for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = __builtin_exp(x[lane]);
     return x;
 }
@@ -142,30 +143,30 @@ inline Vector<double> logarithm(Vector<double> x) {
 }
 
 template <typename A>
-inline A sigmoid(A x) {
+INTERFORMER_INLINE A sigmoid(A x) {
     return A(1) / (A(1) + exponential(-x));
 }
 
-inline float error_function(float x) {
+INTERFORMER_INLINE float error_function(float x) {
     return __builtin_erff(x);
 }
-inline double error_function(double x) {
+INTERFORMER_INLINE double error_function(double x) {
     return __builtin_erf(x);
 }
-inline float hyperbolic_tangent(float x) {
+INTERFORMER_INLINE float hyperbolic_tangent(float x) {
     return __builtin_tanhf(x);
 }
-inline double hyperbolic_tangent(double x) {
+INTERFORMER_INLINE double hyperbolic_tangent(double x) {
     return __builtin_tanh(x);
 }
 
 // Distribution function and density of the standard normal distribution.
 template <typename A>
-inline A normal_distribution(A x) {
+INTERFORMER_INLINE A normal_distribution(A x) {
     return A(0.5) * (A(1) + error_function(x * A(0.70710678118654752440)));
 }
 template <typename A>
-inline A normal_density(A x) {
+INTERFORMER_INLINE A normal_density(A x) {
     return A(0.39894228040143267794) * exponential(A(-0.5) * x * x);
 }
 
