@@ -12,7 +12,7 @@ Axes: `B` rows, `T` packed tokens (`Tq`, `Tk` where queries and keys differ), `N
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -293,8 +293,8 @@ def attention(call: AttentionCall, residual: Tensor | None) -> tuple[Tensor, Ten
     window = call.window_left, call.window_right
     masks = Masks(call.causal, window, call.num_prefix, call.prefix, call.full_tail)
     rows = Rows(queries, keys, call.skip_prefix, call.num_targets)
-    dropout = Dropout(call.dropout_p, call.dropout_seed)
-    tables = Tables(*(getattr(call, name) for name in Tables._fields[:-1]), dropout)
+    given: dict[str, Any] = {name: getattr(call, name) for name in Tables._fields if name != "dropout"}
+    tables = Tables(**given, dropout=Dropout(call.dropout_p, call.dropout_seed))
     attn_out, lse = attend_rows(q, k, k if call.v is None else call.v, rows, maps, masks, tables)
     attn_out = attn_out.view(*shape, attn_out.shape[-1])
     lse = lse.view(shape) if call.score == "softmax" else lse
