@@ -104,10 +104,22 @@ class Call {
         p.positions_q = positions_of(in.positions_q);
         p.positions_k = positions_of(in.positions_k);
         p.gating = in.gating;
+        if (in.variant_tensors.num_targets) set_targets(*in.variant_tensors.num_targets);
+    }
+    void set_targets(const TensorView& counts) {
+        const auto* narrow = static_cast<const int32_t*>(counts.data);
+        const auto* wide = static_cast<const int64_t*>(counts.data);
+        for (int64_t row = 0; row < problem.rows; ++row) {
+            const int64_t most = std::min(problem.query_counts[row], problem.key_counts[row]);
+            const int64_t count = counts.dtype == DType::int32 ? narrow[row] : wide[row];
+            targets_.push_back(std::clamp<int64_t>(count, 0, most));
+        }
+        problem.target_counts = targets_.data();
     }
 
     Rows keys_;
     std::optional<Rows> queries_;
+    std::vector<int64_t> targets_;
     QueryLayout layout_;
     DType dtype_;
     int64_t query_tokens_;  // packed queries, including the tail

@@ -17,6 +17,7 @@ struct AttentionProblem {
     const int64_t* query_begins = nullptr;  // packed queries: spans of the rows; null: each row has `queries`
     const int64_t* query_counts = nullptr;
     int64_t queries = 0;
+    const int64_t* target_counts = nullptr;  // of each row, clamped; null: rows have no targets
     const int64_t* key_begins = nullptr;
     const int64_t* key_counts = nullptr;
     int64_t max_queries = 0, max_keys = 0;  // over all rows

@@ -58,8 +58,7 @@ class FewQueryRow {
     INTERFORMER_INLINE FewQueryRow(const FewQueries<T>& shared, int64_t row, int64_t first_head, int64_t heads)
         : p_(shared.p),
           shared_(shared),
-          variant_(shared.p, {row, first_head, shared.p.query_counts ? shared.p.query_counts[row] : shared.p.queries,
-                              shared.p.key_counts[row], shared.q_per_kv}),
+          variant_(shared.p, row_of_head(shared.p, row, first_head, shared.q_per_kv)),
           row_(variant_.row()),
           units_{heads, row_.queries()} {}
 

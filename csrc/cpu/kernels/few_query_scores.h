@@ -107,17 +107,18 @@ class FewQueryScores {
                 store_vector(s + last * G, here ? load_vector(s + last * G) : all_masked);
             return;
         }
-        Vector<Index> prefix, begin, end;  // relative to the block's first token
+        Vector<Index> prefix, begin, end, own;  // relative to the block's first token
         for (int64_t lane = 0; lane < W; ++lane) {
             const KeyRange& range = ranges_[query_of(group * G + lane % G)];
             const auto clamped = [&](int64_t key) { return static_cast<Index>(min(max(key - first, 0), count)); };
             prefix[lane] = clamped(range.prefix);
             begin[lane] = clamped(range.first);
             end[lane] = clamped(range.last);
+            own[lane] = range.own < first ? Index(-1) : clamped(range.own);
         }
         Vector<Index> token = token_of_lane();
         for (int64_t j = 0; j < whole_vectors(count); j += W, token += static_cast<Index>(kVectorTokens<A>)) {
-            const Vector<Index> seen = (token < prefix) | ((token >= begin) & (token < end));
+            const Vector<Index> seen = (token < prefix) | ((token >= begin) & (token < end)) | (token == own);
             store_vector(s + j, seen ? load_vector(s + j) : all_masked);
         }
     }
@@ -201,7 +202,7 @@ class FewQueryScores {
         Vector<A> grad;
         for (int64_t lane = 0; lane < W; ++lane) {
             const int64_t unit = min(group * G + lane % G, units_.count() - 1), query = query_of(unit);
-            grad[lane] = variant_.grad_lse(query, masked_ ? ranges_[query] : KeyRange{0, 0, count},
+            grad[lane] = variant_.grad_lse(query, masked_ ? ranges_[query] : KeyRange{0, 0, count, -1},
                                            unit % units_.heads * variant_.row().q_per_kv);
         }
         for (int64_t j = 0; j < whole_vectors(count); j += W)

@@ -69,6 +69,7 @@ class ScoreLanes {
             prefix_[i] = range.prefix;
             first_[i] = range.first;
             last_[i] = range.last;
+            own_[i] = range.own;
             fully_masked_[i] = range.fully_masked() ? A(1) : A(0);
             all_prefix_ = min(all_prefix_, range.prefix);
             all_first_ = max(all_first_, range.first);
@@ -85,11 +86,12 @@ class ScoreLanes {
     // Sets scores that their query does not see to `masked`.
     void mask(int64_t j, int64_t count, A* scores, A masked) const {
         if (!masks_ || visible_to_all(j, j + count)) return;
-        Vector<Index> prefix[N], first[N], last[N];
+        Vector<Index> prefix[N], first[N], last[N], own[N];
         for (int n = 0; n < N; ++n) {
             prefix[n] = relative(prefix_ + n * W, j, count);
             first[n] = relative(first_ + n * W, j, count);
             last[n] = relative(last_ + n * W, j, count);
+            own[n] = relative(own_ + n * W, j, count, -1);
         }
         const Vector<A> all_masked = Vector<A>{} + masked;
         for (int64_t k = 0; k < count; ++k) {
@@ -97,15 +99,15 @@ class ScoreLanes {
             const Vector<Index> key = Vector<Index>{} + static_cast<Index>(k);
             for (int n = 0; n < N; ++n) {
                 A* s = scores + k * kQueries + n * W;
-                const auto visible = (key < prefix[n]) | ((key >= first[n]) & (key < last[n]));
+                const auto visible = (key < prefix[n]) | ((key >= first[n]) & (key < last[n])) | (key == own[n]);
                 store_vector(s, visible ? load_vector(s) : all_masked);
             }
         }
     }
-    // Bounds of keys, counted from key j on and clamped to [0, count].
-    static Vector<Index> relative(const int64_t* bounds, int64_t j, int64_t count) {
+    // Bounds of keys, counted from key j on and clamped to [least, count].
+    static Vector<Index> relative(const int64_t* bounds, int64_t j, int64_t count, int64_t least = 0) {
         Index to[W];
-        for (int64_t i = 0; i < W; ++i) to[i] = static_cast<Index>(min(max(bounds[i] - j, 0), count));
+        for (int64_t i = 0; i < W; ++i) to[i] = static_cast<Index>(min(max(bounds[i] - j, least), count));
         return load_vector(to);
     }
 
@@ -203,7 +205,7 @@ class ScoreLanes {
     Vector<A> row_max_[N], row_sum_[N];
     A rescale_[kQueries];
     // Where there are masks: the keys that each query sees, and bounds of those that all see.
-    int64_t prefix_[kQueries], first_[kQueries], last_[kQueries];
+    int64_t prefix_[kQueries], first_[kQueries], last_[kQueries], own_[kQueries];
     A fully_masked_[kQueries];
     int64_t all_prefix_ = INT64_MAX, all_first_ = 0, all_last_ = INT64_MAX;
     ColumnRanges columns_;

@@ -4,63 +4,17 @@
 // block in each of the three: a bias before the map, dropout after it.
 #pragma once
 
-#include "cpu/attention_problem.h"
 #include "cpu/kernels/activations.h"
+#include "cpu/kernels/key_range.h"
 #include "cpu/kernels/memory.h"
-#include "cpu/kernels/multiply.h"
 
 INTERFORMER_ISA_BEGIN
-
-// The keys that one query sees: [0, prefix) and [first, last).
-struct KeyRange {
-    int64_t prefix, first, last;
-
-    bool fully_masked() const { return prefix == 0 && first >= last; }
-};
-
-// The keys that at least one of several queries sees.
-class VisibleKeys {
-  public:
-    explicit VisibleKeys(int64_t keys) : first_(keys) {}
-
-    void include(const KeyRange& range) {
-        prefix_ = max(prefix_, range.prefix);
-        if (range.first >= range.last) return;
-        first_ = min(first_, range.first);
-        last_ = max(last_, range.last);
-    }
-    // As columns of scores of type A, rounded outwards to panels and vectors.
-    template <typename A>
-    ColumnRanges columns() const {
-        ColumnRanges ranges{};
-        const int64_t begin = first_ / kPanel<A> * kPanel<A>, prefix_end = round_up(prefix_, kLanes<A>);
-        if (prefix_ > 0 && prefix_end < begin && first_ < last_) ranges.r[ranges.n++] = {0, prefix_end};
-        const bool joined = prefix_ > 0 && ranges.n == 0;
-        if (first_ < last_ || joined)
-            ranges.r[ranges.n++] = {joined ? 0 : begin, max(round_up(last_, kLanes<A>), joined ? prefix_end : 0)};
-        return ranges;
-    }
-
-  private:
-    int64_t prefix_ = 0, first_, last_ = 0;
-};
 
 // Softmax statistics, one number for each query of a block, padded to whole vectors: the sum of the
 // probabilities before they are normalised; delta, the mean of their gradients.
 template <typename A>
 struct RowStats {
     A *row_sum, *delta;
-};
-
-// One row of the batch under one key/value head. Query `r` of [0, query_tokens * q_per_kv) is token `token(r)` of the
-// row under query head `head(r)`.
-struct RowOfHead {
-    int64_t index, kv_head, query_tokens, keys, q_per_kv;
-
-    // Avoids the division where heads are not grouped: it would cost as much as the products of a short row.
-    int64_t token(int64_t r) const { return q_per_kv == 1 ? r : r / q_per_kv; }
-    int64_t head(int64_t r) const { return kv_head * q_per_kv + r - token(r) * q_per_kv; }
-    int64_t queries() const { return query_tokens * q_per_kv; }
 };
 
 // The scores of a row under one key/value head. The scores of query `r` are numbers of the matrix that a method is
@@ -74,28 +28,13 @@ class ScoreVariant {
     INTERFORMER_INLINE ScoreVariant(const AttentionProblem& problem, const RowOfHead& row) : p_(problem), row_(row) {}
 
     const RowOfHead& row() const { return row_; }
-    bool has_masks() const { return p_.variant.causal || p_.variant.window_left >= 0 || p_.variant.window_right >= 0; }
+    bool has_masks() const { return INTERFORMER_ISA::has_masks(p_.variant, row_); }
 
     bool is_softmax() const { return p_.variant.score.softmax; }
 
     KeyRange key_range(int64_t r) const {
-        const AttentionVariant& v = p_.variant;
-        const int64_t keys = row_.keys;
-        if (!has_masks()) return {0, 0, keys};
-        const int64_t i = row_.token(r), diagonal = i + keys - row_.query_tokens;
-        if (i < v.num_prefix) return {0, 0, keys};
-        KeyRange range{min(v.num_prefix, keys), 0, keys};
-        if (v.causal) range.last = min(range.last, diagonal + 1);
-        if (v.window_left >= 0) range.first = max(range.first, diagonal - v.window_left);
-        if (v.window_right >= 0) range.last = min(range.last, diagonal + v.window_right + 1);
-        range.last = max(range.last, 0);
-        range.first = min(range.first, range.last);
-        if (range.first <= range.prefix) {  // the prefix and the rest are adjacent
-            range.last = max(range.last, range.prefix);
-            range.first = 0;
-            range.prefix = 0;
-        }
-        return range;
+        if (!has_masks()) return {0, 0, row_.keys, -1};
+        return key_range_of(p_.variant, row_, row_.token(r));
     }
 
     // The columns that at least one of the queries [r, r + count) sees, rounded outwards to panels and vectors.
@@ -183,7 +122,13 @@ class ScoreVariant {
         for (int i = 0; i < ranges.n; ++i) {
             const Columns columns = ranges.r[i];
             mask_out(s, max(columns.begin, range.prefix), min(range.first, columns.end), masked);
-            mask_out(s, max(max(range.last, range.prefix), columns.begin), columns.end, masked);
+            const int64_t behind = max(max(range.last, range.prefix), columns.begin);
+            if (range.own < 0) {
+                mask_out(s, behind, columns.end, masked);
+            } else {
+                mask_out(s, behind, min(range.own, columns.end), masked);
+                mask_out(s, max(range.own + 1, columns.begin), columns.end, masked);
+            }
         }
     }
 
