@@ -105,6 +105,22 @@ class Call {
         p.positions_k = positions_of(in.positions_k);
         p.gating = in.gating;
         if (in.variant_tensors.num_targets) set_targets(*in.variant_tensors.num_targets);
+        if (in.variant_tensors.sinks) p.sinks = in.variant_tensors.sinks->data;
+        p.adjusts_scores = in.variant.softcap > 0 || p.sinks;
+        set_dropout(in);
+    }
+    void set_dropout(const AttentionInputs& in) {
+        AttentionProblem& p = problem;
+        p.weight_scale = in.variant.post_scale;
+        p.dropout.all = in.variant.dropout_p == 1;
+        p.dropout.some = in.variant.drops();
+        if (!p.dropout.some) return;
+        const auto seed = static_cast<uint64_t>(*static_cast<const int64_t*>(in.variant_tensors.dropout_seed->data));
+        p.dropout.seed[0] = static_cast<uint32_t>(seed);
+        p.dropout.seed[1] = static_cast<uint32_t>(seed >> 32);
+        p.dropout.below = static_cast<uint32_t>(in.variant.dropout_p * 0x1p32);
+        p.dropout.skipped = in.skip_prefix;
+        p.weight_scale /= 1 - in.variant.dropout_p;
     }
     void set_targets(const TensorView& counts) {
         const auto* narrow = static_cast<const int32_t*>(counts.data);
@@ -288,11 +304,24 @@ std::optional<GradientSums> prepare_gate(Call& call, const TensorView& grad, int
     return sums;
 }
 
+// Prepares the gradients of the variant's tables, [Hb, entries]: sums over all rows, by head.
+std::optional<GradientSums> prepare_table(const std::optional<TensorView>& grad, int64_t groups, int64_t heads,
+                                          double*& sums_by_group) {
+    if (!grad) return std::nullopt;
+    TensorView by_head = *grad;
+    if (grad->axes == 1) by_head.shape[1] = 1;
+    by_head.axes = 2;
+    std::optional<GradientSums> sums(std::in_place, by_head, groups, 1, heads);
+    sums_by_group = sums->data();
+    return sums;
+}
+
 // The row groups of the backward: fewer where the sums kept for each group would take more than a few MiB.
-RowGroups backward_groups(const Call& call, bool sums_over_rows) {
+RowGroups backward_groups(const Call& call, bool sums_over_rows, int64_t table_entries) {
     constexpr int64_t kMaxSums = 1 << 20, kMinGroups = 8;
     const AttentionProblem& p = call.problem;
-    const int64_t sums_per_group = std::max<int64_t>(1, p.queries) * p.heads * (p.head_size + p.value_size);
+    const int64_t sums_per_group =
+        std::max<int64_t>(1, p.queries) * p.heads * (p.head_size + p.value_size) + p.heads * table_entries;
     const int64_t max_groups = std::clamp<int64_t>(kMaxSums / sums_per_group, kMinGroups, kMaxRowGroups);
     return RowGroups(p.rows, sums_over_rows ? max_groups : kMaxRowGroups, [&](int64_t row) { return call.work(row); });
 }
@@ -343,7 +372,8 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
     }
     p.stream_key_grads = exceed_caches(bytes_of(grads.grad_k) + (grads.grad_v ? bytes_of(*grads.grad_v) : 0));
     p.shared_queries = in.layout == QueryLayout::shared;
-    const RowGroups groups = backward_groups(call, p.shared_queries || in.gate);
+    const bool has_tables = grads.variant.sinks.has_value();
+    const RowGroups groups = backward_groups(call, p.shared_queries || in.gate || has_tables, 1);
     const std::vector<int64_t> row_groups = groups.by_row();
     p.row_groups = row_groups.data();
     std::optional<GradientSums> query_sums, gate_sums;
@@ -356,11 +386,13 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
         advise_huge_pages(grads.grad_q);
         if (call.packed()) zero_gaps(call.queries(), grads.grad_q);
     }
+    std::optional<GradientSums> sink_sums = prepare_table(grads.variant.sinks, groups.count(), p.heads, p.grad_sinks);
     if (grads.grad_gate) gate_sums = prepare_gate(call, *grads.grad_gate, groups.count());
     const Kernels& native = kernels(in.k.dtype);
     threads = call.useful_threads(threads);
     // Shards of a row would add to the same sums over queries at the same time.
-    std::vector<AttentionTask> tasks = make_tasks(call, groups, threads, !p.shared_queries && !p.gate_summed);
+    const bool may_shard = !p.shared_queries && !p.gate_summed && !has_tables;
+    std::vector<AttentionTask> tasks = make_tasks(call, groups, threads, may_shard);
     ShardedKeyGradients sharded(p, native, tasks);
     run_tasks(call, groups, tasks, threads, native.attention_backward_memory(p),
               [&](const AttentionTask& task, void* memory) {
@@ -369,6 +401,7 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
               });
     if (query_sums) query_sums->write();
     if (gate_sums) gate_sums->write();
+    if (sink_sums) sink_sums->write();
 }
 
 }  // namespace interformer

@@ -29,11 +29,13 @@ struct BackwardWorkspace {
     A* d_probs;        // [block, score_stride], later d_scores
     A* row_sum;        // [max_block], and likewise delta
     A* delta;
-    A* grad_q;    // [max_block, head_stride]
-    A* grad_k;    // [max_keys, head_stride]
-    A* grad_v;    // [max_keys, value_stride]
-    A* grad_out;  // the channels of one token
-    A* epilogue;  // those of two
+    A* sink;
+    A* slopes = nullptr;  // [block, score_stride], under a softcap
+    A* grad_q;            // [max_block, head_stride]
+    A* grad_k;            // [max_keys, head_stride]
+    A* grad_v;            // [max_keys, value_stride]
+    A* grad_out;          // the channels of one token
+    A* epilogue;          // those of two
     // Operands of pairs of numbers, where the instruction set has them.
     X* key_rows = nullptr;            // [operands of max_keys, head_stride]
     X* query_rows = nullptr;          // [operands of max_block, head_stride]
@@ -56,6 +58,8 @@ struct BackwardWorkspace {
         d_probs = arena.allocate<A>(scores);
         row_sum = arena.allocate<A>(round_up(block, kLanes<A>));
         delta = arena.allocate<A>(round_up(block, kLanes<A>));
+        sink = arena.allocate<A>(round_up(block, kLanes<A>));
+        if (p.variant.softcap > 0) slopes = arena.allocate<A>(scores);
         grad_q = arena.allocate<A>(block * sizes.head_stride);
         grad_k = arena.allocate<A>(p.max_keys * sizes.head_stride);
         grad_v = p.v_is_k ? grad_k : arena.allocate<A>(p.max_keys * sizes.value_stride);
@@ -237,7 +241,8 @@ class AttentionBackward {
             epilogue_backward(row, r + i, work_.grad_attn_out + i * sizes_.value_stride);
         operands.keys.multiply(queries, count, ranges, probs);
         operands.values.multiply(grad_attn_out, count, ranges, d_probs);
-        row.variant().scores_to_probs_and_d_scores(r, count, probs, d_probs, ranges, {work_.row_sum, work_.delta});
+        row.variant().scores_to_probs_and_d_scores(r, count, probs, d_probs, ranges,
+                                                   {work_.row_sum, work_.delta, work_.sink, work_.slopes});
         const Matrix<A> d_scores = d_probs;
         weighted_sums<X>(along_keys(d_scores, count, ranges), operands.key_rows, ranges, row.keys(), count,
                          sizes_.head_stride, {work_.grad_q, sizes_.head_stride});

@@ -38,7 +38,7 @@ struct FewQueries {
     }
 
     int64_t queries_of(int64_t row) const { return (p.query_counts ? p.query_counts[row] : p.queries) * q_per_kv; }
-    bool serves(int64_t row) const { return queries_of(row) <= kFewQueries; }
+    bool serves(int64_t row) const { return queries_of(row) <= kFewQueries && !p.dropout.some && !p.dropout.all; }
 
     // Calls `each(first_head, heads)` for the heads of a task in as many steps as units need.
     template <typename Each>

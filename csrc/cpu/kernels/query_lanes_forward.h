@@ -137,7 +137,7 @@ class QueryLanesForward {
           work_(problem, sizes_, memory),
           epilogue_(problem, work_.scratch),
           shared_queries_(Workspace::shares_queries(problem, sizes_)),
-          plain_(!problem.gate.given && !problem.residual.given && !problem.attn_out.given &&
+          plain_(!problem.gate.given && !problem.residual.given && !problem.attn_out.given && !problem.dropout.some &&
                  problem.out.channel == 1 && problem.value_size % kLanes<A> == 0) {}
 
     int64_t bytes() const { return work_.bytes; }
@@ -255,7 +255,7 @@ class QueryLanesForward {
         if (plain_) return write_plain(row, r, count);
         for (int64_t i = 0; i < count; ++i) {
             A* sums = attn_out.from(i).data;
-            if (p_.variant.score.softmax) normalise<T>(sums, p_.value_size, work_.inv_row_sum[i]);
+            if (p_.variant.score.softmax) normalise<T>(sums, p_.value_size, work_.inv_row_sum[i], p_.weight_scale);
             epilogue_.finish(row.query(r + i), sums, p_.value_size);
         }
     }

@@ -22,6 +22,8 @@ class ScoreLanes {
             row_sum_[n] = Vector<A>{};
         }
         if (masks_) find_ranges(r, count);
+        if (variant_.has_sinks()) begin_with_sinks(r, count);
+        if (variant_.dropout().some) begin_dropout(r, count);
     }
 
     // The columns that at least one of the queries sees, rounded outwards to panels and vectors.
@@ -30,21 +32,27 @@ class ScoreLanes {
     // The scores of keys [j, j + count) become probabilities, as operands of sums over keys, in their place. Returns
     // whether the sums over earlier keys are to be multiplied by `rescale`.
     bool scores_to_probs(int64_t j, int64_t count, A* scores) {
+        if (variant_.adjusts()) variant_.adjust(scores, count * kQueries);
+        bool rescales = false;
         if (variant_.is_softmax()) {
             mask(j, count, scores, -kInfinity);
-            return softmax(count, scores);
+            rescales = softmax(count, scores);
+        } else {
+            variant_.map(scores, count * kQueries);
+            mask(j, count, scores, A(0));
+            pair_keys(count, scores);
         }
-        variant_.map(scores, count * kQueries);
-        mask(j, count, scores, A(0));
-        pair_keys(count, scores);
-        return false;
+        if (variant_.dropout().some) drop(j, count, scores);
+        if (variant_.dropout().all) fill(scores, operands<X>(count) * kQueries, A(0));
+        return rescales;
     }
     const A* rescale() const { return rescale_; }
 
     // After the last block: the factor of each query's sums, and its log-sum-exp.
     void inv_row_sums(A* to) {
         for (int n = 0; n < N; ++n) {
-            if (masks_) row_sum_[n] += load_vector(fully_masked_ + n * W);
+            // A query that sees no key, and has no sink, or one of -inf.
+            if (masks_) row_sum_[n] += row_max_[n] == -kInfinity ? load_vector(fully_masked_ + n * W) : Vector<A>{};
             store_vector(to + n * W, A(1) / row_sum_[n]);
         }
     }
@@ -109,6 +117,49 @@ class ScoreLanes {
         Index to[W];
         for (int64_t i = 0; i < W; ++i) to[i] = static_cast<Index>(min(max(bounds[i] - j, least), count));
         return load_vector(to);
+    }
+
+    // Queries of a tile, of which the last one is repeated.
+    void begin_with_sinks(int64_t r, int64_t count) {
+        for (int n = 0; n < N; ++n) {
+            for (int64_t lane = 0; lane < W; ++lane)
+                row_max_[n][lane] = variant_.sink(r + min(n * W + lane, count - 1));
+            row_sum_[n] = Vector<A>{} + exp2_of<A>(-variant_.headroom());
+        }
+    }
+    void begin_dropout(int64_t r, int64_t count) {
+        const Philox philox(variant_.dropout());
+        for (int n = 0; n < N; ++n) {
+            const auto query = [&](int64_t lane) { return r + min(n * W + lane, count - 1); };
+            dropout_[n].set(
+                philox, [&](int64_t lane) { return variant_.query_number(query(lane)); },
+                [&](int64_t lane) { return variant_.row().head(query(lane)); });
+        }
+    }
+
+    // Probabilities of dropped weights become 0: operands of them, bit by bit.
+    void drop(int64_t j, int64_t count, A* probs) const {
+        using Bits = WordsOf<A>;
+        const Philox philox(variant_.dropout());
+        const Bits below = Bits{} + variant_.dropout().below;
+        const int64_t first = j + variant_.dropout().skipped;
+        for (int64_t block = first / 4; 4 * block < first + count; ++block)
+            for (int n = 0; n < N; ++n) {
+                Bits words[4];
+                dropout_[n].words(philox, block, words);
+                for (int64_t i = 0, k = 4 * block - first; i < 4; ++i, ++k) {
+                    if (k < 0 || k >= count) continue;
+                    A* prob = probs + k / kNumbers<X> * kQueries + n * W;
+                    Bits bits;
+                    std::memcpy(&bits, prob, sizeof bits);
+                    // Of a pair, the first number lies in the low half.
+                    const Bits gone = Bits{} + (kNumbers<X> == 1 ? Bits{}[0]
+                                                : k % 2 == 0     ? ~Bits{}[0] << 16
+                                                                 : ~Bits{}[0] >> 16);
+                    bits = words[i] >= below ? bits : bits & gone;
+                    std::memcpy(prob, &bits, sizeof bits);
+                }
+            }
     }
 
     bool softmax(int64_t count, A* scores) {
@@ -204,6 +255,7 @@ class ScoreLanes {
     const A scale_;
     Vector<A> row_max_[N], row_sum_[N];
     A rescale_[kQueries];
+    QueryDropout<A> dropout_[N];
     // Where there are masks: the keys that each query sees, and bounds of those that all see.
     int64_t prefix_[kQueries], first_[kQueries], last_[kQueries], own_[kQueries];
     A fully_masked_[kQueries];
