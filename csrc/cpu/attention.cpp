@@ -106,8 +106,19 @@ class Call {
         p.gating = in.gating;
         if (in.variant_tensors.num_targets) set_targets(*in.variant_tensors.num_targets);
         if (in.variant_tensors.sinks) p.sinks = in.variant_tensors.sinks->data;
-        p.adjusts_scores = in.variant.softcap > 0 || p.sinks;
+        const VariantTensors& tensors = in.variant_tensors;
+        set_bias(tensors.position_bias, p.position_bias);
+        set_bias(tensors.time_bias, p.time_bias);
+        if (tensors.time_bias) {
+            p.times_q = static_cast<const int64_t*>(tensors.times_q->data);
+            p.times_k = static_cast<const int64_t*>(tensors.times_k->data);
+            p.time_edges = static_cast<const int64_t*>(tensors.time_edges->data);
+        }
+        p.adjusts_scores = in.variant.softcap > 0 || tensors.sinks || tensors.position_bias || tensors.time_bias;
         set_dropout(in);
+    }
+    static void set_bias(const std::optional<TensorView>& table, BiasTable& bias) {
+        if (table) bias = {table->data, table->shape[0] == 1 ? 0 : table->strides[0], table->shape[1]};
     }
     void set_dropout(const AttentionInputs& in) {
         AttentionProblem& p = problem;
@@ -156,7 +167,8 @@ void fill_lse_gaps(const Rows& rows, const TensorView& lse) {
 
 // The tasks for threads. A row group under all heads, which lie side by side in memory, is one task. The heads of a
 // heavy group become tasks of their own, and so do shards of a row with too much work for one thread. Heads of rows of
-// few queries, which are read together, only where threads would be idle. No choice made here changes a result's bits.
+// few queries, which are read together, and heads that share bins of times, only where threads would be idle. No choice
+// made here changes a result's bits.
 std::vector<AttentionTask> make_tasks(const Call& call, const RowGroups& groups, int64_t threads, bool may_shard) {
     constexpr double kHeavy = 1.0 / 64;
     const AttentionProblem& p = call.problem;
@@ -167,7 +179,8 @@ std::vector<AttentionTask> make_tasks(const Call& call, const RowGroups& groups,
         const int64_t group = groups.scheduled(i), first = groups.bound(group), last = groups.bound(group + 1);
         bool few = true;
         for (int64_t row = first; row < last; ++row) few = few && call.queries_of(row) <= kFewQueries;
-        const bool heavy = groups.work(group) > (few ? heavy_of_few : kHeavy) * groups.total();
+        const bool shares = few || p.time_bias.table;
+        const bool heavy = groups.work(group) > (shares ? heavy_of_few : kHeavy) * groups.total();
         const bool sharded = may_shard && threads > 1 && last - first == 1 && groups.work(group) > half_a_thread;
         const int64_t shards = sharded ? kernels(call.dtype()).attention_shards(p, first) : 1;
         for (int64_t head = 0, heads = heavy ? 1 : p.kv_heads; head < p.kv_heads; head += heads)
@@ -372,8 +385,9 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
     }
     p.stream_key_grads = exceed_caches(bytes_of(grads.grad_k) + (grads.grad_v ? bytes_of(*grads.grad_v) : 0));
     p.shared_queries = in.layout == QueryLayout::shared;
-    const bool has_tables = grads.variant.sinks.has_value();
-    const RowGroups groups = backward_groups(call, p.shared_queries || in.gate || has_tables, 1);
+    const bool has_tables = p.sinks || p.position_bias.table || p.time_bias.table;
+    const int64_t table_entries = p.position_bias.entries + p.time_bias.entries + 1;
+    const RowGroups groups = backward_groups(call, p.shared_queries || in.gate || has_tables, table_entries);
     const std::vector<int64_t> row_groups = groups.by_row();
     p.row_groups = row_groups.data();
     std::optional<GradientSums> query_sums, gate_sums;
@@ -386,7 +400,10 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
         advise_huge_pages(grads.grad_q);
         if (call.packed()) zero_gaps(call.queries(), grads.grad_q);
     }
-    std::optional<GradientSums> sink_sums = prepare_table(grads.variant.sinks, groups.count(), p.heads, p.grad_sinks);
+    std::optional<GradientSums> table_sums[] = {
+        prepare_table(grads.variant.sinks, groups.count(), p.heads, p.grad_sinks),
+        prepare_table(grads.variant.position_bias, groups.count(), p.heads, p.position_bias.grads),
+        prepare_table(grads.variant.time_bias, groups.count(), p.heads, p.time_bias.grads)};
     if (grads.grad_gate) gate_sums = prepare_gate(call, *grads.grad_gate, groups.count());
     const Kernels& native = kernels(in.k.dtype);
     threads = call.useful_threads(threads);
@@ -401,7 +418,8 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
               });
     if (query_sums) query_sums->write();
     if (gate_sums) gate_sums->write();
-    if (sink_sums) sink_sums->write();
+    for (std::optional<GradientSums>& sums : table_sums)
+        if (sums) sums->write();
 }
 
 }  // namespace interformer

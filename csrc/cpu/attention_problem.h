@@ -20,6 +20,14 @@ struct Dropout {
     int64_t skipped = 0;
 };
 
+// A table of additive bias, [H or 1, entries] in the accumulation type, and sums of its gradient, [row groups, H,
+// entries]. `head` numbers lie between the tables of two heads, 0 where all have one.
+struct BiasTable {
+    const void* table = nullptr;
+    int64_t head = 0, entries = 0;
+    double* grads = nullptr;
+};
+
 struct AttentionProblem {
     int64_t rows = 0, heads = 0, kv_heads = 0, head_size = 0, value_size = 0;
     const int64_t* query_begins = nullptr;  // packed queries: spans of the rows; null: each row has `queries`
@@ -37,6 +45,8 @@ struct AttentionProblem {
     double weight_scale = 1;      // the factor of weights: `post_scale`, and that of dropout
     const void* sinks = nullptr;  // [H], in the accumulation type; null: none
     Dropout dropout;
+    BiasTable position_bias, time_bias;
+    const int64_t *times_q = nullptr, *times_k = nullptr, *time_edges = nullptr;
     RotaryTables rope;
     Positions positions_q, positions_k;
     Gate gating{false, Activation::sigmoid};

@@ -41,13 +41,16 @@ struct BackwardWorkspace {
     X* query_rows = nullptr;          // [operands of max_block, head_stride]
     X* grad_attn_out_rows = nullptr;  // [operands of max_block, value_stride]
     A* d_score_pairs = nullptr;       // [block, score_stride]
-    A* shard_grads = nullptr;         // [max_keys, head_stride + value_stride], where a row may have several shards
+    KeyBias<A> bias;
+    A* shard_grads = nullptr;  // [max_keys, head_stride + value_stride], where a row may have several shards
     int64_t bytes;
 
-    BackwardWorkspace(const AttentionProblem& p, const Sizes<T>& sizes, void* memory) {
+    BackwardWorkspace(const AttentionProblem& p, const Sizes<T>& sizes, void* memory)
+        : BackwardWorkspace(p, sizes, Arena(memory)) {}
+    BackwardWorkspace(const AttentionProblem& p, const Sizes<T>& sizes, Arena arena)
+        : bias(p, sizes.max_scores(p), arena) {
         const int64_t panels = round_up(p.max_keys, kPanel<X>), block = sizes.max_block(p);
         const int64_t scores = sizes.max_scores(p), channels = max(sizes.head_stride, sizes.value_stride);
-        Arena arena(memory);
         keys = arena.allocate<S>(p.max_keys * sizes.head_stride);
         values = p.v_is_k ? keys : arena.allocate<S>(p.max_keys * sizes.value_stride);
         packed_keys = arena.allocate<X>(panels * operands<X>(sizes.head_stride));
@@ -91,8 +94,10 @@ class AttentionBackward {
 
     static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
         const AttentionBackward backward(p, p.row_groups[task.first_row], memory);
-        for_each_row(task, backward.few_queries_,
-                     [&](int64_t row, int64_t kv_head) { backward.run_row(row, kv_head, task); });
+        for_each_row(task, backward.few_queries_, [&](int64_t row, int64_t kv_head) {
+            backward.run_row(row, kv_head, task);
+            if (backward.bias()) backward.bias()->finish_row();
+        });
         backward.few_queries_.finish_task();
     }
 
@@ -137,6 +142,7 @@ class AttentionBackward {
     void run_row(int64_t batch_row, int64_t kv_head, const AttentionTask& task) const {
         const Row row(p_, sizes_, batch_row, kv_head, work_.grad_out);
         const ColumnRanges ranges = row.shard_columns(task.shard);
+        if (bias()) work_.bias.begin_row(row.variant().row());
         const Matrix<const S> keys = row.tokens(p_.k, ranges, p_.head_size, p_.rope.cos, work_.keys);
         const Matrix<const S> values = p_.v_is_k ? keys : row.tokens(p_.v, ranges, p_.value_size, false, work_.values);
         const PackedOperand<T> packed_keys(keys, row.keys(), ranges, sizes_.head_stride, work_.packed_keys);
@@ -156,6 +162,8 @@ class AttentionBackward {
             add(row, row.shard_columns(shard), run_later_shard(row, shard, operands), sums);
         write_key_gradients(row, sums);
     }
+
+    KeyBias<A>* bias() const { return work_.bias.given() ? &work_.bias : nullptr; }
 
     // ---------------------------------------------------------------- gradients of keys and values
 
@@ -242,7 +250,7 @@ class AttentionBackward {
         operands.keys.multiply(queries, count, ranges, probs);
         operands.values.multiply(grad_attn_out, count, ranges, d_probs);
         row.variant().scores_to_probs_and_d_scores(r, count, probs, d_probs, ranges,
-                                                   {work_.row_sum, work_.delta, work_.sink, work_.slopes});
+                                                   {work_.row_sum, work_.delta, work_.sink, work_.slopes, bias()});
         const Matrix<A> d_scores = d_probs;
         weighted_sums<X>(along_keys(d_scores, count, ranges), operands.key_rows, ranges, row.keys(), count,
                          sizes_.head_stride, {work_.grad_q, sizes_.head_stride});
@@ -290,7 +298,7 @@ class AttentionBackward {
 
     const AttentionProblem& p_;
     const Sizes<T> sizes_;
-    const BackwardWorkspace<T> work_;
+    mutable BackwardWorkspace<T> work_;
     const EpilogueBackward<T> epilogue_;
     const FewQueriesBackward<T> few_queries_;  // in the same memory: a thread computes one row at a time
 };

@@ -20,6 +20,7 @@ struct FewQueries {
     A* turned;   // the same, turned
     A* rotated;  // [kTokenBlock, heads, head], where keys are rotated
     bool plain_queries;
+    bool leaves_few;  // dropout and bias are for the kernels of many queries
     // Queries that all rows share are read once for a task; the heads whose queries the buffers hold.
     bool same_queries;
     mutable const A *ready = nullptr, *for_dots = nullptr;
@@ -33,12 +34,13 @@ struct FewQueries {
         queries = arena.allocate<A>(kFewUnits * head.padded());
         turned = arena.allocate<A>(kFewUnits * head.padded());
         rotated = arena.allocate<A>(p.rope.cos ? kTokenBlock * kFewUnits * head.padded() : 0);
+        leaves_few = p.dropout.some || p.dropout.all || p.position_bias.table || p.time_bias.table;
         plain_queries = !p.rope.cos && p.variant.scale > 0;
         same_queries = !p.q.begins && p.q.row == 0 && !p.rope.cos;
     }
 
     int64_t queries_of(int64_t row) const { return (p.query_counts ? p.query_counts[row] : p.queries) * q_per_kv; }
-    bool serves(int64_t row) const { return queries_of(row) <= kFewQueries && !p.dropout.some && !p.dropout.all; }
+    bool serves(int64_t row) const { return queries_of(row) <= kFewQueries && !leaves_few; }
 
     // Calls `each(first_head, heads)` for the heads of a task in as many steps as units need.
     template <typename Each>

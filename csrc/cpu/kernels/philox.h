@@ -8,6 +8,10 @@
 #include "cpu/attention_problem.h"
 #include "cpu/kernels/isa.h"
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
 INTERFORMER_ISA_BEGIN
 
 using Words = Vector<uint64_t>;
@@ -98,7 +102,7 @@ class QueryDropout {
     void set(const Philox& philox, QueryOf&& query_of, HeadOf&& head_of) {
         constexpr int64_t kPart = W / kWordParts<A>;
         for (int part = 0; part < kWordParts<A>; ++part) {
-            Words head, low, high;
+            Words head{}, low{}, high{};
             for (int64_t lane = 0; lane < kPart; ++lane) {
                 const auto number = static_cast<uint64_t>(query_of(part * kPart + lane));
                 head[lane] = static_cast<uint64_t>(head_of(part * kPart + lane));
@@ -142,7 +146,7 @@ class KeyDropout {
 
     // Returns the first key's word.
     const uint32_t* words(int64_t first, int64_t count) {
-        Words lanes, low, high;
+        Words lanes{}, low{}, high{};
 #pragma GCC unroll 8
         for (int lane = 0; lane < L; ++lane) {
             lanes[lane] = static_cast<uint64_t>(lane);

@@ -1,8 +1,8 @@
 // Scores with queries in lanes: a tile of queries is masked by the ranges of score_variant.h and mapped to
-// probabilities. Keys are taken in blocks, [key, N vectors of queries], with an online softmax over the blocks. A bias
-// would be a pass before the map, dropout after it.
+// probabilities. Keys are taken in blocks, [key, N vectors of queries], with an online softmax over the blocks.
 #pragma once
 
+#include "cpu/kernels/score_bias.h"
 #include "cpu/kernels/score_variant.h"
 
 INTERFORMER_ISA_BEGIN
@@ -15,8 +15,13 @@ class ScoreLanes {
     static constexpr int64_t W = kLanes<A>, kQueries = N * W;
 
     // Queries [r, r + count); further lanes repeat the last one.
-    ScoreLanes(const ScoreVariant<T>& variant, int64_t r, int64_t count)
-        : variant_(variant), masks_(variant.has_masks() || variant.row().keys == 0), scale_(variant.score_scale()) {
+    ScoreLanes(const ScoreVariant<T>& variant, int64_t r, int64_t count, const LaneBias<A>* bias = nullptr)
+        : variant_(variant),
+          bias_(bias),
+          first_query_(r),
+          queries_(count),
+          masks_(variant.has_masks() || variant.row().keys == 0),
+          scale_(variant.score_scale()) {
         for (int n = 0; n < N; ++n) {
             row_max_[n] = Vector<A>{} - kInfinity;
             row_sum_[n] = Vector<A>{};
@@ -33,6 +38,7 @@ class ScoreLanes {
     // whether the sums over earlier keys are to be multiplied by `rescale`.
     bool scores_to_probs(int64_t j, int64_t count, A* scores) {
         if (variant_.adjusts()) variant_.adjust(scores, count * kQueries);
+        if (bias_) bias_->template add<N>(first_query_, queries_, j, count, scores);
         bool rescales = false;
         if (variant_.is_softmax()) {
             mask(j, count, scores, -kInfinity);
@@ -251,6 +257,8 @@ class ScoreLanes {
     static constexpr A kLog2OfE = 1.44269504088896340736;
 
     const ScoreVariant<T>& variant_;
+    const LaneBias<A>* bias_;
+    const int64_t first_query_, queries_;
     const bool masks_;
     const A scale_;
     Vector<A> row_max_[N], row_sum_[N];

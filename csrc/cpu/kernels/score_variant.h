@@ -8,6 +8,7 @@
 #include "cpu/kernels/key_range.h"
 #include "cpu/kernels/memory.h"
 #include "cpu/kernels/philox.h"
+#include "cpu/kernels/score_bias.h"
 
 INTERFORMER_ISA_BEGIN
 
@@ -18,8 +19,9 @@ template <typename A>
 struct RowStats {
     A *row_sum, *delta, *sink;
     A* slopes;
+    KeyBias<A>* bias;  // null: none
 
-    RowStats from(int64_t i) const { return {row_sum + i, delta + i, sink + i, slopes}; }
+    RowStats from(int64_t i) const { return {row_sum + i, delta + i, sink + i, slopes, bias}; }
     // Those of query `i` of a block, which lie like its scores; null without.
     A* slopes_of(int64_t i, const Matrix<A>& scores) const { return slopes ? slopes + i * scores.stride : nullptr; }
 };
@@ -119,6 +121,10 @@ class ScoreVariant {
         const bool softmax = p_.variant.score.softmax, drops = p_.dropout.some || p_.dropout.all;
         if (p_.adjusts_scores)
             for (int64_t i = 0; i < count; ++i) adjust_row(scores.from(i).data, stats.slopes_of(i, scores), ranges);
+        if (stats.bias) {
+            stats.bias->begin_block(r, count, ranges);
+            for (int64_t i = 0; i < count; ++i) stats.bias->add(r + i, ranges, scores.from(i).data);
+        }
         if (softmax) this->softmax(r, count, scores, ranges, stats, d_probs.data);
         for (int64_t i = 0; i < count; ++i) {
             A *s = scores.from(i).data, *d = d_probs.from(i).data;
@@ -128,6 +134,7 @@ class ScoreVariant {
                 pointwise_backward(r + i, s, d, ranges);
                 if (drops) drop(r + i, s, d, ranges);
             }
+            if (stats.bias) stats.bias->add_gradients(r + i, ranges, d);
             if (p_.adjusts_scores) products_backward(d, stats.slopes_of(i, scores), ranges);
         }
     }
