@@ -210,10 +210,11 @@ class Sizes(NamedTuple):
 
 
 class RowTask(NamedTuple):
-    """A row of the batch with its first query, number of queries, first key and number of keys."""
+    """A row of the batch with its first query, number of queries, first key, number of keys and number of targets."""
 
     row: Any
     first: Any
     count: Any
     k_first: Any
     keys: Any
+    targets: Any

@@ -30,7 +30,15 @@ from interformer_kernels._triton._attention_epilogue import (
     store_stats,
     sums_to_stats,
 )
-from interformer_kernels._triton._attention_masks import Pairs, has_edge, key_tiles, query_tiles, tile_has_edge
+from interformer_kernels._triton._attention_masks import (
+    Pairs,
+    has_edge,
+    key_tiles,
+    number_of_tiles,
+    query_tiles,
+    tile_has_edge,
+    tile_of_step,
+)
 from interformer_kernels._triton._attention_output import partial_index
 from interformer_kernels._triton._attention_tiles import (
     key_task,
@@ -74,19 +82,23 @@ def _over_keys(
     row_sum = tl.full([SHAPE.block_q], 0.0, tl.float32)
     mean = tl.full([SHAPE.block_q], 0.0, tl.float32)
     TOKENS: tl.constexpr = SHAPE.block_k // SHAPE.pack
-    before, start, stop = key_tiles(tokens[0], tokens[1], task.count, task.keys, variant, TOKENS, VARIANT)
+    before, start, stop, own, own_stop = key_tiles(
+        tokens[0], tokens[1], task.count, task.keys, task.targets, variant, TOKENS, VARIANT
+    )
     if SHAPE.layout != "packed":
         start = i_shard * tiles_of_shard
         stop = tl.maximum(tl.minimum(stop, start + tiles_of_shard), start)
-    for step in range(0, before + stop - start):
-        i_k = tl.minimum(tl.where(step < before, step, start + step - before), stop - 1)
+        own_stop = stop
+    tiles = (before, start, stop, own, own_stop)
+    for step in range(0, number_of_tiles(tiles, VARIANT)):
+        i_k = tl.minimum(tile_of_step(step, tiles, VARIANT), own_stop - 1)
         j, o_h, b_k, b_v = load_keys(kv, i_pack, attempt, i_k, task, SHAPE)
         if SHAPE.pack == 1:
             edge = tile_has_edge(i_k, tokens, task, variant, TOKENS, VARIANT)
-            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, edge, None)
+            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, task.targets, edge, None)
         else:
             cells = cell[:, None] == o_h[None, :]
-            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, True, cells)
+            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, task.targets, True, cells)
         products = dot(b_q, tl.trans(b_k), PRECISION)
         d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
         probs, d_scores = scores_to_probs(products, d_probs, pairs, stats, variant, VARIANT, b_k.dtype, True)
@@ -164,8 +176,8 @@ def _over_rows(
             tiles_of_shard = tl.cdiv(tiles_of_shard, key_shards)
         row_acc, row_sum, mean = _over_keys(
             b_q, b_grad, stats, kv, i_pack, attempt, n, cell, head, tokens_of_tile(tile, task.count, SHAPE),
-            RowTask(row, task.first, task.count, k_first, keys), tl.maximum(i_shard, 0), tiles_of_shard, variant,
-            SHAPE, VARIANT, PASS.gradient,
+            RowTask(row, task.first, task.count, k_first, keys, task.targets), tl.maximum(i_shard, 0), tiles_of_shard,
+            variant, SHAPE, VARIANT, PASS.gradient,
         )  # fmt: skip
         if PASS.fp32_softmax:
             row_acc = row_acc * tl.div_rn(1.0, b_sum)[:, None]
@@ -225,7 +237,9 @@ def _grad_of_queries(
 ):  # fmt: skip
     """The pass over the tile of a program, if it has one."""
     i_pack = i % SHAPE.packs
-    task, tile, i_shard, idle = query_task(i // SHAPE.packs, offsets, tile_list, sizes, SHAPE, SPLIT_KV)
+    task, tile, i_shard, idle = query_task(
+        i // SHAPE.packs, offsets, tile_list, sizes, variant, SHAPE, VARIANT, SPLIT_KV
+    )
     begin = task.row
     end = task.row + 1
     if SHAPE.layout == "shared" and PASS.gradient:
@@ -277,7 +291,7 @@ def attention_grad_queries(
 
 @triton.jit
 def _over_queries(
-    b_k, b_v, side, rope, i_pack, attempt, j, o_h, j_bounds, bounds, task, variant,
+    b_k, b_v, side, rope, i_pack, attempt, j, o_h, j_bounds, tiles, task, variant,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """dK but for `remaining_scale`, and dV, of a tile of keys from all queries that see some of them."""
@@ -286,9 +300,8 @@ def _over_queries(
     HEADS: tl.constexpr = SHAPE.pack * SHAPE.q_per_kv
     acc_k = tl.full([SHAPE.block_k, SHAPE.block_d], 0.0, tl.float32)
     acc_v = tl.full([SHAPE.block_k, SHAPE.block_dv], 0.0, tl.float32)
-    before, start, stop = bounds
-    for step in range(0, before + stop - start):
-        i_q = tl.where(step < before, step, start + step - before)
+    for step in range(0, number_of_tiles(tiles, VARIANT)):
+        i_q = tile_of_step(step, tiles, VARIANT)
         n, cell, head = packed_rows(i_q, i_pack, SHAPE)
         m_q = n < of_attempt(task.count, cell, attempt, SHAPE.pack)  # [BLOCK_Q]
         b_q = load_q(side.q, rope, task.row, task.first, n, head, m_q, SHAPE)
@@ -299,13 +312,15 @@ def _over_queries(
         # [BLOCK_K, BLOCK_Q]
         if SHAPE.pack > 1:
             cells = cell[None, :] == o_h[:, None]
-            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, True, cells)
-        elif VARIANT.causal or VARIANT.right or VARIANT.left:
+            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, task.targets, True, cells)
+        elif VARIANT.masked:
             n_first, n_last = tokens_of_tile(i_q, task.count, SHAPE)
-            edge = has_edge(n_first, n_last, j_bounds[0], j_bounds[1], task.count, task.keys, variant, VARIANT)
-            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, edge, None)
+            edge = has_edge(
+                n_first, n_last, j_bounds[0], j_bounds[1], task.count, task.keys, task.targets, variant, VARIANT
+            )
+            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, task.targets, edge, None)
         else:
-            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, False, None)
+            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, task.targets, False, None)
         products = dot(b_k, tl.trans(b_q), PRECISION)
         d_probs = dot(b_v, tl.trans(b_grad), PRECISION)
         probs, d_scores = scores_to_probs(products, d_probs, pairs, stats, variant, VARIANT, b_k.dtype, False)
@@ -345,10 +360,12 @@ def _grad_of_key_tile(
             if task.row < sizes.rows:
                 j_first = tile * SHAPE.block_k // SHAPE.pack - sizes.skip
                 j_last = tl.minimum((tile * SHAPE.block_k + SHAPE.block_k - 1) // SHAPE.pack - sizes.skip, keys - 1)
-                bounds = query_tiles(j_first, j_last, task.count, keys, variant, HEADS, SHAPE.block_q, VARIANT)
-                seen = RowTask(task.row, task.first, task.count, task.k_first, keys)
+                tiles = query_tiles(
+                    j_first, j_last, task.count, keys, task.targets, variant, HEADS, SHAPE.block_q, VARIANT
+                )
+                seen = RowTask(task.row, task.first, task.count, task.k_first, keys, task.targets)
                 acc_k, acc_v = _over_queries(
-                    b_k, b_v, side, kv.rope, i_pack, attempt, j, o_h, (j_first, j_last), bounds, seen, variant,
+                    b_k, b_v, side, kv.rope, i_pack, attempt, j, o_h, (j_first, j_last), tiles, seen, variant,
                     SHAPE, VARIANT, FP32_SOFTMAX,
                 )  # fmt: skip
             acc_k = acc_k * remaining_scale(keys, variant, VARIANT, kv.k.pointer.dtype.element_ty)
@@ -375,7 +392,7 @@ def _grad_of_keys(
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of the tile of a program, if it has one."""
-    task, tile, idle = key_task(i // SHAPE.packs, offsets, tile_list, sizes, SHAPE)
+    task, tile, idle = key_task(i // SHAPE.packs, offsets, tile_list, sizes, variant, SHAPE, VARIANT)
     if not idle:
         i_pack = i % SHAPE.packs
         _grad_of_key_tile(i_pack, task, tile, side, kv, grad_k, grad_v, sizes, variant, SHAPE, VARIANT, FP32_SOFTMAX)

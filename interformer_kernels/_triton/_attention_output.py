@@ -124,7 +124,7 @@ def combine_partials(
             acc += split_acc * alpha[:, None]
         else:
             acc += split_acc
-    task = RowTask(row, row.to(tl.int64) * queries, queries, k_first, keys)
+    task = RowTask(row, row.to(tl.int64) * queries, queries, k_first, keys, 0)
     store_outputs(
         acc, row_max, row_sum, m_q, task, queries, n, head, rows, epilogue, outputs,
         HEADS, DV, BLOCK_DV, LAYOUT, VARIANT, GATE,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._calls import AttentionCall
+from interformer_kernels._launch.tensors import readable
 from interformer_kernels._triton._attention_masks import mask_out, seen_pairs
 from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, activation_grad, exp2, power
 
@@ -29,33 +30,50 @@ _SUM_LANES = tl.constexpr(8)
 
 # ---------------------------------------------------------------- tuples: from a call, and made in kernels
 
+_MOST_INT32 = 2**31 - 1
+
 
 class VariantInputs(NamedTuple):
-    """Numbers and tensors that scores are mapped and masked by: fields of the call, of the same names."""
+    """Numbers and tensors that scores are mapped and masked by: fields of the call, of the same names; None where the
+    variant has no use for one. They stay while a model does, so kernels may be specialised by an integer."""
 
     scale: Any
     post_scale: Any
+    num_targets: Any
+    full_tail: Any
 
     @classmethod
     def of(cls, call: AttentionCall) -> VariantInputs:
         """The fields of a call."""
-        return cls(call.scale, call.post_scale)
+        tail = min(call.full_tail, _MOST_INT32) if call.full_tail else None
+        return cls(call.scale, call.post_scale, readable(call.num_targets), tail)
 
 
 class VariantOptions(NamedTuple):
-    """The map of scores, which masks there are, and whether a backward has a gradient of the log-sum-exp."""
+    """The map of scores, which masks there are, and whether a backward has a gradient of the log-sum-exp.
+
+    `masked`: whether any mask hides keys; `prefix`: the kind of prefix, "" without one.
+    """
 
     score: str
+    masked: bool
     causal: bool
     left: bool
     right: bool
-    prefix: bool
+    prefix: str
+    full_tail: bool
+    targets: bool
     grad_lse: bool = False
 
     @classmethod
     def of(cls, call: AttentionCall) -> VariantOptions:
         """The options of a call; which limits of masks it has, but not how large they are."""
-        return cls(call.score, call.causal, call.window_left >= 0, call.window_right >= 0, call.num_prefix > 0)
+        left, right, targets = call.window_left >= 0, call.window_right >= 0, call.num_targets is not None
+        by_place = call.causal or left or right
+        # In an empty prefix of one place are the queries that stand before the first key.
+        prefix = call.prefix if by_place and (call.num_prefix > 0 or call.prefix == "index") else ""
+        full_tail = call.full_tail > 0 and (left or right)
+        return cls(call.score, by_place or targets, call.causal, left, right, prefix, full_tail, targets)
 
 
 class Variant(NamedTuple):
