@@ -129,11 +129,11 @@ def _make_stats(
             b_q, b_grad, stats, kv, i_pack, 0, n, cell, head, tokens_of_tile(tile, task.count, SHAPE), task, 0, 0,
             variant, SHAPE, VARIANT, False,
         )  # fmt: skip
-        sums, mean = sums_to_stats(sums, mean, PASS.fp32_softmax)
+        sums, mean = sums_to_stats(side, head, lse, sums, mean, PASS.fp32_softmax)
         row_sum = tl.where(needed, sums, row_sum)
         delta = tl.where(needed, mean, delta)
     store_stats(side.delta, p_head, n < task.count, row_sum, delta)
-    return finish_query_stats(side, p_head, m_in, task.keys, lse, row_sum, delta, PASS.fp32_softmax)
+    return finish_query_stats(side, p_head, head, m_in, task.keys, lse, row_sum, delta, PASS.fp32_softmax)
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def _over_rows(
             )
         else:
             b_lse, b_sum, b_delta = load_query_stats(
-                side, p_head, m_in, keys, VARIANT, PASS.fp32_softmax, PASS.gradient
+                side, p_head, head, m_in, keys, VARIANT, PASS.fp32_softmax, PASS.gradient
             )
         stats = query_stats(b_lse, b_sum, b_delta, variant, VARIANT, kv.k.pointer.dtype.element_ty, True)
         tiles_of_shard = tl.cdiv(keys * SHAPE.pack, SHAPE.block_k)
@@ -186,7 +186,7 @@ def _over_rows(
 
 
 @triton.jit
-def _store_queries(to, p_head, m_q, acc, row_sum, mean, SHAPE: tl.constexpr, PASS: tl.constexpr):
+def _store_queries(to, p_head, m_q, acc, row_sum, mean, side, p_stats, head, SHAPE: tl.constexpr, PASS: tl.constexpr):
     """Store the gradients of a tile of queries, or the statistics that `load_query_stats` reads (for `fp32_softmax`
     sums, which splits have, too)."""
     if PASS.gradient:
@@ -194,7 +194,10 @@ def _store_queries(to, p_head, m_q, acc, row_sum, mean, SHAPE: tl.constexpr, PAS
         p = p_head[:, None] * SHAPE.d + o_d
         tl.store(to + p, narrow(acc, to.dtype.element_ty), mask=m_q[:, None] & (o_d < SHAPE.d))
     else:
-        row_sum, mean = sums_to_stats(row_sum, mean, PASS.fp32_softmax)
+        lse = row_sum
+        if side.sinks is not None:
+            lse = tl.load(side.lse + p_stats, mask=m_q, other=0.0)
+        row_sum, mean = sums_to_stats(side, head, lse, row_sum, mean, PASS.fp32_softmax)
         store_stats(to, p_head, m_q, row_sum, mean)
 
 
@@ -225,9 +228,9 @@ def _grad_of_query_tile(
                 m_q = m_q & is_large(tl.load(side.lse + p_head, mask=m_q, other=0.0))
             if SPLIT_KV and i_shard >= 0:
                 p = (partial_index(task.k_first, i_shard, SPLIT_KV) * sizes.queries + n) * (SHAPE.packs * HEADS) + head
-                _store_queries(partials, p, m_q, acc, row_sum, mean, SHAPE, PASS)
+                _store_queries(partials, p, m_q, acc, row_sum, mean, side, p_head, head, SHAPE, PASS)
             else:
-                _store_queries(out, p_head, m_q, acc, row_sum, mean, SHAPE, PASS)
+                _store_queries(out, p_head, m_q, acc, row_sum, mean, side, p_head, head, SHAPE, PASS)
 
 
 @triton.jit
@@ -275,7 +278,7 @@ def attention_grad_queries(
     """
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = make_variant(variant_inputs, left, right, prefix)
-    side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse)
+    side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse, side.sinks)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i = tl.program_id(0)
     count, stride = tiles_of_program(i, tile_list, SHAPE, PERSISTENT)
@@ -307,7 +310,7 @@ def _over_queries(
         b_q = load_q(side.q, rope, task.row, task.first, n, head, m_q, SHAPE)
         b_grad = load_queries(side.grad, task.row, task.first, n, head, m_q, SHAPE.dv, SHAPE.block_dv, LAYOUT)
         p_head = (task.first + n) * (SHAPE.packs * HEADS) + head
-        b_lse, b_sum, b_delta = load_query_stats(side, p_head, m_q, task.keys, VARIANT, FP32_SOFTMAX, True)
+        b_lse, b_sum, b_delta = load_query_stats(side, p_head, head, m_q, task.keys, VARIANT, FP32_SOFTMAX, True)
         stats = query_stats(b_lse, b_sum, b_delta, variant, VARIANT, b_k.dtype, False)
         # [BLOCK_K, BLOCK_Q]
         if SHAPE.pack > 1:
@@ -408,7 +411,7 @@ def attention_grad_keys(
     the tail and on skipped keys."""
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = make_variant(variant_inputs, left, right, prefix)
-    side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse)
+    side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse, side.sinks)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i = tl.program_id(0)
     count, stride = tiles_of_program(i, tile_list, SHAPE, PERSISTENT)

@@ -140,7 +140,7 @@ def attention_forward(
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
     variant = make_variant(variant_inputs, left, right, prefix)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
-    epilogue = Epilogue(epilogue.gate, epilogue.residual)
+    epilogue = Epilogue(epilogue.sinks, epilogue.gate, epilogue.residual)
     i = tl.program_id(0)
     count, stride = tiles_of_program(i, tile_list, SHAPE, PERSISTENT)
     for step in range(0, count, stride):

@@ -58,7 +58,7 @@ class Problem:
         made = geometry(
             _tiles.state(), call.layout, call.score, call.v is None, channels, self.out_shape[-1], self.heads,
             self.kv_heads, self.queries, k.element_size(), _run.target_of(k), _run.precision(k.dtype),
-            0 if call.cos is None else call.cos.shape[1], backward,
+            0 if call.cos is None else call.cos.shape[1], backward, self._is_tiled(),
         )  # fmt: skip
         self._geometry, self.q_per_kv, self.cell, self.short_cell = made, made.q_per_kv, made.cell, made.short_cell
         self.pack, self.packs, self.heads_per_program = made.pack, made.packs, made.heads_per_program
@@ -78,6 +78,10 @@ class Problem:
         self.kv = KeysAndValues(keys, KeyOperand(self.v, *self.v.stride()[:2]), rope)
         self.sizes = self._sizes()
         self._tile_lists = TileLists()
+
+    def _is_tiled(self) -> bool:
+        """Whether all rows are left to the kernels of tiles: sinks get their gradients from the statistics of those."""
+        return self.backward and self.call.sinks is not None
 
     def _make_scale_positive(self) -> None:
         """Move the sign of the scale into the queries, exactly, and as a whole a scale that is 0 or far from 1.

@@ -99,7 +99,7 @@ def attention_forward_short(
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
     variant = make_variant(variant_inputs, left, right, prefix)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
-    epilogue = Epilogue(epilogue.gate, epilogue.residual)
+    epilogue = Epilogue(epilogue.sinks, epilogue.gate, epilogue.residual)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     i = tl.program_id(0) // SHAPE.kv_heads
     if kv.k.pointer.dtype.element_ty != tl.float32:  # noqa: SIM102 (a constant; float32's forward spills with a look ahead)
