@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._arguments import KeysAndValues, QuerySide, RowTask, Sizes
+from interformer_kernels._triton._attention_dropout import kept_weights
 from interformer_kernels._triton._attention_epilogue import (
     finish_query_stats,
     load_query_stats,
@@ -95,12 +96,14 @@ def _over_keys(
         j, o_h, b_k, b_v = load_keys(kv, i_pack, attempt, i_k, task, SHAPE)
         if SHAPE.pack == 1:
             edge = tile_has_edge(i_k, tokens, task, variant, TOKENS, VARIANT)
-            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, task.targets, edge, None)
+            pairs = Pairs(n[:, None], j[None, :], head[:, None], task, edge, None)
         else:
             cells = cell[:, None] == o_h[None, :]
-            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, task.targets, True, cells)
+            pairs = Pairs(n[:, None], j[None, :], head[:, None], task, True, cells)
         products = dot(b_q, tl.trans(b_k), PRECISION)
         d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
+        if VARIANT.dropout != "":
+            d_probs = d_probs * kept_weights(pairs, variant, VARIANT)
         probs, d_scores = scores_to_probs(products, d_probs, pairs, stats, variant, VARIANT, b_k.dtype, True)
         if GRADIENT:
             acc += dot(narrow(d_scores, b_k.dtype), b_k, PRECISION)
@@ -176,7 +179,7 @@ def _over_rows(
             tiles_of_shard = tl.cdiv(tiles_of_shard, key_shards)
         row_acc, row_sum, mean = _over_keys(
             b_q, b_grad, stats, kv, i_pack, attempt, n, cell, head, tokens_of_tile(tile, task.count, SHAPE),
-            RowTask(row, task.first, task.count, k_first, keys, task.targets), tl.maximum(i_shard, 0), tiles_of_shard,
+            RowTask(row, out_first, task.count, k_first, keys, task.targets), tl.maximum(i_shard, 0), tiles_of_shard,
             variant, SHAPE, VARIANT, PASS.gradient,
         )  # fmt: skip
         if PASS.fp32_softmax:
@@ -277,7 +280,7 @@ def attention_grad_queries(
     `i_shard` is the index of either.
     """
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = make_variant(variant_inputs, left, right, prefix)
+    variant = make_variant(variant_inputs, left, right, prefix, skip)
     side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse, side.sinks)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i = tl.program_id(0)
@@ -315,18 +318,23 @@ def _over_queries(
         # [BLOCK_K, BLOCK_Q]
         if SHAPE.pack > 1:
             cells = cell[None, :] == o_h[:, None]
-            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, task.targets, True, cells)
+            pairs = Pairs(n[None, :], j[:, None], head[None, :], task, True, cells)
         elif VARIANT.masked:
             n_first, n_last = tokens_of_tile(i_q, task.count, SHAPE)
             edge = has_edge(
                 n_first, n_last, j_bounds[0], j_bounds[1], task.count, task.keys, task.targets, variant, VARIANT
             )
-            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, task.targets, edge, None)
+            pairs = Pairs(n[None, :], j[:, None], head[None, :], task, edge, None)
         else:
-            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, task.targets, False, None)
+            pairs = Pairs(n[None, :], j[:, None], head[None, :], task, False, None)
         products = dot(b_k, tl.trans(b_q), PRECISION)
         d_probs = dot(b_v, tl.trans(b_grad), PRECISION)
+        if VARIANT.dropout != "":
+            factors = kept_weights(pairs, variant, VARIANT)
+            d_probs = d_probs * factors
         probs, d_scores = scores_to_probs(products, d_probs, pairs, stats, variant, VARIANT, b_k.dtype, False)
+        if VARIANT.dropout != "":
+            probs = probs * factors
         if FP32_SOFTMAX:
             inv_row_sum = tl.div_rn(1.0, b_sum)[None, :]
             probs = probs * inv_row_sum
@@ -410,7 +418,7 @@ def attention_grad_keys(
     """dK and dV of one tile of keys, or, if PERSISTENT, of several of the list, from all queries that see them; zero on
     the tail and on skipped keys."""
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = make_variant(variant_inputs, left, right, prefix)
+    variant = make_variant(variant_inputs, left, right, prefix, skip)
     side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse, side.sinks)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i = tl.program_id(0)

@@ -61,10 +61,10 @@ def _over_keys(
         # As in the backward: Triton 3.6 cannot return the None from a function that both could call.
         if SHAPE.pack == 1:
             edge = tile_has_edge(i_k, tokens, task, variant, TOKENS, VARIANT)
-            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, task.targets, edge, None)
+            pairs = Pairs(n[:, None], j[None, :], head[:, None], task, edge, None)
         else:
             cells = cell[:, None] == o_h[None, :]
-            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, task.targets, True, cells)
+            pairs = Pairs(n[:, None], j[None, :], head[:, None], task, True, cells)
         products = dot(b_q, tl.trans(b_k), PRECISION)
         probs, alpha, row_max, row_sum = online_softmax_update(
             products, pairs, row_max, row_sum, variant, VARIANT, b_v.dtype
@@ -138,7 +138,7 @@ def attention_forward(
     `_attention_short.py`.
     """
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = make_variant(variant_inputs, left, right, prefix)
+    variant = make_variant(variant_inputs, left, right, prefix, skip)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     epilogue = Epilogue(epilogue.sinks, epilogue.gate, epilogue.residual)
     i = tl.program_id(0)

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from interformer_kernels._triton._arguments import RowTask
+
 
 class Pairs(NamedTuple):
     """A tile of pairs of a query and a key, one for each score: the query's token in the row and its head, the key's
-    token in the row, and the row's numbers of queries, of keys, and of targets, all of which broadcast to the tile.
-    Tiles of the backward of keys have keys as rows.
+    token in the row, and the row, all of which broadcast to the tile. Tiles of the backward of keys have keys as rows.
 
     `edge`: whether some pairs may be masked out; `cells`: a mask of the pairs that are in one cell, or None.
     """
@@ -24,9 +25,7 @@ class Pairs(NamedTuple):
     n: Any
     j: Any
     head: Any
-    queries: Any
-    keys: Any
-    targets: Any
+    task: RowTask
     edge: Any
     cells: Any
 
@@ -246,18 +245,19 @@ def tile_has_edge(i_k, tokens, task, variant, TOKENS: tl.constexpr, VARIANT: tl.
 def seen_pairs(pairs, variant, VARIANT: tl.constexpr):
     """Which queries see which keys. Queries behind the row's last see some, too: their numbers are zeros, and their
     results are not stored."""
+    task = pairs.task
     if VARIANT.masked:
-        begin, end = _key_range(pairs.n, pairs.n, pairs.queries, pairs.keys, pairs.targets, variant, VARIANT)
+        begin, end = _key_range(pairs.n, pairs.n, task.count, task.keys, task.targets, variant, VARIANT)
         seen = pairs.j < end
         if VARIANT.left:
             seen = seen & (pairs.j >= begin)
         if VARIANT.prefix == "full" or VARIANT.prefix == "keys":
-            seen = seen | (pairs.j < _prefix_end(pairs.n, pairs.queries, pairs.keys, pairs.targets, variant, VARIANT))
+            seen = seen | (pairs.j < _prefix_end(pairs.n, task.count, task.keys, task.targets, variant, VARIANT))
         if VARIANT.targets:
-            own = pairs.n + (pairs.keys - pairs.queries)
-            seen = seen | ((pairs.j == own) & (own >= pairs.keys - pairs.targets))
+            own = pairs.n + (task.keys - task.count)
+            seen = seen | ((pairs.j == own) & (own >= task.keys - task.targets))
     else:
-        seen = pairs.j < pairs.keys
+        seen = pairs.j < task.keys
     if pairs.cells is not None:
         seen = seen & pairs.cells
     return seen
@@ -274,7 +274,7 @@ def mask_out(x, pairs, value, variant, VARIANT: tl.constexpr):
 @triton.jit
 def pairs_under(pairs, head):
     """The same pairs under another head that sees the same keys."""
-    return Pairs(pairs.n, pairs.j, head, pairs.queries, pairs.keys, pairs.targets, pairs.edge, pairs.cells)
+    return Pairs(pairs.n, pairs.j, head, pairs.task, pairs.edge, pairs.cells)
 
 
 @triton.jit

@@ -82,10 +82,12 @@ def _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE: tl.constexpr, 
     cell, n, task = _lanes(i, attempt, offsets, sizes, variant, VARIANT, SHAPE.cell, SHAPE.block)
     b_k = load_k(kv.k, kv.rope, task.k_first, n, i_head, n < task.keys, SHAPE)
     b_v = load_tokens(kv.v, task.k_first, n, i_head, n < task.keys, SHAPE.dv, SHAPE.block_dv)
-    count = task.count[:, None]
-    keys = task.keys[:, None]
     cells = cell[:, None] == cell[None, :]
-    pairs = Pairs(n[:, None], n[None, :], i_head * SHAPE.q_per_kv, count, keys, task.targets[:, None], True, cells)
+    rows = RowTask(
+        task.row, task.first[:, None], task.count[:, None], task.k_first[:, None], task.keys[:, None],
+        task.targets[:, None],
+    )  # fmt: skip
+    pairs = Pairs(n[:, None], n[None, :], i_head * SHAPE.q_per_kv, rows, True, cells)
     return n, task, b_k, b_v, pairs
 
 
@@ -97,7 +99,7 @@ def attention_forward_short(
     """Outputs of some short rows, of all query heads that share a key/value head."""
     PRECISION: tl.constexpr = SHAPE.precision
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
-    variant = make_variant(variant_inputs, left, right, prefix)
+    variant = make_variant(variant_inputs, left, right, prefix, 0)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     epilogue = Epilogue(epilogue.sinks, epilogue.gate, epilogue.residual)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
@@ -138,7 +140,7 @@ def attention_backward_short(
     """dQ, dK and dV of some short rows, of all query heads that share a key/value head."""
     PRECISION: tl.constexpr = SHAPE.precision
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
-    variant = make_variant(variant_inputs, left, right, prefix)
+    variant = make_variant(variant_inputs, left, right, prefix, 0)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     i = tl.program_id(0) // SHAPE.kv_heads

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels._launch.tensors import readable
+from interformer_kernels._triton._attention_dropout import kept_weights
 from interformer_kernels._triton._attention_masks import mask_out, seen_pairs
 from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, activation_grad, exp2, power
 
@@ -42,18 +43,26 @@ class VariantInputs(NamedTuple):
     num_targets: Any
     full_tail: Any
     softcap: Any
+    dropout_seed: Any
+    drop_below: Any  # a weight whose word is less is dropped; less 2^31, as words with a sign are
+    kept_scale: Any
 
     @classmethod
     def of(cls, call: AttentionCall) -> VariantInputs:
         """The fields of a call."""
         tail = min(call.full_tail, _MOST_INT32) if call.full_tail else None
-        return cls(call.scale, call.post_scale, readable(call.num_targets), tail, call.softcap or None)
+        dropout: tuple[Any, ...] = None, None, None
+        if call.drops:
+            p = call.dropout_p
+            dropout = call.dropout_seed, int(p * 2.0**32) - 2**31, 1 / (1 - p)
+        return cls(call.scale, call.post_scale, readable(call.num_targets), tail, call.softcap or None, *dropout)
 
 
 class VariantOptions(NamedTuple):
     """The map of scores, which masks there are, and whether a backward has a gradient of the log-sum-exp.
 
-    `masked`: whether any mask hides keys; `prefix`: the kind of prefix, "" without one.
+    `masked`: whether any mask hides keys; `prefix`: the kind of prefix, "" without one; `dropout`: "" without, "all" if no
+    weight is left, else whether words are made for "pairs" or for "fours" of keys.
     """
 
     score: str
@@ -66,6 +75,7 @@ class VariantOptions(NamedTuple):
     targets: bool
     softcap: bool
     sinks: bool
+    dropout: str
     grad_lse: bool = False
 
     @classmethod
@@ -77,16 +87,18 @@ class VariantOptions(NamedTuple):
         prefix = call.prefix if by_place and (call.num_prefix > 0 or call.prefix == "index") else ""
         full_tail = call.full_tail > 0 and (left or right)
         masks = by_place or targets, call.causal, left, right, prefix, full_tail, targets
-        return cls(call.score, *masks, call.softcap > 0, call.sinks is not None)
+        dropout = "pairs" if call.drops else "all" if call.dropout_p else ""
+        return cls(call.score, *masks, call.softcap > 0, call.sinks is not None, dropout)
 
 
 class Variant(NamedTuple):
-    """The inputs of the variant, and the limits of masks."""
+    """The inputs of the variant, the limits of masks, and the number of keys that each row skips."""
 
     inputs: VariantInputs
     left: Any
     right: Any
     prefix: Any
+    skip: Any
 
 
 class QueryStats(NamedTuple):
@@ -101,9 +113,9 @@ class QueryStats(NamedTuple):
 
 
 @triton.jit
-def make_variant(inputs, left, right, prefix):
+def make_variant(inputs, left, right, prefix, skip):
     """The variant, from the kernels' arguments."""
-    return Variant(VariantInputs(*inputs), left, right, prefix)
+    return Variant(VariantInputs(*inputs), left, right, prefix, skip)
 
 
 # ---------------------------------------------------------------- scores
@@ -166,8 +178,8 @@ def _base_2(row_max, variant, VARIANT: tl.constexpr):
 
 @triton.jit
 def online_softmax_update(products, pairs, row_max, row_sum, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
-    """One more tile of products: its probabilities before normalisation, the accumulator's rescaling `alpha`,
-    and the new row maximum and row sum, which begin as `empty_softmax` and end by `softmax_stats`.
+    """One more tile of products: its weights before normalisation, the accumulator's rescaling `alpha`, and the new row
+    maximum and row sum, which begin as `empty_softmax` and end by `softmax_stats`.
 
     The row maximum is that of scores in float32, and of raw scores in 16 bits. The row sum is one of every eighth key,
     so that no threads have to add theirs. Probabilities of a softmax are scaled down by a power of two, so that their
@@ -180,7 +192,7 @@ def online_softmax_update(products, pairs, row_max, row_sum, variant, VARIANT: t
             x = mask_out(x, pairs, float("-inf"), variant, VARIANT)
             new_max = tl.maximum(row_max, tl.max(x, 1))
             # The power of two stays outside of exp2, where it would round the exponent once more.
-            probs = exp2((x - new_max[:, None]) * LOG2_E, DTYPE) * power(-spare_bits(pairs.keys))
+            probs = exp2((x - new_max[:, None]) * LOG2_E, DTYPE) * power(-spare_bits(pairs.task.keys))
             alpha = exp2((row_max - new_max) * LOG2_E, DTYPE)
         else:
             x = _raw_scores(products, pairs, variant, VARIANT, DTYPE)
@@ -190,7 +202,7 @@ def online_softmax_update(products, pairs, row_max, row_sum, variant, VARIANT: t
             alpha = tl.exp2((row_max - new_max) * factor)
             base = base[:, None]
             if tl.bfloat16 == DTYPE:
-                base += spare_bits(pairs.keys).to(tl.float32)
+                base += spare_bits(pairs.task.keys).to(tl.float32)
             probs = tl.exp2(tl.fma(x, factor[:, None], -base))
         lanes = tl.reshape(probs, [probs.shape[0], probs.shape[1] // _SUM_LANES, _SUM_LANES])
         row_sum = row_sum * alpha[:, None] + tl.sum(lanes, 1)
@@ -201,6 +213,8 @@ def online_softmax_update(products, pairs, row_max, row_sum, variant, VARIANT: t
         mapped = variant.inputs.post_scale * activate(x, SCORE, DTYPE)
         probs = mask_out(mapped, pairs, 0.0, variant, VARIANT)
         alpha = tl.full([products.shape[0]], 1.0, tl.float32)
+    if VARIANT.dropout != "":
+        probs = probs * kept_weights(pairs, variant, VARIANT)
     return probs, alpha, row_max, row_sum
 
 
@@ -253,7 +267,8 @@ def finalize(acc, row_max, row_sum, keys, any_key, VARIANT: tl.constexpr, DTYPE:
             limit = 65504.0
         # A mean of finite values is no larger than the largest of them, but its rounding may be.
         inside = tl.where(mean > limit, limit, tl.where(mean < -limit, -limit, mean))
-        mean = tl.where(tl.abs(acc) < float("inf"), inside, mean)
+        if VARIANT.dropout == "":
+            mean = tl.where(tl.abs(acc) < float("inf"), inside, mean)
         # A row whose scores are all -inf gives NaN, as in PyTorch.
         acc = tl.where((any_key & (row_max == float("-inf")))[:, None], float("nan"), mean)
         if tl.float16 != DTYPE:
@@ -311,7 +326,7 @@ def factor_of_d_probs(keys):
 def without_single_keys(d_probs, pairs, VARIANT: tl.constexpr):
     """Gradients of probabilities times `factor_of_d_probs`."""
     if VARIANT.grad_lse and not VARIANT.sinks:
-        d_probs = d_probs * factor_of_d_probs(pairs.keys)
+        d_probs = d_probs * factor_of_d_probs(pairs.task.keys)
     return d_probs
 
 

@@ -23,7 +23,7 @@ POST_SCALE = 2**-8
 
 @triton.jit
 def _biased(products, pairs, variant, VARIANT, DTYPE):
-    distance = pairs.n + (pairs.keys - pairs.queries) - pairs.j
+    distance = pairs.n + (pairs.task.keys - pairs.task.count) - pairs.j
     bias = (pairs.head + 1).to(tl.float32) * tl.minimum(tl.maximum(distance, -4), 4).to(tl.float32)
     return products * variant.inputs.scale + bias * 0.125
 

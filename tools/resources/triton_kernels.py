@@ -175,6 +175,16 @@ def _capped(width: int, dtype: torch.dtype) -> None:
     attention.backward(call, out, attn_out, lse)
 
 
+def _dropout(width: int, dtype: torch.dtype) -> None:
+    """Self attention whose weights are dropped, and pooling, where heads share a tile."""
+    x, offsets, seed = _meta(4096, 4, width, dtype=dtype), _meta(129, dtype=torch.int64), _meta(dtype=torch.int64)
+    dropped = {"dropout_p": 0.1, "dropout_seed": seed}
+    for q, layout in ((x, "packed"), (x[:2], "shared")):
+        call = AttentionCall(layout, q, x, x, None, offsets, None, *_MAPS)._replace(**dropped)
+        out, lse, attn_out = attention.forward(call, None, dtype != torch.float32)
+        attention.backward(call, out, attn_out, lse)
+
+
 def _rotary(width: int, dtype: torch.dtype) -> None:
     """All channels rotated."""
     x, table = _meta(4096, 4, width, dtype=dtype), _table(width)
@@ -211,6 +221,7 @@ CALLS: dict[str, Callable[[int, torch.dtype], None]] = {
     "lse_gradient": _lse_gradient,
     "targets": _targets,
     "softcap_sinks": _capped,
+    "dropout": _dropout,
 }
 # Calls that are compiled on request alone: with a gradient of the log-sum-exp, some backwards of float32 under heads of
 # 64 and 128 channels spill 4 to 12 bytes on sm_80 and sm_90, which other tiles have yet to mend; with targets, dQ of
