@@ -66,7 +66,7 @@ class PublicOp:
         }
         self.offsets = [field for field in spec.fields if isinstance(field.note, Offsets)]
         self._shared = tuple(name for name in spec.gradients if name not in spec.wide)  # of the lead's dtype
-        self._shared_places = taken([spec.names.index(name) for name in self._shared])
+        self._shared_places = [spec.names.index(name) for name in self._shared]
         self._lead_name, self._float_names = self.named(self.lead), (*map(self.named, self._shared), "residual")
         further = [field for field in spec.fields if isinstance(field.note, (Wide, Ints))]
         self._further = [(spec.names.index(field.name), field) for field in further]
@@ -101,7 +101,7 @@ class PublicOp:
 
     def checked(self, call: Any, residual: Tensor | None = None) -> tuple[Any, Tensor | None]:
         """The call and the residual after autocast, their kinds, dtypes, devices, axes and options checked."""
-        tensors = [*self._shared_places(call), residual]
+        tensors = [*(call[place] for place in self._shared_places), residual]
         cast = checks.autocast_dtype(call[self._lead_place])
         if cast is not None:
             *values, residual = tensors = [checks.autocast(x, cast) for x in tensors]
@@ -258,7 +258,8 @@ class PublicOp:
 
     def shard_layouts(self) -> dict[str, str]:
         """Axes of the floating arguments, the leading one first, as the rules for DTensors read them."""
-        axes = {name: [self.spec.axes(name, layout) for layout in self.layouts] for name in self.values}
+        names = (*self.values, *sorted(self.spec.wide))
+        axes = {name: [self.spec.axes(name, layout) for layout in self.layouts] for name in names}
         return {self.named(name): _alternatives(forms) for name, forms in axes.items()}
 
     def shard_out(self) -> str:

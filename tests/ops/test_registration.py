@@ -66,7 +66,7 @@ def test_signatures_agree(op: str) -> None:
         assert tuple(argument.name for argument in half._schema.arguments) == names
     assert spec.names == spec.call._fields
     expanded = {"rope": ["cos", "sin"], "window": ["window_left", "window_right"]}
-    expanded["rope_positions"] = ["positions_q", "positions_k"]
+    expanded |= {"rope_positions": ["positions_q", "positions_k"], "times": ["times_q", "times_k"]}
     parameters = inspect.signature(getattr(ik, op)).parameters
     named = {field for name in parameters for field in expanded.get(name, [name])}
     assert named - {"return_lse", "backend", "residual"} <= set(map(public.named, spec.names)) | {"kv_offsets"}
