@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interformer_kernels._calls import AttentionCall, FfnCall, LinearCall, RotaryCall, SoftmaxCall, WeightedSumCall
+from interformer_kernels._calls import AttentionCall, FfnCall, RotaryCall, SoftmaxCall, WeightedSumCall
 from interformer_kernels.reference_scores import (
     Dropout,
     Masks,
@@ -333,16 +333,6 @@ def personalized_ffn(call: FfnCall, residual: Tensor | None) -> Tensor:
         outputs.append(ACTIVATIONS[call.activation](y)[held])
     out = scatter(x.new_zeros(x.shape[0], weight.shape[2]), tokens, outputs)
     return out if residual is None else mask_rows(residual + out, inside_rows(call.offsets, x.shape[0]))
-
-
-def fused_linear(call: LinearCall, residual: Tensor | None) -> Tensor:
-    """`y_t = (act(norm(x_t)) * gate_t) @ weight.T + bias (+ residual_t)` for every token."""
-    x = call.x
-    if call.norm_weight is not None:
-        x = F.layer_norm(x, x.shape[1:], call.norm_weight, call.norm_bias, call.eps)
-    x = ACTIVATIONS[call.activation](x)
-    y = F.linear(x if call.gate is None else x * call.gate, call.weight, call.bias)
-    return y if residual is None else y + residual
 
 
 def jagged_softmax(call: SoftmaxCall) -> Tensor:
