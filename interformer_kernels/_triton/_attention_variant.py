@@ -61,8 +61,8 @@ class VariantInputs(NamedTuple):
 class VariantOptions(NamedTuple):
     """The map of scores, which masks there are, and whether a backward has a gradient of the log-sum-exp.
 
-    `masked`: whether any mask hides keys; `prefix`: the kind of prefix, "" without one; `dropout`: "" without, "all" if no
-    weight is left, else whether words are made for "pairs" or for "fours" of keys.
+    `masked`: whether any mask hides keys; `prefix`: the kind of prefix, "" without one; `dropout`: "" without, "all" if
+    no weight is left, else whether words are made for "pairs" or for "fours" of keys.
     """
 
     score: str

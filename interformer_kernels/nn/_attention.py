@@ -167,6 +167,11 @@ def dropout_options(dropout: float, device: torch.device) -> dict[str, Any]:
     return {"dropout_p": dropout, "dropout_seed": torch.randint(2**62, (), device=device)}
 
 
+def dropout_of(attention: Attention, device: torch.device) -> dict[str, Any]:
+    """`dropout_options` of a module, which drops weights in training alone."""
+    return dropout_options(attention.training * attention.dropout, device)
+
+
 def check_call(op: str, need_weights: object, attn_mask: object, is_causal: object, causal: bool) -> None:
     """Refuse arguments of PyTorch's call that differ from their neutral values, which alone are supported."""
     checks.check_bool(op, "need_weights", need_weights)

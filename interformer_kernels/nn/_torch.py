@@ -74,7 +74,8 @@ def attend_padded(
         q = shared.project_query(attention, query.flatten(0, 1))
         k, v = shared.project_keys(attention, flat, flat if value is key else value.flatten(0, 1))
     q_offsets, kv_offsets = equal_offsets(rows, queries, query.device), equal_offsets(rows, keys, query.device)
-    attn_out = shared.output_only(jagged_attention(q, k, v, q_offsets, kv_offsets=kv_offsets, causal=causal))
+    drops = shared.dropout_of(attention, query.device)
+    attn_out = shared.output_only(jagged_attention(q, k, v, q_offsets, kv_offsets=kv_offsets, causal=causal, **drops))
     return shared.project_out(attention, attn_out).view(rows, queries, attention.embed_dim)
 
 
@@ -85,7 +86,8 @@ def _attend_packed_keys(
     layout = layout_of_mask(~padding)
     packed = layout.pack(key)
     k, v = shared.project_keys(attention, packed, packed if value is key else layout.pack(value))
-    return shared.output_only(gated_cross_attention(shared.project_query(attention, query), k, v, layout.offsets))
+    q, drops = shared.project_query(attention, query), shared.dropout_of(attention, query.device)
+    return shared.output_only(gated_cross_attention(q, k, v, layout.offsets, **drops))
 
 
 def _attend_causal(
@@ -101,8 +103,10 @@ def _attend_causal(
     packed = tokens.pack(key)
     k, v = shared.project_keys(attention, packed, packed if value is key else tokens.pack(value))
     q = shared.project_query(attention, query)
-    at_tokens = jagged_attention(tokens.pack(q), k, v, tokens.offsets, causal=True)
-    at_padding = gated_cross_attention(right_padding.pack(q), k, v, tokens.offsets, q_offsets=right_padding.offsets)
+    drops, more = (shared.dropout_of(attention, query.device) for _ in range(2))
+    at_tokens = jagged_attention(tokens.pack(q), k, v, tokens.offsets, causal=True, **drops)
+    more["q_offsets"] = right_padding.offsets
+    at_padding = gated_cross_attention(right_padding.pack(q), k, v, tokens.offsets, **more)
     return tokens.pad(shared.output_only(at_tokens)) + right_padding.pad(shared.output_only(at_padding))
 
 
@@ -112,7 +116,7 @@ def _attend_causal(
 class FastMultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose attention is computed by the ops, over the keys that are not padding."""
 
-    serves = "calls with need_weights=False, with padding or causal masks, in training without dropout"
+    serves = "calls with need_weights=False, with padding or causal masks"
 
     def forward(
         self,
@@ -164,8 +168,6 @@ class FastMultiheadAttention(nn.MultiheadAttention):
         compiling = torch.compiler.is_compiling()
         if need_weights:
             return "need_weights=True (the default), because the ops do not return attention weights"
-        if self.training and self.dropout:
-            return f"dropout = {self.dropout} in training, because the ops have no dropout"
         if query.is_nested or key.is_nested or value.is_nested:
             return "nested tensors"
         if query.dim() != 3 or key.dim() != 3 or key.shape[:2] != value.shape[:2]:
@@ -215,7 +217,8 @@ class FastTransformerEncoderLayer(nn.TransformerEncoderLayer):
         """The layer (post-norm) for packed tokens `[T, E]`."""
         for module in (self, self.self_attn):
             count_served(module)
-        attn_out = shared.output_only(jagged_attention(*shared.project_self(self.self_attn, x), offsets))
+        drops = shared.dropout_of(self.self_attn, x.device)
+        attn_out = shared.output_only(jagged_attention(*shared.project_self(self.self_attn, x), offsets, **drops))
         return self._after_attention(x, self.dropout1(shared.project_out(self.self_attn, attn_out)))
 
     def _after_attention(self, x: Tensor, attn_out: Tensor) -> Tensor:
@@ -255,14 +258,12 @@ class FastTransformerEncoder(nn.TransformerEncoder):
         return out if self.norm is None else self.norm(out)
 
     def _packs(self, src: Tensor, padding: Tensor) -> bool:
-        """Whether the layers can take this call packed; `forward_packed` runs neither hooks nor dropout of weights."""
+        """Whether the layers can take this call packed; `forward_packed` runs no hooks."""
         if torch.compiler.is_compiling() or src.is_nested or src.dim() != 3 or padding.shape != src.shape[:2]:
             return False
         if unsupported_transform((padding,), (src, *self.parameters())):
             return False
         for module in self.layers.modules():
-            if isinstance(module, nn.MultiheadAttention) and module.training and module.dropout:
-                return False
             if any(
                 (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
             ):

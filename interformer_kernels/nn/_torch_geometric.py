@@ -32,7 +32,8 @@ def _after_attention(block: Any, x: Tensor, attn_out: Tensor) -> Tensor:
 
 def _attend_block(block: Any, x: Tensor, offsets: Tensor) -> Tensor:
     """A `SetAttentionBlock`'s inner block on packed tokens `[T, E]`."""
-    attn_out = shared.output_only(jagged_attention(*shared.project_self(block.attn, x), offsets))
+    drops = shared.dropout_of(block.attn, x.device)
+    attn_out = shared.output_only(jagged_attention(*shared.project_self(block.attn, x), offsets, **drops))
     return _after_attention(block, x, attn_out)
 
 
@@ -43,21 +44,14 @@ def _pool(pooling: Any, x: Tensor, offsets: Tensor) -> Tensor:
     return _after_attention(pooling.mab, seeds, pool_rows(pooling.mab.attn, query, F.relu(pooling.lin(x)), offsets))
 
 
-def _unsupported_call(attention: nn.MultiheadAttention, mask: Tensor | None, *tensors: Tensor | None) -> str:
-    """The reason why the ops cannot serve a call, judged without the sets' contents; empty if they can."""
-    if attention.training and attention.dropout:
-        return f"dropout = {attention.dropout} in training"
-    return unsupported_transform((mask,), tensors)
-
-
 class FastPoolingByMultiheadAttention(PoolingByMultiheadAttention):
     """`PoolingByMultiheadAttention` of the packed elements where the mask is True."""
 
-    serves = "calls in training without dropout"
+    serves = "all calls, but those with a mask under torch.compile"
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """As `PoolingByMultiheadAttention`."""
-        reason = _unsupported_call(self.mab.attn, mask, x, *self.parameters())
+        reason = unsupported_transform((mask,), (x, *self.parameters()))
         if not reason and mask is not None and torch.compiler.is_compiling():
             reason = "masks under torch.compile"
         if reason:
@@ -73,7 +67,7 @@ class FastPoolingByMultiheadAttention(PoolingByMultiheadAttention):
 class FastSetTransformerAggregation(SetTransformerAggregation):
     """`SetTransformerAggregation` that leaves its elements packed, as it is given them."""
 
-    serves = "calls in training without dropout, unless max_num_elements truncates a set"
+    serves = "all calls, unless max_num_elements truncates a set"
 
     def forward(
         self,
@@ -85,7 +79,7 @@ class FastSetTransformerAggregation(SetTransformerAggregation):
         max_num_elements: int | None = None,
     ) -> Tensor:
         """As `SetTransformerAggregation`."""
-        if reason := _unsupported_call(self.pma.mab.attn, index, x, *self.parameters()):
+        if reason := unsupported_transform((index,), (x, *self.parameters())):
             count_unserved(self, "SetTransformerAggregation", _PATH, reason)
             return super().forward(x, index, ptr, dim_size, dim, max_num_elements=max_num_elements)
         self.assert_index_present(index)

@@ -27,16 +27,18 @@ def pool_rows(
 ) -> Tensor:
     """Attention of projected queries `[M, H, D]` over each row of `x [T, width]`, before `out_proj`: `[B, M, H, D]`.
 
-    With `fold=None`, `folding_wins` decides.
+    With `fold=None`, `folding_wins` decides. Where weights are dropped nothing is folded: their sum, which the bias of
+    the values has as its factor, is not 1 then.
     """
     scale = attention.head_dim**-0.5 if scale is None else scale
     if fold is None:
         fold = folding_wins(query.shape[0] * query.shape[1], attention.embed_dim)
-    if fold:
+    drops = shared.dropout_of(attention, x.device)
+    if fold and not drops:
         (key_weight, _), value_parameters = (shared.weight_and_bias(attention, index) for index in (1, 2))
         return pool_folded(query, key_weight, *value_parameters, x, offsets, scale=scale, backend=backend)
     k, v = shared.project_keys(attention, x, x)
-    return shared.output_only(pma_pooling(query, k, v, offsets, scale=scale, backend=backend))
+    return shared.output_only(pma_pooling(query, k, v, offsets, scale=scale, backend=backend, **drops))
 
 
 class PMAPooling(shared.AttentionModule):
@@ -142,14 +144,8 @@ class PMAPooling(shared.AttentionModule):
         mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
         rows = read_rows(type(self).__name__, "x", x, self.kdim, offsets=offsets, batch_first=self.batch_first, **mask)
         query = shared.project_query(self, self.seeds)
-        drops = shared.dropout_options(self.training * self.dropout, query.device)
-        if drops:
-            k, v = shared.project_keys(self, rows.tokens, rows.tokens)
-            drops.update(scale=self.scale, backend=self.backend)
-            pooled = shared.output_only(pma_pooling(query, k, v, rows.offsets, **drops))
-        else:
-            options: dict[str, Any] = {"scale": self.scale, "fold": self.fold, "backend": self.backend}
-            pooled = pool_rows(self, query, rows.tokens, rows.offsets, **options)
+        options: dict[str, Any] = {"scale": self.scale, "fold": self.fold, "backend": self.backend}
+        pooled = pool_rows(self, query, rows.tokens, rows.offsets, **options)
         if self.set_transformer:
             hidden = merge_rows((query + pooled).flatten(-2))
             hidden = hidden if self.attention_norm is None else self.attention_norm(hidden)

@@ -1,0 +1,284 @@
+"""`python -m interformer_bench.options`: each option of attention against the plain call, and against peers.
+
+Peers compute the same by rows and on padded rows: SDPA with an explicit mask or bias, and eager PyTorch where SDPA
+lacks the option. Each is timed with its backward, too, at each number of threads; its best counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from interformer_bench import waiting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COLUMNS = ("option", "rows x mean", "pass", "interformer", "of plain", "best peer", "ratio", "spread", "threads")
+
+
+class Line(NamedTuple):
+    """An option on a batch: the arguments of `jagged_attention`, made for its rows."""
+
+    name: str
+    batch: str
+    options: Callable[[Batch], dict[str, Any]]
+
+
+class Batch(NamedTuple):
+    """Packed queries, keys and values `[T, H, D]`, as gradient leaves, and what options are made of."""
+
+    tensors: tuple[Tensor, Tensor, Tensor]
+    offsets: Tensor
+    times: Tensor
+
+    @property
+    def heads(self) -> int:
+        """Heads of queries and keys."""
+        return self.tensors[0].shape[1]
+
+    def table(self, entries: int) -> Tensor:
+        """A bias of all heads, a gradient leaf."""
+        import torch
+
+        return torch.randn(self.heads, entries, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    def time(self) -> dict[str, Any]:
+        """A bias by time of 32 bins."""
+        edges = self.times.new_tensor([int(1.5**n) for n in range(1, 32)])
+        return {"time_bias": self.table(32), "times": self.times, "time_edges": edges}
+
+
+def lines() -> list[Line]:
+    """The lines of the bench; the plain call of a batch comes first."""
+    made: list[Line] = []
+    for batch in ("movielens", "uniform 1..50"):
+        made += [
+            Line("plain", batch, lambda _: {}),
+            Line("position bias", batch, lambda b: {"position_bias": b.table(401)}),
+            Line("time bias", batch, lambda b: b.time()),
+            Line("both biases", batch, lambda b: {"position_bias": b.table(401), **b.time()}),
+            Line("dropout 0.1", batch, lambda _: {"dropout_p": 0.1, "dropout_seed": 7}),
+            Line("softcap", batch, lambda _: {"softcap": 20.0}),
+            Line("sinks", batch, lambda b: {"sinks": b.table(1)[:, 0].detach().requires_grad_()}),
+        ]
+    long = "all 2048"
+    return [
+        *made,
+        Line("plain", long, lambda _: {}),
+        Line("causal", long, lambda _: {"causal": True}),
+        Line("window of 64", long, lambda _: {"window": (63, 0)}),
+        Line("window of 64, 128 targets", long, lambda b: _targets(b, 128)),
+    ]
+
+
+def _targets(batch: Batch, count: int) -> dict[str, Any]:
+    targets = batch.offsets.new_full((len(batch.offsets) - 1,), count)
+    return {"causal": True, "window": (63, 0), "num_targets": targets}
+
+
+def make_batch(name: str, data: Path | None) -> Batch:
+    """The rows of a distribution."""
+    import torch
+    from interformer_bench.shapes import length_distributions
+
+    if name == "all 2048":
+        lengths, heads, size = [2048] * 4, 4, 32
+    else:
+        rows, heads, size = {"movielens": (256, 4, 16), "uniform 1..50": (1024, 2, 32)}[name]
+        lengths = list(length_distributions(data)[name].lengths(rows))
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    total = int(offsets[-1])
+    q, k, v = (torch.randn(total, heads, size, generator=generator).requires_grad_() for _ in range(3))
+    times = torch.randint(0, 100_000, (total,), generator=generator).sort().values
+    return Batch((q, k, v), offsets, times)
+
+
+# ---------------------------------------------------------------- peers
+
+
+def scores_of(options: dict[str, Any], length: int, heads: int, start: int, targets: int) -> Tensor | None:
+    """What SDPA adds to the scores of a row, `[H, L, L]` or `[L, L]`; None for nothing."""
+    import torch
+
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    history = length - targets
+    p = i.clamp(max=history)
+    left, right = options.get("window", (-1, -1))
+    seen = torch.ones(length, length, dtype=torch.bool)
+    if options.get("causal"):
+        seen &= j <= p
+    if left >= 0:
+        seen &= j >= p - left
+    if right >= 0:
+        seen &= j <= p + right
+    seen = (seen & (j < history)) | ((i == j) & (i >= history))
+    bias: Tensor | None = None
+    if (table := options.get("position_bias")) is not None:
+        most = table.shape[1] // 2
+        bias = table[:, (p - j).clamp(-most, most) + most]
+    if (table := options.get("time_bias")) is not None:
+        times = options["times"][start : start + length]
+        apart = (times[:, None] - times).abs()
+        by_time = table[:, torch.searchsorted(options["time_edges"], apart, right=True)]
+        bias = by_time if bias is None else bias + by_time
+    if bias is not None:
+        return bias if bool(seen.all()) else bias.masked_fill(~seen, -torch.inf)
+    return None if bool(seen.all()) else torch.zeros(length, length).masked_fill(~seen, -torch.inf)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """`[..., H, L, D]`, by SDPA, or by eager PyTorch with softcap and sinks."""
+    import torch
+    import torch.nn.functional as F
+
+    softcap, sinks = options.get("softcap", 0.0), options.get("sinks")
+    if not softcap and sinks is None:
+        return F.scaled_dot_product_attention(q, k, v, bias, options.get("dropout_p", 0.0))
+    s = q @ k.mT * q.shape[-1] ** -0.5
+    s = softcap * torch.tanh(s / softcap) if softcap else s
+    s = s if bias is None else s + bias
+    if sinks is None:
+        return s.softmax(-1) @ v
+    s = torch.cat((s, sinks[:, None, None].expand(*s.shape[:-1], 1)), -1)
+    return s.softmax(-1)[..., :-1] @ v
+
+
+def by_row(batch: Batch, options: dict[str, Any]) -> Tensor:
+    """One call for each row."""
+    import torch
+
+    outs, targets = [], options.get("num_targets")
+    for b, (start, end) in enumerate(zip(batch.offsets.tolist(), batch.offsets[1:].tolist(), strict=False)):
+        row = (x[start:end].transpose(0, 1) for x in batch.tensors)
+        count = 0 if targets is None else int(targets[b])
+        outs.append(attend(*row, scores_of(options, end - start, batch.heads, start, count), options).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def padded(batch: Batch, options: dict[str, Any]) -> Tensor:
+    """All rows padded to the longest; biases by time are those of padded times."""
+    import torch
+
+    lengths = batch.offsets.diff()
+    longest = int(lengths.max())
+    held = torch.arange(longest) < lengths[:, None]
+    q, k, v = (x.new_zeros(*held.shape, *x.shape[1:]).index_put((held,), x).transpose(1, 2) for x in batch.tensors)
+    targets = options.get("num_targets")
+    count = 0 if targets is None else int(targets[0])
+    by_distance = {name: x for name, x in options.items() if name not in ("time_bias", "times", "time_edges")}
+    bias = scores_of(by_distance, longest, batch.heads, 0, count)
+    if (table := options.get("time_bias")) is not None:
+        times = batch.times.new_zeros(held.shape).index_put((held,), batch.times)
+        apart = (times[:, :, None] - times[:, None]).abs()
+        by_time = table[:, torch.searchsorted(options["time_edges"], apart, right=True)].transpose(0, 1)
+        bias = by_time if bias is None else by_time + bias
+    unseen = torch.zeros(held.shape).masked_fill(~held, -torch.inf)[:, None, None]
+    return attend(q, k, v, unseen if bias is None else bias + unseen, options).transpose(1, 2)[held]
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def _calls(batch: Batch, options: dict[str, Any], backward: bool) -> dict[str, Callable[[], object]]:
+    import torch
+
+    from interformer_kernels import jagged_attention
+
+    made = [options.get(name) for name in ("position_bias", "time_bias", "sinks")]
+    leaves = [*batch.tensors, *(x for x in made if x is not None)]
+    grad = torch.randn(batch.tensors[0].shape)
+    functions: dict[str, Callable[[], Tensor]] = {
+        "interformer": lambda: jagged_attention(*batch.tensors, batch.offsets, **options),  # type: ignore[return-value]
+        "by row": lambda: by_row(batch, options),
+        "padded": lambda: padded(batch, options),
+    }
+
+    def forward(run: Callable[[], Tensor]) -> Tensor:
+        with torch.no_grad():
+            return run()
+
+    if "dropout_p" not in options:
+        for name in ("by row", "padded"):
+            torch.testing.assert_close(functions["interformer"](), functions[name](), atol=1e-4, rtol=1e-4)
+    if not backward:
+        return {name: lambda run=run: forward(run) for name, run in functions.items()}  # type: ignore[misc]
+    return {name: lambda run=run: torch.autograd.grad(run(), leaves, grad) for name, run in functions.items()}  # type: ignore[misc]
+
+
+def measure(chosen: argparse.Namespace, selected: Sequence[Line]) -> tuple[str, list[tuple[str, ...]]]:
+    """The head and the rows of the table."""
+    import torch
+    from interformer_bench import quiet, report, threads, timing
+
+    watch = quiet.Watch(chosen.threads)
+    batches = {line.batch: make_batch(line.batch, chosen.data) for line in selected}
+    table: list[tuple[str, ...]] = []
+    plain: dict[tuple[str, bool], float] = {}
+    for line in selected:
+        batch = batches[line.batch]
+        for backward in (False, True):
+            calls = _calls(batch, line.options(batch), backward)
+            found: dict[str, dict[int, timing.Timing]] = {name: {} for name in calls}
+            for count in threads.counts([1, chosen.threads]):
+                torch.set_num_threads(count)
+                timed = watch.during(lambda calls=calls: timing.interleaved(calls, seconds=chosen.seconds))  # type: ignore[misc]
+                for name, x in timed.items():
+                    found[name][count] = x
+            best = {name: min(times.values(), key=lambda x: x.median) for name, times in found.items()}
+            ours = best.pop("interformer")
+            peer = min(best, key=lambda name: best[name].median)
+            key = (line.batch, backward)
+            if line.name == "plain":
+                plain[key] = ours.median
+            lengths = batch.offsets.diff()
+            busy = watch.busy_since_last()
+            table.append(
+                (
+                    line.name, f"{line.batch}: {len(lengths)} x {lengths.double().mean():.0f}",
+                    "forward+backward" if backward else "forward", f"{ours.median * 1e3:.3g} ms",
+                    f"{ours.median / plain[key]:.2f}" if key in plain else "-",
+                    f"{best[peer].median * 1e3:.3g} ms ({peer})",
+                    f"{best[peer].median / ours.median:.2f}x" if busy is None else quiet.NO_RATIO,
+                    f"{100 * (ours.high - ours.low) / ours.median:.0f}%", str(chosen.threads),
+                )
+            )  # fmt: skip
+            print(" | ".join(table[-1]), flush=True)
+    head = f"{chosen.threads} threads, float32, kernels: {report.isa()}, torch {torch.__version__}. "
+    return head + f"{waiting.described()} {quiet.described(watch.checks)}", table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(prog="python -m interformer_bench.options", description=__doc__)
+    parser.add_argument("--line", action="append", metavar="TEXT", help="options whose names contain TEXT, and plain")
+    parser.add_argument("--data", type=Path, help="directory with the length files")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=0.6, help="about how long each call and pass is timed")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there")
+    chosen = parser.parse_args(arguments)
+    if arguments is None:
+        waiting.restart()
+    from interformer_bench import report
+
+    from interformer_kernels._files import write_text
+
+    selected = [
+        line
+        for line in lines()
+        if not chosen.line or line.name == "plain" or any(text in line.name for text in chosen.line)
+    ]
+    head, table = measure(chosen, selected)
+    text = f"{head}\n\n{report.rows(COLUMNS, table)}\n"
+    print(text)
+    if chosen.out:
+        write_text(chosen.out, text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
