@@ -20,7 +20,7 @@ struct KeyArguments : BackwardArguments<T> {
 
 template <typename T>
 __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
-    return {true, !p.variant.kind.softmax, true};
+    return {true, p.maps_in_memory(), true, p.options.any};
 }
 
 // Channels for which a warp can hold accumulators; wider heads take several channel chunks.
@@ -49,11 +49,12 @@ struct StationaryKeys {
         return {p.rope, p.rope.positions_k, row.first, PackedRows(begin, 0, 1), 0, count};
     }
     // Tiles of queries that see some of the next `rows` tokens.
-    template <typename T>
-    __device__ TileRange query_tiles(const AttentionProblem<T>& p, const Queries& queries, int rows, int tile) const {
+    template <typename RowMasks>
+    __device__ auto query_tiles(const RowMasks& masks, int rows, int q_per_kv, int tile) const {
         const int first = begin - skip, last = min(begin + rows, row.count) - 1 - skip;
-        if (!in_row || last < 0 || last < first) return {0, 0, 0};
-        return p.variant.masks.query_tiles(first, last, queries.count, row.count - skip, p.q_per_kv, tile);
+        using Tiling = decltype(masks.query_tiles(first, last, q_per_kv, tile));
+        if (!in_row || last < 0 || last < first) return Tiling{};
+        return masks.query_tiles(first, last, q_per_kv, tile);
     }
 };
 
@@ -114,7 +115,7 @@ __device__ void write_gradients(const KeyArguments<T>& g, const AttentionMemory<
 }
 
 // 16 tokens for each warp, over all queries that see them; zero on the tail and on skipped tokens.
-template <typename T, int WIDTH>
+template <typename T, int WIDTH, bool OPTIONS>
 __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
     using Tiles = AttentionTiles<T, WIDTH>;
     constexpr int kStreamed = Tiles::kStreamed, kChannelChunks = WIDTH / kChannelChunk<WIDTH>;
@@ -128,11 +129,12 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
     const StationaryKeys group_keys{slot.span, begin, skip, in_row};
     const StationaryKeys keys{slot.span, begin + group.warp * kStationary, skip, in_row};
     const Queries queries = in_row ? p.queries_beside(slot.span) : Queries{};
-    const TileRange tiles = group_keys.query_tiles(p, queries, group.rows(), kStreamed);
-    const TileRange warp_tiles = keys.query_tiles(p, queries, kStationary, kStreamed);
-    // Exact float32 products fill the registers: there every tile is masked.
+    const auto masks = p.template masks_of<OPTIONS>(slot.span.row, queries.count, slot.span.count - skip);
+    const auto tiles = group_keys.query_tiles(masks, group.rows(), p.q_per_kv, kStreamed);
+    const auto warp_tiles = keys.query_tiles(masks, kStationary, p.q_per_kv, kStreamed);
+    // Exact float32 products fill the registers: there every tile is masked, as it is with options.
     const int first_key = keys.begin - skip, last_key = first_key + kStationary - 1;
-    const TileRange common = std::is_same_v<T, float>
+    const TileRange common = std::is_same_v<T, float> || OPTIONS
                                  ? TileRange{0, INT_MAX, INT_MAX}
                                  : p.variant.masks.common_query_tiles(first_key, last_key, queries.count,
                                                                       slot.span.count - skip, p.q_per_kv, kStreamed);
@@ -149,6 +151,9 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
     if (p.rope.inside.keys) rotate_stationary(memory.stationary[0], keys.rotary(p));
     const int lane_keys[2] = {keys.key(lane_index() / 4), keys.key(lane_index() / 4 + 8)};
 
+    const auto stats_of = [&](int stage) -> auto& {
+        return reinterpret_cast<typename Tiles::template Stats<OPTIONS>*>(memory.query_stats)[stage];
+    };
     AccTile acc_k[kChannelChunk<WIDTH> / 16], acc_v[kChannelChunk<WIDTH> / 16];
     const auto copy = copy_of_queries(g, memory, group.threads, queries, kv_head);
     const auto rows_from = [&](int64_t begin) {  // packed rows of the tile that begins there
@@ -162,7 +167,7 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
             const PackedRows rows(begin, kv_head, p.q_per_kv);
             const ThreadGroup threads = group.threads.reread();
             for (int r = threads.rank; r < kStreamed; r += threads.size)
-                memory.query_stats[stage].set(r, g.query_stats(queries, rows[r], slot.span.count - skip));
+                stats_of(stage).set(r, g.query_stats(masks, queries, rows[r]));
         },
         [&](int tile, int stage) {
             const int64_t begin = int64_t{tile} * kStreamed;
@@ -180,7 +185,7 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
                 typename Tiles::Scores s, d;
                 multiply_rows(s, memory.stationary[0], q, row, p.channels);
                 multiply_rows(d, memory.stationary[p.v_is_k ? 0 : 1], grad, row, p.value_channels);
-                const ScoresByKey<kStreamed> at{memory.query_stats[stage], row, lane_keys, all_seen};
+                const ScoresByKey<kStreamed, KeysOf<OPTIONS>> at{stats_of(stage), row, lane_keys, all_seen};
                 scores_backward(p.variant, s, d, memory.scratch, at);
                 multiply_accumulate(acc_v, s, grad, row, first);
                 multiply_accumulate(acc_k, d, q, row, first);
@@ -194,7 +199,12 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
 template <typename T, int WIDTH>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, key_blocks_for(WIDTH))
     grad_keys(const __grid_constant__ KeyArguments<T> g) {
-    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { grad_tile<T, WIDTH>(g, group); });
+    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { grad_tile<T, WIDTH, false>(g, group); });
+}
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kOptionBlocks)
+    grad_keys_with_options(const __grid_constant__ KeyArguments<T> g) {
+    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { grad_tile<T, WIDTH, true>(g, group); });
 }
 
 template <typename T, int WIDTH>
@@ -205,7 +215,10 @@ void start_grad_keys(KeyArguments<T>& g, const Backward& call) {
     g.plan.items_per_slot = p.kv_heads * (WIDTH / kChannelChunk<WIDTH>);
     // Dense and shared queries are equally many in every row, so a tile of a longer row is no more work.
     const TiledRows rows{p.kv_offsets, 1, p.layout == QueryLayout::packed};
-    start_tile_groups<kPersistent<T, WIDTH>>(grad_keys<T, WIDTH>, g, rows, call.workspace.scheduler, call.stream);
+    void (*kernel)(KeyArguments<T>) = grad_keys<T, WIDTH>;
+    if constexpr (kServesOptions<WIDTH>)
+        if (p.options.any) kernel = grad_keys_with_options<T, WIDTH>;
+    start_tile_groups<kPersistent<T, WIDTH>>(kernel, g, rows, call.workspace.scheduler, call.stream);
 }
 
 }  // namespace
@@ -217,7 +230,7 @@ void keys_backward(const Backward& call) {
         KeyArguments<T> g(call);
         g.grad_k = static_cast<T*>(call.grads.grad_k.data);
         if (call.grads.grad_v) g.grad_v = static_cast<T*>(call.grads.grad_v->data);
-        with_width(call.in, [&](auto width) { start_grad_keys<T, width.value>(g, call); });
+        with_width(call.in, g.problem.options, [&](auto width) { start_grad_keys<T, width.value>(g, call); });
     });
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/attention_call.h"
+#include "cuda/attention_options.cuh"
 #include "cuda/attention_rope.cuh"
 #include "cuda/attention_variant.cuh"
 #include "cuda/elements.h"
@@ -65,12 +66,15 @@ struct AttentionProblem {
     bool v_is_k;
     Rope rope;
     Variant<T> variant;
+    Options options;
     float outer_scale;  // factor of sums over probabilities
     float grad_scale;   // factor of sums over dS
 
     explicit AttentionProblem(const AttentionInputs& in, const RotatedInside& rotated = {});
 
     int64_t rows() const { return kv_offsets.rows; }
+    // Whether scores are mapped one by one, in shared memory.
+    __host__ __device__ bool maps_in_memory() const { return !variant.kind.softmax; }
     int64_t query_tokens() const { return layout == QueryLayout::packed ? q_offsets.tokens : rows() * queries; }
     // Mean numbers of a row.
     int64_t mean_packed_rows() const {
@@ -104,6 +108,14 @@ struct AttentionProblem {
         return {row.first + skip, max(row.count - skip, 0)};
     }
     __device__ Keys keys_of(int64_t row) const { return keys_of(kv_offsets.span(row)); }
+    // The masks of a row of so many queries and keys.
+    template <bool OPTIONS>
+    __device__ auto masks_of(int64_t row, int queries, int keys) const {
+        if constexpr (OPTIONS)
+            return OptionRowMasks{options.masks, options.masks.sizes(row, queries, keys, row < kv_offsets.rows)};
+        else
+            return RowMasks{variant.masks, queries, keys};
+    }
     // Keys of the row that the search found for queries.
     __device__ Keys keys_beside(const Span& queries) const {
         return same_offsets ? keys_of(queries) : keys_of(queries.row);
@@ -129,6 +141,7 @@ AttentionProblem<T>::AttentionProblem(const AttentionInputs& in, const RotatedIn
       v_is_k(!in.v),
       rope(in, rotated),
       variant(in.variant),
+      options(in),
       outer_scale(static_cast<float>(probs_factors<T>(in.variant).outer)),
       grad_scale(static_cast<float>(d_scores_factors<T>(in.variant).outer)) {}
 

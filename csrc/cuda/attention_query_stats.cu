@@ -23,8 +23,8 @@ struct StatsArguments : BackwardArguments<T> {
 };
 
 template <typename T>
-__host__ __device__ Contents contents_of(const AttentionProblem<T>&) {
-    return {true, false, false};
+__host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
+    return {true, p.maps_in_memory(), false, p.options.any};
 }
 
 // Sums of P and of P * dP for a lane's two rows, over its columns. P is times `prob_scale_for`, as in the forward, so
@@ -62,7 +62,7 @@ __device__ void write_sums(const StatsArguments<T>& g, const Task& task, const P
 }
 
 // 16 queries for each warp, over the keys of their row or one split of them.
-template <typename T, int WIDTH>
+template <typename T, int WIDTH, bool OPTIONS>
 __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
     using Tiles = AttentionTiles<T, WIDTH>;
     const AttentionProblem<T>& p = g.problem;
@@ -72,8 +72,9 @@ __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
     const Keys keys = task.keys;
     const PackedRows group_rows(task.begin, kv_head, p.q_per_kv);
     const PackedRows rows(task.begin + group.warp * kStationary, kv_head, p.q_per_kv);
-    const TileRange tiles = task.key_tiles(p, group_rows, group.rows(), Tiles::kStreamed, g.partials.split_kv);
-    const TileRange warp_tiles = task.key_tiles(p, rows, kStationary, Tiles::kStreamed, g.partials.split_kv);
+    const auto masks = task.template masks<OPTIONS>(p);
+    const auto tiles = task.key_tiles(masks, group_rows, group.rows(), Tiles::kStreamed, g.partials.split_kv);
+    const auto warp_tiles = task.key_tiles(masks, rows, kStationary, Tiles::kStreamed, g.partials.split_kv);
 
     const SharedLayout layout = SharedLayout::of<T, WIDTH>(group.warps, g.plan.stages, contents_of(p));
     const AttentionMemory<T, WIDTH> memory(group, layout);
@@ -81,25 +82,23 @@ __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
     cp_async_stationary(memory.stationary[1], g.grad_attn_out, p.value_channels, task.queries, rows);
     cp_async_commit();
     if (p.rope.inside.queries) rotate_stationary(memory.stationary[0], rotary_queries(p, task.queries, rows));
-    const KeyRange common = common_range(p, rows, task.queries.count, keys.count);
-    const LaneQueries<QueryStats> queries(rows, common, [&](const PackedRow& row) {
-        QueryStats stats{p.variant.query(row, task.queries.count, keys.count), 0.0f, 0.0f,
-                         prob_scale_for<T>(keys.count)};
+    using OneQuery = QueryStats<KeysOf<OPTIONS>>;
+    const LaneQueries<OneQuery> queries(rows, common_range<T>(masks, rows), [&](const PackedRow& row) {
+        OneQuery stats{{masks.key_range(row.token)}, 0.0f, 0.0f, prob_scale_for<T>(keys.count)};
         if (row.token < task.queries.count) stats.lse = g.lse[g.place(task.queries, row)];
         return stats;
     });
 
     StatsSums sums;
-    for_each_key_tile(
-        p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head, queries,
-        [&](typename Tiles::Scores& s, typename Tiles::Scores& d, const ScoresByQuery<QueryStats>& at, int, int) {
-            // With a delta of 0, the gradients of the scores are P * dP.
-            softmax_backward(p.variant, s, d, 1.0f, at);
-            for_each_pair(s, d, [&](int half, int, float& prob, float& product) {
-                sums.probs[half] += prob;
-                sums.products[half] += product;
-            });
-        });
+    for_each_key_tile(p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head, queries,
+                      [&](typename Tiles::Scores& s, typename Tiles::Scores& d, const auto& at, int, int) {
+                          // With a delta of 0, the gradients of the scores are P * dP.
+                          softmax_backward(p.variant, s, d, 1.0f, at);
+                          for_each_pair(s, d, [&](int half, int, float& prob, float& product) {
+                              sums.probs[half] += prob;
+                              sums.products[half] += product;
+                          });
+                      });
     cp_async_wait<0>();
     write_sums(g, task, rows, sums);
 }
@@ -107,7 +106,12 @@ __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
 template <typename T, int WIDTH>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, query_blocks_for<T>(WIDTH))
     sum_query_stats(const __grid_constant__ StatsArguments<T> g) {
-    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { sum_tile<T, WIDTH>(g, group); });
+    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { sum_tile<T, WIDTH, false>(g, group); });
+}
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kOptionBlocks)
+    sum_query_stats_with_options(const __grid_constant__ StatsArguments<T> g) {
+    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { sum_tile<T, WIDTH, true>(g, group); });
 }
 
 // Combines the partials of split rows, one query under one head for each warp.
@@ -132,12 +136,15 @@ void query_stats_backward(const Backward& call) {
         using T = decltype(element);
         StatsArguments<T> g(call);
         const AttentionProblem<T>& p = g.problem;
-        with_width(call.in, [&](auto width) {
-            g.plan = plan_of<T, width.value>({p.mean_packed_rows(), p.mean_keys(), contents_of(p)});
+        with_width(call.in, p.options, [&](auto width) {
+            constexpr int kWidth = width.value;
+            g.plan = plan_of<T, kWidth>({p.mean_packed_rows(), p.mean_keys(), contents_of(p)});
             g.plan.slots = slots_of(p, g.partials, p.rows(), g.plan.rows());
             g.plan.items_per_slot = p.kv_heads;
-            start_query_groups<kPersistent<T, width.value>>(sum_query_stats<T, width.value>, g,
-                                                            call.workspace.scheduler, call.stream);
+            void (*kernel)(StatsArguments<T>) = sum_query_stats<T, kWidth>;
+            if constexpr (kServesOptions<kWidth>)
+                if (p.options.any) kernel = sum_query_stats_with_options<T, kWidth>;
+            start_query_groups<kPersistent<T, kWidth>>(kernel, g, call.workspace.scheduler, call.stream);
         });
         start_combine(combine_partials<T>, g, call.stream);
     });

@@ -71,11 +71,6 @@ struct Variant {
           exponent_scale(std::max(static_cast<float>(std::abs(variant.scale) * kLog2E),
                                   std::numeric_limits<float>::denorm_min())) {}
 
-    // A query of a row of so many queries and keys.
-    __device__ Query query(const PackedRow& row, int queries, int keys) const {
-        return {masks.key_range(row.token, queries, keys)};
-    }
-
     // The score of a product, rounded by itself in every pass: a compiler that fused the multiplication with what comes
     // after would give large scores other numbers in one pass than in the next.
     __device__ float score(float product) const { return __fmul_rn(product, scale); }
@@ -150,7 +145,7 @@ template <typename T, int N, typename Places>
 __device__ inline void softmax_backward(const Variant<T>& variant, AccTile (&s)[N], AccTile (&d)[N], float scale,
                                         const Places& at) {
     for_each_pair(s, d, [&](int half, int column, float& x, float& g) {
-        const QueryStats query = at.query(half, column);
+        const auto query = at.query(half, column);
         const float exponent = (variant.score(x) - query.lse) * kLog2E;
         x = (kFromProducts<T> ? exp2_approx(exponent) : exp2f(exponent)) * query.inv_row_sum;
         g = x * (g - query.delta) * scale;
