@@ -1,8 +1,10 @@
 // Forward of the attention kernels: an online softmax, or a plain sum, over the keys of a row or of one split of them.
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
 #include "cuda/attention.h"
+#include "cuda/attention_option_scores.cuh"
 #include "cuda/attention_output.cuh"
 #include "cuda/attention_plan.cuh"
 #include "cuda/attention_split_kv.cuh"
@@ -34,25 +36,36 @@ __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
     return {false, p.maps_in_memory(), false, p.options.any};
 }
 
+// Channels for which a warp holds accumulators. Options take registers that exact float32 products of the widest heads
+// lack: there an item is a half of the channels.
+template <typename T, int WIDTH, bool OPTIONS>
+constexpr int kChannelChunk = OPTIONS && std::is_same_v<T, float> ? std::min(WIDTH, 128) : WIDTH;
+
 // Products of a tile of keys become probabilities; accumulators so far are to be multiplied by `alpha`.
 template <typename T, int N, typename Places>
 __device__ void map_scores(const AttentionProblem<T>& p, AccTile (&s)[N], const Places& at, float prob_scale,
                            float2* scratch, OnlineSoftmax& softmax, float (&alpha)[2]) {
-    if (p.variant.kind.softmax) return online_softmax_update(p.variant, s, prob_scale, softmax, alpha, at);
-    scores_to_probs(p.variant, s, scratch, at);
+    if (p.variant.kind.softmax) {
+        order_scores(p, s, scratch, at);
+        online_softmax_update(p.variant, s, prob_scale, softmax, alpha, at);
+        drop_probs(p, s, scratch, at);
+        return;
+    }
+    pointwise_probs(p, s, scratch, at);
     alpha[0] = alpha[1] = 1.0f;
 }
 
 // One more tile of keys, or its first part, into a warp's accumulators: 16 N keys from `first` on.
 template <int N, typename T, int WIDTH, typename Places, int C>
 __device__ void attend_keys(const AttentionProblem<T>& p, const AttentionMemory<T, WIDTH>& memory, int stage,
-                            const Places& at, float prob_scale, OnlineSoftmax& softmax, AccTile (&acc)[C]) {
+                            const Places& at, float prob_scale, OnlineSoftmax& softmax, AccTile (&acc)[C],
+                            int first_channel) {
     AccTile s[N];
     float alpha[2];
     multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], 0, p.channels);
     map_scores(p, s, at, prob_scale, memory.scratch, softmax, alpha);
     for_each(acc, [&](int half, int, float& x) { x *= alpha[half]; });
-    multiply_accumulate(acc, s, memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], 0, 0);
+    multiply_accumulate(acc, s, memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], 0, first_channel);
 }
 
 // Negates a warp's stationary tile of 16-bit numbers, once its copies have landed.
@@ -72,10 +85,10 @@ __device__ float* staged_stats(const AttentionMemory<T, WIDTH>& memory, int row)
 }
 
 // Writes a warp's results, several queries at once: outputs, or the partial of a split.
-template <typename T, int WIDTH, typename RowMasks>
+template <int CHUNK, typename T, int WIDTH, typename RowMasks>
 __device__ void write_results(const ForwardArguments<T>& f, const Task& task, const RowMasks& masks,
                               const PackedRows& rows, const AttentionMemory<T, WIDTH>& memory,
-                              const OnlineSoftmax& softmax) {
+                              const OnlineSoftmax& softmax, int first_channel) {
     const AttentionProblem<T>& p = f.problem;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -87,15 +100,17 @@ __device__ void write_results(const ForwardArguments<T>& f, const Task& task, co
     }
     __syncwarp();
     const float prob_scale = prob_scale_for<T>(task.keys.count);
-    for_each_staged(memory, p.value_channels, [&](int r, int c, const Four& sums) {
+    for_each_staged(memory, min(p.value_channels - first_channel, CHUNK), [&](int r, int channel, Four sums) {
+        const int c = first_channel + channel;
         const PackedRow query = rows[r];
         if (query.token >= task.queries.count) return;
         const float* staged = staged_stats(memory, r);
         RowStats stats{staged[0], staged[1], prob_scale};
         if (task.partial < 0) {
             const OutputPlace at(task.queries, query, p.heads, task.queries.row < p.kv_offsets.rows);
-            if (p.variant.kind.softmax && !masks.key_range(query.token).fully_masked()) stats.nan_if_zero();
             stats.row_max = p.variant.max_score(stats.row_max);
+            if (p.sinks != nullptr && at.in_row) scale(sums, stats.add_sink(p.sinks[query.head]));
+            if (p.variant.kind.softmax && !masks.key_range(query.token).fully_masked()) stats.nan_if_zero();
             write_outputs(f.epilogue, at, c, p.value_channels, stats, sums);
             if (c == 0) write_lse(f.epilogue, at, stats);
             return;
@@ -114,7 +129,8 @@ template <typename T, int WIDTH, bool OPTIONS>
 __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group) {
     using Tiles = AttentionTiles<T, WIDTH>;
     const AttentionProblem<T>& p = f.problem;
-    const int kv_head = group.index_in_slot();
+    constexpr int kChunk = kChannelChunk<T, WIDTH, OPTIONS>, kChunks = WIDTH / kChunk;
+    const int kv_head = group.index_in_slot() / kChunks, first_channel = group.index_in_slot() % kChunks * kChunk;
     const Task task = task_of(p, f.partials, group);
     if (task.idle) return;
     const Keys keys = task.keys;
@@ -135,7 +151,7 @@ __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group
     const LaneQueries<OneQuery> queries(rows, common_range<T>(masks, rows),
                                         [&](const PackedRow& row) { return OneQuery{masks.key_range(row.token)}; });
 
-    AccTile acc[WIDTH / 16];
+    AccTile acc[kChunk / 16];
     OnlineSoftmax softmax;
     const float prob_scale = prob_scale_for<T>(keys.count);
     const auto copy = copy_of_keys < kKeepsAddresses<T> && !OPTIONS > (p, memory, group.threads, keys, kv_head);
@@ -147,8 +163,8 @@ __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group
             if (!warp_tiles.contains(tile)) return;
             const int first = tile * Tiles::kStreamed, count = keys.count - first;
             const auto attend = [&](auto blocks) {
-                const auto at = queries.scores(first, 16 * blocks.value);
-                attend_keys<blocks.value>(p, memory, stage, at, prob_scale, softmax, acc);
+                const auto at = places_of(queries.scores(first, 16 * blocks.value), rows, masks);
+                attend_keys<blocks.value>(p, memory, stage, at, prob_scale, softmax, acc, first_channel);
             };
             // The first part alone where a tile has no more keys: the others would add zeros.
             if (Tiles::kPart == Tiles::kStreamed || count > Tiles::kPart)
@@ -159,7 +175,7 @@ __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group
     cp_async_wait<0>();
     group.sync();
     stage_results(memory, acc, p.outer_scale);
-    write_results(f, task, masks, rows, memory, softmax);
+    write_results<kChunk>(f, task, masks, rows, memory, softmax, first_channel);
 }
 
 template <typename T, int WIDTH>
@@ -195,9 +211,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) combine_partials(const __gri
     };
     if (softmax)
         for (int i = 0; i < item.num_splits; ++i) stats.row_sum += partial_stats[2 * item.at(i) + 1] * alpha(i);
-    if (softmax) stats.nan_if_zero();
-    stats.row_max = p.variant.max_score(stats.row_max);
     const PackedRow query{item.query / p.heads, item.query % p.heads};
+    stats.row_max = p.variant.max_score(stats.row_max);
+    const float sink_factor = p.sinks != nullptr ? stats.add_sink(p.sinks[query.head]) : 1.0f;
+    if (softmax) stats.nan_if_zero();
     const OutputPlace place(p.queries_of(item.row), query, p.heads, true);
     if (lane_index() == 0) write_lse(f.epilogue, place, stats);
     const bool aligned = p.value_channels % 4 == 0;
@@ -210,6 +227,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) combine_partials(const __gri
 #pragma unroll
             for (int j = 0; j < 4; ++j) sums.values[j] += split.values[j] * factor;
         }
+        scale(sums, sink_factor);
         write_outputs(f.epilogue, place, c, p.value_channels, stats, sums);
     }
 }
@@ -224,7 +242,10 @@ void start_attend(ForwardArguments<T>& f, const TensorView& scheduler, const Str
     f.plan.items_per_slot = p.kv_heads;
     void (*kernel)(ForwardArguments<T>) = attend<T, WIDTH>;
     if constexpr (kServesOptions<WIDTH>)
-        if (p.options.any) kernel = attend_with_options<T, WIDTH>;
+        if (p.options.any) {
+            kernel = attend_with_options<T, WIDTH>;
+            f.plan.items_per_slot *= WIDTH / kChannelChunk<T, WIDTH, true>;
+        }
     start_query_groups<kPersistent<T, WIDTH>>(kernel, f, scheduler, stream);
 }
 

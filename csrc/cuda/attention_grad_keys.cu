@@ -1,4 +1,5 @@
 // dK and dV of the attention kernels.
+#include <algorithm>
 #include <climits>
 #include <cstdint>
 #include <type_traits>
@@ -23,9 +24,9 @@ __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
     return {true, p.maps_in_memory(), true, p.options.any};
 }
 
-// Channels for which a warp can hold accumulators; wider heads take several channel chunks.
-template <int WIDTH>
-constexpr int kChannelChunk = WIDTH < 128 ? WIDTH : 128;
+// Channels for which a warp can hold accumulators; wider heads take several channel chunks. Options take registers.
+template <int WIDTH, bool OPTIONS>
+constexpr int kChannelChunk = std::min(WIDTH, OPTIONS ? 64 : 128);
 
 // As `blocks_for`: accumulators of dK and of dV take more registers.
 constexpr int key_blocks_for(int width) {
@@ -118,10 +119,10 @@ __device__ void write_gradients(const KeyArguments<T>& g, const AttentionMemory<
 template <typename T, int WIDTH, bool OPTIONS>
 __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
     using Tiles = AttentionTiles<T, WIDTH>;
-    constexpr int kStreamed = Tiles::kStreamed, kChannelChunks = WIDTH / kChannelChunk<WIDTH>;
+    constexpr int kStreamed = Tiles::kStreamed, kChunk = kChannelChunk<WIDTH, OPTIONS>, kChunks = WIDTH / kChunk;
     const AttentionProblem<T>& p = g.problem;
-    const int first = group.index_in_slot() % kChannelChunks * kChannelChunk<WIDTH>;
-    const int kv_head = group.index_in_slot() / kChannelChunks;
+    const int first = group.index_in_slot() % kChunks * kChunk;
+    const int kv_head = group.index_in_slot() / kChunks;
     const Slot slot = g.plan.scheduler.find(p.kv_offsets, group.slot(), 1, group.rows());
     if (slot.begin >= slot.span.count) return;
     const bool in_row = slot.span.row < p.kv_offsets.rows;
@@ -129,7 +130,7 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
     const StationaryKeys group_keys{slot.span, begin, skip, in_row};
     const StationaryKeys keys{slot.span, begin + group.warp * kStationary, skip, in_row};
     const Queries queries = in_row ? p.queries_beside(slot.span) : Queries{};
-    const auto masks = p.template masks_of<OPTIONS>(slot.span.row, queries.count, slot.span.count - skip);
+    const auto masks = p.template masks_of<OPTIONS>(queries, Keys{slot.span.first + skip, slot.span.count - skip});
     const auto tiles = group_keys.query_tiles(masks, group.rows(), p.q_per_kv, kStreamed);
     const auto warp_tiles = keys.query_tiles(masks, kStationary, p.q_per_kv, kStreamed);
     // Exact float32 products fill the registers: there every tile is masked, as it is with options.
@@ -154,7 +155,7 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
     const auto stats_of = [&](int stage) -> auto& {
         return reinterpret_cast<typename Tiles::template Stats<OPTIONS>*>(memory.query_stats)[stage];
     };
-    AccTile acc_k[kChannelChunk<WIDTH> / 16], acc_v[kChannelChunk<WIDTH> / 16];
+    AccTile acc_k[kChunk / 16], acc_v[kChunk / 16];
     const auto copy = copy_of_queries(g, memory, group.threads, queries, kv_head);
     const auto rows_from = [&](int64_t begin) {  // packed rows of the tile that begins there
         return static_cast<int>(min(int64_t{queries.count} * p.q_per_kv - begin, int64_t{kStreamed}));
@@ -186,7 +187,7 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
                 multiply_rows(s, memory.stationary[0], q, row, p.channels);
                 multiply_rows(d, memory.stationary[p.v_is_k ? 0 : 1], grad, row, p.value_channels);
                 const ScoresByKey<kStreamed, KeysOf<OPTIONS>> at{stats_of(stage), row, lane_keys, all_seen};
-                scores_backward(p.variant, s, d, memory.scratch, at);
+                scores_backward(p, s, d, memory.scratch, places_of(at, PackedRows(begin, kv_head, p.q_per_kv), masks));
                 multiply_accumulate(acc_v, s, grad, row, first);
                 multiply_accumulate(acc_k, d, q, row, first);
             }
@@ -212,12 +213,14 @@ void start_grad_keys(KeyArguments<T>& g, const Backward& call) {
     const AttentionProblem<T>& p = g.problem;
     g.plan = plan_of<T, WIDTH>({p.mean_keys(), p.mean_packed_rows(), contents_of(p)});
     g.plan.slots = slots(p.kv_offsets.tokens, p.rows(), 1, g.plan.rows());
-    g.plan.items_per_slot = p.kv_heads * (WIDTH / kChannelChunk<WIDTH>);
     // Dense and shared queries are equally many in every row, so a tile of a longer row is no more work.
     const TiledRows rows{p.kv_offsets, 1, p.layout == QueryLayout::packed};
     void (*kernel)(KeyArguments<T>) = grad_keys<T, WIDTH>;
-    if constexpr (kServesOptions<WIDTH>)
-        if (p.options.any) kernel = grad_keys_with_options<T, WIDTH>;
+    int chunks = WIDTH / kChannelChunk<WIDTH, false>;
+    if constexpr (kServesOptions<WIDTH>) {
+        if (p.options.any) kernel = grad_keys_with_options<T, WIDTH>, chunks = WIDTH / kChannelChunk<WIDTH, true>;
+    }
+    g.plan.items_per_slot = p.kv_heads * chunks;
     start_tile_groups<kPersistent<T, WIDTH>>(kernel, g, rows, call.workspace.scheduler, call.stream);
 }
 

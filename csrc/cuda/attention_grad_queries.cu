@@ -62,7 +62,7 @@ __device__ void accumulate_row(const QueryArguments<T>& g, const TileGroup& grou
     const AttentionProblem<T>& p = g.problem;
     const PackedRows group_rows(task.begin, kv_head, p.q_per_kv);
     const PackedRows rows(task.begin + group.warp * kStationary, kv_head, p.q_per_kv);
-    const auto masks = p.template masks_of<OPTIONS>(queries.row, queries.count, keys.count);
+    const auto masks = p.template masks_of<OPTIONS>(queries, keys);
     const auto tiles_of = [&](const PackedRows& packed_rows, int count) {
         const auto range = masks.key_tiles(packed_rows.token, packed_rows[count - 1].token, Tiles::kStreamed);
         const int tiles_per_split = g.partials.split_kv / Tiles::kStreamed;
@@ -83,7 +83,7 @@ __device__ void accumulate_row(const QueryArguments<T>& g, const TileGroup& grou
 
     for_each_key_tile(p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head, lane_queries,
                       [&](typename Tiles::Scores& s, typename Tiles::Scores& d, const auto& at, int row, int stage) {
-                          scores_backward(p.variant, s, d, memory.scratch, at);
+                          scores_backward(p, s, d, memory.scratch, places_of(at, rows, masks));
                           multiply_accumulate(acc, d, memory.streamed[2 * stage], row, first);
                       });
 }

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "cuda/attention.h"
+#include "cuda/attention_option_scores.cuh"
 #include "cuda/attention_tiles.cuh"
 
 namespace interformer {

@@ -103,6 +103,7 @@ struct RowMasks {
 struct OptionRowMasks {
     const OptionMasks& masks;
     RowSizes sizes;
+    int64_t first_query, first_key;  // numbers of the row's first tokens among those of the batch
 
     // Keys that query token `n` of the row sees. Tokens behind the row's queries see none.
     __device__ KeySet key_range(int n) const {

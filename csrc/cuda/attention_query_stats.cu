@@ -34,13 +34,17 @@ struct StatsSums {
 };
 
 template <typename T>
-__device__ void write_stats(const StatsArguments<T>& g, int64_t place, int keys, float probs, float products) {
+__device__ void write_stats(const StatsArguments<T>& g, int64_t place, int head, int keys, bool in_row, float probs,
+                            float products) {
+    const AttentionProblem<T>& p = g.problem;
+    const float prob_scale = prob_scale_for<T>(keys);
+    if (p.sinks != nullptr && in_row) probs += prob_scale * sink_prob(p.sinks[head], g.lse[place]);
     const float divisor = probs == 0.0f ? 1.0f : probs;
     float delta = products / divisor;
-    // Queries of the tail are not read, since they have no keys.
-    if (g.grad_lse != nullptr && keys > 0) delta -= g.grad_lse[place];
+    // Queries of the tail are not read. The factor of gradients of scores has dropout's, which is not dlse's.
+    if (g.grad_lse != nullptr && in_row) delta -= g.grad_lse[place] * p.options.dropout.inverse;
     g.delta[place] = delta;
-    g.inv_row_sum[place] = prob_scale_for<T>(keys) / divisor;
+    g.inv_row_sum[place] = prob_scale / divisor;
 }
 
 template <typename T>
@@ -52,7 +56,8 @@ __device__ void write_sums(const StatsArguments<T>& g, const Task& task, const P
         const PackedRow query = rows[lane_index() / 4 + half * 8];
         if (lane_index() % 4 != 0 || query.token >= task.queries.count) continue;
         if (task.partial < 0) {
-            write_stats(g, g.place(task.queries, query), task.keys.count, probs, products);
+            const bool in_row = task.queries.row < g.problem.kv_offsets.rows;
+            write_stats(g, g.place(task.queries, query), query.head, task.keys.count, in_row, probs, products);
             continue;
         }
         const int64_t at = (task.partial * g.problem.queries + query.token) * g.problem.heads + query.head;
@@ -93,7 +98,7 @@ __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
     for_each_key_tile(p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head, queries,
                       [&](typename Tiles::Scores& s, typename Tiles::Scores& d, const auto& at, int, int) {
                           // With a delta of 0, the gradients of the scores are P * dP.
-                          softmax_backward(p.variant, s, d, 1.0f, at);
+                          softmax_scores_backward(p, s, d, memory.scratch, places_of(at, rows, masks));
                           for_each_pair(s, d, [&](int half, int, float& prob, float& product) {
                               sums.probs[half] += prob;
                               sums.products[half] += product;
@@ -125,7 +130,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) combine_partials(const __gri
         probs += g.partials.stats[2 * item.at(i)];
         products += g.partials.stats[2 * item.at(i) + 1];
     }
-    write_stats(g, item.row * item.queries + item.query, item.keys, probs, products);
+    const int head = item.query % g.problem.heads;
+    write_stats(g, item.row * item.queries + item.query, head, item.keys, true, probs, products);
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ struct Task {
     // The masks of the task's row.
     template <bool OPTIONS, typename T>
     __device__ auto masks(const AttentionProblem<T>& p) const {
-        return p.template masks_of<OPTIONS>(queries.row, queries.count, keys.count);
+        return p.template masks_of<OPTIONS>(queries, keys);
     }
     // Tiles of `tile` keys that some of `rows` packed rows see, within the task's split.
     template <typename RowMasks>
