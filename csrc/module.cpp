@@ -16,7 +16,6 @@
 #include "cpu/features.h"
 #include "cpu/folded_pooling.h"
 #include "cpu/freed_memory.h"
-#include "cpu/fused_linear.h"
 #include "cpu/isa.h"
 #include "cpu/jagged_softmax.h"
 #include "cpu/jagged_weighted_sum.h"
@@ -106,21 +105,6 @@ py::object eager_attention_backward(py::handle call, py::handle grad_out, py::ha
     });
 }
 
-// A plain eager call of fused_linear, whose output the caller has allocated: whether it was computed. A call that is
-// declined has left no trace.
-bool eager_fused_linear_forward(py::handle call, py::handle outputs, int64_t threads) {
-    try {
-        const Viewer view("eager_fused_linear_forward", true);
-        const auto in = from_tuple<LinearInputs>(view, "call", call);
-        const auto to = from_tuple<LinearOutputs>(view, "outputs", outputs);
-        const py::gil_scoped_release released;
-        fused_linear_forward(in, to, threads);
-        return true;
-    } catch (const std::exception&) {  // the long way finds it again, and has the words
-        return false;
-    }
-}
-
 // The names of the entries that are read from each tuple, by the names that interformer_kernels/_calls.py has for them.
 std::map<std::string, std::vector<std::string>> fields() {
     return {{"AttentionCall", field_names<AttentionInputs>()},
@@ -131,9 +115,6 @@ std::map<std::string, std::vector<std::string>> fields() {
             {"FfnCall", field_names<FfnInputs>()},
             {"FfnOutputs", field_names<FfnOutputs>()},
             {"FfnGradients", field_names<FfnGradients>()},
-            {"LinearCall", field_names<LinearInputs>()},
-            {"LinearOutputs", field_names<LinearOutputs>()},
-            {"LinearGradients", field_names<LinearGradients>()},
             {"RotaryCall", field_names<RotaryInputs>()},
             {"RotaryOutputs", field_names<RotaryOutputs>()},
             {"SoftmaxCall", field_names<SoftmaxInputs>()},
@@ -164,9 +145,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("folded_pooling_forward", bound("folded_pooling_forward", "outputs", &folded_pooling_forward));
     m.def("personalized_ffn_forward", bound("personalized_ffn_forward", "outputs", &personalized_ffn_forward));
     m.def("personalized_ffn_backward", bound("personalized_ffn_backward", "gradients", &personalized_ffn_backward));
-    m.def("fused_linear_forward", bound("fused_linear_forward", "outputs", &fused_linear_forward));
-    m.def("eager_fused_linear_forward", &eager_fused_linear_forward);
-    m.def("fused_linear_backward", bound("fused_linear_backward", "gradients", &fused_linear_backward));
     m.def("apply_rotary", bound("apply_rotary", "outputs", &apply_rotary));
     m.def("jagged_softmax_forward", bound("jagged_softmax_forward", "outputs", &jagged_softmax_forward));
     m.def("jagged_softmax_backward", bound("jagged_softmax_backward", "gradients", &jagged_softmax_backward));

@@ -17,9 +17,6 @@ from interformer_kernels._calls import (
     FfnOutputs,
     FoldedCall,
     FoldedOutputs,
-    LinearCall,
-    LinearGradients,
-    LinearOutputs,
     RotaryCall,
     RotaryOutputs,
     SoftmaxCall,
@@ -91,15 +88,6 @@ def personalized_ffn_forward(call: FfnCall, outputs: FfnOutputs, threads: int, /
     """Writes `out [T, F]`."""
 
 def personalized_ffn_backward(call: FfnCall, gradients: FfnGradients, threads: int, /) -> None:
-    """Writes the gradients."""
-
-def fused_linear_forward(call: LinearCall, outputs: LinearOutputs, threads: int, /) -> None:
-    """Writes `out [T, F]`."""
-
-def eager_fused_linear_forward(call: LinearCall, outputs: LinearOutputs, threads: int, /) -> bool:
-    """The same for a plain eager call, its residual of the output's shape; False for a call that is declined."""
-
-def fused_linear_backward(call: LinearCall, gradients: LinearGradients, threads: int, /) -> None:
     """Writes the gradients."""
 
 def apply_rotary(call: RotaryCall, outputs: RotaryOutputs, threads: int, /) -> None:

@@ -5,7 +5,6 @@ from interformer_kernels._checks import set_validation
 from interformer_kernels._memory import keep_freed_memory
 from interformer_kernels.nn.accelerate import Report, accelerate, register_adapter
 from interformer_kernels.ops.apply_rotary import apply_rotary
-from interformer_kernels.ops.fused_linear import fused_linear
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 from interformer_kernels.ops.jagged_attention import jagged_attention
 from interformer_kernels.ops.jagged_softmax import jagged_softmax
@@ -20,7 +19,6 @@ __all__ = [
     "Report",
     "accelerate",
     "apply_rotary",
-    "fused_linear",
     "gated_cross_attention",
     "jagged_attention",
     "jagged_softmax",

@@ -18,13 +18,11 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-# Backends of ops that not all of them serve, and what serves the others' devices.
-_SERVING = {"fused_linear": (("cpu",), "on other devices backend=None takes PyTorch's ops, the reference")}
 # Channels of a head, at most, in the ops of the attention family; no entry: any number.
 _MOST_CHANNELS = {"cuda": 256}
 # Options of attention that a backend does not serve yet, in the order of `AttentionCall`.
 _OPTIONS = ("prefix", "full_tail", "num_targets", "softcap", "sinks", "position_bias", "time_bias", "dropout_p")
-UNSERVED: dict[str, tuple[str, ...]] = {"cpu": _OPTIONS, "triton": _OPTIONS, "cuda": ()}
+UNSERVED: dict[str, tuple[str, ...]] = {"cpu": (), "triton": _OPTIONS[5:-1], "cuda": ()}
 _DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # Backends that `backend=None` tries on a device, fastest first; the reference serves all other calls.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
@@ -95,9 +93,6 @@ def unsupported_reason(
     """Why `backend` cannot serve this op on this device and dtype, or heads of so many channels; None where it can."""
     if backend == "reference":
         return None
-    serving, instead = _SERVING.get(op, (BACKENDS, ""))
-    if backend not in serving:
-        return f"it has no kernel for this op; {instead}"
     if device_type != _DEVICES[backend] and not (backend == "triton" and device_type == "cpu" and interprets_triton()):
         also = ", or cpu tensors under TRITON_INTERPRET=1" if backend == "triton" else ""
         return f"it serves {_DEVICES[backend]} tensors{also}, found {device_type}"

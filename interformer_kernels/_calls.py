@@ -26,7 +26,6 @@ PREFIXES = ("full", "keys", "index")
 GATE_FORMS = ("multiply", "self")
 GATE_ACTIVATIONS = ("sigmoid", "tanh", "silu", "identity")
 FFN_ACTIVATIONS = ("identity", "relu", "silu", "gelu")
-LINEAR_ACTIVATIONS = FFN_ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,46 +294,6 @@ class FfnGradients(NamedTuple):
     grad_x: Tensor
     grad_weight: Tensor
     grad_bias: Tensor | None
-
-
-class LinearCall(NamedTuple):
-    """A linear layer of every token behind layer norm, activation and gate."""
-
-    x: Annotated[Tensor, Values("T E")]
-    weight: Annotated[Tensor, Values("F E")]
-    bias: Annotated[Tensor | None, Values("F")]
-    norm_weight: Annotated[Tensor | None, Values("E")]
-    norm_bias: Annotated[Tensor | None, Values("E")]
-    gate: Annotated[Tensor | None, Values("T E")]
-    eps: Annotated[float, Finite()]
-    activation: Annotated[str, OneOf(LINEAR_ACTIVATIONS)]
-
-    def out_shape(self) -> tuple[int, ...]:
-        """Shape of the output, `[T, F]`."""
-        return self.x.shape[0], self.weight.shape[0]
-
-    def out_offsets(self) -> None:
-        """None: there are no rows, and no tail behind them."""
-        return
-
-
-class LinearOutputs(NamedTuple):
-    """Tensors of the output's side; the residual is read."""
-
-    residual: Tensor | None
-    out: Tensor
-
-
-class LinearGradients(NamedTuple):
-    """Gradients of the linear layer; `grad_out` is read, the others are written."""
-
-    grad_out: Tensor
-    grad_x: Tensor
-    grad_weight: Tensor
-    grad_bias: Tensor | None
-    grad_norm_weight: Tensor | None
-    grad_norm_bias: Tensor | None
-    grad_gate: Tensor | None
 
 
 class RotaryCall(NamedTuple):

@@ -12,13 +12,13 @@ Axes: `B` rows, `T` packed tokens (`Tq`, `Tk` where queries and keys differ), `N
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interformer_kernels._calls import AttentionCall, FfnCall, LinearCall, RotaryCall, SoftmaxCall, WeightedSumCall
+from interformer_kernels._calls import AttentionCall, FfnCall, RotaryCall, SoftmaxCall, WeightedSumCall
 from interformer_kernels.reference_scores import (
     Dropout,
     Masks,
@@ -293,8 +293,8 @@ def attention(call: AttentionCall, residual: Tensor | None) -> tuple[Tensor, Ten
     window = call.window_left, call.window_right
     masks = Masks(call.causal, window, call.num_prefix, call.prefix, call.full_tail)
     rows = Rows(queries, keys, call.skip_prefix, call.num_targets)
-    dropout = Dropout(call.dropout_p, call.dropout_seed)
-    tables = Tables(*(getattr(call, name) for name in Tables._fields[:-1]), dropout)
+    given: dict[str, Any] = {name: getattr(call, name) for name in Tables._fields if name != "dropout"}
+    tables = Tables(**given, dropout=Dropout(call.dropout_p, call.dropout_seed))
     attn_out, lse = attend_rows(q, k, k if call.v is None else call.v, rows, maps, masks, tables)
     attn_out = attn_out.view(*shape, attn_out.shape[-1])
     lse = lse.view(shape) if call.score == "softmax" else lse
@@ -333,16 +333,6 @@ def personalized_ffn(call: FfnCall, residual: Tensor | None) -> Tensor:
         outputs.append(ACTIVATIONS[call.activation](y)[held])
     out = scatter(x.new_zeros(x.shape[0], weight.shape[2]), tokens, outputs)
     return out if residual is None else mask_rows(residual + out, inside_rows(call.offsets, x.shape[0]))
-
-
-def fused_linear(call: LinearCall, residual: Tensor | None) -> Tensor:
-    """`y_t = (act(norm(x_t)) * gate_t) @ weight.T + bias (+ residual_t)` for every token."""
-    x = call.x
-    if call.norm_weight is not None:
-        x = F.layer_norm(x, x.shape[1:], call.norm_weight, call.norm_bias, call.eps)
-    x = ACTIVATIONS[call.activation](x)
-    y = F.linear(x if call.gate is None else x * call.gate, call.weight, call.bias)
-    return y if residual is None else y + residual
 
 
 def jagged_softmax(call: SoftmaxCall) -> Tensor:

@@ -9,7 +9,6 @@ from interformer_kernels import _backend, testing
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ALL_CASES = [case for op in testing.OPS for case in testing.cases(op)]
-TOKEN_CASES = [case for op in testing.TOKEN_OPS for case in testing.cases(op)]
 
 
 def backends(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[str]:
@@ -24,7 +23,7 @@ def case_ids(cases: list[testing.Case]) -> list[str]:
 
 def over_cases(cases: list[testing.Case] | None = None) -> pytest.MarkDecorator:
     """Parametrise a test over `(backend, case)`."""
-    chosen = [*ALL_CASES, *TOKEN_CASES] if cases is None else cases
+    chosen = ALL_CASES if cases is None else cases
     pairs = [(backend, case) for case in chosen for backend in backends(case.op)]
     ids = [f"{backend}-{name}" for (backend, _), name in zip(pairs, case_ids([c for _, c in pairs]), strict=True)]
     return pytest.mark.parametrize(("backend", "case"), pairs, ids=ids)

@@ -104,10 +104,49 @@ class Call {
         p.positions_q = positions_of(in.positions_q);
         p.positions_k = positions_of(in.positions_k);
         p.gating = in.gating;
+        if (in.variant_tensors.num_targets) set_targets(*in.variant_tensors.num_targets);
+        if (in.variant_tensors.sinks) p.sinks = in.variant_tensors.sinks->data;
+        const VariantTensors& tensors = in.variant_tensors;
+        set_bias(tensors.position_bias, p.position_bias);
+        set_bias(tensors.time_bias, p.time_bias);
+        if (tensors.time_bias) {
+            p.times_q = static_cast<const int64_t*>(tensors.times_q->data);
+            p.times_k = static_cast<const int64_t*>(tensors.times_k->data);
+            p.time_edges = static_cast<const int64_t*>(tensors.time_edges->data);
+        }
+        p.adjusts_scores = in.variant.softcap > 0 || tensors.sinks || tensors.position_bias || tensors.time_bias;
+        set_dropout(in);
+    }
+    static void set_bias(const std::optional<TensorView>& table, BiasTable& bias) {
+        if (table) bias = {table->data, table->shape[0] == 1 ? 0 : table->strides[0], table->shape[1]};
+    }
+    void set_dropout(const AttentionInputs& in) {
+        AttentionProblem& p = problem;
+        p.weight_scale = in.variant.post_scale;
+        p.dropout.all = in.variant.dropout_p == 1;
+        p.dropout.some = in.variant.drops();
+        if (!p.dropout.some) return;
+        const auto seed = static_cast<uint64_t>(*static_cast<const int64_t*>(in.variant_tensors.dropout_seed->data));
+        p.dropout.seed[0] = static_cast<uint32_t>(seed);
+        p.dropout.seed[1] = static_cast<uint32_t>(seed >> 32);
+        p.dropout.below = static_cast<uint32_t>(in.variant.dropout_p * 0x1p32);
+        p.dropout.skipped = in.skip_prefix;
+        p.weight_scale /= 1 - in.variant.dropout_p;
+    }
+    void set_targets(const TensorView& counts) {
+        const auto* narrow = static_cast<const int32_t*>(counts.data);
+        const auto* wide = static_cast<const int64_t*>(counts.data);
+        for (int64_t row = 0; row < problem.rows; ++row) {
+            const int64_t most = std::min(problem.query_counts[row], problem.key_counts[row]);
+            const int64_t count = counts.dtype == DType::int32 ? narrow[row] : wide[row];
+            targets_.push_back(std::clamp<int64_t>(count, 0, most));
+        }
+        problem.target_counts = targets_.data();
     }
 
     Rows keys_;
     std::optional<Rows> queries_;
+    std::vector<int64_t> targets_;
     QueryLayout layout_;
     DType dtype_;
     int64_t query_tokens_;  // packed queries, including the tail
@@ -128,7 +167,8 @@ void fill_lse_gaps(const Rows& rows, const TensorView& lse) {
 
 // The tasks for threads. A row group under all heads, which lie side by side in memory, is one task. The heads of a
 // heavy group become tasks of their own, and so do shards of a row with too much work for one thread. Heads of rows of
-// few queries, which are read together, only where threads would be idle. No choice made here changes a result's bits.
+// few queries, which are read together, and heads that share bins of times, only where threads would be idle. No choice
+// made here changes a result's bits.
 std::vector<AttentionTask> make_tasks(const Call& call, const RowGroups& groups, int64_t threads, bool may_shard) {
     constexpr double kHeavy = 1.0 / 64;
     const AttentionProblem& p = call.problem;
@@ -139,7 +179,8 @@ std::vector<AttentionTask> make_tasks(const Call& call, const RowGroups& groups,
         const int64_t group = groups.scheduled(i), first = groups.bound(group), last = groups.bound(group + 1);
         bool few = true;
         for (int64_t row = first; row < last; ++row) few = few && call.queries_of(row) <= kFewQueries;
-        const bool heavy = groups.work(group) > (few ? heavy_of_few : kHeavy) * groups.total();
+        const bool shares = few || p.time_bias.table;
+        const bool heavy = groups.work(group) > (shares ? heavy_of_few : kHeavy) * groups.total();
         const bool sharded = may_shard && threads > 1 && last - first == 1 && groups.work(group) > half_a_thread;
         const int64_t shards = sharded ? kernels(call.dtype()).attention_shards(p, first) : 1;
         for (int64_t head = 0, heads = heavy ? 1 : p.kv_heads; head < p.kv_heads; head += heads)
@@ -276,11 +317,24 @@ std::optional<GradientSums> prepare_gate(Call& call, const TensorView& grad, int
     return sums;
 }
 
+// Prepares the gradients of the variant's tables, [Hb, entries]: sums over all rows, by head.
+std::optional<GradientSums> prepare_table(const std::optional<TensorView>& grad, int64_t groups, int64_t heads,
+                                          double*& sums_by_group) {
+    if (!grad) return std::nullopt;
+    TensorView by_head = *grad;
+    if (grad->axes == 1) by_head.shape[1] = 1;
+    by_head.axes = 2;
+    std::optional<GradientSums> sums(std::in_place, by_head, groups, 1, heads);
+    sums_by_group = sums->data();
+    return sums;
+}
+
 // The row groups of the backward: fewer where the sums kept for each group would take more than a few MiB.
-RowGroups backward_groups(const Call& call, bool sums_over_rows) {
+RowGroups backward_groups(const Call& call, bool sums_over_rows, int64_t table_entries) {
     constexpr int64_t kMaxSums = 1 << 20, kMinGroups = 8;
     const AttentionProblem& p = call.problem;
-    const int64_t sums_per_group = std::max<int64_t>(1, p.queries) * p.heads * (p.head_size + p.value_size);
+    const int64_t sums_per_group =
+        std::max<int64_t>(1, p.queries) * p.heads * (p.head_size + p.value_size) + p.heads * table_entries;
     const int64_t max_groups = std::clamp<int64_t>(kMaxSums / sums_per_group, kMinGroups, kMaxRowGroups);
     return RowGroups(p.rows, sums_over_rows ? max_groups : kMaxRowGroups, [&](int64_t row) { return call.work(row); });
 }
@@ -331,7 +385,9 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
     }
     p.stream_key_grads = exceed_caches(bytes_of(grads.grad_k) + (grads.grad_v ? bytes_of(*grads.grad_v) : 0));
     p.shared_queries = in.layout == QueryLayout::shared;
-    const RowGroups groups = backward_groups(call, p.shared_queries || in.gate);
+    const bool has_tables = p.sinks || p.position_bias.table || p.time_bias.table;
+    const int64_t table_entries = p.position_bias.entries + p.time_bias.entries + 1;
+    const RowGroups groups = backward_groups(call, p.shared_queries || in.gate || has_tables, table_entries);
     const std::vector<int64_t> row_groups = groups.by_row();
     p.row_groups = row_groups.data();
     std::optional<GradientSums> query_sums, gate_sums;
@@ -344,11 +400,16 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
         advise_huge_pages(grads.grad_q);
         if (call.packed()) zero_gaps(call.queries(), grads.grad_q);
     }
+    std::optional<GradientSums> table_sums[] = {
+        prepare_table(grads.variant.sinks, groups.count(), p.heads, p.grad_sinks),
+        prepare_table(grads.variant.position_bias, groups.count(), p.heads, p.position_bias.grads),
+        prepare_table(grads.variant.time_bias, groups.count(), p.heads, p.time_bias.grads)};
     if (grads.grad_gate) gate_sums = prepare_gate(call, *grads.grad_gate, groups.count());
     const Kernels& native = kernels(in.k.dtype);
     threads = call.useful_threads(threads);
     // Shards of a row would add to the same sums over queries at the same time.
-    std::vector<AttentionTask> tasks = make_tasks(call, groups, threads, !p.shared_queries && !p.gate_summed);
+    const bool may_shard = !p.shared_queries && !p.gate_summed && !has_tables;
+    std::vector<AttentionTask> tasks = make_tasks(call, groups, threads, may_shard);
     ShardedKeyGradients sharded(p, native, tasks);
     run_tasks(call, groups, tasks, threads, native.attention_backward_memory(p),
               [&](const AttentionTask& task, void* memory) {
@@ -357,6 +418,8 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
               });
     if (query_sums) query_sums->write();
     if (gate_sums) gate_sums->write();
+    for (std::optional<GradientSums>& sums : table_sums)
+        if (sums) sums->write();
 }
 
 }  // namespace interformer

@@ -12,11 +12,28 @@ namespace interformer {
 // Rows of so few queries under one key/value head are computed under all heads at once.
 constexpr int64_t kFewQueries = 8;
 
+// Weights are dropped where a random word is less than `below`, of the key's index in its row plus `skipped`.
+struct Dropout {
+    bool some = false, all = false;  // whether weights are dropped at random, or each of them
+    uint32_t seed[2] = {};
+    uint32_t below = 0;
+    int64_t skipped = 0;
+};
+
+// A table of additive bias, [H or 1, entries] in the accumulation type, and sums of its gradient, [row groups, H,
+// entries]. `head` numbers lie between the tables of two heads, 0 where all have one.
+struct BiasTable {
+    const void* table = nullptr;
+    int64_t head = 0, entries = 0;
+    double* grads = nullptr;
+};
+
 struct AttentionProblem {
     int64_t rows = 0, heads = 0, kv_heads = 0, head_size = 0, value_size = 0;
     const int64_t* query_begins = nullptr;  // packed queries: spans of the rows; null: each row has `queries`
     const int64_t* query_counts = nullptr;
     int64_t queries = 0;
+    const int64_t* target_counts = nullptr;  // of each row, clamped; null: rows have no targets
     const int64_t* key_begins = nullptr;
     const int64_t* key_counts = nullptr;
     int64_t max_queries = 0, max_keys = 0;  // over all rows
@@ -24,6 +41,12 @@ struct AttentionProblem {
     RowTensor q, k, v, gate, residual;
     bool v_is_k = false;
     AttentionVariant variant;
+    bool adjusts_scores = false;  // products become scores in a step of their own, which the softmax does not scale
+    double weight_scale = 1;      // the factor of weights: `post_scale`, and that of dropout
+    const void* sinks = nullptr;  // [H], in the accumulation type; null: none
+    Dropout dropout;
+    BiasTable position_bias, time_bias;
+    const int64_t *times_q = nullptr, *times_k = nullptr, *time_edges = nullptr;
     RotaryTables rope;
     Positions positions_q, positions_k;
     Gate gating{false, Activation::sigmoid};
@@ -33,7 +56,7 @@ struct AttentionProblem {
 
     // Backward, which reads `attn_out`. `grad_lse` has the accumulation type.
     RowTensor grad_out, grad_lse, grad_q, grad_k, grad_v;
-    VariantGradients variant_grads;
+    double* grad_sinks = nullptr;         // sums [row groups, H]
     bool shared_queries = false;          // grad_q is a sum over rows, in double
     RowTensor grad_gate;                  // double where `gate_summed`, else the accumulation type
     bool gate_summed = false;             // strides of 0 in `grad_gate` sum over an axis

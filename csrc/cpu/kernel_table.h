@@ -51,23 +51,6 @@ struct FoldedProblem {
     RowTensor pooled;                    // [B, M, H, E], if given: the sums before W_v
 };
 
-// `fused_linear` of docs/ops.md: y = prologue(x) W' + bias (+ residual), where the prologue of a token is
-// act(norm(x)) * gate. Tensors of tokens are [T, 1 head, channels] of one row of the batch; vectors are a token each.
-struct LinearProblem {
-    int64_t inputs = 0, outputs = 0;  // E, F
-    RowTensor x, gate, residual, out;
-    RowTensor weight, bias;  // [F, E] and [F]
-    RowTensor norm_weight, norm_bias;
-    Activation activation = Activation::identity;
-    double eps = 0;
-    bool stream = false;           // the output exceeds the caches
-    const void* packed = nullptr;  // the operands that all tasks read, made by `linear_pack`
-
-    // Backward.
-    RowTensor grad_out, grad_x, grad_gate;
-    RowTensor grad_weight, grad_bias, grad_norm_weight, grad_norm_bias;
-};
-
 // `jagged_softmax` of docs/ops.md. Tensors are [T, heads, 1 channel], their heads side by side.
 struct SoftmaxProblem {
     int64_t heads = 0;
@@ -118,16 +101,6 @@ struct Kernels {
     void (*ffn_backward)(const FfnProblem&, int64_t first, int64_t last, void* memory);
     int64_t (*rotary_memory)(const RotaryProblem&);
     void (*rotary)(const RotaryProblem&, int64_t first, int64_t last, void* memory);
-    // Tasks are the tokens [first, last). Those of the backward write partial sums of the gradients of weights, bytes
-    // as `linear_sums_bytes` says, which `linear_add_sums` adds in their order for the rows [first, last) of the
-    // weight, and for the vectors where `first` is 0.
-    int64_t (*linear_packed_bytes)(const LinearProblem&, bool backward);
-    void (*linear_pack)(const LinearProblem&, bool backward, void* packed);
-    int64_t (*linear_memory)(const LinearProblem&, bool backward);
-    int64_t (*linear_sums_bytes)(const LinearProblem&);
-    void (*linear_forward)(const LinearProblem&, int64_t first, int64_t last, void* memory);
-    void (*linear_backward)(const LinearProblem&, int64_t first, int64_t last, void* memory, void* sums);
-    void (*linear_add_sums)(const LinearProblem&, const void* sums, int64_t tasks, int64_t first, int64_t last);
     int64_t (*softmax_memory)(const SoftmaxProblem&);
     void (*softmax_forward)(const SoftmaxProblem&, int64_t first, int64_t last, void* memory);
     void (*softmax_backward)(const SoftmaxProblem&, int64_t first, int64_t last, void* memory);

@@ -15,6 +15,8 @@ from interformer_kernels._launch.tensors import (
     table_gradients,
 )
 
+TABLES = ("sinks", "position_bias", "time_bias")
+
 
 def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`(out, lse, attn_out)`; `lse` is empty without softmax, `attn_out` unless it is to be kept."""
@@ -38,6 +40,7 @@ def backward(
     grad_v = k.new_empty(*((0,) if v is None else v.shape))
     # A gate that broadcasts along every axis has no axis of its own.
     grad_gate = k.new_empty((0,) if gate is None else tuple(gate.shape), dtype=exact)
+    tables = table_gradients(call)
     gradients = AttentionGradients(
         grad_out=resolved(grad_out),
         attn_out=None if gate is None else resolved(attn_out),
@@ -46,6 +49,7 @@ def backward(
         grad_k=grad_k,
         grad_v=None if v is None else grad_v,
         grad_gate=None if gate is None else broadcast_axes_as_ones(grad_gate, grad_out.dim()),
+        **{f"grad_{name}": grad for name, grad in zip(TABLES, tables, strict=True) if getattr(call, name) is not None},
     )
     _C.attention_backward(fitted(call, tuple(grad_out.shape)), gradients, torch.get_num_threads())
-    return grad_q.to(dtype), grad_k, grad_v, grad_gate.to(dtype), *table_gradients(call)
+    return grad_q.to(dtype), grad_k, grad_v, grad_gate.to(dtype), *tables

@@ -78,8 +78,9 @@ class Offsets(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """Operands of the epilogue; None where the call has none."""
+    """Sinks of the softmax, and operands of the epilogue, at the end of a forward; None where the call has none."""
 
+    sinks: Any
     gate: GateOperand | None
     residual: QueryOperand | None
 
@@ -101,7 +102,8 @@ class Partials(NamedTuple):
 
 class QuerySide(NamedTuple):
     """Operands and statistics of the queries in the backward; `delta` has pairs of a row sum and delta, which the pass
-    before dQ makes from `attn_out`, unless that is None. `grad_lse` is None where nobody asks for that gradient.
+    before dQ makes from `attn_out`, unless that is None. `grad_lse` is None where nobody asks for that gradient, and
+    `sinks` where the softmax has none.
     """
 
     q: QueryOperand
@@ -110,6 +112,7 @@ class QuerySide(NamedTuple):
     delta: Any
     attn_out: Any
     grad_lse: Any
+    sinks: Any
 
 
 # ---------------------------------------------------------------- compiled in
@@ -210,10 +213,11 @@ class Sizes(NamedTuple):
 
 
 class RowTask(NamedTuple):
-    """A row of the batch with its first query, number of queries, first key and number of keys."""
+    """A row of the batch with its first query, number of queries, first key, number of keys and number of targets."""
 
     row: Any
     first: Any
     count: Any
     k_first: Any
     keys: Any
+    targets: Any

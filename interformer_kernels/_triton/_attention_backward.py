@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._arguments import KeysAndValues, QuerySide, RowTask, Sizes
+from interformer_kernels._triton._attention_dropout import kept_weights
 from interformer_kernels._triton._attention_epilogue import (
     finish_query_stats,
     load_query_stats,
@@ -30,7 +31,15 @@ from interformer_kernels._triton._attention_epilogue import (
     store_stats,
     sums_to_stats,
 )
-from interformer_kernels._triton._attention_masks import Pairs, has_edge, key_tiles, query_tiles, tile_has_edge
+from interformer_kernels._triton._attention_masks import (
+    Pairs,
+    has_edge,
+    key_tiles,
+    number_of_tiles,
+    query_tiles,
+    tile_has_edge,
+    tile_of_step,
+)
 from interformer_kernels._triton._attention_output import partial_index
 from interformer_kernels._triton._attention_tiles import (
     key_task,
@@ -74,21 +83,27 @@ def _over_keys(
     row_sum = tl.full([SHAPE.block_q], 0.0, tl.float32)
     mean = tl.full([SHAPE.block_q], 0.0, tl.float32)
     TOKENS: tl.constexpr = SHAPE.block_k // SHAPE.pack
-    before, start, stop = key_tiles(tokens[0], tokens[1], task.count, task.keys, variant, TOKENS, VARIANT)
+    before, start, stop, own, own_stop = key_tiles(
+        tokens[0], tokens[1], task.count, task.keys, task.targets, variant, TOKENS, VARIANT
+    )
     if SHAPE.layout != "packed":
         start = i_shard * tiles_of_shard
         stop = tl.maximum(tl.minimum(stop, start + tiles_of_shard), start)
-    for step in range(0, before + stop - start):
-        i_k = tl.minimum(tl.where(step < before, step, start + step - before), stop - 1)
+        own_stop = stop
+    tiles = (before, start, stop, own, own_stop)
+    for step in range(0, number_of_tiles(tiles, VARIANT)):
+        i_k = tl.minimum(tile_of_step(step, tiles, VARIANT), own_stop - 1)
         j, o_h, b_k, b_v = load_keys(kv, i_pack, attempt, i_k, task, SHAPE)
         if SHAPE.pack == 1:
             edge = tile_has_edge(i_k, tokens, task, variant, TOKENS, VARIANT)
-            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, edge, None)
+            pairs = Pairs(n[:, None], j[None, :], head[:, None], task, edge, None)
         else:
             cells = cell[:, None] == o_h[None, :]
-            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, True, cells)
+            pairs = Pairs(n[:, None], j[None, :], head[:, None], task, True, cells)
         products = dot(b_q, tl.trans(b_k), PRECISION)
         d_probs = dot(b_grad, tl.trans(b_v), PRECISION)
+        if VARIANT.dropout != "":
+            d_probs = d_probs * kept_weights(pairs, variant, VARIANT)
         probs, d_scores = scores_to_probs(products, d_probs, pairs, stats, variant, VARIANT, b_k.dtype, True)
         if GRADIENT:
             acc += dot(narrow(d_scores, b_k.dtype), b_k, PRECISION)
@@ -117,11 +132,11 @@ def _make_stats(
             b_q, b_grad, stats, kv, i_pack, 0, n, cell, head, tokens_of_tile(tile, task.count, SHAPE), task, 0, 0,
             variant, SHAPE, VARIANT, False,
         )  # fmt: skip
-        sums, mean = sums_to_stats(sums, mean, PASS.fp32_softmax)
+        sums, mean = sums_to_stats(side, head, lse, sums, mean, PASS.fp32_softmax)
         row_sum = tl.where(needed, sums, row_sum)
         delta = tl.where(needed, mean, delta)
     store_stats(side.delta, p_head, n < task.count, row_sum, delta)
-    return finish_query_stats(side, p_head, m_in, task.keys, lse, row_sum, delta, PASS.fp32_softmax)
+    return finish_query_stats(side, p_head, head, m_in, task.keys, lse, row_sum, delta, PASS.fp32_softmax)
 
 
 @triton.jit
@@ -154,7 +169,7 @@ def _over_rows(
             )
         else:
             b_lse, b_sum, b_delta = load_query_stats(
-                side, p_head, m_in, keys, VARIANT, PASS.fp32_softmax, PASS.gradient
+                side, p_head, head, m_in, keys, VARIANT, PASS.fp32_softmax, PASS.gradient
             )
         stats = query_stats(b_lse, b_sum, b_delta, variant, VARIANT, kv.k.pointer.dtype.element_ty, True)
         tiles_of_shard = tl.cdiv(keys * SHAPE.pack, SHAPE.block_k)
@@ -164,8 +179,8 @@ def _over_rows(
             tiles_of_shard = tl.cdiv(tiles_of_shard, key_shards)
         row_acc, row_sum, mean = _over_keys(
             b_q, b_grad, stats, kv, i_pack, attempt, n, cell, head, tokens_of_tile(tile, task.count, SHAPE),
-            RowTask(row, task.first, task.count, k_first, keys), tl.maximum(i_shard, 0), tiles_of_shard, variant,
-            SHAPE, VARIANT, PASS.gradient,
+            RowTask(row, out_first, task.count, k_first, keys, task.targets), tl.maximum(i_shard, 0), tiles_of_shard,
+            variant, SHAPE, VARIANT, PASS.gradient,
         )  # fmt: skip
         if PASS.fp32_softmax:
             row_acc = row_acc * tl.div_rn(1.0, b_sum)[:, None]
@@ -174,7 +189,7 @@ def _over_rows(
 
 
 @triton.jit
-def _store_queries(to, p_head, m_q, acc, row_sum, mean, SHAPE: tl.constexpr, PASS: tl.constexpr):
+def _store_queries(to, p_head, m_q, acc, row_sum, mean, side, p_stats, head, SHAPE: tl.constexpr, PASS: tl.constexpr):
     """Store the gradients of a tile of queries, or the statistics that `load_query_stats` reads (for `fp32_softmax`
     sums, which splits have, too)."""
     if PASS.gradient:
@@ -182,7 +197,10 @@ def _store_queries(to, p_head, m_q, acc, row_sum, mean, SHAPE: tl.constexpr, PAS
         p = p_head[:, None] * SHAPE.d + o_d
         tl.store(to + p, narrow(acc, to.dtype.element_ty), mask=m_q[:, None] & (o_d < SHAPE.d))
     else:
-        row_sum, mean = sums_to_stats(row_sum, mean, PASS.fp32_softmax)
+        lse = row_sum
+        if side.sinks is not None:
+            lse = tl.load(side.lse + p_stats, mask=m_q, other=0.0)
+        row_sum, mean = sums_to_stats(side, head, lse, row_sum, mean, PASS.fp32_softmax)
         store_stats(to, p_head, m_q, row_sum, mean)
 
 
@@ -213,9 +231,9 @@ def _grad_of_query_tile(
                 m_q = m_q & is_large(tl.load(side.lse + p_head, mask=m_q, other=0.0))
             if SPLIT_KV and i_shard >= 0:
                 p = (partial_index(task.k_first, i_shard, SPLIT_KV) * sizes.queries + n) * (SHAPE.packs * HEADS) + head
-                _store_queries(partials, p, m_q, acc, row_sum, mean, SHAPE, PASS)
+                _store_queries(partials, p, m_q, acc, row_sum, mean, side, p_head, head, SHAPE, PASS)
             else:
-                _store_queries(out, p_head, m_q, acc, row_sum, mean, SHAPE, PASS)
+                _store_queries(out, p_head, m_q, acc, row_sum, mean, side, p_head, head, SHAPE, PASS)
 
 
 @triton.jit
@@ -225,7 +243,9 @@ def _grad_of_queries(
 ):  # fmt: skip
     """The pass over the tile of a program, if it has one."""
     i_pack = i % SHAPE.packs
-    task, tile, i_shard, idle = query_task(i // SHAPE.packs, offsets, tile_list, sizes, SHAPE, SPLIT_KV)
+    task, tile, i_shard, idle = query_task(
+        i // SHAPE.packs, offsets, tile_list, sizes, variant, SHAPE, VARIANT, SPLIT_KV
+    )
     begin = task.row
     end = task.row + 1
     if SHAPE.layout == "shared" and PASS.gradient:
@@ -260,8 +280,8 @@ def attention_grad_queries(
     `i_shard` is the index of either.
     """
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = make_variant(variant_inputs, left, right, prefix)
-    side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse)
+    variant = make_variant(variant_inputs, left, right, prefix, skip)
+    side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse, side.sinks)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i = tl.program_id(0)
     count, stride = tiles_of_program(i, tile_list, SHAPE, PERSISTENT)
@@ -277,7 +297,7 @@ def attention_grad_queries(
 
 @triton.jit
 def _over_queries(
-    b_k, b_v, side, rope, i_pack, attempt, j, o_h, j_bounds, bounds, task, variant,
+    b_k, b_v, side, rope, i_pack, attempt, j, o_h, j_bounds, tiles, task, variant,
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """dK but for `remaining_scale`, and dV, of a tile of keys from all queries that see some of them."""
@@ -286,29 +306,35 @@ def _over_queries(
     HEADS: tl.constexpr = SHAPE.pack * SHAPE.q_per_kv
     acc_k = tl.full([SHAPE.block_k, SHAPE.block_d], 0.0, tl.float32)
     acc_v = tl.full([SHAPE.block_k, SHAPE.block_dv], 0.0, tl.float32)
-    before, start, stop = bounds
-    for step in range(0, before + stop - start):
-        i_q = tl.where(step < before, step, start + step - before)
+    for step in range(0, number_of_tiles(tiles, VARIANT)):
+        i_q = tile_of_step(step, tiles, VARIANT)
         n, cell, head = packed_rows(i_q, i_pack, SHAPE)
         m_q = n < of_attempt(task.count, cell, attempt, SHAPE.pack)  # [BLOCK_Q]
         b_q = load_q(side.q, rope, task.row, task.first, n, head, m_q, SHAPE)
         b_grad = load_queries(side.grad, task.row, task.first, n, head, m_q, SHAPE.dv, SHAPE.block_dv, LAYOUT)
         p_head = (task.first + n) * (SHAPE.packs * HEADS) + head
-        b_lse, b_sum, b_delta = load_query_stats(side, p_head, m_q, task.keys, VARIANT, FP32_SOFTMAX, True)
+        b_lse, b_sum, b_delta = load_query_stats(side, p_head, head, m_q, task.keys, VARIANT, FP32_SOFTMAX, True)
         stats = query_stats(b_lse, b_sum, b_delta, variant, VARIANT, b_k.dtype, False)
         # [BLOCK_K, BLOCK_Q]
         if SHAPE.pack > 1:
             cells = cell[None, :] == o_h[:, None]
-            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, True, cells)
-        elif VARIANT.causal or VARIANT.right or VARIANT.left:
+            pairs = Pairs(n[None, :], j[:, None], head[None, :], task, True, cells)
+        elif VARIANT.masked:
             n_first, n_last = tokens_of_tile(i_q, task.count, SHAPE)
-            edge = has_edge(n_first, n_last, j_bounds[0], j_bounds[1], task.count, task.keys, variant, VARIANT)
-            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, edge, None)
+            edge = has_edge(
+                n_first, n_last, j_bounds[0], j_bounds[1], task.count, task.keys, task.targets, variant, VARIANT
+            )
+            pairs = Pairs(n[None, :], j[:, None], head[None, :], task, edge, None)
         else:
-            pairs = Pairs(n[None, :], j[:, None], head[None, :], task.count, task.keys, False, None)
+            pairs = Pairs(n[None, :], j[:, None], head[None, :], task, False, None)
         products = dot(b_k, tl.trans(b_q), PRECISION)
         d_probs = dot(b_v, tl.trans(b_grad), PRECISION)
+        if VARIANT.dropout != "":
+            factors = kept_weights(pairs, variant, VARIANT)
+            d_probs = d_probs * factors
         probs, d_scores = scores_to_probs(products, d_probs, pairs, stats, variant, VARIANT, b_k.dtype, False)
+        if VARIANT.dropout != "":
+            probs = probs * factors
         if FP32_SOFTMAX:
             inv_row_sum = tl.div_rn(1.0, b_sum)[None, :]
             probs = probs * inv_row_sum
@@ -345,10 +371,12 @@ def _grad_of_key_tile(
             if task.row < sizes.rows:
                 j_first = tile * SHAPE.block_k // SHAPE.pack - sizes.skip
                 j_last = tl.minimum((tile * SHAPE.block_k + SHAPE.block_k - 1) // SHAPE.pack - sizes.skip, keys - 1)
-                bounds = query_tiles(j_first, j_last, task.count, keys, variant, HEADS, SHAPE.block_q, VARIANT)
-                seen = RowTask(task.row, task.first, task.count, task.k_first, keys)
+                tiles = query_tiles(
+                    j_first, j_last, task.count, keys, task.targets, variant, HEADS, SHAPE.block_q, VARIANT
+                )
+                seen = RowTask(task.row, task.first, task.count, task.k_first, keys, task.targets)
                 acc_k, acc_v = _over_queries(
-                    b_k, b_v, side, kv.rope, i_pack, attempt, j, o_h, (j_first, j_last), bounds, seen, variant,
+                    b_k, b_v, side, kv.rope, i_pack, attempt, j, o_h, (j_first, j_last), tiles, seen, variant,
                     SHAPE, VARIANT, FP32_SOFTMAX,
                 )  # fmt: skip
             acc_k = acc_k * remaining_scale(keys, variant, VARIANT, kv.k.pointer.dtype.element_ty)
@@ -375,7 +403,7 @@ def _grad_of_keys(
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of the tile of a program, if it has one."""
-    task, tile, idle = key_task(i // SHAPE.packs, offsets, tile_list, sizes, SHAPE)
+    task, tile, idle = key_task(i // SHAPE.packs, offsets, tile_list, sizes, variant, SHAPE, VARIANT)
     if not idle:
         i_pack = i % SHAPE.packs
         _grad_of_key_tile(i_pack, task, tile, side, kv, grad_k, grad_v, sizes, variant, SHAPE, VARIANT, FP32_SOFTMAX)
@@ -390,8 +418,8 @@ def attention_grad_keys(
     """dK and dV of one tile of keys, or, if PERSISTENT, of several of the list, from all queries that see them; zero on
     the tail and on skipped keys."""
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = make_variant(variant_inputs, left, right, prefix)
-    side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse)
+    variant = make_variant(variant_inputs, left, right, prefix, skip)
+    side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse, side.sinks)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i = tl.program_id(0)
     count, stride = tiles_of_program(i, tile_list, SHAPE, PERSISTENT)

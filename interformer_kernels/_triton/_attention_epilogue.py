@@ -8,7 +8,7 @@ import triton.language as tl
 
 from interformer_kernels._triton._attention_tiles import load_queries, packed_rows, places
 from interformer_kernels._triton._attention_variant import factor_of_d_probs, grad_of_seen_lse, is_large
-from interformer_kernels._triton._maps import activate, activation_grad, narrow
+from interformer_kernels._triton._maps import LOG2_E, activate, activation_grad, exp2, narrow
 from interformer_kernels._triton._rows import edge
 
 
@@ -153,9 +153,19 @@ def load_raw_stats(side, b_grad, p_head, m_in, SHAPE: tl.constexpr, PASS: tl.con
 
 
 @triton.jit
-def sums_to_stats(row_sum, mean, FP32_SOFTMAX: tl.constexpr):
-    """The statistics in memory, from the sums of P and of P * dP; in float32 they are the same."""
+def _sink_probs(sinks, head, lse):
+    """Probabilities of the sinks by the log-sum-exp of queries; 0 on the tail."""
+    probs = exp2((tl.load(sinks + head) - lse) * LOG2_E, tl.float32)
+    return tl.where(lse == float("-inf"), 0.0, probs)
+
+
+@triton.jit
+def sums_to_stats(side, head, lse, row_sum, mean, FP32_SOFTMAX: tl.constexpr):
+    """The statistics in memory, from the sums of P and of P * dP; in float32 they are the same, and sinks are added as
+    the statistics are read, for sums may be those of a split."""
     if not FP32_SOFTMAX:
+        if side.sinks is not None:
+            row_sum += _sink_probs(side.sinks, head, lse)
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
         mean = mean / row_sum
         row_sum = tl.log2(row_sum)
@@ -163,9 +173,11 @@ def sums_to_stats(row_sum, mean, FP32_SOFTMAX: tl.constexpr):
 
 
 @triton.jit
-def finish_query_stats(side, p_head, m_q, keys, lse, row_sum, delta, FP32_SOFTMAX: tl.constexpr):
+def finish_query_stats(side, p_head, head, m_q, keys, lse, row_sum, delta, FP32_SOFTMAX: tl.constexpr):
     """Log-sum-exp, sum of probabilities, and delta less dlse, from those in memory."""
     if FP32_SOFTMAX:
+        if side.sinks is not None:
+            row_sum += _sink_probs(side.sinks, head, lse)
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
         delta = tl.div_rn(delta, row_sum)
     # lse = -inf: the query is fully masked (delta is 0), or its scores are all -inf (delta is NaN). With
@@ -174,13 +186,15 @@ def finish_query_stats(side, p_head, m_q, keys, lse, row_sum, delta, FP32_SOFTMA
     lse = tl.where(masked, delta * 0.0, lse)
     if side.grad_lse is not None:
         grad_lse = grad_of_seen_lse(_load_per_query(side.grad_lse + p_head, m_q), masked)
-        delta = delta * factor_of_d_probs(keys) - grad_lse
+        if side.sinks is None:
+            delta = delta * factor_of_d_probs(keys)
+        delta = delta - grad_lse
     return lse, row_sum, delta
 
 
 @triton.jit
 def load_query_stats(
-    side, p_head, m_q, keys, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr, WITH_DELTA: tl.constexpr
+    side, p_head, head, m_q, keys, VARIANT: tl.constexpr, FP32_SOFTMAX: tl.constexpr, WITH_DELTA: tl.constexpr
 ):
     """Log-sum-exp of queries, the sum of their probabilities by it (without FP32_SOFTMAX its log2), and delta less
     dlse, the latter two where they are known; `keys` is the number of their row's keys."""
@@ -192,5 +206,38 @@ def load_query_stats(
         if WITH_DELTA:
             row_sum = _load_per_query(side.delta + 2 * p_head, m_q)
             b_delta = _load_per_query(side.delta + 2 * p_head + 1, m_q)
-            b_lse, row_sum, b_delta = finish_query_stats(side, p_head, m_q, keys, b_lse, row_sum, b_delta, FP32_SOFTMAX)
+            b_lse, row_sum, b_delta = finish_query_stats(
+                side, p_head, head, m_q, keys, b_lse, row_sum, b_delta, FP32_SOFTMAX
+            )
     return b_lse, row_sum, b_delta
+
+
+@triton.jit(do_not_specialize=["rows", "q_tokens"])
+def sinks_backward(
+    lse, delta, grad_lse, sinks, sums, q_offsets, rows, q_tokens,
+    HEADS: tl.constexpr, LAYOUT: tl.constexpr, FP32_SOFTMAX: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Sums `[blocks, H]` of the gradients of the sinks over a block of query tokens under one head, from the statistics
+    that the passes over queries have left: a sink is one more key, whose value is 0."""
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    block = (tl.program_id(0) // HEADS).to(tl.int64)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    end = q_tokens
+    if LAYOUT == "packed":
+        end = edge(q_offsets, rows, q_tokens)
+    mask = t < end
+    p_head = t * HEADS + head
+    b_lse = tl.load(lse + p_head, mask=mask, other=float("-inf"))
+    row_sum = tl.load(delta + 2 * p_head, mask=mask, other=0.0)
+    b_delta = tl.load(delta + 2 * p_head + 1, mask=mask, other=0.0)
+    probs = _sink_probs(sinks, head, b_lse)
+    if FP32_SOFTMAX:
+        row_sum += probs
+        row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+        probs = tl.div_rn(probs, row_sum)
+        b_delta = tl.div_rn(b_delta, row_sum)
+    else:
+        probs = probs * tl.exp2(-row_sum)
+    if grad_lse is not None:
+        b_delta -= tl.load(grad_lse + p_head, mask=mask, other=0.0)
+    tl.store(sums + block * HEADS + head, tl.sum(tl.where(mask, -probs * b_delta, 0.0), 0))

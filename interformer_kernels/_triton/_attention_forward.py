@@ -7,7 +7,14 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._arguments import Epilogue, KeysAndValues, Sizes
-from interformer_kernels._triton._attention_masks import Pairs, key_tiles, sees_any_key, tile_has_edge
+from interformer_kernels._triton._attention_masks import (
+    Pairs,
+    key_tiles,
+    number_of_tiles,
+    sees_any_key,
+    tile_has_edge,
+    tile_of_step,
+)
 from interformer_kernels._triton._attention_output import partial_index, store_outputs, store_partial
 from interformer_kernels._triton._attention_tiles import (
     load_keys,
@@ -39,21 +46,25 @@ def _over_keys(
     row_max, row_sum = empty_softmax(SHAPE.block_q)
     acc = tl.full([SHAPE.block_q, SHAPE.block_dv], 0.0, tl.float32)
     tokens = tokens_of_tile(tile, task.count, SHAPE)
-    before, start, stop = key_tiles(tokens[0], tokens[1], task.count, task.keys, variant, TOKENS, VARIANT)
+    before, start, stop, own, own_stop = key_tiles(
+        tokens[0], tokens[1], task.count, task.keys, task.targets, variant, TOKENS, VARIANT
+    )
     if SPLIT_KV:
         start = tl.maximum(i_split, 0) * (SPLIT_KV * SHAPE.pack // SHAPE.block_k)
         stop = tl.where(i_split < 0, stop, tl.minimum(stop, start + SPLIT_KV * SHAPE.pack // SHAPE.block_k))
-    for step in range(0, before + stop - start):
+        own_stop = stop
+    tiles = (before, start, stop, own, own_stop)
+    for step in range(0, number_of_tiles(tiles, VARIANT)):
         # The minimum changes nothing but the code: without it, every thread would carry each of its addresses along.
-        i_k = tl.minimum(tl.where(step < before, step, start + step - before), stop - 1)
+        i_k = tl.minimum(tile_of_step(step, tiles, VARIANT), own_stop - 1)
         j, o_h, b_k, b_v = load_keys(kv, i_pack, attempt, i_k, task, SHAPE)
         # As in the backward: Triton 3.6 cannot return the None from a function that both could call.
         if SHAPE.pack == 1:
             edge = tile_has_edge(i_k, tokens, task, variant, TOKENS, VARIANT)
-            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, edge, None)
+            pairs = Pairs(n[:, None], j[None, :], head[:, None], task, edge, None)
         else:
             cells = cell[:, None] == o_h[None, :]
-            pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, True, cells)
+            pairs = Pairs(n[:, None], j[None, :], head[:, None], task, True, cells)
         products = dot(b_q, tl.trans(b_k), PRECISION)
         probs, alpha, row_max, row_sum = online_softmax_update(
             products, pairs, row_max, row_sum, variant, VARIANT, b_v.dtype
@@ -91,7 +102,7 @@ def _attend_tile(
                     HEADS, SHAPE.dv, SHAPE.block_dv,
                 )  # fmt: skip
             else:
-                any_key = sees_any_key(n, task.count, task.keys, variant, VARIANT)
+                any_key = sees_any_key(n, task.count, task.keys, task.targets, variant, VARIANT)
                 store_outputs(
                     acc, row_max, row_sum, any_key, task, count, n, head, sizes.rows, epilogue, outputs,
                     HEADS, SHAPE.dv, SHAPE.block_dv, LAYOUT, VARIANT, GATE,
@@ -104,7 +115,9 @@ def _attend(
     SHAPE: tl.constexpr, VARIANT: tl.constexpr, GATE: tl.constexpr, SPLIT_KV: tl.constexpr,
 ):  # fmt: skip
     """The tile of a program, if it has one."""
-    task, tile, i_split, idle = query_task(i // SHAPE.packs, offsets, tile_list, sizes, SHAPE, SPLIT_KV)
+    task, tile, i_split, idle = query_task(
+        i // SHAPE.packs, offsets, tile_list, sizes, variant, SHAPE, VARIANT, SPLIT_KV
+    )
     if not idle:
         _attend_tile(
             i % SHAPE.packs, task, tile, i_split, q, kv, epilogue, outputs, partials, sizes, variant,
@@ -125,9 +138,9 @@ def attention_forward(
     `_attention_short.py`.
     """
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = make_variant(variant_inputs, left, right, prefix)
+    variant = make_variant(variant_inputs, left, right, prefix, skip)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
-    epilogue = Epilogue(epilogue.gate, epilogue.residual)
+    epilogue = Epilogue(epilogue.sinks, epilogue.gate, epilogue.residual)
     i = tl.program_id(0)
     count, stride = tiles_of_program(i, tile_list, SHAPE, PERSISTENT)
     for step in range(0, count, stride):

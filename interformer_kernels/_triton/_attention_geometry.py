@@ -31,13 +31,13 @@ _MASKED: dict[str, dict[int, Tiles]] = {
 class Geometry:
     """Layout, score, heads, channels and queries of a row (0 where rows differ), for a device, a dtype, a direction.
 
-    `pairs` of rotary embedding, 0 without it. Whether kernels rotate queries and keys depends on numbers of tokens, so
-    shapes take that as an argument.
+    `pairs` of rotary embedding, 0 without it. `tiled`: no rows are left to the kernels of short and of whole rows.
+    Whether kernels rotate queries and keys depends on numbers of tokens, so shapes take that as an argument.
     """
 
     def __init__(
         self, layout: str, score: str, v_is_k: bool, d: int, dv: int, heads: int, kv_heads: int, queries: int,
-        itemsize: int, target: Target, precision: str, pairs: int, backward: bool,
+        itemsize: int, target: Target, precision: str, pairs: int, backward: bool, tiled: bool,
     ) -> None:  # fmt: skip
         self.layout, self.score, self.v_is_k, self.d, self.dv, self.precision = layout, score, v_is_k, d, dv, precision
         self.kv_heads, self.q_per_kv, self.queries = kv_heads, heads // kv_heads, queries
@@ -50,10 +50,10 @@ class Geometry:
         self.pack = self._pack()
         self.heads_per_program = self.pack * self.q_per_kv  # query heads, and so packed rows of a query token
         self.packs = kv_heads // self.pack  # programs that divide the key/value heads among themselves
-        short = self._short_tiles()
+        short = None if tiled else self._short_tiles()
         self.short = {False: short, True: self._short_tiles_of_backward(short)}
         self.short_cell = 0 if short is None else short.keys  # tokens of a row left to the kernels of short rows
-        self.whole = self._whole_tiles() if backward and layout == "packed" else ()
+        self.whole = self._whole_tiles() if backward and layout == "packed" and not tiled else ()
         self.cell = self.whole[-1].keys if self.whole else self.short_cell  # that kernels of tiles leave to others
         self.tiles, self.tiles_of_partials = functools.cache(self._tiles), functools.cache(self._tiles_of_partials)
         self.shape, self.short_shape = functools.cache(self._shape), functools.cache(self._short_shape)
@@ -152,9 +152,9 @@ class Geometry:
 @functools.lru_cache(maxsize=1024)
 def geometry(
     state: int, layout: str, score: str, v_is_k: bool, d: int, dv: int, heads: int, kv_heads: int, queries: int,
-    itemsize: int, target: Target, precision: str, pairs: int, backward: bool,
+    itemsize: int, target: Target, precision: str, pairs: int, backward: bool, tiled: bool,
 ) -> Geometry:  # fmt: skip
     """The geometry of these sizes, while the tables of tiles are in this state (`_tiles.state`)."""
     return Geometry(
-        layout, score, v_is_k, d, dv, heads, kv_heads, queries, itemsize, target, precision, pairs, backward
+        layout, score, v_is_k, d, dv, heads, kv_heads, queries, itemsize, target, precision, pairs, backward, tiled
     )  # fmt: skip

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from interformer_kernels._triton._arguments import Epilogue, RowTask, Sizes
 from interformer_kernels._triton._attention_epilogue import apply_epilogue
-from interformer_kernels._triton._attention_variant import finalize, split_alpha
+from interformer_kernels._triton._attention_variant import add_sink, finalize, split_alpha
 from interformer_kernels._triton._maps import narrow
 from interformer_kernels._triton._rows import span, split_row
 
@@ -24,7 +24,12 @@ def store_outputs(
     `any_key`: queries that are not fully masked.
     """
     out_dtype: tl.constexpr = outputs.out.dtype.element_ty
+    if VARIANT.sinks:
+        sink = tl.load(epilogue.sinks + head)
+        acc, row_max, row_sum = add_sink(acc, row_max, row_sum, sink, task.keys, out_dtype)
     acc, b_lse = finalize(acc, row_max, row_sum, task.keys, any_key, VARIANT, out_dtype)
+    if VARIANT.sinks and LAYOUT == "packed":
+        b_lse = tl.where(task.row < rows, b_lse, float("-inf"))
     o_v = tl.arange(0, BLOCK_DV)
     m_q = n < count  # [BLOCK_Q]
     loaded = tl.where(task.row < rows, count, 0)
@@ -96,7 +101,7 @@ def combine_partials(
 ):  # fmt: skip
     """Combine the splits of a row, in order, and finish its outputs."""
     sizes = Sizes(rows, 0, k_tokens, queries, skip)
-    epilogue = Epilogue(epilogue.gate, epilogue.residual)
+    epilogue = Epilogue(epilogue.sinks, epilogue.gate, epilogue.residual)
     slot = tl.program_id(0)
     row, tile, k_first, keys = _row_to_combine(slot, kv_offsets, split_rows, sizes, HEADS, SPLIT_KV, BLOCK_Q)
     if keys == 0:
@@ -124,7 +129,7 @@ def combine_partials(
             acc += split_acc * alpha[:, None]
         else:
             acc += split_acc
-    task = RowTask(row, row.to(tl.int64) * queries, queries, k_first, keys)
+    task = RowTask(row, row.to(tl.int64) * queries, queries, k_first, keys, 0)
     store_outputs(
         acc, row_max, row_sum, m_q, task, queries, n, head, rows, epilogue, outputs,
         HEADS, DV, BLOCK_DV, LAYOUT, VARIANT, GATE,

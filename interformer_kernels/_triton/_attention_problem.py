@@ -58,12 +58,14 @@ class Problem:
         made = geometry(
             _tiles.state(), call.layout, call.score, call.v is None, channels, self.out_shape[-1], self.heads,
             self.kv_heads, self.queries, k.element_size(), _run.target_of(k), _run.precision(k.dtype),
-            0 if call.cos is None else call.cos.shape[1], backward,
+            0 if call.cos is None else call.cos.shape[1], backward, self._is_tiled(),
         )  # fmt: skip
         self._geometry, self.q_per_kv, self.cell, self.short_cell = made, made.q_per_kv, made.cell, made.short_cell
         self.pack, self.packs, self.heads_per_program = made.pack, made.packs, made.heads_per_program
         self.tiles, self.tiles_of_partials, self.whole_tiles = made.tiles, made.tiles_of_partials, made.whole
         self.variant_inputs, self.variant_options = VariantInputs.of(call), VariantOptions.of(call)
+        if call.drops and self.pack == 1 and call.skip_prefix % 4 == 0:
+            self.variant_options = self.variant_options._replace(dropout="fours")
         self.softmax = call.score == "softmax"
         self.fp32_softmax = self.softmax and k.dtype == torch.float32
         self.q_factor = 1.0
@@ -78,6 +80,11 @@ class Problem:
         self.kv = KeysAndValues(keys, KeyOperand(self.v, *self.v.stride()[:2]), rope)
         self.sizes = self._sizes()
         self._tile_lists = TileLists()
+
+    def _is_tiled(self) -> bool:
+        """Whether all rows are left to the kernels of tiles: others know no dropout, and make no statistics of their
+        queries, by which sinks get gradients."""
+        return self.call.dropout_p > 0 or (self.backward and self.call.sinks is not None)
 
     def _make_scale_positive(self) -> None:
         """Move the sign of the scale into the queries, exactly, and as a whole a scale that is 0 or far from 1.

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._arguments import Epilogue, KeysAndValues, RowTask, Sizes
-from interformer_kernels._triton._attention_masks import Pairs, pairs_under, sees_any_key
+from interformer_kernels._triton._attention_masks import Pairs, pairs_under, sees_any_key, targets_of
 from interformer_kernels._triton._attention_output import store_outputs
 from interformer_kernels._triton._attention_tiles import (
     load_k,
@@ -42,7 +42,7 @@ SIZES = ["rows", "q_tokens", "k_tokens", "left", "right", "prefix"]
 
 
 @triton.jit
-def _lanes(i, attempt, offsets, sizes, CELL: tl.constexpr, BLOCK: tl.constexpr):
+def _lanes(i, attempt, offsets, sizes, variant, VARIANT: tl.constexpr, CELL: tl.constexpr, BLOCK: tl.constexpr):
     """For each lane its cell, its index in the row, and the row; no queries and no keys where the row is not short, or
     not the attempt's.
     """
@@ -54,8 +54,9 @@ def _lanes(i, attempt, offsets, sizes, CELL: tl.constexpr, BLOCK: tl.constexpr):
     fits = (queries <= CELL) & (keys <= CELL)
     queries = of_attempt(tl.where(fits, queries, 0), cell, attempt, BLOCK // CELL)
     keys = of_attempt(tl.where(fits, keys, 0), cell, attempt, BLOCK // CELL)
+    targets = targets_of(row, sizes.rows, queries, keys, variant, VARIANT)
     # The number of the row is not needed any more, and every row that is here has tokens.
-    return cell, o % CELL, RowTask(i * 0, q_first, queries, k_first, keys)
+    return cell, o % CELL, RowTask(i * 0, q_first, queries, k_first, keys, targets)
 
 
 @triton.jit
@@ -78,13 +79,15 @@ def _is_idle(i, offsets, sizes, CELL: tl.constexpr, CELLS: tl.constexpr):
 def _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE: tl.constexpr, VARIANT: tl.constexpr):
     """A program's lanes: the token of its row that each one is, the rows, their keys and values, and the pairs of
     queries and keys, under the first query head of the key/value head."""
-    cell, n, task = _lanes(i, attempt, offsets, sizes, SHAPE.cell, SHAPE.block)
+    cell, n, task = _lanes(i, attempt, offsets, sizes, variant, VARIANT, SHAPE.cell, SHAPE.block)
     b_k = load_k(kv.k, kv.rope, task.k_first, n, i_head, n < task.keys, SHAPE)
     b_v = load_tokens(kv.v, task.k_first, n, i_head, n < task.keys, SHAPE.dv, SHAPE.block_dv)
-    count = task.count[:, None]
-    keys = task.keys[:, None]
     cells = cell[:, None] == cell[None, :]
-    pairs = Pairs(n[:, None], n[None, :], i_head * SHAPE.q_per_kv, count, keys, True, cells)
+    rows = RowTask(
+        task.row, task.first[:, None], task.count[:, None], task.k_first[:, None], task.keys[:, None],
+        task.targets[:, None],
+    )  # fmt: skip
+    pairs = Pairs(n[:, None], n[None, :], i_head * SHAPE.q_per_kv, rows, True, cells)
     return n, task, b_k, b_v, pairs
 
 
@@ -96,9 +99,9 @@ def attention_forward_short(
     """Outputs of some short rows, of all query heads that share a key/value head."""
     PRECISION: tl.constexpr = SHAPE.precision
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
-    variant = make_variant(variant_inputs, left, right, prefix)
+    variant = make_variant(variant_inputs, left, right, prefix, 0)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
-    epilogue = Epilogue(epilogue.gate, epilogue.residual)
+    epilogue = Epilogue(epilogue.sinks, epilogue.gate, epilogue.residual)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     i = tl.program_id(0) // SHAPE.kv_heads
     if kv.k.pointer.dtype.element_ty != tl.float32:  # noqa: SIM102 (a constant; float32's forward spills with a look ahead)
@@ -108,7 +111,7 @@ def attention_forward_short(
     for attempt in range(0, SHAPE.block // SHAPE.cell + 1):
         if retry | (attempt == 0):
             n, task, b_k, b_v, pairs = _tile(i, i_head, attempt, kv, offsets, sizes, variant, SHAPE, VARIANT)
-            any_key = sees_any_key(n, task.count, task.keys, variant, VARIANT)
+            any_key = sees_any_key(n, task.count, task.keys, task.targets, variant, VARIANT)
             bad = tl.full([SHAPE.block], 0, tl.int32)
             for g in range(0, SHAPE.q_per_kv):
                 head = i_head * SHAPE.q_per_kv + g
@@ -137,7 +140,7 @@ def attention_backward_short(
     """dQ, dK and dV of some short rows, of all query heads that share a key/value head."""
     PRECISION: tl.constexpr = SHAPE.precision
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
-    variant = make_variant(variant_inputs, left, right, prefix)
+    variant = make_variant(variant_inputs, left, right, prefix, 0)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     i = tl.program_id(0) // SHAPE.kv_heads

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._arguments import RowTask
+from interformer_kernels._triton._attention_masks import targets_of
 from interformer_kernels._triton._maps import narrow
 from interformer_kernels._triton._rope import columns, rotate_k, rotate_q
 from interformer_kernels._triton._rows import find, span, split_row
@@ -100,7 +101,9 @@ def _split_task(i, offsets, split_list, sizes, SPLIT_KV: tl.constexpr):
 
 
 @triton.jit
-def query_task(slot, offsets, tile_list, sizes, SHAPE: tl.constexpr, SPLIT_KV: tl.constexpr):
+def query_task(
+    slot, offsets, tile_list, sizes, variant, SHAPE: tl.constexpr, VARIANT: tl.constexpr, SPLIT_KV: tl.constexpr
+):
     """The row of a program of queries, its tile of packed rows, its split of SPLIT_KV keys, and whether it is idle.
 
     A slot is found by a search, or read from the list of tiles, with SPLIT_KV of splits.
@@ -127,11 +130,12 @@ def query_task(slot, offsets, tile_list, sizes, SHAPE: tl.constexpr, SPLIT_KV: t
         idle = tile * SHAPE.block_q >= count * HEADS
         if SHAPE.cell:
             idle = idle | is_short(offsets.q, row, sizes.rows, sizes.q_tokens, first, count, keys, SHAPE.cell)
-    return RowTask(row, first, count, k_first, keys), tile, i_split, idle
+    targets = targets_of(row, sizes.rows, count, keys, variant, VARIANT)
+    return RowTask(row, first, count, k_first, keys, targets), tile, i_split, idle
 
 
 @triton.jit
-def key_task(slot, offsets, tile_list, sizes, SHAPE: tl.constexpr):
+def key_task(slot, offsets, tile_list, sizes, variant, SHAPE: tl.constexpr, VARIANT: tl.constexpr):
     """The row of a program of keys, whose skipped keys count here, its tile of keys, and whether it is idle."""
     LAYOUT: tl.constexpr = SHAPE.layout
     if tile_list is not None:
@@ -147,7 +151,8 @@ def key_task(slot, offsets, tile_list, sizes, SHAPE: tl.constexpr):
         idle = tile * SHAPE.block_k >= tokens * SHAPE.pack
         if SHAPE.cell:
             idle = idle | is_short(offsets.kv, row, sizes.rows, sizes.k_tokens, k_first, tokens, count, SHAPE.cell)
-    return RowTask(row, first, count, k_first, tokens), tile, idle
+    targets = targets_of(row, sizes.rows, count, tokens, variant, VARIANT)
+    return RowTask(row, first, count, k_first, tokens, targets), tile, idle
 
 
 @triton.jit

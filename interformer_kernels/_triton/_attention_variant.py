@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._calls import AttentionCall
+from interformer_kernels._launch.tensors import readable
+from interformer_kernels._triton._attention_dropout import kept_weights
 from interformer_kernels._triton._attention_masks import mask_out, seen_pairs
 from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, activation_grad, exp2, power
 
@@ -29,42 +31,74 @@ _SUM_LANES = tl.constexpr(8)
 
 # ---------------------------------------------------------------- tuples: from a call, and made in kernels
 
+_MOST_INT32 = 2**31 - 1
+
 
 class VariantInputs(NamedTuple):
-    """Numbers and tensors that scores are mapped and masked by: fields of the call, of the same names."""
+    """Numbers and tensors that scores are mapped and masked by: fields of the call, of the same names; None where the
+    variant has no use for one. They stay while a model does, so kernels may be specialised by an integer."""
 
     scale: Any
     post_scale: Any
+    num_targets: Any
+    full_tail: Any
+    softcap: Any
+    dropout_seed: Any
+    drop_below: Any  # a weight whose word is less is dropped; less 2^31, as words with a sign are
+    kept_scale: Any
 
     @classmethod
     def of(cls, call: AttentionCall) -> VariantInputs:
         """The fields of a call."""
-        return cls(call.scale, call.post_scale)
+        tail = min(call.full_tail, _MOST_INT32) if call.full_tail else None
+        dropout: tuple[Any, ...] = None, None, None
+        if call.drops:
+            p = call.dropout_p
+            dropout = call.dropout_seed, int(p * 2.0**32) - 2**31, 1 / (1 - p)
+        return cls(call.scale, call.post_scale, readable(call.num_targets), tail, call.softcap or None, *dropout)
 
 
 class VariantOptions(NamedTuple):
-    """The map of scores, which masks there are, and whether a backward has a gradient of the log-sum-exp."""
+    """The map of scores, which masks there are, and whether a backward has a gradient of the log-sum-exp.
+
+    `masked`: whether any mask hides keys; `prefix`: the kind of prefix, "" without one; `dropout`: "" without, "all" if no
+    weight is left, else whether words are made for "pairs" or for "fours" of keys.
+    """
 
     score: str
+    masked: bool
     causal: bool
     left: bool
     right: bool
-    prefix: bool
+    prefix: str
+    full_tail: bool
+    targets: bool
+    softcap: bool
+    sinks: bool
+    dropout: str
     grad_lse: bool = False
 
     @classmethod
     def of(cls, call: AttentionCall) -> VariantOptions:
         """The options of a call; which limits of masks it has, but not how large they are."""
-        return cls(call.score, call.causal, call.window_left >= 0, call.window_right >= 0, call.num_prefix > 0)
+        left, right, targets = call.window_left >= 0, call.window_right >= 0, call.num_targets is not None
+        by_place = call.causal or left or right
+        # In an empty prefix of one place are the queries that stand before the first key.
+        prefix = call.prefix if by_place and (call.num_prefix > 0 or call.prefix == "index") else ""
+        full_tail = call.full_tail > 0 and (left or right)
+        masks = by_place or targets, call.causal, left, right, prefix, full_tail, targets
+        dropout = "pairs" if call.drops else "all" if call.dropout_p else ""
+        return cls(call.score, *masks, call.softcap > 0, call.sinks is not None, dropout)
 
 
 class Variant(NamedTuple):
-    """The inputs of the variant, and the limits of masks."""
+    """The inputs of the variant, the limits of masks, and the number of keys that each row skips."""
 
     inputs: VariantInputs
     left: Any
     right: Any
     prefix: Any
+    skip: Any
 
 
 class QueryStats(NamedTuple):
@@ -79,30 +113,38 @@ class QueryStats(NamedTuple):
 
 
 @triton.jit
-def make_variant(inputs, left, right, prefix):
+def make_variant(inputs, left, right, prefix, skip):
     """The variant, from the kernels' arguments."""
-    return Variant(VariantInputs(*inputs), left, right, prefix)
+    return Variant(VariantInputs(*inputs), left, right, prefix, skip)
 
 
 # ---------------------------------------------------------------- scores
 
 
 @triton.jit
-def _raw_scores(products, pairs, variant):
+def _raw_scores(products, pairs, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
     """The scores of pairs but for `_score_factor`, from the products `q k'`."""
-    return products
+    raw = products
+    if VARIANT.softcap:
+        raw = activate(products * (variant.inputs.scale / variant.inputs.softcap), "tanh", DTYPE)
+    return raw
 
 
 @triton.jit
-def _score_factor(variant):
+def _score_factor(variant, VARIANT: tl.constexpr):
     """The scores are the raw scores times this number. It is positive in the forward of a softmax of 16 bits."""
-    return variant.inputs.scale
+    factor = variant.inputs.scale
+    if VARIANT.softcap:
+        factor = variant.inputs.softcap
+    return factor
 
 
 @triton.jit
-def _scores_of(products, pairs, variant):
-    """The scores of pairs, before their map, from the products `q k'`."""
-    return _raw_scores(products, pairs, variant) * _score_factor(variant)
+def _through_softcap(d_scores, raw, VARIANT: tl.constexpr):
+    """Gradients behind the softcap, from those of the scores and from the raw scores."""
+    if VARIANT.softcap:
+        d_scores = d_scores * (1.0 - raw * raw)
+    return d_scores
 
 
 # ---------------------------------------------------------------- the forward
@@ -121,7 +163,7 @@ def empty_softmax(BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _base_2(row_max, variant):
+def _base_2(row_max, variant, VARIANT: tl.constexpr):
     """The factor of each query that turns raw scores into exponents of 2, and the exponent of the row maximum.
 
     A fused multiply-add takes the rounded exponent of the maximum from the exact exponent of a score. The difference of
@@ -130,14 +172,14 @@ def _base_2(row_max, variant):
     """
     # 2^(1 - e) for a maximum from 2^e on; infinity for 0.
     inverse = (~row_max.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    factor = tl.minimum(_score_factor(variant) * (LOG2_E / _LARGE), inverse) * _LARGE
+    factor = tl.minimum(_score_factor(variant, VARIANT) * (LOG2_E / _LARGE), inverse) * _LARGE
     return factor, row_max * factor
 
 
 @triton.jit
 def online_softmax_update(products, pairs, row_max, row_sum, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
-    """One more tile of products: its probabilities before normalisation, the accumulator's rescaling `alpha`,
-    and the new row maximum and row sum, which begin as `empty_softmax` and end by `softmax_stats`.
+    """One more tile of products: its weights before normalisation, the accumulator's rescaling `alpha`, and the new row
+    maximum and row sum, which begin as `empty_softmax` and end by `softmax_stats`.
 
     The row maximum is that of scores in float32, and of raw scores in 16 bits. The row sum is one of every eighth key,
     so that no threads have to add theirs. Probabilities of a softmax are scaled down by a power of two, so that their
@@ -146,28 +188,33 @@ def online_softmax_update(products, pairs, row_max, row_sum, variant, VARIANT: t
     """
     if VARIANT.score == "softmax":
         if tl.float32 == DTYPE:
-            x = mask_out(_scores_of(products, pairs, variant), pairs, float("-inf"), variant, VARIANT)
+            x = _raw_scores(products, pairs, variant, VARIANT, DTYPE) * _score_factor(variant, VARIANT)
+            x = mask_out(x, pairs, float("-inf"), variant, VARIANT)
             new_max = tl.maximum(row_max, tl.max(x, 1))
             # The power of two stays outside of exp2, where it would round the exponent once more.
-            probs = exp2((x - new_max[:, None]) * LOG2_E, DTYPE) * power(-spare_bits(pairs.keys))
+            probs = exp2((x - new_max[:, None]) * LOG2_E, DTYPE) * power(-spare_bits(pairs.task.keys))
             alpha = exp2((row_max - new_max) * LOG2_E, DTYPE)
         else:
-            x = mask_out(_raw_scores(products, pairs, variant), pairs, float("-inf"), variant, VARIANT)
+            x = _raw_scores(products, pairs, variant, VARIANT, DTYPE)
+            x = mask_out(x, pairs, float("-inf"), variant, VARIANT)
             new_max = tl.maximum(row_max, tl.max(x, 1))
-            factor, base = _base_2(new_max, variant)
+            factor, base = _base_2(new_max, variant, VARIANT)
             alpha = tl.exp2((row_max - new_max) * factor)
             base = base[:, None]
             if tl.bfloat16 == DTYPE:
-                base += spare_bits(pairs.keys).to(tl.float32)
+                base += spare_bits(pairs.task.keys).to(tl.float32)
             probs = tl.exp2(tl.fma(x, factor[:, None], -base))
         lanes = tl.reshape(probs, [probs.shape[0], probs.shape[1] // _SUM_LANES, _SUM_LANES])
         row_sum = row_sum * alpha[:, None] + tl.sum(lanes, 1)
         row_max = new_max
     else:
         SCORE: tl.constexpr = VARIANT.score
-        mapped = variant.inputs.post_scale * activate(_scores_of(products, pairs, variant), SCORE, DTYPE)
+        x = _raw_scores(products, pairs, variant, VARIANT, DTYPE) * _score_factor(variant, VARIANT)
+        mapped = variant.inputs.post_scale * activate(x, SCORE, DTYPE)
         probs = mask_out(mapped, pairs, 0.0, variant, VARIANT)
         alpha = tl.full([products.shape[0]], 1.0, tl.float32)
+    if VARIANT.dropout != "":
+        probs = probs * kept_weights(pairs, variant, VARIANT)
     return probs, alpha, row_max, row_sum
 
 
@@ -178,7 +225,7 @@ def softmax_stats(row_max, row_sum, variant, VARIANT: tl.constexpr, DTYPE: tl.co
     row_sum = tl.sum(row_sum, 1)
     if VARIANT.score == "softmax":
         if tl.float32 != DTYPE:
-            row_max = row_max * _score_factor(variant)
+            row_max = row_max * _score_factor(variant, VARIANT)
             row_max = tl.where(row_max == float("inf"), float("nan"), row_max)
         row_max = tl.where(row_sum == 0.0, float("-inf"), row_max)
     return row_max, row_sum
@@ -189,6 +236,18 @@ def split_alpha(split_max, row_max, DTYPE: tl.constexpr):
     """The factor that brings sums over a split of a row's keys from the split's maximum to the row's."""
     base = tl.where(row_max == float("-inf"), 0.0, row_max)
     return exp2((split_max - base) * LOG2_E, DTYPE)
+
+
+@triton.jit
+def add_sink(acc, row_max, row_sum, sink, keys, DTYPE: tl.constexpr):
+    """The sums of a softmax over all keys, and one more key, whose score is `sink` and whose value is 0."""
+    largest = tl.maximum(row_max, sink)
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    alpha = exp2((row_max - base) * LOG2_E, DTYPE)
+    probs = exp2((sink - base) * LOG2_E, DTYPE)
+    if tl.float16 != DTYPE:
+        probs = probs * power(-spare_bits(keys))
+    return acc * alpha[:, None], largest, row_sum * alpha + probs
 
 
 @triton.jit
@@ -208,7 +267,8 @@ def finalize(acc, row_max, row_sum, keys, any_key, VARIANT: tl.constexpr, DTYPE:
             limit = 65504.0
         # A mean of finite values is no larger than the largest of them, but its rounding may be.
         inside = tl.where(mean > limit, limit, tl.where(mean < -limit, -limit, mean))
-        mean = tl.where(tl.abs(acc) < float("inf"), inside, mean)
+        if VARIANT.dropout == "":
+            mean = tl.where(tl.abs(acc) < float("inf"), inside, mean)
         # A row whose scores are all -inf gives NaN, as in PyTorch.
         acc = tl.where((any_key & (row_max == float("-inf")))[:, None], float("nan"), mean)
         if tl.float16 != DTYPE:
@@ -249,7 +309,7 @@ def remaining_scale(keys, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
     if VARIANT.score == "softmax":
         if tl.bfloat16 == DTYPE:
             factor = factor * tl.maximum(variant.inputs.scale, 1.0)
-        if not VARIANT.grad_lse:
+        if not VARIANT.grad_lse and not VARIANT.sinks:
             # The softmax of a single key is constant, whatever `dP - delta` rounds to.
             factor = tl.where(keys == 1, 0.0, factor)
     return factor
@@ -265,8 +325,8 @@ def factor_of_d_probs(keys):
 @triton.jit
 def without_single_keys(d_probs, pairs, VARIANT: tl.constexpr):
     """Gradients of probabilities times `factor_of_d_probs`."""
-    if VARIANT.grad_lse:
-        d_probs = d_probs * factor_of_d_probs(pairs.keys)
+    if VARIANT.grad_lse and not VARIANT.sinks:
+        d_probs = d_probs * factor_of_d_probs(pairs.task.keys)
     return d_probs
 
 
@@ -280,10 +340,11 @@ def grad_of_seen_lse(grad_lse, masked):
 def _activation_backward(products, d_probs, pairs, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
     """Unscaled activations of the scores, and gradients of the products but for `remaining_scale`."""
     SCORE: tl.constexpr = VARIANT.score
-    x = _scores_of(products, pairs, variant)
+    raw = _raw_scores(products, pairs, variant, VARIANT, DTYPE)
+    x = raw * _score_factor(variant, VARIANT)
     probs = activate(x, SCORE, DTYPE)
     grad = activation_grad(x, SCORE, DTYPE)
-    d_scores = _scaled(grad * d_probs, variant.inputs.scale, DTYPE)
+    d_scores = _through_softcap(_scaled(grad * d_probs, variant.inputs.scale, DTYPE), raw, VARIANT)
     if SCORE == "relu":
         # A derivative of 0 gives a gradient of 0, even where `d_probs` overflowed.
         d_scores = tl.where(x <= 0, 0.0, d_scores)
@@ -311,12 +372,12 @@ def query_stats(lse, row_sum, delta, variant, VARIANT: tl.constexpr, DTYPE: tl.c
     gradients of queries are all that is asked for, and it goes into the factor of dP.
     """
     if tl.float32 == DTYPE or VARIANT.score != "softmax":
-        stats = QueryStats(_score_factor(variant), lse, row_sum, variant.inputs.scale, delta)
+        stats = QueryStats(_score_factor(variant, VARIANT), lse, row_sum, variant.inputs.scale, delta)
     else:
         # As in `_base_2`, but a power of two brings log-sum-exps from 2^20 on below 2^21.
         inverse = (~lse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         cooling = tl.minimum(inverse, 4 / _LARGE)
-        factor = cooling * (_score_factor(variant) * (LOG2_E * _LARGE / 4))
+        factor = cooling * (_score_factor(variant, VARIANT) * (LOG2_E * _LARGE / 4))
         base = (lse * cooling) * (LOG2_E * _LARGE / 4)
         scale = _scale_of_d_probs(variant, DTYPE)
         if OF_QUERIES:
@@ -336,7 +397,7 @@ def scores_to_probs(
     """
     if VARIANT.score == "softmax":
         AXIS: tl.constexpr = 1 if OF_QUERIES else 0
-        raw = _raw_scores(products, pairs, variant)
+        raw = _raw_scores(products, pairs, variant, VARIANT, DTYPE)
         base = tl.expand_dims(stats.base, AXIS)
         delta = tl.expand_dims(stats.delta, AXIS)
         if tl.float32 == DTYPE:
@@ -354,6 +415,7 @@ def scores_to_probs(
             d_scores = probs * tl.fma(d_probs, tl.expand_dims(stats.scale, AXIS), -delta)
         else:
             d_scores = probs * tl.fma(d_probs, stats.scale, -delta)
+        d_scores = _through_softcap(d_scores, raw, VARIANT)
     else:
         probs, d_scores = _activation_backward(products, d_probs, pairs, variant, VARIANT, DTYPE)
     return probs, d_scores
@@ -379,6 +441,7 @@ def whole_row_to_probs(products, d_probs, grad_lse, pairs, variant, VARIANT: tl.
         else:
             scale = _scale_of_d_probs(variant, DTYPE)
             d_scores = probs * tl.fma(d_probs, scale, -(delta * scale)[:, None])
+        d_scores = _through_softcap(d_scores, _raw_scores(products, pairs, variant, VARIANT, DTYPE), VARIANT)
     else:
         probs, d_scores = _activation_backward(products, d_probs, pairs, variant, VARIANT, DTYPE)
     return probs, d_scores
@@ -395,14 +458,16 @@ def whole_row_probs(products, pairs, lse, variant, VARIANT: tl.constexpr, DTYPE:
     if VARIANT.score == "softmax":
         tl.static_assert(tl.float32 != DTYPE)
         stats = query_stats(lse, lse * 0.0, lse * 0.0, variant, VARIANT, DTYPE, True)
-        x = tl.fma(_raw_scores(products, pairs, variant), stats.factor[:, None], -stats.base[:, None])
+        raw = _raw_scores(products, pairs, variant, VARIANT, DTYPE)
+        x = tl.fma(raw, stats.factor[:, None], -stats.base[:, None])
         large = is_large(lse)
         if tl.max(large.to(tl.int32), 0) > 0:
             row_sum = tl.sum(exp2(mask_out(x, pairs, float("-inf"), variant, VARIANT), DTYPE), 1)
             x = x - tl.where(large, tl.log2(row_sum), 0.0)[:, None]
         probs = exp2(mask_out(x, pairs, float("-inf"), variant, VARIANT), DTYPE)
     else:
-        probs = mask_out(activate(_scores_of(products, pairs, variant), SCORE, DTYPE), pairs, 0.0, variant, VARIANT)
+        x = _raw_scores(products, pairs, variant, VARIANT, DTYPE) * _score_factor(variant, VARIANT)
+        probs = mask_out(activate(x, SCORE, DTYPE), pairs, 0.0, variant, VARIANT)
     return probs
 
 
@@ -418,6 +483,7 @@ def whole_row_d_scores(
         if VARIANT.grad_lse:
             delta = delta - grad_of_seen_lse(grad_lse, lse == float("-inf")) * scale
         d_scores = probs * tl.fma(d_probs, scale, -delta[:, None])
+        d_scores = _through_softcap(d_scores, _raw_scores(products, pairs, variant, VARIANT, DTYPE), VARIANT)
     else:
         _, d_scores = _activation_backward(products, d_probs, pairs, variant, VARIANT, DTYPE)
     return d_scores

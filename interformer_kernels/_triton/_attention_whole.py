@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from interformer_kernels._triton._arguments import KeysAndValues, RowTask, Sizes
-from interformer_kernels._triton._attention_masks import Pairs
+from interformer_kernels._triton._attention_masks import Pairs, targets_of
 from interformer_kernels._triton._attention_short import SIZES
 from interformer_kernels._triton._attention_tiles import load_k, load_numbers, load_q, load_tokens, store_tokens
 from interformer_kernels._triton._attention_variant import (
@@ -53,7 +53,7 @@ def _over_queries(
         b_grad = load_tokens(grad_attn_out, task.first, n, head, m_q, SHAPE.dv, SHAPE.block_dv)
         b_lse = load_numbers(lse, p_q, m_q)
         b_grad_lse = load_numbers(grad_lse, p_q, m_q)
-        pairs = Pairs(n[:, None], j[None, :], head[:, None], task.count, task.keys, True, None)
+        pairs = Pairs(n[:, None], j[None, :], head[:, None], task, True, None)
         products = dot(b_q, tl.trans(b_k), PRECISION)
         probs = whole_row_probs(products, pairs, b_lse, variant, VARIANT, b_v.dtype)
         # Probabilities are done with before gradients take registers.
@@ -77,7 +77,7 @@ def attention_backward_whole(
     """dQ, dK and dV of a row of more tokens than a cell has, on either side, under the query heads that share a
     key/value head."""
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
-    variant = make_variant(variant_inputs, left, right, prefix)
+    variant = make_variant(variant_inputs, left, right, prefix, 0)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     row = tl.program_id(0) // SHAPE.kv_heads
@@ -86,7 +86,8 @@ def attention_backward_whole(
     longest = tl.maximum(count, keys)
     if (longest <= SHAPE.cell) | (longest > SHAPE.most):
         return
-    task = RowTask(row, first, count, k_first, keys)
+    targets = targets_of(row, sizes.rows, count, keys, variant, VARIANT)
+    task = RowTask(row, first, count, k_first, keys, targets)
     j = tl.arange(0, SHAPE.most)
     m_k = j < keys
     b_k = load_k(kv.k, kv.rope, k_first, j, i_head, m_k, SHAPE)

@@ -14,7 +14,7 @@ from interformer_kernels._launch.tensors import expanded, readable, resolved, ta
 from interformer_kernels._triton import _run
 from interformer_kernels._triton._arguments import Epilogue, GradPass, Outputs, Partials, QuerySide
 from interformer_kernels._triton._attention_backward import attention_grad_keys, attention_grad_queries
-from interformer_kernels._triton._attention_epilogue import epilogue_backward
+from interformer_kernels._triton._attention_epilogue import epilogue_backward, sinks_backward
 from interformer_kernels._triton._attention_forward import attention_forward
 from interformer_kernels._triton._attention_output import add_partials, combine_partials
 from interformer_kernels._triton._attention_problem import Problem
@@ -25,6 +25,7 @@ from interformer_kernels._triton._tiles import Tiles, padded
 from interformer_kernels._triton.apply_rotary import rotated
 
 _TILE_NUMBERS = 4096  # of a tile of the epilogue's backward
+_SINK_TOKENS = 1024  # of a sum of gradients of the sinks
 
 
 class _Groups(NamedTuple):
@@ -46,6 +47,7 @@ def forward(call: AttentionCall, residual: Tensor | None, keep_attn_out: bool) -
         return out, lse, attn_out
     gate, residual = expanded(call.gate, shape), readable(residual)
     epilogue = Epilogue(
+        readable(call.sinks),
         None if gate is None else problem.gate_operand(gate),
         None if residual is None else problem.query_operand(residual),
     )
@@ -129,8 +131,9 @@ def backward(
     grad = problem.query_operand(grad_attn_out)
     # Behind a gate the epilogue's backward reads A, and makes delta of it.
     delta_from = attn_out if call.gate is None and problem.softmax and not recompute_stats else None
-    problem.know((grad, lse, delta_from, grad_lse))
-    side = QuerySide(problem.queries_operand, grad, lse, delta, delta_from, grad_lse)
+    sinks = readable(call.sinks)
+    problem.know((grad, lse, delta_from, grad_lse, sinks))
+    side = QuerySide(problem.queries_operand, grad, lse, delta, delta_from, grad_lse, sinks)
     grad_q = _grad_queries(problem, side, recompute_stats)
     grad_k, grad_v = _grad_keys(problem, side)
     _start_short(problem, attention_backward_short, grad, grad_lse, grad_q, grad_k, grad_v)
@@ -141,7 +144,8 @@ def backward(
         tables, interleaved = (call.cos, call.sin), call.rope_interleaved
         grad_q = rotated(grad_q, problem.offsets.q, *tables, call.positions_q, interleaved, backwards=True)
         grad_k = rotated(grad_k, problem.offsets.kv, *tables, call.positions_k, interleaved, backwards=True)
-    return grad_q, grad_k, grad_v, grad_gate, *table_gradients(call)
+    _, *grad_biases = table_gradients(call)
+    return grad_q, grad_k, grad_v, grad_gate, _grad_sinks(problem, side), *grad_biases
 
 
 def _through_epilogue(
@@ -236,3 +240,19 @@ def _grad_keys(problem: Problem, side: QuerySide) -> tuple[Tensor, Tensor]:
             PERSISTENT=persistent, lead=k, tiles=chosen, known=problem.known, form=(persistent, tile_list is None),
         )  # fmt: skip
     return grad_k, grad_v
+
+
+def _grad_sinks(problem: Problem, side: QuerySide) -> Tensor:
+    """The gradient of the sinks, summed over blocks of query tokens, and then over these in order; empty without."""
+    if side.sinks is None:
+        return problem.k.new_empty((0,), dtype=torch.float32)
+    blocks = -(-problem.tokens // _SINK_TOKENS)
+    sums = torch.zeros((blocks, problem.heads), dtype=torch.float32, device=problem.k.device)
+    if side.delta.numel():
+        _run.start(
+            sinks_backward, blocks * problem.heads,
+            side.lse, side.delta, side.grad_lse, side.sinks, sums, problem.offsets.q, problem.rows, problem.tokens,
+            HEADS=problem.heads, LAYOUT=problem.call.layout, FP32_SOFTMAX=problem.fp32_softmax, BLOCK_T=_SINK_TOKENS,
+            lead=problem.k, tiles=Tiles(_SINK_TOKENS, 1, 4, 1),
+        )  # fmt: skip
+    return sums.sum(0)

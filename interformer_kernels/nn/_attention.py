@@ -157,12 +157,12 @@ def output_only(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return result
 
 
-def dropout_options(module: nn.Module, dropout: float, device: torch.device) -> dict[str, Any]:
-    """The ops' arguments for a call that drops attention weights; none in `eval()`, or without dropout.
+def dropout_options(dropout: float, device: torch.device) -> dict[str, Any]:
+    """The ops' arguments for a call that drops attention weights with this probability; none for 0.
 
     The seed comes from torch's generator of the device: `torch.manual_seed` and checkpointing reproduce it.
     """
-    if not (module.training and dropout):
+    if not dropout:
         return {}
     return {"dropout_p": dropout, "dropout_seed": torch.randint(2**62, (), device=device)}
 

@@ -18,6 +18,7 @@ from transformers.utils.import_utils import is_tracing
 from interformer_kernels.nn._notices import warn_once
 
 NAME = "interformer"
+OPEN = (-1, -1)
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class MaskForm:
 
     Attributes:
         causal: a query sees no later key; the last query is aligned with the last key.
+        window: `(left, right)`, the farthest keys that a query sees; -1 leaves a side open.
         tokens: `[B, Lk]`, True at keys that are tokens; None if all are.
         rows: int `[B, L]`, the row of each packed token; None if the mask function has no packed rows.
     """
 
     causal: bool
     tokens: Tensor | None = None
+    window: tuple[int, int] = OPEN
     rows: Tensor | None = None
 
 
@@ -168,7 +171,7 @@ def mask(
     aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
     if is_tracing(attention_mask) or torch.device(device).type == "meta":
         return _traced(arguments, aligned, options)
-    causal, rows, reason = _pattern(mask_function, kv_length + kv_offset)
+    causal, window, rows, reason = _pattern(mask_function, kv_length + kv_offset)
     if not reason and causal and not aligned:
         reason = "a static cache, which has keys after the last query"
     if not reason and attention_mask is not None and attention_mask.dim() != 2:
@@ -177,7 +180,10 @@ def mask(
     if reason:
         warn_once(f"attn_implementation={NAME!r}: transformers' sdpa serves {reason}")
     else:
-        form = MaskForm(causal, _token_mask(attention_mask, kv_length, kv_offset), rows)
+        form = MaskForm(causal, _token_mask(attention_mask, kv_length, kv_offset), window, rows)
+        if window != OPEN and has_holes(form.tokens):
+            warn_once(f"attn_implementation={NAME!r}: transformers' sdpa serves a window over padding with holes")
+            form = None
     knows_rows = rows is not None or _closure(_last(mask_function), masking_utils.packed_sequence_mask_function) != {}
     info = MaskInfo(arguments, form, knows_rows, _shift_invariant(mask_function))
     return PairMask(info, (batch_size, 1, q_length, kv_length), dtype, device)
@@ -228,6 +234,14 @@ def _token_mask(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -
     tokens = F.pad(attention_mask.bool(), (0, max(kv_offset + kv_length - attention_mask.shape[1], 0)))
     tokens = tokens[:, kv_offset : kv_offset + kv_length]
     return None if bool(tokens.all()) else tokens
+
+
+def has_holes(tokens: Tensor | None) -> bool:
+    """Whether padding lies between tokens `[B, L]` of a row, so that their distances are not those of packed ones."""
+    if tokens is None:
+        return False
+    starts = tokens[:, :1].int().sum(1) + (tokens[:, 1:] & ~tokens[:, :-1]).sum(1)
+    return bool((starts > 1).any())
 
 
 def with_packed_rows(preprocess: Callable[..., Any]) -> Callable[..., Any]:
@@ -334,29 +348,42 @@ def refuse_gaps_in_a_graph(positions: Tensor) -> None:
 # ---------------------------------------------------------------- recognising mask functions by their makers
 
 
-def _pattern(function: Callable[..., Any], length: int) -> tuple[bool, Tensor | None, str]:
-    """`(causal, rows [B, L] of packed tokens or None, reason why the ops cannot serve it or "")` of a mask function.
+_Pattern = tuple[bool, tuple[int, int], Tensor | None, str]
+
+
+def _pattern(function: Callable[..., Any], length: int) -> _Pattern:
+    """`(causal, window, rows [B, L] of packed tokens or None, reason why the ops cannot serve it or "")` of a mask
+    function.
 
     Mask functions are closures that answer only for single pairs. Transformers' own closures are recognised by the
     function that made them; all others cannot be served.
     """
     if function is masking_utils.causal_mask_function:
-        return True, None, ""
+        return True, OPEN, None, ""
     if function is masking_utils.bidirectional_mask_function:
-        return False, None, ""
+        return False, OPEN, None, ""
     parts = _parts(function)
     if len(parts) == 2:
         for overlay in (masking_utils.sliding_window_overlay, masking_utils.sliding_window_bidirectional_overlay):
             variables = _closure(parts[0], overlay)
-            if variables and variables["sliding_window"] >= length:
-                return _pattern(parts[1], length)
+            if variables:
+                causal, inner, rows, reason = _pattern(parts[1], length)
+                reason = reason or ("a window within a window" if inner != OPEN else "")
+                return causal, _window(overlay, variables["sliding_window"], length), rows, reason
         remapped = _closure(parts[0], masking_utils.remap_positions_for_packed_sequence)
-        rows = _closure(parts[1], masking_utils.packed_sequence_mask_function)
-        if remapped and rows:
-            causal, inner_rows, reason = _pattern(remapped["mask_function"], length)
+        packed = _closure(parts[1], masking_utils.packed_sequence_mask_function)
+        if remapped and packed:
+            causal, window, inner_rows, reason = _pattern(remapped["mask_function"], length)
             reason = reason or ("packed rows within packed rows" if inner_rows is not None else "")
-            return causal, rows["packed_sequence_mask"], reason
-    return False, None, "a mask of another form than causal, bidirectional, padded or packed"
+            return causal, window, packed["packed_sequence_mask"], reason
+    return False, OPEN, None, "a mask of another form than causal, a window, bidirectional, padded or packed"
+
+
+def _window(overlay: Callable[..., Any], size: int, length: int) -> tuple[int, int]:
+    """The window of an overlay: it counts the query itself, or, on both sides, the farthest key."""
+    if size >= length:
+        return OPEN
+    return (size - 1, -1) if overlay is masking_utils.sliding_window_overlay else (size, size)
 
 
 def _shift_invariant(function: Callable[..., Any]) -> bool:

@@ -144,7 +144,7 @@ class GatedCrossAttention(shared.AttentionModule):
         gate = None if self.gate_proj is None else shared.split_heads(self, self.gate_proj(queries.tokens))
         activation = self.gate_activation or "identity"
         options: dict[str, Any] = {"gate_form": self.gate_form, "gate_activation": activation, "backend": self.backend}
-        options.update(shared.dropout_options(self, self.dropout, q.device))
+        options.update(shared.dropout_options(self.training * self.dropout, q.device))
         return shared.output_only(
             gated_cross_attention(q, k, v, kv_offsets, q_offsets=queries.offsets, gate=gate, **options)
         )

@@ -9,21 +9,31 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from interformer_kernels._launch.tensors import accumulation_dtype
 from interformer_kernels.jagged import layout_of_mask
 from interformer_kernels.nn import _attention as shared
 from interformer_kernels.nn import _huggingface_rows as rows
-from interformer_kernels.nn._huggingface_mask import NAME, MaskForm, MaskInfo, PairMask, mask, with_packed_rows
+from interformer_kernels.nn._huggingface_mask import (
+    NAME,
+    OPEN,
+    MaskForm,
+    MaskInfo,
+    PairMask,
+    has_holes,
+    mask,
+    with_packed_rows,
+)
 from interformer_kernels.nn._notices import warn_once
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 from interformer_kernels.ops.jagged_attention import jagged_attention
 
 # Options of a call that change the attention's result, and that the ops do not have.
-_UNSERVED: tuple[str, ...] = ("softcap", "s_aux", "sinks", "position_bias", "attention_bias", "alibi", "head_mask")
-_UNSERVED += ("indices", "block_indices", "block_table")
+_UNSERVED = ("attention_bias", "alibi", "head_mask", "indices", "block_indices", "block_table")
 
 
 def register() -> None:
@@ -38,17 +48,20 @@ def register() -> None:
       without an ``attention_mask``, by ``position_ids`` that restart. Rows do not see one another, with or without a
       cache, and no mask of all pairs is computed. (In bidirectional models, whose masks do not depend on positions,
       only ``cu_seq_lens`` can give the rows.);
-    - grouped heads, without repeating keys.
+    - grouped heads, without repeating keys;
+    - sliding windows, causal and on both sides, of padded and packed batches: keys outside are skipped;
+    - dropout in training, ``softcap``, attention sinks (``s_aux``), and position biases that depend on the distance
+      alone, as T5's do.
 
-    Dropout in training uses the reference (eager PyTorch). Masks of another form (sliding windows shorter than the
-    sequence, chunks, blocks, static caches, your own masks ``[B, 1, Lq, Lk]``), and padding under ``torch.compile``,
-    take transformers' own ``sdpa`` path, restricted to packed rows if there are any. Both are logged once.
+    Masks of another form (chunks, blocks, static caches, windows over padding with holes, your own masks
+    ``[B, 1, Lq, Lk]``), other position biases, and padding under ``torch.compile`` take transformers' own ``sdpa``
+    path, restricted to packed rows if there are any, which is logged once.
 
-    The following raise a ``ValueError``: classes with their own attention code (when they are loaded); ``softcap``,
-    attention sinks, position biases and chosen keys (``indices``); packed rows under a mask that depends on absolute
-    positions, or in a model that does not pass them to its attention; ``position_ids`` that restart beside an
-    ``attention_mask``, in bidirectional attention or after a filled cache. A layer that computes with its mask gets the
-    numbers of transformers' ``eager`` mask.
+    The following raise a ``ValueError``: classes with their own attention code (when they are loaded); chosen keys
+    (``indices``); ``softcap`` and sinks where ``sdpa`` would have to serve, which has neither; packed rows under a mask
+    that depends on absolute positions, or in a model that does not pass them to its attention; ``position_ids`` that
+    restart beside an ``attention_mask``, in bidirectional attention or after a filled cache. A layer that computes with
+    its mask gets the numbers of transformers' ``eager`` mask.
 
     Transformers has no hook for two of these checks. Therefore ``register`` wraps
     ``PreTrainedModel.get_correct_attn_implementation``, to refuse unsupported classes under this name, and
@@ -122,7 +135,7 @@ def attention(
     A mask is complete: beside it, the layer's `is_causal` and window are ignored.
 
     Raises:
-        ValueError: an option that the ops do not have, or packed rows that cannot be kept apart.
+        ValueError: an option that cannot be served, or packed rows that cannot be kept apart.
     """
     for name in _UNSERVED:
         if options.get(name) is not None:
@@ -146,8 +159,9 @@ def attention(
         )
     traced = torch.compiler.is_compiling()
     if attention_mask.shape[1:3] == (1, 1) and attention_mask.dtype == torch.bool and packed is None and not traced:
-        tokens = attention_mask[:, 0, 0].expand(query.shape[0], -1)
-        return call.by_ops(MaskForm(False, tokens), None), None
+        form = MaskForm(False, attention_mask[:, 0, 0].expand(query.shape[0], -1))
+        if call.has_places(form):
+            return call.by_ops(form, None), None
     warn_once(f"attn_implementation={NAME!r}: transformers' sdpa serves masks [B, 1, Lq, Lk]")
     return call.by_sdpa(attention_mask, packed), None
 
@@ -168,6 +182,7 @@ class _Call:
         self.module, self.heads = module, (query, key, value)
         self.queries, self.keys = query.shape[2], key.shape[2]
         self.dropout, self.scaling, self.options = dropout, scaling, options
+        self.scores = _Scores(query, key, options)
 
     def with_pair_mask(self, info: MaskInfo, packed: rows.Packed | None) -> Tensor:
         """Attention under a :class:`PairMask`."""
@@ -186,22 +201,35 @@ class _Call:
                 "place in the batch; pass position_ids that restart and no attention_mask, or rows one by one"
             )
         form = None if info.exposed else info.form
-        if form is not None and (packed is None or form.tokens is None):
+        if form is not None and (packed is None or form.tokens is None) and self.has_places(form):
             return self.by_ops(form, packed)
         warn_once(f"attn_implementation={NAME!r}: transformers' sdpa serves masks [B, 1, Lq, Lk]")
         return self.by_sdpa(info.additive if info.exposed else info.visible(), packed)
 
+    def has_places(self, form: MaskForm) -> bool:
+        """Whether the ops have the call's position bias, and distances of packed queries and keys are those of the
+        padded ones where the call depends on them."""
+        if self.scores.has_other_bias:
+            return False
+        if form.window == OPEN and self.scores.bias is None:
+            return True
+        return (form.causal or self.queries == self.keys) and not has_holes(form.tokens)
+
     def by_ops(self, form: MaskForm, packed: rows.Packed | None) -> Tensor:
         """Attention on the ops: of packed rows, a padded batch, or a batch without padding."""
-        attend = _Attend(self.module, self.scaling, form.causal, (-1, -1), self.dropout)
+        attend = self._attend(form.causal, form.window)
         q, k, v = (x.transpose(1, 2) for x in self.heads)
         if form.tokens is not None:
             return attend.padded(q, k, v, form.tokens)
         return attend.rows(q, k, v, *(packed or rows.one_row_each(q, k)))
 
+    def _attend(self, causal: bool, window: tuple[int, int]) -> _Attend:
+        return _Attend(self.dropout, self.scores.options(self.scaling), causal, window)
+
     def by_sdpa(self, mask: Tensor, packed: rows.Packed | None) -> Tensor:
         """Attention by transformers' `sdpa` with a mask of all pairs; packed rows are masked from one another."""
         query, key, value = self.heads
+        self.scores.refuse_for_sdpa()
         if packed is not None:
             mask = rows.mask_other_rows(mask, packed, query, key)
         if mask.is_floating_point() and mask.dtype != query.dtype:  # The minimum of a wider dtype would become -inf.
@@ -235,28 +263,83 @@ class _Call:
             causal = causal and sliding_window is not None
         if packed is None and square:
             packed = rows.without_mask(self.options.get("position_ids"), causal, *self.heads[:2])
-        if sliding_window is not None and not causal:
-            if sliding_window < self.keys:
+        window = OPEN
+        if sliding_window is not None and sliding_window < self.keys:
+            # Layers hand over how many keys a window has on one side, the query's own included.
+            window = (sliding_window - 1, -1 if causal else sliding_window - 1)
+            if not causal and not square:
                 raise ValueError(
-                    f"attn_implementation={NAME!r} does not support bidirectional sliding windows; use 'sdpa'"
+                    f"attn_implementation={NAME!r}: a window on both sides must have as many keys as queries, "
+                    f"found {self.queries} queries over {self.keys} keys"
                 )
-            sliding_window = None
-        window = (-1, -1) if sliding_window is None else (sliding_window - 1, -1)
-        attend = _Attend(self.module, self.scaling, causal, window, self.dropout)
+        if self.scores.has_other_bias:
+            warn_once(f"attn_implementation={NAME!r}: transformers' sdpa serves position biases not by distance")
+            query, key, _ = self.heads
+            visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+            visible = visible.tril(key.shape[2] - query.shape[2]) if causal else visible
+            if window != OPEN:
+                raise ValueError(f"attn_implementation={NAME!r} does not support this position_bias under a window")
+            return self.by_sdpa(visible.expand(query.shape[0], 1, -1, -1), packed)
         q, k, v = (x.transpose(1, 2) for x in self.heads)
-        return attend.rows(q, k, v, *(packed or rows.one_row_each(q, k)))
+        return self._attend(causal, window).rows(q, k, v, *(packed or rows.one_row_each(q, k)))
+
+
+class _Scores:
+    """What a call does to its scores beside masks, as transformers hands it over."""
+
+    def __init__(self, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
+        self.softcap = options.pop("softcap", None)
+        sinks = [options.pop(name, None) for name in ("s_aux", "sinks")]
+        self.sinks: Tensor | None = next((x for x in sinks if x is not None), None)
+        self.given: Tensor | None = options.get("position_bias")
+        if self.given is not None and not torch.compiler.is_compiling() and not bool(self.given.any()):
+            self.given = None  # T5's cross attention, whose queries and keys are no distance apart
+            del options["position_bias"]
+        self.bias = None if self.given is None else _table(self.given, query.shape[2], key.shape[2])
+        self.has_other_bias = self.given is not None and self.bias is None
+        self.dtype = accumulation_dtype(query.dtype)
+
+    def options(self, scale: float | None) -> dict[str, Any]:
+        """The ops' arguments."""
+        found: dict[str, Any] = {"scale": scale}
+        if self.softcap is not None:
+            found["softcap"] = self.softcap
+        for name, x in (("sinks", self.sinks), ("position_bias", self.bias)):
+            if x is not None:
+                found[name] = x.to(self.dtype)
+        return found
+
+    def refuse_for_sdpa(self) -> None:
+        """Refuse what transformers' `sdpa` cannot do, under a mask that the ops cannot serve."""
+        for name, x in (("softcap", self.softcap), ("s_aux", self.sinks)):
+            if x is not None:
+                raise ValueError(
+                    f"attn_implementation={NAME!r} does not support {name} under a mask [B, 1, Lq, Lk]; use 'eager'"
+                )
+
+
+def _table(bias: Tensor, queries: int, keys: int) -> Tensor | None:
+    """The table `[H, 2 P + 1]` by distance of a position bias `[1, H, Lq, Lk]`; None where there is more to it.
+
+    Its entries are those of the first query and of the first key, so that gradients reach what the bias was made of.
+    """
+    if torch.compiler.is_compiling() or bias.shape[0] != 1 or bias.shape[2:] != (queries, keys) or not bias.numel():
+        return None
+    if not bool((bias[..., 1:, 1:] == bias[..., :-1, :-1]).all()):
+        return None
+    first_query, first_key = bias[0, :, 0].flip(1), bias[0, :, 1:, 0]
+    return F.pad(torch.cat((first_query, first_key), 1), (max(keys - queries, 0), max(queries - keys, 0)))
 
 
 class _Attend:
-    """Attention of one call by the ops."""
+    """Attention of one call by the ops: its scores' options and its masks."""
 
-    def __init__(self, module: nn.Module, scale: float | None, causal: bool, window: Any, dropout: float) -> None:
-        self.module, self.scale, self.causal, self.window, self.dropout = module, scale, causal, window, dropout
+    def __init__(self, dropout: float, scores: dict[str, Any], causal: bool, window: tuple[int, int]) -> None:
+        self.dropout, self.scores = dropout, scores
+        self.causal, self.window = causal, window
 
     def _options(self, q: Tensor) -> dict[str, Any]:
-        # transformers hands over a dropout of 0 in `eval()`, whatever the module's mode.
-        drops = shared.dropout_options(self.module, self.dropout, q.device) if self.dropout else {}
-        return {"scale": self.scale, **drops}
+        return {**self.scores, **shared.dropout_options(self.dropout, q.device)}
 
     def packed(self, q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor) -> Tensor:
         """`q [Tq, H, D]` over `k`, `v [Tk, Hk, ...]`."""
@@ -276,7 +359,7 @@ class _Attend:
         """
         keys = layout_of_mask(tokens)
         k, v = keys.pack(k), keys.pack(v)
-        if self.causal:
+        if self.causal or self.window != OPEN or "position_bias" in self.scores:
             queries = layout_of_mask(tokens[:, tokens.shape[1] - q.shape[1] :])
             return queries.pad(self.packed(queries.pack(q), k, v, queries.offsets, keys.offsets))
         return shared.output_only(gated_cross_attention(q, k, v, keys.offsets, **self._options(q)))

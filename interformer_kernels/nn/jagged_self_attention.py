@@ -121,7 +121,7 @@ class JaggedSelfAttention(shared.AttentionModule):
         rows = read_rows(name, "x", x, self.embed_dim, offsets=offsets, batch_first=self.batch_first, **mask)
         q, k, v = shared.project_self(self, rows.tokens)
         options: dict[str, Any] = {**self.masks, "rope": rope, "rope_interleaved": self.rope_interleaved}
-        options.update(shared.dropout_options(self, self.dropout, q.device), backend=self.backend)
+        options.update(shared.dropout_options(self.training * self.dropout, q.device), backend=self.backend)
         attn_out = shared.output_only(jagged_attention(q, k, v, rows.offsets, **options))
         return rows.restore(self.out_proj(attn_out.flatten(-2)))
 

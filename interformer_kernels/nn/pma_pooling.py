@@ -142,7 +142,7 @@ class PMAPooling(shared.AttentionModule):
         mask: dict[str, Any] = {"key_padding_mask": key_padding_mask, "key_mask": key_mask, "lengths": lengths}
         rows = read_rows(type(self).__name__, "x", x, self.kdim, offsets=offsets, batch_first=self.batch_first, **mask)
         query = shared.project_query(self, self.seeds)
-        drops = shared.dropout_options(self, self.dropout, query.device)
+        drops = shared.dropout_options(self.training * self.dropout, query.device)
         if drops:
             k, v = shared.project_keys(self, rows.tokens, rows.tokens)
             drops.update(scale=self.scale, backend=self.backend)

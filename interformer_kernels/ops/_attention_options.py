@@ -24,7 +24,8 @@ def seed_tensor(op: PublicOp, seed: object, lead: object) -> Any:
         raise TypeError(f"{op.name}: dropout_seed must be an int or an int64 tensor, found {checks.describe(seed)}")
     if isinstance(number, int) and not -(2**63) <= number < 2**63:
         raise ValueError(f"{op.name}: dropout_seed must fit 64 bits, found {checks.describe(seed)}")
-    return torch.full((), number, dtype=torch.int64, device=getattr(lead, "device", None))
+    value: Any = number
+    return torch.full((), value, dtype=torch.int64, device=getattr(lead, "device", None))
 
 
 def pair_of_times(op: PublicOp, times: object, self_attention: bool) -> tuple[Any, Any]:

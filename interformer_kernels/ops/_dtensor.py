@@ -4,11 +4,14 @@ Each dimension of the mesh shares out one kind of axis, or nothing:
 
 | shared out | sharded | whole (`Replicate`), its gradient a sum over the processes (`Partial`) |
 |---|---|---|
-| rows: the offsets are `Shard(0)` | what has rows or tokens, on axis 0 | seeds, gates, residuals without rows |
+| rows: the offsets are `Shard(0)` | what has rows or tokens, on axis 0 | seeds, tables, gates, residuals without rows |
 | heads | what has heads, on that axis; `k` and `v` or not | gates, residuals that broadcast so; `k`, `v` where not |
 | features `F` of `personalized_ffn` | weight, bias, residual, output | `x` |
 | channels `E` of `personalized_ffn` (linear: no activation, bias, residual) | `x`, weight; output `Partial` | nothing |
 | nothing | nothing | everything, the gradients, too |
+
+Tables are sinks and biases; those of all heads are sharded with the heads. Dropout is refused wherever something is
+shared out: it follows a weight's head and its query's place in the batch, which a part does not know.
 
 **Heads.** Offsets, rotary tables and positions are plain tensors or whole ones, the same in all processes. Heads must
 divide evenly. Whole `k` and `v` serve where there are fewer key/value heads than processes: each reads its own of them.
@@ -42,7 +45,9 @@ _CUT = {
 _KEYS = ("k", "v")  # may stay whole where heads are sharded
 _BROADCAST = ("gate", "residual")  # broadcast to the output
 _OFFSETS = ("offsets", "kv_offsets", "q_offsets")
-_TABLES = (*_OFFSETS, "rope_positions", "positions", "rope")  # carry no gradient
+_SHARED_BY_ROWS = "rope", "time_edges"
+_OF_ROWS = (*_OFFSETS, "rope_positions", "positions", "num_targets", "times")
+_TABLES = (*_OF_ROWS, *_SHARED_BY_ROWS)  # carry no gradient
 
 
 def call_on_parts(
@@ -82,11 +87,14 @@ class _Call:
         self.shared = tuple(self._shared_out(dim) for dim in range(self.mesh.ndim))
         if "channels" in self.shared:
             self._check_linear()
+        if arguments.get("dropout_p") and any(self.shared):
+            wanted = "0 where rows or heads are shared out: the processes would drop alike"
+            raise ValueError(f"{op}: dropout_p must be {wanted}; found {arguments['dropout_p']}")
 
     # ------------------------------------------------------------ what is shared out
 
     def _axes(self, name: str, x: Tensor, layout: str) -> tuple[str, ...]:
-        axes = _form(layout, x.dim())
+        axes = tuple(_one_or_all_heads(axis, x) for axis in _form(layout, x.dim()))
         if len(axes) != x.dim():
             raise ValueError(f"{self.op}: {name} must be [{', '.join(axes)}], found shape {list(x.shape)}")
         return axes
@@ -144,7 +152,7 @@ class _Call:
 
     def _local_index(self, name: str, x: Any) -> Any:
         """Local offsets or positions where rows are sharded; otherwise, and for tables, the same in all processes."""
-        by_rows = name != "rope"
+        by_rows = name not in _SHARED_BY_ROWS
         if isinstance(x, DTensor):
             for dim, what in enumerate(self.shared):
                 wanted = Shard(0) if by_rows and what == "rows" else Replicate()
@@ -252,6 +260,11 @@ def _form(layout: str, axes: int | None) -> tuple[str, ...]:
     """A layout's axes; of several forms, the one that has so many, or the first."""
     forms = [tuple(form.split()) for form in layout.split("|")]
     return next((form for form in forms if len(form) == axes), forms[0])
+
+
+def _one_or_all_heads(axis: str, x: Tensor) -> str:
+    """The axis of a table that is one head's for all, or has all heads."""
+    return axis if axis != "Hb" else "1" if x.shape[0] == 1 else "H"
 
 
 def _broadcast_axes(x: Tensor, out: tuple[str, ...]) -> tuple[str, ...]:

@@ -59,6 +59,8 @@ def backward(args: Sequence[Any]) -> tuple[Tensor | None, ...] | None:
     if module is None or args[-1] not in ("", "cpu") or not autograd.is_eager():
         return None
     grad_out, grad_lse, _, attn_out, *call = args[:-2]
+    if _backend.UNSERVED["cpu"] and _backend.options_of(AttentionCall._make(call)):
+        return None
     grads = module.eager_attention_backward(tuple(call), grad_out, attn_out, grad_lse, torch.get_num_threads())
     if grads is None:
         return None

@@ -11,7 +11,6 @@ from torch import Tensor
 from interformer_kernels import _checks as checks
 from interformer_kernels._calls import (
     AtLeast,
-    Broadcast,
     Field,
     Finite,
     Ints,
@@ -66,13 +65,12 @@ class PublicOp:
         }
         self.offsets = [field for field in spec.fields if isinstance(field.note, Offsets)]
         self._shared = tuple(name for name in spec.gradients if name not in spec.wide)  # of the lead's dtype
-        self._shared_places = taken([spec.names.index(name) for name in self._shared])
+        self._shared_places = [spec.names.index(name) for name in self._shared]
         self._lead_name, self._float_names = self.named(self.lead), (*map(self.named, self._shared), "residual")
         further = [field for field in spec.fields if isinstance(field.note, (Wide, Ints))]
         self._further = [(spec.names.index(field.name), field) for field in further]
         self._lead_place = spec.names.index(self.lead)
-        self._rows_place = next((spec.names.index(field.name) for field in self.offsets if not field.optional), None)
-        self._broadcast = [(place, field.name) for place, field in enumerate(spec.fields) if field.note == Broadcast()]
+        self._rows_place = next(spec.names.index(field.name) for field in self.offsets if not field.optional)
         self._offsets_places = [(spec.names.index(field.name), field.optional) for field in self.offsets]
         self._scale_axis = next((field.note.axis for field in spec.fields if isinstance(field.note, Scale)), "")
         self._known_options: dict[tuple[Any, ...], dict[int, Any]] = {}
@@ -101,7 +99,7 @@ class PublicOp:
 
     def checked(self, call: Any, residual: Tensor | None = None) -> tuple[Any, Tensor | None]:
         """The call and the residual after autocast, their kinds, dtypes, devices, axes and options checked."""
-        tensors = [*self._shared_places(call), residual]
+        tensors = [*(call[place] for place in self._shared_places), residual]
         cast = checks.autocast_dtype(call[self._lead_place])
         if cast is not None:
             *values, residual = tensors = [checks.autocast(x, cast) for x in tensors]
@@ -114,9 +112,9 @@ class PublicOp:
         if "Hk" in sizes:
             sizes.setdefault("Dv", sizes["D"])  # v is k
             checks.check_heads(self.name, sizes)
-        for place, name in self._broadcast:
-            if call[place] is not None:
-                checks.check_broadcasts(self.name, name, call[place], call.out_shape())
+        gate = getattr(call, "gate", None)
+        if gate is not None:
+            checks.check_broadcasts(self.name, "gate", gate, call.out_shape())
         for place, field in self._further:
             if call[place] is not None:
                 self._check_further(field, call[place], call, sizes)
@@ -179,7 +177,7 @@ class PublicOp:
             if found < 0 or (rows >= 0 and found != rows):
                 return None
             rows = found
-        sizes = {} if self._rows_place is None else {"B": rows}
+        sizes = {"B": rows}
         for place, name, axes in self._axes[getattr(call, "layout", "")]:
             x = call[place]
             if x is None:
@@ -197,9 +195,7 @@ class PublicOp:
         return sizes
 
     def _checked_axes(self, call: Any) -> dict[str, int]:
-        axes = checks.Axes(self.name)
-        if self._rows_place is not None:
-            axes.sizes["B"] = call[self._rows_place].shape[0] - 1
+        axes = checks.Axes(self.name, B=call[self._rows_place].shape[0] - 1)
         for place, name, wanted in self._axes[getattr(call, "layout", "")]:
             value = call[place]
             if value is not None or name in self.required:
@@ -258,7 +254,8 @@ class PublicOp:
 
     def shard_layouts(self) -> dict[str, str]:
         """Axes of the floating arguments, the leading one first, as the rules for DTensors read them."""
-        axes = {name: [self.spec.axes(name, layout) for layout in self.layouts] for name in self.values}
+        names = (*self.values, *sorted(self.spec.wide))
+        axes = {name: [self.spec.axes(name, layout) for layout in self.layouts] for name in names}
         return {self.named(name): _alternatives(forms) for name, forms in axes.items()}
 
     def shard_out(self) -> str:

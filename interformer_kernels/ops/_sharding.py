@@ -19,33 +19,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def unsharded(op: PublicOp) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a function that of a public op, one that refuses DTensors."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        op.take_signature(tuple(inspect.signature(function).parameters))
-
-        @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if _any_dtensors((*args, *kwargs.values())):
-                raise TypeError(f"{op.name}: tensors must be plain ones, found a DTensor")
-            return function(*args, **kwargs)
-
-        return call
-
-    return decorate
-
-
-def _any_dtensors(values: tuple[Any, ...]) -> bool:
-    # No DTensor exists before this module is imported, which takes longer than all of ours.
-    module = sys.modules.get("torch.distributed.tensor")
-    return (
-        module is not None
-        and not _NO_DTENSORS.issuperset(map(type, values))
-        and any(isinstance(x, module.DTensor) for x in values)
-    )
-
-
 def over_shards(op: PublicOp) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a function that of a public op, one that takes DTensors, too."""
 
@@ -56,7 +29,13 @@ def over_shards(op: PublicOp) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not _any_dtensors((*args, *kwargs.values())):
+            # No DTensor exists before this module is imported, which takes longer than all of ours.
+            module = sys.modules.get("torch.distributed.tensor")
+            if (
+                module is None
+                or _NO_DTENSORS.issuperset(map(type, values := (*args, *kwargs.values())))
+                or not any(isinstance(x, module.DTensor) for x in values)
+            ):
                 return function(*args, **kwargs)
             from interformer_kernels.ops import _dtensor
 

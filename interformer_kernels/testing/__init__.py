@@ -32,7 +32,7 @@ from interformer_kernels.testing.draw import Numbers, offsets_of, rotary_tables
 from interformer_kernels.testing.hard import PLANTED, Plant, check_planted, compare_hard, held_tokens, plants
 from interformer_kernels.testing.hard_values import HARD_VALUES
 from interformer_kernels.testing.inputs import alone, make_inputs, row_of
-from interformer_kernels.testing.ops import OPS, TOKEN_OPS, call_eager, cases, hard_cases, hard_value_cases, reach
+from interformer_kernels.testing.ops import OPS, call_eager, cases, hard_cases, hard_value_cases, reach
 
 __all__ = [
     "ALL_EMPTY",
@@ -45,7 +45,6 @@ __all__ = [
     "OPS",
     "PLANTED",
     "TILE_EDGES",
-    "TOKEN_OPS",
     "Case",
     "Errors",
     "Numbers",

@@ -165,7 +165,11 @@ def _target_cases(op: str) -> list[Case]:
         Case(op, f"tiles {name}", lengths=TILE_EDGES, options=mask)
         for name, mask in zip(names[2:], masks[2:], strict=True)
     ]
-    crossed = {"query_lengths": (2, 3, 40, 0, 9), "lengths": (5, 0, 37, 1, 8), "targets": (1, 0, 20, 0, 3)}
+    crossed: dict[str, Any] = {
+        "query_lengths": (2, 3, 40, 0, 9),
+        "lengths": (5, 0, 37, 1, 8),
+        "targets": (1, 0, 20, 0, 3),
+    }
     grid += [
         Case(op, f"targets, cross {name}", **crossed, options=mask) for name, mask in zip(names, masks, strict=True)
     ]

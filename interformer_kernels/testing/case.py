@@ -35,8 +35,7 @@ class Case:
         position_bias: `P` of a position bias `[H, 2 P + 1]`, or of one for all heads where it is negative.
         time_bias: bins of a time bias, with times and edges.
         grad_lse: the log-sum-exp has a gradient, too (softmax).
-        bias: with a bias (personalized_ffn, fused_linear).
-        norm: with a layer norm (fused_linear).
+        bias: with a bias (personalized_ffn).
         strided: tensors are slices of wider ones, so that only their last axis is contiguous.
         options: further keyword arguments of the public function.
     """
@@ -63,7 +62,6 @@ class Case:
     time_bias: int = 0
     grad_lse: bool = False
     bias: bool = True
-    norm: bool = False
     index_dtype: torch.dtype = torch.int64
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from interformer_kernels.testing import (
     _apply_rotary,
     _attention,
-    _fused_linear,
     _jagged_softmax,
     _jagged_weighted_sum,
     _personalized_ffn,
@@ -25,13 +24,10 @@ _MODULES: dict[str, Any] = {
     "gated_cross_attention": _attention,
     "apply_rotary": _apply_rotary,
     "personalized_ffn": _personalized_ffn,
-    "fused_linear": _fused_linear,
     "jagged_softmax": _jagged_softmax,
     "jagged_weighted_sum": _jagged_weighted_sum,
 }
-# Ops on rows of tokens, and those that know tokens alone: no offsets, no tail, no kernels on GPUs.
-OPS = tuple(name for name in _MODULES if name != "fused_linear")
-TOKEN_OPS = ("fused_linear",)
+OPS = tuple(_MODULES)
 
 
 def cases(op: str) -> list[Case]:

@@ -22,14 +22,14 @@ POST_SCALE = 2**-8
 
 
 @triton.jit
-def _biased(products, pairs, variant):
-    distance = pairs.n + (pairs.keys - pairs.queries) - pairs.j
+def _biased(products, pairs, variant, VARIANT, DTYPE):
+    distance = pairs.n + (pairs.task.keys - pairs.task.count) - pairs.j
     bias = (pairs.head + 1).to(tl.float32) * tl.minimum(tl.maximum(distance, -4), 4).to(tl.float32)
     return products * variant.inputs.scale + bias * 0.125
 
 
 @triton.jit
-def _one(variant):
+def _one(variant, VARIANT):
     return variant.inputs.scale * 0.0 + 1.0
 
 

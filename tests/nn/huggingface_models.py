@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
@@ -77,6 +80,21 @@ def parameters(kind: str) -> int:
 def truth(model: Any) -> Any:
     """The model in float64, with `sdpa` if the class has it: eager attention computes its softmax in float32."""
     return served(model.double(), "sdpa" if model._supports_sdpa else "eager")
+
+
+@contextlib.contextmanager
+def exact_softmax() -> Iterator[None]:
+    """Softmax in the dtype of its input: eager attention's float32 has no number for float64's least, the mask's."""
+    softmax = F.softmax
+
+    def without_dtype(x: torch.Tensor, dim: int | None = None, **options: Any) -> torch.Tensor:
+        return softmax(x, dim, **({} if x.dtype == torch.float64 else options))
+
+    F.softmax = without_dtype  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.softmax = softmax
 
 
 def served(model: Any, implementation: str = "interformer") -> Any:

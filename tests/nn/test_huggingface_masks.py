@@ -278,7 +278,7 @@ def test_a_mask_of_two_axes_is_refused() -> None:
             huggingface.attention(layer(), q, q, q, mask)
 
 
-@pytest.mark.parametrize("name", ["sinks", "indices", "block_indices", "head_mask", "alibi"])
+@pytest.mark.parametrize("name", ["indices", "block_indices", "head_mask", "alibi"])
 def test_what_would_change_the_attention_is_refused(name: str) -> None:
     q = torch.ones(1, 1, 2, 4)
     with pytest.raises(ValueError, match=f"does not support {name}"):

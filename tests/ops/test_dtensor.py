@@ -38,12 +38,17 @@ ONE_KEY_HEAD = [Case(op, "one key head", kv_heads=1, gate="head", residual=True)
 HEADS = [
     case
     for case in (*ALL_CASES, *ONE_KEY_HEAD)
-    if case.op != "personalized_ffn" and (case.op in ATTENTION or case.heads % WORLD**2 == 0)
+    if case.op != "personalized_ffn"
+    and not case.options.get("dropout_p")
+    and (case.op in ATTENTION or case.heads % WORLD**2 == 0)
 ]
-ROWS = [replace(case, tail=4) for case in ALL_CASES]  # never as many tokens as rows: the test tells them by number
+ROWS = [
+    replace(case, tail=4) for case in ALL_CASES if not case.options.get("dropout_p")
+]  # never as many tokens as rows: the test tells them by number
 FEATURES = [case for case in ALL_CASES if case.op == "personalized_ffn"]
 CHANNELS = [Case("personalized_ffn", "linear", bias=False)]
 
+TABLES = ("sinks", "position_bias", "time_bias")
 What = tuple[str, ...]  # what each dimension of a mesh shares out, each over two processes
 LINE: list[tuple[What, Case]] = [
     ((what,), case)
@@ -58,6 +63,8 @@ SQUARE += [(("features", "rows"), FEATURES[0]), (("rows", "channels"), CHANNELS[
 
 def placement_of(what: str, parts: int, case: Case, name: str, x: Tensor) -> Placement:
     """How an argument (or the output's gradient) lies where `parts` processes share out `what`."""
+    if name in TABLES:
+        return Shard(0) if what == "heads" and len(x) > 1 else Replicate()
     if what == "rows":
         shared = name == "seeds" or (name == "gate" and case.gate in ("channel", "heads", "scalar"))
         return Replicate() if shared else Shard(0)
@@ -104,7 +111,7 @@ class Shared:
     def shard(self, name: str, x: Any) -> Any:
         if isinstance(x, tuple):
             return tuple(self.shard(name, part) for part in x)
-        if not isinstance(x, Tensor) or name == "rope":
+        if not isinstance(x, Tensor) or name in ("rope", "time_edges"):
             return x
         if not x.is_floating_point():
             return self._shard_index(name, x)

@@ -157,6 +157,34 @@ def _lse_gradient(width: int, dtype: torch.dtype) -> None:
     attention.backward(call, x, attn_out, lse, lse)
 
 
+def _targets(width: int, dtype: torch.dtype) -> None:
+    """Self attention with targets, under a causal window from which the last queries are free, and a prefix."""
+    x, offsets = _meta(4096, 4, width, dtype=dtype), _meta(129, dtype=torch.int64)
+    call = AttentionCall("packed", x, x, x, None, offsets, None, *_MAPS)._replace(causal=True, window_left=64)
+    call = call._replace(num_prefix=4, prefix="index", full_tail=8, num_targets=_meta(128, dtype=torch.int64))
+    out, lse, attn_out = attention.forward(call, None, dtype != torch.float32)
+    attention.backward(call, out, attn_out, lse)
+
+
+def _capped(width: int, dtype: torch.dtype) -> None:
+    """Self attention with a softcap and sinks."""
+    x, offsets = _meta(4096, 4, width, dtype=dtype), _meta(129, dtype=torch.int64)
+    call = AttentionCall("packed", x, x, x, None, offsets, None, *_MAPS)
+    call = call._replace(causal=True, softcap=30.0, sinks=_meta(4, dtype=torch.float32))
+    out, lse, attn_out = attention.forward(call, None, dtype != torch.float32)
+    attention.backward(call, out, attn_out, lse)
+
+
+def _dropout(width: int, dtype: torch.dtype) -> None:
+    """Self attention whose weights are dropped, and pooling, where heads share a tile."""
+    x, offsets, seed = _meta(4096, 4, width, dtype=dtype), _meta(129, dtype=torch.int64), _meta(dtype=torch.int64)
+    dropped = {"dropout_p": 0.1, "dropout_seed": seed}
+    for q, layout in ((x, "packed"), (x[:2], "shared")):
+        call = AttentionCall(layout, q, x, x, None, offsets, None, *_MAPS)._replace(**dropped)
+        out, lse, attn_out = attention.forward(call, None, dtype != torch.float32)
+        attention.backward(call, out, attn_out, lse)
+
+
 def _rotary(width: int, dtype: torch.dtype) -> None:
     """All channels rotated."""
     x, table = _meta(4096, 4, width, dtype=dtype), _table(width)
@@ -191,10 +219,14 @@ CALLS: dict[str, Callable[[int, torch.dtype], None]] = {
     "personalized_ffn": _feed_forward,
     "own_scores": _own_scores,
     "lse_gradient": _lse_gradient,
+    "targets": _targets,
+    "softcap_sinks": _capped,
+    "dropout": _dropout,
 }
 # Calls that are compiled on request alone: with a gradient of the log-sum-exp, some backwards of float32 under heads of
-# 64 and 128 channels spill 4 to 12 bytes on sm_80 and sm_90, which other tiles have yet to mend.
-SPILLING = ("lse_gradient",)
+# 64 and 128 channels spill 4 to 12 bytes on sm_80 and sm_90, which other tiles have yet to mend; with targets, dQ of
+# float32 under heads of 128 channels spills 16 on sm_80; with a softcap and sinks, that under heads of 32 channels 4.
+SPILLING = ("lse_gradient", "targets", "softcap_sinks")
 
 
 # ---------------------------------------------------------------- compiling

@@ -7,23 +7,26 @@
 INTERFORMER_ISA_BEGIN
 
 // Calls `each(i, value, grad)` for all i with the chosen activation: its value and its gradient (first derivative) as
-// functions of a number. There is one loop for each name, so that the choice is made once and not for every number. The
-// compiler warns of a name without a case.
+// functions of a number. There is one loop for each name, so that the choice is made once and not for every number, and
+// its functions are always inlined, so that it becomes vector code. The compiler warns of a name without a case.
 template <typename A, typename Each>
 inline void for_each_with(Activation name, int64_t count, Each&& each) {
     switch (name) {
         case Activation::identity:
-            for (int64_t i = 0; i < count; ++i) each(i, [](A x) { return x; }, [](A) { return A(1); });
+            for (int64_t i = 0; i < count; ++i)
+                each(i, [](A x) INTERFORMER_LAMBDA { return x; }, [](A) INTERFORMER_LAMBDA { return A(1); });
             return;
         case Activation::relu:
             for (int64_t i = 0; i < count; ++i)
-                each(i, [](A x) { return x <= A(0) ? A(0) : x; }, [](A x) { return x <= A(0) ? A(0) : A(1); });
+                each(
+                    i, [](A x) INTERFORMER_LAMBDA { return x <= A(0) ? A(0) : x; },
+                    [](A x) INTERFORMER_LAMBDA { return x <= A(0) ? A(0) : A(1); });
             return;
         case Activation::silu:
             for (int64_t i = 0; i < count; ++i)
                 each(
-                    i, [](A x) { return x * sigmoid(x); },
-                    [](A x) {
+                    i, [](A x) INTERFORMER_LAMBDA { return x * sigmoid(x); },
+                    [](A x) INTERFORMER_LAMBDA {
                         const A s = sigmoid(x);
                         return s * (A(1) + x * (A(1) - s));
                     });
@@ -31,14 +34,14 @@ inline void for_each_with(Activation name, int64_t count, Each&& each) {
         case Activation::gelu:
             for (int64_t i = 0; i < count; ++i)
                 each(
-                    i, [](A x) { return x * normal_distribution(x); },
-                    [](A x) { return normal_distribution(x) + x * normal_density(x); });
+                    i, [](A x) INTERFORMER_LAMBDA { return x * normal_distribution(x); },
+                    [](A x) INTERFORMER_LAMBDA { return normal_distribution(x) + x * normal_density(x); });
             return;
         case Activation::sigmoid:
             for (int64_t i = 0; i < count; ++i)
                 each(
-                    i, [](A x) { return sigmoid(x); },
-                    [](A x) {
+                    i, [](A x) INTERFORMER_LAMBDA { return sigmoid(x); },
+                    [](A x) INTERFORMER_LAMBDA {
                         const A s = sigmoid(x);
                         return s * (A(1) - s);
                     });
@@ -46,8 +49,8 @@ inline void for_each_with(Activation name, int64_t count, Each&& each) {
         case Activation::tanh:
             for (int64_t i = 0; i < count; ++i)
                 each(
-                    i, [](A x) { return hyperbolic_tangent(x); },
-                    [](A x) {
+                    i, [](A x) INTERFORMER_LAMBDA { return hyperbolic_tangent(x); },
+                    [](A x) INTERFORMER_LAMBDA {
                         const A t = hyperbolic_tangent(x);
                         return A(1) - t * t;
                     });

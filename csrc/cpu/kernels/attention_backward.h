@@ -29,23 +29,28 @@ struct BackwardWorkspace {
     A* d_probs;        // [block, score_stride], later d_scores
     A* row_sum;        // [max_block], and likewise delta
     A* delta;
-    A* grad_q;    // [max_block, head_stride]
-    A* grad_k;    // [max_keys, head_stride]
-    A* grad_v;    // [max_keys, value_stride]
-    A* grad_out;  // the channels of one token
-    A* epilogue;  // those of two
+    A* sink;
+    A* slopes = nullptr;  // [block, score_stride], under a softcap
+    A* grad_q;            // [max_block, head_stride]
+    A* grad_k;            // [max_keys, head_stride]
+    A* grad_v;            // [max_keys, value_stride]
+    A* grad_out;          // the channels of one token
+    A* epilogue;          // those of two
     // Operands of pairs of numbers, where the instruction set has them.
     X* key_rows = nullptr;            // [operands of max_keys, head_stride]
     X* query_rows = nullptr;          // [operands of max_block, head_stride]
     X* grad_attn_out_rows = nullptr;  // [operands of max_block, value_stride]
     A* d_score_pairs = nullptr;       // [block, score_stride]
-    A* shard_grads = nullptr;         // [max_keys, head_stride + value_stride], where a row may have several shards
+    KeyBias<A> bias;
+    A* shard_grads = nullptr;  // [max_keys, head_stride + value_stride], where a row may have several shards
     int64_t bytes;
 
-    BackwardWorkspace(const AttentionProblem& p, const Sizes<T>& sizes, void* memory) {
+    BackwardWorkspace(const AttentionProblem& p, const Sizes<T>& sizes, void* memory)
+        : BackwardWorkspace(p, sizes, Arena(memory)) {}
+    BackwardWorkspace(const AttentionProblem& p, const Sizes<T>& sizes, Arena arena)
+        : bias(p, sizes.max_scores(p), arena) {
         const int64_t panels = round_up(p.max_keys, kPanel<X>), block = sizes.max_block(p);
         const int64_t scores = sizes.max_scores(p), channels = max(sizes.head_stride, sizes.value_stride);
-        Arena arena(memory);
         keys = arena.allocate<S>(p.max_keys * sizes.head_stride);
         values = p.v_is_k ? keys : arena.allocate<S>(p.max_keys * sizes.value_stride);
         packed_keys = arena.allocate<X>(panels * operands<X>(sizes.head_stride));
@@ -56,6 +61,8 @@ struct BackwardWorkspace {
         d_probs = arena.allocate<A>(scores);
         row_sum = arena.allocate<A>(round_up(block, kLanes<A>));
         delta = arena.allocate<A>(round_up(block, kLanes<A>));
+        sink = arena.allocate<A>(round_up(block, kLanes<A>));
+        if (p.variant.softcap > 0) slopes = arena.allocate<A>(scores);
         grad_q = arena.allocate<A>(block * sizes.head_stride);
         grad_k = arena.allocate<A>(p.max_keys * sizes.head_stride);
         grad_v = p.v_is_k ? grad_k : arena.allocate<A>(p.max_keys * sizes.value_stride);
@@ -87,8 +94,10 @@ class AttentionBackward {
 
     static void run(const AttentionProblem& p, const AttentionTask& task, void* memory) {
         const AttentionBackward backward(p, p.row_groups[task.first_row], memory);
-        for_each_row(task, backward.few_queries_,
-                     [&](int64_t row, int64_t kv_head) { backward.run_row(row, kv_head, task); });
+        for_each_row(task, backward.few_queries_, [&](int64_t row, int64_t kv_head) {
+            backward.run_row(row, kv_head, task);
+            if (backward.bias()) backward.bias()->finish_row();
+        });
         backward.few_queries_.finish_task();
     }
 
@@ -133,6 +142,7 @@ class AttentionBackward {
     void run_row(int64_t batch_row, int64_t kv_head, const AttentionTask& task) const {
         const Row row(p_, sizes_, batch_row, kv_head, work_.grad_out);
         const ColumnRanges ranges = row.shard_columns(task.shard);
+        if (bias()) work_.bias.begin_row(row.variant().row());
         const Matrix<const S> keys = row.tokens(p_.k, ranges, p_.head_size, p_.rope.cos, work_.keys);
         const Matrix<const S> values = p_.v_is_k ? keys : row.tokens(p_.v, ranges, p_.value_size, false, work_.values);
         const PackedOperand<T> packed_keys(keys, row.keys(), ranges, sizes_.head_stride, work_.packed_keys);
@@ -152,6 +162,8 @@ class AttentionBackward {
             add(row, row.shard_columns(shard), run_later_shard(row, shard, operands), sums);
         write_key_gradients(row, sums);
     }
+
+    KeyBias<A>* bias() const { return work_.bias.given() ? &work_.bias : nullptr; }
 
     // ---------------------------------------------------------------- gradients of keys and values
 
@@ -237,7 +249,8 @@ class AttentionBackward {
             epilogue_backward(row, r + i, work_.grad_attn_out + i * sizes_.value_stride);
         operands.keys.multiply(queries, count, ranges, probs);
         operands.values.multiply(grad_attn_out, count, ranges, d_probs);
-        row.variant().scores_to_probs_and_d_scores(r, count, probs, d_probs, ranges, {work_.row_sum, work_.delta});
+        row.variant().scores_to_probs_and_d_scores(r, count, probs, d_probs, ranges,
+                                                   {work_.row_sum, work_.delta, work_.sink, work_.slopes, bias()});
         const Matrix<A> d_scores = d_probs;
         weighted_sums<X>(along_keys(d_scores, count, ranges), operands.key_rows, ranges, row.keys(), count,
                          sizes_.head_stride, {work_.grad_q, sizes_.head_stride});
@@ -285,7 +298,7 @@ class AttentionBackward {
 
     const AttentionProblem& p_;
     const Sizes<T> sizes_;
-    const BackwardWorkspace<T> work_;
+    mutable BackwardWorkspace<T> work_;
     const EpilogueBackward<T> epilogue_;
     const FewQueriesBackward<T> few_queries_;  // in the same memory: a thread computes one row at a time
 };

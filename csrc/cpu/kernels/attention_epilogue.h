@@ -38,6 +38,16 @@ inline void normalise(Acc<T>* attn_out, int64_t channels, Acc<T> inv_row_sum) {
         store_vector(attn_out + c, mean_of<T>(load_vector(attn_out + c), Vector<A>{} + inv_row_sum));
 }
 
+// The same where `scale` is the factor of the weights that are left. Their sum is no mean, and may overflow.
+template <typename T>
+inline void normalise(Acc<T>* attn_out, int64_t channels, Acc<T> inv_row_sum, double scale) {
+    using A = Acc<T>;
+    const A factor = static_cast<A>(scale);
+    normalise<T>(attn_out, channels, inv_row_sum);
+    if (factor != 1)
+        for (int64_t c = 0; c < channels; ++c) attn_out[c] *= factor;
+}
+
 template <typename T>
 class Epilogue {
   public:
@@ -82,7 +92,7 @@ class EpilogueBackward {
         : p_(problem), row_group_(row_group), attn_out_(scratch), gate_(scratch + problem.value_size) {}
 
     // Whether `grad_attn_out` only widens.
-    bool is_plain() const { return !p_.gate.given && p_.variant.post_scale == 1; }
+    bool is_plain() const { return !p_.gate.given && p_.weight_scale == 1; }
 
     // From grad_out to the gradients of attn_out, times the factor of probabilities, and of the gate.
     void grad_attn_out(const QueryPlace& query, A* grad) const {
@@ -97,7 +107,7 @@ class EpilogueBackward {
             else
                 add_gate_gradient(query.at<A>(p_.grad_gate));
         }
-        const A factor = static_cast<A>(p_.variant.post_scale);
+        const A factor = static_cast<A>(p_.weight_scale);
         if (factor != 1)
             for (int64_t c = 0; c < channels; ++c) grad[c] *= factor;
     }

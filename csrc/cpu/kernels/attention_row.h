@@ -74,10 +74,7 @@ class AttentionRow {
 
     // `scratch` is memory for the channels of one token.
     AttentionRow(const AttentionProblem& problem, const Sizes<T>& sizes, int64_t row, int64_t kv_head, A* scratch)
-        : AttentionRow(problem, sizes,
-                       {row, kv_head, problem.query_counts ? problem.query_counts[row] : problem.queries,
-                        problem.key_counts[row], sizes.q_per_kv},
-                       scratch) {}
+        : AttentionRow(problem, sizes, row_of_head(problem, row, kv_head, sizes.q_per_kv), scratch) {}
 
     const ScoreVariant<T>& variant() const { return variant_; }
     int64_t keys() const { return row_.keys; }

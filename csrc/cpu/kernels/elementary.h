@@ -160,6 +160,27 @@ INTERFORMER_INLINE double hyperbolic_tangent(double x) {
     return __builtin_tanh(x);
 }
 
+// The same for vectors: a rational function of x^2 times x, fitted to a relative error of 2e-8 (computed with float64);
+// beyond 9.1 the result is 1 to the last bit. A NaN stays NaN.
+INTERFORMER_INLINE Vector<float> hyperbolic_tangent(Vector<float> x) {
+    const Vector<float> most = Vector<float>{} + 9.1f;
+    const Vector<float> above = x > most ? most : x, inside = above < -most ? -most : above, square = inside * inside;
+    Vector<float> p = Vector<float>{} + 1.31764655e-08f, q = Vector<float>{} + 7.70361512e-07f;
+    p = p * square + 2.04804339e-05f;
+    q = q * square + 3.27284644e-04f;
+    p = p * square + 3.48776668e-03f;
+    q = q * square + 2.58472222e-02f;
+    p = p * square + 1.33744387e-01f;
+    q = q * square + 4.67077526e-01f;
+    p = p * square + 1.0f;
+    q = q * square + 1.0f;
+    return inside * p / q;
+}
+INTERFORMER_INLINE Vector<double> hyperbolic_tangent(Vector<double> x) {
+    for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = __builtin_tanh(x[lane]);
+    return x;
+}
+
 // Distribution function and density of the standard normal distribution.
 template <typename A>
 INTERFORMER_INLINE A normal_distribution(A x) {

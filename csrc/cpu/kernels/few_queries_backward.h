@@ -36,6 +36,7 @@ class FewQueriesBackward {
           row_stride_(round_up(problem.max_keys, kVectorTokens<A>) * kGroup<A>),
           probs_(arena.allocate<A>(kFewUnits / kGroup<A> * row_stride_)),
           d_probs_(arena.allocate<A>(kFewUnits / kGroup<A> * row_stride_)),
+          slopes_(arena.allocate<A>(problem.variant.softcap > 0 ? row_stride_ : 0)),
           grad_attn_out_(arena.allocate<A>(kFewUnits * shared_.value.padded())),
           for_dots_(arena.allocate<A>(kFewUnits * shared_.value.padded())),
           grad_q_(arena.allocate<A>(kFewUnits * shared_.head.padded())),
@@ -69,7 +70,7 @@ class FewQueriesBackward {
                 dots(units, shared_.value, values.from(first), count, dot_grads, d_probs.from(first));
         });
         FewQueryScores<T> scores(p_, row.variant(), units);
-        scores.scores_to_probs_and_d_scores(row.keys(), probs, d_probs);
+        scores.scores_to_probs_and_d_scores(row.keys(), probs, d_probs, slopes_);
         write_gradients(row, {{d_probs_, row_stride_}, queries}, {{probs_, row_stride_}, grad_attn_out});
     }
 
@@ -178,7 +179,7 @@ class FewQueriesBackward {
     const AttentionProblem& p_;
     const FewQueries<T> shared_;
     const int64_t row_stride_;
-    A *probs_, *d_probs_, *grad_attn_out_, *for_dots_, *grad_q_, *rotated_grads_;
+    A *probs_, *d_probs_, *slopes_, *grad_attn_out_, *for_dots_, *grad_q_, *rotated_grads_;
     const EpilogueBackward<T> epilogue_;
     const bool stream_;
     // The rows over which `grad_q_` is summed, and the last of them.

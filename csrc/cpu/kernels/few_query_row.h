@@ -20,6 +20,7 @@ struct FewQueries {
     A* turned;   // the same, turned
     A* rotated;  // [kTokenBlock, heads, head], where keys are rotated
     bool plain_queries;
+    bool leaves_few;  // dropout and bias are for the kernels of many queries
     // Queries that all rows share are read once for a task; the heads whose queries the buffers hold.
     bool same_queries;
     mutable const A *ready = nullptr, *for_dots = nullptr;
@@ -33,12 +34,13 @@ struct FewQueries {
         queries = arena.allocate<A>(kFewUnits * head.padded());
         turned = arena.allocate<A>(kFewUnits * head.padded());
         rotated = arena.allocate<A>(p.rope.cos ? kTokenBlock * kFewUnits * head.padded() : 0);
+        leaves_few = p.dropout.some || p.dropout.all || p.position_bias.table || p.time_bias.table;
         plain_queries = !p.rope.cos && p.variant.scale > 0;
         same_queries = !p.q.begins && p.q.row == 0 && !p.rope.cos;
     }
 
     int64_t queries_of(int64_t row) const { return (p.query_counts ? p.query_counts[row] : p.queries) * q_per_kv; }
-    bool serves(int64_t row) const { return queries_of(row) <= kFewQueries; }
+    bool serves(int64_t row) const { return queries_of(row) <= kFewQueries && !leaves_few; }
 
     // Calls `each(first_head, heads)` for the heads of a task in as many steps as units need.
     template <typename Each>
@@ -58,8 +60,7 @@ class FewQueryRow {
     INTERFORMER_INLINE FewQueryRow(const FewQueries<T>& shared, int64_t row, int64_t first_head, int64_t heads)
         : p_(shared.p),
           shared_(shared),
-          variant_(shared.p, {row, first_head, shared.p.query_counts ? shared.p.query_counts[row] : shared.p.queries,
-                              shared.p.key_counts[row], shared.q_per_kv}),
+          variant_(shared.p, row_of_head(shared.p, row, first_head, shared.q_per_kv)),
           row_(variant_.row()),
           units_{heads, row_.queries()} {}
 

@@ -39,12 +39,12 @@ class FewQueryScores {
         ++blocks_;
         for (int64_t group = 0; group < groups_; ++group) {
             A* s = scores.data + group * scores.stride;
+            if (variant_.adjusts()) variant_.adjust(s, whole_vectors(count));
             if (p_.variant.score.softmax) {
                 mask_out(group, first, count, s, kMasked);
                 online_softmax(group, count, s);
             } else {
-                activate(p_.variant.score.activation, s, whole_vectors(count), scale_,
-                         static_cast<A>(p_.variant.post_scale));
+                activate(p_.variant.score.activation, s, whole_vectors(count), scale_, static_cast<A>(p_.weight_scale));
                 mask_out(group, first, count, s, A(0));
             }
         }
@@ -54,9 +54,10 @@ class FewQueryScores {
     void finish(bool with_lse) {
         const A scale = exp2_of<A>(headroom_);
         for (int64_t group = 0; group < groups_; ++group) {
-            const Vector<A> row_max = blocks_ > 0 ? row_max_[group] : Vector<A>{} + kMasked;
-            const Vector<A> sums = blocks_ > 0 ? reduce_tokens<A>(row_sum_[group], Plus{}) : Vector<A>{};
-            const Vector<A> row_sum = sums + fully_masked(group);
+            const bool begun = blocks_ > 0;
+            const Vector<A> row_max = begun ? row_max_[group] : sinks(group);
+            const Vector<A> sums = reduce_tokens<A>(begun ? row_sum_[group] : sum_of_sinks(), Plus{});
+            const Vector<A> row_sum = sums + (row_max == kMasked ? fully_masked(group) : Vector<A>{});
             store_group(inv_row_sum_, group, A(1) / row_sum);
             if (!with_lse) continue;
             const Vector<A> lse = row_max * scale_ + logarithm(row_sum * scale);
@@ -67,9 +68,15 @@ class FewQueryScores {
 
     // Backward, for all tokens of a row: the scores become normalised probabilities, and the gradients of the
     // probabilities become those of the products of queries and keys.
-    void scores_to_probs_and_d_scores(int64_t count, UnitNumbers<A> scores, UnitNumbers<A> d_probs) {
+    // Under a softcap `slopes` is memory for as many numbers.
+    void scores_to_probs_and_d_scores(int64_t count, UnitNumbers<A> scores, UnitNumbers<A> d_probs, A* slopes) {
+        const int64_t numbers = whole_vectors(count);
         for (int64_t group = 0; group < groups_; ++group) {
             A *s = scores.data + group * scores.stride, *d = d_probs.data + group * d_probs.stride;
+            if (variant_.caps())
+                variant_.adjust(s, numbers, slopes);
+            else if (variant_.adjusts())
+                variant_.adjust(s, numbers);
             if (p_.variant.score.softmax) {
                 mask_out(group, 0, count, s, kMasked);
                 softmax_backward(group, count, s, d);
@@ -78,6 +85,9 @@ class FewQueryScores {
                 mask_out(group, 0, count, s, A(0));
                 mask_out(group, 0, count, d, A(0));
             }
+            if (!variant_.adjusts()) continue;
+            const A scale = variant_.product_scale();
+            for (int64_t i = 0; i < numbers; ++i) d[i] *= variant_.caps() ? slopes[i] : scale;
         }
     }
 
@@ -107,17 +117,18 @@ class FewQueryScores {
                 store_vector(s + last * G, here ? load_vector(s + last * G) : all_masked);
             return;
         }
-        Vector<Index> prefix, begin, end;  // relative to the block's first token
+        Vector<Index> prefix, begin, end, own;  // relative to the block's first token
         for (int64_t lane = 0; lane < W; ++lane) {
             const KeyRange& range = ranges_[query_of(group * G + lane % G)];
             const auto clamped = [&](int64_t key) { return static_cast<Index>(min(max(key - first, 0), count)); };
             prefix[lane] = clamped(range.prefix);
             begin[lane] = clamped(range.first);
             end[lane] = clamped(range.last);
+            own[lane] = range.own < first ? Index(-1) : clamped(range.own);
         }
         Vector<Index> token = token_of_lane();
         for (int64_t j = 0; j < whole_vectors(count); j += W, token += static_cast<Index>(kVectorTokens<A>)) {
-            const Vector<Index> seen = (token < prefix) | ((token >= begin) & (token < end));
+            const Vector<Index> seen = (token < prefix) | ((token >= begin) & (token < end)) | (token == own);
             store_vector(s + j, seen ? load_vector(s + j) : all_masked);
         }
     }
@@ -151,19 +162,46 @@ class FewQueryScores {
         return prob;
     }
 
+    // Calls `each(lane, query, heads_on)` for the units of a group: a query under a head that lies so many key/value
+    // heads behind the first one.
+    template <typename Each>
+    void for_group(int64_t group, Each&& each) const {
+        for (int64_t lane = 0; lane < min(G, units_.count() - group * G); ++lane) {
+            const int64_t unit = group * G + lane;
+            each(lane, unit / units_.heads, unit % units_.heads * variant_.row().q_per_kv);
+        }
+    }
+    // The units' sinks, in each 128-bit part; -inf without.
+    Vector<A> sinks(int64_t group) const {
+        Vector<A> sinks = Vector<A>{} + kMasked;
+        if (variant_.has_sinks())
+            for_group(group, [&](int64_t lane, int64_t query, int64_t heads_on) {
+                for (int64_t token = 0; token < W; token += G) sinks[token + lane] = variant_.sink(query, heads_on);
+            });
+        return sinks;
+    }
+    // Sums by lane before the first key: a sink's share lies in the first token's lane.
+    Vector<A> sum_of_sinks() const {
+        Vector<A> sums{};
+        if (variant_.has_sinks())
+            for (int64_t lane = 0; lane < G; ++lane) sums[lane] = exp2_of<A>(-headroom_);
+        return sums;
+    }
+
     // One more block of a softmax.
     void online_softmax(int64_t group, int64_t count, A* s) {
         const bool is_first = blocks_ == 1;
         Vector<Index> nans = is_first ? Vector<Index>{} : nans_[group];
-        const Vector<A> before = is_first ? Vector<A>{} + kMasked : row_max_[group];
+        const Vector<A> before = is_first ? sinks(group) : row_max_[group];
+        const Vector<A> sum_before = is_first ? sum_of_sinks() : row_sum_[group];
         const Vector<A> row_max = Max{}(reduce_tokens<A>(max_by_lane(s, count, nans), Max{}), before);
         const Vector<A> base = base_of(row_max);
         Vector<A> sums{};
         for (int64_t j = 0; j < whole_vectors(count); j += W) sums += exponential_at(s + j, base);
-        if (!is_first) {
+        if (!is_first || variant_.has_sinks()) {
             const Vector<A> factor = power_of_two((before - base) * exponent_scale_, 0);
             store_group(factors_, group, factor);
-            sums += row_sum_[group] * factor;
+            sums += sum_before * factor;
         }
         row_max_[group] = row_max;
         row_sum_[group] = sums;
@@ -178,16 +216,24 @@ class FewQueryScores {
 
     void softmax_backward(int64_t group, int64_t count, A* s, A* d_probs) const {
         Vector<Index> nans{};
-        const Vector<A> base = base_of(reduce_tokens<A>(max_by_lane(s, count, nans), Max{}));
+        const Vector<A> sink = sinks(group), largest = reduce_tokens<A>(max_by_lane(s, count, nans), Max{});
+        const Vector<A> row_max = variant_.has_sinks() ? Max{}(sink, largest) : largest, base = base_of(row_max);
         Vector<A> sums{}, dots{};
         for (int64_t j = 0; j < whole_vectors(count); j += W) {
             const Vector<A> prob = exponential_at(s + j, base);
             sums += prob;
             dots += prob * load_vector(d_probs + j);
         }
-        const Vector<A> row_sum = reduce_tokens<A>(sums, Plus{}) + fully_masked(group);
+        const Vector<A> masked = row_max == kMasked ? fully_masked(group) : Vector<A>{};
+        const Vector<A> sink_prob = power_of_two((sink - base) * exponent_scale_, headroom_);
+        Vector<A> row_sum = reduce_tokens<A>(sums, Plus{}) + masked;
+        if (variant_.has_sinks()) row_sum += sink_prob;
         const Vector<A> inv_row_sum = A(1) / row_sum;
         Vector<A> delta = reduce_tokens<A>(dots, Plus{}) / row_sum;
+        if (variant_.has_sinks())
+            for_group(group, [&](int64_t lane, int64_t query, int64_t heads_on) {
+                variant_.add_grad_sink(query, sink_prob[lane] * inv_row_sum[lane], delta[lane], heads_on);
+            });
         if (p_.grad_lse.given) add_grad_lse(group, count, d_probs, delta);
         for (int64_t j = 0; j < whole_vectors(count); j += W) {
             const Vector<A> prob = load_vector(s + j) * inv_row_sum;
@@ -201,7 +247,7 @@ class FewQueryScores {
         Vector<A> grad;
         for (int64_t lane = 0; lane < W; ++lane) {
             const int64_t unit = min(group * G + lane % G, units_.count() - 1), query = query_of(unit);
-            grad[lane] = variant_.grad_lse(query, masked_ ? ranges_[query] : KeyRange{0, 0, count},
+            grad[lane] = variant_.grad_lse(query, masked_ ? ranges_[query] : KeyRange{0, 0, count, -1},
                                            unit % units_.heads * variant_.row().q_per_kv);
         }
         for (int64_t j = 0; j < whole_vectors(count); j += W)

@@ -30,6 +30,7 @@
 
 // For functions called from many inner loops, which the compiler would otherwise not inline.
 #define INTERFORMER_INLINE inline __attribute__((always_inline))
+#define INTERFORMER_LAMBDA __attribute__((always_inline))  // behind the parameters of a lambda
 
 INTERFORMER_ISA_BEGIN
 

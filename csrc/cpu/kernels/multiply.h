@@ -211,9 +211,9 @@ struct Columns {
     int64_t begin, end;
 };
 
-// At most two ranges of columns, in order: the prefix and the rest, or one range that covers both.
+// At most three ranges of columns, in order: the prefix, the rest and targets, as far as they do not touch.
 struct ColumnRanges {
-    Columns r[2];
+    Columns r[3];
     int n;
 };
 

@@ -25,8 +25,9 @@ struct QueryLanesWorkspace {
     A* scores;       // [kKeys, kQueries]
     A* inv_row_sum;  // [kQueries], and likewise lse
     A* lse;
-    A* attn_out;             // [kQueries, value_stride]
-    A* scratch;              // the channels of one token
+    A* attn_out;  // [kQueries, value_stride]
+    A* scratch;   // the channels of one token
+    LaneBias<A> bias;
     int64_t padded_queries;  // under a key/value head, of shared queries
     int64_t bytes;
 
@@ -37,8 +38,9 @@ struct QueryLanesWorkspace {
         return !p.q.begins && p.q.row == 0 && !p.rope.cos && p.queries * p.heads * sizes.head_stride <= kMaxNumbers;
     }
 
-    QueryLanesWorkspace(const AttentionProblem& p, const Sizes<T>& sizes, void* memory) {
-        Arena arena(memory);
+    QueryLanesWorkspace(const AttentionProblem& p, const Sizes<T>& sizes, void* memory)
+        : QueryLanesWorkspace(p, sizes, Arena(memory)) {}
+    QueryLanesWorkspace(const AttentionProblem& p, const Sizes<T>& sizes, Arena arena) : bias(p, kKeys, arena) {
         keys = arena.allocate<S>(p.max_keys * sizes.head_stride);
         values = p.v_is_k ? keys : arena.allocate<S>(p.max_keys * sizes.value_stride);
         value_rows = kNumbers<X> == 1 ? nullptr : arena.allocate<X>(operands<X>(p.max_keys) * sizes.value_stride);
@@ -137,7 +139,7 @@ class QueryLanesForward {
           work_(problem, sizes_, memory),
           epilogue_(problem, work_.scratch),
           shared_queries_(Workspace::shares_queries(problem, sizes_)),
-          plain_(!problem.gate.given && !problem.residual.given && !problem.attn_out.given &&
+          plain_(!problem.gate.given && !problem.residual.given && !problem.attn_out.given && !problem.dropout.some &&
                  problem.out.channel == 1 && problem.value_size % kLanes<A> == 0) {}
 
     int64_t bytes() const { return work_.bytes; }
@@ -152,6 +154,7 @@ class QueryLanesForward {
         const Operands operands = read(row, row.shard_columns(shard));
         const int64_t first = shard < 0 ? 0 : shard * row.shard();
         const int64_t last = min(shard < 0 ? row.queries() : first + row.shard(), row.queries());
+        if (work_.bias.given()) work_.bias.begin_row(row.variant().row(), row.shards() == 1);
         for (int64_t r = first; r < last; r += row.shard()) run_shard(row, r, min(row.shard(), last - r), operands);
     }
 
@@ -228,7 +231,7 @@ class QueryLanesForward {
         const X* queries = shared_queries_ ? shared_tile(row.kv_head(), r) : work_.queries;
         if (!shared_queries_) load_queries<N>(row, r, count, work_.queries);
         ahead_.prefetch(0);
-        ScoreLanes<T, N> lanes(row.variant(), r, count);
+        ScoreLanes<T, N> lanes(row.variant(), r, count, work_.bias.given() ? &work_.bias : nullptr);
         const ColumnRanges ranges = lanes.columns();
         bool add = false;
         for (int i = 0; i < ranges.n; ++i)
@@ -255,7 +258,7 @@ class QueryLanesForward {
         if (plain_) return write_plain(row, r, count);
         for (int64_t i = 0; i < count; ++i) {
             A* sums = attn_out.from(i).data;
-            if (p_.variant.score.softmax) normalise<T>(sums, p_.value_size, work_.inv_row_sum[i]);
+            if (p_.variant.score.softmax) normalise<T>(sums, p_.value_size, work_.inv_row_sum[i], p_.weight_scale);
             epilogue_.finish(row.query(r + i), sums, p_.value_size);
         }
     }
@@ -320,7 +323,7 @@ class QueryLanesForward {
     const AttentionProblem& p_;
     const Sizes<T> sizes_;
     const int64_t value_stride_;  // numbers between queries' sums of values: whole vectors
-    const Workspace work_;
+    Workspace work_;
     const Epilogue<T> epilogue_;
     const bool shared_queries_, plain_;
     RowAhead<T> ahead_;

@@ -1,8 +1,8 @@
 // Scores with queries in lanes: a tile of queries is masked by the ranges of score_variant.h and mapped to
-// probabilities. Keys are taken in blocks, [key, N vectors of queries], with an online softmax over the blocks. A bias
-// would be a pass before the map, dropout after it.
+// probabilities. Keys are taken in blocks, [key, N vectors of queries], with an online softmax over the blocks.
 #pragma once
 
+#include "cpu/kernels/score_bias.h"
 #include "cpu/kernels/score_variant.h"
 
 INTERFORMER_ISA_BEGIN
@@ -15,13 +15,20 @@ class ScoreLanes {
     static constexpr int64_t W = kLanes<A>, kQueries = N * W;
 
     // Queries [r, r + count); further lanes repeat the last one.
-    ScoreLanes(const ScoreVariant<T>& variant, int64_t r, int64_t count)
-        : variant_(variant), masks_(variant.has_masks() || variant.row().keys == 0), scale_(variant.score_scale()) {
+    ScoreLanes(const ScoreVariant<T>& variant, int64_t r, int64_t count, const LaneBias<A>* bias = nullptr)
+        : variant_(variant),
+          bias_(bias),
+          first_query_(r),
+          queries_(count),
+          masks_(variant.has_masks() || variant.row().keys == 0),
+          scale_(variant.score_scale()) {
         for (int n = 0; n < N; ++n) {
             row_max_[n] = Vector<A>{} - kInfinity;
             row_sum_[n] = Vector<A>{};
         }
         if (masks_) find_ranges(r, count);
+        if (variant_.has_sinks()) begin_with_sinks(r, count);
+        if (variant_.dropout().some) begin_dropout(r, count);
     }
 
     // The columns that at least one of the queries sees, rounded outwards to panels and vectors.
@@ -30,21 +37,28 @@ class ScoreLanes {
     // The scores of keys [j, j + count) become probabilities, as operands of sums over keys, in their place. Returns
     // whether the sums over earlier keys are to be multiplied by `rescale`.
     bool scores_to_probs(int64_t j, int64_t count, A* scores) {
+        if (variant_.adjusts()) variant_.adjust(scores, count * kQueries);
+        if (bias_) bias_->template add<N>(first_query_, queries_, j, count, scores);
+        bool rescales = false;
         if (variant_.is_softmax()) {
             mask(j, count, scores, -kInfinity);
-            return softmax(count, scores);
+            rescales = softmax(count, scores);
+        } else {
+            variant_.map(scores, count * kQueries);
+            mask(j, count, scores, A(0));
+            pair_keys(count, scores);
         }
-        variant_.map(scores, count * kQueries);
-        mask(j, count, scores, A(0));
-        pair_keys(count, scores);
-        return false;
+        if (variant_.dropout().some) drop(j, count, scores);
+        if (variant_.dropout().all) fill(scores, operands<X>(count) * kQueries, A(0));
+        return rescales;
     }
     const A* rescale() const { return rescale_; }
 
     // After the last block: the factor of each query's sums, and its log-sum-exp.
     void inv_row_sums(A* to) {
         for (int n = 0; n < N; ++n) {
-            if (masks_) row_sum_[n] += load_vector(fully_masked_ + n * W);
+            // A query that sees no key, and has no sink, or one of -inf.
+            if (masks_) row_sum_[n] += row_max_[n] == -kInfinity ? load_vector(fully_masked_ + n * W) : Vector<A>{};
             store_vector(to + n * W, A(1) / row_sum_[n]);
         }
     }
@@ -69,6 +83,7 @@ class ScoreLanes {
             prefix_[i] = range.prefix;
             first_[i] = range.first;
             last_[i] = range.last;
+            own_[i] = range.own;
             fully_masked_[i] = range.fully_masked() ? A(1) : A(0);
             all_prefix_ = min(all_prefix_, range.prefix);
             all_first_ = max(all_first_, range.first);
@@ -85,11 +100,12 @@ class ScoreLanes {
     // Sets scores that their query does not see to `masked`.
     void mask(int64_t j, int64_t count, A* scores, A masked) const {
         if (!masks_ || visible_to_all(j, j + count)) return;
-        Vector<Index> prefix[N], first[N], last[N];
+        Vector<Index> prefix[N], first[N], last[N], own[N];
         for (int n = 0; n < N; ++n) {
             prefix[n] = relative(prefix_ + n * W, j, count);
             first[n] = relative(first_ + n * W, j, count);
             last[n] = relative(last_ + n * W, j, count);
+            own[n] = relative(own_ + n * W, j, count, -1);
         }
         const Vector<A> all_masked = Vector<A>{} + masked;
         for (int64_t k = 0; k < count; ++k) {
@@ -97,16 +113,59 @@ class ScoreLanes {
             const Vector<Index> key = Vector<Index>{} + static_cast<Index>(k);
             for (int n = 0; n < N; ++n) {
                 A* s = scores + k * kQueries + n * W;
-                const auto visible = (key < prefix[n]) | ((key >= first[n]) & (key < last[n]));
+                const auto visible = (key < prefix[n]) | ((key >= first[n]) & (key < last[n])) | (key == own[n]);
                 store_vector(s, visible ? load_vector(s) : all_masked);
             }
         }
     }
-    // Bounds of keys, counted from key j on and clamped to [0, count].
-    static Vector<Index> relative(const int64_t* bounds, int64_t j, int64_t count) {
+    // Bounds of keys, counted from key j on and clamped to [least, count].
+    static Vector<Index> relative(const int64_t* bounds, int64_t j, int64_t count, int64_t least = 0) {
         Index to[W];
-        for (int64_t i = 0; i < W; ++i) to[i] = static_cast<Index>(min(max(bounds[i] - j, 0), count));
+        for (int64_t i = 0; i < W; ++i) to[i] = static_cast<Index>(min(max(bounds[i] - j, least), count));
         return load_vector(to);
+    }
+
+    // Queries of a tile, of which the last one is repeated.
+    void begin_with_sinks(int64_t r, int64_t count) {
+        for (int n = 0; n < N; ++n) {
+            for (int64_t lane = 0; lane < W; ++lane)
+                row_max_[n][lane] = variant_.sink(r + min(n * W + lane, count - 1));
+            row_sum_[n] = Vector<A>{} + exp2_of<A>(-variant_.headroom());
+        }
+    }
+    void begin_dropout(int64_t r, int64_t count) {
+        const Philox philox(variant_.dropout());
+        for (int n = 0; n < N; ++n) {
+            const auto query = [&](int64_t lane) { return r + min(n * W + lane, count - 1); };
+            dropout_[n].set(
+                philox, [&](int64_t lane) { return variant_.query_number(query(lane)); },
+                [&](int64_t lane) { return variant_.row().head(query(lane)); });
+        }
+    }
+
+    // Probabilities of dropped weights become 0: operands of them, bit by bit.
+    void drop(int64_t j, int64_t count, A* probs) const {
+        using Bits = WordsOf<A>;
+        const Philox philox(variant_.dropout());
+        const Bits below = Bits{} + variant_.dropout().below;
+        const int64_t first = j + variant_.dropout().skipped;
+        for (int64_t block = first / 4; 4 * block < first + count; ++block)
+            for (int n = 0; n < N; ++n) {
+                Bits words[4];
+                dropout_[n].words(philox, block, words);
+                for (int64_t i = 0, k = 4 * block - first; i < 4; ++i, ++k) {
+                    if (k < 0 || k >= count) continue;
+                    A* prob = probs + k / kNumbers<X> * kQueries + n * W;
+                    Bits bits;
+                    std::memcpy(&bits, prob, sizeof bits);
+                    // Of a pair, the first number lies in the low half.
+                    const Bits gone = Bits{} + (kNumbers<X> == 1 ? Bits{}[0]
+                                                : k % 2 == 0     ? ~Bits{}[0] << 16
+                                                                 : ~Bits{}[0] >> 16);
+                    bits = words[i] >= below ? bits : bits & gone;
+                    std::memcpy(prob, &bits, sizeof bits);
+                }
+            }
     }
 
     bool softmax(int64_t count, A* scores) {
@@ -198,12 +257,15 @@ class ScoreLanes {
     static constexpr A kLog2OfE = 1.44269504088896340736;
 
     const ScoreVariant<T>& variant_;
+    const LaneBias<A>* bias_;
+    const int64_t first_query_, queries_;
     const bool masks_;
     const A scale_;
     Vector<A> row_max_[N], row_sum_[N];
     A rescale_[kQueries];
+    QueryDropout<A> dropout_[N];
     // Where there are masks: the keys that each query sees, and bounds of those that all see.
-    int64_t prefix_[kQueries], first_[kQueries], last_[kQueries];
+    int64_t prefix_[kQueries], first_[kQueries], last_[kQueries], own_[kQueries];
     A fully_masked_[kQueries];
     int64_t all_prefix_ = INT64_MAX, all_first_ = 0, all_last_ = INT64_MAX;
     ColumnRanges columns_;

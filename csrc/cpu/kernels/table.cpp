@@ -4,7 +4,6 @@
 #include "cpu/kernels/attention_backward.h"
 #include "cpu/kernels/attention_forward.h"
 #include "cpu/kernels/folded_pooling.h"
-#include "cpu/kernels/fused_linear.h"
 #include "cpu/kernels/jagged_softmax.h"
 #include "cpu/kernels/jagged_weighted_sum.h"
 #include "cpu/kernels/personalized_ffn.h"
@@ -30,13 +29,6 @@ constexpr Kernels kernels_of() {
             &Ffn<T>::backward,
             &Rotary<T>::memory,
             &Rotary<T>::run,
-            &FusedLinear<T>::packed_bytes,
-            &FusedLinear<T>::pack,
-            &FusedLinear<T>::memory,
-            &FusedLinear<T>::sums_bytes,
-            &FusedLinear<T>::forward,
-            &FusedLinear<T>::backward,
-            &FusedLinear<T>::add_sums,
             &Softmax<T>::memory,
             &Softmax<T>::forward,
             &Softmax<T>::backward,
