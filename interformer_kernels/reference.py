@@ -138,6 +138,7 @@ def attend(
     s = maps.scale * torch.einsum("bnhd,blhd->bnhl", q, k)
     visible = visible[:, :, None, :]
     if scores.softcap:
+        s = s.where(visible, 0)  # hidden scores may hold anything, and tanh has a gradient
         s = scores.softcap * torch.tanh(s / scores.softcap)
     if scores.bias is not None:
         s = s + scores.bias.to(s.dtype)

@@ -80,7 +80,7 @@ def test_dropout_is_replayed_in_plain_python(seed: int) -> None:
     found = Dropout(0.3, torch.tensor(seed)).factors(queries, keys, 3)
     for b, i, head, at in itertools.product(range(2), range(2), range(3), range(9)):
         wanted = _factor(seed, 0.3, int(queries[b, i]), head, int(keys[at]))
-        assert found[b, i, head, at] == pytest.approx(wanted, rel=1e-15)
+        assert float(found[b, i, head, at]) == pytest.approx(wanted, rel=1e-15)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
