@@ -3,8 +3,8 @@
 // bindings include this file.
 //
 // A call is served where all tensors are plain, dense and on the CPU, every option has the kind that it is declared
-// with, none is a tensor of the variant, and the contents of offsets are right where they are to be validated. Any other
-// call is declined with None, before anything is computed: the long way serves it, or says what is wrong with it.
+// with, none is a tensor of the variant, and the contents of offsets are right where they are to be validated. Any
+// other call is declined with None, before anything is computed: the long way serves it, or says what is wrong with it.
 #pragma once
 
 #include <pybind11/pybind11.h>
