@@ -22,7 +22,7 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 _MOST_CHANNELS = {"cuda": 256}
 # Options of attention that a backend does not serve yet, in the order of `AttentionCall`.
 _OPTIONS = ("prefix", "full_tail", "num_targets", "softcap", "sinks", "position_bias", "time_bias", "dropout_p")
-UNSERVED: dict[str, tuple[str, ...]] = {"cpu": (), "triton": _OPTIONS[5:-1], "cuda": _OPTIONS}
+UNSERVED: dict[str, tuple[str, ...]] = {"cpu": (), "triton": _OPTIONS[5:-1], "cuda": ()}
 _DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # Backends that `backend=None` tries on a device, fastest first; the reference serves all other calls.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}

@@ -1,5 +1,6 @@
 #include "common/attention_call.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -216,6 +217,21 @@ void check_lse_gradient(const Checks& check, const AttentionInputs& in, const At
     if (!in.variant.score.softmax) check.refuse("grad_lse", "None without softmax", describe(*grads.grad_lse));
 }
 
+namespace {
+
+// A gradient whose tokens may lie apart, as they do in a slice of one tensor of three.
+void check_token_gradient(const Checks& check, const char* argument, const TensorView& view, const char* name,
+                          const TensorView& model) {
+    check.like(argument, view, name, model);
+    TensorView token = view;
+    token.axes = view.axes - 1;
+    std::copy_n(view.shape + 1, token.axes, token.shape);
+    std::copy_n(view.strides + 1, token.axes, token.strides);
+    if (view.shape[0] > 0) check.contiguous(argument, token);
+}
+
+}  // namespace
+
 void check_gradients(const Checks& check, const AttentionInputs& in, const AttentionGradients& grads) {
     const DType dtype = in.k.dtype;
     check_like_output(check, in, "grad_out", grads.grad_out, dtype, value_axis(in));
@@ -224,9 +240,12 @@ void check_gradients(const Checks& check, const AttentionInputs& in, const Atten
         check.tensor("grad_q", grads.grad_q, accumulation_dtype(dtype), {{"M", q[0]}, {"H", q[1]}, {"D", q[2]}});
         check.contiguous("grad_q", grads.grad_q);
     } else {
-        check.gradient("grad_q", grads.grad_q, "q", in.q);
+        check_token_gradient(check, "grad_q", grads.grad_q, "q", in.q);
     }
-    check_key_gradients(check, in, grads);
+    check_token_gradient(check, "grad_k", grads.grad_k, "k", in.k);
+    check_pair(check, "grad_v", in.v.has_value(), grads.grad_v);
+    if (in.v) check_token_gradient(check, "grad_v", *grads.grad_v, "v", *in.v);
+    check_variant_gradients(check, in, grads.variant);
     check_lse_gradient(check, in, grads);
     check_pair(check, "attn_out", in.gate.has_value(), grads.attn_out);
     check_pair(check, "grad_gate", in.gate.has_value(), grads.grad_gate);

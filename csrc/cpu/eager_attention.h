@@ -68,9 +68,20 @@ class EagerAttention {
         grads.grad_lse = view_.optional("grad_lse", grad_lse);
         if (in_.gate) grads.attn_out = view_.optional("attn_out", attn_out);
         const bool summed = in_.layout == QueryLayout::shared;
-        const py::object none = py::none(), grad_q = empty(shape_of(in_.q), grads.grad_q, summed);
-        const py::object grad_k = empty(shape_of(in_.k), grads.grad_k);
-        const py::object grad_v = in_.v ? empty(shape_of(*in_.v), grads.grad_v.emplace()) : none;
+        const py::object none = py::none();
+        py::object grad_q, grad_k, grad_v = none;
+        if (side_by_side()) {
+            TensorView whole;
+            const int64_t* shape = in_.q.shape;
+            const py::tuple slices = empty({shape[0], 3, shape[1], shape[2]}, whole).attr("unbind")(1);
+            view_.fill(grads.grad_q, "grad_q", grad_q = slices[0]);
+            view_.fill(grads.grad_k, "grad_k", grad_k = slices[1]);
+            view_.fill(grads.grad_v.emplace(), "grad_v", grad_v = slices[2]);
+        } else {
+            grad_q = empty(shape_of(in_.q), grads.grad_q, summed);
+            grad_k = empty(shape_of(in_.k), grads.grad_k);
+            if (in_.v) grad_v = empty(shape_of(*in_.v), grads.grad_v.emplace());
+        }
         py::object grad_gate = none;
         if (in_.gate) {
             grad_gate = empty(gate_shape_, grads.grad_gate.emplace(), true);
@@ -93,6 +104,20 @@ class EagerAttention {
         shape.back() = value_axis(in_).size;
         if (in_.layout == QueryLayout::shared) shape.insert(shape.begin(), in_.kv_offsets.shape[0] - 1);
         return shape;
+    }
+
+    // Whether q, k and v are the three slices of one tensor [T, 3, H, D]: so are their gradients then, and whoever
+    // split it need not copy them to put them together (ops/slices.py).
+    bool side_by_side() const {
+        const TensorView &q = in_.q, &k = in_.k;
+        if (in_.layout != QueryLayout::packed || !in_.v || q.axes != 3) return false;
+        const int64_t slice = q.shape[1] * q.shape[2], bytes = slice * q.raw_type.bits / 8;
+        const auto is_slice = [&](const TensorView& x, int64_t number) {
+            return std::equal(x.shape, x.shape + 3, q.shape) && x.strides[0] == 3 * slice &&
+                   x.strides[1] == q.shape[2] && x.strides[2] == 1 &&
+                   static_cast<char*>(x.data) == static_cast<char*>(q.data) + number * bytes;
+        };
+        return slice > 0 && is_slice(q, 0) && is_slice(k, 1) && is_slice(*in_.v, 2);
     }
 
     // `x` with leading axes of size 1.
@@ -128,6 +153,10 @@ class EagerAttention {
         };
         check_offsets("kv_offsets", in_.kv_offsets, in_.k);
         if (in_.q_offsets) check_offsets("q_offsets", *in_.q_offsets, in_.q);
+        if (!in_.cos) return;
+        if (in_.q_offsets || in_.positions_q || in_.positions_k) check_.refuse("cos", "without positions", "others");
+        if (Rows(in_.kv_offsets, in_.k.shape[0]).longest() > in_.cos->shape[0])
+            check_.refuse("kv_offsets", "of rows as long as the tables at most", "longer ones");
     }
 
     // A new tensor like q, or of the accumulation type, and its view.

@@ -57,8 +57,14 @@ Rows::Rows(const TensorView& offsets, int64_t total, int64_t skip) : total_(tota
 void zero_gaps(const Rows& rows, const TensorView& x) {
     int64_t token = x.dtype == DType::float64 ? 8 : x.dtype == DType::float32 ? 4 : 2;  // bytes
     for (int axis = 1; axis < x.axes; ++axis) token *= x.shape[axis];
+    const int64_t stride = x.strides[0] * x.raw_type.bits / 8;
+    char* const data = static_cast<char*>(x.data);
     rows.for_gaps([&](int64_t begin, int64_t end) {
-        std::memset(static_cast<char*>(x.data) + begin * token, 0, static_cast<size_t>((end - begin) * token));
+        if (stride == token) {
+            std::memset(data + begin * token, 0, static_cast<size_t>((end - begin) * token));
+        } else {
+            for (int64_t t = begin; t < end; ++t) std::memset(data + t * stride, 0, static_cast<size_t>(token));
+        }
     });
 }
 

@@ -44,7 +44,7 @@ class Rows {
     bool ordered_ = true;
 };
 
-// Zeroes the tokens of a dense packed tensor that no row holds.
+// Zeroes the tokens of a packed tensor that no row holds; each token is dense.
 void zero_gaps(const Rows& rows, const TensorView& x);
 
 // Row groups of a call without sums over rows: enough to balance threads, too few for their overhead to show.

@@ -103,6 +103,73 @@ __device__ inline void map_rolled(AccTile (&acc)[N], float2* scratch, Map&& map)
         });
 }
 
+// Calls `map(half, column, number)` for each number in such a loop, one at a time: it takes the fewest registers.
+template <int N, typename Map>
+__device__ inline void map_each(AccTile (&acc)[N], float2* scratch, Map&& map) {
+    const int lane_column = lane_index() % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 4 * N; ++i) {
+        const float* pair = acc[i / 4].values[i / 2 % 2] + i % 2 * 2;
+        scratch[i * kWarp] = make_float2(pair[0], pair[1]);
+    }
+#pragma unroll 1
+    for (int i = 0; i < 8 * N; ++i) {
+        float& x = reinterpret_cast<float*>(scratch + i / 2 * kWarp)[i % 2];
+        x = map(i / 2 % 2, i / 4 * 8 + lane_column + i % 2, x);
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * N; ++i) {
+        const float2 pair = scratch[i * kWarp];
+        float* to = acc[i / 4].values[i / 2 % 2] + i % 2 * 2;
+        to[0] = pair.x, to[1] = pair.y;
+    }
+}
+// Calls `map(half, column, numbers)` for neighbours, in columns `column` and the next, in such a loop.
+template <int N, typename Map>
+__device__ inline void map_neighbours(AccTile (&acc)[N], float2* scratch, Map&& map) {
+    const int lane_column = lane_index() % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 4 * N; ++i) {
+        const float* pair = acc[i / 4].values[i / 2 % 2] + i % 2 * 2;
+        scratch[i * kWarp] = make_float2(pair[0], pair[1]);
+    }
+#pragma unroll 1
+    for (int i = 0; i < 4 * N; ++i) {
+        const float2 pair = scratch[i * kWarp];
+        float x[2] = {pair.x, pair.y};
+        map(i % 2, i / 2 * 8 + lane_column, x);
+        scratch[i * kWarp] = make_float2(x[0], x[1]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * N; ++i) {
+        const float2 pair = scratch[i * kWarp];
+        float* to = acc[i / 4].values[i / 2 % 2] + i % 2 * 2;
+        to[0] = pair.x, to[1] = pair.y;
+    }
+}
+// The same for two such rows of tiles, `map(half, column, first, second)`.
+template <int N, typename Map>
+__device__ inline void map_neighbours(AccTile (&first)[N], AccTile (&second)[N], float2* scratch, Map&& map) {
+    const int lane_column = lane_index() % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 8 * N; ++i)
+        scratch[i * kWarp] = make_float2(first[i / 8].values[i / 4 % 2][i % 4], second[i / 8].values[i / 4 % 2][i % 4]);
+#pragma unroll 1
+    for (int i = 0; i < 8 * N; i += 2) {
+        const float2 left = scratch[i * kWarp], right = scratch[(i + 1) * kWarp];
+        float x[2] = {left.x, right.x}, y[2] = {left.y, right.y};
+        map(i / 2 % 2, i / 4 * 8 + lane_column, x, y);
+        scratch[i * kWarp] = make_float2(x[0], y[0]);
+        scratch[(i + 1) * kWarp] = make_float2(x[1], y[1]);
+    }
+#pragma unroll
+    for (int i = 0; i < 8 * N; ++i) {
+        const float2 pair = scratch[i * kWarp];
+        first[i / 8].values[i / 4 % 2][i % 4] = pair.x;
+        second[i / 8].values[i / 4 % 2][i % 4] = pair.y;
+    }
+}
+
 // ---------------------------------------------------------------- reductions over lanes
 
 // The same number, by way of a shuffle: the compiler cannot see how it is made, and keeps it in a register, where it

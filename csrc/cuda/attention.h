@@ -45,6 +45,8 @@ struct BackwardWorkspace {
     std::optional<TensorView> delta, inv_row_sum;  // see attention_gradient.cuh
     // The gradient of A, of the output's shape and dtype; present only with a gate, or a factor of probabilities.
     std::optional<TensorView> grad_attn_out;
+    // Sums of workers for the gradients of sinks, [workers, H, 1], and of bias tables, [workers, H, entries]; float32.
+    std::optional<TensorView> sink_sums, position_sums, time_sums;
     int64_t gate_block;  // tokens that a broadcast gate's gradient is summed over; 1: it is not
     int64_t key_shards;  // shards of a row's keys that gradients of shared queries are summed over; else 1
     SplitKv splits;
@@ -78,6 +80,9 @@ void read(Reader& next, BackwardWorkspace& workspace) {
     next.optional("delta", workspace.delta);
     next.optional("inv_row_sum", workspace.inv_row_sum);
     next.optional("grad_attn_out", workspace.grad_attn_out);
+    next.optional("sink_sums", workspace.sink_sums);
+    next.optional("position_sums", workspace.position_sums);
+    next.optional("time_sums", workspace.time_sums);
     workspace.gate_block = next.integer("gate_block");
     workspace.key_shards = next.integer("key_shards");
     read(next, workspace.splits);
@@ -122,6 +127,8 @@ void query_stats_backward(const Backward& call);
 void queries_backward(const Backward& call);
 // dK and dV.
 void keys_backward(const Backward& call);
+// Gradients of sinks and bias tables.
+void tables_backward(const Backward& call);
 
 }  // namespace cuda
 }  // namespace interformer

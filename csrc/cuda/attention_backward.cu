@@ -139,6 +139,7 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
     query_stats_backward(call);
     queries_backward(call);
     keys_backward(call);
+    tables_backward(call);
 }
 
 }  // namespace cuda

@@ -79,6 +79,29 @@ void check_scheduler(const Checks& check, const TensorView& scheduler) {
     check.contiguous("scheduler", scheduler);
 }
 
+// Sums of workers for the gradient of a table of so many entries; present where the table is.
+void check_worker_sums(const Checks& check, const AttentionInputs& in, const char* argument,
+                       const std::optional<TensorView>& sums, const std::optional<TensorView>& table, int64_t entries) {
+    check_pair(check, argument, table.has_value(), sums);
+    if (!sums) return;
+    check.tensor(argument, *sums, DType::float32,
+                 {{"workers"}, {"H", in.q.shape[in.q.axes - 2]}, {"entries", entries}});
+    check.contiguous(argument, *sums);
+    if (sums->shape[0] < 1) check.refuse(argument, "of at least one worker", describe(*sums));
+}
+
+void check_tables(const Checks& check, const AttentionInputs& in, const BackwardWorkspace& workspace) {
+    const VariantTensors& tables = in.variant_tensors;
+    const auto entries = [](const std::optional<TensorView>& table) { return table ? table->shape[1] : 0; };
+    check_worker_sums(check, in, "sink_sums", workspace.sink_sums, tables.sinks, 1);
+    check_worker_sums(check, in, "position_sums", workspace.position_sums, tables.position_bias,
+                      entries(tables.position_bias));
+    check_worker_sums(check, in, "time_sums", workspace.time_sums, tables.time_bias, entries(tables.time_bias));
+    for (const auto* table : {&tables.position_bias, &tables.time_bias})
+        if (*table && ((*table)->shape[1] > INT32_MAX / 2))
+            check.refuse("position_bias", "of fewer entries", describe(**table));
+}
+
 void check_gate_gradient(const Checks& check, const AttentionInputs& in, const TensorView& grad, int64_t block) {
     check.contiguous("grad_gate", grad);
     const Axis last{"Dv or 1", grad.axes > 0 && grad.shape[grad.axes - 1] == 1 ? 1 : value_axis(in).size};
@@ -131,6 +154,7 @@ void check_backward(const Checks& check, const AttentionInputs& in, const Attent
     check_query_gradient(check, in, grads.grad_q, workspace.key_shards);
     check_splits(check, in, workspace.splits, {"D", in.k.shape[2]}, in.layout != QueryLayout::shared, softmax);
     check_key_gradients(check, in, grads);
+    check_tables(check, in, workspace);
     check_lse_gradient(check, in, grads);
     if (grads.grad_lse) check.contiguous("grad_lse", *grads.grad_lse);
     check_pair(check, "attn_out", gated, grads.attn_out);

@@ -1,8 +1,10 @@
 // Forward of the attention kernels: an online softmax, or a plain sum, over the keys of a row or of one split of them.
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
 #include "cuda/attention.h"
+#include "cuda/attention_option_scores.cuh"
 #include "cuda/attention_output.cuh"
 #include "cuda/attention_plan.cuh"
 #include "cuda/attention_split_kv.cuh"
@@ -31,29 +33,39 @@ constexpr bool kKeepsAddresses = sizeof(T) == 2;
 
 template <typename T>
 __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
-    return {false, !p.variant.kind.softmax, false};
+    return {false, p.maps_in_memory(), false, p.options.any};
 }
 
+// Channels for which a warp holds accumulators. Options take registers that exact float32 products of the widest heads
+// lack: there an item is a half of the channels.
+template <typename T, int WIDTH, bool OPTIONS>
+constexpr int kChannelChunk = OPTIONS && std::is_same_v<T, float> ? std::min(WIDTH, 128) : WIDTH;
+
 // Products of a tile of keys become probabilities; accumulators so far are to be multiplied by `alpha`.
-template <typename T, int N>
-__device__ void map_scores(const AttentionProblem<T>& p, AccTile (&s)[N], const ScoresByQuery<Query>& at,
-                           float prob_scale, float2* scratch, OnlineSoftmax& softmax, float (&alpha)[2]) {
-    if (p.variant.kind.softmax) return online_softmax_update(p.variant, s, prob_scale, softmax, alpha, at);
-    scores_to_probs(p.variant, s, scratch, at);
+template <typename T, int N, typename Places>
+__device__ void map_scores(const AttentionProblem<T>& p, AccTile (&s)[N], const Places& at, float prob_scale,
+                           float2* scratch, OnlineSoftmax& softmax, float (&alpha)[2]) {
+    if (p.variant.kind.softmax) {
+        order_scores(p, s, scratch, at);
+        online_softmax_update(p.variant, s, prob_scale, softmax, alpha, at);
+        drop_probs(p, s, scratch, at);
+        return;
+    }
+    pointwise_probs(p, s, scratch, at);
     alpha[0] = alpha[1] = 1.0f;
 }
 
 // One more tile of keys, or its first part, into a warp's accumulators: 16 N keys from `first` on.
-template <int N, typename T, int WIDTH, int C>
+template <int N, typename T, int WIDTH, typename Places, int C>
 __device__ void attend_keys(const AttentionProblem<T>& p, const AttentionMemory<T, WIDTH>& memory, int stage,
-                            const ScoresByQuery<Query>& at, float prob_scale, OnlineSoftmax& softmax,
-                            AccTile (&acc)[C]) {
+                            const Places& at, float prob_scale, OnlineSoftmax& softmax, AccTile (&acc)[C],
+                            int first_channel) {
     AccTile s[N];
     float alpha[2];
     multiply_rows(s, memory.stationary[0], memory.streamed[2 * stage], 0, p.channels);
     map_scores(p, s, at, prob_scale, memory.scratch, softmax, alpha);
     for_each(acc, [&](int half, int, float& x) { x *= alpha[half]; });
-    multiply_accumulate(acc, s, memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], 0, 0);
+    multiply_accumulate(acc, s, memory.streamed[2 * stage + (p.v_is_k ? 0 : 1)], 0, first_channel);
 }
 
 // Negates a warp's stationary tile of 16-bit numbers, once its copies have landed.
@@ -73,9 +85,10 @@ __device__ float* staged_stats(const AttentionMemory<T, WIDTH>& memory, int row)
 }
 
 // Writes a warp's results, several queries at once: outputs, or the partial of a split.
-template <typename T, int WIDTH>
-__device__ void write_results(const ForwardArguments<T>& f, const Task& task, const PackedRows& rows,
-                              const AttentionMemory<T, WIDTH>& memory, const OnlineSoftmax& softmax) {
+template <int CHUNK, typename T, int WIDTH, typename RowMasks>
+__device__ void write_results(const ForwardArguments<T>& f, const Task& task, const RowMasks& masks,
+                              const PackedRows& rows, const AttentionMemory<T, WIDTH>& memory,
+                              const OnlineSoftmax& softmax, int first_channel) {
     const AttentionProblem<T>& p = f.problem;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -87,16 +100,17 @@ __device__ void write_results(const ForwardArguments<T>& f, const Task& task, co
     }
     __syncwarp();
     const float prob_scale = prob_scale_for<T>(task.keys.count);
-    for_each_staged(memory, p.value_channels, [&](int r, int c, const Four& sums) {
+    for_each_staged(memory, min(p.value_channels - first_channel, CHUNK), [&](int r, int channel, Four sums) {
+        const int c = first_channel + channel;
         const PackedRow query = rows[r];
         if (query.token >= task.queries.count) return;
         const float* staged = staged_stats(memory, r);
         RowStats stats{staged[0], staged[1], prob_scale};
         if (task.partial < 0) {
             const OutputPlace at(task.queries, query, p.heads, task.queries.row < p.kv_offsets.rows);
-            const KeyRange range = p.variant.masks.key_range(query.token, task.queries.count, task.keys.count);
-            if (p.variant.kind.softmax && !range.fully_masked()) stats.nan_if_zero();
             stats.row_max = p.variant.max_score(stats.row_max);
+            if (p.sinks != nullptr && at.in_row) scale(sums, stats.add_sink(p.sinks[query.head]));
+            if (p.variant.kind.softmax && !masks.key_range(query.token).fully_masked()) stats.nan_if_zero();
             write_outputs(f.epilogue, at, c, p.value_channels, stats, sums);
             if (c == 0) write_lse(f.epilogue, at, stats);
             return;
@@ -111,19 +125,21 @@ __device__ void write_results(const ForwardArguments<T>& f, const Task& task, co
 }
 
 // 16 queries for each warp, over the keys of their row or one split of them.
-template <typename T, int WIDTH>
+template <typename T, int WIDTH, bool OPTIONS>
 __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group) {
     using Tiles = AttentionTiles<T, WIDTH>;
     const AttentionProblem<T>& p = f.problem;
-    const int kv_head = group.index_in_slot();
+    constexpr int kChunk = kChannelChunk<T, WIDTH, OPTIONS>, kChunks = WIDTH / kChunk;
+    const int kv_head = group.index_in_slot() / kChunks, first_channel = group.index_in_slot() % kChunks * kChunk;
     const Task task = task_of(p, f.partials, group);
     if (task.idle) return;
     const Keys keys = task.keys;
 
     const PackedRows group_rows(task.begin, kv_head, p.q_per_kv);
     const PackedRows rows(task.begin + group.warp * kStationary, kv_head, p.q_per_kv);
-    const TileRange tiles = task.key_tiles(p, group_rows, group.rows(), Tiles::kStreamed, f.partials.split_kv);
-    const TileRange warp_tiles = task.key_tiles(p, rows, kStationary, Tiles::kStreamed, f.partials.split_kv);
+    const auto masks = task.template masks<OPTIONS>(p);
+    const auto tiles = task.key_tiles(masks, group_rows, group.rows(), Tiles::kStreamed, f.partials.split_kv);
+    const auto warp_tiles = task.key_tiles(masks, rows, kStationary, Tiles::kStreamed, f.partials.split_kv);
 
     const SharedLayout layout = SharedLayout::of<T, WIDTH>(group.warps, f.plan.stages, contents_of(p));
     const AttentionMemory<T, WIDTH> memory(group, layout);
@@ -131,14 +147,14 @@ __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group
     cp_async_commit();
     if (p.rope.inside.queries) rotate_stationary(memory.stationary[0], rotary_queries(p, task.queries, rows));
     if (p.variant.negates_queries()) negate(memory.stationary[0]);
-    const KeyRange common = common_range(p, rows, task.queries.count, keys.count);
-    const LaneQueries<Query> queries(
-        rows, common, [&](const PackedRow& row) { return p.variant.query(row, task.queries.count, keys.count); });
+    using OneQuery = Query<KeysOf<OPTIONS>>;
+    const LaneQueries<OneQuery> queries(rows, common_range<T>(masks, rows),
+                                        [&](const PackedRow& row) { return OneQuery{masks.key_range(row.token)}; });
 
-    AccTile acc[WIDTH / 16];
+    AccTile acc[kChunk / 16];
     OnlineSoftmax softmax;
     const float prob_scale = prob_scale_for<T>(keys.count);
-    const auto copy = copy_of_keys<kKeepsAddresses<T>>(p, memory, group.threads, keys, kv_head);
+    const auto copy = copy_of_keys < kKeepsAddresses<T> && !OPTIONS > (p, memory, group.threads, keys, kv_head);
     for_each_tile(
         group, tiles, f.plan.stages,
         [&](int tile, int stage) { copy.start(stage, tile, keys.count - tile * Tiles::kStreamed); },
@@ -147,8 +163,8 @@ __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group
             if (!warp_tiles.contains(tile)) return;
             const int first = tile * Tiles::kStreamed, count = keys.count - first;
             const auto attend = [&](auto blocks) {
-                const ScoresByQuery<Query> at = queries.scores(first, 16 * blocks.value);
-                attend_keys<blocks.value>(p, memory, stage, at, prob_scale, softmax, acc);
+                const auto at = places_of(queries.scores(first, 16 * blocks.value), rows, masks);
+                attend_keys<blocks.value>(p, memory, stage, at, prob_scale, softmax, acc, first_channel);
             };
             // The first part alone where a tile has no more keys: the others would add zeros.
             if (Tiles::kPart == Tiles::kStreamed || count > Tiles::kPart)
@@ -159,13 +175,20 @@ __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group
     cp_async_wait<0>();
     group.sync();
     stage_results(memory, acc, p.outer_scale);
-    write_results(f, task, rows, memory, softmax);
+    write_results<kChunk>(f, task, masks, rows, memory, softmax, first_channel);
 }
 
 template <typename T, int WIDTH>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, blocks_for(WIDTH))
     attend(const __grid_constant__ ForwardArguments<T> f) {
-    for_each_item<kPersistent<T, WIDTH>>(f.plan, [&](const TileGroup& group) { attend_tile<T, WIDTH>(f, group); });
+    for_each_item<kPersistent<T, WIDTH>>(f.plan,
+                                         [&](const TileGroup& group) { attend_tile<T, WIDTH, false>(f, group); });
+}
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kOptionBlocks)
+    attend_with_options(const __grid_constant__ ForwardArguments<T> f) {
+    for_each_item<kPersistent<T, WIDTH>>(f.plan,
+                                         [&](const TileGroup& group) { attend_tile<T, WIDTH, true>(f, group); });
 }
 
 // ---------------------------------------------------------------- split rows
@@ -188,9 +211,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) combine_partials(const __gri
     };
     if (softmax)
         for (int i = 0; i < item.num_splits; ++i) stats.row_sum += partial_stats[2 * item.at(i) + 1] * alpha(i);
-    if (softmax) stats.nan_if_zero();
-    stats.row_max = p.variant.max_score(stats.row_max);
     const PackedRow query{item.query / p.heads, item.query % p.heads};
+    stats.row_max = p.variant.max_score(stats.row_max);
+    const float sink_factor = p.sinks != nullptr ? stats.add_sink(p.sinks[query.head]) : 1.0f;
+    if (softmax) stats.nan_if_zero();
     const OutputPlace place(p.queries_of(item.row), query, p.heads, true);
     if (lane_index() == 0) write_lse(f.epilogue, place, stats);
     const bool aligned = p.value_channels % 4 == 0;
@@ -203,6 +227,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) combine_partials(const __gri
 #pragma unroll
             for (int j = 0; j < 4; ++j) sums.values[j] += split.values[j] * factor;
         }
+        scale(sums, sink_factor);
         write_outputs(f.epilogue, place, c, p.value_channels, stats, sums);
     }
 }
@@ -215,7 +240,13 @@ void start_attend(ForwardArguments<T>& f, const TensorView& scheduler, const Str
     f.plan = plan_of<T, WIDTH>({p.mean_packed_rows(), p.mean_keys(), contents_of(p)});
     f.plan.slots = slots_of(p, f.partials, p.rows(), f.plan.rows());
     f.plan.items_per_slot = p.kv_heads;
-    start_query_groups<kPersistent<T, WIDTH>>(attend<T, WIDTH>, f, scheduler, stream);
+    void (*kernel)(ForwardArguments<T>) = attend<T, WIDTH>;
+    if constexpr (kServesOptions<WIDTH>)
+        if (p.options.any) {
+            kernel = attend_with_options<T, WIDTH>;
+            f.plan.items_per_slot *= WIDTH / kChannelChunk<T, WIDTH, true>;
+        }
+    start_query_groups<kPersistent<T, WIDTH>>(kernel, f, scheduler, stream);
 }
 
 template <typename T>
@@ -243,7 +274,8 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& to, co
         using T = decltype(element);
         ForwardArguments<T> f{
             AttentionProblem<T>(in, workspace.rotated), epilogue_of<T>(in, to), Partials(workspace.splits), {}};
-        with_width(in, [&](auto width) { start_attend<T, width.value>(f, workspace.scheduler, stream); });
+        with_width(in, f.problem.options,
+                   [&](auto width) { start_attend<T, width.value>(f, workspace.scheduler, stream); });
         start_combine(combine_partials<T>, f, stream);
     });
 }

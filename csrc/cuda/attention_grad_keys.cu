@@ -1,4 +1,5 @@
 // dK and dV of the attention kernels.
+#include <algorithm>
 #include <climits>
 #include <cstdint>
 #include <type_traits>
@@ -20,12 +21,12 @@ struct KeyArguments : BackwardArguments<T> {
 
 template <typename T>
 __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
-    return {true, !p.variant.kind.softmax, true};
+    return {true, p.maps_in_memory(), true, p.options.any};
 }
 
-// Channels for which a warp can hold accumulators; wider heads take several channel chunks.
-template <int WIDTH>
-constexpr int kChannelChunk = WIDTH < 128 ? WIDTH : 128;
+// Channels for which a warp can hold accumulators; wider heads take several channel chunks. Options take registers.
+template <int WIDTH, bool OPTIONS>
+constexpr int kChannelChunk = std::min(WIDTH, OPTIONS ? 64 : 128);
 
 // As `blocks_for`: accumulators of dK and of dV take more registers.
 constexpr int key_blocks_for(int width) {
@@ -49,11 +50,12 @@ struct StationaryKeys {
         return {p.rope, p.rope.positions_k, row.first, PackedRows(begin, 0, 1), 0, count};
     }
     // Tiles of queries that see some of the next `rows` tokens.
-    template <typename T>
-    __device__ TileRange query_tiles(const AttentionProblem<T>& p, const Queries& queries, int rows, int tile) const {
+    template <typename RowMasks>
+    __device__ auto query_tiles(const RowMasks& masks, int rows, int q_per_kv, int tile) const {
         const int first = begin - skip, last = min(begin + rows, row.count) - 1 - skip;
-        if (!in_row || last < 0 || last < first) return {0, 0, 0};
-        return p.variant.masks.query_tiles(first, last, queries.count, row.count - skip, p.q_per_kv, tile);
+        using Tiling = decltype(masks.query_tiles(first, last, q_per_kv, tile));
+        if (!in_row || last < 0 || last < first) return Tiling{};
+        return masks.query_tiles(first, last, q_per_kv, tile);
     }
 };
 
@@ -114,13 +116,13 @@ __device__ void write_gradients(const KeyArguments<T>& g, const AttentionMemory<
 }
 
 // 16 tokens for each warp, over all queries that see them; zero on the tail and on skipped tokens.
-template <typename T, int WIDTH>
+template <typename T, int WIDTH, bool OPTIONS>
 __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
     using Tiles = AttentionTiles<T, WIDTH>;
-    constexpr int kStreamed = Tiles::kStreamed, kChannelChunks = WIDTH / kChannelChunk<WIDTH>;
+    constexpr int kStreamed = Tiles::kStreamed, kChunk = kChannelChunk<WIDTH, OPTIONS>, kChunks = WIDTH / kChunk;
     const AttentionProblem<T>& p = g.problem;
-    const int first = group.index_in_slot() % kChannelChunks * kChannelChunk<WIDTH>;
-    const int kv_head = group.index_in_slot() / kChannelChunks;
+    const int first = group.index_in_slot() % kChunks * kChunk;
+    const int kv_head = group.index_in_slot() / kChunks;
     const Slot slot = g.plan.scheduler.find(p.kv_offsets, group.slot(), 1, group.rows());
     if (slot.begin >= slot.span.count) return;
     const bool in_row = slot.span.row < p.kv_offsets.rows;
@@ -128,11 +130,12 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
     const StationaryKeys group_keys{slot.span, begin, skip, in_row};
     const StationaryKeys keys{slot.span, begin + group.warp * kStationary, skip, in_row};
     const Queries queries = in_row ? p.queries_beside(slot.span) : Queries{};
-    const TileRange tiles = group_keys.query_tiles(p, queries, group.rows(), kStreamed);
-    const TileRange warp_tiles = keys.query_tiles(p, queries, kStationary, kStreamed);
-    // Exact float32 products fill the registers: there every tile is masked.
+    const auto masks = p.template masks_of<OPTIONS>(queries, Keys{slot.span.first + skip, slot.span.count - skip});
+    const auto tiles = group_keys.query_tiles(masks, group.rows(), p.q_per_kv, kStreamed);
+    const auto warp_tiles = keys.query_tiles(masks, kStationary, p.q_per_kv, kStreamed);
+    // Exact float32 products fill the registers: there every tile is masked, as it is with options.
     const int first_key = keys.begin - skip, last_key = first_key + kStationary - 1;
-    const TileRange common = std::is_same_v<T, float>
+    const TileRange common = std::is_same_v<T, float> || OPTIONS
                                  ? TileRange{0, INT_MAX, INT_MAX}
                                  : p.variant.masks.common_query_tiles(first_key, last_key, queries.count,
                                                                       slot.span.count - skip, p.q_per_kv, kStreamed);
@@ -149,7 +152,10 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
     if (p.rope.inside.keys) rotate_stationary(memory.stationary[0], keys.rotary(p));
     const int lane_keys[2] = {keys.key(lane_index() / 4), keys.key(lane_index() / 4 + 8)};
 
-    AccTile acc_k[kChannelChunk<WIDTH> / 16], acc_v[kChannelChunk<WIDTH> / 16];
+    const auto stats_of = [&](int stage) -> auto& {
+        return reinterpret_cast<typename Tiles::template Stats<OPTIONS>*>(memory.query_stats)[stage];
+    };
+    AccTile acc_k[kChunk / 16], acc_v[kChunk / 16];
     const auto copy = copy_of_queries(g, memory, group.threads, queries, kv_head);
     const auto rows_from = [&](int64_t begin) {  // packed rows of the tile that begins there
         return static_cast<int>(min(int64_t{queries.count} * p.q_per_kv - begin, int64_t{kStreamed}));
@@ -162,7 +168,7 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
             const PackedRows rows(begin, kv_head, p.q_per_kv);
             const ThreadGroup threads = group.threads.reread();
             for (int r = threads.rank; r < kStreamed; r += threads.size)
-                memory.query_stats[stage].set(r, g.query_stats(queries, rows[r], slot.span.count - skip));
+                stats_of(stage).set(r, g.query_stats(masks, queries, rows[r]));
         },
         [&](int tile, int stage) {
             const int64_t begin = int64_t{tile} * kStreamed;
@@ -180,8 +186,8 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
                 typename Tiles::Scores s, d;
                 multiply_rows(s, memory.stationary[0], q, row, p.channels);
                 multiply_rows(d, memory.stationary[p.v_is_k ? 0 : 1], grad, row, p.value_channels);
-                const ScoresByKey<kStreamed> at{memory.query_stats[stage], row, lane_keys, all_seen};
-                scores_backward(p.variant, s, d, memory.scratch, at);
+                const ScoresByKey<kStreamed, KeysOf<OPTIONS>> at{stats_of(stage), row, lane_keys, all_seen};
+                scores_backward(p, s, d, memory.scratch, places_of(at, PackedRows(begin, kv_head, p.q_per_kv), masks));
                 multiply_accumulate(acc_v, s, grad, row, first);
                 multiply_accumulate(acc_k, d, q, row, first);
             }
@@ -194,7 +200,12 @@ __device__ void grad_tile(const KeyArguments<T>& g, const TileGroup& group) {
 template <typename T, int WIDTH>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, key_blocks_for(WIDTH))
     grad_keys(const __grid_constant__ KeyArguments<T> g) {
-    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { grad_tile<T, WIDTH>(g, group); });
+    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { grad_tile<T, WIDTH, false>(g, group); });
+}
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kOptionBlocks)
+    grad_keys_with_options(const __grid_constant__ KeyArguments<T> g) {
+    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { grad_tile<T, WIDTH, true>(g, group); });
 }
 
 template <typename T, int WIDTH>
@@ -202,10 +213,15 @@ void start_grad_keys(KeyArguments<T>& g, const Backward& call) {
     const AttentionProblem<T>& p = g.problem;
     g.plan = plan_of<T, WIDTH>({p.mean_keys(), p.mean_packed_rows(), contents_of(p)});
     g.plan.slots = slots(p.kv_offsets.tokens, p.rows(), 1, g.plan.rows());
-    g.plan.items_per_slot = p.kv_heads * (WIDTH / kChannelChunk<WIDTH>);
     // Dense and shared queries are equally many in every row, so a tile of a longer row is no more work.
     const TiledRows rows{p.kv_offsets, 1, p.layout == QueryLayout::packed};
-    start_tile_groups<kPersistent<T, WIDTH>>(grad_keys<T, WIDTH>, g, rows, call.workspace.scheduler, call.stream);
+    void (*kernel)(KeyArguments<T>) = grad_keys<T, WIDTH>;
+    int chunks = WIDTH / kChannelChunk<WIDTH, false>;
+    if constexpr (kServesOptions<WIDTH>) {
+        if (p.options.any) kernel = grad_keys_with_options<T, WIDTH>, chunks = WIDTH / kChannelChunk<WIDTH, true>;
+    }
+    g.plan.items_per_slot = p.kv_heads * chunks;
+    start_tile_groups<kPersistent<T, WIDTH>>(kernel, g, rows, call.workspace.scheduler, call.stream);
 }
 
 }  // namespace
@@ -217,7 +233,7 @@ void keys_backward(const Backward& call) {
         KeyArguments<T> g(call);
         g.grad_k = static_cast<T*>(call.grads.grad_k.data);
         if (call.grads.grad_v) g.grad_v = static_cast<T*>(call.grads.grad_v->data);
-        with_width(call.in, [&](auto width) { start_grad_keys<T, width.value>(g, call); });
+        with_width(call.in, g.problem.options, [&](auto width) { start_grad_keys<T, width.value>(g, call); });
     });
 }
 

@@ -26,7 +26,7 @@ struct QueryArguments : BackwardArguments<T> {
 
 template <typename T>
 __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
-    return {true, !p.variant.kind.softmax, false};
+    return {true, p.maps_in_memory(), false, p.options.any};
 }
 
 // Channels for which a warp can hold accumulators beside its operands; wider heads take several channel chunks.
@@ -54,7 +54,7 @@ __device__ void write_queries(const QueryArguments<T>& g, const Task& task, cons
 }
 
 // Accumulates dQ of 16 queries for each warp over one row's keys, or one split or shard of them.
-template <typename T, int WIDTH, int C>
+template <bool OPTIONS, typename T, int WIDTH, int C>
 __device__ void accumulate_row(const QueryArguments<T>& g, const TileGroup& group, const Task& task,
                                const AttentionMemory<T, WIDTH>& memory, AccTile (&acc)[C], const Queries& queries,
                                const Keys& keys, int kv_head, int key_shard, int first) {
@@ -62,36 +62,35 @@ __device__ void accumulate_row(const QueryArguments<T>& g, const TileGroup& grou
     const AttentionProblem<T>& p = g.problem;
     const PackedRows group_rows(task.begin, kv_head, p.q_per_kv);
     const PackedRows rows(task.begin + group.warp * kStationary, kv_head, p.q_per_kv);
+    const auto masks = p.template masks_of<OPTIONS>(queries, keys);
     const auto tiles_of = [&](const PackedRows& packed_rows, int count) {
-        const TileRange range = p.variant.masks.key_tiles(packed_rows.token, packed_rows[count - 1].token,
-                                                          queries.count, keys.count, Tiles::kStreamed);
+        const auto range = masks.key_tiles(packed_rows.token, packed_rows[count - 1].token, Tiles::kStreamed);
         const int tiles_per_split = g.partials.split_kv / Tiles::kStreamed;
         if (tiles_per_split > 0) return range.within(task.split * tiles_per_split, (task.split + 1) * tiles_per_split);
         return range.within(range.stop * int64_t{key_shard} / g.key_shards,
                             range.stop * int64_t{key_shard + 1} / g.key_shards);
     };
-    const TileRange tiles = tiles_of(group_rows, group.rows()), warp_tiles = tiles_of(rows, kStationary);
+    const auto tiles = tiles_of(group_rows, group.rows()), warp_tiles = tiles_of(rows, kStationary);
     if (tiles.count() == 0) return;
     group.sync();  // all threads are done with the shared memory of the row before
     cp_async_stationary(memory.stationary[0], p.q, p.channels, queries, rows);
     cp_async_stationary(memory.stationary[1], g.grad_attn_out, p.value_channels, queries, rows);
     cp_async_commit();
     if (p.rope.inside.queries) rotate_stationary(memory.stationary[0], rotary_queries(p, queries, rows));
-    const KeyRange common = common_range(p, rows, queries.count, keys.count);
-    const LaneQueries<QueryStats> lane_queries(
-        rows, common, [&](const PackedRow& row) { return g.query_stats(queries, row, keys.count); });
+    using OneQuery = QueryStats<KeysOf<OPTIONS>>;
+    const LaneQueries<OneQuery> lane_queries(rows, common_range<T>(masks, rows),
+                                             [&](const PackedRow& row) { return g.query_stats(masks, queries, row); });
 
     for_each_key_tile(p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head, lane_queries,
-                      [&](typename Tiles::Scores& s, typename Tiles::Scores& d, const ScoresByQuery<QueryStats>& at,
-                          int row, int stage) {
-                          scores_backward(p.variant, s, d, memory.scratch, at);
+                      [&](typename Tiles::Scores& s, typename Tiles::Scores& d, const auto& at, int row, int stage) {
+                          scores_backward(p, s, d, memory.scratch, places_of(at, rows, masks));
                           multiply_accumulate(acc, d, memory.streamed[2 * stage], row, first);
                       });
 }
 
 // 16 queries for each warp, over the keys of their row or one split of them; for shared queries, over one key shard of
 // each row of a row group.
-template <typename T, int WIDTH>
+template <typename T, int WIDTH, bool OPTIONS>
 __device__ void grad_tile(const QueryArguments<T>& g, const TileGroup& group) {
     const AttentionProblem<T>& p = g.problem;
     constexpr int kChannelChunks = WIDTH / kChannelChunk<T, WIDTH>;
@@ -110,7 +109,7 @@ __device__ void grad_tile(const QueryArguments<T>& g, const TileGroup& group) {
     for (int64_t b = begin; b < end; ++b) {
         const Queries queries = g.group_sums != nullptr ? p.queries_of(b) : task.queries;
         const Keys keys = g.group_sums != nullptr ? p.keys_of(b) : task.keys;
-        accumulate_row(g, group, task, memory, acc, queries, keys, kv_head, key_shard, first);
+        accumulate_row<OPTIONS>(g, group, task, memory, acc, queries, keys, kv_head, key_shard, first);
     }
     cp_async_wait<0>();
     group.sync();
@@ -126,7 +125,12 @@ __device__ void grad_tile(const QueryArguments<T>& g, const TileGroup& group) {
 template <typename T, int WIDTH>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, query_blocks_for<T>(WIDTH))
     grad_queries(const __grid_constant__ QueryArguments<T> g) {
-    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { grad_tile<T, WIDTH>(g, group); });
+    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { grad_tile<T, WIDTH, false>(g, group); });
+}
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kOptionBlocks)
+    grad_queries_with_options(const __grid_constant__ QueryArguments<T> g) {
+    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { grad_tile<T, WIDTH, true>(g, group); });
 }
 
 // Combines the partials of split rows, one query under one head for each warp.
@@ -151,7 +155,10 @@ void start_grad_queries(QueryArguments<T>& g, int64_t rows, const Backward& call
     g.plan = plan_of<T, WIDTH>({p.mean_packed_rows(), p.mean_keys(), contents_of(p)});
     g.plan.slots = slots_of(p, g.partials, rows, g.plan.rows());
     g.plan.items_per_slot = p.kv_heads * (WIDTH / kChannelChunk<T, WIDTH>);
-    start_query_groups<kPersistent<T, WIDTH>>(grad_queries<T, WIDTH>, g, call.workspace.scheduler, call.stream);
+    void (*kernel)(QueryArguments<T>) = grad_queries<T, WIDTH>;
+    if constexpr (kServesOptions<WIDTH>)
+        if (p.options.any) kernel = grad_queries_with_options<T, WIDTH>;
+    start_query_groups<kPersistent<T, WIDTH>>(kernel, g, call.workspace.scheduler, call.stream);
     start_combine(combine_partials<T>, g, call.stream);
 }
 
@@ -164,7 +171,7 @@ void queries_backward(const Backward& call) {
         QueryArguments<T> g(call);
         const int64_t rows = g.problem.rows(), key_shards = call.workspace.key_shards;
         const TensorView& grad_q = call.grads.grad_q;
-        with_width(call.in, [&](auto width) {
+        with_width(call.in, g.problem.options, [&](auto width) {
             if (call.in.layout != QueryLayout::shared) {
                 g.grad_q = static_cast<T*>(grad_q.data);
                 g.grad_q_aligned = four_aligned(g.grad_q, g.problem.channels);

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "cuda/attention.h"
+#include "cuda/attention_option_scores.cuh"
 #include "cuda/attention_tiles.cuh"
 
 namespace interformer {
@@ -39,8 +40,9 @@ struct BackwardArguments {
     __device__ int64_t place(const Queries& queries, const PackedRow& row) const {
         return (queries.first + row.token) * problem.heads + row.head;
     }
-    __device__ QueryStats query_stats(const Queries& queries, const PackedRow& row, int keys) const {
-        QueryStats stats{problem.variant.query(row, queries.count, keys), 0.0f, 0.0f, 1.0f};
+    template <typename RowMasks>
+    __device__ auto query_stats(const RowMasks& masks, const Queries& queries, const PackedRow& row) const {
+        QueryStats<decltype(masks.key_range(0))> stats{{masks.key_range(row.token)}, 0.0f, 0.0f, 1.0f};
         if (row.token >= queries.count || lse == nullptr) return stats;
         const int64_t at = place(queries, row);
         stats.lse = lse[at];

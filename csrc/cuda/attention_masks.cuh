@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/attention_variant.h"
 #include "cuda/acc_tile.cuh"
@@ -140,24 +141,26 @@ struct PackedRows {
     }
 };
 
-// Data of a query on which the variant's scores depend. `Variant::query` makes it.
+// Data of a query on which the masks depend: the keys that it sees, a `KeyRange` or a `KeySet`.
+template <typename Range>
 struct Query {
-    KeyRange key_range;
+    Range key_range;
 };
 
 // The same with data that the backward reads. Under softmax these are the log-sum-exp, delta, and the factor that makes
 // exponentials probabilities.
-struct QueryStats : Query {
+template <typename Range>
+struct QueryStats : Query<Range> {
     float lse, delta, inv_row_sum;
 };
 
 // The statistics of COUNT queries in shared memory, where neighbours in a lane are read together.
-template <int COUNT>
+template <int COUNT, typename Range>
 struct alignas(16) StreamedStats {
     float lse[COUNT], delta[COUNT], inv_row_sum[COUNT];
-    KeyRange key_range[COUNT];
+    Range key_range[COUNT];
 
-    __device__ void set(int i, const QueryStats& query) {
+    __device__ void set(int i, const QueryStats<Range>& query) {
         lse[i] = query.lse;
         delta[i] = query.delta;
         inv_row_sum[i] = query.inv_row_sum;
@@ -174,23 +177,26 @@ struct ScoresByQuery {
     bool all_seen;                 // no score is masked
 
     __device__ const OneQuery& query(int half, int) const { return queries[half]; }
-    __device__ const KeyRange& key_range(int half, int) const { return queries[half].key_range; }
+    __device__ const auto& key_range(int half, int) const { return queries[half].key_range; }
     __device__ int key(int, int column) const { return first_key + column; }
 };
 
 // The queries of a lane's two rows, where a warp has 16 packed rows, and the keys that all 16 see.
 template <typename OneQuery>
 struct LaneQueries {
+    using Range = decltype(OneQuery::key_range);
+
     OneQuery queries[2];
-    KeyRange common;
+    Range common;
 
     // `make(row)` is the query of a packed row.
     template <typename Make>
-    __device__ LaneQueries(const PackedRows& rows, const KeyRange& common, Make&& make) : common(common) {
+    __device__ LaneQueries(const PackedRows& rows, const Range& common, Make&& make) : common(common) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             queries[half] = make(rows[lane_index() / 4 + half * 8]);
-            queries[half].key_range.prefix = common.prefix;  // of all queries: one register instead of three
+            // A full prefix is that of all queries: one register instead of three.
+            if constexpr (std::is_same_v<Range, KeyRange>) queries[half].key_range.prefix = common.prefix;
         }
     }
 
@@ -201,20 +207,20 @@ struct LaneQueries {
 };
 
 // As `ScoresByQuery`, where rows are keys and columns are queries, from number `first` on.
-template <int COUNT>
+template <int COUNT, typename Range>
 struct ScoresByKey {
-    const StreamedStats<COUNT>& queries;
+    const StreamedStats<COUNT, Range>& queries;
     int first;
     const int (&keys)[2];  // of the lane's two rows
     bool all_seen;
 
-    __device__ QueryStats query(int half, int column) const {
+    __device__ QueryStats<Range> query(int half, int column) const {
         return {{key_range(half, column)},
                 at(queries.lse, column),
                 at(queries.delta, column),
                 at(queries.inv_row_sum, column)};
     }
-    __device__ const KeyRange& key_range(int, int column) const { return queries.key_range[first + column]; }
+    __device__ const Range& key_range(int, int column) const { return queries.key_range[first + column]; }
     __device__ int key(int half, int) const { return keys[half]; }
 
   private:

@@ -50,6 +50,15 @@ __device__ inline float prob_scale_for(int keys) {
 struct RowStats {
     float row_max, row_sum, prob_scale;
 
+    // One more score, which has no value. Sums over values so far are to be multiplied by the result.
+    __device__ float add_sink(float sink) {
+        const float before = row_max;
+        row_max = fmaxf(row_max, sink);
+        const float base = fmaxf(row_max, -kLargest<float>), factor = exp2f((before - base) * kLog2E);
+        row_sum = row_sum * factor + prob_scale * exp2f((sink - base) * kLog2E);
+        return factor;
+    }
+
     // For a query that sees some key: where all its scores are -inf, the mean is NaN, as in PyTorch.
     __device__ void nan_if_zero() {
         if (row_sum == 0.0f) row_sum = NAN;

@@ -11,11 +11,18 @@
 namespace interformer {
 namespace cuda {
 
+// The padded numbers of channels for which there are kernels with options: fewer, since there are many kernels.
+template <int WIDTH>
+constexpr bool kServesOptions = WIDTH != 16;
+
+// Blocks of kMaxWarps warps that a multiprocessor shall hold, for kernels with options.
+constexpr int kOptionBlocks = 2;
+
 // Calls `function` with the padded number of channels of this call's heads, as a type.
 template <typename Function>
-void with_width(const AttentionInputs& in, Function&& function) {
+void with_width(const AttentionInputs& in, const Options& options, Function&& function) {
     const int64_t widest = std::max(in.k.shape[2], (in.v ? *in.v : in.k).shape[2]);
-    if (widest <= 16) return function(std::integral_constant<int, 16>{});
+    if (widest <= 16 && !options.any) return function(std::integral_constant<int, 16>{});
     if (widest <= 32) return function(std::integral_constant<int, 32>{});
     if (widest <= 64) return function(std::integral_constant<int, 64>{});
     if (widest <= 128) return function(std::integral_constant<int, 128>{});
@@ -46,7 +53,7 @@ constexpr int query_blocks_for(int width) {
 template <typename T, int WIDTH>
 Plan plan_of(const Shape& shape) {
     using Tiles = AttentionTiles<T, WIDTH>;
-    static_assert(memory_of<T, WIDTH>({0, 0, {true, true, true}}, 1, 1) <= kMaxSharedMemory);
+    static_assert(memory_of<T, WIDTH>({0, 0, {true, true, true, true}}, 1, 1) <= kMaxSharedMemory);
     Plan plan{};
     plan.warp_per_tile = shape.mean_stationary <= 2 * kStationary;
     plan.warps = plan.warp_per_tile || shape.mean_stationary > 3 * kStationary ? kMaxWarps : 2;

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/attention_call.h"
+#include "cuda/attention_options.cuh"
 #include "cuda/attention_rope.cuh"
 #include "cuda/attention_variant.cuh"
 #include "cuda/elements.h"
@@ -65,12 +66,16 @@ struct AttentionProblem {
     bool v_is_k;
     Rope rope;
     Variant<T> variant;
-    float outer_scale;  // factor of sums over probabilities
-    float grad_scale;   // factor of sums over dS
+    Options options;
+    const float* sinks = nullptr;  // by head
+    float outer_scale;             // factor of sums over probabilities; dropout's is part of it
+    float grad_scale;              // factor of sums over dS
 
     explicit AttentionProblem(const AttentionInputs& in, const RotatedInside& rotated = {});
 
     int64_t rows() const { return kv_offsets.rows; }
+    // Whether scores are mapped one by one, in shared memory.
+    __host__ __device__ bool maps_in_memory() const { return !variant.kind.softmax || options.in_memory(); }
     int64_t query_tokens() const { return layout == QueryLayout::packed ? q_offsets.tokens : rows() * queries; }
     // Mean numbers of a row.
     int64_t mean_packed_rows() const {
@@ -104,6 +109,16 @@ struct AttentionProblem {
         return {row.first + skip, max(row.count - skip, 0)};
     }
     __device__ Keys keys_of(int64_t row) const { return keys_of(kv_offsets.span(row)); }
+    // The masks of the row of these queries and keys.
+    template <bool OPTIONS>
+    __device__ auto masks_of(const Queries& of, const Keys& keys) const {
+        if constexpr (OPTIONS) {
+            const RowSizes sizes = options.masks.sizes(of.row, of.count, keys.count, of.row < kv_offsets.rows);
+            return OptionRowMasks{options.masks, sizes, of.first, keys.first};
+        } else {
+            return RowMasks{variant.masks, of.count, keys.count};
+        }
+    }
     // Keys of the row that the search found for queries.
     __device__ Keys keys_beside(const Span& queries) const {
         return same_offsets ? keys_of(queries) : keys_of(queries.row);
@@ -128,8 +143,10 @@ AttentionProblem<T>::AttentionProblem(const AttentionInputs& in, const RotatedIn
       v(in.v ? *in.v : in.k),
       v_is_k(!in.v),
       rope(in, rotated),
-      variant(in.variant),
-      outer_scale(static_cast<float>(probs_factors<T>(in.variant).outer)),
+      variant(in.variant, Options(in).maps_scores()),
+      options(in),
+      sinks(in.variant_tensors.sinks ? static_cast<const float*>(in.variant_tensors.sinks->data) : nullptr),
+      outer_scale(static_cast<float>(probs_factors<T>(in.variant).outer * options.dropout.factor)),
       grad_scale(static_cast<float>(d_scores_factors<T>(in.variant).outer)) {}
 
 }  // namespace cuda

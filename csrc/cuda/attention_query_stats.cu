@@ -23,8 +23,8 @@ struct StatsArguments : BackwardArguments<T> {
 };
 
 template <typename T>
-__host__ __device__ Contents contents_of(const AttentionProblem<T>&) {
-    return {true, false, false};
+__host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
+    return {true, p.maps_in_memory(), false, p.options.any};
 }
 
 // Sums of P and of P * dP for a lane's two rows, over its columns. P is times `prob_scale_for`, as in the forward, so
@@ -34,13 +34,17 @@ struct StatsSums {
 };
 
 template <typename T>
-__device__ void write_stats(const StatsArguments<T>& g, int64_t place, int keys, float probs, float products) {
+__device__ void write_stats(const StatsArguments<T>& g, int64_t place, int head, int keys, bool in_row, float probs,
+                            float products) {
+    const AttentionProblem<T>& p = g.problem;
+    const float prob_scale = prob_scale_for<T>(keys);
+    if (p.sinks != nullptr && in_row) probs += prob_scale * sink_prob(p.sinks[head], g.lse[place]);
     const float divisor = probs == 0.0f ? 1.0f : probs;
     float delta = products / divisor;
-    // Queries of the tail are not read, since they have no keys.
-    if (g.grad_lse != nullptr && keys > 0) delta -= g.grad_lse[place];
+    // Queries of the tail are not read. The factor of gradients of scores has dropout's, which is not dlse's.
+    if (g.grad_lse != nullptr && in_row) delta -= g.grad_lse[place] * p.options.dropout.inverse;
     g.delta[place] = delta;
-    g.inv_row_sum[place] = prob_scale_for<T>(keys) / divisor;
+    g.inv_row_sum[place] = prob_scale / divisor;
 }
 
 template <typename T>
@@ -52,7 +56,8 @@ __device__ void write_sums(const StatsArguments<T>& g, const Task& task, const P
         const PackedRow query = rows[lane_index() / 4 + half * 8];
         if (lane_index() % 4 != 0 || query.token >= task.queries.count) continue;
         if (task.partial < 0) {
-            write_stats(g, g.place(task.queries, query), task.keys.count, probs, products);
+            const bool in_row = task.queries.row < g.problem.kv_offsets.rows;
+            write_stats(g, g.place(task.queries, query), query.head, task.keys.count, in_row, probs, products);
             continue;
         }
         const int64_t at = (task.partial * g.problem.queries + query.token) * g.problem.heads + query.head;
@@ -62,7 +67,7 @@ __device__ void write_sums(const StatsArguments<T>& g, const Task& task, const P
 }
 
 // 16 queries for each warp, over the keys of their row or one split of them.
-template <typename T, int WIDTH>
+template <typename T, int WIDTH, bool OPTIONS>
 __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
     using Tiles = AttentionTiles<T, WIDTH>;
     const AttentionProblem<T>& p = g.problem;
@@ -72,8 +77,9 @@ __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
     const Keys keys = task.keys;
     const PackedRows group_rows(task.begin, kv_head, p.q_per_kv);
     const PackedRows rows(task.begin + group.warp * kStationary, kv_head, p.q_per_kv);
-    const TileRange tiles = task.key_tiles(p, group_rows, group.rows(), Tiles::kStreamed, g.partials.split_kv);
-    const TileRange warp_tiles = task.key_tiles(p, rows, kStationary, Tiles::kStreamed, g.partials.split_kv);
+    const auto masks = task.template masks<OPTIONS>(p);
+    const auto tiles = task.key_tiles(masks, group_rows, group.rows(), Tiles::kStreamed, g.partials.split_kv);
+    const auto warp_tiles = task.key_tiles(masks, rows, kStationary, Tiles::kStreamed, g.partials.split_kv);
 
     const SharedLayout layout = SharedLayout::of<T, WIDTH>(group.warps, g.plan.stages, contents_of(p));
     const AttentionMemory<T, WIDTH> memory(group, layout);
@@ -81,25 +87,23 @@ __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
     cp_async_stationary(memory.stationary[1], g.grad_attn_out, p.value_channels, task.queries, rows);
     cp_async_commit();
     if (p.rope.inside.queries) rotate_stationary(memory.stationary[0], rotary_queries(p, task.queries, rows));
-    const KeyRange common = common_range(p, rows, task.queries.count, keys.count);
-    const LaneQueries<QueryStats> queries(rows, common, [&](const PackedRow& row) {
-        QueryStats stats{p.variant.query(row, task.queries.count, keys.count), 0.0f, 0.0f,
-                         prob_scale_for<T>(keys.count)};
+    using OneQuery = QueryStats<KeysOf<OPTIONS>>;
+    const LaneQueries<OneQuery> queries(rows, common_range<T>(masks, rows), [&](const PackedRow& row) {
+        OneQuery stats{{masks.key_range(row.token)}, 0.0f, 0.0f, prob_scale_for<T>(keys.count)};
         if (row.token < task.queries.count) stats.lse = g.lse[g.place(task.queries, row)];
         return stats;
     });
 
     StatsSums sums;
-    for_each_key_tile(
-        p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head, queries,
-        [&](typename Tiles::Scores& s, typename Tiles::Scores& d, const ScoresByQuery<QueryStats>& at, int, int) {
-            // With a delta of 0, the gradients of the scores are P * dP.
-            softmax_backward(p.variant, s, d, 1.0f, at);
-            for_each_pair(s, d, [&](int half, int, float& prob, float& product) {
-                sums.probs[half] += prob;
-                sums.products[half] += product;
-            });
-        });
+    for_each_key_tile(p, group, memory, g.plan.stages, tiles, warp_tiles, keys, kv_head, queries,
+                      [&](typename Tiles::Scores& s, typename Tiles::Scores& d, const auto& at, int, int) {
+                          // With a delta of 0, the gradients of the scores are P * dP.
+                          softmax_scores_backward(p, s, d, memory.scratch, places_of(at, rows, masks));
+                          for_each_pair(s, d, [&](int half, int, float& prob, float& product) {
+                              sums.probs[half] += prob;
+                              sums.products[half] += product;
+                          });
+                      });
     cp_async_wait<0>();
     write_sums(g, task, rows, sums);
 }
@@ -107,7 +111,12 @@ __device__ void sum_tile(const StatsArguments<T>& g, const TileGroup& group) {
 template <typename T, int WIDTH>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, query_blocks_for<T>(WIDTH))
     sum_query_stats(const __grid_constant__ StatsArguments<T> g) {
-    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { sum_tile<T, WIDTH>(g, group); });
+    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { sum_tile<T, WIDTH, false>(g, group); });
+}
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kOptionBlocks)
+    sum_query_stats_with_options(const __grid_constant__ StatsArguments<T> g) {
+    for_each_item<kPersistent<T, WIDTH>>(g.plan, [&](const TileGroup& group) { sum_tile<T, WIDTH, true>(g, group); });
 }
 
 // Combines the partials of split rows, one query under one head for each warp.
@@ -121,7 +130,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) combine_partials(const __gri
         probs += g.partials.stats[2 * item.at(i)];
         products += g.partials.stats[2 * item.at(i) + 1];
     }
-    write_stats(g, item.row * item.queries + item.query, item.keys, probs, products);
+    const int head = item.query % g.problem.heads;
+    write_stats(g, item.row * item.queries + item.query, head, item.keys, true, probs, products);
 }
 
 }  // namespace
@@ -132,12 +142,15 @@ void query_stats_backward(const Backward& call) {
         using T = decltype(element);
         StatsArguments<T> g(call);
         const AttentionProblem<T>& p = g.problem;
-        with_width(call.in, [&](auto width) {
-            g.plan = plan_of<T, width.value>({p.mean_packed_rows(), p.mean_keys(), contents_of(p)});
+        with_width(call.in, p.options, [&](auto width) {
+            constexpr int kWidth = width.value;
+            g.plan = plan_of<T, kWidth>({p.mean_packed_rows(), p.mean_keys(), contents_of(p)});
             g.plan.slots = slots_of(p, g.partials, p.rows(), g.plan.rows());
             g.plan.items_per_slot = p.kv_heads;
-            start_query_groups<kPersistent<T, width.value>>(sum_query_stats<T, width.value>, g,
-                                                            call.workspace.scheduler, call.stream);
+            void (*kernel)(StatsArguments<T>) = sum_query_stats<T, kWidth>;
+            if constexpr (kServesOptions<kWidth>)
+                if (p.options.any) kernel = sum_query_stats_with_options<T, kWidth>;
+            start_query_groups<kPersistent<T, kWidth>>(kernel, g, call.workspace.scheduler, call.stream);
         });
         start_combine(combine_partials<T>, g, call.stream);
     });

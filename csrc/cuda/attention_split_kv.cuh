@@ -34,12 +34,16 @@ struct Task {
     int64_t partial;  // index of the split's partial; -1: the row is not split
     bool idle;
 
+    // The masks of the task's row.
+    template <bool OPTIONS, typename T>
+    __device__ auto masks(const AttentionProblem<T>& p) const {
+        return p.template masks_of<OPTIONS>(queries, keys);
+    }
     // Tiles of `tile` keys that some of `rows` packed rows see, within the task's split.
-    template <typename T>
-    __device__ TileRange key_tiles(const AttentionProblem<T>& p, const PackedRows& packed_rows, int rows, int tile,
-                                   int split_kv) const {
-        const TileRange tiles =
-            p.variant.masks.key_tiles(packed_rows.token, packed_rows[rows - 1].token, queries.count, keys.count, tile);
+    template <typename RowMasks>
+    __device__ auto key_tiles(const RowMasks& masks, const PackedRows& packed_rows, int rows, int tile,
+                              int split_kv) const {
+        const auto tiles = masks.key_tiles(packed_rows.token, packed_rows[rows - 1].token, tile);
         return split_kv == 0 ? tiles : tiles.within(split * (split_kv / tile), (split + 1) * (split_kv / tile));
     }
 };

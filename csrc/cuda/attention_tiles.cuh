@@ -30,7 +30,8 @@ struct AttentionTiles {
     using Stationary = Tile<T, kStationary, WIDTH>;
     using Streamed = Tile<T, kStreamed, WIDTH>;
     using Scores = AccTile[kBlocks];
-    using Stats = StreamedStats<kStreamed>;
+    template <bool OPTIONS>
+    using Stats = StreamedStats<kStreamed, KeysOf<OPTIONS>>;
 };
 
 // Blocks of kMaxWarps warps that a multiprocessor shall hold: it bounds the registers of a thread to 128, 168 or 255.
@@ -50,6 +51,7 @@ struct Contents {
     bool pairs;        // each warp has two stationary tiles instead of one
     bool pointwise;    // scores are mapped in shared memory
     bool query_stats;  // queries are streamed, and their statistics with them
+    bool options;      // the call has options
 };
 
 // Bytes of the sections of a tile group's shared memory, in their order.
@@ -61,7 +63,13 @@ struct SharedLayout {
         using Tiles = AttentionTiles<T, WIDTH>;
         return {2 * stages * Tiles::Streamed::kBytes, warps * (contents.pairs ? 2 : 1) * Tiles::Stationary::kBytes,
                 contents.pointwise ? warps * Tiles::kBlocks * 8 * kWarp * static_cast<int>(sizeof(float2)) : 0,
-                contents.query_stats ? stages * static_cast<int>(sizeof(typename Tiles::Stats)) : 0};
+                contents.query_stats ? stages * stats_bytes<T, WIDTH>(contents.options) : 0};
+    }
+    template <typename T, int WIDTH>
+    __host__ __device__ static constexpr int stats_bytes(bool options) {
+        using Tiles = AttentionTiles<T, WIDTH>;
+        return static_cast<int>(options ? sizeof(typename Tiles::template Stats<true>)
+                                        : sizeof(typename Tiles::template Stats<false>));
     }
     constexpr int bytes() const { return streamed + stationary + scratch + query_stats; }
 };
@@ -73,9 +81,9 @@ struct AttentionMemory {
 
     Stages<typename Tiles::Streamed, 4> streamed;  // the pair of stage `s` is 2 s and 2 s + 1
     Stages<typename Tiles::Stationary, 2> stationary;
-    float2* scratch;                     // column of this lane
-    typename Tiles::Stats* query_stats;  // by stage
-    float* staged;                       // results of this warp; they overlay the streamed and stationary tiles
+    float2* scratch;    // column of this lane
+    char* query_stats;  // by stage
+    float* staged;      // results of this warp; they overlay the streamed and stationary tiles
 
     __device__ AttentionMemory(const TileGroup& group, const SharedLayout& layout) {
         char* next = group.memory;
@@ -85,7 +93,7 @@ struct AttentionMemory {
         next += layout.stationary;
         scratch = reinterpret_cast<float2*>(next + group.warp * (layout.scratch / group.warps)) + lane_index();
         next += layout.scratch;
-        query_stats = reinterpret_cast<typename Tiles::Stats*>(next);
+        query_stats = next;
         staged = reinterpret_cast<float*>(group.memory) + group.warp * kStationary * Tiles::kStaged;
     }
 };
@@ -93,8 +101,8 @@ struct AttentionMemory {
 // Calls `start(tile, stage)`, which starts and commits copies, `land(tile, stage)` once those of the calling thread
 // have landed, and `use(tile, stage)` once those of all threads have, for the tiles in their order. Copies that the
 // same threads committed before have landed with the first tile.
-template <typename Start, typename Land, typename Use>
-__device__ inline void for_each_tile(const TileGroup& group, const TileRange& tiles, int stages, Start&& start,
+template <typename Tiling, typename Start, typename Land, typename Use>
+__device__ inline void for_each_tile(const TileGroup& group, const Tiling& tiles, int stages, Start&& start,
                                      Land&& land, Use&& use) {
     const int steps = tiles.count(), stage_bits = stages - 1;  // one or two stages: no division
 #pragma unroll 1
@@ -349,11 +357,11 @@ __device__ inline void rotate_keys(const AttentionProblem<T>& p, const PairCopy<
 // For each tile of keys that a warp's queries see, the products of its scores and of dA with the values, part by part:
 // `use(scores, d_probs, places, row, stage)`, where the part begins at row `row` of the tile. Queries and dA are the
 // stationary tiles.
-template <typename T, int WIDTH, typename Use>
+template <typename T, int WIDTH, typename Tiling, typename OneQuery, typename Use>
 __device__ inline void for_each_key_tile(const AttentionProblem<T>& p, const TileGroup& group,
-                                         const AttentionMemory<T, WIDTH>& memory, int stages, const TileRange& tiles,
-                                         const TileRange& warp_tiles, const Keys& keys, int kv_head,
-                                         const LaneQueries<QueryStats>& queries, Use&& use) {
+                                         const AttentionMemory<T, WIDTH>& memory, int stages, const Tiling& tiles,
+                                         const Tiling& warp_tiles, const Keys& keys, int kv_head,
+                                         const LaneQueries<OneQuery>& queries, Use&& use) {
     using Tiles = AttentionTiles<T, WIDTH>;
     const auto copy = copy_of_keys<false>(p, memory, group.threads, keys, kv_head);
     for_each_tile(
@@ -376,10 +384,11 @@ __device__ inline void for_each_key_tile(const AttentionProblem<T>& p, const Til
 
 // Keys that all 16 packed rows of a warp see. Exact float32 products fill the registers: there none but the prefix
 // count, and most tiles are masked.
-template <typename T>
-__device__ inline KeyRange common_range(const AttentionProblem<T>& p, const PackedRows& rows, int queries, int keys) {
-    const KeyRange common = p.variant.masks.common_range(rows.token, rows[kStationary - 1].token, queries, keys);
-    return std::is_same_v<T, float> ? KeyRange{INT32_MAX, 0, common.prefix} : common;
+template <typename T, typename RowMasks>
+__device__ inline auto common_range(const RowMasks& masks, const PackedRows& rows) {
+    auto common = masks.common_range(rows.token, rows[kStationary - 1].token);
+    if constexpr (std::is_same_v<T, float>) common.from = INT32_MAX, common.to = 0;
+    return common;
 }
 
 }  // namespace cuda

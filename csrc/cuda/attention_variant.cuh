@@ -61,20 +61,20 @@ struct Variant {
     float inner_scale;     // factor of pointwise probabilities
     float d_scores_scale;  // factor of dS
     float exponent_scale;  // of products that count from the maximum; never 0, which would hide masks
+    float max_scale;       // factor of a maximum of products that makes it one of scores
+    bool negates;          // the softmax keeps the maximum of negated products
 
-    explicit Variant(const AttentionVariant& variant)
+    // `maps_scores`: scores are mapped before the softmax, so it keeps the maximum of these.
+    Variant(const AttentionVariant& variant, bool maps_scores)
         : kind(variant.score),
           masks(variant),
           scale(static_cast<float>(variant.scale)),
           inner_scale(static_cast<float>(probs_factors<T>(variant).inner)),
           d_scores_scale(static_cast<float>(d_scores_factors<T>(variant).inner)),
-          exponent_scale(std::max(static_cast<float>(std::abs(variant.scale) * kLog2E),
-                                  std::numeric_limits<float>::denorm_min())) {}
-
-    // A query of a row of so many queries and keys.
-    __device__ Query query(const PackedRow& row, int queries, int keys) const {
-        return {masks.key_range(row.token, queries, keys)};
-    }
+          exponent_scale(std::max(static_cast<float>((maps_scores ? 1.0 : std::abs(variant.scale)) * kLog2E),
+                                  std::numeric_limits<float>::denorm_min())),
+          max_scale(static_cast<float>(maps_scores ? 1.0 : std::abs(variant.scale))),
+          negates(variant.scale < 0 && !maps_scores) {}
 
     // The score of a product, rounded by itself in every pass: a compiler that fused the multiplication with what comes
     // after would give large scores other numbers in one pass than in the next.
@@ -83,10 +83,10 @@ struct Variant {
     // The number whose maximum an online softmax keeps: a score, or a product, where queries are negated before if
     // `negates_queries`.
     __device__ float ordered(float product) const { return kFromProducts<T> ? product : score(product); }
-    __device__ bool negates_queries() const { return kFromProducts<T> && kind.softmax && scale < 0.0f; }
+    __device__ bool negates_queries() const { return kFromProducts<T> && kind.softmax && negates; }
     // The score that belongs to such a maximum.
     __device__ float max_score(float row_max) const {
-        return kFromProducts<T> && row_max != -INFINITY ? __fmul_rn(row_max, fabsf(scale)) : row_max;
+        return kFromProducts<T> && row_max != -INFINITY ? __fmul_rn(row_max, max_scale) : row_max;
     }
     // The exponential of a score that lies so far above the maximum, times a power of two.
     __device__ float exponential(float above, float power) const {
@@ -111,12 +111,11 @@ struct OnlineSoftmax {
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {};
 };
 
-// One more tile into an online softmax: products become probabilities relative to the new maximum, times `prob_scale`.
-// Accumulators so far are to be multiplied by `alpha`. `at` has the places of the scores.
+// One more tile into an online softmax: `Variant::ordered` numbers become probabilities relative to the new maximum,
+// times `prob_scale`. Accumulators so far are to be multiplied by `alpha`. `at` has the places of the scores.
 template <typename T, int N, typename Places>
 __device__ inline void online_softmax_update(const Variant<T>& variant, AccTile (&s)[N], float prob_scale,
                                              OnlineSoftmax& softmax, float (&alpha)[2], const Places& at) {
-    for_each(s, [&](int, int, float& x) { x = variant.ordered(x); });
     mask_out(s, at, -INFINITY);
     float row_max[2] = {softmax.row_max[0], softmax.row_max[1]}, base[2];
     for_each(s, [&](int half, int, float& x) { row_max[half] = fmaxf(row_max[half], x); });
@@ -150,7 +149,7 @@ template <typename T, int N, typename Places>
 __device__ inline void softmax_backward(const Variant<T>& variant, AccTile (&s)[N], AccTile (&d)[N], float scale,
                                         const Places& at) {
     for_each_pair(s, d, [&](int half, int column, float& x, float& g) {
-        const QueryStats query = at.query(half, column);
+        const auto query = at.query(half, column);
         const float exponent = (variant.score(x) - query.lse) * kLog2E;
         x = (kFromProducts<T> ? exp2_approx(exponent) : exp2f(exponent)) * query.inv_row_sum;
         g = x * (g - query.delta) * scale;
@@ -173,16 +172,6 @@ __device__ inline void pointwise_backward(const Variant<T>& variant, AccTile (&s
     });
     mask_out(s, at, 0.0f);
     mask_out(d, at, 0.0f);
-}
-
-// Products and gradients of probabilities become probabilities and gradients of scores, times `d_scores_scale`.
-template <typename T, int N, typename Places>
-__device__ inline void scores_backward(const Variant<T>& variant, AccTile (&s)[N], AccTile (&d)[N], float2* scratch,
-                                       const Places& at) {
-    if (variant.kind.softmax)
-        softmax_backward(variant, s, d, variant.d_scores_scale, at);
-    else
-        pointwise_backward(variant, s, d, scratch, at);
 }
 
 }  // namespace cuda

@@ -57,6 +57,11 @@ __device__ inline void store_four(T* to, const Four& x, int count, bool aligned)
         if (i < count) to[i] = narrow<T>(x.values[i]);
 }
 
+__device__ inline void scale(Four& x, float factor) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x.values[i] *= factor;
+}
+
 // Calls `map(i, number)` for the four in a rolled loop: the code of the map is there once. They stay in registers, each
 // in the first one when its turn comes.
 template <typename Map>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from interformer_kernels._launch.rotary import rotated_before
 from interformer_kernels._launch.tensors import allows_tf32, fitted, readable, resolved, table_gradients
 
 _GATE_BLOCK = 32  # tokens over which gradients of a gate that all tokens share are summed at once
+# Gradients of sinks and bias tables are summed by workers: one for so many queries, at most so many, and so many numbers
+# of all their tables together.
+_QUERIES_OF_WORKER, _MOST_WORKERS, _WORKER_NUMBERS = 64, 1024, 2**24
 _ROPE_VECTOR = 4  # pairs of channels that the kernels rotate at once
 
 
@@ -39,6 +43,9 @@ class BackwardWorkspace(NamedTuple):
     delta: Tensor | None
     inv_row_sum: Tensor | None
     grad_attn_out: Tensor | None
+    sink_sums: Tensor | None
+    position_sums: Tensor | None
+    time_sums: Tensor | None
     gate_block: int
     key_shards: int
     split_kv: int
@@ -100,6 +107,20 @@ def _partials(call: AttentionCall, split_kv: int, numbers: int) -> Tensor | None
     return call.k.new_empty((room, *call.q.shape[-3:-1], numbers), dtype=torch.float32)
 
 
+def _worker_sums(call: AttentionCall) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Memory in which workers sum up gradients of sinks, position bias and time bias: `[workers, H, entries]`.
+
+    The number of workers follows from sizes, and with it the order of the sums.
+    """
+    tables = call.sinks, call.position_bias, call.time_bias
+    heads, queries = call.q.shape[-2], math.prod(call.out_shape()[:-2])
+    entries = [0 if x is None else x.numel() // x.shape[0] for x in tables]
+    room = _WORKER_NUMBERS // max(1, heads * sum(entries))
+    workers = max(1, min(_MOST_WORKERS, -(-queries // _QUERIES_OF_WORKER), room))
+    sums = [call.k.new_empty((workers, heads, n), dtype=torch.float32) if n else None for n in entries]
+    return sums[0], sums[1], sums[2]
+
+
 def _scheduler(call: AttentionCall) -> Tensor:
     """Memory of the tile scheduler."""
     return call.k.new_empty(_C.cuda_scheduler_size, dtype=torch.int64)
@@ -134,6 +155,7 @@ def backward(
     grad_q = k.new_empty(grad_q_shape, dtype=torch.float32 if shared else k.dtype)
     grad_k, grad_v = k.new_empty(k.shape), k.new_empty((0,) if v is None else v.shape)
     sums, over_tokens, _ = (k.new_empty(0), False, False) if gate is None else gate_sums(gate, shape, _GATE_BLOCK)
+    grad_sinks, grad_position_bias, grad_time_bias = table_gradients(call)
     gradients = AttentionGradients(
         grad_out=readable(grad_out),
         attn_out=None if gate is None else attn_out,
@@ -142,7 +164,11 @@ def backward(
         grad_k=grad_k,
         grad_v=None if v is None else grad_v,
         grad_gate=None if gate is None else sums,
+        grad_sinks=None if call.sinks is None else grad_sinks,
+        grad_position_bias=None if call.position_bias is None else grad_position_bias,
+        grad_time_bias=None if call.time_bias is None else grad_time_bias,
     )
+    sink_sums, position_sums, time_sums = _worker_sums(call)
     prepared, rotates_queries, rotates_keys = _prepared(call, backward=True)
     workspace = BackwardWorkspace(
         rotates_queries=rotates_queries,
@@ -151,6 +177,9 @@ def backward(
         delta=torch.empty_like(lse) if softmax else None,
         inv_row_sum=torch.empty_like(lse) if softmax else None,
         grad_attn_out=k.new_empty(shape) if gate is not None or call.scales_sum else None,
+        sink_sums=sink_sums,
+        position_sums=position_sums,
+        time_sums=time_sums,
         gate_block=_GATE_BLOCK if over_tokens else 1,
         key_shards=key_shards,
         split_kv=split_kv,
@@ -165,4 +194,4 @@ def backward(
         grad_q = _rotated(grad_q, call, backwards=True, queries=True)
         grad_k = _rotated(grad_k, call, backwards=True, queries=False)
     grad_gate = sums if gate is None else gate_gradient(gate, sums, shape)
-    return grad_q, grad_k, grad_v, grad_gate, *table_gradients(call)
+    return grad_q, grad_k, grad_v, grad_gate, grad_sinks, grad_position_bias, grad_time_bias

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Optional, TypeVar
 import torch
 from torch import Tensor
 
-from interformer_kernels._calls import AttentionCall, Table, Values, fields_of
+from interformer_kernels._calls import AttentionCall, Ints, Table, Values, Wide, fields_of
 
 Given = TypeVar("Given", Tensor, Optional[Tensor])
 
@@ -17,6 +17,10 @@ _READ_IN_PLACE = tuple(
     place
     for place, field in enumerate(fields_of(AttentionCall))
     if field.name != "q" and isinstance(field.note, (Values, Table))
+)
+# Tables, times and numbers of targets: small tensors, which kernels read without strides.
+_READ_CONTIGUOUS = tuple(
+    place for place, field in enumerate(fields_of(AttentionCall)) if isinstance(field.note, (Wide, Ints))
 )
 
 
@@ -87,6 +91,10 @@ def fitted(call: AttentionCall, shape: tuple[int, ...]) -> AttentionCall:
         x: Any = readable(call[place])  # type: ignore[type-var]
         if x is not call[place]:
             changed[call._fields[place]] = x
+    for place in _READ_CONTIGUOUS:
+        x = call[place]
+        if x is not None and not (x.is_contiguous() and not x.is_neg()):
+            changed[call._fields[place]] = x.contiguous().resolve_neg()
     return call._replace(**changed) if changed else call
 
 

@@ -108,4 +108,4 @@ ATTENTION = OpSpec(
     empty_saved=_empty_saved,
     reads_attn_out=_backward_reads_attn_out,
 )
-registered = RegisteredOp(ATTENTION, _eager.backward)
+registered = RegisteredOp(ATTENTION, _eager.forward, _eager.backward)

@@ -16,6 +16,7 @@ from torch import Tensor
 from interformer_kernels import _backend
 from interformer_kernels import _checks as checks
 from interformer_kernels._calls import AttentionCall
+from interformer_kernels._launch.tensors import accumulation_dtype
 from interformer_kernels.ops import _autograd as autograd
 from interformer_kernels.ops._public import PublicOp
 
@@ -49,6 +50,26 @@ def attention(
         outputs = _apply("attention", return_lse, (call, outputs, (public.name, backend or "")), *inputs)
     out: Tensor | tuple[Tensor, Tensor] = outputs[:2] if return_lse else outputs[0]
     return out
+
+
+def forward(args: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The outputs of `attention_fwd`, of its arguments, as compiled programs call it; None where it is declined."""
+    module = _backend.native()
+    *fields, residual, keeps_attn_out, name, backend = args
+    call = AttentionCall._make(fields)
+    if module is None or backend not in ("", "cpu") or not autograd.is_eager():
+        return None
+    if call.positions_k is not None or (_backend.UNSERVED["cpu"] and _backend.options_of(call)):
+        return None
+    outputs = module.eager_attention_forward(
+        call, residual, call.score == "softmax", keeps_attn_out, checks.validates_cpu(), torch.get_num_threads()
+    )
+    if outputs is None:
+        return None
+    _backend.choose(name, "cpu", call.k.dtype, call.k.shape[2])  # for its log
+    out, *kept = outputs
+    lse, attn_out = (out.new_empty(0, dtype=accumulation_dtype(call.k.dtype)) if x is None else x for x in kept)
+    return out, lse, attn_out
 
 
 def backward(args: Sequence[Any]) -> tuple[Tensor | None, ...] | None:

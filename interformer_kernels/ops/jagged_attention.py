@@ -154,8 +154,9 @@ def jagged_attention(
     scores = softcap, sinks, position_bias, False, time_bias, times_q, times_k, time_edges
     dropout = dropout_p, seed_tensor(OP, dropout_seed, k)
     call = AttentionCall("packed", *tensors, *maps, *masks, *scores, *dropout, rope_interleaved=rope_interleaved)  # type: ignore[arg-type]
-    if rope is None and rope_positions is None and rope_interleaved is False:
-        eager = _eager.attention(OP, call, residual, backend, return_lse)
+    eager_call = _eager_call(call, rope, rope_positions)
+    if eager_call is not None:
+        eager = _eager.attention(OP, eager_call, residual, backend, return_lse)
         if eager is not None:
             return eager
     call, residual = OP.checked(call, residual)
@@ -166,6 +167,20 @@ def jagged_attention(
         call = call._replace(cos=cos, sin=sin, positions_q=positions_q, positions_k=positions_k)
     out: Tensor | tuple[Tensor, Tensor] = registered(OP, call, residual, backend, return_lse)
     return out
+
+
+def _eager_call(call: AttentionCall, rope: object, rope_positions: object) -> AttentionCall | None:
+    """The call with its tables as the native module takes it, unchecked; None for one that it would not serve."""
+    if rope_positions is not None:
+        return None
+    if rope is None:
+        return call if call.rope_interleaved is False else None
+    if type(rope) is not tuple or len(rope) != 2 or call.q_offsets is not None:
+        return None
+    cos, sin = rope
+    if not (isinstance(cos, Tensor) and isinstance(sin, Tensor)) or cos.requires_grad or sin.requires_grad:
+        return None
+    return call._replace(cos=cos, sin=sin)
 
 
 def _rope_positions(given: object, call: AttentionCall, has_rope: bool) -> tuple[Tensor | None, Tensor | None]:

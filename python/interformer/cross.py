@@ -104,14 +104,18 @@ class SelectiveSummary(nn.Module):
         self.gate = Gating(config)
 
     def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
-        summary, valid = layout.take_summary(tokens), layout.valid
+        summary = layout.take_summary(tokens)
         if self.pma is not None:
             pooled = self.pma(tokens, layout.offsets)
             pooled = pooled if self.products is None else self.products(pooled)
             recent = summary.shape[1] - self.num_recent  # index of the first recent behaviour
             summary = torch.cat((summary[:, :recent], pooled, summary[:, recent:]), 1)
-            valid = torch.cat((valid[:, :recent], valid.new_ones(pooled.shape[:2]), valid[:, recent:]), 1)
-        return self.gate(summary).where(valid[..., None], 0)
+        gated: Tensor = self.gate(summary)
+        if self.gate.keeps_zeros:
+            return gated
+        held = layout.valid[:, layout.valid.shape[1] - self.num_recent :]  # [B, K]
+        always = held.new_ones(held.shape[0], gated.shape[1] - held.shape[1])
+        return gated.where(torch.cat((always, held), 1)[..., None], 0)
 
 
 class MeanSummary(nn.Module):

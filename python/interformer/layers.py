@@ -77,6 +77,7 @@ class Gating(nn.Module):
     def __init__(self, config: InterFormerConfig) -> None:
         super().__init__()
         self.mode = config.gate
+        self.keeps_zeros = self.mode != "self_sigmoid"  # whether a token of zeros stays one
         if self.mode != "none":
             self.g = MLP((config.embed_dim,) * 3)
             nn.init.ones_(self.g.last.bias)

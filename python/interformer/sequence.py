@@ -12,6 +12,7 @@ from interformer.config import InterFormerConfig
 from interformer.feed_forward import FEED_FORWARDS
 from interformer.layers import Rope
 from interformer_kernels import jagged_attention
+from interformer_kernels.ops.slices import unbind_slices
 
 
 class SelfAttention(nn.Module):
@@ -32,7 +33,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, tokens: Tensor, offsets: Tensor, rope: Rope | None = None) -> Tensor:
-        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [T, H, D] each
+        q, k, v = unbind_slices(self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)))  # [T, H, D] each
         attn_out = jagged_attention(
             q, k, v, offsets, window=self.window, num_prefix=self.num_prefix, rope=rope, backend=self.backend
         )

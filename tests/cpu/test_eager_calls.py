@@ -41,7 +41,8 @@ def test_plain_calls_take_the_short_way(dtype: torch.dtype) -> None:
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in _tensors())
     gate = torch.randn(7, 2, 1, dtype=dtype, requires_grad=True)
     residual = torch.randn(4, dtype=dtype, requires_grad=True)
-    options: dict[str, Any] = {"causal": True, "window": (2, 0), "scale": 0.3}
+    tables = torch.rand(4, 2), torch.rand(4, 2)
+    options: dict[str, Any] = {"causal": True, "window": (2, 0), "scale": 0.3, "rope": tables}
     out, lse = ik.jagged_attention(q, k, v, OFFSETS, gate=gate, residual=residual, return_lse=True, **options)
     assert lse.shape == (7, 2)
     grads = torch.autograd.grad(out.sum(), (q, k, v, gate, residual))
@@ -58,6 +59,8 @@ CASES = [
     *layouts((3, 0, 40), **SIZES, grad_lse=True),
     *layouts((3, 0, 40), **SIZES, options={"score": "silu", "post_scale": 0.5, "scale": 0.3}),
     Case("jagged_attention", "masks", options={"causal": True, "window": (3, 0), "num_prefix": 2}),
+    Case("jagged_attention", "rope", rope=8, strided=True),
+    Case("jagged_attention", "interleaved rope", rope=6, options={"rope_interleaved": True}),
     Case("pma_pooling", "shared values", shared_value=True, options={"skip_prefix": 2}),
 ]
 
@@ -82,7 +85,9 @@ def _declined() -> dict[str, Callable[[], Any]]:
         "negated": lambda: ik.jagged_attention(torch._neg_view(q), k, v, OFFSETS),
         "negated gate": lambda: ik.jagged_attention(q, k, v, OFFSETS, gate=torch._neg_view(q)),
         "reference": lambda: ik.jagged_attention(q, k, v, OFFSETS, backend="reference"),
-        "rope": lambda: ik.jagged_attention(q, k, v, OFFSETS, rope=(torch.ones(9, 2), torch.zeros(9, 2))),
+        "positions": lambda: ik.jagged_attention(
+            q, k, v, OFFSETS, rope=(torch.ones(9, 2), torch.zeros(9, 2)), rope_positions=torch.arange(7)
+        ),
         "int scale": lambda: ik.jagged_attention(q, k, v, OFFSETS, scale=1),
         "meta": lambda: ik.jagged_attention(*(x.to("meta") for x in (q, k, v)), OFFSETS.to("meta")),
         "vmap": lambda: torch.vmap(lambda x: ik.jagged_attention(x, k, v, OFFSETS))(q[None]),
@@ -131,6 +136,12 @@ BAD: dict[str, dict[str, Any]] = {
     "infinite": {"score": "relu", "post_scale": float("inf")},
     "causal": {"causal": 1},
     "num_prefix": {"num_prefix": -1},
+    "rows": {"rope": (torch.ones(3, 2), torch.ones(3, 2))},
+    "pair": {"rope": torch.ones(2, 9, 2)},
+    "cos": {"rope": (torch.ones(9, 2, dtype=torch.float64), torch.ones(9, 2))},
+    "sin": {"rope": (torch.ones(9, 2), torch.ones(9, 2, requires_grad=True))},
+    "rope_positions": {"rope": (torch.ones(9, 2), torch.ones(9, 2)), "kv_offsets": OFFSETS},
+    "rope_interleaved": {"rope": (torch.ones(9, 2), torch.ones(9, 2)), "rope_interleaved": 1},
     "lse": {"return_lse": "yes"},
     "backend": {"backend": "fpga"},
 }

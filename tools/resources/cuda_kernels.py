@@ -22,7 +22,7 @@ from interformer_kernels._cli.tables import print_table
 
 # Kernels without products of tiles. All others use tensor cores for those, except in exact float32.
 WITHOUT_PRODUCTS = frozenset(
-    {"rotate_rows", "combine_partials", "epilogue_gradients", "list_long_rows"}
+    {"rotate_rows", "combine_partials", "epilogue_gradients", "list_long_rows", "sum_sinks", "add_workers"}
     | {"softmax_rows", "sum_rows", "sum_gradients"}
 )
 MOST_REGISTERS = 255

@@ -112,6 +112,9 @@ inline float __fmul_rn(float x, float y) {
     asm("" : "+x"(product));
     return product;
 }
+inline int __ffs(int bits) {
+    return __builtin_ffs(bits);
+}
 template <typename T>
 T __ldg(const T* pointer) {
     return *pointer;

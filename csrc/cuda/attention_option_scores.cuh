@@ -1,0 +1,166 @@
+// Tiles of scores, with options of the variant or without: the type of their places says which. Without options these
+// are the functions of attention_variant.cuh. With options, numbers that the plain functions do not make are mapped in
+// a rolled loop by way of shared memory, two neighbours at a time: the code is there once for all options and numbers.
+#pragma once
+
+#include "cuda/attention_problem.cuh"
+
+namespace interformer {
+namespace cuda {
+
+// The exponential of a sink relative to a log-sum-exp, which includes it.
+__device__ inline float sink_prob(float sink, float lse) {
+    return sink == -INFINITY ? 0.0f : exp2f((sink - lse) * kLog2E);
+}
+
+template <typename Places>
+constexpr bool kHasOptions = false;
+template <typename OneQuery>
+constexpr bool kHasOptions<OptionScoresByQuery<OneQuery>> = true;
+template <int COUNT>
+constexpr bool kHasOptions<OptionScoresByKey<COUNT>> = true;
+
+// Two neighbours of a tile: their places, and whether dropout keeps their weights.
+struct Neighbours {
+    ScorePlace places[2];
+    bool kept[2];
+
+    template <typename Places>
+    __device__ Neighbours(const Options& options, const Places& at, int half, int column)
+        : places{at.place(half, column), at.place(half, column + 1)} {
+        options.dropout.keeps(kept, at.row, places);
+    }
+};
+
+// ---------------------------------------------------------------- forward
+
+// Products become the numbers whose maximum an online softmax keeps.
+template <typename T, int N, typename Places>
+__device__ inline void order_scores(const AttentionProblem<T>& p, AccTile (&s)[N], float2* scratch, const Places& at) {
+    if constexpr (kHasOptions<Places>) {
+        if (p.options.maps_scores()) {
+            for_each(s, [&](int, int, float& x) { x = p.variant.score(x); });
+            map_each(s, scratch,
+                     [&](int half, int column, float x) { return p.options.score(x, at.row, at.place(half, column)); });
+            return;
+        }
+    }
+    for_each(s, [&](int, int, float& x) { x = p.variant.ordered(x); });
+}
+
+// Zeros for weights that are dropped.
+template <typename T, int N, typename Places>
+__device__ inline void drop_probs(const AttentionProblem<T>& p, AccTile (&s)[N], float2* scratch, const Places& at) {
+    if constexpr (kHasOptions<Places>) {
+        if (!p.options.dropout.any) return;
+        map_neighbours(s, scratch, [&](int half, int column, float (&x)[2]) {
+            const Neighbours two(p.options, at, half, column);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) x[i] = two.kept[i] ? x[i] : 0.0f;
+        });
+    }
+}
+
+// Products become pointwise weights.
+template <typename T, int N, typename Places>
+__device__ inline void pointwise_probs(const AttentionProblem<T>& p, AccTile (&s)[N], float2* scratch,
+                                       const Places& at) {
+    const Variant<T>& variant = p.variant;
+    if constexpr (kHasOptions<Places>) {
+        if (p.options.in_memory()) {
+            for_each(s, [&](int, int, float& x) { x = variant.score(x); });
+            map_each(s, scratch, [&](int half, int column, float x) {
+                return variant.inner_scale * variant.prob(p.options.score(x, at.row, at.place(half, column)));
+            });
+            drop_probs(p, s, scratch, at);
+            mask_out(s, at, 0.0f);
+            return;
+        }
+    }
+    scores_to_probs(variant, s, scratch, at);
+}
+
+// ---------------------------------------------------------------- backward
+
+// How far the backward goes: to P and P * dP for sums of them, or to P with dropout and the gradients of products.
+enum class Depth { scores, products };
+
+// Products `s` and gradients `d` of weights, of a softmax with options.
+template <Depth DEPTH, typename T, int N, typename Places>
+__device__ inline void softmax_backward_in_memory(const AttentionProblem<T>& p, AccTile (&s)[N], AccTile (&d)[N],
+                                                  float2* scratch, const Places& at) {
+    const Variant<T>& variant = p.variant;
+    map_neighbours(s, d, scratch, [&](int half, int column, float (&x)[2], float (&g)[2]) {
+        const Neighbours two(p.options, at, half, column);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const auto query = at.query(half, column + i);
+            const float product = variant.score(x[i]), score = p.options.score(product, at.row, two.places[i]);
+            const float exponent = (score - query.lse) * kLog2E;
+            const float prob = (kFromProducts<T> ? exp2_approx(exponent) : exp2f(exponent)) * query.inv_row_sum;
+            g[i] = prob * ((two.kept[i] ? g[i] : 0.0f) - query.delta);
+            x[i] = prob;
+            if constexpr (DEPTH == Depth::products) {
+                g[i] *= p.options.score_grad(product) * variant.d_scores_scale;
+                x[i] = two.kept[i] ? prob : 0.0f;
+            }
+        }
+    });
+    mask_out(s, at, 0.0f);
+    mask_out(d, at, 0.0f);
+}
+
+// The same for pointwise weights, without `inner_scale`.
+template <Depth DEPTH, typename T, int N, typename Places>
+__device__ inline void pointwise_backward_in_memory(const AttentionProblem<T>& p, AccTile (&s)[N], AccTile (&d)[N],
+                                                    float2* scratch, const Places& at) {
+    const Variant<T>& variant = p.variant;
+    map_neighbours(s, d, scratch, [&](int half, int column, float (&x)[2], float (&g)[2]) {
+        const Neighbours two(p.options, at, half, column);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float product = variant.score(x[i]), score = p.options.score(product, at.row, two.places[i]);
+            if constexpr (DEPTH == Depth::products) g[i] *= variant.d_scores_scale;
+            g[i] = two.kept[i] ? variant.d_score(score, g[i]) : 0.0f;
+            if constexpr (DEPTH == Depth::products) g[i] *= p.options.score_grad(product);
+            x[i] = two.kept[i] ? variant.prob(score) : 0.0f;
+        }
+    });
+    mask_out(s, at, 0.0f);
+    mask_out(d, at, 0.0f);
+}
+
+// Products and gradients of weights become weights and gradients of products, times `d_scores_scale`.
+template <typename T, int N, typename Places>
+__device__ inline void scores_backward(const AttentionProblem<T>& p, AccTile (&s)[N], AccTile (&d)[N], float2* scratch,
+                                       const Places& at) {
+    const bool softmax = p.variant.kind.softmax;
+    if constexpr (kHasOptions<Places>) {
+        if (p.options.in_memory()) {
+            if (softmax) return softmax_backward_in_memory<Depth::products>(p, s, d, scratch, at);
+            return pointwise_backward_in_memory<Depth::products>(p, s, d, scratch, at);
+        }
+    }
+    if (softmax) return softmax_backward(p.variant, s, d, p.variant.d_scores_scale, at);
+    pointwise_backward(p.variant, s, d, scratch, at);
+}
+
+// Products become any numbers, and gradients of weights those of scores, behind softcap and biases.
+template <typename T, int N, typename Places>
+__device__ inline void scores_gradients(const AttentionProblem<T>& p, AccTile (&s)[N], AccTile (&d)[N], float2* scratch,
+                                        const Places& at) {
+    if (p.variant.kind.softmax) return softmax_backward_in_memory<Depth::scores>(p, s, d, scratch, at);
+    pointwise_backward_in_memory<Depth::scores>(p, s, d, scratch, at);
+}
+
+// Products and gradients of weights become probabilities of a softmax before dropout, and gradients of its scores.
+template <typename T, int N, typename Places>
+__device__ inline void softmax_scores_backward(const AttentionProblem<T>& p, AccTile (&s)[N], AccTile (&d)[N],
+                                               float2* scratch, const Places& at) {
+    if constexpr (kHasOptions<Places>)
+        if (p.options.in_memory()) return softmax_backward_in_memory<Depth::scores>(p, s, d, scratch, at);
+    softmax_backward(p.variant, s, d, 1.0f, at);
+}
+
+}  // namespace cuda
+}  // namespace interformer
