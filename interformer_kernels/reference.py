@@ -137,9 +137,8 @@ def attend(
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     s = maps.scale * torch.einsum("bnhd,blhd->bnhl", q, k)
     visible = visible[:, :, None, :]
-    if scores.softcap:
-        s = s.where(visible, 0)  # hidden scores may hold anything, and tanh has a gradient
-        s = scores.softcap * torch.tanh(s / scores.softcap)
+    if scores.softcap:  # a hidden score, which may be NaN, has no gradient
+        s = scores.softcap * torch.tanh(s.where(visible, 0) / scores.softcap)
     if scores.bias is not None:
         s = s + scores.bias.to(s.dtype)
     dropout = 1 if scores.dropout is None else scores.dropout.to(s.dtype)

@@ -143,4 +143,4 @@ class Dropout(NamedTuple):
         counter = (keys // 4, head, n & _WORD, n >> 32 & _WORD)
         words = torch.stack(torch.broadcast_tensors(*philox(counter, (seed & _WORD, seed >> 32 & _WORD))), -1)
         word = words.gather(-1, (keys % 4).expand(shape)[..., None]).squeeze(-1)
-        return (word >= int(self.p * 2.0**32)) / (1 - self.p)
+        return (word >= int(self.p * 2.0**32)).double() / (1 - self.p)

@@ -16,6 +16,7 @@
 #include "cpu/parallel.h"
 #include "cpu/rotary_tables.h"
 #include "cpu/rows.h"
+#include "cpu/time_cells.h"
 
 namespace interformer {
 
@@ -112,7 +113,8 @@ class Call {
         if (tensors.time_bias) {
             p.times_q = static_cast<const int64_t*>(tensors.times_q->data);
             p.times_k = static_cast<const int64_t*>(tensors.times_k->data);
-            p.time_edges = static_cast<const int64_t*>(tensors.time_edges->data);
+            time_cells_ = TimeCells(static_cast<const int64_t*>(tensors.time_edges->data), p.time_bias.entries - 1);
+            p.time_edges = {time_cells_.edges(), time_cells_.first_bins(), time_cells_.bits(), time_cells_.steps()};
         }
         p.adjusts_scores = in.variant.softcap > 0 || tensors.sinks || tensors.position_bias || tensors.time_bias;
         set_dropout(in);
@@ -131,7 +133,8 @@ class Call {
         p.dropout.seed[1] = static_cast<uint32_t>(seed >> 32);
         p.dropout.below = static_cast<uint32_t>(in.variant.dropout_p * 0x1p32);
         p.dropout.skipped = in.skip_prefix;
-        p.weight_scale /= 1 - in.variant.dropout_p;
+        p.dropout.factor = 1 / (1 - in.variant.dropout_p);
+        p.weight_scale *= p.dropout.factor;
     }
     void set_targets(const TensorView& counts) {
         const auto* narrow = static_cast<const int32_t*>(counts.data);
@@ -147,6 +150,7 @@ class Call {
     Rows keys_;
     std::optional<Rows> queries_;
     std::vector<int64_t> targets_;
+    TimeCells time_cells_;
     QueryLayout layout_;
     DType dtype_;
     int64_t query_tokens_;  // packed queries, including the tail

@@ -18,6 +18,7 @@ struct Dropout {
     uint32_t seed[2] = {};
     uint32_t below = 0;
     int64_t skipped = 0;
+    double factor = 1;  // of the weights that are kept
 };
 
 // A table of additive bias, [H or 1, entries] in the accumulation type, and sums of its gradient, [row groups, H,
@@ -26,6 +27,13 @@ struct BiasTable {
     const void* table = nullptr;
     int64_t head = 0, entries = 0;
     double* grads = nullptr;
+};
+
+// Edges between bins of times, as `TimeCells` (time_cells.h) divides them.
+struct TimeEdges {
+    const int64_t* edges = nullptr;
+    const int32_t* first_bins = nullptr;
+    int64_t bits = 0, steps = 0;
 };
 
 struct AttentionProblem {
@@ -42,11 +50,12 @@ struct AttentionProblem {
     bool v_is_k = false;
     AttentionVariant variant;
     bool adjusts_scores = false;  // products become scores in a step of their own, which the softmax does not scale
-    double weight_scale = 1;      // the factor of weights: `post_scale`, and that of dropout
+    double weight_scale = 1;      // the factor of weights in the forward: `post_scale`, and that of dropout
     const void* sinks = nullptr;  // [H], in the accumulation type; null: none
     Dropout dropout;
     BiasTable position_bias, time_bias;
-    const int64_t *times_q = nullptr, *times_k = nullptr, *time_edges = nullptr;
+    const int64_t *times_q = nullptr, *times_k = nullptr;
+    TimeEdges time_edges;
     RotaryTables rope;
     Positions positions_q, positions_k;
     Gate gating{false, Activation::sigmoid};

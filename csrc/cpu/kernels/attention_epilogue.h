@@ -92,7 +92,7 @@ class EpilogueBackward {
         : p_(problem), row_group_(row_group), attn_out_(scratch), gate_(scratch + problem.value_size) {}
 
     // Whether `grad_attn_out` only widens.
-    bool is_plain() const { return !p_.gate.given && p_.weight_scale == 1; }
+    bool is_plain() const { return !p_.gate.given && p_.variant.post_scale == 1; }
 
     // From grad_out to the gradients of attn_out, times the factor of probabilities, and of the gate.
     void grad_attn_out(const QueryPlace& query, A* grad) const {
@@ -107,7 +107,7 @@ class EpilogueBackward {
             else
                 add_gate_gradient(query.at<A>(p_.grad_gate));
         }
-        const A factor = static_cast<A>(p_.weight_scale);
+        const A factor = static_cast<A>(p_.variant.post_scale);
         if (factor != 1)
             for (int64_t c = 0; c < channels; ++c) grad[c] *= factor;
     }

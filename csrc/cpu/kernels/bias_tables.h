@@ -1,10 +1,30 @@
 // Look-ups of additive bias: the bins of differences of times, and a table's values by bin.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/attention_problem.h"
 #include "cpu/kernels/isa.h"
 
 INTERFORMER_ISA_BEGIN
+
+// Numbers at a vector of places.
+template <typename A>
+INTERFORMER_INLINE Vector<A> gathered(const A* from, Vector<typename IndexOf<A>::type> places) {
+#ifdef __AVX512F__
+    if constexpr (std::is_same_v<A, float>)
+        return _mm512_mask_i32gather_ps(Vector<float>{}, 0xffff, (__m512i)places, from, 4);
+    else if constexpr (std::is_same_v<A, double>)
+        return _mm512_mask_i64gather_pd(Vector<double>{}, 0xff, (__m512i)places, from, 8);
+    else
+        return (Vector<A>)_mm512_mask_i64gather_epi64((__m512i)places, 0xff, (__m512i)places, from, 8);
+#else
+    Vector<A> x{};
+#pragma GCC unroll 16
+    for (int64_t lane = 0; lane < kLanes<A>; ++lane) x[lane] = from[places[lane]];
+    return x;
+#endif
+}
 
 // The bins of |x - t| between edges in ascending order: how many of them are at most as large.
 class TimeBins {
@@ -12,76 +32,54 @@ class TimeBins {
     static constexpr int64_t L = kLanes<int64_t>;
     using Times = Vector<int64_t>;
 
-    TimeBins(const int64_t* edges, int64_t count) : edges_(edges), count_(count) {
-        while (2 * step_ <= count) step_ *= 2;
-    }
+    TimeBins(const TimeEdges& edges, int64_t bins)
+        : edges_(edges.edges),
+          first_bins_(edges.first_bins),
+          last_bin_(bins - 1),
+          shift_(52 - edges.bits),
+          first_cell_((int64_t{1023} << edges.bits) - 1),
+          steps_(edges.steps) {}
 
-    // A vector of times `x` against `times`: rows of bins, `stride` apart. Times next to each other mostly are so in
-    // value, too: a bin is searched only where one lane has left its own.
+    // A vector of times `x` against `times`: rows of bins, `stride` apart.
     void find(Times x, const int64_t* times, int64_t count, int32_t* to, int64_t stride) const {
-        constexpr int64_t kMost = INT64_MAX;
-        Times bins{}, least = Times{} + kMost, end = Times{} - kMost;
+        typedef int32_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
         for (int64_t i = 0; i < count; ++i, to += stride) {
             const Times ahead = (Times)((Vector<uint64_t>)x - static_cast<uint64_t>(times[i])), sign = ahead >> 63;
-            const Times apart = (Times)((Vector<uint64_t>)(ahead ^ sign) - (Vector<uint64_t>)sign);
-            if (any_word((apart < least) | (apart >= end))) {
-                bins = search(apart);
-                for (int64_t lane = 0; lane < L; ++lane) {
-                    least[lane] = bins[lane] == 0 ? -kMost : edges_[bins[lane] - 1];
-                    end[lane] = bins[lane] == count_ ? kMost : edges_[bins[lane]];
-                }
-            }
-            typedef int32_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
-            const Narrow narrow = __builtin_convertvector(bins, Narrow);
-            std::memcpy(to, &narrow, sizeof narrow);
+            const Narrow bins = __builtin_convertvector(
+                bins_of((Times)((Vector<uint64_t>)(ahead ^ sign) - (Vector<uint64_t>)sign)), Narrow);
+            std::memcpy(to, &bins, sizeof bins);
         }
     }
 
   private:
-    static INTERFORMER_INLINE bool any_word(Times lanes) {
-#ifdef __AVX512F__
-        return _mm512_test_epi64_mask((__m512i)lanes, (__m512i)lanes) != 0;
-#else
-        return any<double>(lanes);
-#endif
-    }
-
-    Times search(Times apart) const {
-        Times bins{};
-        if (count_ == 0) return bins;
-        for (int64_t step = step_; step > 0; step /= 2) {
-            const Times next = bins + step, inside = next > count_ ? Times{} + count_ : next;
-            const Times edges = edges_at(inside - 1);
-            bins = (next <= count_) & (edges <= apart) ? next : bins;
-        }
+    INTERFORMER_INLINE Times bins_of(Times apart) const {
+        // A double holds the first bits of a number exactly, which is all that cells ask.
+        const Times first_bits = apart >> 53 != 0 ? apart & ~int64_t{2047} : apart;
+        const Vector<double> number = __builtin_convertvector(first_bits, Vector<double>);
+        Times word;
+        std::memcpy(&word, &number, sizeof word);
+        const Times cell = (word >> shift_) - first_cell_, inside = cell < 0 ? Times{} : cell;
+        Times bins = first_bins(inside);
+        for (int64_t step = 0; step < steps_; ++step)
+            bins -= (gathered<int64_t>(edges_, bins) <= apart) & (bins < last_bin_);
         return bins;
     }
-    Times edges_at(Times places) const {
+    INTERFORMER_INLINE Times first_bins(Times cells) const {
 #ifdef __AVX512F__
-        return (Times)_mm512_mask_i64gather_epi64((__m512i)places, 0xff, (__m512i)places, edges_, 8);
+        const __m256i bins =
+            _mm512_mask_i64gather_epi32(_mm256_setzero_si256(), 0xff, (__m512i)cells, first_bins_, sizeof(int32_t));
+        return (Times)_mm512_maskz_cvtepi32_epi64(0xff, bins);
 #else
-        Times edges;
-        for (int64_t lane = 0; lane < L; ++lane) edges[lane] = edges_[places[lane]];
-        return edges;
+        Times bins{};
+        for (int64_t lane = 0; lane < L; ++lane) bins[lane] = first_bins_[cells[lane]];
+        return bins;
 #endif
     }
 
     const int64_t* edges_;
-    int64_t count_, step_ = 1;
+    const int32_t* first_bins_;
+    const int64_t last_bin_, shift_, first_cell_, steps_;
 };
-
-// Numbers at a vector of places.
-template <typename A>
-INTERFORMER_INLINE Vector<A> gathered(const A* from, Vector<typename IndexOf<A>::type> places) {
-#ifdef __AVX512F__
-    if constexpr (sizeof(A) == 4) return _mm512_mask_i32gather_ps(Vector<float>{}, 0xffff, (__m512i)places, from, 4);
-    if constexpr (sizeof(A) == 8) return _mm512_mask_i64gather_pd(Vector<double>{}, 0xff, (__m512i)places, from, 8);
-#endif
-    Vector<A> x;
-#pragma GCC unroll 16
-    for (int64_t lane = 0; lane < kLanes<A>; ++lane) x[lane] = from[places[lane]];
-    return x;
-}
 
 template <typename A>
 INTERFORMER_INLINE Vector<typename IndexOf<A>::type> load_bins(const int32_t* bins) {
@@ -103,7 +101,8 @@ class TableValues {
 #ifdef __AVX512F__
         if constexpr (sizeof(A) == 4)
             if (entries <= kPermuted) {
-                for (int64_t i = 0; i < round_up(entries, 32); ++i) copy_[i] = i < entries ? table[i] : 0;
+                std::memcpy(copy_, table, static_cast<size_t>(entries) * sizeof(A));
+                fill(copy_ + entries, round_up(entries, 32) - entries, A(0));
                 pairs_ = entries <= 32 ? 1 : entries <= 64 ? 2 : 4;
             }
 #endif

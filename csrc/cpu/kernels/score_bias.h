@@ -19,7 +19,7 @@ inline bool has_bias(const AttentionProblem& p) {
 template <typename A>
 class BiasRow {
   public:
-    static constexpr int64_t kMaxBins = 1 << 17;  // kept for a row, at most: half of a second-level cache
+    static constexpr int64_t kMaxBins = 1 << 20;  // kept for a row, at most
 
     // `block_bins`: those of the scores that are computed at once, for longer rows. `backward`: lines run with the
     // keys, and there is memory for sums of gradients.
@@ -30,7 +30,8 @@ class BiasRow {
         lines_ = arena.allocate<A>(p.position_bias.table ? q_per_kv * stride_ : 0);
         line_grads_ = arena.allocate<A>(p.position_bias.table && backward ? q_per_kv * stride_ : 0);
         bin_grads_ = arena.allocate<A>(p.time_bias.table && backward ? q_per_kv * entries_ * W : 0);
-        bins_ = arena.allocate<int32_t>(p.time_bias.table ? max(kMaxBins, block_bins) : 0);
+        const int64_t row_bins = (p.max_queries * q_per_kv + kPanel<A>)*round_up(p.max_keys, kPanel<A>);
+        bins_ = arena.allocate<int32_t>(p.time_bias.table ? max(min(row_bins, kMaxBins), block_bins) : 0);
     }
 
     bool given() const { return has_bias(p_); }
@@ -153,7 +154,7 @@ class LaneBias : public BiasRow<A> {
 
     template <int N>
     void find_bins(int64_t r, int64_t count, int64_t j, int64_t keys, int32_t* to) const {
-        const TimeBins time_bins(p_.time_edges, this->entries_ - 1);
+        const TimeBins time_bins(p_.time_edges, this->entries_);
         for (int64_t lane = 0; lane < N * W; lane += L) {
             Vector<int64_t> times{};
             for (int64_t i = 0; i < L; ++i) times[i] = this->times_q()[row_.token(r + min(lane + i, count - 1))];
@@ -177,7 +178,7 @@ class KeyBias : public BiasRow<A> {
         const bool kept = row_.query_tokens <= BiasRow<A>::kMaxBins / max(stride, 1);
         first_token_ = kept ? 0 : first;
         if (kept && this->known_) return;
-        const TimeBins time_bins(p_.time_edges, this->entries_ - 1);
+        const TimeBins time_bins(p_.time_edges, this->entries_);
         for (int i = 0; i < ranges.n; ++i)
             for (int64_t j = ranges.r[i].begin; j < ranges.r[i].end; j += L) {
                 Vector<int64_t> times{};

@@ -105,7 +105,7 @@ class ScoreLanes {
             prefix[n] = relative(prefix_ + n * W, j, count);
             first[n] = relative(first_ + n * W, j, count);
             last[n] = relative(last_ + n * W, j, count);
-            own[n] = relative(own_ + n * W, j, count, -1);
+            own[n] = variant_.row().targets > 0 ? relative(own_ + n * W, j, count, -1) : Vector<Index>{} - 1;
         }
         const Vector<A> all_masked = Vector<A>{} + masked;
         for (int64_t k = 0; k < count; ++k) {

@@ -134,7 +134,10 @@ class ScoreVariant {
                 pointwise_backward(r + i, s, d, ranges);
                 if (drops) drop(r + i, s, d, ranges);
             }
-            if (stats.bias) stats.bias->add_gradients(r + i, ranges, d);
+            if (stats.bias) {  // keys that the query does not see have gradients of 0, or NaN
+                mask_out(d, key_range(r + i), ranges, A(0));
+                stats.bias->add_gradients(r + i, ranges, d);
+            }
             if (p_.adjusts_scores) products_backward(d, stats.slopes_of(i, scores), ranges);
         }
     }
@@ -183,7 +186,8 @@ class ScoreVariant {
         for (int i = 0; i < ranges.n; ++i) {
             const Columns columns = ranges.r[i];
             if (drops) {
-                softmax_backward_of_kept(probs, d_probs, columns, inv_row_sum, delta, scale);
+                softmax_backward_of_kept(probs, d_probs, columns, inv_row_sum, delta, scale,
+                                         static_cast<A>(p_.dropout.factor));
                 continue;
             }
             for (int64_t j = columns.begin; j < columns.end; ++j) {
@@ -192,13 +196,15 @@ class ScoreVariant {
             }
         }
     }
-    // The same where the probabilities of dropped weights have a negative sign. They become 0.
-    static void softmax_backward_of_kept(A* probs, A* d_probs, Columns columns, A inv_row_sum, A delta, A scale) {
+    // The same where the probabilities of dropped weights have a negative sign. They become 0, and others get the
+    // factor of kept weights: the output's gradients would overflow with it.
+    static void softmax_backward_of_kept(A* probs, A* d_probs, Columns columns, A inv_row_sum, A delta, A scale,
+                                         A factor) {
         for (int64_t j = columns.begin; j < columns.end; j += kLanes<A>) {
             const Vector<A> signed_prob = load_vector(probs + j);
             const auto kept = (Vector<typename IndexOf<A>::type>)signed_prob >= 0;
             const Vector<A> prob = (kept ? signed_prob : -signed_prob) * inv_row_sum;
-            store_vector(probs + j, kept ? prob : prob * A(0));
+            store_vector(probs + j, prob * (kept ? Vector<A>{} + factor : Vector<A>{}));
             store_vector(d_probs + j, prob * (load_vector(d_probs + j) - delta) * scale);
         }
     }
@@ -219,11 +225,13 @@ class ScoreVariant {
             for (int64_t j = ranges.r[i].begin; j < ranges.r[i].end; ++j) d_scores[j] *= slopes ? slopes[j] : scale;
     }
 
-    // Pointwise: sets the weights of dropped keys, and their gradients, to 0.
+    // Pointwise: weights, and their gradients, get the factor of kept weights; those of dropped keys become 0.
     void drop(int64_t r, A* probs, A* d_probs, const ColumnRanges& ranges) const {
+        const Vector<A> left = Vector<A>{} + static_cast<A>(p_.dropout.factor);
         for_kept(r, ranges, [&](int64_t j, auto kept) {
-            store_vector(probs + j, kept ? load_vector(probs + j) : load_vector(probs + j) * A(0));
-            store_vector(d_probs + j, kept ? load_vector(d_probs + j) : load_vector(d_probs + j) * A(0));
+            const Vector<A> factor = kept ? left : Vector<A>{};
+            store_vector(probs + j, load_vector(probs + j) * factor);
+            store_vector(d_probs + j, load_vector(d_probs + j) * factor);
         });
     }
     // Calls `each(j, kept)` for the vectors of columns of the ranges: whether the weights of these keys are kept.
@@ -350,16 +358,18 @@ class ScoreVariant {
         sum = sums;
         dot = dots;
     }
-    // The same under dropout. The gradients of dropped weights become 0, and their probabilities get a negative sign.
+    // The same under dropout. Gradients get the factor of kept weights, those of dropped ones become 0, and their
+    // probabilities get a negative sign.
     void exponentials_of_kept(int64_t r, A* s, A* d_probs, const ColumnRanges& ranges, A base, Vector<A>& sum,
                               Vector<A>& dot) const {
         constexpr A kLog2OfE = 1.44269504088896340736;
         const A scale = score_scale() * kLog2OfE;
         const int down = headroom();
+        const Vector<A> factor = Vector<A>{} + static_cast<A>(p_.dropout.factor);
         Vector<A> sums{}, dots{};
         for_kept(r, ranges, [&](int64_t j, auto kept) {
             const Vector<A> prob = power_of_two((load_vector(s + j) - base) * scale, down);
-            const Vector<A> grad = load_vector(d_probs + j), left = kept ? grad : grad * A(0);
+            const Vector<A> left = load_vector(d_probs + j) * (kept ? factor : Vector<A>{});
             store_vector(s + j, kept ? prob : -prob);
             store_vector(d_probs + j, left);
             sums += prob;
