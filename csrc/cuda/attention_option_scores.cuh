@@ -20,15 +20,18 @@ constexpr bool kHasOptions<OptionScoresByQuery<OneQuery>> = true;
 template <int COUNT>
 constexpr bool kHasOptions<OptionScoresByKey<COUNT>> = true;
 
-// Two neighbours of a tile: their places, and whether dropout keeps their weights.
+// Two neighbours of a tile: their places, and dropout's factors of their weights, 1 or 0. NaN times 0 stays NaN.
 struct Neighbours {
     ScorePlace places[2];
-    bool kept[2];
+    float weights[2];
 
     template <typename Places>
     __device__ Neighbours(const Options& options, const Places& at, int half, int column)
         : places{at.place(half, column), at.place(half, column + 1)} {
+        bool kept[2];
         options.dropout.keeps(kept, at.row, places);
+        weights[0] = kept[0] ? 1.0f : 0.0f;
+        weights[1] = kept[1] ? 1.0f : 0.0f;
     }
 };
 
@@ -48,7 +51,7 @@ __device__ inline void order_scores(const AttentionProblem<T>& p, AccTile (&s)[N
     for_each(s, [&](int, int, float& x) { x = p.variant.ordered(x); });
 }
 
-// Zeros for weights that are dropped.
+// Weights that are dropped become zeros.
 template <typename T, int N, typename Places>
 __device__ inline void drop_probs(const AttentionProblem<T>& p, AccTile (&s)[N], float2* scratch, const Places& at) {
     if constexpr (kHasOptions<Places>) {
@@ -56,7 +59,7 @@ __device__ inline void drop_probs(const AttentionProblem<T>& p, AccTile (&s)[N],
         map_neighbours(s, scratch, [&](int half, int column, float (&x)[2]) {
             const Neighbours two(p.options, at, half, column);
 #pragma unroll
-            for (int i = 0; i < 2; ++i) x[i] = two.kept[i] ? x[i] : 0.0f;
+            for (int i = 0; i < 2; ++i) x[i] *= two.weights[i];
         });
     }
 }
@@ -98,11 +101,11 @@ __device__ inline void softmax_backward_in_memory(const AttentionProblem<T>& p, 
             const float product = variant.score(x[i]), score = p.options.score(product, at.row, two.places[i]);
             const float exponent = (score - query.lse) * kLog2E;
             const float prob = (kFromProducts<T> ? exp2_approx(exponent) : exp2f(exponent)) * query.inv_row_sum;
-            g[i] = prob * ((two.kept[i] ? g[i] : 0.0f) - query.delta);
+            g[i] = prob * (__fmul_rn(g[i], two.weights[i]) - query.delta);
             x[i] = prob;
             if constexpr (DEPTH == Depth::products) {
                 g[i] *= p.options.score_grad(product) * variant.d_scores_scale;
-                x[i] = two.kept[i] ? prob : 0.0f;
+                x[i] = prob * two.weights[i];
             }
         }
     });
@@ -121,9 +124,9 @@ __device__ inline void pointwise_backward_in_memory(const AttentionProblem<T>& p
         for (int i = 0; i < 2; ++i) {
             const float product = variant.score(x[i]), score = p.options.score(product, at.row, two.places[i]);
             if constexpr (DEPTH == Depth::products) g[i] *= variant.d_scores_scale;
-            g[i] = two.kept[i] ? variant.d_score(score, g[i]) : 0.0f;
+            g[i] = variant.d_score(score, g[i] * two.weights[i]);
             if constexpr (DEPTH == Depth::products) g[i] *= p.options.score_grad(product);
-            x[i] = two.kept[i] ? variant.prob(score) : 0.0f;
+            x[i] = variant.prob(score) * two.weights[i];
         }
     });
     mask_out(s, at, 0.0f);

@@ -17,8 +17,8 @@ from interformer_kernels._launch.rotary import rotated_before
 from interformer_kernels._launch.tensors import allows_tf32, fitted, readable, resolved, table_gradients
 
 _GATE_BLOCK = 32  # tokens over which gradients of a gate that all tokens share are summed at once
-# Gradients of sinks and bias tables are summed by workers: one for so many queries, at most so many, and so many numbers
-# of all their tables together.
+# Gradients of sinks and bias tables are summed by workers: one for so many queries, at most so many, and with so many
+# numbers in all their tables together.
 _QUERIES_OF_WORKER, _MOST_WORKERS, _WORKER_NUMBERS = 64, 1024, 2**24
 _ROPE_VECTOR = 4  # pairs of channels that the kernels rotate at once
 
