@@ -24,7 +24,7 @@ _SERVING = {"fused_linear": (("cpu",), "on other devices backend=None takes PyTo
 _MOST_CHANNELS = {"cuda": 256}
 # Options of attention that a backend does not serve yet, in the order of `AttentionCall`.
 _OPTIONS = ("prefix", "full_tail", "num_targets", "softcap", "sinks", "position_bias", "time_bias", "dropout_p")
-UNSERVED: dict[str, tuple[str, ...]] = {"cpu": _OPTIONS, "triton": _OPTIONS[5:-1], "cuda": _OPTIONS}
+UNSERVED: dict[str, tuple[str, ...]] = {"cpu": _OPTIONS, "triton": (), "cuda": _OPTIONS}
 _DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # Backends that `backend=None` tries on a device, fastest first; the reference serves all other calls.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
