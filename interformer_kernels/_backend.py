@@ -7,7 +7,6 @@ import importlib
 import logging
 import os
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -20,9 +19,6 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 }
 # Channels of a head, at most, in the ops of the attention family; no entry: any number.
 _MOST_CHANNELS = {"cuda": 256}
-# Options of attention that a backend does not serve yet, in the order of `AttentionCall`.
-_OPTIONS = ("prefix", "full_tail", "num_targets", "softcap", "sinks", "position_bias", "time_bias", "dropout_p")
-UNSERVED: dict[str, tuple[str, ...]] = {"cpu": (), "triton": _OPTIONS[5:-1], "cuda": ()}
 _DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # Backends that `backend=None` tries on a device, fastest first; the reference serves all other calls.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
@@ -72,24 +68,7 @@ def _cuda_missing() -> str | None:
     return None
 
 
-def options_of(call: Any) -> tuple[str, ...]:
-    """The options of a call that some backend does not serve yet."""
-    neutral = (None, 0, "full")
-    return tuple(name for name in _OPTIONS if not _is_any(getattr(call, name, None), neutral))
-
-
-def _is_any(value: Any, values: tuple[Any, ...]) -> bool:
-    return not isinstance(value, torch.Tensor) and value in values
-
-
-def unsupported_reason(
-    op: str,
-    backend: str,
-    device_type: str,
-    dtype: torch.dtype,
-    channels: int = 0,
-    options: tuple[str, ...] = (),
-) -> str | None:
+def unsupported_reason(op: str, backend: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> str | None:
     """Why `backend` cannot serve this op on this device and dtype, or heads of so many channels; None where it can."""
     if backend == "reference":
         return None
@@ -101,21 +80,18 @@ def unsupported_reason(
     most = _MOST_CHANNELS.get(backend, channels)
     if channels > most:
         return f"it serves heads of at most {most} channels, found {channels}"
-    unserved = [name for name in options if name in UNSERVED[backend]]
-    if unserved:
-        return f"it does not serve {', '.join(unserved)} yet"
     return _missing(backend)
 
 
 @functools.cache
-def choose(op: str, device_type: str, dtype: torch.dtype, channels: int = 0, options: tuple[str, ...] = ()) -> str:
+def choose(op: str, device_type: str, dtype: torch.dtype, channels: int = 0) -> str:
     """The fastest backend that can serve; its name and the reason are logged once per op, device, dtype and head size.
 
     `channels` are those of the widest head, of ops that attend; 0 for others.
     """
     module, passed_over = native(), []
     for backend in _PREFERENCE.get(device_type, ()):
-        reason = unsupported_reason(op, backend, device_type, dtype, channels, options)
+        reason = unsupported_reason(op, backend, device_type, dtype, channels)
         if backend == "triton" and interprets_triton():
             reason = "its interpreter serves only where it is named"
         if reason is None:
@@ -130,21 +106,15 @@ def choose(op: str, device_type: str, dtype: torch.dtype, channels: int = 0, opt
 
 @functools.cache
 def kernels(
-    module: str,
-    op: str,
-    backend: str,
-    device_type: str,
-    dtype: torch.dtype,
-    channels: int = 0,
-    options: tuple[str, ...] = (),
+    module: str, op: str, backend: str, device_type: str, dtype: torch.dtype, channels: int = 0
 ) -> ModuleType | None:
     """The module of this name whose `forward` and `backward` serve the call; None stands for the reference.
 
     `backend` is a name, which never falls back, or `""` for the fastest that can serve. `op` is the public function's
     name, for messages.
     """
-    chosen = backend or choose(op, device_type, dtype, channels, options)
-    reason = unsupported_reason(op, chosen, device_type, dtype, channels, options)
+    chosen = backend or choose(op, device_type, dtype, channels)
+    reason = unsupported_reason(op, chosen, device_type, dtype, channels)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {chosen!r} cannot serve: {reason}")
     return None if chosen == "reference" else importlib.import_module(f"interformer_kernels._{chosen}.{module}")

@@ -41,6 +41,7 @@ from interformer_kernels._triton._attention_masks import (
     tile_of_step,
 )
 from interformer_kernels._triton._attention_output import partial_index
+from interformer_kernels._triton._attention_scores import make_variant
 from interformer_kernels._triton._attention_tiles import (
     key_task,
     keys_of,
@@ -58,7 +59,6 @@ from interformer_kernels._triton._attention_tiles import (
 )
 from interformer_kernels._triton._attention_variant import (
     is_large,
-    make_variant,
     query_stats,
     remaining_scale,
     scores_to_probs,

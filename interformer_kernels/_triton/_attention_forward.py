@@ -16,6 +16,7 @@ from interformer_kernels._triton._attention_masks import (
     tile_of_step,
 )
 from interformer_kernels._triton._attention_output import partial_index, store_outputs, store_partial
+from interformer_kernels._triton._attention_scores import make_variant
 from interformer_kernels._triton._attention_tiles import (
     load_keys,
     load_q,
@@ -28,7 +29,6 @@ from interformer_kernels._triton._attention_tiles import (
 )
 from interformer_kernels._triton._attention_variant import (
     empty_softmax,
-    make_variant,
     online_softmax_update,
     softmax_stats,
 )

@@ -26,18 +26,30 @@ _MASKED: dict[str, dict[int, Tiles]] = {
     "grad_keys": {128: Tiles(32, 64, 8)},
     "short": {64: Tiles(64, 32, 8, 1)},
 }
+# Tiles of calls with biases in place of the tables', by bytes of a number and padded channels: gathers from tables, and
+# differences of times of 64 bits, take the registers of larger tiles.
+_BIASED: dict[str, dict[int, dict[int, Tiles]]] = {
+    "forward": {2: {64: Tiles(64, 32, 8), 128: Tiles(32, 32, 8), 512: Tiles(16, 16)}, 4: {}},
+    "grad_queries": {2: {64: Tiles(64, 32, 8), 128: Tiles(32, 32, 8), 512: Tiles(16, 16)}, 4: {}},
+    "grad_keys": {2: {64: Tiles(32, 32), 128: Tiles(32, 32, 8), 512: Tiles(16, 16)}, 4: {512: Tiles(16, 16, 8)}},
+    "grad_biases": {
+        2: {64: Tiles(16, 16, 4, 1), 512: Tiles(16, 16, 8, 1)},
+        4: {64: Tiles(16, 16, 4, 1), 512: Tiles(16, 16, 8, 1)},
+    },
+}
 
 
 class Geometry:
     """Layout, score, heads, channels and queries of a row (0 where rows differ), for a device, a dtype, a direction.
 
     `pairs` of rotary embedding, 0 without it. `tiled`: no rows are left to the kernels of short and of whole rows.
-    Whether kernels rotate queries and keys depends on numbers of tokens, so shapes take that as an argument.
+    `biased`: scores have a bias. Whether kernels rotate queries and keys depends on numbers of tokens, so shapes take
+    that as an argument.
     """
 
     def __init__(
         self, layout: str, score: str, v_is_k: bool, d: int, dv: int, heads: int, kv_heads: int, queries: int,
-        itemsize: int, target: Target, precision: str, pairs: int, backward: bool, tiled: bool,
+        itemsize: int, target: Target, precision: str, pairs: int, backward: bool, tiled: bool, biased: bool,
     ) -> None:  # fmt: skip
         self.layout, self.score, self.v_is_k, self.d, self.dv, self.precision = layout, score, v_is_k, d, dv, precision
         self.kv_heads, self.q_per_kv, self.queries = kv_heads, heads // kv_heads, queries
@@ -46,6 +58,7 @@ class Geometry:
         self.on = itemsize, target
         # Kernels rotate gradients, at least. Otherwise passes beside them do it all.
         self.rotates = pairs > 0 and self.width <= widest_rope(*self.on) and pairs % 4 == 0
+        self._biased = biased
         self._suffix = "_rope" if self.rotates else ""
         self.pack = self._pack()
         self.heads_per_program = self.pack * self.q_per_kv  # query heads, and so packed rows of a query token
@@ -105,12 +118,16 @@ class Geometry:
 
     def _tiles(self, kernel: str) -> Tiles:
         """Tiles of a kernel; no more queries than rows have, where that is known."""
-        if self.rotates:
+        replaced = _BIASED[kernel][self.on[0]] if self._biased else {}
+        if replaced:
+            entry = replaced[min((width for width in replaced if width >= self.width), default=max(replaced))]
+        elif self.rotates:
             return tiles(f"{kernel}_rope", self.width, *self.on)
-        entry = tiles(kernel, self.width, *self.on)
+        else:
+            entry = tiles(kernel, self.width, *self.on)
         if self.layout == "packed":
-            packed_entry = variant("grad_queries_packed", self.width, *self.on) if kernel == "grad_queries" else None
-            return self._masked(kernel, packed_entry or entry)
+            own = None if replaced or kernel != "grad_queries" else variant("grad_queries_packed", self.width, *self.on)
+            return entry if replaced else self._masked(kernel, own or entry)
         queries = min(entry.queries, padded(max(1, self.queries * self.heads_per_program)))
         # Masks of channels take registers that a tile of few queries and many keys lacks in so few warps.
         masked = kernel == "forward" and queries < entry.keys and not self._fills_tiles and self.on[0] == 2
@@ -152,9 +169,10 @@ class Geometry:
 @functools.lru_cache(maxsize=1024)
 def geometry(
     state: int, layout: str, score: str, v_is_k: bool, d: int, dv: int, heads: int, kv_heads: int, queries: int,
-    itemsize: int, target: Target, precision: str, pairs: int, backward: bool, tiled: bool,
+    itemsize: int, target: Target, precision: str, pairs: int, backward: bool, tiled: bool, biased: bool,
 ) -> Geometry:  # fmt: skip
     """The geometry of these sizes, while the tables of tiles are in this state (`_tiles.state`)."""
     return Geometry(
-        layout, score, v_is_k, d, dv, heads, kv_heads, queries, itemsize, target, precision, pairs, backward, tiled
+        layout, score, v_is_k, d, dv, heads, kv_heads, queries, itemsize, target, precision, pairs, backward, tiled,
+        biased,
     )  # fmt: skip

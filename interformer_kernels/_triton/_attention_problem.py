@@ -28,7 +28,7 @@ from interformer_kernels._triton._arguments import (
     ShortShape,
 )
 from interformer_kernels._triton._attention_geometry import geometry
-from interformer_kernels._triton._attention_variant import VariantInputs, VariantOptions
+from interformer_kernels._triton._attention_scores import VariantInputs, VariantOptions
 from interformer_kernels._triton._bound import Known
 from interformer_kernels._triton._programs import Programs, Side, Splits, TileLists, splits_by_marks, splits_of
 from interformer_kernels._triton._rows import slots
@@ -58,7 +58,7 @@ class Problem:
         made = geometry(
             _tiles.state(), call.layout, call.score, call.v is None, channels, self.out_shape[-1], self.heads,
             self.kv_heads, self.queries, k.element_size(), _run.target_of(k), _run.precision(k.dtype),
-            0 if call.cos is None else call.cos.shape[1], backward, self._is_tiled(),
+            0 if call.cos is None else call.cos.shape[1], backward, *self._all_tiled(),
         )  # fmt: skip
         self._geometry, self.q_per_kv, self.cell, self.short_cell = made, made.q_per_kv, made.cell, made.short_cell
         self.pack, self.packs, self.heads_per_program = made.pack, made.packs, made.heads_per_program
@@ -81,10 +81,12 @@ class Problem:
         self.sizes = self._sizes()
         self._tile_lists = TileLists()
 
-    def _is_tiled(self) -> bool:
-        """Whether all rows are left to the kernels of tiles: others know no dropout, and make no statistics of their
-        queries, by which sinks get gradients."""
-        return self.call.dropout_p > 0 or (self.backward and self.call.sinks is not None)
+    def _all_tiled(self) -> tuple[bool, bool]:
+        """Whether all rows are left to the kernels of tiles, and whether scores have a bias: other kernels know no
+        dropout and no bias, and make no statistics of their queries, by which sinks get gradients."""
+        call = self.call
+        biased = call.position_bias is not None or call.time_bias is not None
+        return call.dropout_p > 0 or biased or (self.backward and call.sinks is not None), biased
 
     def _make_scale_positive(self) -> None:
         """Move the sign of the scale into the queries, exactly, and as a whole a scale that is 0 or far from 1.
@@ -225,6 +227,10 @@ class Problem:
     def shape(self, chosen: Tiles) -> Shape:
         """Shape of the kernels of tiles of one row."""
         return self._geometry.shape(chosen, self.rope_options)
+
+    def shape_of_one_head(self, chosen: Tiles) -> Shape:
+        """Shape of a kernel of tiles of one row under one query head."""
+        return self.shape(chosen)._replace(pack=1, packs=self.kv_heads)
 
     def short_shape(self, chosen: Tiles) -> ShortShape:
         """Shape of the kernels of short rows."""

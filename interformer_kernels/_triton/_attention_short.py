@@ -17,6 +17,7 @@ import triton.language as tl
 from interformer_kernels._triton._arguments import Epilogue, KeysAndValues, RowTask, Sizes
 from interformer_kernels._triton._attention_masks import Pairs, pairs_under, sees_any_key, targets_of
 from interformer_kernels._triton._attention_output import store_outputs
+from interformer_kernels._triton._attention_scores import make_variant
 from interformer_kernels._triton._attention_tiles import (
     load_k,
     load_numbers,
@@ -28,7 +29,6 @@ from interformer_kernels._triton._attention_tiles import (
 )
 from interformer_kernels._triton._attention_variant import (
     empty_softmax,
-    make_variant,
     online_softmax_update,
     remaining_scale,
     softmax_stats,

@@ -1,10 +1,9 @@
 # mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
-"""The variant of attention: how scores are mapped, and the derivatives of that.
+"""How attention's kernels map scores to weights, and the derivatives of that.
 
 All attention kernels come here: the forward, the passes for sums, for dQ and for dK with dV, and the kernels of short
-rows. An additive bias or dropout goes into the tuples below and into the functions that take them, another mask into
-`_attention_masks.py`: each function that maps scores knows their `Pairs` of query and key. Kernels pass the tuples on,
-and know none of their fields. Masks apply after a pointwise map: a hidden key adds nothing to the sum over keys.
+rows. Scores are made in `_attention_scores.py`, masks in `_attention_masks.py`. Masks apply after a pointwise map: a
+hidden key adds nothing to the sum over keys.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from interformer_kernels._calls import AttentionCall
-from interformer_kernels._launch.tensors import readable
 from interformer_kernels._triton._attention_dropout import kept_weights
 from interformer_kernels._triton._attention_masks import mask_out, seen_pairs
+from interformer_kernels._triton._attention_scores import raw_scores, score_factor, through_softcap
 from interformer_kernels._triton._maps import LN_2, LOG2_E, activate, activation_grad, exp2, power
 
 # The start of a running maximum: finite, so that no difference of maxima is NaN.
@@ -29,77 +27,6 @@ _LARGE_LSE = tl.constexpr(1024.0)
 # Sums of a query that are kept apart: adjacent keys of a tile are in different threads.
 _SUM_LANES = tl.constexpr(8)
 
-# ---------------------------------------------------------------- tuples: from a call, and made in kernels
-
-_MOST_INT32 = 2**31 - 1
-
-
-class VariantInputs(NamedTuple):
-    """Numbers and tensors that scores are mapped and masked by: fields of the call, of the same names; None where the
-    variant has no use for one. They stay while a model does, so kernels may be specialised by an integer."""
-
-    scale: Any
-    post_scale: Any
-    num_targets: Any
-    full_tail: Any
-    softcap: Any
-    dropout_seed: Any
-    drop_below: Any  # a weight whose word is less is dropped; less 2^31, as words with a sign are
-    kept_scale: Any
-
-    @classmethod
-    def of(cls, call: AttentionCall) -> VariantInputs:
-        """The fields of a call."""
-        tail = min(call.full_tail, _MOST_INT32) if call.full_tail else None
-        dropout: tuple[Any, ...] = None, None, None
-        if call.drops:
-            p = call.dropout_p
-            dropout = call.dropout_seed, int(p * 2.0**32) - 2**31, 1 / (1 - p)
-        return cls(call.scale, call.post_scale, readable(call.num_targets), tail, call.softcap or None, *dropout)
-
-
-class VariantOptions(NamedTuple):
-    """The map of scores, which masks there are, and whether a backward has a gradient of the log-sum-exp.
-
-    `masked`: whether any mask hides keys; `prefix`: the kind of prefix, "" without one; `dropout`: "" without, "all" if
-    no weight is left, else whether words are made for "pairs" or for "fours" of keys.
-    """
-
-    score: str
-    masked: bool
-    causal: bool
-    left: bool
-    right: bool
-    prefix: str
-    full_tail: bool
-    targets: bool
-    softcap: bool
-    sinks: bool
-    dropout: str
-    grad_lse: bool = False
-
-    @classmethod
-    def of(cls, call: AttentionCall) -> VariantOptions:
-        """The options of a call; which limits of masks it has, but not how large they are."""
-        left, right, targets = call.window_left >= 0, call.window_right >= 0, call.num_targets is not None
-        by_place = call.causal or left or right
-        # In an empty prefix of one place are the queries that stand before the first key.
-        prefix = call.prefix if by_place and (call.num_prefix > 0 or call.prefix == "index") else ""
-        full_tail = call.full_tail > 0 and (left or right)
-        masks = by_place or targets, call.causal, left, right, prefix, full_tail, targets
-        dropout = "pairs" if call.drops else "all" if call.dropout_p else ""
-        return cls(call.score, *masks, call.softcap > 0, call.sinks is not None, dropout)
-
-
-class Variant(NamedTuple):
-    """The inputs of the variant, the limits of masks, and the number of keys that each row skips."""
-
-    inputs: VariantInputs
-    left: Any
-    right: Any
-    prefix: Any
-    skip: Any
-
 
 class QueryStats(NamedTuple):
     """Statistics of queries for the backward of a softmax: the factor and the base that turn raw scores into logarithms
@@ -110,41 +37,6 @@ class QueryStats(NamedTuple):
     row_sum: Any
     scale: Any
     delta: Any
-
-
-@triton.jit
-def make_variant(inputs, left, right, prefix, skip):
-    """The variant, from the kernels' arguments."""
-    return Variant(VariantInputs(*inputs), left, right, prefix, skip)
-
-
-# ---------------------------------------------------------------- scores
-
-
-@triton.jit
-def _raw_scores(products, pairs, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
-    """The scores of pairs but for `_score_factor`, from the products `q k'`."""
-    raw = products
-    if VARIANT.softcap:
-        raw = activate(products * (variant.inputs.scale / variant.inputs.softcap), "tanh", DTYPE)
-    return raw
-
-
-@triton.jit
-def _score_factor(variant, VARIANT: tl.constexpr):
-    """The scores are the raw scores times this number. It is positive in the forward of a softmax of 16 bits."""
-    factor = variant.inputs.scale
-    if VARIANT.softcap:
-        factor = variant.inputs.softcap
-    return factor
-
-
-@triton.jit
-def _through_softcap(d_scores, raw, VARIANT: tl.constexpr):
-    """Gradients behind the softcap, from those of the scores and from the raw scores."""
-    if VARIANT.softcap:
-        d_scores = d_scores * (1.0 - raw * raw)
-    return d_scores
 
 
 # ---------------------------------------------------------------- the forward
@@ -172,7 +64,7 @@ def _base_2(row_max, variant, VARIANT: tl.constexpr):
     """
     # 2^(1 - e) for a maximum from 2^e on; infinity for 0.
     inverse = (~row_max.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    factor = tl.minimum(_score_factor(variant, VARIANT) * (LOG2_E / _LARGE), inverse) * _LARGE
+    factor = tl.minimum(score_factor(variant, VARIANT) * (LOG2_E / _LARGE), inverse) * _LARGE
     return factor, row_max * factor
 
 
@@ -188,14 +80,14 @@ def online_softmax_update(products, pairs, row_max, row_sum, variant, VARIANT: t
     """
     if VARIANT.score == "softmax":
         if tl.float32 == DTYPE:
-            x = _raw_scores(products, pairs, variant, VARIANT, DTYPE) * _score_factor(variant, VARIANT)
+            x = raw_scores(products, pairs, variant, VARIANT, DTYPE) * score_factor(variant, VARIANT)
             x = mask_out(x, pairs, float("-inf"), variant, VARIANT)
             new_max = tl.maximum(row_max, tl.max(x, 1))
             # The power of two stays outside of exp2, where it would round the exponent once more.
             probs = exp2((x - new_max[:, None]) * LOG2_E, DTYPE) * power(-spare_bits(pairs.task.keys))
             alpha = exp2((row_max - new_max) * LOG2_E, DTYPE)
         else:
-            x = _raw_scores(products, pairs, variant, VARIANT, DTYPE)
+            x = raw_scores(products, pairs, variant, VARIANT, DTYPE)
             x = mask_out(x, pairs, float("-inf"), variant, VARIANT)
             new_max = tl.maximum(row_max, tl.max(x, 1))
             factor, base = _base_2(new_max, variant, VARIANT)
@@ -209,7 +101,7 @@ def online_softmax_update(products, pairs, row_max, row_sum, variant, VARIANT: t
         row_max = new_max
     else:
         SCORE: tl.constexpr = VARIANT.score
-        x = _raw_scores(products, pairs, variant, VARIANT, DTYPE) * _score_factor(variant, VARIANT)
+        x = raw_scores(products, pairs, variant, VARIANT, DTYPE) * score_factor(variant, VARIANT)
         mapped = variant.inputs.post_scale * activate(x, SCORE, DTYPE)
         probs = mask_out(mapped, pairs, 0.0, variant, VARIANT)
         alpha = tl.full([products.shape[0]], 1.0, tl.float32)
@@ -225,7 +117,7 @@ def softmax_stats(row_max, row_sum, variant, VARIANT: tl.constexpr, DTYPE: tl.co
     row_sum = tl.sum(row_sum, 1)
     if VARIANT.score == "softmax":
         if tl.float32 != DTYPE:
-            row_max = row_max * _score_factor(variant, VARIANT)
+            row_max = row_max * score_factor(variant, VARIANT)
             row_max = tl.where(row_max == float("inf"), float("nan"), row_max)
         row_max = tl.where(row_sum == 0.0, float("-inf"), row_max)
     return row_max, row_sum
@@ -280,6 +172,26 @@ def finalize(acc, row_max, row_sum, keys, any_key, VARIANT: tl.constexpr, DTYPE:
 
 
 # ---------------------------------------------------------------- the backward
+
+
+@triton.jit
+def bias_gradients(products, d_probs, pairs, lse, row_sum, delta, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
+    """Gradients of scores, which are those of their biases, from statistics of queries, the rows of the tile."""
+    SCORE: tl.constexpr = VARIANT.score
+    x = raw_scores(products, pairs, variant, VARIANT, DTYPE) * score_factor(variant, VARIANT)
+    if VARIANT.score == "softmax":
+        if tl.float32 == DTYPE:
+            probs = exp2((x - lse[:, None]) * LOG2_E, DTYPE) * tl.div_rn(1.0, row_sum)[:, None]
+        else:
+            probs = exp2((x - lse[:, None]) * LOG2_E - row_sum[:, None], DTYPE)
+        grads = probs * (without_single_keys(d_probs, pairs, VARIANT) - delta[:, None])
+        if not VARIANT.grad_lse and not VARIANT.sinks:
+            grads = grads * factor_of_d_probs(pairs.task.keys)
+    else:
+        grads = activation_grad(x, SCORE, DTYPE) * d_probs
+        if SCORE == "relu":
+            grads = tl.where(x <= 0, 0.0, grads)
+    return tl.where(seen_pairs(pairs, variant, VARIANT) & (pairs.n < pairs.task.count), grads, 0.0)
 
 
 @triton.jit
@@ -340,11 +252,11 @@ def grad_of_seen_lse(grad_lse, masked):
 def _activation_backward(products, d_probs, pairs, variant, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
     """Unscaled activations of the scores, and gradients of the products but for `remaining_scale`."""
     SCORE: tl.constexpr = VARIANT.score
-    raw = _raw_scores(products, pairs, variant, VARIANT, DTYPE)
-    x = raw * _score_factor(variant, VARIANT)
+    x = raw_scores(products, pairs, variant, VARIANT, DTYPE) * score_factor(variant, VARIANT)
     probs = activate(x, SCORE, DTYPE)
     grad = activation_grad(x, SCORE, DTYPE)
-    d_scores = _through_softcap(_scaled(grad * d_probs, variant.inputs.scale, DTYPE), raw, VARIANT)
+    d_scores = _scaled(grad * d_probs, variant.inputs.scale, DTYPE)
+    d_scores = through_softcap(d_scores, products, variant, VARIANT, DTYPE)
     if SCORE == "relu":
         # A derivative of 0 gives a gradient of 0, even where `d_probs` overflowed.
         d_scores = tl.where(x <= 0, 0.0, d_scores)
@@ -372,12 +284,12 @@ def query_stats(lse, row_sum, delta, variant, VARIANT: tl.constexpr, DTYPE: tl.c
     gradients of queries are all that is asked for, and it goes into the factor of dP.
     """
     if tl.float32 == DTYPE or VARIANT.score != "softmax":
-        stats = QueryStats(_score_factor(variant, VARIANT), lse, row_sum, variant.inputs.scale, delta)
+        stats = QueryStats(score_factor(variant, VARIANT), lse, row_sum, variant.inputs.scale, delta)
     else:
         # As in `_base_2`, but a power of two brings log-sum-exps from 2^20 on below 2^21.
         inverse = (~lse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         cooling = tl.minimum(inverse, 4 / _LARGE)
-        factor = cooling * (_score_factor(variant, VARIANT) * (LOG2_E * _LARGE / 4))
+        factor = cooling * (score_factor(variant, VARIANT) * (LOG2_E * _LARGE / 4))
         base = (lse * cooling) * (LOG2_E * _LARGE / 4)
         scale = _scale_of_d_probs(variant, DTYPE)
         if OF_QUERIES:
@@ -397,7 +309,7 @@ def scores_to_probs(
     """
     if VARIANT.score == "softmax":
         AXIS: tl.constexpr = 1 if OF_QUERIES else 0
-        raw = _raw_scores(products, pairs, variant, VARIANT, DTYPE)
+        raw = raw_scores(products, pairs, variant, VARIANT, DTYPE)
         base = tl.expand_dims(stats.base, AXIS)
         delta = tl.expand_dims(stats.delta, AXIS)
         if tl.float32 == DTYPE:
@@ -415,7 +327,7 @@ def scores_to_probs(
             d_scores = probs * tl.fma(d_probs, tl.expand_dims(stats.scale, AXIS), -delta)
         else:
             d_scores = probs * tl.fma(d_probs, stats.scale, -delta)
-        d_scores = _through_softcap(d_scores, raw, VARIANT)
+        d_scores = through_softcap(d_scores, products, variant, VARIANT, DTYPE)
     else:
         probs, d_scores = _activation_backward(products, d_probs, pairs, variant, VARIANT, DTYPE)
     return probs, d_scores
@@ -441,7 +353,7 @@ def whole_row_to_probs(products, d_probs, grad_lse, pairs, variant, VARIANT: tl.
         else:
             scale = _scale_of_d_probs(variant, DTYPE)
             d_scores = probs * tl.fma(d_probs, scale, -(delta * scale)[:, None])
-        d_scores = _through_softcap(d_scores, _raw_scores(products, pairs, variant, VARIANT, DTYPE), VARIANT)
+        d_scores = through_softcap(d_scores, products, variant, VARIANT, DTYPE)
     else:
         probs, d_scores = _activation_backward(products, d_probs, pairs, variant, VARIANT, DTYPE)
     return probs, d_scores
@@ -458,7 +370,7 @@ def whole_row_probs(products, pairs, lse, variant, VARIANT: tl.constexpr, DTYPE:
     if VARIANT.score == "softmax":
         tl.static_assert(tl.float32 != DTYPE)
         stats = query_stats(lse, lse * 0.0, lse * 0.0, variant, VARIANT, DTYPE, True)
-        raw = _raw_scores(products, pairs, variant, VARIANT, DTYPE)
+        raw = raw_scores(products, pairs, variant, VARIANT, DTYPE)
         x = tl.fma(raw, stats.factor[:, None], -stats.base[:, None])
         large = is_large(lse)
         if tl.max(large.to(tl.int32), 0) > 0:
@@ -466,7 +378,7 @@ def whole_row_probs(products, pairs, lse, variant, VARIANT: tl.constexpr, DTYPE:
             x = x - tl.where(large, tl.log2(row_sum), 0.0)[:, None]
         probs = exp2(mask_out(x, pairs, float("-inf"), variant, VARIANT), DTYPE)
     else:
-        x = _raw_scores(products, pairs, variant, VARIANT, DTYPE) * _score_factor(variant, VARIANT)
+        x = raw_scores(products, pairs, variant, VARIANT, DTYPE) * score_factor(variant, VARIANT)
         probs = mask_out(activate(x, SCORE, DTYPE), pairs, 0.0, variant, VARIANT)
     return probs
 
@@ -483,7 +395,7 @@ def whole_row_d_scores(
         if VARIANT.grad_lse:
             delta = delta - grad_of_seen_lse(grad_lse, lse == float("-inf")) * scale
         d_scores = probs * tl.fma(d_probs, scale, -delta[:, None])
-        d_scores = _through_softcap(d_scores, _raw_scores(products, pairs, variant, VARIANT, DTYPE), VARIANT)
+        d_scores = through_softcap(d_scores, products, variant, VARIANT, DTYPE)
     else:
         _, d_scores = _activation_backward(products, d_probs, pairs, variant, VARIANT, DTYPE)
     return d_scores

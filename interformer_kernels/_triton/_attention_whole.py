@@ -14,10 +14,10 @@ import triton.language as tl
 
 from interformer_kernels._triton._arguments import KeysAndValues, RowTask, Sizes
 from interformer_kernels._triton._attention_masks import Pairs, targets_of
+from interformer_kernels._triton._attention_scores import make_variant
 from interformer_kernels._triton._attention_short import SIZES
 from interformer_kernels._triton._attention_tiles import load_k, load_numbers, load_q, load_tokens, store_tokens
 from interformer_kernels._triton._attention_variant import (
-    make_variant,
     remaining_scale,
     whole_row_d_scores,
     whole_row_probs,

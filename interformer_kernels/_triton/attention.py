@@ -10,10 +10,11 @@ from torch import Tensor
 from interformer_kernels._calls import AttentionCall
 from interformer_kernels._launch import splits
 from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
-from interformer_kernels._launch.tensors import expanded, readable, resolved, table_gradients
+from interformer_kernels._launch.tensors import expanded, readable, resolved
 from interformer_kernels._triton import _run
 from interformer_kernels._triton._arguments import Epilogue, GradPass, Outputs, Partials, QuerySide
 from interformer_kernels._triton._attention_backward import attention_grad_keys, attention_grad_queries
+from interformer_kernels._triton._attention_bias_sums import grad_biases
 from interformer_kernels._triton._attention_epilogue import epilogue_backward, sinks_backward
 from interformer_kernels._triton._attention_forward import attention_forward
 from interformer_kernels._triton._attention_output import add_partials, combine_partials
@@ -144,8 +145,7 @@ def backward(
         tables, interleaved = (call.cos, call.sin), call.rope_interleaved
         grad_q = rotated(grad_q, problem.offsets.q, *tables, call.positions_q, interleaved, backwards=True)
         grad_k = rotated(grad_k, problem.offsets.kv, *tables, call.positions_k, interleaved, backwards=True)
-    _, *grad_biases = table_gradients(call)
-    return grad_q, grad_k, grad_v, grad_gate, _grad_sinks(problem, side), *grad_biases
+    return grad_q, grad_k, grad_v, grad_gate, _grad_sinks(problem, side), *grad_biases(problem, side)
 
 
 def _through_epilogue(

@@ -34,8 +34,6 @@ def attention(
         or not (backend is None or (type(backend) is str and backend == "cpu"))
     ):
         return None
-    if _backend.UNSERVED["cpu"] and _backend.options_of(call):
-        return None
     if (call.v is None and "v" in public.required) or (return_lse is not False and return_lse is not True):
         return None
     inputs = (*public.spec.inputs(call), residual)
@@ -59,7 +57,7 @@ def forward(args: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor] | None:
     call = AttentionCall._make(fields)
     if module is None or backend not in ("", "cpu") or not autograd.is_eager():
         return None
-    if call.positions_k is not None or (_backend.UNSERVED["cpu"] and _backend.options_of(call)):
+    if call.positions_k is not None:
         return None
     outputs = module.eager_attention_forward(
         call, residual, call.score == "softmax", keeps_attn_out, checks.validates_cpu(), torch.get_num_threads()
@@ -80,8 +78,6 @@ def backward(args: Sequence[Any]) -> tuple[Tensor | None, ...] | None:
     if module is None or args[-1] not in ("", "cpu") or not autograd.is_eager():
         return None
     grad_out, grad_lse, _, attn_out, *call = args[:-2]
-    if _backend.UNSERVED["cpu"] and _backend.options_of(AttentionCall._make(call)):
-        return None
     grads = module.eager_attention_backward(tuple(call), grad_out, attn_out, grad_lse, torch.get_num_threads())
     if grads is None:
         return None

@@ -141,9 +141,9 @@ class RegisteredOp:
 
     def _kernels(self, public: PublicOp, call: Call, backend: str) -> Any:
         lead = self.spec.lead(call)
-        name, channels, options = self.spec.name, self.spec.channels(call), _backend.options_of(call)
+        name, channels = self.spec.name, self.spec.channels(call)
         device = "cuda" if lead.is_cuda else lead.device.type
-        return _backend.kernels(name, public.name, backend, device, lead.dtype, channels, options)
+        return _backend.kernels(name, public.name, backend, device, lead.dtype, channels)
 
     # -------------------------------------------------------- the differentiable call
 

@@ -63,8 +63,8 @@ def test_a_bias_by_head_and_distance(
     score: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_attention_variant, "_raw_scores", _biased)
-    monkeypatch.setattr(_attention_variant, "_score_factor", _one)
+    monkeypatch.setattr(_attention_variant, "raw_scores", _biased)
+    monkeypatch.setattr(_attention_variant, "score_factor", _one)
     generator = torch.Generator().manual_seed(0)
     tokens, rows, causal = sum(lengths), len(lengths), layout == "packed"
     shape = {"packed": (tokens,), "dense": (rows, 2), "shared": (2,)}[layout]

@@ -185,6 +185,17 @@ def _dropout(width: int, dtype: torch.dtype) -> None:
         attention.backward(call, out, attn_out, lse)
 
 
+def _biases(width: int, dtype: torch.dtype) -> None:
+    """Self attention with biases by position and by time."""
+    x, times = _meta(4096, 4, width, dtype=dtype), _meta(4096, dtype=torch.int64)
+    offsets = _meta(129, dtype=torch.int64)
+    call = AttentionCall("packed", x, x, x, None, offsets, None, *_MAPS)._replace(causal=True)
+    call = call._replace(position_bias=_meta(4, 401, dtype=torch.float32), time_bias=_meta(4, 64, dtype=torch.float32))
+    call = call._replace(times_q=times, times_k=times, time_edges=_meta(63, dtype=torch.int64))
+    out, lse, attn_out = attention.forward(call, None, dtype != torch.float32)
+    attention.backward(call, out, attn_out, lse)
+
+
 def _rotary(width: int, dtype: torch.dtype) -> None:
     """All channels rotated."""
     x, table = _meta(4096, 4, width, dtype=dtype), _table(width)
@@ -222,11 +233,14 @@ CALLS: dict[str, Callable[[int, torch.dtype], None]] = {
     "targets": _targets,
     "softcap_sinks": _capped,
     "dropout": _dropout,
+    "biases": _biases,
 }
 # Calls that are compiled on request alone: with a gradient of the log-sum-exp, some backwards of float32 under heads of
 # 64 and 128 channels spill 4 to 12 bytes on sm_80 and sm_90, which other tiles have yet to mend; with targets, dQ of
-# float32 under heads of 128 channels spills 16 on sm_80; with a softcap and sinks, that under heads of 32 channels 4.
-SPILLING = ("lse_gradient", "targets", "softcap_sinks")
+# float32 under heads of 128 channels spills 16 on sm_80; with a softcap and sinks, that under heads of 32 channels 4;
+# with dropout, dK under heads of 128 channels in 16 bits 64 on sm_90, and float32's under heads of 64 channels 4 to 8
+# on sm_80. With biases a few spill up to 28, where ptxas holds back registers.
+SPILLING = ("lse_gradient", "targets", "softcap_sinks", "dropout", "biases")
 
 
 # ---------------------------------------------------------------- compiling
