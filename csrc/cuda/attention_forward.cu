@@ -36,10 +36,10 @@ __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
     return {false, p.maps_in_memory(), false, p.options.any};
 }
 
-// Channels for which a warp holds accumulators. Options take registers that exact float32 products of the widest heads
-// lack: there an item is a half of the channels.
-template <typename T, int WIDTH, bool OPTIONS>
-constexpr int kChannelChunk = OPTIONS && std::is_same_v<T, float> ? std::min(WIDTH, 128) : WIDTH;
+// Channels for which a warp holds accumulators. Options take registers that the widest heads lack: there an item is a
+// half of the channels.
+template <int WIDTH, bool OPTIONS>
+constexpr int kChannelChunk = OPTIONS ? std::min(WIDTH, 128) : WIDTH;
 
 // Products of a tile of keys become probabilities; accumulators so far are to be multiplied by `alpha`.
 template <typename T, int N, typename Places>
@@ -129,7 +129,7 @@ template <typename T, int WIDTH, bool OPTIONS>
 __device__ void attend_tile(const ForwardArguments<T>& f, const TileGroup& group) {
     using Tiles = AttentionTiles<T, WIDTH>;
     const AttentionProblem<T>& p = f.problem;
-    constexpr int kChunk = kChannelChunk<T, WIDTH, OPTIONS>, kChunks = WIDTH / kChunk;
+    constexpr int kChunk = kChannelChunk<WIDTH, OPTIONS>, kChunks = WIDTH / kChunk;
     const int kv_head = group.index_in_slot() / kChunks, first_channel = group.index_in_slot() % kChunks * kChunk;
     const Task task = task_of(p, f.partials, group);
     if (task.idle) return;
@@ -244,7 +244,7 @@ void start_attend(ForwardArguments<T>& f, const TensorView& scheduler, const Str
     if constexpr (kServesOptions<WIDTH>)
         if (p.options.any) {
             kernel = attend_with_options<T, WIDTH>;
-            f.plan.items_per_slot *= WIDTH / kChannelChunk<T, WIDTH, true>;
+            f.plan.items_per_slot *= WIDTH / kChannelChunk<WIDTH, true>;
         }
     start_query_groups<kPersistent<T, WIDTH>>(kernel, f, scheduler, stream);
 }

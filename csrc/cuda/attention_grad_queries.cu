@@ -29,17 +29,18 @@ __host__ __device__ Contents contents_of(const AttentionProblem<T>& p) {
     return {true, p.maps_in_memory(), false, p.options.any};
 }
 
-// Channels for which a warp can hold accumulators beside its operands; wider heads take several channel chunks.
-template <typename T, int WIDTH>
-constexpr int kChannelChunk = sizeof(T) == 2 || WIDTH < 128 ? WIDTH : 128;
+// Channels for which a warp can hold accumulators beside its operands; wider heads take several channel chunks. Options
+// take registers.
+template <typename T, int WIDTH, bool OPTIONS>
+constexpr int kChannelChunk = (sizeof(T) == 2 && !OPTIONS) || WIDTH < 128 ? WIDTH : 128;
 
 // Writes a warp's results for the channels from `first` on, several queries at once.
-template <typename T, int WIDTH>
+template <int CHUNK, typename T, int WIDTH>
 __device__ void write_queries(const QueryArguments<T>& g, const Task& task, const PackedRows& rows,
                               const AttentionMemory<T, WIDTH>& memory, int first) {
     const AttentionProblem<T>& p = g.problem;
     float* sums = task.partial < 0 ? g.group_sums : g.partials.sums;
-    const int channels = min(p.channels - first, kChannelChunk<T, WIDTH>);
+    const int channels = min(p.channels - first, CHUNK);
     for_each_staged(memory, channels, [&](int r, int c, const Four& grads) {
         const PackedRow row = rows[r];
         if (row.token >= task.queries.count) return;
@@ -93,15 +94,15 @@ __device__ void accumulate_row(const QueryArguments<T>& g, const TileGroup& grou
 template <typename T, int WIDTH, bool OPTIONS>
 __device__ void grad_tile(const QueryArguments<T>& g, const TileGroup& group) {
     const AttentionProblem<T>& p = g.problem;
-    constexpr int kChannelChunks = WIDTH / kChannelChunk<T, WIDTH>;
-    const int first = group.index_in_slot() % kChannelChunks * kChannelChunk<T, WIDTH>;
-    const int kv_head = group.index_in_slot() / kChannelChunks;
+    constexpr int kChunk = kChannelChunk<T, WIDTH, OPTIONS>, kChunks = WIDTH / kChunk;
+    const int first = group.index_in_slot() % kChunks * kChunk;
+    const int kv_head = group.index_in_slot() / kChunks;
     const Task task = task_of(p, g.partials, group);
     if (task.idle) return;
     const SharedLayout layout = SharedLayout::of<T, WIDTH>(group.warps, g.plan.stages, contents_of(p));
     const AttentionMemory<T, WIDTH> memory(group, layout);
 
-    AccTile acc[kChannelChunk<T, WIDTH> / 16];
+    AccTile acc[kChunk / 16];
     const int key_shard = static_cast<int>(task.queries.row % g.key_shards);
     const int64_t begin = task.queries.row / g.key_shards * g.rows_per_group;
     const int64_t end = min(begin + g.rows_per_group, p.kv_offsets.rows);
@@ -119,7 +120,7 @@ __device__ void grad_tile(const QueryArguments<T>& g, const TileGroup& group) {
     // Tokens of the tail have gradients of zero, and positions of any content.
     if (p.rope.half > 0 && task.queries.row < p.kv_offsets.rows)
         rotate_back(memory, rotary_queries(p, task.queries, rows));
-    write_queries(g, task, rows, memory, first);
+    write_queries<kChunk>(g, task, rows, memory, first);
 }
 
 template <typename T, int WIDTH>
@@ -154,10 +155,12 @@ void start_grad_queries(QueryArguments<T>& g, int64_t rows, const Backward& call
     const AttentionProblem<T>& p = g.problem;
     g.plan = plan_of<T, WIDTH>({p.mean_packed_rows(), p.mean_keys(), contents_of(p)});
     g.plan.slots = slots_of(p, g.partials, rows, g.plan.rows());
-    g.plan.items_per_slot = p.kv_heads * (WIDTH / kChannelChunk<T, WIDTH>);
     void (*kernel)(QueryArguments<T>) = grad_queries<T, WIDTH>;
-    if constexpr (kServesOptions<WIDTH>)
-        if (p.options.any) kernel = grad_queries_with_options<T, WIDTH>;
+    int chunks = WIDTH / kChannelChunk<T, WIDTH, false>;
+    if constexpr (kServesOptions<WIDTH>) {
+        if (p.options.any) kernel = grad_queries_with_options<T, WIDTH>, chunks = WIDTH / kChannelChunk<T, WIDTH, true>;
+    }
+    g.plan.items_per_slot = p.kv_heads * chunks;
     start_query_groups<kPersistent<T, WIDTH>>(kernel, g, call.workspace.scheduler, call.stream);
     start_combine(combine_partials<T>, g, call.stream);
 }
