@@ -77,9 +77,9 @@ class ScoreLanes {
 
     void find_ranges(int64_t r, int64_t count) {
         VisibleKeys visible(variant_.row().keys);
+        KeyRange range{};
         for (int64_t i = 0; i < kQueries; ++i) {
-            const KeyRange range = variant_.key_range(r + min(i, count - 1));
-            visible.include(range);
+            if (i < count) visible.include(range = variant_.key_range(r + i));
             prefix_[i] = range.prefix;
             first_[i] = range.first;
             last_[i] = range.last;
