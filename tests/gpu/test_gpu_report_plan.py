@@ -147,7 +147,7 @@ def test_parity_leaves_no_case_out() -> None:
 
 def test_parity_is_planned_where_no_backend_was_asked() -> None:
     steps = names(plan.Plan(Path("/out/results.jsonl"), tools=TOOLS).stages(1))
-    assert "parity-triton-jagged_attention-bfloat16-1of6" in steps
+    assert "parity-triton-jagged_attention-bfloat16-1of12" in steps
     assert "parity-cuda-pma_pooling-float32-1of1" in steps
 
 
