@@ -88,8 +88,8 @@ def fitted(call: AttentionCall, shape: tuple[int, ...]) -> AttentionCall:
     if q is not call.q or gate is not call.gate:
         changed = {"q": q, "gate": gate}
     for place in _READ_IN_PLACE:
-        x: Any = readable(call[place])  # type: ignore[type-var]
-        if x is not call[place]:
+        x: Any = call[place]
+        if x is not None and (x := readable(x)) is not call[place]:
             changed[call._fields[place]] = x
     for place in _READ_CONTIGUOUS:
         x = call[place]

@@ -43,6 +43,15 @@ def check_options(op: PublicOp, call: AttentionCall) -> None:
     name, softmax = op.name, call.score == "softmax"
     if softmax and call.post_scale != 1:
         raise ValueError(f'{name}: post_scale must be 1 with score="softmax", found {call.post_scale}')
+    if (
+        call.sinks is None
+        and call.position_bias is None
+        and call.time_bias is None
+        and call.times_q is None
+        and call.time_edges is None
+        and call.dropout_p == 0
+    ):
+        return
     if call.sinks is not None and not softmax:
         raise ValueError(f'{name}: sinks must be None unless score="softmax", found {checks.describe(call.sinks)}')
     for bias in ("position_bias", "time_bias"):
@@ -82,7 +91,9 @@ def _check_dropout(op: str, call: AttentionCall) -> None:
 
 def without_idle_seed(call: AttentionCall) -> AttentionCall:
     """The call without a seed where nothing is left to chance."""
-    return call._replace(dropout_seed=None) if call.dropout_seed is not None and not call.drops else call
+    if call.dropout_seed is None or call.drops:
+        return call
+    return call._replace(dropout_seed=None)
 
 
 def check_contents(op: PublicOp, call: AttentionCall) -> None:
