@@ -41,7 +41,7 @@ from interformer_kernels._triton._attention_masks import (
     tile_of_step,
 )
 from interformer_kernels._triton._attention_output import partial_index
-from interformer_kernels._triton._attention_scores import make_variant
+from interformer_kernels._triton._attention_scores import Variant, VariantInputs
 from interformer_kernels._triton._attention_tiles import (
     key_task,
     keys_of,
@@ -280,7 +280,7 @@ def attention_grad_queries(
     `i_shard` is the index of either.
     """
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = make_variant(variant_inputs, left, right, prefix, skip)
+    variant = Variant(VariantInputs(*variant_inputs), left, right, prefix, skip)
     side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse, side.sinks)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i = tl.program_id(0)
@@ -418,7 +418,7 @@ def attention_grad_keys(
     """dK and dV of one tile of keys, or, if PERSISTENT, of several of the list, from all queries that see them; zero on
     the tail and on skipped keys."""
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = make_variant(variant_inputs, left, right, prefix, skip)
+    variant = Variant(VariantInputs(*variant_inputs), left, right, prefix, skip)
     side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse, side.sinks)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i = tl.program_id(0)

@@ -22,7 +22,7 @@ from interformer_kernels._triton._attention_masks import (
     targets_of,
     tile_of_step,
 )
-from interformer_kernels._triton._attention_scores import distances, make_variant, time_bins
+from interformer_kernels._triton._attention_scores import Variant, VariantInputs, distances, time_bins
 from interformer_kernels._triton._attention_tiles import keys_of, load_keys, load_q, load_queries
 from interformer_kernels._triton._attention_variant import bias_gradients
 from interformer_kernels._triton._maps import dot
@@ -111,7 +111,7 @@ def attention_grad_biases(
     those before and behind it; `time_sums [programs, bins, BLOCK_Q * BLOCK_K]`. Programs of a group have a head each.
     """
     sizes = Sizes(rows, q_tokens, k_tokens, queries, 0)
-    variant = make_variant(variant_inputs, left, right, prefix, 0)
+    variant = Variant(VariantInputs(*variant_inputs), left, right, prefix, 0)
     side = QuerySide(side.q, side.grad, side.lse, side.delta, side.attn_out, side.grad_lse, side.sinks)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     program = tl.program_id(0).to(tl.int64)

@@ -16,7 +16,7 @@ from interformer_kernels._triton._attention_masks import (
     tile_of_step,
 )
 from interformer_kernels._triton._attention_output import partial_index, store_outputs, store_partial
-from interformer_kernels._triton._attention_scores import make_variant
+from interformer_kernels._triton._attention_scores import Variant, VariantInputs
 from interformer_kernels._triton._attention_tiles import (
     load_keys,
     load_q,
@@ -138,7 +138,7 @@ def attention_forward(
     `_attention_short.py`.
     """
     sizes = Sizes(rows, q_tokens, k_tokens, queries, skip)
-    variant = make_variant(variant_inputs, left, right, prefix, skip)
+    variant = Variant(VariantInputs(*variant_inputs), left, right, prefix, skip)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     epilogue = Epilogue(epilogue.sinks, epilogue.gate, epilogue.residual)
     i = tl.program_id(0)

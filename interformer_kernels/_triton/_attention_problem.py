@@ -55,10 +55,14 @@ class Problem:
         # Query tokens of all rows as outputs are numbered, and of one row where all rows have the same number.
         self.queries = 0 if call.layout == "packed" else self.out_shape[1]
         self.tokens = self.out_shape[0] if call.layout == "packed" else self.out_shape[0] * self.queries
+        # Kernels of short and of whole rows know no dropout and no bias, and make no statistics of their queries, by
+        # which sinks get gradients.
+        biased = call.position_bias is not None or call.time_bias is not None
+        tiled = call.dropout_p > 0 or biased or (backward and call.sinks is not None)
         made = geometry(
             _tiles.state(), call.layout, call.score, call.v is None, channels, self.out_shape[-1], self.heads,
             self.kv_heads, self.queries, k.element_size(), _run.target_of(k), _run.precision(k.dtype),
-            0 if call.cos is None else call.cos.shape[1], backward, *self._all_tiled(),
+            0 if call.cos is None else call.cos.shape[1], backward, tiled, biased,
         )  # fmt: skip
         self._geometry, self.q_per_kv, self.cell, self.short_cell = made, made.q_per_kv, made.cell, made.short_cell
         self.pack, self.packs, self.heads_per_program = made.pack, made.packs, made.heads_per_program
@@ -80,13 +84,6 @@ class Problem:
         self.kv = KeysAndValues(keys, KeyOperand(self.v, *self.v.stride()[:2]), rope)
         self.sizes = self._sizes()
         self._tile_lists = TileLists()
-
-    def _all_tiled(self) -> tuple[bool, bool]:
-        """Whether all rows are left to the kernels of tiles, and whether scores have a bias: other kernels know no
-        dropout and no bias, and make no statistics of their queries, by which sinks get gradients."""
-        call = self.call
-        biased = call.position_bias is not None or call.time_bias is not None
-        return call.dropout_p > 0 or biased or (self.backward and call.sinks is not None), biased
 
     def _make_scale_positive(self) -> None:
         """Move the sign of the scale into the queries, exactly, and as a whole a scale that is 0 or far from 1.
@@ -195,7 +192,7 @@ class Problem:
     def know(self, operands: tuple[Any, ...], *options: Hashable) -> None:
         """Find the kernels of calls like this one, whose further operands and options these are."""
         self.known = _run.known_to(
-            (self.queries_operand, *self.kv, *self.offsets, *self.variant_inputs, *operands),
+            (self.queries_operand, *self.kv, *self.offsets, self.variant_inputs, *operands),
             self.sizes, self._geometry, self.rope_options, self.variant_options, *options,
         )  # fmt: skip
 

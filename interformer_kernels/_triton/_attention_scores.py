@@ -59,7 +59,7 @@ class VariantInputs(NamedTuple):
             given["full_tail"] = min(call.full_tail, _MOST_INT32)
         if call.softcap:
             given["softcap"] = call.softcap
-        if call.drops:
+        if call.dropout_seed is not None:
             p = call.dropout_p
             given.update(dropout_seed=call.dropout_seed, drop_below=int(p * 2.0**32) - 2**31, kept_scale=1 / (1 - p))
         if call.position_bias is not None:
@@ -113,7 +113,9 @@ class VariantOptions(NamedTuple):
         prefix = call.prefix if by_place and (call.num_prefix > 0 or call.prefix == "index") else ""
         full_tail = call.full_tail > 0 and (left or right)
         masks = by_place or targets, call.causal, left, right, prefix, full_tail, targets
-        dropout = "pairs" if call.drops else "all" if call.dropout_p else ""
+        dropout = "all" if call.dropout_p else ""
+        if call.dropout_seed is not None:
+            dropout = "pairs"
         position, at_end, times = call.position_bias is not None, call.queries_at_end, call.time_edges
         biases = position or times is not None, position, position and at_end, -1
         if times is not None:
@@ -122,19 +124,16 @@ class VariantOptions(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """The inputs of the variant, the limits of masks, and the number of keys that each row skips."""
+    """The inputs of the variant, the limits of masks, and the number of keys that each row skips.
+
+    Kernels put it together themselves: on Triton 3.6 no function can return a tuple with None in it.
+    """
 
     inputs: VariantInputs
     left: Any
     right: Any
     prefix: Any
     skip: Any
-
-
-@triton.jit
-def make_variant(inputs, left, right, prefix, skip):
-    """The variant, from the kernels' arguments."""
-    return Variant(VariantInputs(*inputs), left, right, prefix, skip)
 
 
 # ---------------------------------------------------------------- biases

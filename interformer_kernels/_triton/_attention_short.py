@@ -17,7 +17,7 @@ import triton.language as tl
 from interformer_kernels._triton._arguments import Epilogue, KeysAndValues, RowTask, Sizes
 from interformer_kernels._triton._attention_masks import Pairs, pairs_under, sees_any_key, targets_of
 from interformer_kernels._triton._attention_output import store_outputs
-from interformer_kernels._triton._attention_scores import make_variant
+from interformer_kernels._triton._attention_scores import Variant, VariantInputs
 from interformer_kernels._triton._attention_tiles import (
     load_k,
     load_numbers,
@@ -99,7 +99,7 @@ def attention_forward_short(
     """Outputs of some short rows, of all query heads that share a key/value head."""
     PRECISION: tl.constexpr = SHAPE.precision
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
-    variant = make_variant(variant_inputs, left, right, prefix, 0)
+    variant = Variant(VariantInputs(*variant_inputs), left, right, prefix, 0)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     epilogue = Epilogue(epilogue.sinks, epilogue.gate, epilogue.residual)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
@@ -140,7 +140,7 @@ def attention_backward_short(
     """dQ, dK and dV of some short rows, of all query heads that share a key/value head."""
     PRECISION: tl.constexpr = SHAPE.precision
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
-    variant = make_variant(variant_inputs, left, right, prefix, 0)
+    variant = Variant(VariantInputs(*variant_inputs), left, right, prefix, 0)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     i = tl.program_id(0) // SHAPE.kv_heads

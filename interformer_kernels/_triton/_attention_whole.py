@@ -14,7 +14,7 @@ import triton.language as tl
 
 from interformer_kernels._triton._arguments import KeysAndValues, RowTask, Sizes
 from interformer_kernels._triton._attention_masks import Pairs, targets_of
-from interformer_kernels._triton._attention_scores import make_variant
+from interformer_kernels._triton._attention_scores import Variant, VariantInputs
 from interformer_kernels._triton._attention_short import SIZES
 from interformer_kernels._triton._attention_tiles import load_k, load_numbers, load_q, load_tokens, store_tokens
 from interformer_kernels._triton._attention_variant import (
@@ -77,7 +77,7 @@ def attention_backward_whole(
     """dQ, dK and dV of a row of more tokens than a cell has, on either side, under the query heads that share a
     key/value head."""
     sizes = Sizes(rows, q_tokens, k_tokens, 0, 0)
-    variant = make_variant(variant_inputs, left, right, prefix, 0)
+    variant = Variant(VariantInputs(*variant_inputs), left, right, prefix, 0)
     kv = KeysAndValues(kv.k, kv.v, kv.rope)
     i_head = (tl.program_id(0) % SHAPE.kv_heads).to(tl.int64)
     row = tl.program_id(0) // SHAPE.kv_heads

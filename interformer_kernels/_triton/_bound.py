@@ -124,11 +124,11 @@ def _add_arguments(add: Callable[[Any], None], arguments: tuple[Any, ...], flat:
     """
     for x in arguments:
         kind = type(x)
-        if kind is Tensor or isinstance(x, Tensor):
+        if x is None or kind is float:
+            add(kind)
+        elif kind is Tensor or isinstance(x, Tensor):
             add(x.dtype)
             add(x.data_ptr() % 16)
-        elif x is None or kind is float:
-            add(kind)
         elif isinstance(x, tuple):
             add(_of_tuple(x))
         elif flat and kind is int:
@@ -140,11 +140,15 @@ def _add_arguments(add: Callable[[Any], None], arguments: tuple[Any, ...], flat:
 
 def _of_tuple(members: tuple[Any, ...]) -> tuple[Any, ...]:
     """The part of a key for a tuple; Triton tells integers in it apart by less than their values."""
-    if len(members) > 1 and type(members[1]) is int and type(x := members[0]) is Tensor:
+    count = len(members)
+    if count > 1 and type(members[1]) is int and type(x := members[0]) is Tensor:
         # A tensor with its strides. `_can_repeat` sees to it that there is no other tensor.
         return type(members), x.dtype, x.data_ptr() % 16, members[1:]
-    parts: list[Any] = [type(members)]
-    _add_arguments(parts.append, members, flat=False)
+    parts: list[Any] = [type(members), count]
+    # Most options of a call are not used: those at the end are passed over.
+    while count and members[count - 1] is None:
+        count -= 1
+    _add_arguments(parts.append, members[:count], flat=False)
     return tuple(parts)
 
 

@@ -91,9 +91,7 @@ def _check_dropout(op: str, call: AttentionCall) -> None:
 
 def without_idle_seed(call: AttentionCall) -> AttentionCall:
     """The call without a seed where nothing is left to chance."""
-    if call.dropout_seed is None or call.drops:
-        return call
-    return call._replace(dropout_seed=None)
+    return call if call.drops else call._replace(dropout_seed=None)
 
 
 def check_contents(op: PublicOp, call: AttentionCall) -> None:

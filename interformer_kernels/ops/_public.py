@@ -99,7 +99,7 @@ class PublicOp:
 
     def checked(self, call: Any, residual: Tensor | None = None) -> tuple[Any, Tensor | None]:
         """The call and the residual after autocast, their kinds, dtypes, devices, axes and options checked."""
-        tensors = [*(call[place] for place in self._shared_places), residual]
+        tensors = [*[call[place] for place in self._shared_places], residual]
         cast = checks.autocast_dtype(call[self._lead_place])
         if cast is not None:
             *values, residual = tensors = [checks.autocast(x, cast) for x in tensors]

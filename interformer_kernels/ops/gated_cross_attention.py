@@ -119,6 +119,7 @@ def gated_cross_attention(
     if eager is not None:
         return eager
     call, residual = OP.checked(call, residual)
-    call = without_idle_seed(call)
+    if call.dropout_seed is not None:
+        call = without_idle_seed(call)
     out: Tensor | tuple[Tensor, Tensor] = registered(OP, call, residual, backend, return_lse)
     return out

@@ -160,7 +160,8 @@ def jagged_attention(
         if eager is not None:
             return eager
     call, residual = OP.checked(call, residual)
-    call = without_idle_seed(call)
+    if call.dropout_seed is not None:
+        call = without_idle_seed(call)
     cos, sin = (None, None) if rope is None else checks.check_rope(OP.name, rope, q.shape[2], q.device)
     positions_q, positions_k = _rope_positions(rope_positions, call, rope is not None)
     if rope is not None:
