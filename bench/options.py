@@ -102,7 +102,7 @@ def make_batch(name: str, data: Path | None) -> Batch:
 
 
 def scores_of(options: dict[str, Any], length: int, heads: int, start: int, targets: int) -> Tensor | None:
-    """What SDPA adds to the scores of a row, `[H, L, L]` or `[L, L]`; None for nothing."""
+    """SDPA's `attn_mask` of a row, `[H, L, L]` or `[L, L]`; None where nothing is added to its scores."""
     import torch
 
     i, j = torch.arange(length)[:, None], torch.arange(length)

@@ -110,7 +110,7 @@ class Maps(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What becomes of the scores of padded rows, beside `Maps`.
+    """Softcap, bias, sinks and dropout of the scores of padded rows.
 
     Attributes:
         softcap: scores become `softcap * tanh(s / softcap)`; 0 leaves them.

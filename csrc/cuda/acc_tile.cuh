@@ -64,18 +64,13 @@ __device__ inline void for_each_pair(AccTile (&first)[N], AccTile (&second)[N], 
     }
 }
 
-// Calls `map(first(i), second(i))` for COUNT pairs of numbers in a rolled loop, by way of this lane's column of shared
-// memory: the code of the map is there once, not once for each number.
-template <int COUNT, typename First, typename Second, typename Map>
-__device__ inline void map_rolled(float2* scratch, First&& first, Second&& second, Map&& map) {
+// Calls `loop()` while COUNT pairs of numbers, `first(i)` and `second(i)`, lie in this lane's column of shared memory. A
+// rolled loop over them there holds the code of its body once, not once for each number.
+template <int COUNT, typename First, typename Second, typename Loop>
+__device__ inline void in_scratch(float2* scratch, First&& first, Second&& second, Loop&& loop) {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) scratch[i * kWarp] = make_float2(first(i), second(i));
-#pragma unroll 1
-    for (int i = 0; i < COUNT; ++i) {
-        float2 pair = scratch[i * kWarp];
-        map(pair.x, pair.y);
-        scratch[i * kWarp] = pair;
-    }
+    loop();
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
         const float2 pair = scratch[i * kWarp];
@@ -83,91 +78,87 @@ __device__ inline void map_rolled(float2* scratch, First&& first, Second&& secon
         second(i) = pair.y;
     }
 }
-
-// The same for numbers at the same place of two rows of tiles.
-template <int N, typename Map>
-__device__ inline void map_rolled(AccTile (&first)[N], AccTile (&second)[N], float2* scratch, Map&& map) {
-    map_rolled<8 * N>(
-        scratch, [&](int i) -> float& { return first[i / 8].values[i / 4 % 2][i % 4]; },
-        [&](int i) -> float& { return second[i / 8].values[i / 4 % 2][i % 4]; }, map);
+// The same for neighbours of a row of tiles, `4 * N` pairs.
+template <int N, typename Loop>
+__device__ inline void in_scratch(AccTile (&acc)[N], float2* scratch, Loop&& loop) {
+    in_scratch<4 * N>(
+        scratch, [&](int i) -> float& { return acc[i / 4].values[i / 2 % 2][i % 2 * 2]; },
+        [&](int i) -> float& { return acc[i / 4].values[i / 2 % 2][i % 2 * 2 + 1]; }, loop);
 }
-// The same for the numbers of one, `map(number)`, two at a time.
+// The same for numbers at the same place of two rows of tiles, `8 * N` pairs.
+template <int N, typename Loop>
+__device__ inline void in_scratch(AccTile (&first)[N], AccTile (&second)[N], float2* scratch, Loop&& loop) {
+    in_scratch<8 * N>(
+        scratch, [&](int i) -> float& { return first[i / 8].values[i / 4 % 2][i % 4]; },
+        [&](int i) -> float& { return second[i / 8].values[i / 4 % 2][i % 4]; }, loop);
+}
+
+// Calls `map(number)` for each number, two at a time.
 template <int N, typename Map>
 __device__ inline void map_rolled(AccTile (&acc)[N], float2* scratch, Map&& map) {
-    map_rolled<4 * N>(
-        scratch, [&](int i) -> float& { return acc[i / 4].values[i / 2 % 2][i % 2 * 2]; },
-        [&](int i) -> float& { return acc[i / 4].values[i / 2 % 2][i % 2 * 2 + 1]; },
-        [&](float& x, float& y) {
-            map(x);
-            map(y);
-        });
+    in_scratch(acc, scratch, [&] {
+#pragma unroll 1
+        for (int i = 0; i < 4 * N; ++i) {
+            float2 pair = scratch[i * kWarp];
+            map(pair.x);
+            map(pair.y);
+            scratch[i * kWarp] = pair;
+        }
+    });
+}
+// The same for numbers at the same place of two rows of tiles, `map(first, second)`.
+template <int N, typename Map>
+__device__ inline void map_rolled(AccTile (&first)[N], AccTile (&second)[N], float2* scratch, Map&& map) {
+    in_scratch(first, second, scratch, [&] {
+#pragma unroll 1
+        for (int i = 0; i < 8 * N; ++i) {
+            float2 pair = scratch[i * kWarp];
+            map(pair.x, pair.y);
+            scratch[i * kWarp] = pair;
+        }
+    });
 }
 
-// Calls `map(half, column, number)` for each number in such a loop, one at a time: it takes the fewest registers.
+// Calls `map(half, column, number)` for each number, one at a time: it takes the fewest registers.
 template <int N, typename Map>
 __device__ inline void map_each(AccTile (&acc)[N], float2* scratch, Map&& map) {
     const int lane_column = lane_index() % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 4 * N; ++i) {
-        const float* pair = acc[i / 4].values[i / 2 % 2] + i % 2 * 2;
-        scratch[i * kWarp] = make_float2(pair[0], pair[1]);
-    }
+    in_scratch(acc, scratch, [&] {
 #pragma unroll 1
-    for (int i = 0; i < 8 * N; ++i) {
-        float& x = reinterpret_cast<float*>(scratch + i / 2 * kWarp)[i % 2];
-        x = map(i / 2 % 2, i / 4 * 8 + lane_column + i % 2, x);
-    }
-#pragma unroll
-    for (int i = 0; i < 4 * N; ++i) {
-        const float2 pair = scratch[i * kWarp];
-        float* to = acc[i / 4].values[i / 2 % 2] + i % 2 * 2;
-        to[0] = pair.x, to[1] = pair.y;
-    }
+        for (int i = 0; i < 8 * N; ++i) {
+            float& x = reinterpret_cast<float*>(scratch + i / 2 * kWarp)[i % 2];
+            x = map(i / 2 % 2, i / 4 * 8 + lane_column + i % 2, x);
+        }
+    });
 }
-// Calls `map(half, column, numbers)` for neighbours, in columns `column` and the next, in such a loop.
+// Calls `map(half, column, numbers)` for neighbours, in columns `column` and the next.
 template <int N, typename Map>
 __device__ inline void map_neighbours(AccTile (&acc)[N], float2* scratch, Map&& map) {
     const int lane_column = lane_index() % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 4 * N; ++i) {
-        const float* pair = acc[i / 4].values[i / 2 % 2] + i % 2 * 2;
-        scratch[i * kWarp] = make_float2(pair[0], pair[1]);
-    }
+    in_scratch(acc, scratch, [&] {
 #pragma unroll 1
-    for (int i = 0; i < 4 * N; ++i) {
-        const float2 pair = scratch[i * kWarp];
-        float x[2] = {pair.x, pair.y};
-        map(i % 2, i / 2 * 8 + lane_column, x);
-        scratch[i * kWarp] = make_float2(x[0], x[1]);
-    }
-#pragma unroll
-    for (int i = 0; i < 4 * N; ++i) {
-        const float2 pair = scratch[i * kWarp];
-        float* to = acc[i / 4].values[i / 2 % 2] + i % 2 * 2;
-        to[0] = pair.x, to[1] = pair.y;
-    }
+        for (int i = 0; i < 4 * N; ++i) {
+            const float2 pair = scratch[i * kWarp];
+            float x[2] = {pair.x, pair.y};
+            map(i % 2, i / 2 * 8 + lane_column, x);
+            scratch[i * kWarp] = make_float2(x[0], x[1]);
+        }
+    });
 }
 // The same for two such rows of tiles, `map(half, column, first, second)`.
 template <int N, typename Map>
 __device__ inline void map_neighbours(AccTile (&first)[N], AccTile (&second)[N], float2* scratch, Map&& map) {
     const int lane_column = lane_index() % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 8 * N; ++i)
-        scratch[i * kWarp] = make_float2(first[i / 8].values[i / 4 % 2][i % 4], second[i / 8].values[i / 4 % 2][i % 4]);
+    in_scratch(first, second, scratch, [&] {
 #pragma unroll 1
-    for (int i = 0; i < 8 * N; i += 2) {
-        const float2 left = scratch[i * kWarp], right = scratch[(i + 1) * kWarp];
-        float x[2] = {left.x, right.x}, y[2] = {left.y, right.y};
-        map(i / 2 % 2, i / 4 * 8 + lane_column, x, y);
-        scratch[i * kWarp] = make_float2(x[0], y[0]);
-        scratch[(i + 1) * kWarp] = make_float2(x[1], y[1]);
-    }
-#pragma unroll
-    for (int i = 0; i < 8 * N; ++i) {
-        const float2 pair = scratch[i * kWarp];
-        first[i / 8].values[i / 4 % 2][i % 4] = pair.x;
-        second[i / 8].values[i / 4 % 2][i % 4] = pair.y;
-    }
+        for (int i = 0; i < 8 * N; i += 2) {
+            const float2 left = scratch[i * kWarp], right = scratch[(i + 1) * kWarp];
+            float x[2] = {left.x, right.x}, y[2] = {left.y, right.y};
+            map(i / 2 % 2, i / 4 * 8 + lane_column, x, y);
+            scratch[i * kWarp] = make_float2(x[0], y[0]);
+            scratch[(i + 1) * kWarp] = make_float2(x[1], y[1]);
+        }
+    });
 }
 
 // ---------------------------------------------------------------- reductions over lanes

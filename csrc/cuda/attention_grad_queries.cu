@@ -74,10 +74,7 @@ __device__ void accumulate_row(const QueryArguments<T>& g, const TileGroup& grou
     const auto tiles = tiles_of(group_rows, group.rows()), warp_tiles = tiles_of(rows, kStationary);
     if (tiles.count() == 0) return;
     group.sync();  // all threads are done with the shared memory of the row before
-    cp_async_stationary(memory.stationary[0], p.q, p.channels, queries, rows);
-    cp_async_stationary(memory.stationary[1], g.grad_attn_out, p.value_channels, queries, rows);
-    cp_async_commit();
-    if (p.rope.inside.queries) rotate_stationary(memory.stationary[0], rotary_queries(p, queries, rows));
+    load_queries_and_grads(memory, g, queries, rows);
     using OneQuery = QueryStats<KeysOf<OPTIONS>>;
     const LaneQueries<OneQuery> lane_queries(rows, common_range<T>(masks, rows),
                                              [&](const PackedRow& row) { return g.query_stats(masks, queries, row); });

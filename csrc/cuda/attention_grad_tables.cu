@@ -173,10 +173,7 @@ __device__ void sum_tile(const BiasArguments<T>& g, const BiasSums& sums, const 
     group.sync();  // the warp is done with the shared memory of the item before
     const SharedLayout layout = SharedLayout::of<T, WIDTH>(group.warps, g.plan.stages, contents_of(p));
     const AttentionMemory<T, WIDTH> memory(group, layout);
-    cp_async_stationary(memory.stationary[0], p.q, p.channels, task.queries, rows);
-    cp_async_stationary(memory.stationary[1], g.grad_attn_out, p.value_channels, task.queries, rows);
-    cp_async_commit();
-    if (p.rope.inside.queries) rotate_stationary(memory.stationary[0], rotary_queries(p, task.queries, rows));
+    load_queries_and_grads(memory, g, task.queries, rows);
     using OneQuery = QueryStats<KeySet>;
     const LaneQueries<OneQuery> queries(rows, common_range<T>(masks, rows),
                                         [&](const PackedRow& row) { return g.query_stats(masks, task.queries, row); });

@@ -52,5 +52,16 @@ struct BackwardArguments {
     }
 };
 
+// Copies 16 queries of a warp and the gradients of their outputs to shared memory, and rotates the queries there.
+template <typename T, int WIDTH>
+__device__ inline void load_queries_and_grads(const AttentionMemory<T, WIDTH>& memory, const BackwardArguments<T>& g,
+                                              const Queries& queries, const PackedRows& rows) {
+    const AttentionProblem<T>& p = g.problem;
+    cp_async_stationary(memory.stationary[0], p.q, p.channels, queries, rows);
+    cp_async_stationary(memory.stationary[1], g.grad_attn_out, p.value_channels, queries, rows);
+    cp_async_commit();
+    if (p.rope.inside.queries) rotate_stationary(memory.stationary[0], rotary_queries(p, queries, rows));
+}
+
 }  // namespace cuda
 }  // namespace interformer

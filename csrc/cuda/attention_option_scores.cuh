@@ -88,29 +88,42 @@ __device__ inline void pointwise_probs(const AttentionProblem<T>& p, AccTile (&s
 // How far the backward goes: to P and P * dP for sums of them, or to P with dropout and the gradients of products.
 enum class Depth { scores, products };
 
-// Products `s` and gradients `d` of weights, of a softmax with options.
-template <Depth DEPTH, typename T, int N, typename Places>
-__device__ inline void softmax_backward_in_memory(const AttentionProblem<T>& p, AccTile (&s)[N], AccTile (&d)[N],
-                                                  float2* scratch, const Places& at) {
-    const Variant<T>& variant = p.variant;
+// A score on its way back: the product that it is made of, itself, and dropout's factor of its weight.
+struct ScoreBack {
+    float product, score, weight;
+};
+
+// Calls `each(query, score_back, s, d)` for products `s` and gradients `d` of weights, then hides what queries do not see.
+template <typename T, int N, typename Places, typename Each>
+__device__ inline void backward_in_memory(const AttentionProblem<T>& p, AccTile (&s)[N], AccTile (&d)[N],
+                                          float2* scratch, const Places& at, Each&& each) {
     map_neighbours(s, d, scratch, [&](int half, int column, float (&x)[2], float (&g)[2]) {
         const Neighbours two(p.options, at, half, column);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const auto query = at.query(half, column + i);
-            const float product = variant.score(x[i]), score = p.options.score(product, at.row, two.places[i]);
-            const float exponent = (score - query.lse) * kLog2E;
-            const float prob = (kFromProducts<T> ? exp2_approx(exponent) : exp2f(exponent)) * query.inv_row_sum;
-            g[i] = prob * (__fmul_rn(g[i], two.weights[i]) - query.delta);
-            x[i] = prob;
-            if constexpr (DEPTH == Depth::products) {
-                g[i] *= p.options.score_grad(product) * variant.d_scores_scale;
-                x[i] = prob * two.weights[i];
-            }
+            const float product = p.variant.score(x[i]);
+            const ScoreBack back{product, p.options.score(product, at.row, two.places[i]), two.weights[i]};
+            each(at.query(half, column + i), back, x[i], g[i]);
         }
     });
     mask_out(s, at, 0.0f);
     mask_out(d, at, 0.0f);
+}
+
+// Weights of a softmax, and gradients of its scores or products.
+template <Depth DEPTH, typename T, int N, typename Places>
+__device__ inline void softmax_backward_in_memory(const AttentionProblem<T>& p, AccTile (&s)[N], AccTile (&d)[N],
+                                                  float2* scratch, const Places& at) {
+    backward_in_memory(p, s, d, scratch, at, [&](const auto& query, const ScoreBack& back, float& x, float& g) {
+        const float exponent = (back.score - query.lse) * kLog2E;
+        const float prob = (kFromProducts<T> ? exp2_approx(exponent) : exp2f(exponent)) * query.inv_row_sum;
+        g = prob * (__fmul_rn(g, back.weight) - query.delta);
+        x = prob;
+        if constexpr (DEPTH == Depth::products) {
+            g *= p.options.score_grad(back.product) * p.variant.d_scores_scale;
+            x = prob * back.weight;
+        }
+    });
 }
 
 // The same for pointwise weights, without `inner_scale`.
@@ -118,19 +131,12 @@ template <Depth DEPTH, typename T, int N, typename Places>
 __device__ inline void pointwise_backward_in_memory(const AttentionProblem<T>& p, AccTile (&s)[N], AccTile (&d)[N],
                                                     float2* scratch, const Places& at) {
     const Variant<T>& variant = p.variant;
-    map_neighbours(s, d, scratch, [&](int half, int column, float (&x)[2], float (&g)[2]) {
-        const Neighbours two(p.options, at, half, column);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float product = variant.score(x[i]), score = p.options.score(product, at.row, two.places[i]);
-            if constexpr (DEPTH == Depth::products) g[i] *= variant.d_scores_scale;
-            g[i] = variant.d_score(score, g[i] * two.weights[i]);
-            if constexpr (DEPTH == Depth::products) g[i] *= p.options.score_grad(product);
-            x[i] = variant.prob(score) * two.weights[i];
-        }
+    backward_in_memory(p, s, d, scratch, at, [&](const auto&, const ScoreBack& back, float& x, float& g) {
+        if constexpr (DEPTH == Depth::products) g *= variant.d_scores_scale;
+        g = variant.d_score(back.score, g * back.weight);
+        if constexpr (DEPTH == Depth::products) g *= p.options.score_grad(back.product);
+        x = variant.prob(back.score) * back.weight;
     });
-    mask_out(s, at, 0.0f);
-    mask_out(d, at, 0.0f);
 }
 
 // Products and gradients of weights become weights and gradients of products, times `d_scores_scale`.

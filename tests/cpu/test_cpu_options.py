@@ -30,7 +30,7 @@ def compare(lengths: list[int], **options: Any) -> None:
         out, lse = jagged_attention(**{**options, **leaves}, offsets=offsets, return_lse=True, backend=backend)
         results.append((out, lse, *torch.autograd.grad(out, list(leaves.values()), grad)))
     for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(

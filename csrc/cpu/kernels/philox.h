@@ -42,7 +42,7 @@ class Philox {
                 keys_[round][i] = dropout.seed[i] + static_cast<uint32_t>(round) * (i == 0 ? 0x9E3779B9u : 0xBB67AE85u);
     }
 
-    // What the first two rounds make of a query's part of a counter, which is the same for all keys.
+    // A query's part of a counter after two rounds, which is the same for all keys.
     struct Query {
         Words second, fourth, product;
     };

@@ -158,7 +158,7 @@ class ScoreLanes {
                     A* prob = probs + k / kNumbers<X> * kQueries + n * W;
                     Bits bits;
                     std::memcpy(&bits, prob, sizeof bits);
-                    // Of a pair, the first number lies in the low half.
+                    // The first number of a pair lies in the low half.
                     const Bits gone = Bits{} + (kNumbers<X> == 1 ? Bits{}[0]
                                                 : k % 2 == 0     ? ~Bits{}[0] << 16
                                                                  : ~Bits{}[0] >> 16);
