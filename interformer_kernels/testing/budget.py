@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import interformer_kernels
+from interformer_kernels._calls import Wide
+from interformer_kernels._launch.tensors import accumulation_dtype
 from interformer_kernels.ops._public import ALL as PUBLIC_OPS
 from interformer_kernels.testing.case import Case
 from interformer_kernels.testing.inputs import make_inputs
@@ -19,6 +21,8 @@ from interformer_kernels.testing.ops import call_eager
 
 # Inputs that get gradients, by op; a call may leave some out.
 DIFFERENTIABLE = {name: tuple(map(op.named, op.spec.differentiable)) for name, op in PUBLIC_OPS.items()}
+# Inputs of the accumulation dtype, whatever the others' dtype.
+WIDE = {op.named(field.name) for op in PUBLIC_OPS.values() for field in op.spec.fields if isinstance(field.note, Wide)}
 
 
 class Row(NamedTuple):
@@ -83,11 +87,12 @@ def evaluate(run: Callable[[], tuple[Tensor, Tensor | None]], op: str, inputs: M
 
 
 def cast_inputs(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The same numbers in another dtype, as new gradient leaves; indices and rotary tables are left as they are."""
+    """The same numbers in another dtype, as new gradient leaves; sinks and biases in its accumulation dtype."""
     cast = dict(inputs)
     for name, x in inputs.items():
         if isinstance(x, Tensor) and x.is_floating_point():
-            cast[name] = x.detach().to(dtype).requires_grad_(x.requires_grad)
+            own = accumulation_dtype(dtype) if name in WIDE else dtype
+            cast[name] = x.detach().to(own).requires_grad_(x.requires_grad)
     return cast
 
 
