@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel, masking_utils
 from transformers.utils.import_utils import is_tracing
 
+from interformer_kernels.nn._huggingface_patterns import OPEN, closure_of, is_shift_invariant, last_part, pattern_of
 from interformer_kernels.nn._notices import warn_once
 
 NAME = "interformer"
-OPEN = (-1, -1)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def mask(
     aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
     if is_tracing(attention_mask) or torch.device(device).type == "meta":
         return _traced(arguments, aligned, options)
-    causal, window, rows, reason = _pattern(mask_function, kv_length + kv_offset)
+    causal, window, rows, reason = pattern_of(mask_function, kv_length + kv_offset)
     if not reason and causal and not aligned:
         reason = "a static cache, which has keys after the last query"
     if not reason and attention_mask is not None and attention_mask.dim() != 2:
@@ -184,8 +184,9 @@ def mask(
         if window != OPEN and has_holes(form.tokens):
             warn_once(f"attn_implementation={NAME!r}: transformers' sdpa serves a window over padding with holes")
             form = None
-    knows_rows = rows is not None or _closure(_last(mask_function), masking_utils.packed_sequence_mask_function) != {}
-    info = MaskInfo(arguments, form, knows_rows, _shift_invariant(mask_function))
+    of_rows = closure_of(last_part(mask_function), masking_utils.packed_sequence_mask_function)
+    knows_rows = rows is not None or of_rows != {}
+    info = MaskInfo(arguments, form, knows_rows, is_shift_invariant(mask_function))
     return PairMask(info, (batch_size, 1, q_length, kv_length), dtype, device)
 
 
@@ -343,74 +344,3 @@ def refuse_new_row_after_cache(position_ids: Tensor, filled: int) -> None:
 def refuse_gaps_in_a_graph(positions: Tensor) -> None:
     """Assert positions without gaps inside a graph, where they cannot be read before it runs."""
     torch._assert_async((positions.diff(dim=1) == 1).all(), f"position_ids {_AMBIGUOUS}, under torch.compile")
-
-
-# ---------------------------------------------------------------- recognising mask functions by their makers
-
-
-_Pattern = tuple[bool, tuple[int, int], Tensor | None, str]
-
-
-def _pattern(function: Callable[..., Any], length: int) -> _Pattern:
-    """`(causal, window, rows [B, L] of packed tokens or None, reason why the ops cannot serve it or "")` of a mask
-    function.
-
-    Mask functions are closures that answer only for single pairs. Transformers' own closures are recognised by the
-    function that made them; all others cannot be served.
-    """
-    if function is masking_utils.causal_mask_function:
-        return True, OPEN, None, ""
-    if function is masking_utils.bidirectional_mask_function:
-        return False, OPEN, None, ""
-    parts = _parts(function)
-    if len(parts) == 2:
-        for overlay in (masking_utils.sliding_window_overlay, masking_utils.sliding_window_bidirectional_overlay):
-            variables = _closure(parts[0], overlay)
-            if variables:
-                causal, inner, rows, reason = _pattern(parts[1], length)
-                reason = reason or ("a window within a window" if inner != OPEN else "")
-                return causal, _window(overlay, variables["sliding_window"], length), rows, reason
-        remapped = _closure(parts[0], masking_utils.remap_positions_for_packed_sequence)
-        packed = _closure(parts[1], masking_utils.packed_sequence_mask_function)
-        if remapped and packed:
-            causal, window, inner_rows, reason = _pattern(remapped["mask_function"], length)
-            reason = reason or ("packed rows within packed rows" if inner_rows is not None else "")
-            return causal, window, packed["packed_sequence_mask"], reason
-    return False, OPEN, None, "a mask of another form than causal, a window, bidirectional, padded or packed"
-
-
-def _window(overlay: Callable[..., Any], size: int, length: int) -> tuple[int, int]:
-    """The window of an overlay: it counts the query itself, or, on both sides, the farthest key."""
-    if size >= length:
-        return OPEN
-    return (size - 1, -1) if overlay is masking_utils.sliding_window_overlay else (size, size)
-
-
-def _shift_invariant(function: Callable[..., Any]) -> bool:
-    """Whether a mask function depends on distances and block ids only, so that a packed row is masked as if alone."""
-    if function in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
-        return True
-    overlays = masking_utils.sliding_window_overlay, masking_utils.sliding_window_bidirectional_overlay
-    if any(_closure(function, maker) for maker in (*overlays, masking_utils.blockwise_overlay)):
-        return True
-    parts = _parts(function) or _closure(function, masking_utils.or_masks).get("mask_functions", ())
-    return bool(parts) and all(_shift_invariant(part) for part in parts)
-
-
-def _parts(function: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
-    return tuple(_closure(function, masking_utils.and_masks).get("mask_functions", ()))
-
-
-def _last(function: Callable[..., Any]) -> Callable[..., Any]:
-    return (_parts(function) or (function,))[-1]
-
-
-def _closure(function: Callable[..., Any], maker: Callable[..., Any]) -> dict[str, Any]:
-    """The closure variables, by name, of a function made by `maker`; empty for any other function."""
-    name = getattr(function, "__qualname__", "")
-    closure = getattr(function, "__closure__", None)
-    if not name.startswith(f"{maker.__qualname__}.<locals>.") or not closure:
-        return {}
-    if function.__module__ != maker.__module__:
-        return {}
-    return {n: cell.cell_contents for n, cell in zip(function.__code__.co_freevars, closure, strict=True)}

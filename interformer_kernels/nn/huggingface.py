@@ -20,7 +20,6 @@ from interformer_kernels.nn import _attention as shared
 from interformer_kernels.nn import _huggingface_rows as rows
 from interformer_kernels.nn._huggingface_mask import (
     NAME,
-    OPEN,
     MaskForm,
     MaskInfo,
     PairMask,
@@ -28,6 +27,7 @@ from interformer_kernels.nn._huggingface_mask import (
     mask,
     with_packed_rows,
 )
+from interformer_kernels.nn._huggingface_patterns import OPEN
 from interformer_kernels.nn._notices import warn_once
 from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 from interformer_kernels.ops.jagged_attention import jagged_attention
@@ -285,7 +285,7 @@ class _Call:
 
 
 class _Scores:
-    """What a call does to its scores beside masks, as transformers hands it over."""
+    """Softcap, sinks and position bias of a call, as transformers hands them over."""
 
     def __init__(self, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
         self.softcap = options.pop("softcap", None)
