@@ -7,6 +7,7 @@ kernel. It knows no tensors, and no number of rows or tokens.
 from __future__ import annotations
 
 import functools
+from typing import TypeVar
 
 from interformer_kernels._triton._arguments import RopeOptions, Shape, ShortShape
 from interformer_kernels._triton._tiles import Target, Tiles, entries, padded, tiles, variant, widest_rope
@@ -37,19 +38,24 @@ _BIASED: dict[str, dict[int, dict[int, Tiles]]] = {
         4: {64: Tiles(16, 16, 4, 1), 512: Tiles(16, 16, 8, 1)},
     },
 }
+# Registers of a thread, for kernels of calls with options. Without a limit, NVIDIA's assembler holds some of them back,
+# so that more programs are resident together, and spills a few bytes; with this one it takes what it needs.
+_ALL_REGISTERS = 255
+_Entry = TypeVar("_Entry", Tiles, Tiles | None)
 
 
 class Geometry:
     """Layout, score, heads, channels and queries of a row (0 where rows differ), for a device, a dtype, a direction.
 
     `pairs` of rotary embedding, 0 without it. `tiled`: no rows are left to the kernels of short and of whole rows.
-    `biased`: scores have a bias. Whether kernels rotate queries and keys depends on numbers of tokens, so shapes take
-    that as an argument.
+    `options`: "biases" where scores have some, else "targets" where rows have some, else "others" where weights are
+    dropped, scores capped, or sinks or a gradient of the log-sum-exp given, else "". Whether kernels rotate queries and
+    keys depends on numbers of tokens, so shapes take that as an argument.
     """
 
     def __init__(
         self, layout: str, score: str, v_is_k: bool, d: int, dv: int, heads: int, kv_heads: int, queries: int,
-        itemsize: int, target: Target, precision: str, pairs: int, backward: bool, tiled: bool, biased: bool,
+        itemsize: int, target: Target, precision: str, pairs: int, backward: bool, tiled: bool, options: str,
     ) -> None:  # fmt: skip
         self.layout, self.score, self.v_is_k, self.d, self.dv, self.precision = layout, score, v_is_k, d, dv, precision
         self.kv_heads, self.q_per_kv, self.queries = kv_heads, heads // kv_heads, queries
@@ -58,13 +64,13 @@ class Geometry:
         self.on = itemsize, target
         # Kernels rotate gradients, at least. Otherwise passes beside them do it all.
         self.rotates = pairs > 0 and self.width <= widest_rope(*self.on) and pairs % 4 == 0
-        self._biased = biased
+        self._options = options
         self._suffix = "_rope" if self.rotates else ""
         self.pack = self._pack()
         self.heads_per_program = self.pack * self.q_per_kv  # query heads, and so packed rows of a query token
         self.packs = kv_heads // self.pack  # programs that divide the key/value heads among themselves
         short = None if tiled else self._short_tiles()
-        self.short = {False: short, True: self._short_tiles_of_backward(short)}
+        self.short = {False: self._limited(short), True: self._limited(self._short_tiles_of_backward(short))}
         self.short_cell = 0 if short is None else short.keys  # tokens of a row left to the kernels of short rows
         self.whole = self._whole_tiles() if backward and layout == "packed" and not tiled else ()
         self.cell = self.whole[-1].keys if self.whole else self.short_cell  # that kernels of tiles leave to others
@@ -112,13 +118,24 @@ class Geometry:
             entry = variant(f"{kernel}{self._suffix}", self.width, *self.on)
             looped = entry is not None and max(entry.queries, self.width) <= _MOST_LOOPED
             if entry is not None and entry.keys > cell and (looped or self.q_per_kv == 1):
-                found.append(entry)
+                if self._options == "targets":
+                    entry = entry._replace(warps=8)  # their masks take registers that four lack
+                found.append(self._limited(entry))
                 cell = entry.keys
         return tuple(found)
 
+    def _limited(self, entry: _Entry) -> _Entry:
+        """The same tiles; under options, on NVIDIA devices, with a limit to a thread's registers."""
+        if entry is None or not self._options or self.on[1].kind != "cuda":
+            return entry
+        return entry._replace(maxnreg=_ALL_REGISTERS)
+
     def _tiles(self, kernel: str) -> Tiles:
+        return self._limited(self._tiles_of_table(kernel))
+
+    def _tiles_of_table(self, kernel: str) -> Tiles:
         """Tiles of a kernel; no more queries than rows have, where that is known."""
-        replaced = _BIASED[kernel][self.on[0]] if self._biased else {}
+        replaced = _BIASED[kernel][self.on[0]] if self._options == "biases" else {}
         if replaced:
             entry = replaced[min((width for width in replaced if width >= self.width), default=max(replaced))]
         elif self.rotates:
@@ -169,10 +186,10 @@ class Geometry:
 @functools.lru_cache(maxsize=1024)
 def geometry(
     state: int, layout: str, score: str, v_is_k: bool, d: int, dv: int, heads: int, kv_heads: int, queries: int,
-    itemsize: int, target: Target, precision: str, pairs: int, backward: bool, tiled: bool, biased: bool,
+    itemsize: int, target: Target, precision: str, pairs: int, backward: bool, tiled: bool, options: str,
 ) -> Geometry:  # fmt: skip
     """The geometry of these sizes, while the tables of tiles are in this state (`_tiles.state`)."""
     return Geometry(
         layout, score, v_is_k, d, dv, heads, kv_heads, queries, itemsize, target, precision, pairs, backward, tiled,
-        biased,
+        options,
     )  # fmt: skip

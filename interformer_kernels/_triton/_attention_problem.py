@@ -42,7 +42,7 @@ _NO_ROPE = RopeOptions(0, False, False, False)
 class Problem:
     """Tensors that kernels read in place, sizes, and the arguments that kernels have in common."""
 
-    def __init__(self, call: AttentionCall, backward: bool = False) -> None:
+    def __init__(self, call: AttentionCall, backward: bool = False, has_grad_lse: bool = False) -> None:
         self.call, self.backward = call, backward
         self.known: Known | None = None  # of the kernels of calls like this one
         self.out_shape = call.out_shape()
@@ -57,18 +57,20 @@ class Problem:
         self.tokens = self.out_shape[0] if call.layout == "packed" else self.out_shape[0] * self.queries
         # Kernels of short and of whole rows know no dropout and no bias, and make no statistics of their queries, by
         # which sinks get gradients.
-        biased = call.position_bias is not None or call.time_bias is not None
+        drops, biased = call.drops, call.position_bias is not None or call.time_bias is not None
+        others = drops or has_grad_lse or call.softcap > 0 or call.sinks is not None
         tiled = call.dropout_p > 0 or biased or (backward and call.sinks is not None)
         made = geometry(
             _tiles.state(), call.layout, call.score, call.v is None, channels, self.out_shape[-1], self.heads,
             self.kv_heads, self.queries, k.element_size(), _run.target_of(k), _run.precision(k.dtype),
-            0 if call.cos is None else call.cos.shape[1], backward, tiled, biased,
+            0 if call.cos is None else call.cos.shape[1], backward, tiled,
+            "biases" if biased else "targets" if call.num_targets is not None else "others" if others else "",
         )  # fmt: skip
         self._geometry, self.q_per_kv, self.cell, self.short_cell = made, made.q_per_kv, made.cell, made.short_cell
         self.pack, self.packs, self.heads_per_program = made.pack, made.packs, made.heads_per_program
         self.tiles, self.tiles_of_partials, self.whole_tiles = made.tiles, made.tiles_of_partials, made.whole
         self.variant_inputs, self.variant_options = VariantInputs.of(call), VariantOptions.of(call)
-        if call.drops and self.pack == 1 and call.skip_prefix % 4 == 0:
+        if drops and self.pack == 1 and call.skip_prefix % 4 == 0:
             self.variant_options = self.variant_options._replace(dropout="fours")
         self.softmax = call.score == "softmax"
         self.fp32_softmax = self.softmax and k.dtype == torch.float32

@@ -158,7 +158,8 @@ def time_bins(pairs, variant, VARIANT: tl.constexpr):
     time_k = tl.load(variant.inputs.times_k + (task.k_first + pairs.j), mask=pairs.j < task.keys, other=0)
     apart = tl.abs(time_q - time_k)
     bins = (apart * 0).to(tl.int32)
-    for i in tl.static_range(VARIANT.time_steps):
+    STEPS: tl.constexpr = VARIANT.time_steps
+    for i in tl.static_range(STEPS):
         more = bins + (1 << (VARIANT.time_steps - 1 - i))
         inside = more <= variant.inputs.edges
         edge = tl.load(variant.inputs.time_edges + (more - 1), mask=inside, other=0)

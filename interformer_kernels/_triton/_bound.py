@@ -18,6 +18,8 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from interformer_kernels._triton._tiles import Tiles
+
 # AMD's kernels are also specialised by the size of a tensor's memory.
 _SERVES = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9) and not torch.version.hip
 _INT32 = 2**31
@@ -60,26 +62,26 @@ def known_to(arguments: tuple[Any, ...], sizes: tuple[int, ...], *options: Hasha
 
 
 def launch(
-    kernel: Any, grid: int, arguments: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int,
+    kernel: Any, grid: int, arguments: tuple[Any, ...], constants: dict[str, Any], tiles: Tiles,
     known: Known | None = None, form: tuple[Any, ...] = (),
 ) -> None:  # fmt: skip
-    """Launch `grid` programs of a kernel on the current device, compiled for so many warps and pipeline stages.
+    """Launch `grid` programs of a kernel on the current device, compiled as `tiles` say.
 
     What calls alike have `known` is taken from there. Where their launches of a kernel may be compiled differently, its
     `form` tells these apart.
     """
     if not _SERVES or _is_watched(kernel):
-        kernel[(grid,)](*arguments, **constants, num_warps=warps, num_stages=stages)
+        kernel[(grid,)](*arguments, **constants, **tiles.options)
         return
     active = driver.active
     device = active.get_current_device()
     place = active, device, id(kernel), form
     bound = None if known is None else known.get(place)
     if bound is None:
-        key = active, device, warps, stages, *key_of(kernel, arguments, constants)
+        key = active, device, tiles, *key_of(kernel, arguments, constants)
         bound = _bound.get(key)
         if bound is None:
-            compiled = kernel[(grid,)](*arguments, **constants, num_warps=warps, num_stages=stages)
+            compiled = kernel[(grid,)](*arguments, **constants, **tiles.options)
             if _can_repeat(kernel, compiled, arguments, constants):
                 _keep(key, kernel, compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :]))
             return
@@ -91,7 +93,7 @@ def launch(
 
 
 def key_of(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
-    """The key that tells apart launches of kernels on one device, but for warps and stages."""
+    """The key that tells apart launches of kernels on one device, but for tiles."""
     parts = [id(kernel), *constants, *constants.values()]
     _add_arguments(parts.append, arguments)
     return tuple(parts)

@@ -105,7 +105,7 @@ def start(
         return
     context = on_device_of(lead)
     if context is None:
-        launch(kernel, grid, arguments, constants, tiles.warps, tiles.stages, known, form)
+        launch(kernel, grid, arguments, constants, tiles, known, form)
         return
     with context:
-        launch(kernel, grid, arguments, constants, tiles.warps, tiles.stages, known, form)
+        launch(kernel, grid, arguments, constants, tiles, known, form)

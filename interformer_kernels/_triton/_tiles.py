@@ -21,12 +21,24 @@ _log = logging.getLogger("interformer_kernels")
 
 
 class Tiles(NamedTuple):
-    """Queries (or tokens) and keys (or channels) of a tile, and the warps and pipeline stages of its program."""
+    """Queries (or tokens) and keys (or channels) of a tile, and how its program is compiled.
+
+    Attributes:
+        maxnreg: registers that a thread may have; None where NVIDIA's assembler weighs spills of a few bytes against
+            programs that are resident together.
+    """
 
     queries: int
     keys: int
     warps: int = 4
     stages: int = 2
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's compile options."""
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 class Target(NamedTuple):

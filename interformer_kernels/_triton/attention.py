@@ -13,10 +13,11 @@ from interformer_kernels._launch.gate_gradient import gate_gradient, gate_sums
 from interformer_kernels._launch.tensors import expanded, readable, resolved
 from interformer_kernels._triton import _run
 from interformer_kernels._triton._arguments import Epilogue, GradPass, Outputs, Partials, QuerySide
-from interformer_kernels._triton._attention_backward import attention_grad_keys, attention_grad_queries
+from interformer_kernels._triton._attention_backward import attention_grad_queries
 from interformer_kernels._triton._attention_bias_sums import grad_biases
 from interformer_kernels._triton._attention_epilogue import epilogue_backward, sinks_backward
 from interformer_kernels._triton._attention_forward import attention_forward
+from interformer_kernels._triton._attention_grad_keys import attention_grad_keys
 from interformer_kernels._triton._attention_output import add_partials, combine_partials
 from interformer_kernels._triton._attention_problem import Problem
 from interformer_kernels._triton._attention_short import attention_backward_short, attention_forward_short
@@ -119,7 +120,7 @@ def backward(
     call: AttentionCall, grad_out: Tensor, attn_out: Tensor, lse: Tensor, grad_lse: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Gradients of `q, k, v, gate`; an input that was not given has an empty one."""
-    problem = Problem(call, backward=True)
+    problem = Problem(call, backward=True, has_grad_lse=grad_lse is not None)
     if grad_lse is not None:
         grad_lse = resolved(grad_lse).contiguous()
         problem.variant_options = problem.variant_options._replace(grad_lse=True)

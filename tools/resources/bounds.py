@@ -47,8 +47,7 @@ class Compiled(NamedTuple):
 
 def compiled(launch: Launch) -> Compiled:
     """The machine code of a launch for sm_90; Triton's cache keeps what was compiled before."""
-    options = {"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages}
-    kernel = triton.compile(source_of(launch), target=TARGETS["sm_90"][1], options=options)
+    kernel = triton.compile(source_of(launch), target=TARGETS["sm_90"][1], options=launch.tiles.options)
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
         cubin.write_bytes(kernel.asm["cubin"])

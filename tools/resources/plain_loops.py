@@ -24,8 +24,7 @@ def main() -> None:
             attention.forward(AttentionCall("packed", x, x, x, None, offsets), None, True)
         launch = next(launch for launch in launches if launch.kernel.fn.__name__ == "attention_forward")
         tiles = launch.tiles
-        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-        compiled = triton.compile(source_of(launch), target=compiler, options=options)
+        compiled = triton.compile(source_of(launch), target=compiler, options=tiles.options)
         registers, spills, loop = usage_on_nvidia(compiled, compiler)
         per_score = loop * tiles.warps * LANES / (tiles.queries * tiles.keys)
         print(

@@ -329,8 +329,7 @@ def usage(call: str, width: int, dtype: str, target: str) -> list[Usage]:
     with _run.recording(device) as launches:
         CALLS[call](width, DTYPES[dtype])
     for launch in launches:
-        options = {"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages}
-        compiled = triton.compile(source_of(launch), target=compiler, options=options)
+        compiled = triton.compile(source_of(launch), target=compiler, options=launch.tiles.options)
         on_device = _usage_on_amd(compiled) if device.kind == "hip" else usage_on_nvidia(compiled, compiler)
         registers, spills, loop = on_device
         name, chosen = launch.kernel.fn.__name__, launch.tiles
