@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_calls import SERVED, results
-from every import most_draws
+from every import EVERY, most_draws
 from grid import ALL_CASES, case_ids
 from guards import guarded_inputs
 
@@ -65,12 +65,19 @@ SIZES += [
 SIZES = [case for case in SIZES if case.op in SERVED]
 
 each_way = pytest.mark.parametrize("way", WAYS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-@each_way
-@each_dtype
-@pytest.mark.parametrize("case", CASES + SIZES, ids=case_ids(CASES + SIZES))
+# Every case in every dtype, threads in order and shuffled by turns; with EVERY=1 in both ways.
+TURNS = [
+    pytest.param(case, dtype, way, id=f"{name}-{str(dtype).removeprefix('torch.')}-{way}")
+    for i, (case, name) in enumerate(zip(CASES + SIZES, case_ids(CASES + SIZES), strict=True))
+    for j, dtype in enumerate(DTYPES)
+    for k, way in enumerate(WAYS)
+    if EVERY or (i + j + k) % len(WAYS) == 0
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "way"), TURNS)
 def test_error_is_within_the_budget(case: Case, dtype: torch.dtype, way: str, emulated: ModuleType) -> None:
     emulated.configure(*WAYS[way])
     rows = testing.compare(case, "cuda", dtype, make=guarded_inputs, most_draws=most_draws(4))
