@@ -7,7 +7,6 @@ kernel. It knows no tensors, and no number of rows or tokens.
 from __future__ import annotations
 
 import functools
-from typing import TypeVar
 
 from interformer_kernels._triton._arguments import RopeOptions, Shape, ShortShape
 from interformer_kernels._triton._tiles import Target, Tiles, entries, padded, tiles, variant, widest_rope
@@ -30,32 +29,43 @@ _MASKED: dict[str, dict[int, Tiles]] = {
 # Tiles of calls with biases in place of the tables', by bytes of a number and padded channels: gathers from tables, and
 # differences of times of 64 bits, take the registers of larger tiles.
 _BIASED: dict[str, dict[int, dict[int, Tiles]]] = {
-    "forward": {2: {64: Tiles(64, 32, 8), 128: Tiles(32, 32, 8), 512: Tiles(16, 16)}, 4: {}},
+    "forward": {
+        2: {64: Tiles(64, 32, 8), 128: Tiles(32, 32, 8), 512: Tiles(16, 16)},
+        4: {64: Tiles(32, 16), 512: Tiles(16, 16)},
+    },
     "grad_queries": {2: {64: Tiles(64, 32, 8), 128: Tiles(32, 32, 8), 512: Tiles(16, 16)}, 4: {}},
-    "grad_keys": {2: {64: Tiles(32, 32), 128: Tiles(32, 32, 8), 512: Tiles(16, 16)}, 4: {512: Tiles(16, 16, 8)}},
+    "grad_keys": {2: {64: Tiles(32, 16), 128: Tiles(32, 32, 8), 512: Tiles(16, 16)}, 4: {512: Tiles(16, 16, 8)}},
     "grad_biases": {
         2: {64: Tiles(16, 16, 4, 1), 512: Tiles(16, 16, 8, 1)},
         4: {64: Tiles(16, 16, 4, 1), 512: Tiles(16, 16, 8, 1)},
     },
 }
-# Registers of a thread, for kernels of calls with options. Without a limit, NVIDIA's assembler holds some of them back,
-# so that more programs are resident together, and spills a few bytes; with this one it takes what it needs.
-_ALL_REGISTERS = 255
-_Entry = TypeVar("_Entry", Tiles, Tiles | None)
+# Kernels whose threads may have so many registers, by an option of the call, from a compute capability on. Without a
+# limit, NVIDIA's assembler holds registers back, so that more programs are resident together, and spills a few bytes;
+# with one it takes what it needs. Where it needs too many it spills more, so no other kernel has a limit.
+_MAXNREG = 224
+_LIMITED = {
+    "biases": {"grad_queries": 90, "grad_biases": 80},
+    "targets": {"grad_queries": 80},
+    "capped": {"grad_queries": 80},
+    "grad_lse": {"grad_queries": 80, "grad_keys": 80},
+}
+# Keys of a tile under dropout, whose random words take registers: of dQ's, where a few queries share it, and of dK's.
+_MOST_KEYS = {"grad_queries": 32, "grad_keys": 64}
 
 
 class Geometry:
     """Layout, score, heads, channels and queries of a row (0 where rows differ), for a device, a dtype, a direction.
 
     `pairs` of rotary embedding, 0 without it. `tiled`: no rows are left to the kernels of short and of whole rows.
-    `options`: "biases" where scores have some, else "targets" where rows have some, else "others" where weights are
-    dropped, scores capped, or sinks or a gradient of the log-sum-exp given, else "". Whether kernels rotate queries and
-    keys depends on numbers of tokens, so shapes take that as an argument.
+    `option`: the first one that the call has of "biases", "dropout", "targets", "capped" (by softcap or sinks) and
+    "grad_lse" (a gradient of the log-sum-exp), else "". Whether kernels rotate queries and keys depends on numbers of
+    tokens, so shapes take that as an argument.
     """
 
     def __init__(
         self, layout: str, score: str, v_is_k: bool, d: int, dv: int, heads: int, kv_heads: int, queries: int,
-        itemsize: int, target: Target, precision: str, pairs: int, backward: bool, tiled: bool, options: str,
+        itemsize: int, target: Target, precision: str, pairs: int, backward: bool, tiled: bool, option: str,
     ) -> None:  # fmt: skip
         self.layout, self.score, self.v_is_k, self.d, self.dv, self.precision = layout, score, v_is_k, d, dv, precision
         self.kv_heads, self.q_per_kv, self.queries = kv_heads, heads // kv_heads, queries
@@ -64,13 +74,13 @@ class Geometry:
         self.on = itemsize, target
         # Kernels rotate gradients, at least. Otherwise passes beside them do it all.
         self.rotates = pairs > 0 and self.width <= widest_rope(*self.on) and pairs % 4 == 0
-        self._options = options
+        self._option = option
         self._suffix = "_rope" if self.rotates else ""
         self.pack = self._pack()
         self.heads_per_program = self.pack * self.q_per_kv  # query heads, and so packed rows of a query token
         self.packs = kv_heads // self.pack  # programs that divide the key/value heads among themselves
         short = None if tiled else self._short_tiles()
-        self.short = {False: self._limited(short), True: self._limited(self._short_tiles_of_backward(short))}
+        self.short = {False: short, True: self._short_tiles_of_backward(short)}
         self.short_cell = 0 if short is None else short.keys  # tokens of a row left to the kernels of short rows
         self.whole = self._whole_tiles() if backward and layout == "packed" and not tiled else ()
         self.cell = self.whole[-1].keys if self.whole else self.short_cell  # that kernels of tiles leave to others
@@ -113,35 +123,39 @@ class Geometry:
         """Tiles of the backward of whole rows, of at most `keys` tokens each, and of more than the ones before."""
         cell, found = self.short_cell, []
         # A mask of channels, and derivatives of pointwise scores, take registers that larger tiles lack.
-        large = self._fills_tiles and (self.score == "softmax" or (self.width == 32 and self.score != "gelu"))
+        large = (
+            self._option != "targets"
+            and self._fills_tiles
+            and (self.score == "softmax" or (self.width == 32 and self.score != "gelu"))
+        )
         for kernel in ("whole", "whole_long") if large else ("whole",):
             entry = variant(f"{kernel}{self._suffix}", self.width, *self.on)
             looped = entry is not None and max(entry.queries, self.width) <= _MOST_LOOPED
             if entry is not None and entry.keys > cell and (looped or self.q_per_kv == 1):
-                if self._options == "targets":
+                if self._option == "targets":
                     entry = entry._replace(warps=8)  # their masks take registers that four lack
-                found.append(self._limited(entry))
+                found.append(entry)
                 cell = entry.keys
         return tuple(found)
 
-    def _limited(self, entry: _Entry) -> _Entry:
-        """The same tiles; under options, on NVIDIA devices, with a limit to a thread's registers."""
-        if entry is None or not self._options or self.on[1].kind != "cuda":
-            return entry
-        return entry._replace(maxnreg=_ALL_REGISTERS)
-
     def _tiles(self, kernel: str) -> Tiles:
-        return self._limited(self._tiles_of_table(kernel))
+        """Tiles of a kernel, with the limit of its registers."""
+        entry, (_, target) = self._tiles_of_table(kernel), self.on
+        since = _LIMITED.get(self._option, {}).get(kernel)
+        limited = since is not None and target.kind == "cuda" and target.capability >= since
+        return entry._replace(maxnreg=_MAXNREG) if limited else entry
 
     def _tiles_of_table(self, kernel: str) -> Tiles:
         """Tiles of a kernel; no more queries than rows have, where that is known."""
-        replaced = _BIASED[kernel][self.on[0]] if self._options == "biases" else {}
+        replaced = _BIASED[kernel][self.on[0]] if self._option == "biases" else {}
         if replaced:
             entry = replaced[min((width for width in replaced if width >= self.width), default=max(replaced))]
         elif self.rotates:
             return tiles(f"{kernel}_rope", self.width, *self.on)
         else:
             entry = tiles(kernel, self.width, *self.on)
+        if self._option == "dropout" and kernel in _MOST_KEYS and (kernel == "grad_keys" or self.layout != "packed"):
+            entry = entry._replace(keys=min(entry.keys, _MOST_KEYS[kernel]))
         if self.layout == "packed":
             own = None if replaced or kernel != "grad_queries" else variant("grad_queries_packed", self.width, *self.on)
             return entry if replaced else self._masked(kernel, own or entry)
@@ -186,10 +200,10 @@ class Geometry:
 @functools.lru_cache(maxsize=1024)
 def geometry(
     state: int, layout: str, score: str, v_is_k: bool, d: int, dv: int, heads: int, kv_heads: int, queries: int,
-    itemsize: int, target: Target, precision: str, pairs: int, backward: bool, tiled: bool, options: str,
+    itemsize: int, target: Target, precision: str, pairs: int, backward: bool, tiled: bool, option: str,
 ) -> Geometry:  # fmt: skip
     """The geometry of these sizes, while the tables of tiles are in this state (`_tiles.state`)."""
     return Geometry(
         layout, score, v_is_k, d, dv, heads, kv_heads, queries, itemsize, target, precision, pairs, backward, tiled,
-        options,
+        option,
     )  # fmt: skip

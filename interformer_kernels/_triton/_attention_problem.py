@@ -58,13 +58,16 @@ class Problem:
         # Kernels of short and of whole rows know no dropout and no bias, and make no statistics of their queries, by
         # which sinks get gradients.
         drops, biased = call.drops, call.position_bias is not None or call.time_bias is not None
-        others = drops or has_grad_lse or call.softcap > 0 or call.sinks is not None
         tiled = call.dropout_p > 0 or biased or (backward and call.sinks is not None)
+        option = (
+            "biases" if biased else "dropout" if drops else "targets" if call.num_targets is not None
+            else "capped" if call.softcap > 0 or call.sinks is not None else "grad_lse" if has_grad_lse else ""
+        )  # fmt: skip
         made = geometry(
             _tiles.state(), call.layout, call.score, call.v is None, channels, self.out_shape[-1], self.heads,
             self.kv_heads, self.queries, k.element_size(), _run.target_of(k), _run.precision(k.dtype),
             0 if call.cos is None else call.cos.shape[1], backward, tiled,
-            "biases" if biased else "targets" if call.num_targets is not None else "others" if others else "",
+            option,
         )  # fmt: skip
         self._geometry, self.q_per_kv, self.cell, self.short_cell = made, made.q_per_kv, made.cell, made.short_cell
         self.pack, self.packs, self.heads_per_program = made.pack, made.packs, made.heads_per_program

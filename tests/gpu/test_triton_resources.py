@@ -90,7 +90,7 @@ def test_heads_that_fill_their_tiles_in_part_have_tiles_of_their_own() -> None:
 
     def chosen(d: int, capability: int = 90, itemsize: int = 2) -> list[Any]:
         sizes = "packed", "softmax", False, d, d, 4, 4, 0, itemsize, Target("cuda", capability), "ieee", 0, True
-        made = geometry.__wrapped__(0, *sizes, tiled=False, options="")
+        made = geometry.__wrapped__(0, *sizes, tiled=False, option="")
         kernels = ("forward", "grad_queries", "grad_keys")
         return [*(tuple(made.tiles(kernel)) for kernel in kernels), made.short[True] and tuple(made.short[True])]
 
