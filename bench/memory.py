@@ -30,7 +30,12 @@ from interformer_bench.workloads import Sizes
 from torch import Tensor
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": str(1 << 16),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+}
 # The peer that our memory is compared with.
 YARDSTICK = {name: op.memory_peers[0] for name, op in TABLE.items()}
 

@@ -299,7 +299,7 @@ def _spread(m: Measurement) -> str:
 
 
 def head(report: Report) -> str:
-    """How threads waited, and whether the machine was quiet."""
+    """How the process waits, and whether the machine was quiet."""
     return f"{waiting.described()} {quiet.described(report.checks)}"
 
 

@@ -13,7 +13,6 @@ from interformer_bench.model import measure, profiles, report
 from interformer_bench.model.cases import Case, cases
 from interformer_bench.model.contenders import OURS, contenders
 
-from interformer_kernels import keep_freed_memory
 from interformer_kernels._cli.arguments import count, duration
 from interformer_kernels._cli.errors import guarded
 from interformer_kernels._cli.tables import print_table
@@ -59,14 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(case.name for case in chosen))
         return 0
     torch.set_num_threads(options.threads)
-    keeps_memory = keep_freed_memory()  # for all contenders: else fresh pages are a third of a large step
     if options.profile:
         _profile(chosen, not options.no_compile)
         return 0
     watch = quiet.Watch(options.threads)
     with progress.shown() as shown:
         measured = list(measure.measure(chosen, options.data, not options.no_compile, options.seconds, shown, watch))
-    head = report.head(watch.checks, keeps_memory)
+    head = report.head(watch.checks)
     print(head)
     print_table("whole models", report.COLUMNS, report.table(measured))
     if options.out:

@@ -94,14 +94,9 @@ def _verdict(reached: bool) -> str:
     return "pass" if reached else "MISS"
 
 
-def head(checks: Sequence[quiet.Quietness], keeps_memory: bool) -> str:
-    """How threads waited, whether freed memory was kept, and whether the machine was quiet."""
-    memory = (
-        "The process keeps freed memory"
-        if keeps_memory
-        else "FREED MEMORY IS NOT KEPT: glibc's allocator is not in use"
-    )
-    return f"{waiting.described()} {memory}, for all models alike. {quiet.described(checks)}"
+def head(checks: Sequence[quiet.Quietness]) -> str:
+    """How the process waits, and whether the machine was quiet."""
+    return f"{waiting.described()} {quiet.described(checks)}"
 
 
 def markdown(measured: Sequence[Measured], head_text: str) -> str:

@@ -18,8 +18,6 @@ from interformer_bench import waiting
 if TYPE_CHECKING:
     from interformer_bench.rows.lines import Line
 
-# The allocator keeps freed memory, so that no call waits for fresh pages: copies do not wait for them either.
-_KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_ARENA_MAX": "1"}
 # Products on tile units (AMX) are no limit for vector instructions: oneDNN and MKL must do without.
 _NO_TILES = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3"}
 _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
@@ -32,8 +30,8 @@ def has_tiles() -> bool:
 
 
 def environment(huge_pages: bool) -> dict[str, str]:
-    """The variables of a process that measures."""
-    return {**_KEPT_MEMORY, **(_NO_TILES if has_tiles() else {}), **(_HUGE_PAGES if huge_pages else {})}
+    """The variables of a process that measures, beside `waiting.ENVIRONMENT`."""
+    return {**(_NO_TILES if has_tiles() else {}), **(_HUGE_PAGES if huge_pages else {})}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -173,11 +173,6 @@ def test_the_best_of_all_padded_models_counts() -> None:
     assert report.verdicts(group)[0] == ">= 2x the best, padded by length: 1.50x MISS"
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_the_head_says_whether_freed_memory_was_kept(kept: bool) -> None:
-    assert ("FREED MEMORY IS NOT KEPT" in report.head([], kept)) is not kept
-
-
 def test_a_busy_machine_has_no_ratio_of_models() -> None:
     measured = [replace(result, busy="a thread got 0.50") for result in _measured(0.1, 0.5, (40, 100))]
     (group,) = report.groups(measured)

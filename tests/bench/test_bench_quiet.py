@@ -86,9 +86,13 @@ def test_a_command_starts_itself_again_with_sleeping_threads() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in waiting.ENVIRONMENT}
     command = [sys.executable, "-c", program, "given"]
     completed = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert completed.stdout == "yes given Threads sleep while they wait.\n"
+    assert completed.stdout == (
+        "yes given Threads sleep while they wait; freed memory is kept, for all contenders alike.\n"
+    )
 
 
 def test_threads_that_may_spin_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     assert "MAY SPIN" in waiting.described()
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
+    assert "MEMORY IS NOT KEPT" in waiting.described()
