@@ -117,6 +117,27 @@ def test_other_numbers(number: float) -> None:
         assert read_form(other, 1, H) == forms.OTHER_NUMBERS
 
 
+@pytest.mark.parametrize("offset", [0, 1, 8])
+@pytest.mark.parametrize("width", [7, 8])
+def test_any_strides(offset: int, width: int) -> None:
+    """Masks that start anywhere in memory, and whose heads share it."""
+    hidden = band(width, width, -2, 1)
+    by_row = torch.zeros(offset + 4 * width * width, dtype=torch.bool)[offset:].view(4, width, width).copy_(hidden)
+    assert read_form(by_row, 2, H) == BandMask(-2, 1)
+    assert read_form(by_row.transpose(1, 2), 2, H) == BandMask(-1, 2)
+    assert read_form(hidden.expand(4, -1, -1), 2, H) == BandMask(-2, 1)
+    assert read_form(torch.zeros(4, width, 2 * width, dtype=torch.bool)[..., ::2].copy_(hidden), 2, H) == BandMask(
+        -2, 1
+    )
+    by_row[-1, -1, 0] = False
+    assert read_form(by_row, 2, H) == forms.OTHER_HEADS
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 4, 4)])
+def test_masks_without_entries(shape: tuple[int, ...]) -> None:
+    assert read_form(torch.zeros(shape), 0, H) == BandMask()
+
+
 # ---------------------------------------------------------------- modules: outputs and gradients
 
 
@@ -364,7 +385,7 @@ def _in_inference_mode(mask: Tensor) -> None:
 
 
 # What is written through `.data` is seen in small masks alone, as versions do not tell.
-@pytest.mark.parametrize(("how", "width"), [(how, n) for how in WRITES for n in (6, 260) if (how, n) != ("by data", 260)])
+@pytest.mark.parametrize(("how", "width"), [(h, n) for h in WRITES for n in (6, 260) if (h, n) != ("by data", 260)])
 def test_a_mask_that_is_written_is_read_again(how: str, width: int, reads: list[int]) -> None:
     before, x, mask = attention(), torch.randn(2, width, E), band(width, width, -2, 0)
     if how == "by numpy":
