@@ -77,10 +77,10 @@ def read_form(mask: Tensor, rows: int, heads: int) -> Form:
     if mask.dtype == torch.bool:
         visible = ~mask
     else:
-        visible, hidden = mask == 0, mask <= max(_HIDES, torch.finfo(mask.dtype).min)
-        if not _all(visible | hidden):
-            return OTHER_NUMBERS
+        visible = mask == 0
         finite = not _all(visible | (mask == -torch.inf))
+        if finite and not _all(visible | (mask <= max(_HIDES, torch.finfo(mask.dtype).min))):
+            return OTHER_NUMBERS
     return _form_of_visible(visible, finite)
 
 
@@ -89,26 +89,27 @@ def _form_of_visible(visible: Tensor, finite: bool) -> Form:
 
     If any band, keys and queries give these entries, then those do that are read off here, for they are the narrowest.
     """
+    visible = visible.contiguous()
     keys, queries, pairs = (visible.view(torch.uint8).amax(axis).bool() for axis in (1, 2, 0))
     if not bool(pairs.any()):
         return BandMask(keys=keys, queries=queries, finite=finite)
-    length, width = pairs.shape
-    distance = torch.arange(width, device=pairs.device) - torch.arange(length, device=pairs.device)[:, None]
-    beyond = length + width
+    index = torch.arange(pairs.shape[0], device=pairs.device)
+    beyond = pairs.shape[0] + pairs.shape[1]
+    nearest, farthest = bounds(pairs)
     first_key, last_key = bounds(keys)
     first_query, last_query = bounds(queries)
-    some = keys.any(1)
+    live, some = queries.any(0), keys.any(1)
     # The band, then the distances between the outermost keys and queries of a row: a bound that lies outside of those
     # hides nothing.
     lower, upper, least, most = torch.stack(
         (
-            distance.where(pairs, beyond).min(),
-            distance.where(pairs, -beyond).max(),
+            (nearest - index).where(live, beyond).min(),
+            (farthest - index).where(live, -beyond).max(),
             (first_key - last_query).where(some, beyond).min(),
             (last_key - first_query).where(some, -beyond).max(),
         )
     ).tolist()
-    band = (distance >= lower) & (distance <= upper)
+    band = torch.ones_like(pairs).triu_(lower).tril_(upper)
     same = queries[:, :, None] & keys[:, None] & band
     if not torch.equal(_words(same), _words(visible)):
         return OTHER_FORM
@@ -198,7 +199,7 @@ class _Seen:
 
     def still(self, mask: Tensor, stamp: tuple[Any, ...]) -> bool:
         """Whether the mask has the entries of which the results are."""
-        return self.stamp == stamp and (self.copy is None or torch.equal(self.copy, mask))
+        return self.stamp == stamp and (self.copy is None or torch.equal(_words(self.copy), _words(mask)))
 
 
 _seen = WeakTensorKeyDictionary()

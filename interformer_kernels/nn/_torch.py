@@ -96,10 +96,13 @@ class FastMultiheadAttention(nn.MultiheadAttention):
         if key_padding_mask is not None and torch.compiler.is_compiling():
             return "padding masks under torch.compile, where the number of tokens would depend on data"
         length = query.shape[1 - batch]
-        # PyTorch trusts the hint is_causal in these calls without looking at the mask.
-        if attn_mask is not None and is_causal and key_padding_mask is None and length == keys:
-            return BandMask(upper=0)
-        form = self._form_of_mask(attn_mask, (rows, length, keys), is_causal)
+        if attn_mask is None:
+            form: Form = "is_causal=True without an attn_mask" if is_causal else BandMask()
+        elif is_causal and key_padding_mask is None:
+            # PyTorch trusts the hint in these calls without looking at the mask.
+            form = BandMask(upper=0) if length == keys else "is_causal=True with other numbers of queries and keys"
+        else:
+            form = self._form_of_mask(attn_mask, query, (rows, length, keys))
         if isinstance(form, str) or (attn_mask is None and key_padding_mask is None):
             return form
         padding = None if key_padding_mask is None else read_padding_mask(key_padding_mask)
@@ -107,17 +110,15 @@ class FastMultiheadAttention(nn.MultiheadAttention):
             return "an additive key_padding_mask with numbers other than 0 and -inf"
         return with_padding(form, padding, rows, length, query.device)
 
-    def _form_of_mask(self, mask: Tensor | None, sizes: tuple[int, int, int], is_causal: bool) -> Form:
+    def _form_of_mask(self, mask: Tensor, query: Tensor, sizes: tuple[int, int, int]) -> Form:
         """The form of an attention mask for `sizes` rows, queries and keys, or the reason why it has none."""
         rows, length, keys = sizes
-        if mask is None:
-            return "is_causal=True without an attn_mask" if is_causal else BandMask()
         if torch.compiler.is_compiling():
             return "an attn_mask that cannot be read under torch.compile (without is_causal)"
         shapes = (length, keys), (rows * self.num_heads, length, keys)
-        dense = mask.layout is torch.strided and not mask.is_nested
+        dense = mask.layout is torch.strided and not mask.is_nested and mask.device == query.device
         if mask.shape not in shapes or not dense or not (mask.dtype == torch.bool or mask.is_floating_point()):
-            return "an attn_mask of another shape, layout or dtype"
+            return "an attn_mask of another shape, layout, device or dtype"
         if mask.requires_grad:
             return "an attn_mask that requires a gradient"
         return form_of(mask, rows, self.num_heads)

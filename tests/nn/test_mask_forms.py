@@ -317,6 +317,25 @@ def test_padding_can_leave_a_query_of_a_finite_mask_without_keys() -> None:
         assert calls.unserved == ({forms.BLIND: 1} if blind else {})
 
 
+@pytest.mark.parametrize("shift", [0, 2])
+def test_the_hint_is_trusted_as_pytorch_does(shift: int) -> None:
+    """With other numbers of queries and keys it stands for causality from the first key, whatever the mask says."""
+    before, x, y = attention(), torch.randn(2, 4, E), torch.randn(2, 6, E)
+    after, mask = swapped(before), band(4, 6, None, shift)
+    padding = torch.arange(6) >= torch.tensor([[6], [5]])
+    for given in (None, padding):
+        masks = {"attn_mask": mask, "key_padding_mask": given, "is_causal": True}
+        results = [m(x, y, y, need_weights=False, **masks)[0] for m in (before, after)]
+        torch.testing.assert_close(*results)
+
+
+def test_masks_that_pytorch_refuses() -> None:
+    after, x = swapped(attention()), torch.randn(2, 6, E)
+    for mask in (band(5, 6), band(6, 6).expand(3, -1, -1), band(6, 6).int(), band(6, 6)[0]):
+        with pytest.raises((AssertionError, RuntimeError)):
+            after(x, x, x, attn_mask=mask, need_weights=False)
+
+
 def test_masks_are_left_under_the_compiler(notices: Callable[[], list[str]]) -> None:
     """Also those that were recognised before."""
     before, x, mask = attention(), torch.randn(2, 6, E), band(6, 6, -2, 0)
@@ -441,9 +460,34 @@ def test_nothing_is_kept_of_masks_that_are_gone() -> None:
 
 def test_forms_are_not_kept_from_transforms() -> None:
     """A form read inside of a transform holds its wrappers, which are dead after it."""
-    module, x, mask = swapped(attention()), torch.randn(2, 6, E), band(6, 6, None, -1)
-    run = lambda x: module(x, x, x, attn_mask=mask, need_weights=False)[0].square().sum()  # noqa: E731
-    inside = torch.func.grad(run)(x)
+    module, x, mask = swapped(attention()), torch.randn(3, 2, 6, E), band(6, 6, None, -1)
+    padding = torch.arange(6) >= torch.tensor([[4], [6]])
+    run = lambda x: module(x, x, x, padding, False, mask)[0].square().sum()  # noqa: E731
+    inside = torch.vmap(torch.func.grad(run))(x)
     x.requires_grad_()
-    (outside,) = torch.autograd.grad(run(x), x)
+    (outside,) = torch.autograd.grad(sum(run(y) for y in x), x)
     torch.testing.assert_close(inside, outside)
+
+
+@pytest.mark.parametrize("kind", BANDS)
+def test_autocast(kind: str) -> None:
+    before, x = attention(), torch.randn(2, 6, E)
+    mask, padding = band(6, 6, *BANDS[kind]), torch.arange(6) >= torch.tensor([[4], [6]])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, actual = (m(x, x, x, padding, False, mask)[0] for m in (before, swapped(before)))
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.05)
+
+
+def test_whole_transformer() -> None:
+    """The decoder's attention is served under the masks that PyTorch's own function makes."""
+    before = perturbed(nn.Transformer(E, H, 1, 1, 2 * E, dropout=0.0, batch_first=True), 0.05)
+    after = copy.deepcopy(before)
+    calls = accelerate(after).calls()
+    source, target = torch.randn(2, 7, E), torch.randn(2, 5, E)
+    padding = additive(torch.arange(7) >= torch.tensor([[4], [7]]))
+    masks = {"tgt_mask": nn.Transformer.generate_square_subsequent_mask(5), "memory_mask": additive(band(5, 7, -1, 3))}
+    paddings = {"src_key_padding_mask": padding, "memory_key_padding_mask": padding}
+    expected, actual = (m(source, target, **masks, **paddings) for m in (before, after))
+    torch.testing.assert_close(actual, expected)
+    assert {count.served for count in calls.values()} == {1}
