@@ -16,9 +16,9 @@ from interformer_kernels.nn._calls import (
     unserved_counts,
     unsupported_transform,
 )
-from interformer_kernels.nn._rows import equal_offsets
+from interformer_kernels.nn._mask_forms import BandMask, Form, additive_of, form_of, with_padding
+from interformer_kernels.nn._torch_attend import attend
 from interformer_kernels.nn.accelerate import register_adapter
-from interformer_kernels.ops.gated_cross_attention import gated_cross_attention
 from interformer_kernels.ops.jagged_attention import jagged_attention
 
 # ---------------------------------------------------------------- masks
@@ -34,89 +34,13 @@ def read_padding_mask(mask: Tensor) -> Tensor | None:
     return padding if bool((padding | (mask == 0)).all()) else None
 
 
-def has_holes(padding: Tensor) -> bool:
-    """Whether some row has padding between two tokens."""
-    token = ~padding
-    starts = token[:, :1].sum(1) + (token[:, 1:] & padding[:, :-1]).sum(1)
-    return bool((starts > 1).any())
-
-
-def is_causal_mask(mask: Tensor, length: int) -> bool:
-    """Whether an attention mask, bool or additive, masks out exactly the later keys of `length` tokens."""
-    if mask.shape != (length, length):
-        return False
-    later = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
-    masked_out = mask if mask.dtype == torch.bool else mask == -torch.inf
-    if not bool((masked_out == later).all()):
-        return False
-    return mask.dtype == torch.bool or bool((mask.where(~later, 0) == 0).all())
-
-
-# ---------------------------------------------------------------- attention of padded batches
-
-
-def attend_padded(
-    attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, causal: bool
-) -> Tensor:
-    """The output of `MultiheadAttention` for `query [B, N, E]` over `key`, `value [B, L, ...]`: `[B, N, E]`.
-
-    `padding [B, L]` marks keys that are masked out; it has no holes if the attention is causal. Queries at padding get
-    outputs too, as in PyTorch.
-    """
-    if padding is not None and bool(padding.any()):
-        attend = _attend_causal if causal else _attend_packed_keys
-        return shared.project_out(attention, attend(attention, query, key, value, padding))
-    rows, queries, keys = query.shape[0], query.shape[1], key.shape[1]
-    flat = key.flatten(0, 1)
-    if query is key and key is value:
-        q, k, v = shared.project_self(attention, flat)
-    else:
-        q = shared.project_query(attention, query.flatten(0, 1))
-        k, v = shared.project_keys(attention, flat, flat if value is key else value.flatten(0, 1))
-    q_offsets, kv_offsets = equal_offsets(rows, queries, query.device), equal_offsets(rows, keys, query.device)
-    drops = shared.dropout_of(attention, query.device)
-    attn_out = shared.output_only(jagged_attention(q, k, v, q_offsets, kv_offsets=kv_offsets, causal=causal, **drops))
-    return shared.project_out(attention, attn_out).view(rows, queries, attention.embed_dim)
-
-
-def _attend_packed_keys(
-    attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor
-) -> Tensor:
-    """All queries `[B, N, E]` over the keys that are not padding: `[B, N, H, D]`."""
-    layout = layout_of_mask(~padding)
-    packed = layout.pack(key)
-    k, v = shared.project_keys(attention, packed, packed if value is key else layout.pack(value))
-    q, drops = shared.project_query(attention, query), shared.dropout_of(attention, query.device)
-    return shared.output_only(gated_cross_attention(q, k, v, layout.offsets, **drops))
-
-
-def _attend_causal(
-    attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor
-) -> Tensor:
-    """Causal attention of as many queries as keys: `[B, L, H, D]`.
-
-    Tokens see the tokens up to themselves. Queries at padding see the tokens before them: all tokens of the row if the
-    padding is on the right, none if it is on the left.
-    """
-    tokens = layout_of_mask(~padding)
-    right_padding = layout_of_mask(padding & ((~padding).cumsum(1) > 0))
-    packed = tokens.pack(key)
-    k, v = shared.project_keys(attention, packed, packed if value is key else tokens.pack(value))
-    q = shared.project_query(attention, query)
-    drops, more = (shared.dropout_of(attention, query.device) for _ in range(2))
-    at_tokens = jagged_attention(tokens.pack(q), k, v, tokens.offsets, causal=True, **drops)
-    more["q_offsets"] = right_padding.offsets
-    at_padding = gated_cross_attention(right_padding.pack(q), k, v, tokens.offsets, **more)
-    return tokens.pad(shared.output_only(at_tokens)) + right_padding.pad(shared.output_only(at_padding))
-
-
 # ---------------------------------------------------------------- the modules
 
 
 class FastMultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose attention is computed by the ops, over the keys that are not padding."""
 
-    serves = "calls with need_weights=False, with padding or causal masks"
+    serves = "calls with need_weights=False, with masks that are causality, a window or padding"
 
     def forward(
         self,
@@ -130,16 +54,9 @@ class FastMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention`; calls that the ops cannot serve take its original path, with one warning."""
-        reason = self._unsupported_call(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
-        padding = None
-        if not reason and key_padding_mask is not None:
-            padding = read_padding_mask(key_padding_mask)
-            if padding is None:
-                reason = "an additive key_padding_mask with numbers other than 0 and -inf"
-            elif attn_mask is not None and has_holes(padding):
-                reason = "a causal mask together with padding that has holes"
-        if reason:
-            count_unserved(self, "MultiheadAttention", _PATH, reason)
+        form = self._form_of_call(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+        if isinstance(form, str):
+            count_unserved(self, "MultiheadAttention", _PATH, form)
             masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
             weights: dict[str, Any] = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
             return super().forward(query, key, value, is_causal=is_causal, **masks, **weights)
@@ -150,10 +67,10 @@ class FastMultiheadAttention(nn.MultiheadAttention):
             query = query.transpose(0, 1)
             key = query if same_query_key else key.transpose(0, 1)
             value = key if same_key_value else value.transpose(0, 1)
-        out = attend_padded(self, query, key, value, padding, attn_mask is not None)
+        out = attend(self, query, key, value, form)
         return out if self.batch_first else out.transpose(0, 1), None
 
-    def _unsupported_call(
+    def _form_of_call(
         self,
         query: Tensor,
         key: Tensor,
@@ -162,10 +79,9 @@ class FastMultiheadAttention(nn.MultiheadAttention):
         need_weights: bool,
         attn_mask: Tensor | None,
         is_causal: bool,
-    ) -> str:
-        """The reason why the ops cannot serve this call, judged without the padding's contents; empty if they can."""
+    ) -> Form:
+        """The form of this call's masks, or the reason why the ops cannot serve the call."""
         batch = 0 if self.batch_first else 1
-        compiling = torch.compiler.is_compiling()
         if need_weights:
             return "need_weights=True (the default), because the ops do not return attention weights"
         if query.is_nested or key.is_nested or value.is_nested:
@@ -177,16 +93,35 @@ class FastMultiheadAttention(nn.MultiheadAttention):
         rows, keys = key.shape[batch], key.shape[1 - batch]
         if query.shape[batch] != rows or (key_padding_mask is not None and key_padding_mask.shape != (rows, keys)):
             return "inputs of unequal batch sizes"
-        if key_padding_mask is not None and compiling:
+        if key_padding_mask is not None and torch.compiler.is_compiling():
             return "padding masks under torch.compile, where the number of tokens would depend on data"
-        if attn_mask is None:
-            return "is_causal=True without an attn_mask" if is_causal else ""
         length = query.shape[1 - batch]
-        # PyTorch trusts the hint is_causal in these calls without looking at the mask.
-        trusted = is_causal and key_padding_mask is None and length == keys
-        if not trusted and (compiling or length != keys or not is_causal_mask(attn_mask, keys)):
-            return "an attn_mask that is not the causal one (or cannot be read under torch.compile without is_causal)"
-        return ""
+        if attn_mask is None:
+            form: Form = "is_causal=True without an attn_mask" if is_causal else BandMask()
+        elif is_causal and key_padding_mask is None:
+            # PyTorch trusts the hint in these calls without looking at the mask.
+            form = BandMask(upper=0) if length == keys else "is_causal=True with other numbers of queries and keys"
+        else:
+            form = self._form_of_mask(attn_mask, query, (rows, length, keys))
+        if isinstance(form, str) or (attn_mask is None and key_padding_mask is None):
+            return form
+        padding = None if key_padding_mask is None else read_padding_mask(key_padding_mask)
+        if padding is None and key_padding_mask is not None:
+            return "an additive key_padding_mask with numbers other than 0 and -inf"
+        return with_padding(form, padding, rows, length, query.device)
+
+    def _form_of_mask(self, mask: Tensor, query: Tensor, sizes: tuple[int, int, int]) -> Form:
+        """The form of an attention mask for `sizes` rows, queries and keys, or the reason why it has none."""
+        rows, length, keys = sizes
+        if torch.compiler.is_compiling():
+            return "an attn_mask that cannot be read under torch.compile (without is_causal)"
+        shapes = (length, keys), (rows * self.num_heads, length, keys)
+        dense = mask.layout is torch.strided and not mask.is_nested and mask.device == query.device
+        if mask.shape not in shapes or not dense or not (mask.dtype == torch.bool or mask.is_floating_point()):
+            return "an attn_mask of another shape, layout, device or dtype"
+        if mask.requires_grad:
+            return "an attn_mask that requires a gradient"
+        return form_of(mask, rows, self.num_heads)
 
 
 class FastTransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -240,6 +175,7 @@ class FastTransformerEncoder(nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         """As `nn.TransformerEncoder`; at padding, the output is that of zero inputs, as in PyTorch's inference path."""
+        mask, src_key_padding_mask = self._additive(src, mask, src_key_padding_mask)
         padding = None
         if mask is None and src_key_padding_mask is not None and self._packs(src, src_key_padding_mask):
             padding = read_padding_mask(src_key_padding_mask)
@@ -256,6 +192,26 @@ class FastTransformerEncoder(nn.TransformerEncoder):
             x = layer.forward_packed(x, layout.offsets)
         out = layout.pad(x)
         return out if self.norm is None else self.norm(out)
+
+    def _additive(
+        self, src: Tensor, mask: Tensor | None, padding: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The masks as PyTorch's encoder adds them, which makes a bool one anew at every call.
+
+        The same tensor at every call lets its layers recognise it once. Padding follows, as its dtype must agree.
+        """
+        if (
+            mask is None
+            or mask.dtype != torch.bool
+            or torch.compiler.is_compiling()
+            or mask.layout is not torch.strided
+        ):
+            return mask, padding
+        if padding is not None:
+            if padding.dtype != torch.bool:
+                return mask, padding
+            padding = torch.zeros_like(padding, dtype=src.dtype).masked_fill_(padding, -torch.inf)
+        return additive_of(mask, src.dtype), padding
 
     def _packs(self, src: Tensor, padding: Tensor) -> bool:
         """Whether the layers can take this call packed; `forward_packed` runs no hooks."""

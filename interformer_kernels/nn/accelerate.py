@@ -52,8 +52,8 @@ class Entry:
 class Report:
     """The result of :func:`accelerate` for each module; ``print`` it before and after the model is used.
 
-    A swapped module is not yet a served one: callers may ask for attention weights (PyTorch's default), or train with
-    dropout. :meth:`calls` counts the calls that were served and those that were not, with reasons.
+    A swapped module is not yet a served one: callers may ask for attention weights (PyTorch's default), or pass
+    other masks. :meth:`calls` counts the calls that were served and those that were not, with reasons.
 
     Attributes:
         entries: every module of the model, in the order of `named_modules`.
@@ -131,9 +131,9 @@ def accelerate(model: nn.Module, *, dry_run: bool = False) -> Report:
     are not affected, because a swapped module's class becomes a subclass of its original class. These classes are
     swapped:
 
-    - ``torch.nn.MultiheadAttention``: key padding masks (padding left, right or with holes), causal masks, cross
-      attention. Rows whose keys are all padding get zeros from the attention (where PyTorch's inference path gives
-      NaN), and finite gradients.
+    - ``torch.nn.MultiheadAttention``: key padding masks (padding left, right or with holes), an ``attn_mask`` that is
+      causality, a window or padding in disguise, cross attention. Queries that see no key get zeros from the attention
+      (where PyTorch's inference path gives NaN), and finite gradients.
     - ``torch.nn.TransformerEncoderLayer``: the same; its fused inference path is no longer taken.
     - ``torch.nn.TransformerEncoder``, if PyTorch itself would drop padding at inference (``enable_nested_tensor`` and
       its conditions): the batch is packed once for all layers and padded again at the end. At padding, its output is
@@ -142,9 +142,17 @@ def accelerate(model: nn.Module, *, dry_run: bool = False) -> Report:
     - classes given to :func:`register_adapter`.
 
     A call that a swapped module cannot serve takes the original path, logs one warning, and is counted in the report:
-    ``need_weights=True`` (PyTorch's default), dropout in training, causal masks together with padding that has holes,
-    other masks, nested tensors, padding masks under ``torch.compile`` (the number of tokens would depend on data),
-    masks that differ under ``vmap``, and forward-mode derivatives.
+    ``need_weights=True`` (PyTorch's default), causal masks or windows together with padding that has holes, other
+    masks, nested tensors, padding masks under ``torch.compile`` (the number of tokens would depend on data), masks that
+    differ under ``vmap``, and forward-mode derivatives.
+
+    An ``attn_mask`` is ``[L, S]`` or ``[B * H, L, S]``, with equal heads, bool or of 0 and ``-inf`` (or numbers up to
+    ``-1e8``; in float16, its least), and served if its entries are exactly those of some ``lower <= j - i <= upper``,
+    hidden keys and hidden queries: causality from either end, windows, padding left or right, all of them in one mask
+    or beside a ``key_padding_mask``. It is read once for all layers and calls, and again when it was written to.
+    Writes through ``mask.data`` escape PyTorch's count of writes, and are noticed in masks of up to 65536 entries. With
+    ``is_causal=True``, no padding and as many queries as keys it is not read, as in PyTorch. A mask that hides all keys
+    of a query by finite numbers is left, since PyTorch then lets the query see them all.
 
     Args:
         model: any module, also one of these classes itself. Accelerate it before it is compiled, sharded or wrapped.

@@ -105,17 +105,17 @@ def test_inference_of_a_padded_row_is_finite() -> None:
     assert torch.equal(actual[0], before.out_proj.bias.expand(6, E))
 
 
-X, BANDED = torch.randn(3, 6, E), torch.ones(6, 6, dtype=torch.bool).triu(2)
+X, EYE_HIDDEN = torch.randn(3, 6, E), torch.eye(6, dtype=torch.bool)
 CAUSAL = torch.ones(6, 6, dtype=torch.bool).triu(1)
 FLOATING = torch.zeros(3, 6).masked_fill(budget.padding("right"), -2.0)
 UNSERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "need_weights=True (the default)": ({}, {"need_weights": True}),
-    "a causal mask together with padding that has holes": (
+    "a causal mask or a window together with padding that has holes": (
         {},
         {"attn_mask": CAUSAL, "key_padding_mask": budget.padding("holes")},
     ),
     "an additive key_padding_mask with numbers other than 0 and -inf": ({}, {"key_padding_mask": FLOATING}),
-    "an attn_mask that is not the causal one": ({}, {"attn_mask": BANDED}),
+    "an attn_mask that is neither causal nor a window nor padding": ({}, {"attn_mask": EYE_HIDDEN}),
 }
 
 
@@ -366,6 +366,6 @@ def test_the_report_counts_calls_of_encoders() -> None:
     assert {name: (c.served, c.unserved) for name, c in calls.items()} == dict.fromkeys(calls, (1, {}))
     model(X)
     assert {name: (c.served, c.unserved) for name, c in calls.items()} == dict.fromkeys(calls, (2, {}))
-    model(X, mask=BANDED)
-    reason = "an attn_mask that is not the causal one (or cannot be read under torch.compile without is_causal)"
+    model(X, mask=EYE_HIDDEN)
+    reason = "an attn_mask that is neither causal nor a window nor padding"
     assert {name: (c.served, c.unserved) for name, c in calls.items()} == dict.fromkeys(calls, (2, {reason: 1}))
