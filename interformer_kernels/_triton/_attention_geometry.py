@@ -52,6 +52,8 @@ _LIMITED = {
 }
 # Keys of a tile under dropout, whose random words take registers: of dQ's, where a few queries share it, and of dK's.
 _MOST_KEYS = {"grad_queries": 32, "grad_keys": 64}
+# Tiles of float32 heads of 33 to 64 channels under dropout, before 9.0.
+_DROPPED = {"grad_queries": Tiles(16, 32, 8), "grad_keys": Tiles(32, 16)}
 
 
 class Geometry:
@@ -154,15 +156,25 @@ class Geometry:
             return tiles(f"{kernel}_rope", self.width, *self.on)
         else:
             entry = tiles(kernel, self.width, *self.on)
-        if self._option == "dropout" and kernel in _MOST_KEYS and (kernel == "grad_keys" or self.layout != "packed"):
-            entry = entry._replace(keys=min(entry.keys, _MOST_KEYS[kernel]))
         if self.layout == "packed":
             own = None if replaced or kernel != "grad_queries" else variant("grad_queries_packed", self.width, *self.on)
-            return entry if replaced else self._masked(kernel, own or entry)
+            return entry if replaced else self._under_dropout(kernel, self._masked(kernel, own or entry))
+        entry = self._under_dropout(kernel, entry)
         queries = min(entry.queries, padded(max(1, self.queries * self.heads_per_program)))
         # Masks of channels take registers that a tile of few queries and many keys lacks in so few warps.
         masked = kernel == "forward" and queries < entry.keys and not self._fills_tiles and self.on[0] == 2
         return entry._replace(queries=queries, warps=max(entry.warps, 8 if masked else 1))
+
+    def _under_dropout(self, kernel: str, entry: Tiles) -> Tiles:
+        """The tiles of a kernel; under dropout, those that leave registers for random words."""
+        itemsize, target = self.on
+        if self._option != "dropout" or kernel not in _MOST_KEYS:
+            return entry
+        if itemsize == 4 and 32 < self.width <= 64 and target.kind == "cuda" and target.capability < 90:
+            return _DROPPED[kernel]
+        if kernel == "grad_queries" and self.layout == "packed":
+            return entry
+        return entry._replace(keys=min(entry.keys, _MOST_KEYS[kernel]))
 
     def _tiles_of_partials(self, channels: int, most_warps: int) -> Tiles:
         """Tiles of a kernel that combines partials of so many channels; no more queries than a row has.
