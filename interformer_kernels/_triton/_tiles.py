@@ -214,6 +214,8 @@ def variant(kernel: str, width: int, itemsize: int, target: Target) -> Tiles | N
 
 # ---------------------------------------------------------------- tuned entries
 
+_TUNED = 4  # fields of tiles that are measured and kept; a limit of registers follows from the call
+
 
 def key(kernel: str, width: int, itemsize: int) -> str:
     """Name of an entry in the file of tuned tiles."""
@@ -270,7 +272,7 @@ def _tuned(device: str) -> dict[str, Tiles]:
 def _are_tiles(numbers: object) -> bool:
     return (
         isinstance(numbers, list)
-        and len(numbers) == len(Tiles._fields)
+        and len(numbers) == _TUNED
         and all(type(number) is int and number > 0 for number in numbers)
     )
 
@@ -279,7 +281,7 @@ def keep(device: str, tuned: dict[str, Tiles]) -> Path:
     """Keep tuned tiles for later processes, and for this one; if two processes tune at once, the later one wins."""
     file = tuned_file(device)
     _tuned.cache_clear()  # Another process may have tuned since.
-    write_sealed(file, {name: list(tiles) for name, tiles in {**_tuned(device), **tuned}.items()})
+    write_sealed(file, {name: list(tiles[:_TUNED]) for name, tiles in {**_tuned(device), **tuned}.items()})
     _tuned.cache_clear()
     _change()
     return file

@@ -38,7 +38,7 @@ def test_tuned_tiles_are_the_fastest_measured_and_are_kept(tmp_path: Path, monke
     assert set(best_tiles) >= {"forward/64/16", "forward/64/32"}
     file = _tiles.keep(target.name, best_tiles)
     assert file.parent == tmp_path / "interformer_kernels"
-    assert json.loads(file.read_text())["forward/64/16"] == list(fast_tiles)
+    assert json.loads(file.read_text())["forward/64/16"] == list(fast_tiles[:4])
     assert _tiles.tiles("forward", 48, 2, target) == fast_tiles
     assert _tiles.tiles("forward", 48, 2, target._replace(name="")) == _tiles.TABLE["forward"][2][64]
 

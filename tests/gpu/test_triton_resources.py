@@ -92,7 +92,7 @@ def test_heads_that_fill_their_tiles_in_part_have_tiles_of_their_own() -> None:
         sizes = "packed", "softmax", False, d, d, 4, 4, 0, itemsize, Target("cuda", capability), "ieee", 0, True
         made = geometry.__wrapped__(0, *sizes, tiled=False, option="")
         kernels = ("forward", "grad_queries", "grad_keys")
-        return [*(tuple(made.tiles(kernel)) for kernel in kernels), made.short[True] and tuple(made.short[True])]
+        return [*(made.tiles(kernel)[:4] for kernel in kernels), made.short[True] and made.short[True][:4]]
 
     assert chosen(50) == [(64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (64, 32, 8, 1)]
     assert chosen(100) == [(64, 32, 8, 2), (64, 16, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1)]
@@ -102,4 +102,4 @@ def test_heads_that_fill_their_tiles_in_part_have_tiles_of_their_own() -> None:
         assert chosen(100, **options) == chosen(128, **options)
     tuned = Tiles(32, 64, 2, 3)
     with forced("forward/128/16", tuned):
-        assert chosen(100)[0] == tuple(tuned)
+        assert chosen(100)[0] == tuned[:4]
