@@ -15,9 +15,10 @@ from torch import Tensor
 from triton import knobs
 
 from interformer_kernels._triton import _bound
+from interformer_kernels._triton._tiles import Tiles
 
 DRIVER = fake_triton_driver.install("sm_90")
-OPTIONS = {"num_warps": 1, "num_stages": 1}
+TILES = Tiles(16, 16, warps=1, stages=1)
 
 
 class Operand(NamedTuple):
@@ -120,12 +121,12 @@ def nothing_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def launch(given: tuple[Any, ...], constants: dict[str, Any], *shared: Any) -> None:
     """Launch seven programs by the package's way; `shared` are what is known to calls alike, and the launch's form."""
-    _bound.launch(_scaled, 7, given, constants, *OPTIONS.values(), *shared)
+    _bound.launch(_scaled, 7, given, constants, TILES, *shared)
 
 
 def launch_by_triton(given: tuple[Any, ...], constants: dict[str, Any]) -> None:
     """The same by Triton's."""
-    _scaled[(7,)](*given, **constants, **OPTIONS)
+    _scaled[(7,)](*given, **constants, **TILES.options)
 
 
 def latest() -> tuple[Any, ...]:
@@ -179,9 +180,9 @@ def test_calls_alike_need_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sizes_that_are_specialised_go_tritons_way() -> None:
     """The key has the width of flat integers alone: a kernel that is compiled for more is not kept."""
     for tokens in (1, 16, 17):
-        _bound.launch(_of_a_specialised_size, 1, (of(torch.int64), tokens), {}, *OPTIONS.values())
+        _bound.launch(_of_a_specialised_size, 1, (of(torch.int64), tokens), {}, TILES)
         found = latest()
-        _of_a_specialised_size[(1,)](of(torch.int64), tokens, **OPTIONS)
+        _of_a_specialised_size[(1,)](of(torch.int64), tokens, **TILES.options)
         assert found[0] == latest()[0]
     assert not _bound._bound
 
