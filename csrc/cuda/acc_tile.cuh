@@ -64,8 +64,8 @@ __device__ inline void for_each_pair(AccTile (&first)[N], AccTile (&second)[N], 
     }
 }
 
-// Calls `loop()` while COUNT pairs of numbers, `first(i)` and `second(i)`, lie in this lane's column of shared memory. A
-// rolled loop over them there holds the code of its body once, not once for each number.
+// Calls `loop()` while COUNT pairs of numbers, `first(i)` and `second(i)`, lie in this lane's column of shared memory.
+// A rolled loop over them there holds the code of its body once, not once for each number.
 template <int COUNT, typename First, typename Second, typename Loop>
 __device__ inline void in_scratch(float2* scratch, First&& first, Second&& second, Loop&& loop) {
 #pragma unroll

@@ -93,7 +93,7 @@ struct ScoreBack {
     float product, score, weight;
 };
 
-// Calls `each(query, score_back, s, d)` for products `s` and gradients `d` of weights, then hides what queries do not see.
+// Calls `each(query, score_back, s, d)` for products `s` and gradients `d` of weights, then hides what is not seen.
 template <typename T, int N, typename Places, typename Each>
 __device__ inline void backward_in_memory(const AttentionProblem<T>& p, AccTile (&s)[N], AccTile (&d)[N],
                                           float2* scratch, const Places& at, Each&& each) {
