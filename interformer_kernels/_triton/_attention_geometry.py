@@ -151,7 +151,11 @@ class Geometry:
         """Tiles of a kernel; no more queries than rows have, where that is known."""
         replaced = _BIASED[kernel][self.on[0]] if self._option == "biases" else {}
         if replaced:
-            entry = replaced[min((width for width in replaced if width >= self.width), default=max(replaced))]
+            # On AMD eight warps leave no registers to tiles of wide heads.
+            wide = self.width > 64 and self.on[1].kind == "hip"
+            entry = replaced[
+                min((width for width in replaced if width >= self.width and not wide), default=max(replaced))
+            ]
         elif self.rotates:
             return tiles(f"{kernel}_rope", self.width, *self.on)
         else:
