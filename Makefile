@@ -194,7 +194,7 @@ lint: $(READY)
 # objects, and all its cases have few draws: `make test` has more. With EVERY=1 it is built anew, in isolation, for one device.
 wheel-test: BUILD_WHEEL := $(if $(EVERY),TORCH_CUDA_ARCH_LIST=9.0a,$(IN_ENVIRONMENT))
 wheel-test: ISOLATION := $(if $(EVERY),,--no-isolation)
-wheel-test: DRAWS := $(if $(EVERY),,--most-draws 4)
+wheel-test: DRAWS := $(if $(EVERY),,--most-draws 4 --part 1/4)
 wheel-test: $(READY)
 	rm -rf $(WHEEL)
 	$(BUILD_WHEEL) $(BIN)/python -m build --wheel $(ISOLATION) --outdir $(WHEEL) . > /dev/null
