@@ -1,7 +1,8 @@
 """`python -m interformer_bench.options`: each option of attention against the plain call, and against peers.
 
 Peers compute the same by rows and on padded rows: SDPA with an explicit mask or bias, and eager PyTorch where SDPA
-lacks the option. Each is timed with its backward, too, at each number of threads; its best counts.
+lacks the option. Each is timed with its backward, too, at each number of threads; its best counts. FlexAttention,
+compiled for each option, has a forward alone on CPUs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from interformer_bench import waiting
 
 if TYPE_CHECKING:
+    from interformer_bench.peers.options import Batch
     from torch import Tensor
 
 COLUMNS = ("option", "rows x mean", "pass", "interformer", "of plain", "best peer", "ratio", "spread", "threads")
@@ -26,30 +28,6 @@ class Line(NamedTuple):
     name: str
     batch: str
     options: Callable[[Batch], dict[str, Any]]
-
-
-class Batch(NamedTuple):
-    """Packed queries, keys and values `[T, H, D]`, as gradient leaves, and what options are made of."""
-
-    tensors: tuple[Tensor, Tensor, Tensor]
-    offsets: Tensor
-    times: Tensor
-
-    @property
-    def heads(self) -> int:
-        """Heads of queries and keys."""
-        return self.tensors[0].shape[1]
-
-    def table(self, entries: int) -> Tensor:
-        """A bias of all heads, a gradient leaf."""
-        import torch
-
-        return torch.randn(self.heads, entries, generator=torch.Generator().manual_seed(1)).requires_grad_()
-
-    def time(self) -> dict[str, Any]:
-        """A bias by time of 32 bins."""
-        edges = self.times.new_tensor([int(1.5**n) for n in range(1, 32)])
-        return {"time_bias": self.table(32), "times": self.times, "time_edges": edges}
 
 
 def lines() -> list[Line]:
@@ -83,6 +61,7 @@ def _targets(batch: Batch, count: int) -> dict[str, Any]:
 def make_batch(name: str, data: Path | None) -> Batch:
     """The rows of a distribution."""
     import torch
+    from interformer_bench.peers.options import Batch
     from interformer_bench.shapes import length_distributions
 
     if name == "all 2048":
@@ -98,94 +77,12 @@ def make_batch(name: str, data: Path | None) -> Batch:
     return Batch((q, k, v), offsets, times)
 
 
-# ---------------------------------------------------------------- peers
-
-
-def scores_of(options: dict[str, Any], length: int, heads: int, start: int, targets: int) -> Tensor | None:
-    """SDPA's `attn_mask` of a row, `[H, L, L]` or `[L, L]`; None where nothing is added to its scores."""
-    import torch
-
-    i, j = torch.arange(length)[:, None], torch.arange(length)
-    history = length - targets
-    p = i.clamp(max=history)
-    left, right = options.get("window", (-1, -1))
-    seen = torch.ones(length, length, dtype=torch.bool)
-    if options.get("causal"):
-        seen &= j <= p
-    if left >= 0:
-        seen &= j >= p - left
-    if right >= 0:
-        seen &= j <= p + right
-    seen = (seen & (j < history)) | ((i == j) & (i >= history))
-    bias: Tensor | None = None
-    if (table := options.get("position_bias")) is not None:
-        most = table.shape[1] // 2
-        bias = table[:, (p - j).clamp(-most, most) + most]
-    if (table := options.get("time_bias")) is not None:
-        times = options["times"][start : start + length]
-        apart = (times[:, None] - times).abs()
-        by_time = table[:, torch.searchsorted(options["time_edges"], apart, right=True)]
-        bias = by_time if bias is None else bias + by_time
-    if bias is not None:
-        return bias if bool(seen.all()) else bias.masked_fill(~seen, -torch.inf)
-    return None if bool(seen.all()) else torch.zeros(length, length).masked_fill(~seen, -torch.inf)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
-    """`[..., H, L, D]`, by SDPA, or by eager PyTorch with softcap and sinks."""
-    import torch
-    import torch.nn.functional as F
-
-    softcap, sinks = options.get("softcap", 0.0), options.get("sinks")
-    if not softcap and sinks is None:
-        return F.scaled_dot_product_attention(q, k, v, bias, options.get("dropout_p", 0.0))
-    s = q @ k.mT * q.shape[-1] ** -0.5
-    s = softcap * torch.tanh(s / softcap) if softcap else s
-    s = s if bias is None else s + bias
-    if sinks is None:
-        return s.softmax(-1) @ v
-    s = torch.cat((s, sinks[:, None, None].expand(*s.shape[:-1], 1)), -1)
-    return s.softmax(-1)[..., :-1] @ v
-
-
-def by_row(batch: Batch, options: dict[str, Any]) -> Tensor:
-    """One call for each row."""
-    import torch
-
-    outs, targets = [], options.get("num_targets")
-    for b, (start, end) in enumerate(zip(batch.offsets.tolist(), batch.offsets[1:].tolist(), strict=False)):
-        row = (x[start:end].transpose(0, 1) for x in batch.tensors)
-        count = 0 if targets is None else int(targets[b])
-        outs.append(attend(*row, scores_of(options, end - start, batch.heads, start, count), options).transpose(0, 1))
-    return torch.cat(outs)
-
-
-def padded(batch: Batch, options: dict[str, Any]) -> Tensor:
-    """All rows padded to the longest; biases by time are those of padded times."""
-    import torch
-
-    lengths = batch.offsets.diff()
-    longest = int(lengths.max())
-    held = torch.arange(longest) < lengths[:, None]
-    q, k, v = (x.new_zeros(*held.shape, *x.shape[1:]).index_put((held,), x).transpose(1, 2) for x in batch.tensors)
-    targets = options.get("num_targets")
-    count = 0 if targets is None else int(targets[0])
-    by_distance = {name: x for name, x in options.items() if name not in ("time_bias", "times", "time_edges")}
-    bias = scores_of(by_distance, longest, batch.heads, 0, count)
-    if (table := options.get("time_bias")) is not None:
-        times = batch.times.new_zeros(held.shape).index_put((held,), batch.times)
-        apart = (times[:, :, None] - times[:, None]).abs()
-        by_time = table[:, torch.searchsorted(options["time_edges"], apart, right=True)].transpose(0, 1)
-        bias = by_time if bias is None else by_time + bias
-    unseen = torch.zeros(held.shape).masked_fill(~held, -torch.inf)[:, None, None]
-    return attend(q, k, v, unseen if bias is None else bias + unseen, options).transpose(1, 2)[held]
-
-
 # ---------------------------------------------------------------- measuring
 
 
-def _calls(batch: Batch, options: dict[str, Any], backward: bool) -> dict[str, Callable[[], object]]:
+def _calls(batch: Batch, options: dict[str, Any], backward: bool, flex: bool) -> dict[str, Callable[[], object]]:
     import torch
+    from interformer_bench.peers import options as peers
 
     from interformer_kernels import jagged_attention
 
@@ -194,17 +91,20 @@ def _calls(batch: Batch, options: dict[str, Any], backward: bool) -> dict[str, C
     grad = torch.randn(batch.tensors[0].shape)
     functions: dict[str, Callable[[], Tensor]] = {
         "interformer": lambda: jagged_attention(*batch.tensors, batch.offsets, **options),  # type: ignore[return-value]
-        "by row": lambda: by_row(batch, options),
-        "padded": lambda: padded(batch, options),
+        "by row": lambda: peers.by_row(batch, options),
+        "padded": lambda: peers.padded(batch, options),
     }
+    if flex and not backward and not {"dropout_p", "sinks"} & options.keys():
+        functions["FlexAttention"] = lambda: peers.flex(batch, options)
 
     def forward(run: Callable[[], Tensor]) -> Tensor:
         with torch.no_grad():
             return run()
 
     if "dropout_p" not in options:
-        for name in ("by row", "padded"):
-            torch.testing.assert_close(functions["interformer"](), functions[name](), atol=1e-4, rtol=1e-4)
+        ours = forward(functions["interformer"])
+        for peer in list(functions.values())[1:]:
+            torch.testing.assert_close(ours, forward(peer), atol=1e-4, rtol=1e-4)
     if not backward:
         return {name: lambda run=run: forward(run) for name, run in functions.items()}  # type: ignore[misc]
     return {name: lambda run=run: torch.autograd.grad(run(), leaves, grad) for name, run in functions.items()}  # type: ignore[misc]
@@ -222,7 +122,8 @@ def measure(chosen: argparse.Namespace, selected: Sequence[Line]) -> tuple[str, 
     for line in selected:
         batch = batches[line.batch]
         for backward in (False, True):
-            calls = _calls(batch, line.options(batch), backward)
+            torch.set_num_threads(chosen.threads)  # FlexAttention is compiled for so many
+            calls = _calls(batch, line.options(batch), backward, chosen.compile)
             found: dict[str, dict[int, timing.Timing]] = {name: {} for name in calls}
             for count in threads.counts([1, chosen.threads]):
                 torch.set_num_threads(count)
@@ -259,6 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="directory with the length files")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=0.6, help="about how long each call and pass is timed")
+    parser.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="leave out FlexAttention, compiled for each option"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there")
     chosen = parser.parse_args(arguments)
     if arguments is None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from every import EVERY
 
 from interformer_kernels import _backend, testing
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# The dtypes of the GPU backends, whose tests are slow without a GPU.
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Cases that take every path of the kernels.
+_IN_ALL_DTYPES = {"plain", "gate and residual", "v is k", "interleaved, rope", "gelu, bias, residual"}
 ALL_CASES = [case for op in testing.OPS for case in testing.cases(op)]
 
 
@@ -27,3 +34,11 @@ def over_cases(cases: list[testing.Case] | None = None) -> pytest.MarkDecorator:
     pairs = [(backend, case) for case in chosen for backend in backends(case.op)]
     ids = [f"{backend}-{name}" for (backend, _), name in zip(pairs, case_ids([c for _, c in pairs]), strict=True)]
     return pytest.mark.parametrize(("backend", "case"), pairs, ids=ids)
+
+
+def in_turn(cases: list[testing.Case]) -> Iterator[tuple[testing.Case, torch.dtype, str]]:
+    """Each case with a dtype of GPUs in rotation and an id; a few cases, and with EVERY=1 all, with each dtype."""
+    for i, (case, name) in enumerate(zip(cases, case_ids(cases), strict=True)):
+        every = EVERY or case.name in _IN_ALL_DTYPES
+        for dtype in GPU_DTYPES if every else (GPU_DTYPES[i % len(GPU_DTYPES)],):
+            yield case, dtype, f"{name}-{str(dtype).removeprefix('torch.')}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,28 +41,54 @@ def compiled(function: Callable[..., Any], any_threads: bool = True) -> Callable
     return torch.compile(function, dynamic=True, options={"cpp.dynamic_threads": any_threads})
 
 
-def _fixed(values: Tensor) -> Tensor:
-    """The values at the front of a table of `_CAPACITY` places."""
-    table = values.new_zeros(_CAPACITY)
+# FlexAttention's `score_mod`: of a score, its batch, head, query and key.
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Within(NamedTuple):
+    """A mask inside rows of packed tokens.
+
+    Attributes:
+        seen: whether query `i` sees key `j`.
+        first_key: for each query, a lower bound of the keys that it sees.
+        causal: whether no query sees a later key.
+    """
+
+    seen: Callable[[Tensor, Tensor], Tensor]
+    first_key: Tensor
+    causal: bool
+
+
+def fixed(values: Tensor, capacity: int = _CAPACITY) -> Tensor:
+    """The values at the front of a table of `capacity` entries; its size is compiled in."""
+    table = values.new_zeros(capacity, *values.shape[1:])
     table[: len(values)] = values
     torch._dynamo.mark_static(table)
     return table
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, score_mod: ScoreMod | None = None) -> Tensor:
     # FlexAttention refuses tensors that require gradients, even under `no_grad`.
     out: Tensor = compiled(flex_attention, any_threads=False)(
-        *(x.detach() for x in (q, k, v)), block_mask=mask, scale=scale
+        *(x.detach() for x in (q, k, v)), score_mod, block_mask=mask, scale=scale
     )
     return out
 
 
-def flex_jagged(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> Tensor:
+def flex_jagged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    scale: float,
+    score_mod: ScoreMod | None = None,
+    within: Within | None = None,
+) -> Tensor:
     """Packed tokens as one row, with a document mask: no padding.
 
     The block mask is made from the offsets for every batch, as a user would have to: block `i` of queries meets the
     blocks of keys from the start of its first token's row to the end of its last token's row. (`create_block_mask`
-    would evaluate all pairs of tokens.)
+    would evaluate all pairs of tokens.) `score_mod` and `within` get places among the packed tokens.
     """
     tokens = len(q)
     lengths = offsets.diff()
@@ -70,13 +96,18 @@ def flex_jagged(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) 
     blocks = -(-tokens // _BLOCK)
     first = torch.arange(blocks, device=q.device) * _BLOCK
     last = (first + _BLOCK - 1).clamp(max=tokens - 1)
-    low = offsets[row[first]] // _BLOCK
-    count = (offsets[row[last] + 1] - 1) // _BLOCK - low + 1
+    low = offsets[row[first]]
+    if within is not None:
+        low = torch.maximum(low, within.first_key[first])
+    low = low // _BLOCK
+    high = last if within is not None and within.causal else offsets[row[last] + 1] - 1
+    count = high // _BLOCK - low + 1
     kv_blocks = (low[:, None] + torch.arange(blocks, device=q.device)).clamp(max=blocks - 1)
-    table = _fixed(row)
+    table = fixed(row)
 
     def same_row(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return table[i] == table[j]
+        inside = table[i] == table[j]
+        return inside if within is None else inside & within.seen(i, j)
 
     mask = BlockMask.from_kv_blocks(
         count.int()[None, None],
@@ -87,7 +118,7 @@ def flex_jagged(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) 
         compute_q_blocks=False,
     )
     queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return _flex(queries, keys, values, mask, scale)[0].transpose(0, 1)
+    return _flex(queries, keys, values, mask, scale, score_mod)[0].transpose(0, 1)
 
 
 def flex_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -97,7 +128,7 @@ def flex_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> 
     blocks = -(-width // _BLOCK), -(-queries // _BLOCK)
     count = (-(-lengths // _BLOCK)).int()[:, None, None].expand(rows, 1, blocks[1])
     kv_blocks = torch.arange(blocks[0], dtype=torch.int32, device=q.device).expand(rows, 1, blocks[1], blocks[0])
-    table = _fixed(lengths)
+    table = fixed(lengths)
 
     def inside(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return j < table[b]

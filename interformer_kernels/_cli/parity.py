@@ -134,6 +134,11 @@ def compare(
     log("")
 
 
+def serving() -> list[str]:
+    """The backends that can serve attention on a device of this machine; the reference is the first."""
+    return [name for name in _backend.BACKENDS if _serves_somewhere(testing.OPS[0], name, torch.float32, None)]
+
+
 def _served(op: str, backend: str, kind: str, candidates: Sequence[str]) -> tuple[list[str], str | None]:
     """The devices on which the backend can serve; and the reason if there is none."""
     reasons = {device: _backend.unsupported_reason(op, backend, device, _DTYPES[kind]) for device in candidates}

@@ -1,7 +1,8 @@
-"""Every case of every op on the CUDA kernels, in every dtype, within the budget of rounding.
+"""Every case of every op on the CUDA kernels, within the budget of rounding; each in one dtype by turns.
 
-Each runs twice: with fibers in the order of their threads and copies that land when a thread waits for them, and with
-fibers in a drawn order and copies that land at once. A missing barrier or wait shows in one of the two.
+And in one of two ways by turns: fibers in the order of their threads and copies that land when a thread waits for them,
+or fibers in a drawn order and copies that land at once. A missing barrier or wait shows in one of the two. With EVERY=1
+each case runs in every dtype and in both ways.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ import pytest
 import torch
 from cuda_calls import SERVED, results
 from every import EVERY, most_draws
-from grid import ALL_CASES, case_ids
+from grid import ALL_CASES, case_ids, in_turn
 from guards import guarded_inputs
 
 from interformer_kernels import testing
 from interformer_kernels.testing import Case
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WAYS = {"in_order": (0, True), "shuffled": (1, False)}
 CASES = [case for case in ALL_CASES if case.op in SERVED]
 # Sizes that fill no tile, or several tiles, and sizes without any alignment.
@@ -67,13 +67,11 @@ SIZES = [case for case in SIZES if case.op in SERVED]
 each_way = pytest.mark.parametrize("way", WAYS)
 
 
-# Every case in every dtype, threads in order and shuffled by turns; with EVERY=1 in both ways.
 TURNS = [
-    pytest.param(case, dtype, way, id=f"{name}-{str(dtype).removeprefix('torch.')}-{way}")
-    for i, (case, name) in enumerate(zip(CASES + SIZES, case_ids(CASES + SIZES), strict=True))
-    for j, dtype in enumerate(DTYPES)
-    for k, way in enumerate(WAYS)
-    if EVERY or (i + j + k) % len(WAYS) == 0
+    pytest.param(case, dtype, way, id=f"{name}-{way}")
+    for i, (case, dtype, name) in enumerate(in_turn(CASES + SIZES))
+    for j, way in enumerate(WAYS)
+    if EVERY or (i + j) % len(WAYS) == 0
 ]
 
 
@@ -130,7 +128,8 @@ def test_tf32_is_used_just_where_it_is_allowed(request: pytest.FixtureRequest) -
 
 
 # Attention rounds probabilities to TF32 between two products, that is, to as many bits as float16 has.
-ROUNDED_IN_TF32 = [case for case in CASES + SIZES if case.op in testing.OPS[:3] and not case.rope]
+_ATTENDING = [case for case in CASES + SIZES if case.op in testing.OPS[:3] and not case.rope]
+ROUNDED_IN_TF32 = _ATTENDING if EVERY else _ATTENDING[::3]
 
 
 @pytest.mark.parametrize("case", ROUNDED_IN_TF32, ids=case_ids(ROUNDED_IN_TF32))

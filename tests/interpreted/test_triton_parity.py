@@ -1,7 +1,7 @@
 """Every case of every op on Triton's kernels, within the budget of rounding; with EVERY=1 in every dtype, all draws.
 
 Otherwise each case runs in one dtype in rotation, and a few that take every path of the kernels run in all dtypes; with
-two heads instead of four, since the interpreter is slow. A few cases run with all their draws.
+at most two heads of keys, since the interpreter is slow. A few cases run with all their draws.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from every import EVERY, most_draws
-from grid import ALL_CASES, case_ids
+from grid import ALL_CASES, case_ids, in_turn
 from guards import guarded_inputs
 from triton_calls import results
 
@@ -21,24 +21,14 @@ from interformer_kernels._launch import splits
 from interformer_kernels._triton import _run
 from interformer_kernels.testing import Case
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-IN_ALL_DTYPES = {"plain", "gate and residual", "v is k", "interleaved, rope", "gelu, bias, residual"}
-
 
 def small(case: Case) -> Case:
-    return case if EVERY or case.kv_heads != case.heads else dataclasses.replace(case, heads=2, kv_heads=2)
+    """With at most two heads of keys, and as many of queries for each as before."""
+    kv_heads = case.kv_heads if EVERY else min(case.kv_heads, 2)
+    return dataclasses.replace(case, heads=case.heads // case.kv_heads * kv_heads, kv_heads=kv_heads)
 
 
-def dtypes_of(i: int, case: Case) -> tuple[torch.dtype, ...]:
-    return DTYPES if EVERY or case.name in IN_ALL_DTYPES else (DTYPES[i % len(DTYPES)],)
-
-
-PAIRS = [
-    pytest.param(small(case), dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
-    for i, (case, name) in enumerate(zip(ALL_CASES, case_ids(ALL_CASES), strict=True))
-    for dtype in dtypes_of(i, case)
-]
-
+PAIRS = [pytest.param(small(case), dtype, id=name) for case, dtype, name in in_turn(ALL_CASES)]
 
 # Cases whose every quantity is compared in CI, too: each has at least 64 numbers in a draw.
 WHOLE = [
