@@ -8,6 +8,7 @@ compiled for each option, has a forward alone on CPUs.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,75 +81,89 @@ def make_batch(name: str, data: Path | None) -> Batch:
 # ---------------------------------------------------------------- measuring
 
 
+def _ours(batch: Batch, options: dict[str, Any]) -> Callable[[], Tensor]:
+    from interformer_kernels import jagged_attention
+
+    return lambda: jagged_attention(*batch.tensors, batch.offsets, **options)  # type: ignore[return-value]
+
+
+def _pass(run: Callable[[], Tensor], batch: Batch, options: dict[str, Any], backward: bool) -> Callable[[], object]:
+    """The call without gradients, or with those of the batch's tensors and of what options learn."""
+    import torch
+
+    if not backward:
+        return torch.no_grad()(run)
+    made = [options.get(name) for name in ("position_bias", "time_bias", "sinks")]
+    leaves = [*batch.tensors, *(x for x in made if x is not None)]
+    grad = torch.randn(batch.tensors[0].shape, generator=torch.Generator().manual_seed(2))
+    return lambda: torch.autograd.grad(run(), leaves, grad)
+
+
 def _calls(batch: Batch, options: dict[str, Any], backward: bool, flex: bool) -> dict[str, Callable[[], object]]:
     import torch
     from interformer_bench.peers import options as peers
 
-    from interformer_kernels import jagged_attention
-
-    made = [options.get(name) for name in ("position_bias", "time_bias", "sinks")]
-    leaves = [*batch.tensors, *(x for x in made if x is not None)]
-    grad = torch.randn(batch.tensors[0].shape)
     functions: dict[str, Callable[[], Tensor]] = {
-        "interformer": lambda: jagged_attention(*batch.tensors, batch.offsets, **options),  # type: ignore[return-value]
+        "interformer": _ours(batch, options),
         "by row": lambda: peers.by_row(batch, options),
         "padded": lambda: peers.padded(batch, options),
     }
     if flex and not backward and not {"dropout_p", "sinks"} & options.keys():
         functions["FlexAttention"] = lambda: peers.flex(batch, options)
-
-    def forward(run: Callable[[], Tensor]) -> Tensor:
-        with torch.no_grad():
-            return run()
-
     if "dropout_p" not in options:
-        ours = forward(functions["interformer"])
-        for peer in list(functions.values())[1:]:
-            torch.testing.assert_close(ours, forward(peer), atol=1e-4, rtol=1e-4)
-    if not backward:
-        return {name: lambda run=run: forward(run) for name, run in functions.items()}  # type: ignore[misc]
-    return {name: lambda run=run: torch.autograd.grad(run(), leaves, grad) for name, run in functions.items()}  # type: ignore[misc]
+        with torch.no_grad():
+            ours, *others = (run() for run in functions.values())
+        for found in others:
+            torch.testing.assert_close(found, ours, atol=1e-4, rtol=1e-4)
+    return {name: _pass(run, batch, options, backward) for name, run in functions.items()}
+
+
+def _measured(batch: Batch, line: Line, backward: bool, chosen: argparse.Namespace) -> tuple[str, ...]:
+    """The cells of a line: our time, its ratio to the plain call's in turn with it, the best peer's, our spread."""
+    import torch
+    from interformer_bench import threads, timing
+
+    torch.set_num_threads(chosen.threads)  # FlexAttention is compiled for so many
+    options = line.options(batch)
+    calls = _calls(batch, options, backward, chosen.compile)
+    pair = {"plain": _pass(_ours(batch, {}), batch, {}, backward), "option": calls["interformer"]}
+    cost = timing.interleaved(pair, seconds=chosen.seconds)
+    found: dict[str, list[timing.Timing]] = {name: [] for name in calls}
+    for count in threads.counts([1, chosen.threads]):
+        torch.set_num_threads(count)
+        for name, x in timing.interleaved(calls, seconds=chosen.seconds).items():
+            found[name].append(x)
+    best = {name: min(times, key=lambda x: x.median) for name, times in found.items()}
+    ours = best.pop("interformer")
+    peer = min(best, key=lambda name: best[name].median)
+    return (
+        f"{ours.median * 1e3:.3g} ms",
+        f"{cost['option'].median / cost['plain'].median:.2f}",
+        f"{best[peer].median * 1e3:.3g} ms ({peer})",
+        f"{best[peer].median / ours.median:.2f}x",
+        f"{100 * (ours.high - ours.low) / ours.median:.0f}%",
+    )
 
 
 def measure(chosen: argparse.Namespace, selected: Sequence[Line]) -> tuple[str, list[tuple[str, ...]]]:
     """The head and the rows of the table."""
     import torch
-    from interformer_bench import quiet, report, threads, timing
+    from interformer_bench import quiet, report
 
     watch = quiet.Watch(chosen.threads)
     batches = {line.batch: make_batch(line.batch, chosen.data) for line in selected}
     table: list[tuple[str, ...]] = []
-    plain: dict[tuple[str, bool], float] = {}
-    for line in selected:
+    for line, backward in itertools.product(selected, (False, True)):
         batch = batches[line.batch]
-        for backward in (False, True):
-            torch.set_num_threads(chosen.threads)  # FlexAttention is compiled for so many
-            calls = _calls(batch, line.options(batch), backward, chosen.compile)
-            found: dict[str, dict[int, timing.Timing]] = {name: {} for name in calls}
-            for count in threads.counts([1, chosen.threads]):
-                torch.set_num_threads(count)
-                timed = watch.during(lambda calls=calls: timing.interleaved(calls, seconds=chosen.seconds))  # type: ignore[misc]
-                for name, x in timed.items():
-                    found[name][count] = x
-            best = {name: min(times.values(), key=lambda x: x.median) for name, times in found.items()}
-            ours = best.pop("interformer")
-            peer = min(best, key=lambda name: best[name].median)
-            key = (line.batch, backward)
-            if line.name == "plain":
-                plain[key] = ours.median
-            lengths = batch.offsets.diff()
-            busy = watch.busy_since_last()
-            table.append(
-                (
-                    line.name, f"{line.batch}: {len(lengths)} x {lengths.double().mean():.0f}",
-                    "forward+backward" if backward else "forward", f"{ours.median * 1e3:.3g} ms",
-                    f"{ours.median / plain[key]:.2f}" if key in plain else "-",
-                    f"{best[peer].median * 1e3:.3g} ms ({peer})",
-                    f"{best[peer].median / ours.median:.2f}x" if busy is None else quiet.NO_RATIO,
-                    f"{100 * (ours.high - ours.low) / ours.median:.0f}%", str(chosen.threads),
-                )
-            )  # fmt: skip
-            print(" | ".join(table[-1]), flush=True)
+        lengths = batch.offsets.diff()
+        name = f"{line.batch}: {len(lengths)} x {lengths.double().mean():.0f}"
+        time, cost, peer, ratio, spread = watch.during(
+            lambda line=line, batch=batch, backward=backward: _measured(batch, line, backward, chosen)  # type: ignore[misc]
+        )
+        cost, ratio = (cost, ratio) if watch.busy_since_last() is None else (quiet.NO_RATIO, quiet.NO_RATIO)
+        direction = "forward+backward" if backward else "forward"
+        table.append((line.name, name, direction, time, cost, peer, ratio, spread, str(chosen.threads)))
+        print(" | ".join(table[-1]), flush=True)
     head = f"{chosen.threads} threads, float32, kernels: {report.isa()}, torch {torch.__version__}. "
     return head + f"{waiting.described()} {quiet.described(watch.checks)}", table
 
