@@ -22,6 +22,8 @@ _COPY_BYTES = 256 * 2**20
 # On a GPU matrices and copies are larger, unless its memory is short, and a sample is several in a row: otherwise
 # launch and synchronisation would be a part of the time.
 _GPU_GEMM_SIZES, _GPU_COPY_BYTES, _GPU_REPEATS = (8192, 4096, 2048, 1024, 512, 256), 4 * 2**30, 10
+# A sample of a shorter call follows an untimed call.
+_SETTLED_BELOW = 0.2
 # Period of the random bytes that are copied.
 _RANDOM_BYTES = 2**20
 
@@ -71,6 +73,18 @@ def once(call: TimedCall, device: str = "cpu", repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def settled(call: TimedCall, typical: float, device: str = "cpu", repeats: int = 1) -> float:
+    """`once`, after an untimed call where that is short.
+
+    Between two samples of a call others run for a second or longer. A virtual machine's host may take back memory that
+    rests so long: after 0.2 s on one, 25 MiB took 100 ms to read and 2 ms when read again, so that the fastest
+    contender waited longest beside its own time.
+    """
+    if device == "cpu" and typical < _SETTLED_BELOW:
+        call()
+    return once(call, device, repeats)
+
+
 def quickest(call: TimedCall, device: str = "cpu", max_calls: int = 3, enough: float = 0.3) -> float:
     """Seconds of the fastest of a few calls; no further call is made once `enough` seconds have passed."""
     seconds: list[float] = []
@@ -105,7 +119,7 @@ class _Series:
             self.samples, self.spent = [self.typical], self.typical
 
     def sample(self) -> None:
-        seconds = once(self.call, self.device, self.repeats)
+        seconds = settled(self.call, self.typical, self.device, self.repeats)
         self.samples.append(seconds)
         self.spent += seconds * self.repeats
 
@@ -175,7 +189,9 @@ class Machine:
     def sample(self, dtype: torch.dtype) -> None:
         """Take one more sample of a product and of a copy on torch's current number of threads."""
         size, product = self._product(dtype)
-        product_seconds, copy_seconds = (once(call, self.device, self._repeats) for call in (product, self._copy))
+        product_seconds, copy_seconds = (
+            settled(call, 0.0, self.device, self._repeats) for call in (product, self._copy)
+        )
         key = dtype, torch.get_num_threads()
         rates = 2 * size**3 / product_seconds, 2 * self.copied_bytes() / copy_seconds
         self._samples.setdefault(key, []).append(rates)

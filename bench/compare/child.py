@@ -22,9 +22,8 @@ from interformer_bench.workloads import Sizes
 import interformer_kernels
 
 Message = dict[str, Any]
-# A sample repeats calls until it takes this long. The other process has used the caches since the last sample, so an
-# untimed call goes first where calls are cheap.
-_SAMPLE_SECONDS, _CHEAP_SECONDS = 5e-3, 0.1
+# A sample repeats calls until it takes this long.
+_SAMPLE_SECONDS = 5e-3
 
 
 class Timer:
@@ -67,9 +66,7 @@ class Timer:
 
     def sample(self, job: Message) -> Message:
         """Seconds of one call, and of all calls of this sample."""
-        if self.typical < _CHEAP_SECONDS:
-            self.call()
-        seconds = timing.once(self.call, repeats=self.repeats)
+        seconds = timing.settled(self.call, self.typical, repeats=self.repeats)
         return {"seconds": seconds, "spent": seconds * self.repeats}
 
 

@@ -140,10 +140,10 @@ def _copy(size: int) -> timing.TimedCall:
 def _alternating(calls: Mapping[str, timing.TimedCall], seconds: float) -> dict[str, timing.Timing]:
     """Time the calls in turn, so that each has the caches to itself as seldom as the other."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()  # its outputs' pages, threads and code are there from now on
+    # Its outputs' pages, threads and code are there from now on.
+    typical = {name: timing.once(call) for name, call in calls.items()}
     start = time.perf_counter()
     while len(samples[OURS]) < _MIN_SAMPLES or time.perf_counter() - start < seconds:
         for name, call in calls.items():
-            samples[name].append(timing.once(call))
+            samples[name].append(timing.settled(call, typical[name]))
     return {name: timing.Timing.of(times) for name, times in samples.items()}
