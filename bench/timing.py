@@ -23,7 +23,7 @@ _COPY_BYTES = 256 * 2**20
 # launch and synchronisation would be a part of the time.
 _GPU_GEMM_SIZES, _GPU_COPY_BYTES, _GPU_REPEATS = (8192, 4096, 2048, 1024, 512, 256), 4 * 2**30, 10
 # A sample of a shorter call follows an untimed call.
-_SETTLED_BELOW = 0.2
+_SETTLED_BELOW = 1.0
 # Period of the random bytes that are copied.
 _RANDOM_BYTES = 2**20
 
@@ -78,7 +78,7 @@ def settled(call: TimedCall, typical: float, device: str = "cpu", repeats: int =
 
     Between two samples of a call others run for a second or longer. A virtual machine's host may take back memory that
     rests so long: after 0.2 s on one, 25 MiB took 100 ms to read and 2 ms when read again, so that the fastest
-    contender waited longest beside its own time.
+    contender waited longest beside its own time, and calls in turn with such calls stayed slow for good.
     """
     if device == "cpu" and typical < _SETTLED_BELOW:
         call()

@@ -8,13 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 from every import EVERY, most_draws
-from grid import case_ids
+from grid import GPU_DTYPES, case_ids
 
 from interformer_kernels import testing
 from interformer_kernels.testing import Case
 from interformer_kernels.testing.hard_values import LARGE_SCORES
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _in_rotation(cases: list[Case], share: int = 1) -> pytest.MarkDecorator:
@@ -23,7 +21,7 @@ def _in_rotation(cases: list[Case], share: int = 1) -> pytest.MarkDecorator:
         pytest.param(case, dtype, id=f"{name}-{i}-{dtype}")
         for i, (case, name) in enumerate(zip(cases, case_ids(cases), strict=True))
         if EVERY or i % share == 0
-        for dtype in (DTYPES if EVERY else (DTYPES[i % len(DTYPES)],))
+        for dtype in (GPU_DTYPES if EVERY else (GPU_DTYPES[i % len(GPU_DTYPES)],))
     ]
     return pytest.mark.parametrize(("case", "dtype"), parameters)
 
@@ -36,7 +34,7 @@ LARGE = [
     pytest.param(case, dtype, id=f"{case.op}-{case.options['scale']:g}-{dtype}")
     for case in _VALUES
     if case.name == LARGE_SCORES
-    for dtype in (DTYPES if EVERY else DTYPES[:1])
+    for dtype in (GPU_DTYPES if EVERY else GPU_DTYPES[:1])
 ]
 
 

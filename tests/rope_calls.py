@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from grid import GPU_DTYPES
 from guards import guarded, guarded_inputs
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from interformer_kernels.testing import Case, offsets_of
 Results = Callable[[str, dict[str, Any]], dict[str, Tensor]]
 
 ATTENTION = "jagged_attention"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows of short kernels and of long ones, over several tiles; empty rows, and a tail.
 LENGTHS = (40, 3, 0, 17)
 
@@ -29,7 +29,7 @@ def rope_case(name: str, **fields: Any) -> Case:
     return Case(ATTENTION, name, **{"lengths": LENGTHS, "heads": 2, "kv_heads": 1, **fields})
 
 
-F32, BF16, F16 = DTYPES
+F32, BF16, F16 = GPU_DTYPES
 # The last one is rotated in a pass of its own.
 CASES = [
     (rope_case("all channels", rope=16), F32),
@@ -133,5 +133,5 @@ CHECKS: dict[str, Callable[[Results], None]] = {
         f"strides, {dtype}": functools.partial(check_tables_and_positions_of_any_strides, dtype=dtype)
         for dtype in (F32, BF16)
     },
-    **{f"a row alone, {dtype}": functools.partial(check_a_row_alone, dtype=dtype) for dtype in DTYPES},
+    **{f"a row alone, {dtype}": functools.partial(check_a_row_alone, dtype=dtype) for dtype in GPU_DTYPES},
 }

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hard_calls import DTYPES
+from grid import GPU_DTYPES
 from hypothesis import given
 from random_calls import check_call, check_plant, memories, on_slow_backends, plant_numbers, seeds, small_cases
 
 from interformer_kernels.testing import Case
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 
 
 @each_dtype

@@ -10,7 +10,7 @@ import index_views
 import pytest
 import torch
 from every import EVERY
-from grid import case_ids
+from grid import GPU_DTYPES, case_ids
 from torch import Tensor
 from triton_calls import results
 
@@ -21,7 +21,6 @@ from interformer_kernels.testing import Case, offsets_of
 # Numpy warns of the interpreter's infinities.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ATTENTION, POOLING, CROSS = "jagged_attention", "pma_pooling", "gated_cross_attention"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # ---------------------------------------------------------------- values that are not finite stay where they belong
 
@@ -105,7 +104,7 @@ def test_what_is_not_finite_stays_where_it_belongs(i: int, name: str, monkeypatc
     """
     monkeypatch.setattr(splits, "SPLIT_KV", 32)
     index = PUT.index((i, name))
-    for dtype in DTYPES if EVERY else (DTYPES[index % 3],):
+    for dtype in GPU_DTYPES if EVERY else (GPU_DTYPES[index % 3],):
         inputs, clean = _base(i, dtype)
         case = CONTAINED[i]
         at = _place(case, name, inputs[name])
@@ -149,7 +148,7 @@ def _of_ones(lengths: tuple[int, ...], value: float, dtype: torch.dtype, **given
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 def test_a_mean_is_no_larger_than_its_values(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights sum to 1: a mean of the largest number is that number, in short rows, long ones, packs and splits."""
     monkeypatch.setattr(splits, "SPLIT_KV", 32)
@@ -231,7 +230,7 @@ ALONE = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 @pytest.mark.parametrize("case", ALONE, ids=[case.op for case in ALONE])
 def test_one_key_is_not_moved(case: Case, dtype: torch.dtype) -> None:
     """The softmax of a single score is constant, so its gradient is exactly 0."""
@@ -240,7 +239,7 @@ def test_one_key_is_not_moved(case: Case, dtype: torch.dtype) -> None:
     assert not found["dseeds" if case.op == POOLING else "dq"].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1e3, 3e4, 1e17])
 @pytest.mark.parametrize("op", [POOLING, ATTENTION])
 def test_equal_scores_of_a_million_and_more(op: str, size: float, dtype: torch.dtype) -> None:
@@ -261,7 +260,7 @@ def test_equal_scores_of_a_million_and_more(op: str, size: float, dtype: torch.d
     assert (found["lse"] / (1.2 * found["lse"].new_tensor(size).to(dtype).float() ** 2) - 1).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 3.0, -3.0, 1e-35])
 def test_scales_of_any_sign_and_size(scale: float, dtype: torch.dtype) -> None:
     """The softmax of 16 bits takes maxima of products, in whose order scores are where the scale is positive."""

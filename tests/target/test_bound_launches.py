@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from grid import GPU_DTYPES
 from torch import Tensor
 from triton import knobs
 
@@ -63,14 +64,13 @@ def arguments(
     return Operand(x, row, column), other, out, rows, tokens, Operand(scale, None, last)
 
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STRIDES = (0, 1, 2, 15, 16, 17, 18, 32, 33, 2**31 - 1, 2**31, 2**31 + 1, 2**40)
 SIZES = (-(2**31) - 1, -1, 0, 1, 2, 16, 17, 2**31 - 1, 2**31, 2**31 + 16, 2**62)
 
 
 def dtypes() -> Iterator[tuple[Any, ...]]:
     """Every dtype, and parameters and empty tensors like others."""
-    for x, out in itertools.product(FLOATS, repeat=2):
+    for x, out in itertools.product(GPU_DTYPES, repeat=2):
         yield arguments(of(x), of(out))
     yield arguments(torch.nn.Parameter(of(torch.float32)))
     yield arguments(out=torch.empty(0))

@@ -8,7 +8,7 @@ import fake_triton_driver
 import pytest
 import torch
 from cpu_calls import MEMORY_LAYOUTS
-from grid import ALL_CASES, case_ids
+from grid import ALL_CASES, GPU_DTYPES, case_ids
 from random_calls import laid_out_inputs
 
 import interformer_kernels as ik
@@ -16,7 +16,6 @@ from interformer_kernels import testing
 from interformer_kernels._triton import _bound, _programs, _run
 from interformer_kernels.testing import Case
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [case for case in ALL_CASES if "attention" in case.op or case.op == "pma_pooling"]
 fake_triton_driver.install("sm_90")
 
@@ -63,7 +62,7 @@ def run(case: Case, dtype: torch.dtype, memory: str) -> None:
 def test_calls_alike_launch_the_same_kernels(case: Case, many_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option, in every dtype, however the tensors lie in memory, with lists of tiles and without."""
     monkeypatch.setattr(_programs, "MANY_ROWS", many_rows)
-    for dtype in DTYPES:
+    for dtype in GPU_DTYPES:
         for memory in ("", *MEMORY_LAYOUTS):
             run(case, dtype, memory)
 

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from every import EVERY
-from grid import ALL_CASES, case_ids
+from grid import ALL_CASES, GPU_DTYPES, case_ids
 from resources.triton_kernels import SHARED_MEMORY
 
 import interformer_kernels as ik
@@ -24,7 +24,6 @@ from interformer_kernels import testing
 from interformer_kernels._triton import _programs
 from interformer_kernels.testing import Case, offsets_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TARGET = "sm_90"
 DRIVER = fake_triton_driver.install(TARGET)
 # CI runs one case in so many, beside those below. For Tritons newer than 3.6 it has `make resources`, too, and here
@@ -71,12 +70,12 @@ OF_MODELS = [
 PAIRS = [
     (case, dtype)
     for i, case in enumerate(OF_MODELS)
-    for dtype in (DTYPES if EVERY or _OLD else (DTYPES[0], DTYPES[1 + i % 2]))
+    for dtype in (GPU_DTYPES if EVERY or _OLD else (GPU_DTYPES[0], GPU_DTYPES[1 + i % 2]))
 ] + [
     (case, dtype)
     for i, case in enumerate(ALL_CASES)
     if i % _EVERY_NTH == 0
-    for dtype in (DTYPES if EVERY else [DTYPES[i // _EVERY_NTH % len(DTYPES)]])
+    for dtype in (GPU_DTYPES if EVERY else [GPU_DTYPES[i // _EVERY_NTH % len(GPU_DTYPES)]])
 ]
 IDS = [
     f"{name}-{str(dtype)[6:]}" for name, (_, dtype) in zip(case_ids([case for case, _ in PAIRS]), PAIRS, strict=True)
@@ -96,7 +95,7 @@ def test_launches_compile_and_do_not_spill(case: Case, dtype: torch.dtype, cache
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("lengths", [(64, 50), (40, 3, 2, 1)], ids=["long", "short"])
 def test_lists_of_tiles_are_launched(
     lengths: tuple[int, ...], dtype: torch.dtype, cache: Path, monkeypatch: pytest.MonkeyPatch
