@@ -1,8 +1,8 @@
 """`python -m interformer_bench.options`: each option of attention against the plain call, and against peers.
 
-Peers compute the same by rows and on padded rows: SDPA with an explicit mask or bias, and eager PyTorch where SDPA
-lacks the option. Each is timed with its backward, too, at each number of threads; its best counts. FlexAttention,
-compiled for each option, has a forward alone on CPUs.
+Peers compute the same by rows and on padded rows, also grouped by length: SDPA with an explicit mask or bias, and eager
+PyTorch where SDPA lacks the option. Each is timed with its backward, too, at each number of threads; its best counts.
+FlexAttention, compiled for each option, has a forward alone on CPUs.
 """
 
 from __future__ import annotations
@@ -101,12 +101,15 @@ def _pass(run: Callable[[], Tensor], batch: Batch, options: dict[str, Any], back
 
 def _calls(batch: Batch, options: dict[str, Any], backward: bool, flex: bool) -> dict[str, Callable[[], object]]:
     import torch
+    from interformer_bench.peers import buckets
     from interformer_bench.peers import options as peers
 
     functions: dict[str, Callable[[], Tensor]] = {
         "interformer": _ours(batch, options),
         "by row": lambda: peers.by_row(batch, options),
         "padded": lambda: peers.padded(batch, options),
+        "bucketed": lambda: peers.grouped(batch, options, buckets.by_powers),
+        "sorted": lambda: peers.grouped(batch, options, buckets.by_chunks),
     }
     if flex and not backward and not {"dropout_p", "sinks"} & options.keys():
         functions["FlexAttention"] = lambda: peers.flex(batch, options)

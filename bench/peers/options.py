@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from interformer_bench.peers import compiled
+from interformer_bench.peers import buckets, compiled
 from torch import Tensor
 
 
@@ -101,6 +101,23 @@ def padded(batch: Batch, options: dict[str, Any]) -> Tensor:
         bias = by_time if bias is None else by_time + bias
     unseen = torch.zeros(held.shape).masked_fill(~held, -torch.inf)[:, None, None]
     return attend(q, k, v, unseen if bias is None else bias + unseen, options).transpose(1, 2)[held]
+
+
+def grouped(batch: Batch, options: dict[str, Any], grouping: buckets.Grouping) -> Tensor:
+    """Groups of rows of similar length, each padded to its own longest row."""
+    lengths = batch.offsets.diff()
+    outs, places = [], []
+    for group in grouping(lengths.tolist()):
+        rows = torch.tensor(group)
+        held = torch.arange(int(lengths[rows].max())) < lengths[rows, None]
+        place = (batch.offsets[rows, None] + torch.arange(held.shape[1]))[held]
+        times, targets = batch.times[place], options.get("num_targets")
+        own = {**options, "times": times, "num_targets": None if targets is None else targets[rows]}
+        offsets = torch.cat((lengths.new_zeros(1), lengths[rows].cumsum(0)))
+        q, k, v = (x[place] for x in batch.tensors)
+        outs.append(padded(Batch((q, k, v), offsets, times), own))
+        places.append(place)
+    return torch.cat(outs)[torch.cat(places).argsort()]
 
 
 def flex(batch: Batch, options: dict[str, Any]) -> Tensor:
