@@ -229,7 +229,7 @@ def _draw_parity(axis: Any, parity: Sequence[Any]) -> None:
             _draw_cell(axis, x, y, max(shares, default=None))
     axis.set_xlim(-0.5, len(ops) - 0.5)
     axis.set_ylim(len(lines) - 0.5, -0.5)
-    axis.set_xticks(range(len(ops)), ops, fontsize=_TEXT)
+    axis.set_xticks(range(len(ops)), [op.replace("_", "_\n", 1) for op in ops], fontsize=_TEXT)
     axis.set_yticks(range(len(lines)), [" ".join(line) for line in lines], fontsize=_TEXT)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
