@@ -26,7 +26,7 @@ _NEEDED = ("interformer_bench", "interformer", "filelock", "matplotlib", "numpy"
 # Real histories, long and short; a demo is not a bench.
 _LAWS = ("movielens", "beauty")
 _SECONDS_PER_SHAPE = 0.8
-# Of each case; `interformer-kernels parity` takes as many as judging every quantity needs, and the reference, too.
+# Two draws of a case are enough for a demo: `interformer-kernels parity` takes as many as judging each quantity needs.
 _MOST_DRAWS = 2
 
 
