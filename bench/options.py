@@ -107,7 +107,7 @@ def _calls(batch: Batch, options: dict[str, Any], backward: bool, flex: bool) ->
     functions: dict[str, Callable[[], Tensor]] = {
         "interformer": _ours(batch, options),
         "by row": lambda: peers.by_row(batch, options),
-        "padded": lambda: peers.padded(batch, options),
+        "padded": lambda: peers.grouped(batch, options, peers.in_one_group),
         "bucketed": lambda: peers.grouped(batch, options, buckets.by_powers),
         "sorted": lambda: peers.grouped(batch, options, buckets.by_chunks),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,40 +85,32 @@ def by_row(batch: Batch, options: dict[str, Any]) -> Tensor:
     return torch.cat(outs)
 
 
-def padded(batch: Batch, options: dict[str, Any]) -> Tensor:
-    """All rows padded to the longest; biases by time are those of padded times."""
-    lengths = batch.offsets.diff()
-    longest = int(lengths.max())
-    held = torch.arange(longest) < lengths[:, None]
-    q, k, v = (x.new_zeros(*held.shape, *x.shape[1:]).index_put((held,), x).transpose(1, 2) for x in batch.tensors)
-    targets = options.get("num_targets")
-    count = 0 if targets is None else int(targets[0])
-    by_distance = {name: x for name, x in options.items() if name not in ("time_bias", "times", "time_edges")}
-    bias = scores_of(by_distance, longest, batch.heads, 0, count)
-    if (table := options.get("time_bias")) is not None:
-        times = batch.times.new_zeros(held.shape).index_put((held,), batch.times)
-        apart = (times[:, :, None] - times[:, None]).abs()
-        by_time = table[:, torch.searchsorted(options["time_edges"], apart, right=True)].transpose(0, 1)
-        bias = by_time if bias is None else by_time + bias
-    unseen = torch.zeros(held.shape).masked_fill(~held, -torch.inf)[:, None, None]
-    return attend(q, k, v, unseen if bias is None else bias + unseen, options).transpose(1, 2)[held]
+def in_one_group(lengths: Sequence[int]) -> list[list[int]]:
+    """All rows with tokens, the longest first: padded to the longest."""
+    rows = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: -lengths[row])
+    return [rows] if rows else []
 
 
 def grouped(batch: Batch, options: dict[str, Any], grouping: buckets.Grouping) -> Tensor:
-    """Groups of rows of similar length, each padded to its own longest row."""
-    lengths = batch.offsets.diff()
-    outs, places = [], []
-    for group in grouping(lengths.tolist()):
-        rows = torch.tensor(group)
-        held = torch.arange(int(lengths[rows].max())) < lengths[rows, None]
-        place = (batch.offsets[rows, None] + torch.arange(held.shape[1]))[held]
-        times, targets = batch.times[place], options.get("num_targets")
-        own = {**options, "times": times, "num_targets": None if targets is None else targets[rows]}
-        offsets = torch.cat((lengths.new_zeros(1), lengths[rows].cumsum(0)))
-        q, k, v = (x[place] for x in batch.tensors)
-        outs.append(padded(Batch((q, k, v), offsets, times), own))
-        places.append(place)
-    return torch.cat(outs)[torch.cat(places).argsort()]
+    """Each group of rows padded to its own longest; biases by time are those of padded times."""
+    groups = buckets.Groups(batch.offsets, len(batch.times), grouping)
+    tensors = [[part.transpose(1, 2) for part in groups.pad(x)] for x in batch.tensors]
+    targets = options.get("num_targets")
+    count = 0 if targets is None else int(targets[0])
+    by_distance = {name: x for name, x in options.items() if name not in ("time_bias", "times", "time_edges")}
+    outs = []
+    for *qkv, times, mask in zip(*tensors, groups.pad(batch.times), groups.masks, strict=True):
+        bias = scores_of(by_distance, times.shape[1], batch.heads, 0, count)
+        if (table := options.get("time_bias")) is not None:
+            apart = (times[:, :, None] - times[:, None]).abs()
+            by_time = table[:, torch.searchsorted(options["time_edges"], apart, right=True)].transpose(0, 1)
+            bias = by_time if bias is None else by_time + bias
+        if mask is not None:
+            unseen = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+            bias = unseen if bias is None else bias + unseen
+        q, k, v = qkv
+        outs.append(attend(q, k, v, bias, options).transpose(1, 2))
+    return groups.unpad(outs)
 
 
 def flex(batch: Batch, options: dict[str, Any]) -> Tensor:
