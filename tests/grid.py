@@ -36,9 +36,13 @@ def over_cases(cases: list[testing.Case] | None = None) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("backend", "case"), pairs, ids=ids)
 
 
+def gpu_dtypes(turn: int, every: bool = EVERY) -> tuple[torch.dtype, ...]:
+    """One dtype of GPUs by turns, or `every` one."""
+    return GPU_DTYPES if every else (GPU_DTYPES[turn % len(GPU_DTYPES)],)
+
+
 def in_turn(cases: list[testing.Case]) -> Iterator[tuple[testing.Case, torch.dtype, str]]:
     """Each case with a dtype of GPUs in rotation and an id; a few cases, and with EVERY=1 all, with each dtype."""
     for i, (case, name) in enumerate(zip(cases, case_ids(cases), strict=True)):
-        every = EVERY or case.name in _IN_ALL_DTYPES
-        for dtype in GPU_DTYPES if every else (GPU_DTYPES[i % len(GPU_DTYPES)],):
+        for dtype in gpu_dtypes(i, EVERY or case.name in _IN_ALL_DTYPES):
             yield case, dtype, f"{name}-{str(dtype).removeprefix('torch.')}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from every import EVERY, most_draws
-from grid import GPU_DTYPES, case_ids
+from grid import GPU_DTYPES, case_ids, gpu_dtypes
 
 from interformer_kernels import testing
 from interformer_kernels.testing import Case
@@ -21,7 +21,7 @@ def _in_rotation(cases: list[Case], share: int = 1) -> pytest.MarkDecorator:
         pytest.param(case, dtype, id=f"{name}-{i}-{dtype}")
         for i, (case, name) in enumerate(zip(cases, case_ids(cases), strict=True))
         if EVERY or i % share == 0
-        for dtype in (GPU_DTYPES if EVERY else (GPU_DTYPES[i % len(GPU_DTYPES)],))
+        for dtype in gpu_dtypes(i)
     ]
     return pytest.mark.parametrize(("case", "dtype"), parameters)
 

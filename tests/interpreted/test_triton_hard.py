@@ -10,7 +10,7 @@ import index_views
 import pytest
 import torch
 from every import EVERY
-from grid import GPU_DTYPES, case_ids
+from grid import GPU_DTYPES, case_ids, gpu_dtypes
 from torch import Tensor
 from triton_calls import results
 
@@ -104,7 +104,7 @@ def test_what_is_not_finite_stays_where_it_belongs(i: int, name: str, monkeypatc
     """
     monkeypatch.setattr(splits, "SPLIT_KV", 32)
     index = PUT.index((i, name))
-    for dtype in GPU_DTYPES if EVERY else (GPU_DTYPES[index % 3],):
+    for dtype in gpu_dtypes(index):
         inputs, clean = _base(i, dtype)
         case = CONTAINED[i]
         at = _place(case, name, inputs[name])

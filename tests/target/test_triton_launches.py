@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from every import EVERY
-from grid import ALL_CASES, GPU_DTYPES, case_ids
+from grid import ALL_CASES, GPU_DTYPES, case_ids, gpu_dtypes
 from resources.triton_kernels import SHARED_MEMORY
 
 import interformer_kernels as ik
@@ -71,12 +71,7 @@ PAIRS = [
     (case, dtype)
     for i, case in enumerate(OF_MODELS)
     for dtype in (GPU_DTYPES if EVERY or _OLD else (GPU_DTYPES[0], GPU_DTYPES[1 + i % 2]))
-] + [
-    (case, dtype)
-    for i, case in enumerate(ALL_CASES)
-    if i % _EVERY_NTH == 0
-    for dtype in (GPU_DTYPES if EVERY else [GPU_DTYPES[i // _EVERY_NTH % len(GPU_DTYPES)]])
-]
+] + [(case, dtype) for i, case in enumerate(ALL_CASES) if i % _EVERY_NTH == 0 for dtype in gpu_dtypes(i // _EVERY_NTH)]
 IDS = [
     f"{name}-{str(dtype)[6:]}" for name, (_, dtype) in zip(case_ids([case for case, _ in PAIRS]), PAIRS, strict=True)
 ]
