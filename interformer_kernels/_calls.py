@@ -175,6 +175,7 @@ class AttentionCall(NamedTuple):
     sinks: Annotated[Tensor | None, Wide("H")] = None
     position_bias: Annotated[Tensor | None, Wide("Hb distances")] = None
     queries_at_end: bool = False  # for distances, all queries stand behind the last key
+    queries_apart: bool = False  # a query's bits do not depend on the number of its row's queries
     time_bias: Annotated[Tensor | None, Wide("Hb bins")] = None
     times_q: Annotated[Tensor | None, Ints({"packed": "Tq", "dense": "B N", "shared": ""})] = None
     times_k: Annotated[Tensor | None, Ints("Tk")] = None

@@ -60,6 +60,10 @@ def attention_cases(draw: st.DrawFn, op: str) -> Case:
         fields["shared_value"] = draw(st.booleans())
     else:
         fields["query_lengths"] = draw(st.one_of(st.none(), query_lengths))
+    if op == "gated_cross_attention" and rows:
+        fields["kv_rows"] = draw(st.one_of(st.none(), st.lists(st.integers(0, len(rows) - 1), max_size=12).map(tuple)))
+        if fields["kv_rows"] is not None and fields["query_lengths"] is not None:
+            fields["query_lengths"] = (*fields["query_lengths"], *range(12))[: len(fields["kv_rows"])]
     if op == "jagged_attention":
         options["causal"] = draw(st.booleans())
         options["window"] = draw(st.tuples(st.integers(-1, 6), st.integers(-1, 6)))
@@ -97,8 +101,9 @@ def row_cases(draw: st.DrawFn, op: str) -> Case:
 def _query_tokens(case: Case) -> int:
     """Queries in rows of several keys."""
     queries = case.query_lengths or case.lengths if case.op == "jagged_attention" else case.query_lengths
-    counts = queries or (case.queries,) * len(case.lengths)
-    return sum(count for count, keys in zip(counts, case.lengths, strict=True) if keys > 3)
+    keys_of_rows = case.lengths if case.kv_rows is None else [case.lengths[row] for row in case.kv_rows]
+    counts = queries or (case.queries,) * len(keys_of_rows)
+    return sum(count for count, keys in zip(counts, keys_of_rows, strict=True) if keys > 3)
 
 
 def _with_enough_softmaxes(case: Case) -> Case:
@@ -112,8 +117,8 @@ def _with_enough_softmaxes(case: Case) -> Case:
     times = -(-ENOUGH_SOFTMAXES // max(case.heads * _query_tokens(case), 1))
     if times * len(case.lengths) > MOST_ROWS:
         return dataclasses.replace(case, options={**case.options, "scale": None})
-    queries = None if case.query_lengths is None else case.query_lengths * times
-    return dataclasses.replace(case, lengths=case.lengths * times, query_lengths=queries)
+    repeated = {name: getattr(case, name) for name in ("lengths", "query_lengths", "kv_rows")}
+    return dataclasses.replace(case, **{name: x and x * times for name, x in repeated.items()})
 
 
 _drawn = st.one_of(*(attention_cases(op) for op in testing.OPS[:3]), *(row_cases(op) for op in testing.OPS[3:]))

@@ -33,6 +33,7 @@ struct AttentionVariant {
     int64_t full_tail = 0;        // the last queries before the targets, which ignore the window, as targets do
     double softcap = 0;           // 0: none
     bool queries_at_end = false;  // for distances, all queries stand behind the last key
+    bool queries_apart = false;   // a query's bits do not depend on the number of its row's queries
     double dropout_p = 0;
 
     // Whether some weights are dropped, and others may not be.
@@ -78,6 +79,7 @@ void read(Reader& next, AttentionVariant& variant, VariantTensors& tensors) {
     next.optional("sinks", tensors.sinks);
     next.optional("position_bias", tensors.position_bias);
     variant.queries_at_end = next.boolean("queries_at_end");
+    variant.queries_apart = next.boolean("queries_apart");
     next.optional("time_bias", tensors.time_bias);
     next.optional("times_q", tensors.times_q);
     next.optional("times_k", tensors.times_k);

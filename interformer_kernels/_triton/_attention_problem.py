@@ -56,9 +56,9 @@ class Problem:
         self.queries = 0 if call.layout == "packed" else self.out_shape[1]
         self.tokens = self.out_shape[0] if call.layout == "packed" else self.out_shape[0] * self.queries
         # Kernels of short and of whole rows know no dropout and no bias, and make no statistics of their queries, by
-        # which sinks get gradients.
+        # which sinks get gradients; they choose rows by the number of queries, too.
         drops, biased = call.drops, call.position_bias is not None or call.time_bias is not None
-        tiled = call.dropout_p > 0 or biased or (backward and call.sinks is not None)
+        tiled = call.queries_apart or call.dropout_p > 0 or biased or (backward and call.sinks is not None)
         option = (
             "biases" if biased else "dropout" if drops else "targets" if call.num_targets is not None
             else "capped" if call.softcap > 0 or call.sinks is not None else "grad_lse" if has_grad_lse else ""

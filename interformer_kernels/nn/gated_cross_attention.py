@@ -83,6 +83,7 @@ class GatedCrossAttention(shared.AttentionModule):
         *,
         q_offsets: Tensor | None = None,
         kv_offsets: Tensor | None = None,
+        kv_rows: Tensor | None = None,
         key_mask: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
@@ -96,6 +97,8 @@ class GatedCrossAttention(shared.AttentionModule):
             need_weights, attn_mask, average_attn_weights, is_causal: arguments of PyTorch's call, which must have
                 these defaults: no weights are returned, and all keys of a row are visible.
             q_offsets, kv_offsets: ``[B+1]`` int32 or int64. Tokens from ``[B]`` on are not read and come out zero.
+            kv_rows: ``[B]`` int32 or int64: the row of keys that each row of queries reads; keys may then have more or
+                fewer rows, in any of their forms. None: the row of the same number.
             key_padding_mask: ``[B, L]`` bool, or integers 0 and 1: True marks **padding**.
             key_mask: ``[B, L]``, likewise: True marks a **token**. Padding may be anywhere.
             lengths: ``[B]`` int32 or int64: the number of tokens of each row; padding follows them.
@@ -124,12 +127,12 @@ class GatedCrossAttention(shared.AttentionModule):
         }
         keys = read_rows(name, "key", key, self.kdim, batch_first=batch_first, **key_options)
         queries = read_rows(name, "query", query, self.embed_dim, batch_first=batch_first, **query_options)
-        q_rows, kv_rows = queries.offsets.shape[0] - 1, keys.offsets.shape[0] - 1
-        if q_rows != kv_rows:
-            raise ValueError(f"{name}: query must have the key's {kv_rows} rows, found {q_rows}")
+        q_rows, k_rows = queries.offsets.shape[0] - 1, keys.offsets.shape[0] - 1
+        if kv_rows is None and q_rows != k_rows:
+            raise ValueError(f"{name}: query must have the key's {k_rows} rows, found {q_rows}")
         values = keys.tokens if value is None else self._values(value, key, keys)
         k, v = shared.project_keys(self, keys.tokens, values)
-        return queries.restore(self.out_proj(self._attend(queries, k, v, keys.offsets).flatten(-2)))
+        return queries.restore(self.out_proj(self._attend(queries, k, v, keys.offsets, kv_rows).flatten(-2)))
 
     def _values(self, value: Tensor, key: Tensor, keys: Rows) -> Tensor:
         axes = checks.Axes(type(self).__name__, E=self.vdim)
@@ -138,16 +141,14 @@ class GatedCrossAttention(shared.AttentionModule):
         axes.bind("value", value, names)
         return keys.like(value)
 
-    def _attend(self, queries: Rows, k: Tensor, v: Tensor, kv_offsets: Tensor) -> Tensor:
+    def _attend(self, queries: Rows, k: Tensor, v: Tensor, kv_offsets: Tensor, kv_rows: Tensor | None) -> Tensor:
         """Gated attention output `[Tq, H, D]` of the queries."""
         q = shared.project_query(self, queries.tokens)
         gate = None if self.gate_proj is None else shared.split_heads(self, self.gate_proj(queries.tokens))
         activation = self.gate_activation or "identity"
         options: dict[str, Any] = {"gate_form": self.gate_form, "gate_activation": activation, "backend": self.backend}
-        options.update(shared.dropout_of(self, q.device))
-        return shared.output_only(
-            gated_cross_attention(q, k, v, kv_offsets, q_offsets=queries.offsets, gate=gate, **options)
-        )
+        options.update(shared.dropout_of(self, q.device), q_offsets=queries.offsets, kv_rows=kv_rows)
+        return shared.output_only(gated_cross_attention(q, k, v, kv_offsets, gate=gate, **options))
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, **options: Any) -> GatedCrossAttention:

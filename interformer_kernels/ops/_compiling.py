@@ -30,3 +30,12 @@ def any_number(size: int) -> int:
             env.evaluate_sym_node = evaluate
         env._interformer_any_number |= size.node.expr.free_symbols
     return size
+
+
+def is_one(size: int) -> bool:
+    """Whether an axis has one place; one of any size, in an exported program, has not, even where it will be 1."""
+    if not isinstance(size, torch.SymInt):
+        return size == 1
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes long to import, and is there by now
+
+    return guard_or_false(size == 1)

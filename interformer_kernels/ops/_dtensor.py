@@ -17,7 +17,8 @@ shared out: it follows a weight's head and its query's place in the batch, which
 divide evenly. Whole `k` and `v` serve where there are fewer key/value heads than processes: each reads its own of them.
 
 **Rows.** Offsets that are `Shard(0)` say that every process holds rows of its own, with its own offsets, which begin at
-0: `[B_r + 1]` for its `B_r` rows, so that the DTensor's global size is `B` plus the number of processes. Token counts
+0: `[B_r + 1]` for its `B_r` rows, so that the DTensor's global size is `B` plus the number of processes. With
+`kv_rows`, each process' own, too, its query rows read key rows of its own. Token counts
 may differ from process to process; then `DTensor.from_local` needs the global `shape` and `stride`, and what moves such
 tensors later (`full_tensor`, `redistribute`) is not for them, since PyTorch takes shards to be those of `torch.chunk`.
 
@@ -46,7 +47,7 @@ _KEYS = ("k", "v")  # may stay whole where heads are sharded
 _BROADCAST = ("gate", "residual")  # broadcast to the output
 _OFFSETS = ("offsets", "kv_offsets", "q_offsets")
 _SHARED_BY_ROWS = "rope", "time_edges"
-_OF_ROWS = (*_OFFSETS, "rope_positions", "positions", "num_targets", "times")
+_OF_ROWS = (*_OFFSETS, "kv_rows", "rope_positions", "positions", "num_targets", "times")
 _TABLES = (*_OF_ROWS, *_SHARED_BY_ROWS)  # carry no gradient
 
 
@@ -239,7 +240,7 @@ class _Call:
             for name in self.layouts
             for axis, size in zip(self.layouts[name], self.arguments[name].shape, strict=True)
         }
-        if "rows" in self.shared:
+        if "rows" in self.shared and not _given(self.arguments, "kv_rows"):  # by which offsets are those of other rows
             offsets = next(x for name in _OFFSETS if isinstance(x := self.arguments.get(name), DTensor))
             sizes["B"] = offsets.shape[0] - self._part("rows").parts
         return sizes

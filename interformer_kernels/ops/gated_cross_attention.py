@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from interformer_kernels._calls import AttentionCall
-from interformer_kernels.ops import _eager
+from interformer_kernels.ops import _eager, _shared_keys
 from interformer_kernels.ops._attention import ATTENTION, registered
 from interformer_kernels.ops._attention_options import pair_of_times, seed_tensor, without_idle_seed
 from interformer_kernels.ops._public import PublicOp
@@ -22,6 +22,7 @@ def gated_cross_attention(
     kv_offsets: Tensor,
     *,
     q_offsets: Tensor | None = None,
+    kv_rows: Tensor | None = None,
     gate: Tensor | None = None,
     gate_form: str = "multiply",
     gate_activation: str = "sigmoid",
@@ -63,6 +64,12 @@ def gated_cross_attention(
         kv_offsets: ``[B+1]`` int32 or int64: row ``b`` has the keys ``k[kv_offsets[b]:kv_offsets[b+1]]``. Tokens from
             ``kv_offsets[B]`` on belong to no row: they are not read and get zero gradients.
         q_offsets: ``[B+1]`` of jagged queries; outputs and gradients of their tail tokens are zero.
+        kv_rows: ``[B]`` int32 or int64: row ``b`` of the queries reads row ``kv_rows[b]`` of the keys, in any order and
+            any number of times; then ``kv_offsets`` has as many rows as there are rows of keys, ``[R+1]``. Keys are
+            never copied, and their gradients are sums over query rows in ascending order. A query's bits do not depend
+            on who else reads its keys. Query rows that stand in the order of their key rows are not copied either on
+            the CPU. Values outside ``[0, R)`` are errors where contents are checked; elsewhere their rows see no key.
+            None: row ``b`` reads row ``b``.
         gate: anything that broadcasts to the output; its gradient is summed over the broadcast axes.
         gate_form: ``"multiply"``: ``G = A * act(gate)``; ``"self"``: ``G = act(A * gate)`` (InterFormer's equation 10).
         gate_activation: ``"sigmoid"``, ``"tanh"``, ``"silu"`` or ``"identity"``.
@@ -115,6 +122,8 @@ def gated_cross_attention(
         softcap=softcap, sinks=sinks, position_bias=position_bias, queries_at_end=True, time_bias=time_bias,
         times_q=times_q, times_k=times_k, time_edges=time_edges, dropout_p=dropout_p, dropout_seed=seed,
     )  # fmt: skip
+    if kv_rows is not None:
+        return _shared_keys.attend(OP, call, residual, kv_rows, backend, return_lse)
     eager = _eager.attention(OP, call, residual, backend, return_lse)
     if eager is not None:
         return eager

@@ -151,7 +151,7 @@ def jagged_attention(
     times_q, times_k = pair_of_times(OP, times, q_offsets is None)
     tensors = q, k, v, q_offsets, kv_offsets, gate
     masks = causal, left, right, num_prefix, prefix, full_tail, num_targets
-    scores = softcap, sinks, position_bias, False, time_bias, times_q, times_k, time_edges
+    scores = softcap, sinks, position_bias, False, False, time_bias, times_q, times_k, time_edges
     dropout = dropout_p, seed_tensor(OP, dropout_seed, k)
     call = AttentionCall("packed", *tensors, *maps, *masks, *scores, *dropout, rope_interleaved=rope_interleaved)  # type: ignore[arg-type]
     eager_call = _eager_call(call, rope, rope_positions)

@@ -123,7 +123,27 @@ def _cross_cases(op: str) -> list[Case]:
         Case(op, "no queries", queries=0),
         Case(op, "both biases, jagged queries", query_lengths=(2, 3, 0, 50, 1), position_bias=33, time_bias=64),
         *_bias_cases(op),
+        *_shared_key_cases(op),
     ]
+
+
+def _shared_key_cases(op: str) -> list[Case]:
+    """Rows of queries that share rows of keys, in order or not."""
+    some = (2, 0, 2, 1, 4, 2, 2, 3, 0, 4)
+    jagged: dict[str, Any] = {"kv_rows": some, "query_lengths": (2, 3, 0, 9, 1, 4, 1, 2, 3, 0)}
+    return [
+        Case(op, "shared keys", kv_rows=some),
+        Case(op, "shared keys in order, one query", kv_rows=(0, 0, 0, 2, 2, 4), queries=1, gate="full", residual=True),
+        Case(op, "shared keys, many queries", lengths=TILE_EDGES, kv_rows=7 * some, queries=5, kv_heads=2, gate="head"),
+        Case(op, "shared keys, jagged queries", **jagged, gate="full", residual=True, grad_lse=True, strided=True),
+        Case(op, "shared keys, int32, one giant row", kv_rows=5 * (2,), lengths=ONE_GIANT, index_dtype=torch.int32),
+        Case(op, "shared keys, no rows", kv_rows=(), gate="full"),
+        Case(
+            op, "shared keys, both biases, sinks", kv_rows=some, position_bias=33, time_bias=64, heads=16, kv_heads=8,
+            sinks=True, grad_lse=True, options={"softcap": 2.0},
+        ),
+        Case(op, "shared keys, score silu", **jagged, options=_SCORES[2]),
+    ]  # fmt: skip
 
 
 def _jagged_cases(op: str) -> list[Case]:
@@ -207,6 +227,7 @@ def hard_cases(op: str) -> list[Case]:
     else:
         grid += [Case(op, "jagged queries", **HARD_SIZES, query_lengths=(2, 3, 0, 9, 1))]
         grid += [Case(op, "biases", **HARD_SIZES, **_TABLES)]
+        grid += [Case(op, "shared keys", **HARD_SIZES, kv_rows=(4, 2, 2, 0, 4, 1, 3, 2), gate="full")]
     return grid
 
 
@@ -226,7 +247,7 @@ def hard_value_cases(op: str, sizes: dict[str, Any]) -> list[Case]:
 def make_inputs(draw: Draw, case: Case, offsets: Tensor) -> Made:
     """The op's arguments."""
     rows = sum(case.lengths)
-    tokens, batch = rows + case.tail, len(case.lengths)
+    tokens, batch = rows + case.tail, len(case.lengths if case.kv_rows is None else case.kv_rows)
     value_size = case.head_size if case.shared_value else case.value_size
     inputs: dict[str, Any] = {
         "k": draw.leaf(tokens, case.kv_heads, case.head_size, rows=rows),
@@ -242,6 +263,8 @@ def make_inputs(draw: Draw, case: Case, offsets: Tensor) -> Made:
         q_rows = rows if case.query_lengths is None else sum(case.query_lengths)
         inputs.update(_jagged_queries(draw, case, offsets, q_rows))
         shape = (q_rows + case.tail, case.heads, value_size)
+    if case.kv_rows is not None:
+        inputs["kv_rows"] = torch.tensor(case.kv_rows, dtype=case.index_dtype, device=draw.device)
     inputs.update(_tables(draw, case, inputs))
     return {**inputs, **draw.epilogue(shape, q_rows)}, shape, q_rows
 
@@ -293,6 +316,16 @@ def call_eager(op: str, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | Non
     return out, lse if call.score == "softmax" else None
 
 
+def _with_own_keys(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys, values and their times, copied for each row of queries."""
+    starts, ends = given["kv_offsets"][:-1].tolist(), given["kv_offsets"][1:].tolist()
+    tokens = [torch.arange(starts[row], ends[row]) for row in given["kv_rows"].tolist()]
+    index = torch.cat([torch.arange(0), *tokens]).to(given["k"].device)
+    offsets = offsets_of([len(row) for row in tokens], given["kv_offsets"].dtype, given["k"].device)
+    own = {name: given[name][index] for name in ("k", "v", "times_k") if given.get(name) is not None}
+    return {**own, "kv_offsets": offsets}
+
+
 def _call(op: str, inputs: Mapping[str, Any]) -> AttentionCall:
     given: dict[str, Any] = {"layout": "packed", "v": None, "q_offsets": None, "kv_offsets": None, **inputs}
     if op == "pma_pooling":
@@ -311,6 +344,8 @@ def _call(op: str, inputs: Mapping[str, Any]) -> AttentionCall:
     given["queries_at_end"] = op == "gated_cross_attention"
     if isinstance(seed := given.get("dropout_seed"), int):
         given["dropout_seed"] = torch.tensor(seed, device=given["k"].device)
+    if given.get("kv_rows") is not None:
+        given.update(_with_own_keys(given))
     given["cos"], given["sin"] = given.get("rope") or (None, None)
     positions = given.get("rope_positions")
     given["positions_q"], given["positions_k"] = positions if isinstance(positions, tuple) else (positions, positions)

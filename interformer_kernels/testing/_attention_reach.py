@@ -37,6 +37,10 @@ class _Readers:
             query_offsets = offsets if q_offsets is None else q_offsets
             assert query_offsets is not None
             self.q_rows = rows_of(query_offsets, len(self.q))
+        kv_rows = inputs.get("kv_rows")
+        if kv_rows is not None:
+            rows = self.q_rows if self.q.dim() == 3 else torch.arange(len(self.q), device=self.k.device)[:, None]
+            self.q_rows = kv_rows.long()[rows].where(rows >= 0, -1).expand(self.q.shape[:-2])
         heads = torch.arange(self.q.shape[-2], device=self.k.device)
         self.kv_head: Tensor = heads // (self.q.shape[-2] // self.k.shape[1])
 

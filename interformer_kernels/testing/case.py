@@ -23,6 +23,7 @@ class Case:
     Attributes:
         lengths: tokens of each row (of the keys, where queries have their own).
         query_lengths: queries of each row; for `gated_cross_attention`, None means dense queries.
+        kv_rows: the row of keys of each row of queries (gated_cross_attention); `query_lengths` then has as many.
         queries: seeds `M`, or dense queries `N` of a row.
         tail: tokens behind the last row; their inputs hold NaN.
         gate: `""` (none), or its shape: `"full"`, `"head"` `[..., H, 1]`, `"token"` `[..., 1, 1]`, `"channel"`
@@ -44,6 +45,7 @@ class Case:
     name: str
     lengths: tuple[int, ...] = MIXED
     query_lengths: tuple[int, ...] | None = None
+    kv_rows: tuple[int, ...] | None = None
     queries: int = 3
     heads: int = 4
     kv_heads: int = 4

@@ -43,7 +43,7 @@ HEADS = [
     and (case.op in ATTENTION or case.heads % WORLD**2 == 0)
 ]
 ROWS = [
-    replace(case, tail=4) for case in ALL_CASES if not case.options.get("dropout_p")
+    replace(case, tail=4) for case in ALL_CASES if not case.options.get("dropout_p") and case.kv_rows is None
 ]  # never as many tokens as rows: the test tells them by number
 FEATURES = [case for case in ALL_CASES if case.op == "personalized_ffn"]
 CHANNELS = [Case("personalized_ffn", "linear", bias=False)]
@@ -56,7 +56,10 @@ LINE: list[tuple[What, Case]] = [
     for case in cases
 ]
 SQUARE: list[tuple[What, Case]] = [
-    (what, replace(case, tail=4)) for what in (("rows", "heads"), ("heads", "heads")) for case in HEADS[::9]
+    (what, replace(case, tail=4))
+    for what in (("rows", "heads"), ("heads", "heads"))
+    for case in HEADS[::9]
+    if "rows" not in what or case.kv_rows is None
 ]
 SQUARE += [(("features", "rows"), FEATURES[0]), (("rows", "channels"), CHANNELS[0])]
 
@@ -341,7 +344,25 @@ def wanted_refusals() -> dict[str, str]:
     return {name: message for name, (_, message) in refused_calls().items()}
 
 
-WORKS = (on_a_line, layer_in_parallel, compiled_in_parallel, refusals, wanted_refusals)
+def shared_keys_by_rows() -> tuple[list[int], Tensor, Tensor]:
+    """The output's global shape, this process' part of it, and what its own call gives; keys are its own, too."""
+    mesh, rank = init_device_mesh("cpu", (WORLD,)), dist.get_rank()
+    case = Case("gated_cross_attention", "", lengths=(3, 0, 4 + rank), kv_rows=(2, 0, 2, 1), gate="head", tail=0)
+    own = testing.make_inputs(case, torch.float32, seed=rank)
+    own = {name: own[name].detach() for name in ("q", "k", "v", "kv_offsets", "kv_rows", "gate")}
+
+    def part(x: Tensor) -> DTensor:
+        sizes = torch.tensor([len(x)])
+        dist.all_reduce(sizes)
+        shape = (int(sizes), *x.shape[1:])
+        return DTensor.from_local(x, mesh, [Shard(0)], shape=shape, stride=torch.empty(shape, device="meta").stride())
+
+    out = ik.gated_cross_attention(**{name: part(x) for name, x in own.items()})
+    assert isinstance(out, DTensor)
+    return list(out.shape), out.to_local(), ik.gated_cross_attention(**own)
+
+
+WORKS = (on_a_line, layer_in_parallel, compiled_in_parallel, refusals, wanted_refusals, shared_keys_by_rows)
 
 
 @pytest.fixture(scope="module")
@@ -363,6 +384,12 @@ def test_a_mesh_of_two_dimensions(tmp_path: Path) -> None:
     for rank, found in enumerate(run_together((on_a_square,), tmp_path, world=4)):
         failures = {name: failure for name, failure in found["on_a_square"].items() if failure}
         assert not failures, f"process {rank}: {failures}"
+
+
+def test_each_process_has_candidates_and_keys_of_its_own(together: list[dict[str, Any]]) -> None:
+    for shape, found, wanted in (found["shared_keys_by_rows"] for found in together):
+        assert shape == [8, 3, 4, 16]
+        assert torch.equal(found, wanted)
 
 
 def test_a_layer_in_parallel_sends_sums_alone(together: list[dict[str, Any]]) -> None:

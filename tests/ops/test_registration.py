@@ -69,7 +69,9 @@ def test_signatures_agree(op: str) -> None:
     expanded |= {"rope_positions": ["positions_q", "positions_k"], "times": ["times_q", "times_k"]}
     parameters = inspect.signature(getattr(ik, op)).parameters
     named = {field for name in parameters for field in expanded.get(name, [name])}
-    assert named - {"return_lse", "backend", "residual"} <= set(map(public.named, spec.names)) | {"kv_offsets"}
+    assert named - {"return_lse", "backend", "residual", "kv_rows"} <= set(map(public.named, spec.names)) | {
+        "kv_offsets"
+    }
     assert ("residual" in parameters) == spec.has_residual
     for backend in backends(op):
         kernels = _backend.kernels(spec.name, op, backend, "cpu", torch.float32)
@@ -228,7 +230,7 @@ ways = {
     "public": Call,
     "bare": lambda: lambda q, offsets: torch.ops.interformer_kernels.attention_fwd(
         "shared", q[:1], q, q, None, offsets, None, "multiply", "sigmoid", 1.0, "softmax", 1.0,
-        False, -1, -1, 0, "full", 0, None, 0.0, None, None, False, None, None, None, None, 0.0, None,
+        False, -1, -1, 0, "full", 0, None, 0.0, None, None, False, False, None, None, None, None, 0.0, None,
         0, None, None, None, None, False, None, False, "pma_pooling", "reference",
     ),
     "compiled": lambda: torch.compile(Call(), backend="eager"),

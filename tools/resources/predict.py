@@ -66,7 +66,7 @@ def _useful(shape: Shape, direction: str) -> tuple[float, float]:
     size = shape.heads * shape.width
     queries = [shape.queries or length for length in shape.lengths]
     pairs = sum(n * length for n, length in zip(queries, shape.lengths, strict=True))
-    of_queries = sum(queries) if not shape.queries else shape.queries
+    of_queries = shape.queries if shape.op == "pma" else sum(queries)
     read = (of_queries + 2 * tokens) * size
     written = sum(queries) * size
     if direction == "forward":

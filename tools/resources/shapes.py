@@ -37,6 +37,20 @@ def _spread(rows: int, low: int, high: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def _journey(rows: int) -> tuple[int, ...]:
+    """Lengths near those of histories in The Complete Journey, at equal steps through its quantiles."""
+    knots = (0, 48, 143, 367, 757, 1268, 2600), (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+    lengths = [int(_between((i + 0.5) / rows, *knots)) for i in range(rows)]
+    random.Random(0).shuffle(lengths)
+    return tuple(lengths)
+
+
+def _between(level: float, heights: tuple[int, ...], levels: tuple[float, ...]) -> float:
+    right = next(i for i, at in enumerate(levels) if level < at)
+    share = (level - levels[right - 1]) / (levels[right] - levels[right - 1])
+    return heights[right - 1] + share * (heights[right] - heights[right - 1])
+
+
 SHAPES = (
     Shape("jagged B2048 L104 H4 D16", "jagged", (104,) * 2048, 4, 16),
     Shape("jagged B2048 L54 H8 D8", "jagged", (54,) * 2048, 8, 8),
@@ -50,6 +64,7 @@ SHAPES = (
     Shape("pma B1152 L1000 H4 D128 M192", "pma", (1000,) * 1152, 4, 128, 192),
     Shape("pma B16 L4096 H8 D64 M2", "pma", (4096,) * 16, 8, 64, 2),
     Shape("pma B65536 L1-32 H2 D32 M2", "pma", _spread(65536, 1, 32), 2, 32, 2),
+    Shape("shared keys B64 mean 542 H4 D64 N512", "shared keys", _journey(64), 4, 64, 512),
     Shape("ffn B1152 L256 E64 F64", "ffn", (256,) * 1152, 1, 64),
 )
 
@@ -93,6 +108,10 @@ def call_of(shape: Shape, dtype: torch.dtype) -> Any:
     maps = "multiply", "sigmoid", shape.width**-0.5, "softmax", 1.0
     if shape.op == "pma":
         return AttentionCall("shared", new(shape.queries, shape.heads, shape.width), k, v, None, offsets, None, *maps)
+    if shape.op == "shared keys":  # as `kv_rows` makes it of queries in order
+        q_offsets = torch.arange(rows + 1) * shape.queries
+        q = new(rows * shape.queries, shape.heads, shape.width)
+        return AttentionCall("packed", q, k, v, q_offsets, offsets, None, *maps, queries_apart=True)
     return AttentionCall("packed", new(tokens, shape.heads, shape.width), k, v, None, offsets, None, *maps)
 
 

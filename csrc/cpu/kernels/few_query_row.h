@@ -20,7 +20,7 @@ struct FewQueries {
     A* turned;   // the same, turned
     A* rotated;  // [kTokenBlock, heads, head], where keys are rotated
     bool plain_queries;
-    bool leaves_few;  // dropout and bias are for the kernels of many queries
+    bool leaves_few;  // to the kernels of many queries: dropout, bias, and queries whose bits are independent
     // Queries that all rows share are read once for a task; the heads whose queries the buffers hold.
     bool same_queries;
     mutable const A *ready = nullptr, *for_dots = nullptr;
@@ -34,7 +34,8 @@ struct FewQueries {
         queries = arena.allocate<A>(kFewUnits * head.padded());
         turned = arena.allocate<A>(kFewUnits * head.padded());
         rotated = arena.allocate<A>(p.rope.cos ? kTokenBlock * kFewUnits * head.padded() : 0);
-        leaves_few = p.dropout.some || p.dropout.all || p.position_bias.table || p.time_bias.table;
+        leaves_few = p.dropout.some || p.dropout.all || p.position_bias.table || p.time_bias.table ||
+                     p.variant.queries_apart;
         plain_queries = !p.rope.cos && p.variant.scale > 0;
         same_queries = !p.q.begins && p.q.row == 0 && !p.rope.cos;
     }
