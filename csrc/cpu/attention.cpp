@@ -177,15 +177,12 @@ void fill_lse_gaps(const Rows& rows, const TensorView& lse) {
 std::vector<AttentionTask> make_tasks(const Call& call, const RowGroups& groups, int64_t threads, bool may_shard) {
     constexpr double kHeavy = 1.0 / 64;
     const AttentionProblem& p = call.problem;
-    const double heavy_of_few = std::max(kHeavy, 0.25 / static_cast<double>(threads));
+    const double heavy_share = std::max(kHeavy, 0.25 / static_cast<double>(threads));
     const double half_a_thread = groups.total() * static_cast<double>(p.kv_heads) / static_cast<double>(2 * threads);
     std::vector<AttentionTask> tasks;
     for (int64_t i = 0; i < groups.count(); ++i) {
         const int64_t group = groups.scheduled(i), first = groups.bound(group), last = groups.bound(group + 1);
-        bool few = true;
-        for (int64_t row = first; row < last; ++row) few = few && call.queries_of(row) <= kFewQueries;
-        const bool shares = few || p.time_bias.table;
-        const bool heavy = groups.work(group) > (shares ? heavy_of_few : kHeavy) * groups.total();
+        const bool heavy = groups.work(group) > heavy_share * groups.total();
         const bool sharded = may_shard && threads > 1 && last - first == 1 && groups.work(group) > half_a_thread;
         const int64_t shards = sharded ? kernels(call.dtype()).attention_shards(p, first) : 1;
         for (int64_t head = 0, heads = heavy ? 1 : p.kv_heads; head < p.kv_heads; head += heads)
