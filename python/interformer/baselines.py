@@ -39,6 +39,7 @@ class LogisticRegression(nn.Module):
         self.dense = nn.Linear(len(schema.dense), 1)
 
     def forward(self, batch: Batch) -> Tensor:
+        batch = batch.unshared()
         logits = self.dense(batch.dense)
         for i, field in enumerate(self.schema.categorical):
             logits = logits + self.weights[self.key_of[field.table]](batch.categorical[:, i])
@@ -62,6 +63,7 @@ class _WithEvents(nn.Module, ABC):
         return nn.Linear(len(schema.candidate) * config.embed_dim, config.embed_dim)
 
     def forward(self, batch: Batch) -> Tensor:
+        batch = batch.unshared()
         x = self.embedding.tokens(batch)  # [B, n, E]
         events = self.lce(self.embedding.events(batch))  # [T, E]
         return self.head(torch.cat((x.flatten(1), self.pool(x, events, batch)), 1)).squeeze(1)

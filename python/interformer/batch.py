@@ -1,7 +1,7 @@
 """A batch of impressions with jagged histories, and the layout of its tokens with CLS tokens prepended to each row.
 
-Axes: `B` rows (impressions), `T` behaviour tokens of all rows, `S` CLS tokens of a row, `K` recent tokens, `k` fields
-of an event, `E` model width.
+Axes: `B` rows (impressions), `R` requests, `T` behaviour tokens of all rows, `S` CLS tokens of a row, `K` recent
+tokens, `k` fields of an event, `E` model width.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from interformer import checks
 class Batch:
     """Impressions in the jagged layout of docs/ops.md.
 
+    Impressions of one request, its candidates, may share a history: `rows` says which request each of them belongs to.
+    What they have in common beside it, the request's fields, each of them repeats.
+
     Args:
         dense: `[B, n_dense]` float; `n_dense` may be 0.
         categorical: `[B, n_cat]` int64 ids.
@@ -25,6 +28,8 @@ class Batch:
         offsets: `[B+1]` int64: the history of impression `b` is `sequences[offsets[b]:offsets[b+1]]`; it may be empty.
         label: `[B]` float, 0 or 1.
         user: `[B]` int64, for gAUC; the model sees users only through `categorical`.
+        rows: `[B]` int64: the request of each impression, in any order; each request has at least one. Then `offsets`
+            is `[R+1]`, and histories are the requests'. None: every impression is a request of its own.
     """
 
     dense: Tensor
@@ -33,13 +38,38 @@ class Batch:
     offsets: Tensor
     label: Tensor
     user: Tensor
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return self.label.shape[0]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are given, by name."""
+        return {field.name: x for field in fields(self) if (x := getattr(self, field.name)) is not None}
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+        return Batch(**{name: x.to(device, non_blocking=non_blocking) for name, x in self.tensors().items()})
+
+    def unshared(self) -> Batch:
+        """The same impressions, each with a history of its own: what models read that know no requests."""
+        if self.rows is None:
+            return self
+        first, length = self.offsets[:-1][self.rows], self.offsets.diff()[self.rows]
+        offsets, events = spans(first, length)
+        return replace(self, sequences=self.sequences[events], offsets=offsets, rows=None)
+
+    def request_of_each(self) -> Tensor:
+        """The request of each impression, `[B]`."""
+        return torch.arange(len(self), device=self.label.device) if self.rows is None else self.rows
+
+    def first_impressions(self) -> Tensor:
+        """The first impression of each request, `[R]`, which speaks for the fields that they have in common."""
+        requests, impressions = self.offsets.shape[0] - 1, torch.arange(len(self), device=self.label.device)
+        if self.rows is None:
+            return impressions
+        first = impressions.new_zeros(requests)
+        return first.scatter_reduce(0, self.rows, impressions, "amin", include_self=False)
 
     def with_capacity(self, tokens: int) -> Batch:
         """A copy with place for `tokens` events, at least `T`: events of no row, behind the last one, have id 0.
@@ -54,7 +84,7 @@ class Batch:
         missing = tokens - self.sequences.shape[0]
         if missing < 0:
             raise ValueError(f"tokens must be at least the batch's {self.sequences.shape[0]} events, found {tokens}")
-        copy = Batch(**{field.name: getattr(self, field.name).clone() for field in fields(self)})
+        copy = Batch(**{name: x.clone() for name, x in self.tensors().items()})
         return replace(copy, sequences=torch.nn.functional.pad(copy.sequences, (0, 0, 0, missing)))
 
     def copy_(self, batch: Batch) -> Batch:
@@ -64,10 +94,15 @@ class Batch:
         in pinned memory.
 
         Raises:
-            ValueError: `batch` has another number of rows or fields, or more events than fit; nothing was overwritten.
+            ValueError: `batch` has another number of rows or fields, or more events than fit, or only one of the two
+                has requests; nothing was overwritten.
         """
+        if (self.rows is None) != (batch.rows is None):
+            found = "None" if batch.rows is None else f"shape {list(batch.rows.shape)}"
+            raise ValueError(f"batch.rows must be {'None' if self.rows is None else 'given'}, found {found}")
         events = min(batch.sequences.shape[0], self.sequences.shape[0])
-        pairs = {field.name: (getattr(self, field.name), getattr(batch, field.name)) for field in fields(self)}
+        theirs = batch.tensors()
+        pairs = {name: (x, theirs[name]) for name, x in self.tensors().items()}
         pairs["sequences"] = self.sequences[:events], batch.sequences
         for name, (target, source) in pairs.items():
             if target.shape != source.shape:
@@ -130,6 +165,14 @@ class Layout:
             return tokens.new_zeros(*self.summary.shape, tokens.shape[1])
         summary_tokens = tokens.index_select(0, self.summary.flatten()).unflatten(0, self.summary.shape)
         return summary_tokens.where(self.valid[..., None], 0)
+
+
+def spans(first: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets `[B+1]` of rows of these lengths `[B]`, and the index `[T]` of their tokens, of which row `b` takes those
+    from `first[b]` on."""
+    offsets = torch.nn.functional.pad(length.cumsum(0), (1, 0))
+    row = torch.repeat_interleave(length)
+    return offsets, torch.arange(len(row), device=row.device) + (first - offsets[:-1])[row]
 
 
 def row_of_tokens(offsets: Tensor, tokens: int) -> Tensor:

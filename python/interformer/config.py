@@ -17,6 +17,7 @@ MASK_OUTPUTS = ("identity", "sigmoid", "none")
 FLOWS = ("int", "n2s", "s2n", "sep", "sole")
 SUMMARIES = ("selective", "mean", "mlp", "mha")
 PMA_FORMS = ("bare", "mab")
+SHARED = ("none", "request")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class InterFormerConfig:
         dropout: on the hidden activations of the head and of the interaction MLPs.
         embedding_dropout: on the embedded tokens of both sides, whole channels independently.
         embedding_std: standard deviation of the embedding tables at initialisation.
+        shared: `request`: what a request's candidates have in common is computed once for all of them (section 8);
+            `none`: everything is computed for every impression, as printed.
+        num_queries: queries of a candidate into the sequence, where the request is shared.
         backend: backend of the ops; None chooses the fastest that can serve.
 
     Raises:
@@ -101,12 +105,15 @@ class InterFormerConfig:
     dropout: float = 0.0
     embedding_dropout: float = 0.0
     embedding_std: float = 0.1
+    shared: str = "none"
+    num_queries: int = 1
     backend: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_heads", "num_layers", "num_cls", "cross_rank", "max_history", "pffn_inner"):
             checks.whole(name, getattr(self, name), 1)
-        checks.whole("pool_products", self.pool_products, 1)
+        for name in ("pool_products", "num_queries"):
+            checks.whole(name, getattr(self, name), 1)
         for name in ("num_seeds", "num_recent", "pool_seeds"):
             checks.whole(name, getattr(self, name), 0)
         for name, low in (("interaction_hidden", 1), ("pffn_hidden", 1), ("head_hidden", 1), ("window", 0)):
@@ -118,6 +125,7 @@ class InterFormerConfig:
         self._choice("mask_output", MASK_OUTPUTS)
         self._choice("flow", FLOWS)
         self._choice("summary", SUMMARIES)
+        self._choice("shared", SHARED)
         self._choice("pma", PMA_FORMS)
         if self.backend is not None:
             self._choice("backend", BACKENDS)
@@ -142,6 +150,8 @@ class InterFormerConfig:
             raise ValueError(f"backbone_layers must be 1 for the dot backbone, found {self.backbone_layers}")
         if len(self.window) not in (0, 2):
             raise ValueError(f"window must be empty or (left, right), found {self.window}")
+        if self.once_per_request and self.flow != "int":
+            raise ValueError(f"flow must be 'int' where the request is shared, found {self.flow!r}")
         if self.pool_seeds and not self.num_seeds:
             raise ValueError(f"pool_seeds must be 0 without PMA (num_seeds=0), found {self.pool_seeds}")
         if self.summary == "selective" and not (self.cls or self.num_seeds or self.num_recent):
@@ -157,6 +167,11 @@ class InterFormerConfig:
     def has_sequence(self) -> bool:
         """Whether the model reads histories."""
         return self.flow != "sole"
+
+    @property
+    def once_per_request(self) -> bool:
+        """Whether candidates share what is computed of their request."""
+        return self.shared == "request"
 
     @property
     def to_sequence(self) -> bool:

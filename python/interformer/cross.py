@@ -165,10 +165,11 @@ class CrossArch(nn.Module):
         super().__init__()
         feeds_pffn = config.pffn != "none" and not last
         feeds_sequence = config.has_sequence and (feeds_pffn or (first and config.cls))
+        feeds_candidates = config.once_per_request
         self.lce: TokenLCE | None = None
         self.tokens: nn.Parameter | None = None
         self.sequence_summary: nn.Module | None = None
-        if last or (feeds_sequence and config.to_sequence):
+        if last or feeds_candidates or (feeds_sequence and config.to_sequence):
             self.lce, self.gate = TokenLCE(num_tokens, config.num_cls), Gating(config)
         elif feeds_sequence:
             self.tokens = nn.Parameter(torch.randn(config.num_cls, config.embed_dim))

@@ -14,8 +14,8 @@ class Embedding(nn.Module):
     """The batch's fields as tokens. Fields that name one table share it; a table that no field reads is not created.
 
     `tokens(batch)` is `X [B, n, E]`: one token for all dense scalars together (if there are any), then one for each
-    categorical field; `candidate_of(tokens)` selects the candidate's. `events(batch)` is `Sc [T, kE]`, the `k` fields
-    of `config.event_fields`, or all. There is no norm and no bias.
+    categorical field; `candidate_of(tokens)` selects the candidate's. `events(batch)` is `Sc [T, kE]`, of the `k`
+    fields of `config.event_fields`, or all. There is no norm and no bias.
 
     Args:
         with_events: whether the model reads histories.

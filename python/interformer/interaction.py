@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from interformer.config import InterFormerConfig
-from interformer.layers import MLP, TokenLCE
+from interformer.layers import MLP, SharedTokens, TokenLCE
 
 
 class DotInteraction(nn.Module):
@@ -28,6 +28,15 @@ class DotInteraction(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return (z @ z.mT).flatten(1).index_select(1, self.pairs)
+
+    def shared(self, z: SharedTokens, every: Tensor, mlp: MLP) -> Tensor:
+        """`mlp` of the same, `every = z.all()`; pairs of shared tokens, which come last, are multiplied per request."""
+        own, shared = z.own.shape[1], z.shared.shape[1]
+        of_own, of_shared = self.pairs.tensor_split((self.num_features - shared * (shared - 1) // 2,))
+        row, column = of_shared // (own + shared) - own, of_shared % (own + shared) - own
+        products = (z.own @ every.mT).flatten(1).index_select(1, of_own)
+        products_of_shared = (z.shared @ z.shared.mT).flatten(1).index_select(1, row * shared + column)
+        return mlp.behind_first(z.linear(mlp.first, products, products_of_shared))
 
 
 class CrossInteraction(nn.Module):
@@ -49,6 +58,14 @@ class CrossInteraction(nn.Module):
             x = first * up(down(x)) + x
         return x
 
+    def shared(self, z: SharedTokens, every: Tensor, mlp: MLP) -> Tensor:
+        """`mlp` of the same, `every = z.all()`; the first product with `down` is made once per request."""
+        first = x = every.flatten(1)
+        for i, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
+            low = down(x) if i else z.linear(down, z.own.flatten(1), z.shared.flatten(1))
+            x = first * up(low) + x
+        return mlp(x)
+
 
 class Backbone(nn.Module):
     """One interaction followed by an MLP: `z [B, m, E] -> [B, n, E]`."""
@@ -63,6 +80,10 @@ class Backbone(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         return self.mlp(self.interaction(z)).unflatten(1, (self.num_out, -1))
 
+    def shared(self, z: SharedTokens, every: Tensor) -> Tensor:
+        """The same of tokens of which some are shared; `every` is `z.all()`."""
+        return self.interaction.shared(z, every, self.mlp).unflatten(1, (self.num_out, -1))
+
 
 class DHENLayer(nn.Module):
     """One layer of backbone `dhen`: `LayerNorm(dot(z) + dcnv2(z) + lce(z))`, `z [B, m, E] -> [B, n, E]`."""
@@ -76,6 +97,10 @@ class DHENLayer(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.norm(self.dot(z) + self.cross(z) + self.shortcut(z))
+
+    def shared(self, z: SharedTokens, every: Tensor) -> Tensor:
+        """The same of tokens of which some are shared; `every` is `z.all()`."""
+        return self.norm(self.dot.shared(z, every) + self.cross.shared(z, every) + self.shortcut.shared(z))
 
 
 class InteractionArch(nn.Module):
@@ -95,3 +120,12 @@ class InteractionArch(nn.Module):
 
     def forward(self, x: Tensor, s_sum: Tensor | None) -> Tensor:
         return self.backbone(x if s_sum is None else torch.cat((x, s_sum), 1))
+
+    def shared(self, z: SharedTokens) -> Tensor:
+        """`X' [C, n, E]` of candidates, whose last tokens are their requests'."""
+        stacked = isinstance(self.backbone, nn.Sequential)
+        first, *later = self.backbone if stacked else (self.backbone,)
+        x = first.shared(z, z.all())
+        for layer in later:
+            x = layer(x)
+        return x

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,34 @@ from torch import Tensor, nn
 from interformer.config import InterFormerConfig
 
 Rope = tuple[Tensor, Tensor]
+
+
+class SharedTokens(NamedTuple):
+    """Tokens of candidates, `[C, m, E]`, of which the last are those of their requests: `shared[rows]`.
+
+    Attributes:
+        own: `[C, m_c, E]`.
+        shared: `[R, m_r, E]`.
+        rows: `[C]`: the request of each candidate.
+    """
+
+    own: Tensor
+    shared: Tensor
+    rows: Tensor
+
+    def take(self, of_requests: Tensor) -> Tensor:
+        """What belongs to requests, `[R, ...]`, for each candidate: `[C, ...]`; its gradient is an ordered sum."""
+        taken = nn.functional.embedding(self.rows, of_requests.flatten(1))
+        return taken.unflatten(1, of_requests.shape[1:])
+
+    def all(self) -> Tensor:
+        """All tokens of each candidate, `[C, m, E]`."""
+        return torch.cat((self.own, self.take(self.shared)), 1)
+
+    def linear(self, layer: nn.Linear, own: Tensor, shared: Tensor) -> Tensor:
+        """`layer` of `[own | shared[rows]]`, for `own [C, a]` and `shared [R, b]`: requests are multiplied once."""
+        of_own, of_shared = layer.weight.split((own.shape[1], shared.shape[1]), 1)
+        return own @ of_own.T + self.take(nn.functional.linear(shared, of_shared, layer.bias))
 
 
 class MLP(nn.Sequential):
@@ -28,6 +57,20 @@ class MLP(nn.Sequential):
                     layers.append(nn.Dropout(dropout))
             layers.append(nn.Linear(wide, narrow))
         super().__init__(*layers)
+
+    def behind_first(self, x: Tensor) -> Tensor:
+        """All but the first layer, of the first one's output."""
+        _, *layers = self
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    @property
+    def first(self) -> nn.Linear:
+        """The input layer."""
+        layer = self[0]
+        assert isinstance(layer, nn.Linear)
+        return layer
 
     @property
     def last(self) -> nn.Linear:
@@ -100,6 +143,11 @@ class TokenLCE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight @ x
+
+    def shared(self, z: SharedTokens) -> Tensor:
+        """The same of tokens of which some are shared."""
+        own, shared = self.weight.split((z.own.shape[1], z.shared.shape[1]), 1)
+        return own @ z.own + z.take(shared @ z.shared)
 
 
 class RotaryTables(nn.Module):

@@ -25,11 +25,12 @@ class Schema:
         categorical: the fields of `Batch.categorical`, one token each; the candidate item is one of them.
         sequences: the fields of `Batch.sequences`, the columns of an event.
         candidate: names of the categorical fields that describe the candidate item, for models that compare it with
-            the events (DIN, for example). InterFormer does not need it.
+            the events (DIN, for example), or that read all else once per request (`InterFormerConfig.shared`).
+        candidate_dense: names of the dense scalars that describe the candidate item; the others are the request's.
 
     Raises:
         ValueError: a field reads an unknown table, a table has no ids, a side has no field, or a candidate field is not
-            categorical.
+            among the fields.
     """
 
     tables: Mapping[str, int]
@@ -37,6 +38,7 @@ class Schema:
     categorical: tuple[Field, ...]
     sequences: tuple[Field, ...]
     candidate: tuple[str, ...] = ()
+    candidate_dense: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, size in self.tables.items():
@@ -54,6 +56,10 @@ class Schema:
         for name in self.candidate:
             if name not in names:
                 raise ValueError(f"Schema: candidate must name fields among {', '.join(names)}; found {name!r}")
+        for name in self.candidate_dense:
+            if name not in self.dense:
+                wanted = f"dense scalars among {', '.join(self.dense) or 'none'}"
+                raise ValueError(f"Schema: candidate_dense must name {wanted}; found {name!r}")
 
     @property
     def num_tokens(self) -> int:
@@ -68,6 +74,7 @@ class Schema:
             "categorical": [[field.name, field.table] for field in self.categorical],
             "sequences": [[field.name, field.table] for field in self.sequences],
             "candidate": list(self.candidate),
+            "candidate_dense": list(self.candidate_dense),
         }
 
     @classmethod
@@ -79,4 +86,5 @@ class Schema:
             categorical=tuple(Field(*pair) for pair in plain["categorical"]),
             sequences=tuple(Field(*pair) for pair in plain["sequences"]),
             candidate=tuple(plain["candidate"]),
+            candidate_dense=tuple(plain.get("candidate_dense", ())),
         )

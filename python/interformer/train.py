@@ -187,7 +187,7 @@ class Run:
         if self.world.size > 1:
             torch.manual_seed(seed * self.world.size + self.world.rank)  # Dropout differs between the processes.
         for rows in train.batch_rows(config.batch_size, seed=seed):
-            batch = train.batch(self.world.share(rows))
+            batch = train.batch(train.split(rows, self.world.size)[self.world.rank])
             step_began = time.perf_counter()
             batch = batch.to(self.device)
             # Its mean over the processes is the mean over the batch, for any distribution of rows.

@@ -83,7 +83,7 @@ def test_capacity_adds_events_of_no_row() -> None:
     assert torch.equal(larger.sequences[:60], batch.sequences)
     assert not larger.sequences[60:].any()
     same = batch.with_capacity(60)
-    for name, x in vars(batch).items():
+    for name, x in batch.tensors().items():
         assert torch.equal(getattr(same, name), x)
         assert getattr(same, name).data_ptr() != x.data_ptr()
     with pytest.raises(ValueError, match="tokens must be at least the batch's 60 events, found 59"):
@@ -95,10 +95,10 @@ def test_capacity_adds_events_of_no_row() -> None:
 def test_copies_keep_memory_and_refuse_other_sizes() -> None:
     first, second, *_ = _batches()
     static = first.with_capacity(CAPACITY)
-    places = {name: x.data_ptr() for name, x in vars(static).items()}
+    places = {name: x.data_ptr() for name, x in static.tensors().items()}
     assert static.copy_(second) is static
-    assert {name: x.data_ptr() for name, x in vars(static).items()} == places
-    for name, x in vars(second).items():
+    assert {name: x.data_ptr() for name, x in static.tensors().items()} == places
+    for name, x in second.tensors().items():
         assert torch.equal(getattr(static, name)[: len(x)], x)
     assert torch.equal(static.sequences[8:60], first.sequences[8:])
     before = static.label.clone()

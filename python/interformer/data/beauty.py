@@ -185,7 +185,9 @@ def _impressions(
     fields = Field("user", "user"), Field("item", "item")
     tables = {"user": streams.users, "item": streams.items}
     return Clicks(
-        schema=Schema(tables, ("history_length", "item_count"), fields, fields[1:], candidate=("item",)),
+        schema=Schema(
+            tables, ("history_length", "item_count"), fields, fields[1:], ("item",), candidate_dense=("item_count",)
+        ),
         dense=torch.from_numpy(dense.astype(np.float32)),
         categorical=torch.from_numpy(np.stack((user, item), 1)),
         events=torch.from_numpy(streams.item[:, None]),

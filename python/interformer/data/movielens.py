@@ -272,4 +272,5 @@ def _schema(films: Films, people: People) -> Schema:
     plain = tuple(Field(name, name) for name in ("user", "age", "gender", "occupation", "item", "year"))
     events = (Field("item", "item"), Field("rating", "rating"), *genres[:2], Field("gap", "gap"))
     candidate = ("item", "year", *(genre.name for genre in genres))
-    return Schema(tables, ("history_length", "item_seen", "item_liked"), plain + genres, events, candidate)
+    counts = ("item_seen", "item_liked")
+    return Schema(tables, ("history_length", *counts), plain + genres, events, candidate, candidate_dense=counts)
