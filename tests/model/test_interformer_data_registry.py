@@ -11,7 +11,7 @@ from interformer.data import READERS, SyntheticLaw, read, read_beauty, read_csv,
 
 
 def test_a_reader_by_name_is_the_reader(tmp_path: Path) -> None:
-    assert list(READERS) == ["movielens", "beauty", "csv", "synthetic"]
+    assert list(READERS) == ["movielens", "beauty", "completejourney", "csv", "synthetic"]
     (tmp_path / "Beauty.txt").write_text("1 2 3 4 5\n2 6 7 8 9\n")
     named, plain = read("beauty", tmp_path, max_history=2, seed=3), read_beauty(tmp_path, max_history=2, seed=3)
     assert torch.equal(named.train.categorical, plain.train.categorical)
@@ -27,7 +27,7 @@ def test_a_reader_by_name_is_the_reader(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reader", "path", "options", "message"),
     [
-        ("parquet", "x", {}, "reader must be one of movielens, beauty, csv, synthetic; found 'parquet'"),
+        ("parquet", "x", {}, "reader must be one of movielens, beauty, completejourney, .*; found 'parquet'"),
         ("beauty", None, {}, "reader 'beauty': wanted a path, found None"),
         ("synthetic", "x", {}, "reader 'synthetic': wanted no path, found 'x'"),
         ("beauty", "x", {"valid": 1}, "must be among max_history, negatives, seed; found 'valid'"),

@@ -2,6 +2,7 @@
 
 from interformer.data.beauty import read_beauty
 from interformer.data.clicks import Clicks, Splits
+from interformer.data.completejourney import read_completejourney
 from interformer.data.delimited import CsvSchema, SchemaError, load_schema, read_csv, shipped_schemas
 from interformer.data.errors import MalformedFileError
 from interformer.data.movielens import read_movielens
@@ -19,6 +20,7 @@ __all__ = [
     "load_schema",
     "read",
     "read_beauty",
+    "read_completejourney",
     "read_csv",
     "read_movielens",
     "shipped_schemas",

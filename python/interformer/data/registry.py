@@ -11,6 +11,7 @@ from typing import Any
 from interformer.checks import short_repr
 from interformer.data.beauty import read_beauty
 from interformer.data.clicks import Splits
+from interformer.data.completejourney import read_completejourney
 from interformer.data.delimited import read_csv
 from interformer.data.movielens import read_movielens
 from interformer.data.synthetic import SyntheticLaw, synthesize
@@ -23,6 +24,7 @@ def _read_synthetic(**law: Any) -> Splits:
 READERS: dict[str, Callable[..., Splits]] = {
     "movielens": read_movielens,
     "beauty": read_beauty,
+    "completejourney": read_completejourney,
     "csv": read_csv,
     "synthetic": _read_synthetic,
 }
@@ -31,7 +33,8 @@ READERS: dict[str, Callable[..., Splits]] = {
 def read(reader: str, path: Path | str | None = None, **options: Any) -> Splits:
     """Call the reader called `reader` with `path` and `options`, its keyword arguments.
 
-    `synthetic` has no path; its options are the fields of `SyntheticLaw`.
+    `synthetic` has no path; its options are the fields of `SyntheticLaw`. Without a path, `completejourney` reads an
+    installed package.
 
     Raises:
         ValueError: there is no such reader, an option is unknown or missing, or a path is missing or not allowed.
@@ -39,7 +42,7 @@ def read(reader: str, path: Path | str | None = None, **options: Any) -> Splits:
     """
     if reader not in READERS:
         raise ValueError(f"reader must be one of {', '.join(READERS)}; found {reader!r}")
-    has_path = reader != "synthetic"
+    has_path = path is not None if reader == "completejourney" else reader != "synthetic"
     if has_path != (path is not None):
         raise ValueError(f"reader {reader!r}: wanted {'a' if has_path else 'no'} path, found {short_repr(path)}")
     known = _options(reader)
