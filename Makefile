@@ -60,7 +60,7 @@ FUZZ = $(BIN)/python -m pytest --timeout 0 --hypothesis-profile fuzz --hypothesi
 
 .PHONY: help demo test triton-test cuda-test target-env target-test target-native-test target-resources resources \
         triton-resources predictions gpu-report gpu-kit gpu-rehearsal fuzz nightly sanitize lint wheel-test wide-test bench \
-        bench-model bench-rows bench-options bench-compare instruction-counts torch-matrix docs clean
+        bench-model bench-rows bench-options bench-candidates bench-requests bench-compare instruction-counts torch-matrix docs clean
 
 help:
 	@echo "make demo [DATA=path]   what is here, is it right, how fast is it, InterFormer on clicks: demo-out/"
@@ -85,6 +85,8 @@ help:
 	@echo "make bench [DATA=path]  every op against its peers on all named shapes: bench/out/report.md"
 	@echo "make bench-model        InterFormer against the same model on padded rows, training and inference: bench/out/model.md"
 	@echo "make bench-options      each option of attention against the plain call, and peers: bench/out/options.md"
+	@echo "make bench-candidates   candidates that share their request's keys, against peers: bench/out/candidates.md"
+	@echo "make bench-requests     a model that reads requests once, and a server that keeps users: bench/out/requests.md"
 	@echo "make bench-rows         lines that memory or short rows bound, as shares of the machine's rates: bench/out/rows.md"
 	@echo "make bench-compare REF=<git ref>  is this tree slower than another, by interleaved runs: bench/out/compare.md"
 	@echo "make instruction-counts  do small calls take more instructions than recorded, by valgrind, on a busy machine too"
@@ -232,6 +234,9 @@ bench-rows: $(READY)
 
 bench-options: $(READY)
 	$(BIN)/python -m interformer_bench.options $(data_option) --out bench/out/options.md $(ARGS)
+
+bench-candidates bench-requests: bench-%: $(READY)
+	$(BIN)/python -m interformer_bench.$* $(data_option) --out bench/out/$*.md $(ARGS)
 
 bench-compare: $(READY)
 	$(BIN)/python -m interformer_bench.compare $(REF) $(data_option) --out bench/out $(ARGS)

@@ -69,6 +69,15 @@ def growth(call: TimedCall) -> tuple[int, object]:
     return 1024 * (_kilobytes("VmHWM") - before), result
 
 
+def of_child(module: str, arguments: Sequence[str]) -> str:
+    """What `python -m interformer_bench.<module>` prints in a process whose memory can be read; "unknown" elsewhere."""
+    if unsupported_reason():
+        return "unknown"
+    command = [sys.executable, "-m", f"interformer_bench.{module}", *arguments]
+    environment = {**os.environ, **ENVIRONMENT}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def _kilobytes(field: str) -> int:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1])

@@ -124,28 +124,15 @@ def _calls(batch: Batch, options: dict[str, Any], backward: bool, flex: bool) ->
 def _measured(batch: Batch, line: Line, backward: bool, chosen: argparse.Namespace) -> tuple[str, ...]:
     """The cells of a line: our time, its ratio to the plain call's in turn with it, the best peer's, our spread."""
     import torch
-    from interformer_bench import threads, timing
+    from interformer_bench import contest, timing
 
     torch.set_num_threads(chosen.threads)  # FlexAttention is compiled for so many
     options = line.options(batch)
     calls = _calls(batch, options, backward, chosen.compile)
     pair = {"plain": _pass(_ours(batch, {}), batch, {}, backward), "option": calls["interformer"]}
     cost = timing.interleaved(pair, seconds=chosen.seconds)
-    found: dict[str, list[timing.Timing]] = {name: [] for name in calls}
-    for count in threads.counts([1, chosen.threads]):
-        torch.set_num_threads(count)
-        for name, x in timing.interleaved(calls, seconds=chosen.seconds).items():
-            found[name].append(x)
-    best = {name: min(times, key=lambda x: x.median) for name, times in found.items()}
-    ours = best.pop("interformer")
-    peer = min(best, key=lambda name: best[name].median)
-    return (
-        f"{ours.median * 1e3:.3g} ms",
-        f"{cost['option'].median / cost['plain'].median:.2f}",
-        f"{best[peer].median * 1e3:.3g} ms ({peer})",
-        f"{best[peer].median / ours.median:.2f}x",
-        f"{100 * (ours.high - ours.low) / ours.median:.0f}%",
-    )
+    ours, peer, ratio, spread = contest.cells(contest.best_times(calls, chosen.threads, chosen.seconds))
+    return ours, f"{cost['option'].median / cost['plain'].median:.2f}", peer, ratio, spread
 
 
 def measure(chosen: argparse.Namespace, selected: Sequence[Line]) -> tuple[str, list[tuple[str, ...]]]:

@@ -23,6 +23,7 @@ SCHEMA = Schema(
     categorical=(Field("user", "user"), _ITEM, _CATEGORY),
     sequences=(_ITEM, _CATEGORY, Field("opinion", "opinion")),
     candidate=("item", "category"),
+    candidate_dense=("price",),
 )
 
 
