@@ -16,7 +16,7 @@ USAGE = (ROOT / "docs/usage.md").read_text(encoding="utf-8")
 SNIPPETS = {
     name: re.findall(r"```python\n(.*?)```", page, re.DOTALL) for name, page in (("readme", README), ("usage", USAGE))
 }
-RESULTS = ("cpu-avx512-intel.md", "cpu-avx512-zen4.md", "cpu-avx2-zen4.md")
+RESULTS = ("cpu-avx512-intel.md", "cpu-avx512-zen4.md", "cpu-avx2-intel.md", "cpu-avx2-zen4.md")
 
 
 def run(page: str, index: int) -> dict[str, Any]:
