@@ -34,8 +34,8 @@ struct FewQueries {
         queries = arena.allocate<A>(kFewUnits * head.padded());
         turned = arena.allocate<A>(kFewUnits * head.padded());
         rotated = arena.allocate<A>(p.rope.cos ? kTokenBlock * kFewUnits * head.padded() : 0);
-        leaves_few = p.dropout.some || p.dropout.all || p.position_bias.table || p.time_bias.table ||
-                     p.variant.queries_apart;
+        leaves_few =
+            p.dropout.some || p.dropout.all || p.position_bias.table || p.time_bias.table || p.variant.queries_apart;
         plain_queries = !p.rope.cos && p.variant.scale > 0;
         same_queries = !p.q.begins && p.q.row == 0 && !p.rope.cos;
     }
