@@ -18,7 +18,7 @@ from interformer_kernels._calls import AttentionCall
 from interformer_kernels.ops import _eager
 from interformer_kernels.ops._attention import registered
 from interformer_kernels.ops._attention_options import without_idle_seed
-from interformer_kernels.ops._autograd import LIBRARY
+from interformer_kernels.ops._autograd import LIBRARY, refuse_tangents
 from interformer_kernels.ops._compiling import is_one
 from interformer_kernels.ops._public import PublicOp
 
@@ -44,6 +44,8 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The public function's result for arguments as they came; `call` has the offsets of the key rows."""
     rows = _checked_rows(op, call, kv_rows)
+    if not torch.compiler.is_compiling():
+        refuse_tangents(op.name, (*call, residual))
     kv_offsets = call.kv_offsets
     # Checked as a call in which every query row has keys of its own.
     own, residual = op.checked(call._replace(kv_offsets=kv_offsets.new_empty(rows.shape[0] + 1)), residual)
@@ -95,16 +97,17 @@ def _query_order(
 ) -> QueryOrder:
     """The order of `tokens` query tokens: of jagged rows, or of rows of `queries` tokens each."""
     given = kv_rows, kv_offsets, q_offsets, tokens, queries
-    if _may_be_read(kv_rows) and len(kv_rows) and kv_rows[0] >= 0 and bool((kv_rows.diff() >= 0).all()):
+    if _may_be_read(kv_rows) and len(kv_rows) and kv_rows[0] >= 0 and bool((kv_rows[1:] >= kv_rows[:-1]).all()):
         _check_contents(*given[:4])
         return QueryOrder(_row_offsets(kv_rows, len(kv_rows), *given[1:]), None, None)
     return QueryOrder(*torch.ops.interformer_kernels.order_queries(*given))
 
 
 def _may_be_read(x: Tensor) -> bool:
-    """Whether the program may depend on contents: nothing waits for them, and no tracer would take them for fixed."""
+    """Whether the program may depend on contents: nothing waits for them, and no tracer or transform forbids it."""
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
         and type(x) is Tensor
         and x.is_cpu
         and not torch._C._len_torch_dispatch_stack()
@@ -200,14 +203,36 @@ def _put_back(packed: Tensor, shape: tuple[int, ...], order: QueryOrder) -> Tens
     return packed.reshape(shape)
 
 
+def _permuted(x: Tensor, taken: Tensor | None, places: Tensor | None) -> Any:
+    """`x[taken]`, of which `places` is the inverse: its gradient is the inverse permutation, where that of
+    `index_select` would add up what is never two numbers."""
+    if torch.compiler.is_compiling():  # strict export would keep an autograd.Function as its forward alone
+        return torch.ops.interformer_kernels.permuted.default(x, taken, places)
+    return _Permutation.apply(x, taken, places)  # type: ignore[no-untyped-call]
+
+
+class _Permutation(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, taken: Tensor, places: Tensor) -> Tensor:
+        return x.index_select(0, taken)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2], inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _permuted(grad, *ctx.saved_tensors), None, None
+
+
 LIBRARY.define("permuted(Tensor x, Tensor taken, Tensor places) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.impl("permuted", lambda x, taken, places: x.index_select(0, taken), "CompositeExplicitAutograd")
 torch.library.register_fake("interformer_kernels::permuted", lambda x, taken, places: x.new_empty(x.shape), lib=LIBRARY)
-# Its gradient is the inverse permutation; that of `index_select` would add up what is never two numbers.
 torch.library.register_autograd(
     "interformer_kernels::permuted",
-    lambda ctx, grad: (_permuted(grad, *ctx.saved_tensors), None, None),
+    lambda ctx, grad: (torch.ops.interformer_kernels.permuted.default(grad, *ctx.saved_tensors), None, None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[2], inputs[1]),
     lib=LIBRARY,
 )
-_permuted: Any = torch.ops.interformer_kernels.permuted.default
