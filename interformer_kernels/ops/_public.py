@@ -53,7 +53,9 @@ class PublicOp:
         names: Mapping[str, str] | None = None,
     ) -> None:
         self.name, self.spec, self.layouts = name, spec, layouts
-        self.lead, self.required, self.names = lead or spec.gradients[0], required, names or {}
+        self.lead, self.names = lead or spec.gradients[0], names or {}
+        always = [field.name for field in spec.fields if isinstance(field.note, Values) and not field.optional]
+        self.required = (*required, *always)
         values = [field.name for field in spec.fields if isinstance(field.note, Values)]
         self.values = sorted(values, key=lambda name: name != self.lead)
         self._axes = {

@@ -61,6 +61,7 @@ KINDS: list[tuple[str, dict[str, Any], str]] = [
     (PMA, {"seeds": None, "k": None}, "k must be a tensor of float32"),
     (PMA, {"skip_prefix": 1.5}, "skip_prefix must be an int, found 1.5"),
     (CROSS, {"q_offsets": 3}, "q_offsets must be an int32 or int64 tensor, found 3"),
+    (CROSS, {"k": None}, r"k must be a dense tensor \[Tk, Hk, D\], found None"),
     (CROSS, {"kv_rows": [0, 1, 2]}, r"kv_rows must be an int32 or int64 tensor, found \[0, 1, 2\] \(list\)"),
     (CROSS, {"kv_rows": OFFSETS.float()}, "kv_rows must be an int32 or int64 tensor, found a tensor"),
     (CROSS, {"kv_rows": OFFSETS[1:], "q": [1.0]}, "q must be a tensor of float32"),
