@@ -32,8 +32,10 @@ class SharedTokens(NamedTuple):
 
     def take(self, of_requests: Tensor) -> Tensor:
         """What belongs to requests, `[R, ...]`, for each candidate: `[C, ...]`; its gradient is an ordered sum."""
-        taken = nn.functional.embedding(self.rows, of_requests.flatten(1))
-        return taken.unflatten(1, of_requests.shape[1:])
+        flat, dtype = of_requests.flatten(1), of_requests.dtype
+        # Gradients of hundreds of candidates would be lost in a sum of 16 bits.
+        wide = flat.float() if dtype.itemsize < 4 else flat
+        return nn.functional.embedding(self.rows, wide).to(dtype).unflatten(1, of_requests.shape[1:])
 
     def all(self) -> Tensor:
         """All tokens of each candidate, `[C, m, E]`."""

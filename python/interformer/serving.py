@@ -83,10 +83,11 @@ class UserCache:
             sequences, offsets: their events `[T, k]`, oldest first, and `[R+1]`.
 
         Raises:
-            ValueError: there are not as many users as rows, a user comes twice, or one alone exceeds the budget.
+            TypeError: the users are tensors, which are no keys.
+            ValueError: there are not as many users as rows, a user comes twice, or one alone exceeds the budget; then
+                nothing has changed.
         """
-        if len(set(users)) != len(users) or len(users) != offsets.shape[0] - 1:
-            raise ValueError(f"users must be {offsets.shape[0] - 1} different keys (from offsets), found {users!r}")
+        _check_users(users, offsets)
         if self.max_history is not None:
             length = offsets.diff().clamp(max=self.max_history)
             offsets, events = spans(offsets[1:] - length, length)
@@ -95,29 +96,32 @@ class UserCache:
             state = RequestState(*self.read_requests(dense, categorical, sequences, offsets))
         self._computed = [state.keys_values[0].dtype, state.summaries[0].dtype]
         first, with_cls = offsets.tolist(), state.offsets.tolist()
+        made: dict[Hashable, _User] = {}
         for i, user in enumerate(users):
             tokens = slice(with_cls[i], with_cls[i + 1])
-            self._hold(
-                user,
-                _User(
-                    dense[i].clone(),
-                    categorical[i].clone(),
-                    sequences[first[i] : first[i + 1]].clone(),
-                    tuple(x[tokens].to(self.dtype or x.dtype, copy=True) for x in state.keys_values),
-                    tuple(x[i].to(self.dtype or x.dtype, copy=True) for x in state.summaries),
-                ),
+            made[user] = _User(
+                dense[i].clone(),
+                categorical[i].clone(),
+                sequences[first[i] : first[i + 1]].clone(),
+                tuple(x[tokens].to(self.dtype or x.dtype, copy=True) for x in state.keys_values),
+                tuple(x[i].to(self.dtype or x.dtype, copy=True) for x in state.summaries),
             )
+            if (size := made[user].bytes()) > self.max_bytes:
+                raise ValueError(f"max_bytes must hold a user, user {user!r} of {size}; found {self.max_bytes}")
+        for user, held in made.items():
+            self._hold(user, held)
 
     def append(self, users: Sequence[Hashable], sequences: Tensor, offsets: Tensor) -> None:
         """Add later events `[T, k]`, `[R+1]`, to held users, and compute these again.
 
         Raises:
             KeyError: a user is not held.
-            ValueError: as `put`.
+            TypeError, ValueError: as `put`.
         """
+        _check_users(users, offsets)
+        if not len(users):
+            return
         held = [self._user(user) for user in users]
-        if len(held) != offsets.shape[0] - 1:
-            raise ValueError(f"users must be {offsets.shape[0] - 1} different keys (from offsets), found {users!r}")
         first = offsets.tolist()
         events = [torch.cat((user.sequences, sequences[first[i] : first[i + 1]])) for i, user in enumerate(held)]
         lengths = torch.tensor([len(x) for x in events], device=offsets.device)
@@ -132,8 +136,11 @@ class UserCache:
     def get(self, users: Sequence[Hashable]) -> RequestState:
         """The state of held users, as requests `0 .. R-1` in this order, in the model's dtype.
 
+        That of one user is the cache's own memory: it is to be read, not written.
+
         Raises:
             KeyError: a user is not held.
+            ValueError: there is no user.
         """
         held = [self._user(user) for user in users]
         if not held:
@@ -165,8 +172,6 @@ class UserCache:
         return self._users[user]
 
     def _hold(self, user: Hashable, state: _User) -> None:
-        if state.bytes() > self.max_bytes:
-            raise ValueError(f"max_bytes must hold a user, user {user!r} of {state.bytes()}; found {self.max_bytes}")
         if user in self._users:
             self._forget(user)
         self._users[user] = state
@@ -176,6 +181,13 @@ class UserCache:
 
     def _forget(self, user: Hashable) -> None:
         self.bytes -= self._users.pop(user).bytes()
+
+
+def _check_users(users: Sequence[Hashable], offsets: Tensor) -> None:
+    if isinstance(users, Tensor) or any(isinstance(user, Tensor) for user in users):
+        raise TypeError("users must be keys, such as users.tolist(); found tensors")
+    if len(set(users)) != len(users) or len(users) != offsets.shape[0] - 1:
+        raise ValueError(f"users must be {offsets.shape[0] - 1} different keys (from offsets), found {users!r}")
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -72,27 +72,45 @@ class SplitEmbedding(Embedding):
 
     def request_inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The columns of `dense` and `categorical` that requests read, `[R, ...]`."""
+        self._check_batch(batch)
         first = batch.first_impressions()
         return batch.dense[first][:, self.dense_of_request], batch.categorical[first][:, self.of_request]
 
     def candidate_inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The columns of `dense` and `categorical` that candidates read, `[C, ...]`."""
+        self._check_batch(batch)
         return batch.dense[:, self.dense_of_candidate], batch.categorical[:, self.of_candidate]
 
     def request_tokens(self, dense: Tensor, categorical: Tensor) -> Tensor:
         """Tokens `[R, n_r, E]` of the columns of requests."""
-        return self._tokens(dense, categorical, self.of_request, self.dense)
+        return self._tokens("request", dense, categorical, (self.dense_of_request, self.of_request), self.dense)
 
     def candidate_tokens(self, dense: Tensor, categorical: Tensor) -> Tensor:
         """Tokens `[C, n_c, E]` of the columns of candidates."""
-        return self._tokens(dense, categorical, self.of_candidate, self.candidate_dense)
+        columns = self.dense_of_candidate, self.of_candidate
+        return self._tokens("candidate", dense, categorical, columns, self.candidate_dense)
 
-    def _tokens(self, dense: Tensor, ids: Tensor, columns: list[int], linear: nn.Linear | None) -> Tensor:
-        fields = [self.schema.categorical[column] for column in columns]
+    def _check_batch(self, batch: Batch) -> None:
+        names = list(self.schema.dense), [field.name for field in self.schema.categorical]
+        _check_columns("batch.", (batch.dense, batch.categorical), names)
+
+    def _tokens(
+        self, side: str, dense: Tensor, ids: Tensor, columns: tuple[list[int], list[int]], linear: nn.Linear | None
+    ) -> Tensor:
+        fields = [self.schema.categorical[column] for column in columns[1]]
+        names = [self.schema.dense[column] for column in columns[0]], [field.name for field in fields]
+        _check_columns(f"{side}'s ", (dense, ids), names)
         tokens = [self.tables[self.key_of[field.table]](ids[:, i]) for i, field in enumerate(fields)]
         if linear is not None:
             tokens.insert(0, linear(dense.to(linear.weight.dtype)))
         return self.dropout(torch.stack(tokens, 1))
+
+
+def _check_columns(whose: str, given: tuple[Tensor, Tensor], names: tuple[list[str], list[str]]) -> None:
+    for name, x, columns in zip(("dense", "categorical"), given, names, strict=True):
+        if x.dim() != 2 or x.shape[1] != len(columns):
+            wanted = f"one column for each of {', '.join(columns) or 'none'}"
+            raise ValueError(f"InterFormer: {whose}{name} must have {wanted}; found shape {list(x.shape)}")
 
 
 class KeysAndValues(nn.Module):

@@ -179,6 +179,13 @@ def test_counts_are_those_of_the_history(directory: Path) -> None:
             assert days[i] == ((lines.time[at[i]] - lines.time[same].max()) / 86_400 if same.any() else -1)
 
 
+def test_without_promotions_there_is_no_request(tmp_path: Path) -> None:
+    made = miniature()
+    made["promotions"] = {name: column[:0] for name, column in made["promotions"].items()}
+    with pytest.raises(ValueError, match="train_weeks must hold a request, found none"):
+        read_completejourney(write(tmp_path, made))
+
+
 def test_weeks_and_timestamps_must_agree(tmp_path: Path) -> None:
     made = miniature()
     made["transactions"]["week"] = made["transactions"]["week"].copy()
@@ -220,6 +227,7 @@ def test_what_is_missing_is_named(directory: Path, tmp_path: Path, monkeypatch: 
         ({"max_history": 0}, "max_history"),
         ({"negatives": 0}, "negatives"),
         ({"train_weeks": (5, 54)}, "train_weeks must be"),
+        ({"train_weeks": 5}, "train_weeks must be .*; found 5"),
         ({"valid_weeks": (40, 48)}, r"valid_weeks must be \(first, last\) with 45 < first"),
         ({"train_weeks": (5, 5), "valid_weeks": (6, 6), "test_weeks": (7, 7)}, None),
     ],

@@ -152,6 +152,22 @@ def test_the_budget_holds_the_users_used_last(model: InterFormer, cache: UserCac
         )
 
 
+def test_a_refused_call_changes_nothing(model: InterFormer, cache: UserCache) -> None:
+    """Not even the users that would have fitted."""
+    dense, categorical, sequences, offsets = inputs_of(model, requests())
+    alone = UserCache(model.read_requests, max_bytes=1 << 20)
+    alone.put(["bo"], dense[1:2], categorical[1:2], sequences[3:3], torch.tensor([0, 0]))
+    tight = UserCache(model.read_requests, max_bytes=alone.bytes + 10)
+    with pytest.raises(ValueError, match="max_bytes must hold a user, user 'cy' of"):
+        tight.put(["bo", "cy"], dense[1:3], categorical[1:3], sequences[3:20], torch.tensor([0, 0, 17]))
+    assert (len(tight), tight.bytes) == (0, 0)
+    before = cache.bytes
+    cache.append([], sequences[:0], torch.tensor([0]))
+    with pytest.raises(TypeError, match="users must be keys, such as users.tolist"):
+        cache.put(torch.arange(4), dense, categorical, sequences, offsets)  # type: ignore[arg-type]
+    assert cache.bytes == before
+
+
 def test_half_the_bytes(model: InterFormer, cache: UserCache) -> None:
     narrow = UserCache(model.read_requests, max_bytes=1 << 20, dtype=torch.bfloat16)
     narrow.put(USERS, *inputs_of(model, requests()))

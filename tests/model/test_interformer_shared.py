@@ -176,6 +176,25 @@ def test_a_field_may_have_any_name(name: str) -> None:
         assert model(random_batch(schema, (3, 0))).shape == (2,)
 
 
+def test_gradients_of_many_candidates_are_not_lost_in_16_bits() -> None:
+    shared = torch.ones(1, 4, 8, dtype=torch.bfloat16, requires_grad=True)
+    z = SharedTokens(torch.zeros(1000, 1, 8), shared, torch.zeros(1000, dtype=torch.int64))
+    z.take(shared).backward(torch.ones(1000, 4, 8, dtype=torch.bfloat16))
+    assert shared.grad is not None
+    assert (shared.grad == 1000).all()
+
+
+@pytest.mark.parametrize("side", ["dense", "categorical"])
+def test_columns_of_another_schema_are_named(side: str) -> None:
+    model, batch = made(), requests()
+    wide = {side: torch.cat((getattr(batch, side),) * 2, 1)}
+    with pytest.raises(ValueError, match=f"batch.{side} must have one column for each of .*; found shape"):
+        model(replace(batch, **wide))
+    state = model.read_requests(*model.embedding.request_inputs(batch), batch.sequences, batch.offsets)
+    with pytest.raises(ValueError, match="candidate's dense must have one column for each of dense_1; found shape"):
+        model.score(state, batch.dense, batch.categorical, batch.request_of_each())
+
+
 # ---------------------------------------------------------------- batches
 
 

@@ -74,7 +74,7 @@ def read_completejourney(
         checks.whole(f"read_completejourney: {name}", value, low)
     checks.seed("read_completejourney: seed", seed)
     weeks = {"train_weeks": train_weeks, "valid_weeks": valid_weeks, "test_weeks": test_weeks}
-    _check_weeks({name: tuple(pair) for name, pair in weeks.items()})
+    _check_weeks(weeks)
     tables = read_tables(None if path is None else Path(path))
     requests = make_requests(tables, [*weeks.values()], negatives, seed)
     last_week = train_weeks[1]
@@ -89,14 +89,11 @@ def read_completejourney(
     return Splits("completejourney", train, valid, test, _facts(tables, requests, last_week))
 
 
-def _check_weeks(weeks: dict[str, tuple[int, ...]]) -> None:
+def _check_weeks(weeks: dict[str, Any]) -> None:
     before = 0
     for name, pair in weeks.items():
-        if (
-            len(pair) != 2
-            or not all(isinstance(week, int) for week in pair)
-            or not before < pair[0] <= pair[1] <= WEEKS
-        ):
+        right = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(week) is int for week in pair)
+        if not right or not before < pair[0] <= pair[1] <= WEEKS:
             wanted = f"(first, last) with {before} < first <= last <= {WEEKS}"
             raise ValueError(f"read_completejourney: {name} must be {wanted}; found {pair}")
         before = pair[1]

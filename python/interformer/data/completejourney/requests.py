@@ -46,7 +46,8 @@ def make_requests(tables: Tables, parts: Sequence[tuple[int, int]], negatives: i
     for number, (first_week, last_week) in enumerate(parts):
         part_of_week[first_week : last_week + 1] = number
     place = np.searchsorted(promotions.key, store_week * product_size + lines.product)
-    promoted = promotions.key[place.clip(max=len(promotions.key) - 1)] == store_week * product_size + lines.product
+    keys = np.append(promotions.key, -1)  # behind the last one
+    promoted = keys[place] == store_week * product_size + lines.product
     positive = np.flatnonzero(promoted & (part_of_week[lines.week] >= 0))
     positive = positive[np.lexsort([x[positive] for x in (lines.product, lines.basket, lines.time, store_week)])]
     first = np.flatnonzero(np.diff(lines.basket[positive], prepend=-1))
