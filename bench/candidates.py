@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from interformer_bench import waiting
+from interformer_bench import single, waiting
 
 if TYPE_CHECKING:
     import torch
@@ -114,67 +113,51 @@ def peak(line: Line, direction: str, data: Path | None) -> float:
     return (inputs + grown) / (inputs + made)
 
 
-def _peak_in_child(line: Line, direction: str, chosen: argparse.Namespace) -> str:
-    from interformer_bench import memory
-
-    data = ["--data", str(chosen.data)] if chosen.data else []
-    return memory.of_child("candidates", ["--peak", f"{line}: {direction}", "--threads", str(chosen.threads), *data])
-
-
 def measure(chosen: argparse.Namespace, selected: Sequence[Line]) -> tuple[str, list[tuple[str, ...]]]:
     """The head and the rows of the table."""
-    import torch
-    from interformer_bench import contest, quiet, report
+    from interformer_bench import contest, memory, quiet
 
     watch = quiet.Watch(chosen.threads)
     table: list[tuple[str, ...]] = []
     for line in selected:
         x = make_requests(line, chosen.data)
         calls, keys = _calls(x, line), f"{x.offsets.diff().double().mean():.0f} ({int(x.offsets.diff().max())})"
+        sizes = f"H4 D{line.head_size} N{line.queries}"
         for direction, grad in _directions(x).items():
             passes = {name: _pass(run, x, grad) for name, run in calls.items()}
-            ours, peer, ratio, spread = watch.during(
-                lambda passes=passes: contest.cells(contest.best_times(passes, chosen.threads, chosen.seconds))  # type: ignore[misc]
+            times = watch.during(
+                lambda passes=passes: contest.best_times(passes, chosen.threads, chosen.seconds)  # type: ignore[misc]
             )
+            ours, peer, ratio, spread = contest.cells(times)
             ratio = ratio if watch.busy_since_last() is None else quiet.NO_RATIO
-            sizes = f"H4 D{line.head_size} N{line.queries}"
+            peak = memory.of_child("candidates", single.child_options(chosen, f"{line}: {direction}"))
             batch = f"{line.requests} x {line.candidates}", keys, sizes, line.dtype
-            table.append((*batch, direction, ours, peer, ratio, spread, _peak_in_child(line, direction, chosen)))
-            print(" | ".join(table[-1]), flush=True)
-    head = f"{chosen.threads} threads, kernels: {report.isa()}, torch {torch.__version__}. "
-    return head + f"{waiting.described()} {quiet.described(watch.checks)}", table
+            table.append((*batch, direction, ours, peer, ratio, spread, peak))
+            single.show(table[-1])
+    return single.head(chosen.threads, watch), table
+
+
+def _print_peak(text: str, data: Path | None) -> None:
+    name, direction = text.split(": ")
+    print(f"{peak(next(line for line in lines() if str(line) == name), direction, data):.2f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m interformer_bench.candidates", description=__doc__)
-    parser.add_argument("--line", action="append", metavar="TEXT", help="lines that contain TEXT")
-    parser.add_argument("--data", type=Path, help="directory with the length files")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=0.5, help="about how long each call and pass is timed")
+    parser = single.parser("candidates", __doc__, seconds=0.5)
     parser.add_argument("--peak", metavar="LINE", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there")
     chosen = parser.parse_args(arguments)
-    if chosen.peak:
-        import torch
-
-        torch.set_num_threads(chosen.threads)
-        name, direction = chosen.peak.split(": ")
-        print(f"{peak(next(line for line in lines() if str(line) == name), direction, chosen.data):.2f}")
-        return 0
-    if arguments is None:
+    if arguments is None and not chosen.peak:
         waiting.restart()
+    import torch
     from interformer_bench import report
 
-    from interformer_kernels._files import write_text
-
-    selected = [line for line in lines() if not chosen.line or any(text in str(line) for text in chosen.line)]
-    head, table = measure(chosen, selected)
-    text = f"{head}\n\n{report.rows(COLUMNS, table)}\n"
-    print(text)
-    if chosen.out:
-        write_text(chosen.out, text)
-    return 0
+    torch.set_num_threads(chosen.threads)
+    if chosen.peak:
+        _print_peak(chosen.peak, chosen.data)
+        return 0
+    head, table = measure(chosen, single.named(lines(), chosen.line))
+    return single.finish(chosen, f"{head}\n\n{report.rows(COLUMNS, table)}\n")
 
 
 if __name__ == "__main__":

@@ -69,13 +69,23 @@ def growth(call: TimedCall) -> tuple[int, object]:
     return 1024 * (_kilobytes("VmHWM") - before), result
 
 
+def in_child(module: str, arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """The lines that `python -m interformer_bench.<module>` prints in a process whose memory can be read, and why it
+    failed; None where it did not."""
+    command = [sys.executable, "-m", f"interformer_bench.{module}", *arguments]
+    completed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
+    if completed.returncode:
+        reason = (completed.stderr.strip().splitlines() or [f"status {completed.returncode}"])[-1]
+        return [], reason[:200]
+    return completed.stdout.splitlines(), None
+
+
 def of_child(module: str, arguments: Sequence[str]) -> str:
-    """What `python -m interformer_bench.<module>` prints in a process whose memory can be read; "unknown" elsewhere."""
+    """The last line of such a process, as the cell of a table."""
     if unsupported_reason():
         return "unknown"
-    command = [sys.executable, "-m", f"interformer_bench.{module}", *arguments]
-    environment = {**os.environ, **ENVIRONMENT}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    lines, problem = in_child(module, arguments)
+    return f"failed: {problem}" if problem else lines[-1]
 
 
 def _kilobytes(field: str) -> int:
@@ -103,12 +113,10 @@ def _in_child(shape: Shape, name: str, data: Path | None, threads: int) -> list[
         "runner": name,
         "threads": threads,
     }
-    command = [sys.executable, "-m", "interformer_bench.memory", json.dumps(request)]
-    completed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
-    if completed.returncode:
-        reason = (completed.stderr.strip().splitlines() or [f"status {completed.returncode}"])[-1]
-        return [Peak(*labels, direction, name, None, reason[:200]) for direction in PASSES]
-    extra_bytes = json.loads(completed.stdout.splitlines()[-1])
+    lines, problem = in_child("memory", [json.dumps(request)])
+    if problem:
+        return [Peak(*labels, direction, name, None, problem) for direction in PASSES]
+    extra_bytes = json.loads(lines[-1])
     return [Peak(*labels, direction, name, extra_bytes[direction]) for direction in PASSES]
 
 

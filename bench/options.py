@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from interformer_bench import waiting
+from interformer_bench import single, waiting
 
 if TYPE_CHECKING:
     from interformer_bench.peers.options import Batch
@@ -137,8 +136,7 @@ def _measured(batch: Batch, line: Line, backward: bool, chosen: argparse.Namespa
 
 def measure(chosen: argparse.Namespace, selected: Sequence[Line]) -> tuple[str, list[tuple[str, ...]]]:
     """The head and the rows of the table."""
-    import torch
-    from interformer_bench import quiet, report
+    from interformer_bench import quiet
 
     watch = quiet.Watch(chosen.threads)
     batches = {line.batch: make_batch(line.batch, chosen.data) for line in selected}
@@ -153,40 +151,24 @@ def measure(chosen: argparse.Namespace, selected: Sequence[Line]) -> tuple[str, 
         cost, ratio = (cost, ratio) if watch.busy_since_last() is None else (quiet.NO_RATIO, quiet.NO_RATIO)
         direction = "forward+backward" if backward else "forward"
         table.append((line.name, name, direction, time, cost, peer, ratio, spread, str(chosen.threads)))
-        print(" | ".join(table[-1]), flush=True)
-    head = f"{chosen.threads} threads, float32, kernels: {report.isa()}, torch {torch.__version__}. "
-    return head + f"{waiting.described()} {quiet.described(watch.checks)}", table
+        single.show(table[-1])
+    return single.head(chosen.threads, watch, "float32, "), table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m interformer_bench.options", description=__doc__)
-    parser.add_argument("--line", action="append", metavar="TEXT", help="options whose names contain TEXT, and plain")
-    parser.add_argument("--data", type=Path, help="directory with the length files")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=0.6, help="about how long each call and pass is timed")
+    parser = single.parser("options", __doc__, seconds=0.6)
     parser.add_argument(
         "--no-compile", dest="compile", action="store_false", help="leave out FlexAttention, compiled for each option"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there")
     chosen = parser.parse_args(arguments)
     if arguments is None:
         waiting.restart()
     from interformer_bench import report
 
-    from interformer_kernels._files import write_text
-
-    selected = [
-        line
-        for line in lines()
-        if not chosen.line or line.name == "plain" or any(text in line.name for text in chosen.line)
-    ]
-    head, table = measure(chosen, selected)
-    text = f"{head}\n\n{report.rows(COLUMNS, table)}\n"
-    print(text)
-    if chosen.out:
-        write_text(chosen.out, text)
-    return 0
+    texts = [*chosen.line, "plain"] if chosen.line else None
+    head, table = measure(chosen, single.named(lines(), texts, lambda line: line.name))
+    return single.finish(chosen, f"{head}\n\n{report.rows(COLUMNS, table)}\n")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ of requests of returning users: states kept in a `UserCache`, against the same m
 from __future__ import annotations
 
 import argparse
-import functools
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,11 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from interformer_bench import waiting
+from interformer_bench import single, waiting
 
 if TYPE_CHECKING:
     import torch
     from interformer import Batch, InterFormer
+    from interformer_bench import quiet
 
 COLUMNS = (
     "histories", "requests x candidates", "pass", "shared", "ordinary", "impressions / s", "ratio", "spread",
@@ -30,7 +29,7 @@ COLUMNS = (
 STREAM_COLUMNS = ("threads", "states", "requests / s", "p50", "p99", "hits", "ratio")
 CANDIDATES = 100
 FORMS = "request", "none"  # of `InterFormerConfig.shared`
-TRAINING, INFERENCE = "training step", "inference"
+TRAINING, INFERENCE = "training step", "inference"  # as the bench of models calls them
 # Users of the stream, requests, and the chance that a user has new events since the last request.
 _USERS, _REQUESTS, _NEWS = 200, 400, 0.3
 
@@ -79,51 +78,35 @@ def make_model(shared: str) -> InterFormer:
 
 def call(shared: str, batch: Batch, direction: str) -> Callable[[], object]:
     """A call of the pass; the ordinary form gets its histories repeated beforehand."""
-    import torch
-    import torch.nn.functional as F
-    from interformer.train import TrainConfig, make_optimizer
+    from interformer_bench.model.contenders import Contender, runner
 
     model = make_model(shared)
-    batch = batch if shared == "request" else batch.unshared()
-    if direction == INFERENCE:
-        model.eval()
-        return torch.no_grad()(lambda: model(batch))
-    optimizer = make_optimizer(model, TrainConfig())
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.binary_cross_entropy_with_logits(model(batch), batch.label).backward()
-        optimizer.step()
-
-    return step
+    return runner(Contender(model, model, batch if shared == "request" else batch.unshared()), direction)
 
 
-def _measured(case: Case, chosen: argparse.Namespace) -> tuple[str, ...]:
-    import torch
-    from interformer_bench import memory, quiet, threads, timing
+def measure(chosen: argparse.Namespace, selected: Sequence[Case], watch: quiet.Watch) -> list[tuple[str, ...]]:
+    """The rows of the first table."""
+    from interformer_bench import contest, memory, quiet
 
-    batch = make_batch(case, chosen.data)
-    calls = {form: call(form, batch, case.direction) for form in FORMS}
-    found: dict[str, list[timing.Timing]] = {name: [] for name in calls}
-    watch = quiet.Watch(chosen.threads)
-    for count in threads.counts([1, chosen.threads]):
-        torch.set_num_threads(count)
-        run = functools.partial(timing.interleaved, calls, seconds=chosen.seconds, min_samples=1, patience=2.0)
-        for name, x in watch.during(run).items():
-            found[name].append(x)
-    torch.set_num_threads(chosen.threads)
-    ours, theirs = (min(found[name], key=lambda x: x.median) for name in calls)
-    ratio = f"{theirs.median / ours.median:.1f}x" if watch.busy_since_last() is None else quiet.NO_RATIO
-    data = ["--data", str(chosen.data)] if chosen.data else []
-    peaks = [
-        memory.of_child("requests", ["--peak", f"{case}: {name}", "--threads", str(chosen.threads), *data])
-        for name in calls
-    ]
-    return (
-        case.law, f"{case.requests} x {CANDIDATES}", case.direction, f"{ours.median * 1e3:.3g} ms",
-        f"{theirs.median * 1e3:.3g} ms", f"{len(batch) / ours.median:.0f}", ratio,
-        f"{100 * (ours.high - ours.low) / ours.median:.0f}%", " / ".join(peaks),
-    )  # fmt: skip
+    table: list[tuple[str, ...]] = []
+    for case in selected:
+        batch = make_batch(case, chosen.data)
+        calls = {form: call(form, batch, case.direction) for form in FORMS}
+        times = watch.during(
+            lambda calls=calls: contest.best_times(  # type: ignore[misc]
+                calls, chosen.threads, chosen.seconds, min_samples=1, patience=2.0
+            )
+        )
+        ours, theirs = (times[form] for form in FORMS)
+        ratio = f"{theirs.median / ours.median:.1f}x" if watch.busy_since_last() is None else quiet.NO_RATIO
+        peaks = [memory.of_child("requests", single.child_options(chosen, f"{case}: {form}")) for form in FORMS]
+        table.append((
+            case.law, f"{case.requests} x {CANDIDATES}", case.direction, f"{ours.median * 1e3:.3g} ms",
+            f"{theirs.median * 1e3:.3g} ms", f"{len(batch) / ours.median:.0f}", ratio, contest.spread(ours),
+            " / ".join(peaks),
+        ))  # fmt: skip
+        single.show(table[-1])
+    return table
 
 
 def _print_peak(text: str, data: Path | None) -> None:
@@ -198,7 +181,7 @@ def serve(model: InterFormer, stream: Sequence[Visit], cached: bool) -> tuple[li
     return seconds, hits
 
 
-def stream_table(chosen: argparse.Namespace) -> list[tuple[str, ...]]:
+def stream_table(chosen: argparse.Namespace, watch: quiet.Watch) -> list[tuple[str, ...]]:
     """Requests per second, with and without kept states."""
     import torch
     from interformer_bench import quiet, threads
@@ -206,7 +189,7 @@ def stream_table(chosen: argparse.Namespace) -> list[tuple[str, ...]]:
     model = make_model("request").eval()
     stream = visits(model, chosen.data)
     serve(model, stream[:20], cached=True)
-    watch, table = quiet.Watch(chosen.threads), []
+    table = []
     for count in threads.counts([1, chosen.threads]):
         torch.set_num_threads(count)
         rates: list[float] = []
@@ -219,46 +202,31 @@ def stream_table(chosen: argparse.Namespace) -> list[tuple[str, ...]]:
                 str(count), "kept" if cached else "read anew", f"{rates[-1]:.1f}", f"{levels[49] * 1e3:.2f} ms",
                 f"{levels[98] * 1e3:.2f} ms", f"{hits} of {len(seconds)}", ratio,
             ))  # fmt: skip
-            print(" | ".join(table[-1]), flush=True)
+            single.show(table[-1])
     torch.set_num_threads(chosen.threads)
     return table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m interformer_bench.requests", description=__doc__)
-    parser.add_argument("--case", action="append", metavar="TEXT", help="cases whose names contain TEXT")
+    parser = single.parser("requests", __doc__, seconds=3.0)
     parser.add_argument("--no-stream", dest="stream", action="store_false", help="leave out the server")
-    parser.add_argument("--data", type=Path, help="directory with the length files")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=3.0, help="about how long each call and pass is timed")
-    parser.add_argument("--peak", metavar="CASE", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables there")
+    parser.add_argument("--peak", metavar="LINE", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if arguments is None and not chosen.peak:
         waiting.restart()
     import torch
-    from interformer_bench import report
-
-    from interformer_kernels._files import write_text
+    from interformer_bench import quiet, report
 
     torch.set_num_threads(chosen.threads)
     if chosen.peak:
         _print_peak(chosen.peak, chosen.data)
         return 0
-    selected = [case for case in cases() if not chosen.case or any(text in str(case) for text in chosen.case)]
-    table = []
-    for case in selected:
-        table.append(_measured(case, chosen))
-        print(" | ".join(table[-1]), flush=True)
-    head = f"{chosen.threads} threads, float32, kernels: {report.isa()}, torch {torch.__version__}. "
-    text = f"{head}{waiting.described()}\n\n{report.rows(COLUMNS, table)}\n"
+    watch = quiet.Watch(chosen.threads)
+    tables = [report.rows(COLUMNS, measure(chosen, single.named(cases(), chosen.line), watch))]
     if chosen.stream:
-        text += f"\n{report.rows(STREAM_COLUMNS, stream_table(chosen))}\n"
-    print(text)
-    if chosen.out:
-        write_text(chosen.out, text)
-    return 0
+        tables.append(report.rows(STREAM_COLUMNS, stream_table(chosen, watch)))
+    return single.finish(chosen, "\n\n".join((single.head(chosen.threads, watch, "float32, "), *tables)) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -179,11 +177,8 @@ def too_slow(name: str, case: Case, first_calls: Mapping[str, float]) -> str | N
 
 def _peak(case: Case, name: str, data: Path | None) -> int | str:
     request = json.dumps([case.name, name, str(data) if data else None, torch.get_num_threads()])
-    command = [sys.executable, "-m", "interformer_bench.model.measure", request]
-    completed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **memory.ENVIRONMENT})
-    if completed.returncode:
-        return f"failed: {(completed.stderr.strip().splitlines() or [str(completed.returncode)])[-1][:200]}"
-    return int(completed.stdout.split()[-1])
+    lines, problem = memory.in_child("model.measure", [request])
+    return f"failed: {problem}" if problem else int(lines[-1])
 
 
 def main(request: str) -> None:

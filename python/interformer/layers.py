@@ -31,7 +31,7 @@ class SharedTokens(NamedTuple):
     rows: Tensor
 
     def take(self, of_requests: Tensor) -> Tensor:
-        """What belongs to requests, `[R, ...]`, for each candidate: `[C, ...]`; its gradient is an ordered sum."""
+        """Each candidate gets its request's part of `[R, ...]`: `[C, ...]`; the gradient is an ordered sum."""
         flat, dtype = of_requests.flatten(1), of_requests.dtype
         # Gradients of hundreds of candidates would be lost in a sum of 16 bits.
         wide = flat.float() if dtype.itemsize < 4 else flat

@@ -70,7 +70,7 @@ class InterFormer(nn.Module):
         return self.head(self._both_sides(x, batch).flatten(1)).squeeze(1)
 
     def read_requests(self, dense: Tensor, categorical: Tensor, sequences: Tensor, offsets: Tensor) -> RequestState:
-        """What candidates read of requests, from the columns of these (`SplitEmbedding.request_inputs`)."""
+        """The state of requests, which candidates read, from their columns (`SplitEmbedding.request_inputs`)."""
         self._check_shared("read_requests")
         unknown = offsets.new_zeros(offsets.shape[0] - 1)
         requests = Batch(dense, categorical, sequences, offsets, label=unknown, user=unknown)
@@ -111,7 +111,7 @@ class InterFormer(nn.Module):
         return self._layers(x, batch, lambda made: None).summary()
 
     def _layers(self, x: Tensor, batch: Batch, each: Callable[[_CrossOutputs], None]) -> _CrossOutputs:
-        """What the last Cross Arch makes and reads; `each` gets that of all of them, in the order of the layers."""
+        """The last Cross Arch's summaries and rows; `each` gets those of all of them, in the order of the layers."""
         config, rope = self.config, self.rope()
         layout = self._layout(batch)
         first, *later_arches = self.cross

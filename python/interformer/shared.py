@@ -23,7 +23,7 @@ from interformer_kernels.ops.slices import unbind_slices
 
 
 class RequestState(NamedTuple):
-    """What candidates read of their requests.
+    """The part of requests that candidates read.
 
     Attributes:
         keys_values: `[T, 2, H, D]` of each Cross Arch: the keys and values of all tokens.

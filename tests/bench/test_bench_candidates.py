@@ -61,7 +61,7 @@ def test_requests_and_a_stream_of_users(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(requests, name, value)
     monkeypatch.setattr(memory, "of_child", lambda module, arguments: "1 MiB")  # a process for each number
     out = tmp_path / "requests.md"
-    arguments = ["--case", "movielens x 2", "--seconds", "0.01", "--threads", "1", "--out", str(out)]
+    arguments = ["--line", "movielens x 2", "--seconds", "0.01", "--threads", "1", "--out", str(out)]
     assert requests.main(arguments) == 0
     text = out.read_text(encoding="utf-8")
     assert "| movielens | 2 x 3 | training step |" in text

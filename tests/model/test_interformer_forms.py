@@ -6,28 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interformer import InterFormer, InterFormerConfig
+from interformer import InterFormer
 from interformer.batch import Batch, Layout
 from interformer.cross import PMA, MeanSummary, SeedProducts
 from interformer.feed_forward import GDPAFeedForward, MLPFeedForward, RankFeedForward, TwoLayerFeedForward
 from interformer.sequence import SelfAttention
 from interformer.testing import random_batch, small_schema
+from small_model import SMALL, assert_equal_sums
 from torch import Tensor, nn
 
 from interformer_kernels import gated_cross_attention
 
-SMALL = InterFormerConfig(
-    embed_dim=8,
-    num_heads=2,
-    num_layers=2,
-    cross_rank=4,
-    interaction_hidden=(12,),
-    pffn_hidden=(6,),
-    pffn_inner=5,
-    head_hidden=(16, 8),
-    max_history=40,
-    embedding_std=0.5,
-)
 OFFSETS = torch.tensor([0, 2, 2, 7])
 
 
@@ -39,11 +28,6 @@ def _x_sum() -> Tensor:
     return torch.randn(3, SMALL.num_cls, 8, dtype=torch.float64)
 
 
-def _close(actual: Tensor, expected: Tensor) -> None:
-    """Check equality up to the order of float64 sums, more strictly than the 1e-7 of `assert_close`."""
-    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
-
-
 # ---------------------------------------------------------------- the personalised feed-forward
 
 
@@ -51,7 +35,7 @@ def test_mlp_feed_forward_is_equation_8() -> None:
     layer, tokens, x_sum = MLPFeedForward(SMALL).double(), _tokens(), _x_sum()
     weight = layer.generate.mlp(x_sum.flatten(1)).view(3, 8, 8)
     rows = [tokens[OFFSETS[b] : OFFSETS[b + 1]] @ weight[b] for b in range(3)]
-    _close(layer(tokens, x_sum, OFFSETS), torch.cat(rows))
+    assert_equal_sums(layer(tokens, x_sum, OFFSETS), torch.cat(rows))
 
 
 def test_rank_feed_forward_is_attention_with_identity_score() -> None:
@@ -63,7 +47,7 @@ def test_rank_feed_forward_is_attention_with_identity_score() -> None:
     attn_out = gated_cross_attention(
         tokens[:, None], keys, x_sum.flatten(0, 1)[:, None], key_offsets, q_offsets=OFFSETS, score="identity", scale=1.0
     )
-    _close(layer(tokens, x_sum, OFFSETS), attn_out[:, 0])
+    assert_equal_sums(layer(tokens, x_sum, OFFSETS), attn_out[:, 0])
 
 
 def test_two_layer_feed_forward_is_its_formula() -> None:
@@ -73,7 +57,7 @@ def test_two_layer_feed_forward_is_its_formula() -> None:
     for b in range(3):
         hidden = tokens[OFFSETS[b] : OFFSETS[b + 1]] @ into[b].view(8, 5) + into_bias[b]
         rows.append(nn.functional.gelu(hidden) @ out_of[b].view(5, 8) + out_of_bias[b])
-    _close(layer(tokens, x_sum, OFFSETS), layer.norm(torch.cat(rows)))
+    assert_equal_sums(layer(tokens, x_sum, OFFSETS), layer.norm(torch.cat(rows)))
 
 
 def test_two_layer_without_norm_is_gdpa_of_one_head() -> None:
@@ -96,7 +80,7 @@ def test_two_layer_without_norm_is_gdpa_of_one_head() -> None:
         target.last.weight.copy_(torch.cat((keys, pieces[2]))[:, :-1])
         target.last.bias.copy_(torch.cat((keys, pieces[2]))[:, -1])
     tokens, x_sum = _tokens(), _x_sum()
-    _close(two_layer(tokens, x_sum, OFFSETS), gdpa(tokens, x_sum, OFFSETS))
+    assert_equal_sums(two_layer(tokens, x_sum, OFFSETS), gdpa(tokens, x_sum, OFFSETS))
 
 
 @pytest.mark.parametrize("literal", [False, True])
@@ -111,7 +95,7 @@ def test_gdpa_feed_forward_is_its_formula(literal: bool) -> None:
         scores = torch.einsum("thd,fhd->thf", s, keys[b]) / 2.0
         rows.append(torch.einsum("thf,fhd->thd", nn.functional.gelu(scores), values[b]).flatten(1))
     expected = torch.cat(rows)
-    _close(layer(tokens, x_sum, OFFSETS), tokens + expected if literal else expected)
+    assert_equal_sums(layer(tokens, x_sum, OFFSETS), tokens + expected if literal else expected)
 
 
 # ---------------------------------------------------------------- summaries
@@ -122,7 +106,7 @@ def test_pma_is_cross_attention_with_broadcast_queries() -> None:
     queries = pma.query(pma.seeds).view(3, 2, 4).expand(3, -1, -1, -1)  # [B, M, H, D]
     k, v = pma.key_value(tokens).view(7, 2, 2, 4).unbind(1)
     attn_out = gated_cross_attention(queries, k, v, OFFSETS)
-    _close(pma(tokens, OFFSETS), pma.out(attn_out.flatten(-2)))
+    assert_equal_sums(pma(tokens, OFFSETS), pma.out(attn_out.flatten(-2)))
 
 
 def test_mab_is_set_transformers() -> None:
@@ -136,14 +120,14 @@ def test_mab_is_set_transformers() -> None:
         attn_out = torch.einsum("hml,lhd->mhd", scores.softmax(-1), v).flatten(1)
         hidden = pma.attention_norm(query + attn_out)
         rows.append(pma.out_norm(hidden + torch.relu(pma.out(hidden))))
-    _close(pma(tokens, OFFSETS), torch.stack(rows))
+    assert_equal_sums(pma(tokens, OFFSETS), torch.stack(rows))
 
 
 def test_hierarchical_seeds_are_a_sum_of_products() -> None:
     layer = SeedProducts(replace(SMALL, pool_seeds=6, pool_products=3)).double()
     pooled = torch.randn(4, 6, 8, dtype=torch.float64)
     expected = torch.einsum("rms,bse,ref->bmf", layer.left, pooled, layer.right)
-    _close(layer(pooled), expected)
+    assert_equal_sums(layer(pooled), expected)
 
 
 @pytest.mark.parametrize("kind", ["mean", "mlp", "mha"])
@@ -154,7 +138,7 @@ def test_simple_summaries_are_gated_means(kind: str) -> None:
     inner = {"mean": lambda x: x, "mlp": getattr(summary, "mlp", None), "mha": None}[kind]
     mapped = summary.attention(tokens, OFFSETS) if inner is None else inner(tokens)
     means = [mapped[OFFSETS[b] : OFFSETS[b + 1]].sum(0) / max(int(OFFSETS[b + 1] - OFFSETS[b]), 1) for b in range(3)]
-    _close(summary(tokens, layout), summary.gate(torch.stack(means)[:, None]))
+    assert_equal_sums(summary(tokens, layout), summary.gate(torch.stack(means)[:, None]))
 
 
 # ---------------------------------------------------------------- the window
@@ -165,7 +149,7 @@ def test_a_wide_window_is_no_window() -> None:
     wide, none = SelfAttention(replace(SMALL, window=(9, 9)), 1).double(), SelfAttention(SMALL, 1).double()
     wide.load_state_dict(none.state_dict())
     tokens = _tokens()
-    _close(wide(tokens, OFFSETS), none(tokens, OFFSETS))
+    assert_equal_sums(wide(tokens, OFFSETS), none(tokens, OFFSETS))
 
 
 def test_under_a_window_only_neighbours_and_the_prefix_are_seen() -> None:

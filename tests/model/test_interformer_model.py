@@ -16,23 +16,13 @@ from interformer.cross import SelectiveSummary
 from interformer.layers import Gating, MaskNet, RotaryTables
 from interformer.testing import random_batch, rows_of, small_schema
 from module_budget import assert_within_budget, perturbed
+from small_model import SMALL
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from interformer_kernels.ops.pma_folded import pool_folded
 
-SMALL = InterFormerConfig(
-    embed_dim=8,
-    num_heads=2,
-    num_layers=2,
-    cross_rank=4,
-    interaction_hidden=(12,),
-    pffn_hidden=(6,),
-    head_hidden=(16, 8),
-    max_history=40,
-    embedding_std=0.5,
-)
 LENGTHS = (3, 0, 17, 1, 2, 40)
 FORMS: dict[str, dict[str, Any]] = {
     "default": {},

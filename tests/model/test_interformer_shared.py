@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from interformer import Batch, Field, InterFormer, InterFormerConfig, Schema
+from interformer import Batch, Field, InterFormer, Schema
 from interformer.data import SyntheticLaw, synthesize
 from interformer.data.balance import balanced, cost_of
 from interformer.data.clicks import Clicks
@@ -16,21 +16,11 @@ from interformer.layers import SharedTokens
 from interformer.models import MODELS, build_model
 from interformer.testing import random_batch, small_schema
 from interformer.train import Progress, Run, TrainConfig
+from small_model import SMALL, assert_equal_sums
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-SHARED = InterFormerConfig(
-    embed_dim=8,
-    num_heads=2,
-    num_layers=2,
-    cross_rank=4,
-    interaction_hidden=(12,),
-    pffn_hidden=(6,),
-    head_hidden=(16, 8),
-    max_history=40,
-    embedding_std=0.5,
-    shared="request",
-)
+SHARED = replace(SMALL, shared="request")
 SCHEMA = replace(small_schema(), candidate_dense=("dense_1",))
 FORMS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -67,10 +57,6 @@ def selected(batch: Batch, impressions: Tensor) -> Batch:
     assert batch.rows is not None
     names = ("dense", "categorical", "label", "user", "rows")
     return replace(batch, **{name: getattr(batch, name)[impressions] for name in names})
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
 
 # ---------------------------------------------------------------- the model
@@ -119,12 +105,12 @@ def test_sharing_changes_neither_logits_nor_gradients(form: str) -> None:
         model.zero_grad()
         logits = model(given)
         binary_cross_entropy_with_logits(logits, given.label.double()).backward()
-        close(logits[back], model(batch))
+        assert_equal_sums(logits[back], model(batch))
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     for found in grads[1:]:
         assert found.keys() == grads[0].keys()
         for name, grad in found.items():
-            close(grad, grads[0][name])
+            assert_equal_sums(grad, grads[0][name])
 
 
 @pytest.mark.parametrize("backbone", ["dot", "dcnv2", "dhen"])
@@ -133,7 +119,7 @@ def test_what_requests_compute_once_is_the_interaction_of_all_tokens(backbone: s
     config = replace(SHARED, backbone=backbone, backbone_layers=1)
     arch = InteractionArch(config, num_tokens=3, num_summary=6).double()
     z = SharedTokens(torch.randn(5, 4, 8).double(), torch.randn(2, 5, 8).double(), torch.tensor([1, 0, 1, 1, 0]))
-    close(arch.shared(z), arch(z.all(), None))
+    assert_equal_sums(arch.shared(z), arch(z.all(), None))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +147,7 @@ def test_an_unshared_model_has_no_halves() -> None:
 def test_every_model_reads_batches_of_requests(name: str) -> None:
     torch.manual_seed(0)
     model, batch = build_model(name, replace(SHARED, shared="none"), SCHEMA).double(), requests(tail=2)
-    close(
+    assert_equal_sums(
         model(replace(batch, dense=batch.dense.double())), model(replace(batch.unshared(), dense=batch.dense.double()))
     )
 

@@ -121,7 +121,7 @@ def candidate_fields(tables: Tables, requests: Requests, seen: Ints, price: Floa
 
 
 class History:
-    """What households bought of a kind strictly before a time; `kind` numbers that of each line."""
+    """Purchases of households by kind, to be counted before a time; `kind` numbers that of each line."""
 
     def __init__(self, lines: Transactions, kind: Ints) -> None:
         self.kinds = int(kind.max(initial=0)) + 1

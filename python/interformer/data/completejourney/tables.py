@@ -31,7 +31,7 @@ DEMOGRAPHICS = (
 
 
 class Products(NamedTuple):
-    """What is known of products `0 .. P-1`; product 0 is unknown. Sizes count the number 0."""
+    """Kinds of the products `0 .. P-1`; product 0 is an unknown one. Sizes count the number 0."""
 
     id: Ints  # in the files, ascending from 1 on
     type: Ints
