@@ -40,7 +40,8 @@ class _Readers:
         kv_rows = inputs.get("kv_rows")
         if kv_rows is not None:
             rows = self.q_rows if self.q.dim() == 3 else torch.arange(len(self.q), device=self.k.device)[:, None]
-            self.q_rows = kv_rows.long()[rows].where(rows >= 0, -1).expand(self.q.shape[:-2])
+            # Row -1, of tokens outside every row, reads the -1 at the end; without any row too.
+            self.q_rows = torch.nn.functional.pad(kv_rows.long(), (0, 1), value=-1)[rows].expand(self.q.shape[:-2])
         heads = torch.arange(self.q.shape[-2], device=self.k.device)
         self.kv_head: Tensor = heads // (self.q.shape[-2] // self.k.shape[1])
 
