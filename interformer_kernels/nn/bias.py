@@ -24,7 +24,9 @@ class RelativePositionBias(nn.Module):
             ``"alibi"``: no parameter; ``-slope_h * |p - j|`` with ``slope_h = 2^(-8 (h + 1) / H)`` where ``H`` is a
             power of two, and the published interleaving where it is not. ``P`` must be as long as the longest row.
         num_buckets: buckets of ``"t5"``.
-        bidirectional: ``"t5"``: half of the buckets are for keys behind the query; False is for causal attention.
+        bidirectional: whether keys behind the query have entries of their own; ``weight`` of ``"distance"`` is
+            ``[H, P + 1]`` without. False is for causal attention: there a key behind the query can only be a target
+            that meets itself, whose distance is then 0, whatever its place among the targets.
         device: of the parameter.
 
     The table is float32; give double precision calls ``bias().double()``.
@@ -52,23 +54,27 @@ class RelativePositionBias(nn.Module):
         self.num_heads = checks.check_count(name, "num_heads", num_heads, least=1)
         self.max_distance = checks.check_count(name, "max_distance", max_distance, least=1)
         checks.check_choice(name, "kind", kind, self.KINDS)
+        both = checks.check_bool(name, "bidirectional", bidirectional)
         self.kind, distances = kind, torch.arange(-max_distance, max_distance + 1)
-        shape = {"distance": (num_heads, 2 * max_distance + 1), "t5": (num_buckets, num_heads), "alibi": None}[kind]
+        entries = 2 * max_distance + 1 if both else max_distance + 1
+        shape = {"distance": (num_heads, entries), "t5": (num_buckets, num_heads), "alibi": None}[kind]
         self.weight = None if shape is None else nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
         if kind == "t5":
-            least = 4 if checks.check_bool(name, "bidirectional", bidirectional) else 2
-            checks.check_count(name, "num_buckets", num_buckets, least=least)
+            checks.check_count(name, "num_buckets", num_buckets, least=4 if both else 2)
             index = t5_buckets(distances, num_buckets, max_distance, bidirectional)
             self.register_buffer("index", index.to(device), persistent=False)
         if kind == "alibi":
-            table = -alibi_slopes(num_heads)[:, None] * distances.abs()
+            table = -alibi_slopes(num_heads)[:, None] * (distances.abs() if both else distances.clamp(min=0))
             self.register_buffer("slopes", table.float().to(device), persistent=False)
 
     def forward(self) -> Tensor:
         """The table ``[H, 2 P + 1]``, differentiable."""
         if self.weight is None:
             return self.slopes
-        return self.weight[self.index].T.contiguous() if self.kind == "t5" else self.weight
+        if self.kind == "t5":
+            return self.weight[self.index].T.contiguous()
+        missing = 2 * self.max_distance + 1 - self.weight.shape[1]
+        return torch.cat((self.weight[:, :1].expand(-1, missing), self.weight), 1) if missing else self.weight
 
     def extra_repr(self) -> str:
         """The sizes shown by the module's `repr`."""

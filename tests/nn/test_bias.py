@@ -71,3 +71,18 @@ def test_wrong_arguments() -> None:
         RelativePositionBias(2, 4, "t5", num_buckets=2)
     with pytest.raises(ValueError, match="edges must be ascending"):
         TimeBias(2, edges=[3, 1])
+
+
+@pytest.mark.parametrize("kind", RelativePositionBias.KINDS)
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_targets_do_not_see_their_place_where_negative_distances_are_zero(kind: str, bidirectional: bool) -> None:
+    torch.manual_seed(0)
+    position = RelativePositionBias(2, 9, kind, bidirectional=bidirectional)
+    for weight in position.parameters():
+        torch.nn.init.normal_(weight)
+    q, k, v = (torch.randn(9, 2, 4) for _ in range(3))
+    swapped = torch.tensor([0, 1, 2, 3, 4, 5, 8, 7, 6])  # the first and the last of three targets
+    offsets, options = torch.tensor([0, 9]), {"causal": True, "num_targets": torch.tensor([3])}
+    out = ik.jagged_attention(q, k, v, offsets, position_bias=position(), **options)
+    moved = ik.jagged_attention(q[swapped], k[swapped], v[swapped], offsets, position_bias=position(), **options)
+    assert torch.allclose(moved[swapped], out, rtol=1e-5, atol=1e-6) is not bidirectional
