@@ -6,6 +6,7 @@ from torch import nn
 
 from interformer.baselines import BST, DIN, LogisticRegression, MeanPooling
 from interformer.config import InterFormerConfig
+from interformer.hstu import HSTU
 from interformer.model import InterFormer
 from interformer.schema import Schema
 
@@ -13,6 +14,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "interformer": InterFormer,
     "din": DIN,
     "bst": BST,
+    "hstu": HSTU,
     "mean_pooling": MeanPooling,
     "logistic_regression": LogisticRegression,
 }

@@ -51,7 +51,7 @@ def test_tail_events_of_no_row_change_nothing(name: str) -> None:
     torch.testing.assert_close(model(with_tail), model(replace(with_tail, sequences=with_tail.sequences[:-7])))
 
 
-@pytest.mark.parametrize(("name", "ordered"), [("bst", True), ("din", False), ("mean_pooling", False)])
+@pytest.mark.parametrize(("name", "ordered"), [("bst", True), ("hstu", True), ("din", False), ("mean_pooling", False)])
 def test_who_knows_the_order_of_events(name: str, ordered: bool) -> None:
     model = build_model(name, replace(CONFIG, embedding_std=0.5), small_schema())
     batch = random_batch(small_schema(), (9,))
@@ -94,7 +94,7 @@ def test_logistic_regression_is_linear_in_ids() -> None:
     torch.testing.assert_close(model(batch), expected)
 
 
-@pytest.mark.parametrize("name", ["din", "bst"])
+@pytest.mark.parametrize("name", ["din", "bst", "hstu"])
 def test_a_schema_that_does_not_say_what_the_candidate_is_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="schema.candidate must name the candidate's fields, found none"):
         build_model(name, CONFIG, replace(small_schema(), candidate=()))

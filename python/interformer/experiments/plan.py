@@ -38,6 +38,8 @@ from interformer.yaml_files import read_yaml
 Settings = TypeVar("Settings", InterFormerConfig, TrainConfig)
 KINDS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
 SETTING_KEYS = {"model", "training", "search"}
+BOOSTING = "boosting"  # the kind of `interformer.boosting`, which is no module
+MODEL_KINDS = (*MODELS, BOOSTING)
 
 
 class PlanError(ValueError):
@@ -234,8 +236,8 @@ def _variant(base: _Settings, variants: _Section, name: str, seeds: tuple[int, .
     if not re.fullmatch(r"[\w.]+", name) or checks.why_no_file_name(name):
         raise variants.error(name, "a name of letters, digits, . and _", name)
     kind = section.text("kind", "interformer")
-    if kind not in MODELS:
-        raise section.error("kind", f"one of {', '.join(MODELS)}", kind)
+    if kind not in MODEL_KINDS:
+        raise section.error("kind", f"one of {', '.join(MODEL_KINDS)}", kind)
     group = section.text("group") if "group" in section.plain else None
     if group is not None and (requirement := checks.why_no_file_name(group)):  # Plots are named after the group.
         raise section.error("group", requirement, group)

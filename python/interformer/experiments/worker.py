@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from interformer import checks
+from interformer.boosting import boost
 from interformer.config import InterFormerConfig
 from interformer.data import registry
 from interformer.data.clicks import Splits
+from interformer.experiments.plan import BOOSTING
 from interformer.experiments.runs import Job
 from interformer.train import EpochRecord, Progress, TrainConfig, train
 from interformer_kernels import keep_freed_memory
@@ -79,17 +81,15 @@ def run(job: Job, root: Path, send: Send) -> None:
     config, train_config = InterFormerConfig.from_dict(identity["model"]), TrainConfig(**identity["training"])
     measure_test = identity["measure_test"]
     splits = truncate(read_data(identity["data"], root), config.max_history, measure_test)
-    report = train(
-        splits,
-        config,
-        train_config,
-        model=identity["kind"],
-        checkpoint=job.unfinished("pt"),
-        resume=True,
-        device=identity["machine"]["device"],
-        progress=ProgressSender(send, train_config.epochs),
-        measure_test=measure_test,
-    )
+    options: dict[str, Any] = {
+        "progress": ProgressSender(send, train_config.epochs),
+        "measure_test": measure_test,
+    }
+    if identity["kind"] == BOOSTING:
+        report = boost(splits, train_config, **options)
+    else:
+        options.update(checkpoint=job.unfinished("pt"), resume=True, device=identity["machine"]["device"])
+        report = train(splits, config, train_config, model=identity["kind"], **options)
     job.finish(report.to_dict(), splits.facts)
 
 
