@@ -300,11 +300,11 @@ def test_two_runs_are_one_table_with_the_range_of_their_ratios(tmp_path: Path) -
 
 
 def test_a_line_measured_again_takes_the_place_of_the_first() -> None:
-    results = read_results(Path(__file__).parents[2] / "bench/results/cpu-avx512-zen4.md")
+    results = read_results(Path(__file__).parents[2] / "bench/results/cpu-avx2-zen4.md")
     assert list(dict.fromkeys(line.op for line in results))[:2] == ["jagged_attention", "pma_pooling"]
     (pooling,) = plots.bars_by_op(results, lengths=["all 1024"])["pma_pooling"]
     assert pooling.training is not None
-    assert (pooling.training.ratio, pooling.training.peer) == (2.84, "per-row SDPA")
+    assert (pooling.training.ratio, pooling.training.peer) == (2.63, "per-row SDPA")
 
 
 # ---------------------------------------------------------------- memory, calls
@@ -345,7 +345,8 @@ def test_peaks_come_from_children_and_padding_shows(monkeypatch: pytest.MonkeyPa
     extra_bytes = {(peak.runner, peak.direction): peak.extra or 0 for peak in peaks}
     # Keys and values: 64 rows of up to 512 places, 128 numbers of 4 bytes; a tenth of the places is taken.
     padded = 2 * 64 * max(shape.lengths()) * 128 * 4
-    assert padded < extra_bytes["padded SDPA", "forward"] < 3 * padded
+    # Linux counts pages for each processor, and adds them up when there are dozens: the sums lag a little.
+    assert 0.95 * padded < extra_bytes["padded SDPA", "forward"] < 3 * padded
     assert padded < extra_bytes["padded SDPA", "forward+backward"] < 8 * padded
     assert all(extra_bytes[peers.OURS, direction] < 0.5 * padded for direction in run.PASSES)
     table = report.memory_table(peaks)
