@@ -228,7 +228,6 @@ def hard_cases(op: str) -> list[Case]:
         grid += [Case(op, "jagged queries", **HARD_SIZES, query_lengths=(2, 3, 0, 9, 1))]
         grid += [Case(op, "biases", **HARD_SIZES, **_TABLES)]
         grid += [Case(op, "shared keys", **HARD_SIZES, kv_rows=(4, 2, 2, 0, 4, 1, 3, 2), gate="full")]
-        grid += [Case(op, "keys that nobody shares", **HARD_SIZES, kv_rows=(), query_lengths=())]
     return grid
 
 

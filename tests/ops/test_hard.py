@@ -41,6 +41,16 @@ def test_one_value_in_one_place(backend: str, case: Case, dtype: torch.dtype) ->
     assert not testing.check_planted(case, backend, inputs, testing.plants(inputs))
 
 
+@pytest.mark.parametrize("backend", backends("gated_cross_attention", torch.float32))
+def test_values_of_keys_that_nobody_shares(backend: str) -> None:
+    """Without a row of queries; those behind the offsets belong to no row."""
+    case = Case("gated_cross_attention", "nobody", lengths=(3, 0, 9), query_lengths=(), kv_rows=(), tail=2)
+    inputs = testing.make_inputs(case, torch.float32)
+    plants = list(testing.plants(inputs))
+    assert plants
+    assert not testing.check_planted(case, backend, inputs, plants)
+
+
 @pytest.mark.parametrize(("backend", "case", "dtype"), VALUES)
 def test_hard_values_are_within_the_budget(backend: str, case: Case, dtype: torch.dtype) -> None:
     rows = testing.compare_hard(case, backend, dtype, most_draws=most_draws(8))
