@@ -83,14 +83,18 @@ class _Run:
 
     def report(self, measure_test: bool) -> Report:
         began = time.perf_counter()
+        valid = self._metrics(self.valid, self.best_epoch)
+        valid_seconds = time.perf_counter() - began
         test = self._metrics(_Part.of(self.splits.test), self.best_epoch) if measure_test else None
         return Report(
             history=self.history,
             best_epoch=self.best_epoch,
-            valid=self._metrics(self.valid, self.best_epoch),
+            valid=valid,
             test=test,
             parameters=TREES * LEAVES * (self.best_epoch + 1),
             step_ms=1e3 * sum(record.seconds for record in self.history) / (TREES * len(self.history)),
+            impressions_per_second=len(self.splits.valid) / valid_seconds,
+            flops=None,
             seconds=self.seconds + time.perf_counter() - began,
             peak_mib=peak_bytes(torch.device("cpu")) / 2**20,
             resumed_at=0,

@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from interformer import checks
 from interformer.checkpoint import read_checkpoint, write_checkpoint
 from interformer.config import InterFormerConfig
+from interformer.costs import flops_per_candidate
 from interformer.data.clicks import Clicks, Splits
 from interformer.distributed import World, usable_device
 from interformer.metrics import Metrics, entropy, evaluate
 from interformer.models import build_model
+
+COUNTED_CANDIDATES = 1, 100
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Report:
         valid, test: metrics under its parameters; `test` is None if the test part was not measured.
         parameters: number of the model's parameters.
         step_ms: median milliseconds of a training step: batch to device, forward, backward, optimiser.
+        impressions_per_second: of the final evaluation of the validation part, batches made.
+        flops: FLOPs of a candidate's logit, for requests of 1 and of 100 candidates; None if they are not counted.
         seconds: duration of all epochs with their validation, those before a resume included, and of the final
             evaluation.
         peak_mib: peak memory: of the device's allocator on CUDA, else of the process' resident set (data included).
@@ -99,6 +104,8 @@ class Report:
     test: Metrics | None
     parameters: int
     step_ms: float
+    impressions_per_second: float
+    flops: dict[int, float] | None
     seconds: float
     peak_mib: float
     resumed_at: int
@@ -215,6 +222,7 @@ class Run:
         began = time.perf_counter()
         self.model.load_state_dict(self.best)
         valid = self.evaluate(self.splits.valid)
+        valid_seconds = time.perf_counter() - began
         test = self.evaluate(self.parts["test"]) if "test" in self.parts else None
         return Report(
             history=self.history,
@@ -223,6 +231,8 @@ class Run:
             test=test,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             step_ms=1e3 * statistics.median(self.step_seconds),
+            impressions_per_second=len(self.splits.valid) / valid_seconds,
+            flops={n: flops_per_candidate(self.model, self.splits.valid, n, self.device) for n in COUNTED_CANDIDATES},
             seconds=self.seconds + time.perf_counter() - began,
             peak_mib=peak_bytes(self.device) / 2**20,
             resumed_at=resumed_at,

@@ -34,6 +34,8 @@ def _report(auc: float, **changes: Any) -> dict[str, Any]:
         "history": history,
         "parameters": 1234,
         "step_ms": 10 * auc,
+        "impressions_per_second": 1e4 * auc,
+        "flops": {"1": 2.5e6, "100": 1.25e5},
         "peak_mib": 100 * auc,
         "seconds": 2.0,
         **changes,
@@ -79,6 +81,15 @@ def test_costs(rows: list[Row]) -> None:
     assert whole.step_ms == pytest.approx(8.1)  # the median of 8.1, 8.3, 8.0
     assert whole.peak_mib == pytest.approx(83)
     assert (whole.seconds, whole.parameters) == (6.0, 1234)
+    assert whole.impressions_per_second == pytest.approx(8100)
+    assert whole.flops == {"1": 2.5e6, "100": 1.25e5}
+
+
+def test_runs_of_before_these_costs_were_counted_are_summarised() -> None:
+    old = {key: value for key, value in _report(0.8).items() if key not in ("impressions_per_second", "flops")}
+    (row,) = summarize(VARIANTS[:1], {"whole": {1: old}}, "whole")
+    assert (row.impressions_per_second, row.flops) == (None, None)
+    assert "| - | 8.00 | - |" in table("trial", [row], "whole")
 
 
 def test_without_a_test_part_validation_is_compared() -> None:
@@ -97,13 +108,15 @@ def test_the_table_has_a_line_a_variant(rows: list[Row]) -> None:
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     columns = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [cells[0] for cells in columns] == ["variant", "---", "whole", "less", "alone"]
-    assert {len(cells) for cells in columns} == {13}
+    assert {len(cells) for cells in columns} == {15}
     result = dict(zip(columns[0], columns[3], strict=True))
     assert result["group"] == "pieces"
     assert result["seeds"] == "3"
     assert result["AUC - reference"] == "-0.0075 +- 0.0025"
     assert result["NE"] == "-"
     assert result["parameters"] == "1,234"
+    assert result["MFLOP a candidate, of 1 / of 100"] == "2.5 / 0.125"
+    assert result["scored / s"] == "8,250"
     assert dict(zip(columns[0], columns[2], strict=True))["AUC - reference"] == "-"
     assert "All runs: 14 s" in text
 

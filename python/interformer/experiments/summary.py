@@ -46,6 +46,8 @@ class Row:
             the same seed; None for the reference itself, and without common seeds.
         parameters: number of the model's parameters.
         step_ms: median over seeds of each run's median training step.
+        impressions_per_second: median over seeds, of evaluation; None for runs that did not measure it.
+        flops: FLOPs of a candidate's logit by the number of candidates of a request; None where not counted.
         peak_mib: the highest of the runs' peaks.
         seconds: total duration of the runs.
         curves: validation AUC by epoch, one list per seed.
@@ -60,6 +62,8 @@ class Row:
     difference: Estimate | None
     parameters: int
     step_ms: float
+    impressions_per_second: float | None
+    flops: dict[str, float] | None
     peak_mib: float
     seconds: float
     curves: list[list[float]]
@@ -90,6 +94,7 @@ def _row(variant: Variant, reports: Reports, reference_auc: Mapping[int, float],
     runs = list(reports.values())
     common = [seed for seed in reports if seed in reference_auc] if variant.name != reference else []
     measured = all(run["test"] is not None for run in runs)
+    rates = [run["impressions_per_second"] for run in runs if "impressions_per_second" in run]
     return Row(
         name=variant.name,
         kind=variant.kind,
@@ -102,6 +107,8 @@ def _row(variant: Variant, reports: Reports, reference_auc: Mapping[int, float],
         else None,
         parameters=runs[0]["parameters"],
         step_ms=float(np.median([run["step_ms"] for run in runs])),
+        impressions_per_second=float(np.median(rates)) if rates else None,
+        flops=runs[0].get("flops"),
         peak_mib=max(run["peak_mib"] for run in runs),
         seconds=sum(run["seconds"] for run in runs),
         curves=[[number(record["valid"]["auc"]) for record in run["history"]] for run in runs],

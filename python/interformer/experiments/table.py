@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from interformer.experiments.summary import Estimate, Row
 
 METRIC_TITLES = {"auc": "test AUC", "gauc": "gAUC", "logloss": "LogLoss", "ne": "NE"}
-COSTS = ("parameters", "step ms", "peak MiB", "total s")
+COSTS = ("parameters", "MFLOP a candidate, of 1 / of 100", "step ms", "scored / s", "peak MiB", "total s")
 HEADER = ("variant", "group", "seeds", *METRIC_TITLES.values(), "valid AUC", "AUC - reference", *COSTS)
 
 
@@ -19,7 +19,8 @@ def table(name: str, rows: Sequence[Row], reference: str) -> str:
         "",
         "Mean over seeds +- standard error. The difference of test AUC is paired with the run of "
         f"`{reference}` with the same seed. Step: median of the training steps; peak: of the process' resident set "
-        "(CUDA: of the allocator); total: all seeds, validation included.",
+        "(CUDA: of the allocator); total: all seeds, validation included. MFLOP: to score one of "
+        "1 and of 100 candidates of a request; scored / s: impressions of the validation part, by the run's threads.",
         "",
         _line(HEADER),
         _line(["---", "---", *["---:"] * (len(HEADER) - 2)]),
@@ -43,7 +44,9 @@ def _cells(row: Row) -> list[str]:
         format_estimate(row.valid_auc),
         format_estimate(row.difference, signed=True),
         f"{row.parameters:,}",
+        " / ".join(f"{flops / 1e6:.3g}" for flops in row.flops.values()) if row.flops else "-",
         f"{row.step_ms:.2f}",
+        f"{row.impressions_per_second:,.0f}" if row.impressions_per_second else "-",
         f"{row.peak_mib:.0f}",
         f"{row.seconds:.0f}",
     ]
