@@ -109,8 +109,8 @@ class RowAhead {
 
   private:
     struct Tokens {
-        const char* next;
-        int64_t stride, bytes, part, left = 0;
+        const char* next = nullptr;
+        int64_t stride = 0, bytes = 0, part = 0, left = 0;
     };
 
     void set(int tensor, const RowTensor& x, int64_t row, int64_t count, int64_t numbers, int64_t steps) {
