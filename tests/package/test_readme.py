@@ -72,6 +72,23 @@ def _training_results(file: str) -> dict[tuple[str, str], tuple[str, str]]:
     }
 
 
+def test_every_ratio_of_whole_models_stands_in_the_results() -> None:
+    results = (ROOT / "bench/results/model-avx512-zen4.md").read_text(encoding="utf-8")
+    table = README.partition("InterFormer on the Zen 4")[2].partition("## ")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith(("| training", "| inference"))]
+    lengths = ("movielens (real) | 32 x", "movielens (real) | 2048 x", "all 104 | 2048 x", "movielens (real) | 1 x")
+    found = {
+        (place, kind.strip()): cell.strip()
+        for kind, *cells in rows
+        for place, cell in zip(lengths, cells, strict=True)
+        if cell.strip() != "-"
+    }
+    assert len(found) == 6
+    for (place, kind), ratio in found.items():
+        pattern = rf"^\| {re.escape(place)}[^|]*\| {kind} \| interformer \|.* the best, [a-zA-Z ,]+: {ratio} "
+        assert re.search(pattern, results, re.MULTILINE), (place, kind)
+
+
 @pytest.mark.parametrize("name", RESULTS)
 def test_committed_results_can_be_read(name: str) -> None:
     ops = {result.op for result in read_results(ROOT / "bench/results" / name)}
