@@ -3,12 +3,13 @@
 Each is `Batch -> logits [B]`, made from `InterFormerConfig` (it ignores settings that do not apply) and a `Schema`.
 Padding, truncation and one-hot encoding of the papers are replaced by the jagged form; a model that differs in more is
 called "-like".
-Axes: `B` rows, `T` events, `n` non-sequence tokens, `E` width, `H` heads of `D = E / H`.
+Axes: `B` rows, `R` requests, `T` events, `n` non-sequence tokens, `E` width, `H` heads of `D = E / H`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ from interformer.embedding import Embedding, module_key
 from interformer.layers import MLP, RotaryTables
 from interformer.schema import Schema
 from interformer.sequence import SelfAttention
-from interformer_kernels import jagged_weighted_sum
+from interformer_kernels import jagged_attention, jagged_weighted_sum
+from interformer_kernels.nn import RelativePositionBias
+from interformer_kernels.ops.slices import unbind_slices
 
 
 class LogisticRegression(nn.Module):
@@ -49,6 +52,8 @@ class LogisticRegression(nn.Module):
 class _WithEvents(nn.Module, ABC):
     """Base of the deep baselines: tokens `X`, events `e_t = lce(Sc_t) [T, E]`, a head over `X` and pooled events."""
 
+    reads_requests: ClassVar[bool] = False  # whether `pool` reads the history that a request's candidates share
+
     def __init__(self, config: InterFormerConfig, schema: Schema, num_pooled: int) -> None:
         super().__init__()
         self.config, self.schema = config, schema
@@ -63,7 +68,7 @@ class _WithEvents(nn.Module, ABC):
         return nn.Linear(len(schema.candidate) * config.embed_dim, config.embed_dim)
 
     def forward(self, batch: Batch) -> Tensor:
-        batch = batch.unshared()
+        batch = batch if self.reads_requests else batch.unshared()
         x = self.embedding.tokens(batch)  # [B, n, E]
         events = self.lce(self.embedding.events(batch))  # [T, E]
         return self.head(torch.cat((x.flatten(1), self.pool(x, events, batch)), 1)).squeeze(1)
@@ -137,3 +142,82 @@ class _EncoderLayer(nn.Module):
     def forward(self, tokens: Tensor, offsets: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         tokens = self.attention_norm(tokens + self.attention(tokens, offsets, rope))
         return self.feed_forward_norm(tokens + self.feed_forward(tokens))
+
+
+class HSTU(_WithEvents):
+    """Like HSTU's ranking model (Zhai et al., 2024): a request's history and its candidates are one row of tokens.
+
+    Candidates are the last tokens of the row. Each sees the whole history and itself, and none of the others, so its
+    logit is that of a request with this candidate alone. The head reads the candidate's output. Differences from the
+    paper: events and actions are not interleaved, and time enters by the events' fields instead of a bias by
+    differences of times.
+    """
+
+    reads_requests = True
+
+    def __init__(self, config: InterFormerConfig, schema: Schema) -> None:
+        super().__init__(config, schema, num_pooled=1)
+        self.candidate = self._candidate(config, schema)
+        self.layers = nn.ModuleList(_HSTULayer(config) for _ in range(config.num_layers))
+
+    def pool(self, x: Tensor, events: Tensor, batch: Batch) -> Tensor:
+        rows = _CandidatesBehind.of(batch)
+        candidates = self.candidate(self.embedding.candidate_of(x))  # [B, E]
+        tokens = events.new_empty(len(events) + len(candidates), events.shape[1])
+        tokens.index_copy_(0, rows.events, events).index_copy_(0, rows.candidates, candidates.to(tokens.dtype))
+        for layer in self.layers:
+            tokens = layer(tokens, rows.offsets, rows.num_candidates)
+        return tokens.index_select(0, rows.candidates)
+
+
+class _CandidatesBehind(NamedTuple):
+    """The layout of rows of a request's events and its candidates behind them; events of no row stay behind all rows.
+
+    Attributes:
+        offsets: `[R+1]`.
+        num_candidates: `[R]`.
+        events, candidates: the index of each event `[T]` and of each impression's candidate `[B]` among the tokens.
+    """
+
+    offsets: Tensor
+    num_candidates: Tensor
+    events: Tensor
+    candidates: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> _CandidatesBehind:
+        request, offsets = batch.request_of_each(), batch.offsets.long()
+        counts = torch.bincount(request, minlength=len(offsets) - 1)
+        before = torch.nn.functional.pad(counts.cumsum(0), (1, 0))  # candidates of earlier requests, [R+1]
+        event = torch.arange(len(batch.sequences), device=offsets.device)
+        row = torch.searchsorted(offsets[1:], event, right=True)  # R for events of no row
+        order = torch.argsort(request, stable=True)
+        # Sorted by request, candidate i follows the i candidates before it and all events up to its request's last.
+        sorted_places = torch.arange(len(order), device=order.device) + offsets[1:][request[order]]
+        places = torch.empty_like(order).scatter_(0, order, sorted_places)
+        return cls(offsets + before, counts, event + before[row], places)
+
+
+class _HSTULayer(nn.Module):
+    """`x + W_o (norm(A) * U)`, with `U, V, Q, K = silu(W norm(x))` and pointwise attention `A` with a position bias."""
+
+    def __init__(self, config: InterFormerConfig) -> None:
+        super().__init__()
+        width = config.embed_dim
+        self.num_heads, self.longest, self.backend = config.num_heads, config.max_history + 1, config.backend
+        self.norm, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.uvqk, self.out = nn.Linear(width, 4 * width), nn.Linear(width, width)
+        self.position = RelativePositionBias(config.num_heads, self.longest, bidirectional=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens: Tensor, offsets: Tensor, num_targets: Tensor) -> Tensor:
+        projected = nn.functional.silu(self.uvqk(self.norm(tokens)))
+        u, rest = projected.tensor_split((tokens.shape[1],), 1)
+        v, q, k = unbind_slices(rest.unflatten(1, (3, self.num_heads, -1)))
+        bias = self.position() if q.dtype == torch.float64 else self.position().float()  # not of 16 bits
+        a = jagged_attention(
+            q, k, v, offsets, causal=True, num_targets=num_targets, score="silu", post_scale=1 / self.longest,
+            position_bias=bias, backend=self.backend,
+        )  # fmt: skip
+        assert isinstance(a, Tensor)
+        return tokens + self.dropout(self.out(self.norm_out(a.flatten(1)) * u))

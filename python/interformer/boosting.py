@@ -14,7 +14,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from threadpoolctl import threadpool_limits
 
 from interformer.data.clicks import Clicks, Splits
-from interformer.metrics import Metrics, evaluate
+from interformer.metrics import Metrics, evaluate, logloss
 from interformer.train import EpochRecord, Progress, Report, TrainConfig, peak_bytes
 
 TREES = 10  # of an epoch
@@ -28,7 +28,8 @@ def boost(
 
     Features are the dense scalars and all ids as numbers, which is what trees need of buckets and counts; histories are
     not read. An epoch is ten trees of 31 leaves. Of `train_config` it reads `epochs`, `patience`, `lr`,
-    `weight_decay` (the L2 regularisation of leaves) and `seed`. Test metrics are those of the best epoch's trees.
+    `weight_decay` (the L2 regularisation of leaves) and `seed`. Test metrics are those of the best epoch's trees. It
+    runs on the CPU, on PyTorch's number of threads, and keeps no checkpoint.
     """
     progress = progress or Progress()
     run = _Run(splits, train_config)
@@ -62,21 +63,20 @@ class _Run:
             early_stopping=False, warm_start=True, random_state=config.seed,
         )  # fmt: skip
         self.history: list[EpochRecord] = []
-        self.best_epoch, self.seconds = 0, 0.0
+        self.best_epoch, self.seconds = -1, 0.0
 
     def finished(self) -> bool:
-        done = len(self.history)
-        return done >= self.config.epochs or done > self.best_epoch + self.config.patience
+        return self.config.ends(len(self.history), self.best_epoch)
 
     def train_epoch(self) -> EpochRecord:
         """Ten more trees, and the validation metrics after them."""
         began, epoch = time.perf_counter(), len(self.history)
         self.trees.set_params(max_iter=TREES * (epoch + 1)).fit(self.train.features, self.train.label)
         seconds = time.perf_counter() - began
-        loss = self._metrics(self.train, epoch).logloss
+        loss = logloss(self.train.label, self._logits(self.train, epoch))
         record = EpochRecord(epoch, loss, self._metrics(self.valid, epoch).to_dict(), seconds)
         self.history.append(record)
-        if record.valid["auc"] > self.history[self.best_epoch].valid["auc"]:
+        if self.best_epoch < 0 or record.valid["auc"] > self.history[self.best_epoch].valid["auc"]:
             self.best_epoch = epoch
         self.seconds += time.perf_counter() - began
         return record
@@ -101,6 +101,9 @@ class _Run:
         )
 
     def _metrics(self, part: _Part, epoch: int) -> Metrics:
-        """Metrics of the trees up to those of `epoch`."""
-        stages = islice(self.trees.staged_decision_function(part.features), TREES * (epoch + 1) - 1, None)
-        return evaluate(part.label, np.ravel(next(stages)), part.user, self.splits.train.rate())
+        return evaluate(part.label, self._logits(part, epoch), part.user, self.splits.train.rate())
+
+    def _logits(self, part: _Part, epoch: int) -> NDArray[np.float64]:
+        """Logits by the trees up to those of `epoch`."""
+        stages = self.trees.staged_decision_function(part.features)
+        return np.ravel(next(islice(stages, TREES * (epoch + 1) - 1, None)))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from interformer.baselines import BST, DIN, LogisticRegression, MeanPooling
+from interformer.baselines import BST, DIN, HSTU, LogisticRegression, MeanPooling
 from interformer.config import InterFormerConfig
-from interformer.hstu import HSTU
 from interformer.model import InterFormer
 from interformer.schema import Schema
 

@@ -69,6 +69,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be finite in float32, found {checks.short_repr(value)}")
         checks.seed("seed", self.seed)
 
+    def ends(self, done: int, best_epoch: int) -> bool:
+        """Whether training is over after so many epochs, of which that one was the best (from 0; -1 before any)."""
+        return done >= self.epochs or (done > 0 and done - 1 - best_epoch >= self.patience)
+
 
 @dataclass(frozen=True)
 class EpochRecord:
@@ -179,8 +183,7 @@ class Run:
 
     def finished(self) -> bool:
         """Whether the last epoch is over, or validation has not improved for `patience` epochs."""
-        done, config = len(self.history), self.train_config
-        return done >= config.epochs or (done > 0 and done - 1 - self.best_epoch >= config.patience)
+        return self.train_config.ends(len(self.history), self.best_epoch)
 
     def train_epoch(self, progress: Progress) -> EpochRecord:
         """One pass over the training part, and the validation metrics after it."""

@@ -51,6 +51,21 @@ def test_tail_events_of_no_row_change_nothing(name: str) -> None:
     torch.testing.assert_close(model(with_tail), model(replace(with_tail, sequences=with_tail.sequences[:-7])))
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("name", BASELINES)
+def test_in_16_bits(name: str, autocast: bool) -> None:
+    torch.manual_seed(0)
+    model, batch = build_model(name, CONFIG, small_schema()), random_batch(small_schema(), LENGTHS)
+    expected = model(batch)
+    if not autocast:
+        model, batch = model.bfloat16(), replace(batch, dense=batch.dense.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(batch)
+    torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.02)
+    logits.float().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(("name", "ordered"), [("bst", True), ("hstu", True), ("din", False), ("mean_pooling", False)])
 def test_who_knows_the_order_of_events(name: str, ordered: bool) -> None:
     model = build_model(name, replace(CONFIG, embedding_std=0.5), small_schema())

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 from interformer import InterFormerConfig
+from interformer.baselines import HSTU
 from interformer.batch import Batch
-from interformer.hstu import HSTU
 from interformer.testing import random_batch, small_schema
 from small_model import assert_equal_sums
 from torch import Tensor
