@@ -49,7 +49,7 @@ class LogisticRegression(nn.Module):
         return logits.squeeze(1)
 
 
-class _WithEvents(nn.Module, ABC):
+class WithEvents(nn.Module, ABC):
     """Base of the deep baselines: tokens `X`, events `e_t = lce(Sc_t) [T, E]`, a head over `X` and pooled events."""
 
     reads_requests: ClassVar[bool] = False  # whether `pool` reads the history that a request's candidates share
@@ -78,17 +78,20 @@ class _WithEvents(nn.Module, ABC):
         """The head's input from the history: `x [B, n, E]`, `events [T, E]` -> `[B, num_pooled * E]`."""
 
 
-class MeanPooling(_WithEvents):
+class MeanPooling(WithEvents):
     """The mean of the events concatenated with the other features, and an MLP."""
+
+    reads_requests = True
 
     def __init__(self, config: InterFormerConfig, schema: Schema) -> None:
         super().__init__(config, schema, num_pooled=1)
 
     def pool(self, x: Tensor, events: Tensor, batch: Batch) -> Tensor:
-        return pool_mean(events, batch.offsets, self.config.backend)
+        mean = pool_mean(events, batch.offsets, self.config.backend)
+        return mean.index_select(0, batch.request_of_each())
 
 
-class DIN(_WithEvents):
+class DIN(WithEvents):
     """Deep Interest Network (Zhou et al., 2018): a sum of events weighted by an MLP of event and candidate.
 
     `a_t = mlp([e_t | c | e_t - c | e_t * c])`, `u = sum_t a_t e_t`, not normalised; `c` is a linear map of the
@@ -108,7 +111,7 @@ class DIN(_WithEvents):
         return torch.cat((summed, candidate), 1)
 
 
-class BST(_WithEvents):
+class BST(WithEvents):
     """Like the Behavior Sequence Transformer (Chen et al., 2019): a transformer over the events and the candidate.
 
     `num_layers` encoder layers (post-norm, feed-forward of width `4 E`) over each row with its candidate prepended; the
@@ -144,7 +147,7 @@ class _EncoderLayer(nn.Module):
         return self.feed_forward_norm(tokens + self.feed_forward(tokens))
 
 
-class HSTU(_WithEvents):
+class HSTU(WithEvents):
     """Like HSTU's ranking model (Zhai et al., 2024): a request's history and its candidates are one row of tokens.
 
     Candidates are the last tokens of the row. Each sees the whole history and itself, and none of the others, so its

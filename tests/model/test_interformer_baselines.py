@@ -8,8 +8,9 @@ import pytest
 import torch
 from interformer import InterFormerConfig
 from interformer.baselines import DIN, LogisticRegression, MeanPooling
-from interformer.models import MODELS, build_model
+from interformer.models import MODELS, build_model, find_model
 from interformer.testing import random_batch, rows_of, small_schema
+from small_model import assert_equal_sums
 
 CONFIG = InterFormerConfig(
     embed_dim=8, num_heads=2, num_layers=2, interaction_hidden=(6,), head_hidden=(16, 8), max_history=40
@@ -42,6 +43,17 @@ def test_a_row_does_not_depend_on_its_neighbours(name: str) -> None:
     together = model(batch)
     for row in range(len(LENGTHS)):
         torch.testing.assert_close(model(rows_of(batch, [row])), together[row : row + 1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_candidates_of_a_request_are_scored_as_each_alone(name: str) -> None:
+    model = build_model(name, CONFIG, small_schema()).double()
+    histories, batch = random_batch(small_schema(), (3, 0, 17)), random_batch(small_schema(), [0] * 6)
+    shared = replace(
+        batch, dense=batch.dense.double(), sequences=histories.sequences, offsets=histories.offsets,
+        rows=torch.tensor([2, 0, 2, 1, 2, 0]),
+    )  # fmt: skip
+    assert_equal_sums(model(shared), model(shared.unshared()))
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -118,3 +130,9 @@ def test_a_schema_that_does_not_say_what_the_candidate_is_is_refused(name: str) 
 def test_unknown_models_are_named() -> None:
     with pytest.raises(ValueError, match="model must be one of interformer, din, .*; found 'dien'"):
         build_model("dien", CONFIG, small_schema())
+    with pytest.raises(ValueError, match="must name a subclass of torch.nn.Module; found 'torch:Tensor'"):
+        build_model("torch:Tensor", CONFIG, small_schema())
+
+
+def test_a_class_of_ones_own_is_a_model() -> None:
+    assert find_model("interformer.baselines:DIN") is DIN

@@ -91,7 +91,12 @@ def test_the_grid_of_a_search_is_all_of_its_points(tmp_path: Path) -> None:
         ("num_seeds: 0", "num_seeds: true", "variants.no_pma.model.num_seeds: wanted a value of kind int; found True"),
         ("lr: 4e-3", "lr: fast", "base.training.lr: wanted a value of kind float; found 'fast'"),
         ("epochs: 3", "seed: 3", "base.training.seed: the key must be one of batch_size"),
-        ("kind: logistic_regression", "kind: dien", "variants.floor.kind: wanted one of interformer, din"),
+        ("kind: logistic_regression", "kind: dien", "variants.floor.kind: wanted boosting or a model: model must"),
+        (
+            "kind: logistic_regression",
+            "kind: nowhere:Model",
+            "variants.floor.kind: wanted boosting or a model: No module",
+        ),
         ("group: pieces", "groups: pieces", "variants.no_pma.groups: the key must be one of group, kind"),
         ("no_pma:", "floor:", "line 12, column 3: found 'floor' a second time"),
         ("no_pma:", "no/pma:", "variants.no/pma: wanted a name of letters, digits, . and _; found 'no/pma'"),

@@ -22,7 +22,7 @@ from interformer.data import Splits, SyntheticLaw, read_movielens, synthesize
 from interformer.distributed import World, process_group
 from interformer.files import check_writable, to_json, write_text
 from interformer.metrics import Metrics
-from interformer.models import MODELS
+from interformer.models import MODELS, find_model
 from interformer.presets import MOVIELENS, SYNTHETIC
 from interformer.settings import add_options, read_options
 
@@ -78,10 +78,19 @@ class Bars(training.Progress):
         self.bars.console.print(message, highlight=False, soft_wrap=True)
 
 
+def _model(name: str) -> str:
+    try:
+        find_model(name)
+    except (ImportError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
 def add_arguments(command: argparse.ArgumentParser) -> None:
     data_help = "directory of MovieLens in atomic form (default: synthetic clicks)"
     command.add_argument("--data", type=Path, metavar="PATH", help=data_help)
-    command.add_argument("--model", choices=MODELS, default="interformer", help="(default: %(default)s)")
+    model_help = f"{', '.join(MODELS)}, or module:Class of your own (default: %(default)s)"
+    command.add_argument("--model", type=_model, default="interformer", metavar="NAME", help=model_help)
     command.add_argument("--checkpoint", type=Path, metavar="FILE", help="write the run here after every epoch")
     command.add_argument("--resume", action="store_true", help="resume from --checkpoint")
     command.add_argument("--json", metavar="FILE|-", help="write the report as JSON, - for standard output")

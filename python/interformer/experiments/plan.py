@@ -13,6 +13,7 @@
       din: {kind: din, group: baselines, model: {dropout: 0.1}}
       no_pma: {group: pieces, model: {num_seeds: 0}, seeds: [1]}
 
+`kind` is one of `interformer.models`, `module:Class` of one's own, or `boosting`.
 A variant's fields override those of `base`; its own `seeds` must be among the file's.
 """
 
@@ -31,7 +32,7 @@ import yaml
 from interformer import checks
 from interformer.checks import short_repr
 from interformer.config import InterFormerConfig
-from interformer.models import MODELS
+from interformer.models import find_model
 from interformer.train import TrainConfig
 from interformer.yaml_files import read_yaml
 
@@ -39,7 +40,6 @@ Settings = TypeVar("Settings", InterFormerConfig, TrainConfig)
 KINDS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
 SETTING_KEYS = {"model", "training", "search"}
 BOOSTING = "boosting"  # the kind of `interformer.boosting`, which is no module
-MODEL_KINDS = (*MODELS, BOOSTING)
 
 
 class PlanError(ValueError):
@@ -236,8 +236,11 @@ def _variant(base: _Settings, variants: _Section, name: str, seeds: tuple[int, .
     if not re.fullmatch(r"[\w.]+", name) or checks.why_no_file_name(name):
         raise variants.error(name, "a name of letters, digits, . and _", name)
     kind = section.text("kind", "interformer")
-    if kind not in MODEL_KINDS:
-        raise section.error("kind", f"one of {', '.join(MODEL_KINDS)}", kind)
+    if kind != BOOSTING:
+        try:
+            find_model(kind)
+        except (ImportError, ValueError) as error:
+            raise PlanError(f"{section.path}: {section.key('kind')}: wanted {BOOSTING} or a model: {error}") from error
     group = section.text("group") if "group" in section.plain else None
     if group is not None and (requirement := checks.why_no_file_name(group)):  # Plots are named after the group.
         raise section.error("group", requirement, group)
