@@ -55,7 +55,7 @@ class CrossInteraction(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         first = x = z.flatten(1)
         for down, up in zip(self.down, self.up, strict=True):
-            x = first * up(down(x)) + x
+            x = torch.addcmul(x, first, up(down(x)))
         return x
 
     def shared(self, z: SharedTokens, every: Tensor, mlp: MLP) -> Tensor:
@@ -63,7 +63,7 @@ class CrossInteraction(nn.Module):
         first = x = every.flatten(1)
         for i, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
             low = down(x) if i else z.linear(down, z.own.flatten(1), z.shared.flatten(1))
-            x = first * up(low) + x
+            x = torch.addcmul(x, first, up(low))
         return mlp(x)
 
 

@@ -44,7 +44,8 @@ class SharedTokens(NamedTuple):
     def linear(self, layer: nn.Linear, own: Tensor, shared: Tensor) -> Tensor:
         """`layer` of `[own | shared[rows]]`, for `own [C, a]` and `shared [R, b]`: requests are multiplied once."""
         of_own, of_shared = layer.weight.split((own.shape[1], shared.shape[1]), 1)
-        return own @ of_own.T + self.take(nn.functional.linear(shared, of_shared, layer.bias))
+        of_requests = self.take(nn.functional.linear(shared, of_shared, layer.bias))
+        return torch.addmm(of_requests, own, of_own.T)
 
 
 class MLP(nn.Sequential):

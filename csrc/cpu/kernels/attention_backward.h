@@ -126,6 +126,7 @@ class AttentionBackward {
     struct RowOperands {
         PackedOperand<T> keys, values;
         Matrix<const X> key_rows;
+        NextHead next;
     };
     // Sums of the gradients of a row's keys and values, one matrix where v is k.
     struct KeyGradients {
@@ -150,7 +151,8 @@ class AttentionBackward {
             packed_keys,
             p_.v_is_k ? packed_keys
                       : PackedOperand<T>(values, row.keys(), ranges, sizes_.value_stride, work_.packed_values),
-            row.tokens_along_rows(keys, ranges, sizes_.head_stride, work_.key_rows)};
+            row.tokens_along_rows(keys, ranges, sizes_.head_stride, work_.key_rows),
+            NextHead::of<T>(p_, task, batch_row, kv_head)};
         if (task.shard > 0) {
             run_later_shard(row, task.shard, operands);
             return;
@@ -247,8 +249,9 @@ class AttentionBackward {
         const Matrix<const S> grad_attn_out{work_.grad_attn_out, sizes_.value_stride};
         for (int64_t i = 0; i < count; ++i)
             epilogue_backward(row, r + i, work_.grad_attn_out + i * sizes_.value_stride);
-        operands.keys.multiply(queries, count, ranges, probs);
-        operands.values.multiply(grad_attn_out, count, ranges, d_probs);
+        const NextHead next = r == 0 ? operands.next : NextHead{};
+        operands.keys.multiply(queries, count, ranges, probs, next.keys);
+        operands.values.multiply(grad_attn_out, count, ranges, d_probs, next.values);
         row.variant().scores_to_probs_and_d_scores(r, count, probs, d_probs, ranges,
                                                    {work_.row_sum, work_.delta, work_.sink, work_.slopes, bias()});
         const Matrix<A> d_scores = d_probs;

@@ -65,6 +65,30 @@ inline void for_each_row(const AttentionTask& task, const Few& few, Each&& each)
             for (int64_t head = task.first_head; head < task.last_head; ++head) each(row, head);
 }
 
+// Whether the keys of a row under all heads are more than hardware fetches in time. `RowAhead` (query_lanes_forward.h)
+// fetches shorter rows whole.
+constexpr int64_t kShortRowBytes = 64 << 10;
+template <typename T>
+inline bool is_long_row(const AttentionProblem& p, int64_t row) {
+    return p.key_counts[row] * p.kv_heads * p.head_size * static_cast<int64_t>(sizeof(T)) > kShortRowBytes;
+}
+
+// The keys and values of the head that a task computes after this one, fetched while products are made of this one;
+// none of short rows.
+struct NextHead {
+    HeadAhead keys, values;
+
+    template <typename T>
+    static NextHead of(const AttentionProblem& p, const AttentionTask& task, int64_t row, int64_t kv_head) {
+        const bool same_row = kv_head + 1 < task.last_head;
+        const int64_t next = same_row ? row : row + 1, head = same_row ? kv_head + 1 : task.first_head;
+        if (next >= task.last_row || !is_long_row<T>(p, next)) return {};
+        const int64_t keys = p.key_counts[next];
+        return {head_ahead<T>(p.k, next, head, keys, p.head_size),
+                head_ahead<T>(p.v, next, head, p.v_is_k ? 0 : keys, p.value_size)};
+    }
+};
+
 template <typename T>
 class AttentionRow {
   public:
@@ -77,6 +101,7 @@ class AttentionRow {
         : AttentionRow(problem, sizes, row_of_head(problem, row, kv_head, sizes.q_per_kv), scratch) {}
 
     const ScoreVariant<T>& variant() const { return variant_; }
+    int64_t index() const { return row_.index; }
     int64_t keys() const { return row_.keys; }
     int64_t kv_head() const { return row_.kv_head; }
     int64_t queries() const { return queries_; }  // over all heads

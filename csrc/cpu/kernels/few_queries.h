@@ -60,18 +60,6 @@ struct UnitNumbers {
     UnitNumbers from(int64_t token) const { return {data + token * kGroup<A>, stride}; }
 };
 
-// Tokens that are soon read, as many bytes each, `stride` bytes apart: with each token of a pass one of them is fetched
-// to the second level of cache. Without data none is.
-struct TokensAhead {
-    const char* data = nullptr;
-    int64_t stride = 0, bytes = 0;
-
-    INTERFORMER_INLINE void fetch(int64_t t) const {
-        if (data != nullptr)
-            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + t * stride + i, 0, 2);
-    }
-};
-
 template <typename E>
 inline TokensAhead tokens_ahead(const HeadTokens<E>& x, int64_t heads, int64_t channels) {
     if (x.head != channels) return {};

@@ -6,6 +6,7 @@
 // Sums run in the order of k whatever the sizes, so a result's bits depend on its own row and column alone.
 #pragma once
 
+#include "cpu/kernels/memory.h"
 #include "cpu/kernels/operands.h"
 
 INTERFORMER_ISA_BEGIN
@@ -79,9 +80,10 @@ void multiply(Scalars<X> a, Matrix<const X> b, int64_t rows, int64_t columns, in
 // of the vector.
 template <typename X>
 void multiply_packed(Scalars<X> a, const X* panels, int64_t rows, int64_t first, int64_t last, int64_t depth,
-                     Matrix<SumOf<X>> c) {
+                     Matrix<SumOf<X>> c, const HeadAhead& ahead) {
     constexpr int64_t kStepDepth = 64;  // a long sum is made in steps
     for (int64_t n = first; n < last; n += kPanel<X>) {
+        ahead.fetch(n, n + kPanel<X>);
         int64_t k = 0;
         do {
             const X* panel = panels + n * depth + k * kPanel<X>;
@@ -252,11 +254,13 @@ class PackedOperand {
         }
     }
 
-    // to[., j] = rows . token j, for the columns j of the ranges.
-    void multiply(Matrix<const S> rows, int64_t count, const ColumnRanges& ranges, Matrix<Acc<T>> to) const {
+    // to[., j] = rows . token j, for the columns j of the ranges. With them the tokens `ahead` of these numbers are
+    // fetched.
+    void multiply(Matrix<const S> rows, int64_t count, const ColumnRanges& ranges, Matrix<Acc<T>> to,
+                  const HeadAhead& ahead) const {
         for (int i = 0; i < ranges.n; ++i)
             multiply_packed<X>(scalars_along_columns<X>(rows), panels_, count, ranges.r[i].begin, ranges.r[i].end,
-                               depth_, to);
+                               depth_, to, ahead);
     }
 
   private:

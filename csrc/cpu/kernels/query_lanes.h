@@ -104,11 +104,15 @@ inline void lane_rows(int64_t rows, Scalars a, const X* b, int64_t b_stride, int
     if constexpr (M > 1) lane_rows<X, M - 1, N>(rows, a, b, b_stride, depth, c, c_stride, add);
 }
 
+// The rows of a tile of N vectors of columns.
+template <int N>
+constexpr int64_t kLaneRows = N == 1 ? kTileRows + kTileRows / 3 : kTileRows;
+
 // Any number of rows, in tiles of nearly equal height.
 template <typename X, int N, typename Scalars>
 void lane_columns(Scalars a, const X* b, int64_t b_stride, int64_t rows, int64_t depth, SumOf<X>* c, int64_t c_stride,
                   bool add) {
-    constexpr int64_t kRows = N == 1 ? kTileRows + kTileRows / 3 : kTileRows;
+    constexpr int64_t kRows = kLaneRows<N>;
     for (int64_t tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
         const int64_t m = tiles == 1 ? rows : (rows + tiles - 1) / tiles;
         lane_rows<X, kRows, N>(m, a, b, b_stride, depth, c, c_stride, add);

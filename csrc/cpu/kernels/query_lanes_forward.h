@@ -114,9 +114,9 @@ class RowAhead {
     };
 
     void set(int tensor, const RowTensor& x, int64_t row, int64_t count, int64_t numbers, int64_t steps) {
-        constexpr int64_t kSize = static_cast<int64_t>(sizeof(T)), kMaxBytes = 64 << 10;
+        constexpr int64_t kSize = static_cast<int64_t>(sizeof(T));
         const int64_t bytes = numbers * kSize;
-        if (count * bytes > kMaxBytes) count = 0;  // long rows arrive in time without
+        if (count * bytes > kShortRowBytes) count = 0;  // long rows are fetched as they are read
         const int64_t part = static_cast<int32_t>(count + steps - 1) / static_cast<int32_t>(steps);
         tokens_[tensor] = {reinterpret_cast<const char*>(address<T>(x, row, 0, 0)), x.token * kSize, bytes, part,
                            count};
@@ -151,8 +151,8 @@ class QueryLanesForward {
         if (row.queries() == 0) return;
         if (shared_queries_ && batch_row == task.first_row && kv_head == task.first_head) transpose_shared(task);
         if (kv_head == task.first_head) look_ahead(task, batch_row, row.queries());
-        const Operands operands = read(row, row.shard_columns(shard));
         const int64_t first = shard < 0 ? 0 : shard * row.shard();
+        const Operands operands = fetching(read(row, row.shard_columns(shard)), row, task, first);
         const int64_t last = min(shard < 0 ? row.queries() : first + row.shard(), row.queries());
         if (work_.bias.given()) work_.bias.begin_row(row.variant().row(), row.shards() == 1);
         for (int64_t r = first; r < last; r += row.shard()) run_shard(row, r, min(row.shard(), last - r), operands);
@@ -187,6 +187,8 @@ class QueryLanesForward {
     struct Operands {
         KeyScalars<X> keys;
         Matrix<const X> values;
+        HeadAhead keys_ahead{}, values_ahead{};
+        int64_t fetching = -1;  // the query whose tile fetches them
     };
 
     // Keys and values are read in place where they are neither widened nor rotated, and whole operands.
@@ -204,6 +206,26 @@ class QueryLanesForward {
             return {{keys.data, keys.stride},
                     p_.v_is_k ? keys : row.tokens(p_.v, ranges, p_.value_size, false, work_.values)};
         }
+    }
+
+    // The operands with what the first tile fetches of a long row, beside the scores of as many keys: of tokens that
+    // are read in place the keys of the next block and the values of this one, and the next head's of those that are
+    // copied.
+    Operands fetching(Operands operands, const Row& row, const AttentionTask& task, int64_t first) const {
+        const int64_t index = row.index(), head = row.kv_head(), keys = row.keys();
+        if (!is_long_row<T>(p_, index)) return operands;
+        const NextHead next = NextHead::of<T>(p_, task, index, head);
+        const auto lie_in = [&](const X* data, const RowTensor& x) {
+            return static_cast<const void*>(data) == row.key_at(x, 0);
+        };
+        operands.keys_ahead = lie_in(operands.keys.data, p_.k)
+                                  ? head_ahead<T>(p_.k, index, head, keys, p_.head_size).from(Workspace::kKeys)
+                                  : next.keys;
+        operands.values_ahead = lie_in(operands.values.data, p_.v)
+                                    ? head_ahead<T>(p_.v, index, head, p_.v_is_k ? 0 : keys, p_.value_size)
+                                    : next.values;
+        operands.fetching = first;
+        return operands;
     }
 
     void look_ahead(const AttentionTask& task, int64_t row, int64_t queries) {
@@ -227,7 +249,6 @@ class QueryLanesForward {
     void run_tile(const Row& row, int64_t r, int64_t count, const Operands& operands) {
         constexpr int64_t kQueries = N * kLanes<A>;
         const Matrix<A> attn_out{work_.attn_out, value_stride_};
-        const int64_t depth = operands_of(p_.head_size);
         const X* queries = shared_queries_ ? shared_tile(row.kv_head(), r) : work_.queries;
         if (!shared_queries_) load_queries<N>(row, r, count, work_.queries);
         ahead_.prefetch(0);
@@ -238,7 +259,7 @@ class QueryLanesForward {
             for (int64_t j = ranges.r[i].begin, end = min(ranges.r[i].end, row.keys()); j < end;
                  j += Workspace::kKeys) {
                 const int64_t keys = min(Workspace::kKeys, end - j);
-                lane_scores<X, N>(operands.keys.from(j, 0), queries, keys, depth, work_.scores);
+                scores<N>(operands, queries, j, keys, r == operands.fetching);
                 ahead_.prefetch(1);
                 if (lanes.scores_to_probs(j, keys, work_.scores) && add) rescale(lanes.rescale(), count);
                 ahead_.prefetch(2);
@@ -260,6 +281,21 @@ class QueryLanesForward {
             A* sums = attn_out.from(i).data;
             if (p_.variant.score.softmax) normalise<T>(sums, p_.value_size, work_.inv_row_sum[i], p_.weight_scale);
             epilogue_.finish(row.query(r + i), sums, p_.value_size);
+        }
+    }
+
+    // The scores of keys [j, j + count), in portions where tokens are fetched beside them.
+    template <int N>
+    void scores(const Operands& operands, const X* queries, int64_t j, int64_t count, bool fetches) const {
+        const int64_t step = fetches ? kLaneRows<N> : count;
+        for (int64_t i = 0; i < count; i += step) {
+            const int64_t keys = min(step, count - i);
+            if (fetches) {
+                operands.keys_ahead.fetch(j + i, j + i + keys);
+                operands.values_ahead.fetch(j + i, j + i + keys);
+            }
+            lane_scores<X, N>(operands.keys.from(j + i, 0), queries, keys, operands_of(p_.head_size),
+                              work_.scores + i * N * kLanes<A>);
         }
     }
 
