@@ -115,7 +115,8 @@ class Call {
             p.times_q = static_cast<const int64_t*>(tensors.times_q->data);
             p.times_k = static_cast<const int64_t*>(tensors.times_k->data);
             time_cells_ = TimeCells(static_cast<const int64_t*>(tensors.time_edges->data), p.time_bias.entries - 1);
-            p.time_edges = {time_cells_.edges(), time_cells_.first_bins(), time_cells_.bits(), time_cells_.steps()};
+            p.time_edges = {time_cells_.edges(), time_cells_.first_bins(), time_cells_.bits(), time_cells_.steps(),
+                            time_cells_.halves()};
         }
         p.adjusts_scores = in.variant.softcap > 0 || tensors.sinks || tensors.position_bias || tensors.time_bias;
         set_dropout(in);

@@ -34,6 +34,7 @@ struct TimeEdges {
     const int64_t* edges = nullptr;
     const int32_t* first_bins = nullptr;
     int64_t bits = 0, steps = 0;
+    const int32_t* halves = nullptr;
 };
 
 struct AttentionProblem {

@@ -9,6 +9,9 @@
 
 namespace interformer {
 
+// Few edges of 32 bits are searched by halving, whole vectors at a time, without reading memory at each number's own
+// place (bias_tables.h). Others are searched from cells on.
+//
 // Numbers are divided into cells by their leading bits: the exponent of a double and the first `bits` of its fraction.
 // A bin is searched from that of the cell's first number on, over the few edges inside of one cell. Whatever the edges
 // hold, a search from a cell stays among them.
@@ -22,14 +25,30 @@ class TimeCells {
             if (steps_ <= 1) break;
         }
         bits_ = std::min<int64_t>(bits_, 6);
+        const auto fits = [](int64_t edge) {
+            return edge > std::numeric_limits<int32_t>::min() && edge < std::numeric_limits<int32_t>::max();
+        };
+        if (count <= kHalved && std::all_of(edges, edges + count, fits)) divide_by_halves(count);
     }
 
     const int64_t* edges() const { return edges_.data(); }      // with one more behind the last
     const int32_t* first_bins() const { return bins_.data(); }  // of each cell; the first cell holds 0 alone
     int64_t bits() const { return bits_; }
     int64_t steps() const { return steps_; }  // the edges inside of a cell, at most
+    // What halving asks: in steps of 32, 16, ... 1 edges, the last edge of the first half of each part; each step has
+    // `kHalves` numbers. Null where it does not serve.
+    const int32_t* halves() const { return halves_.empty() ? nullptr : halves_.data(); }
+    static constexpr int64_t kHalved = 63, kHalves = 32, kHalvings = 6;
 
   private:
+    void divide_by_halves(int64_t count) {
+        halves_.assign(kHalves * kHalvings, std::numeric_limits<int32_t>::max());
+        for (int64_t i = 0; i < kHalvings; ++i)
+            for (int64_t part = 0, step = kHalves >> i; part < int64_t{1} << i; ++part)
+                if (const int64_t edge = part * 2 * step + step - 1; edge < count)
+                    halves_[static_cast<size_t>(i * kHalves + part)] =
+                        static_cast<int32_t>(edges_[static_cast<size_t>(edge)]);
+    }
     // The first number of cell `cell`, at least 1.
     int64_t first_number(int64_t cell) const {
         const int64_t word = ((int64_t{1023} << bits_) + cell - 1) << (52 - bits_);
@@ -55,7 +74,7 @@ class TimeCells {
     }
 
     std::vector<int64_t> edges_;
-    std::vector<int32_t> bins_;
+    std::vector<int32_t> bins_, halves_;
     int64_t bits_ = 3, steps_ = 0;
 };
 

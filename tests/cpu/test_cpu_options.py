@@ -15,11 +15,11 @@ pytest.importorskip("interformer_kernels._C", exc_type=ImportError)
 LARGEST = torch.iinfo(torch.int64).max
 
 
-def compare(lengths: list[int], **options: Any) -> None:
-    """Outputs and gradients of the CPU's kernels and of the reference in float64, where both are as good as exact."""
+def compare(lengths: list[int], dtype: torch.dtype = torch.float64, **options: Any) -> None:
+    """Outputs and gradients of the CPU's kernels and of the reference, which in float64 are as good as exact."""
     generator = torch.Generator().manual_seed(0)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    q, k, v, grad = torch.randn(4, sum(lengths), 2, 8, dtype=torch.float64, generator=generator)
+    q, k, v, grad = torch.randn(4, sum(lengths), 2, 8, dtype=dtype, generator=generator)
     results: list[tuple[Tensor, ...]] = []
     for backend in ("cpu", "reference"):
         leaves = {
@@ -29,9 +29,10 @@ def compare(lengths: list[int], **options: Any) -> None:
         }
         out, lse = jagged_attention(**{**options, **leaves}, offsets=offsets, return_lse=True, backend=backend)
         results.append((out, lse, *torch.autograd.grad(out, list(leaves.values()), grad)))
+    # In float64 tighter than 1e-7, which assert_close takes by itself.
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
     for found, expected in zip(*results, strict=True):
-        # Tighter than 1e-7, which assert_close takes for float64 by itself.
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found, expected, **tolerance)
 
 
 @pytest.mark.parametrize(
@@ -44,16 +45,21 @@ def compare(lengths: list[int], **options: Any) -> None:
         list(range(0, 400, 2)),
         [2**53 - 1, 2**53, 2**53 + 1, 2**53 + 2, LARGEST - 4096, LARGEST - 1, LARGEST],
         [int(1.2**i) for i in range(230)],
+        [int(1.4**i) for i in range(63)],
+        [int(1.4**i) for i in range(64)],
+        [2**31 - 4, 2**31 - 2],
+        [2**31 - 2, 2**31 - 1],
     ],
-    ids=["none", "one", "small", "equal", "even", "huge", "logarithmic"],
+    ids=["none", "one", "small", "equal", "even", "huge", "logarithmic", "63", "64", "32 bits", "more than 32 bits"],
 )
-def test_bins_of_times_are_those_of_a_search(edges: list[int]) -> None:
-    """Differences at, before and behind every edge, and the largest."""
-    near = [0, 1, 7, LARGEST, *(edge + step for edge in edges[:60] for step in (-1, 0, 1))]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_bins_of_times_are_those_of_a_search(edges: list[int], dtype: torch.dtype) -> None:
+    """Differences at, before and behind every edge, and the largest; vectors of float32 have ways of their own."""
+    near = [0, 1, 7, 2**31, 2**31 + 1, 2**32, LARGEST, *(edge + step for edge in edges[:60] for step in (-1, 0, 1))]
     times = torch.tensor([min(max(time, 0), LARGEST) for time in near])
-    table = torch.randn(2, len(edges) + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    table = torch.randn(2, len(edges) + 1, dtype=dtype, generator=torch.Generator().manual_seed(1))
     time_edges = torch.tensor(edges, dtype=torch.int64)
-    compare([len(times)], time_bias=table, times=times, time_edges=time_edges)
+    compare([len(times)], dtype, time_bias=table, times=times, time_edges=time_edges)
 
 
 def test_bias_of_a_row_whose_bins_are_not_kept() -> None:

@@ -1,10 +1,12 @@
 // Look-ups of additive bias: the bins of differences of times, and a table's values by bin.
 #pragma once
 
+#include <limits>
 #include <type_traits>
 
 #include "cpu/attention_problem.h"
 #include "cpu/kernels/isa.h"
+#include "cpu/time_cells.h"
 
 INTERFORMER_ISA_BEGIN
 
@@ -38,20 +40,60 @@ class TimeBins {
           last_bin_(bins - 1),
           shift_(52 - edges.bits),
           first_cell_((int64_t{1023} << edges.bits) - 1),
-          steps_(edges.steps) {}
+          steps_(edges.steps),
+          halves_(edges.halves) {}
 
-    // A vector of times `x` against `times`: rows of bins, `stride` apart.
-    void find(Times x, const int64_t* times, int64_t count, int32_t* to, int64_t stride) const {
+    // V vectors of times `x` against `times`: rows of bins, `stride` apart.
+    template <int V>
+    void find(const Times (&x)[V], const int64_t* times, int64_t count, int32_t* to, int64_t stride) const {
+#ifdef __AVX512F__
+        if constexpr (V == 2)
+            if (halves_ != nullptr) return find_by_halves(x, times, count, to, stride);
+#endif
         typedef int32_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
-        for (int64_t i = 0; i < count; ++i, to += stride) {
-            const Times ahead = (Times)((Vector<uint64_t>)x - static_cast<uint64_t>(times[i])), sign = ahead >> 63;
-            const Narrow bins = __builtin_convertvector(
-                bins_of((Times)((Vector<uint64_t>)(ahead ^ sign) - (Vector<uint64_t>)sign)), Narrow);
-            std::memcpy(to, &bins, sizeof bins);
-        }
+        for (int64_t i = 0; i < count; ++i, to += stride)
+            for (int v = 0; v < V; ++v) {
+                const Narrow bins = __builtin_convertvector(bins_of(apart(x[v], times[i])), Narrow);
+                std::memcpy(to + v * L, &bins, sizeof bins);
+            }
     }
 
   private:
+    static INTERFORMER_INLINE Times apart(Times x, int64_t time) {
+        const Times ahead = (Times)((Vector<uint64_t>)x - static_cast<uint64_t>(time)), sign = ahead >> 63;
+        return (Times)((Vector<uint64_t>)(ahead ^ sign) - (Vector<uint64_t>)sign);
+    }
+
+#ifdef __AVX512F__
+    // All edges are less than the most that 32 bits hold, so what is further apart may be taken for the number before
+    // it.
+    void find_by_halves(const Times (&x)[2], const int64_t* times, int64_t count, int32_t* to, int64_t stride) const {
+        using Numbers = Vector<int32_t>;
+        constexpr int64_t kHalves = TimeCells::kHalves, kHalvings = TimeCells::kHalvings;
+        const __m512i most = _mm512_set1_epi32(std::numeric_limits<int32_t>::max() - 1);
+        Numbers halves[kHalvings], second = load_vector(halves_ + (kHalvings - 1) * kHalves + kLanes<int32_t>);
+#pragma GCC unroll 8
+        for (int64_t step = 0; step < kHalvings; ++step) halves[step] = load_vector(halves_ + step * kHalves);
+        for (int64_t i = 0; i < count; ++i, to += stride) {
+            const __m256i low = _mm512_maskz_cvtsepi64_epi32(0xff, (__m512i)apart(x[0], times[i]));
+            const __m256i high = _mm512_maskz_cvtsepi64_epi32(0xff, (__m512i)apart(x[1], times[i]));
+            const __m512i numbers = _mm512_maskz_inserti64x4(0xff, _mm512_zextsi256_si512(low), high, 1);
+            const Numbers apart = (Numbers)_mm512_maskz_min_epi32(0xffff, numbers, most);
+            Numbers bins{};
+#pragma GCC unroll 8
+            for (int64_t step = 0; step < kHalvings; ++step) {
+                const __m512i part = (__m512i)(bins >> (kHalvings - step));
+                const Numbers edge = step + 1 < kHalvings
+                                         ? (Numbers)_mm512_maskz_permutexvar_epi32(0xffff, part, (__m512i)halves[step])
+                                         : (Numbers)_mm512_maskz_permutex2var_epi32(0xffff, (__m512i)halves[step], part,
+                                                                                    (__m512i)second);
+                bins += (edge <= apart) & static_cast<int32_t>(kHalves >> step);
+            }
+            store_vector(to, bins);
+        }
+    }
+#endif
+
     INTERFORMER_INLINE Times bins_of(Times apart) const {
         // A double holds the first bits of a number exactly, which is all that cells ask.
         const Times first_bits = apart >> 53 != 0 ? apart & ~int64_t{2047} : apart;
@@ -79,6 +121,7 @@ class TimeBins {
     const int64_t* edges_;
     const int32_t* first_bins_;
     const int64_t last_bin_, shift_, first_cell_, steps_;
+    const int32_t* halves_;
 };
 
 template <typename A>

@@ -74,6 +74,16 @@ class BiasRow {
         fill(line + length_, 2 * kPanel<A>, A(0));
     }
 
+    // The times of as many lanes as a vector of scores has.
+    struct Times {
+        Vector<int64_t> x[W / L];
+    };
+    template <typename TimeAt>
+    static Times times_of(TimeAt&& time_at) {
+        Times times{};
+        for (int64_t lane = 0; lane < W; ++lane) times.x[lane / L][lane % L] = time_at(lane);
+        return times;
+    }
     const int64_t* times_q() const {
         return p_.times_q + (p_.query_begins ? p_.query_begins[row_.index] : row_.index * p_.queries);
     }
@@ -104,7 +114,7 @@ class LaneBias : public BiasRow<A> {
     }
 
   private:
-    using BiasRow<A>::W, BiasRow<A>::L, BiasRow<A>::p_, BiasRow<A>::row_;
+    using BiasRow<A>::W, BiasRow<A>::p_, BiasRow<A>::row_;
     using Index = typename IndexOf<A>::type;
 
     template <int N>
@@ -155,11 +165,10 @@ class LaneBias : public BiasRow<A> {
     template <int N>
     void find_bins(int64_t r, int64_t count, int64_t j, int64_t keys, int32_t* to) const {
         const TimeBins time_bins(p_.time_edges, this->entries_);
-        for (int64_t lane = 0; lane < N * W; lane += L) {
-            Vector<int64_t> times{};
-            for (int64_t i = 0; i < L; ++i) times[i] = this->times_q()[row_.token(r + min(lane + i, count - 1))];
-            time_bins.find(times, this->times_k() + j, keys, to + lane, N * W);
-        }
+        for (int64_t lane = 0; lane < N * W; lane += W)
+            time_bins.find(
+                this->times_of([&](int64_t i) { return this->times_q()[row_.token(r + min(lane + i, count - 1))]; }).x,
+                this->times_k() + j, keys, to + lane, N * W);
     }
 };
 
@@ -180,11 +189,10 @@ class KeyBias : public BiasRow<A> {
         if (kept && this->known_) return;
         const TimeBins time_bins(p_.time_edges, this->entries_);
         for (int i = 0; i < ranges.n; ++i)
-            for (int64_t j = ranges.r[i].begin; j < ranges.r[i].end; j += L) {
-                Vector<int64_t> times{};
-                for (int64_t lane = 0; lane < L; ++lane) times[lane] = this->times_k()[min(j + lane, row_.keys - 1)];
-                time_bins.find(times, this->times_q() + first, tokens, bins_of(first) + j, stride);
-            }
+            for (int64_t j = ranges.r[i].begin; j < ranges.r[i].end; j += W)
+                time_bins.find(
+                    this->times_of([&](int64_t lane) { return this->times_k()[min(j + lane, row_.keys - 1)]; }).x,
+                    this->times_q() + first, tokens, bins_of(first) + j, stride);
     }
 
     void add(int64_t r, const ColumnRanges& ranges, A* scores) const {
@@ -238,7 +246,7 @@ class KeyBias : public BiasRow<A> {
     }
 
   private:
-    using BiasRow<A>::W, BiasRow<A>::L, BiasRow<A>::p_, BiasRow<A>::row_;
+    using BiasRow<A>::W, BiasRow<A>::p_, BiasRow<A>::row_;
 
     int32_t* bins_of(int64_t token) const {
         return this->bins_ + (token - first_token_) * round_up(row_.keys, kPanel<A>);
