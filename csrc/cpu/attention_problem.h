@@ -29,8 +29,11 @@ struct BiasTable {
     double* grads = nullptr;
 };
 
-// Edges between bins of times, as `TimeCells` (time_cells.h) divides them.
+// Edges between bins of times, as `TimeCells` (time_cells.h) divides them. `halves`: where halving serves, for each of
+// its steps of 32, 16, ... 1 edges the last edge of the first half of each part, `kHalves` numbers a step; else null.
 struct TimeEdges {
+    static constexpr int64_t kHalved = 63, kHalves = 32, kHalvings = 6;
+
     const int64_t* edges = nullptr;
     const int32_t* first_bins = nullptr;
     int64_t bits = 0, steps = 0;

@@ -7,6 +7,8 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/attention_problem.h"
+
 namespace interformer {
 
 // Few edges of 32 bits are searched by halving, whole vectors at a time, without reading memory at each number's own
@@ -28,20 +30,18 @@ class TimeCells {
         const auto fits = [](int64_t edge) {
             return edge > std::numeric_limits<int32_t>::min() && edge < std::numeric_limits<int32_t>::max();
         };
-        if (count <= kHalved && std::all_of(edges, edges + count, fits)) divide_by_halves(count);
+        if (count <= TimeEdges::kHalved && std::all_of(edges, edges + count, fits)) divide_by_halves(count);
     }
 
     const int64_t* edges() const { return edges_.data(); }      // with one more behind the last
     const int32_t* first_bins() const { return bins_.data(); }  // of each cell; the first cell holds 0 alone
     int64_t bits() const { return bits_; }
     int64_t steps() const { return steps_; }  // the edges inside of a cell, at most
-    // What halving asks: in steps of 32, 16, ... 1 edges, the last edge of the first half of each part; each step has
-    // `kHalves` numbers. Null where it does not serve.
     const int32_t* halves() const { return halves_.empty() ? nullptr : halves_.data(); }
-    static constexpr int64_t kHalved = 63, kHalves = 32, kHalvings = 6;
 
   private:
     void divide_by_halves(int64_t count) {
+        constexpr int64_t kHalves = TimeEdges::kHalves, kHalvings = TimeEdges::kHalvings;
         halves_.assign(kHalves * kHalvings, std::numeric_limits<int32_t>::max());
         for (int64_t i = 0; i < kHalvings; ++i)
             for (int64_t part = 0, step = kHalves >> i; part < int64_t{1} << i; ++part)

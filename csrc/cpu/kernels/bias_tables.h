@@ -1,12 +1,10 @@
 // Look-ups of additive bias: the bins of differences of times, and a table's values by bin.
 #pragma once
 
-#include <limits>
 #include <type_traits>
 
 #include "cpu/attention_problem.h"
 #include "cpu/kernels/isa.h"
-#include "cpu/time_cells.h"
 
 INTERFORMER_ISA_BEGIN
 
@@ -69,8 +67,8 @@ class TimeBins {
     // it.
     void find_by_halves(const Times (&x)[2], const int64_t* times, int64_t count, int32_t* to, int64_t stride) const {
         using Numbers = Vector<int32_t>;
-        constexpr int64_t kHalves = TimeCells::kHalves, kHalvings = TimeCells::kHalvings;
-        const __m512i most = _mm512_set1_epi32(std::numeric_limits<int32_t>::max() - 1);
+        constexpr int64_t kHalves = TimeEdges::kHalves, kHalvings = TimeEdges::kHalvings;
+        const __m512i most = _mm512_set1_epi32(INT32_MAX - 1);
         Numbers halves[kHalvings], second = load_vector(halves_ + (kHalvings - 1) * kHalves + kLanes<int32_t>);
 #pragma GCC unroll 8
         for (int64_t step = 0; step < kHalvings; ++step) halves[step] = load_vector(halves_ + step * kHalves);
