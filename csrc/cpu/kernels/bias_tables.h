@@ -76,7 +76,7 @@ class TimeBins {
             const __m256i low = _mm512_maskz_cvtsepi64_epi32(0xff, (__m512i)apart(x[0], times[i]));
             const __m256i high = _mm512_maskz_cvtsepi64_epi32(0xff, (__m512i)apart(x[1], times[i]));
             const __m512i numbers = _mm512_maskz_inserti64x4(0xff, _mm512_zextsi256_si512(low), high, 1);
-            const Numbers apart = (Numbers)_mm512_maskz_min_epi32(0xffff, numbers, most);
+            const Numbers between = (Numbers)_mm512_maskz_min_epi32(0xffff, numbers, most);
             Numbers bins{};
 #pragma GCC unroll 8
             for (int64_t step = 0; step < kHalvings; ++step) {
@@ -85,7 +85,7 @@ class TimeBins {
                                          ? (Numbers)_mm512_maskz_permutexvar_epi32(0xffff, part, (__m512i)halves[step])
                                          : (Numbers)_mm512_maskz_permutex2var_epi32(0xffff, (__m512i)halves[step], part,
                                                                                     (__m512i)second);
-                bins += (edge <= apart) & static_cast<int32_t>(kHalves >> step);
+                bins += (edge <= between) & static_cast<int32_t>(kHalves >> step);
             }
             store_vector(to, bins);
         }
