@@ -54,9 +54,9 @@ def compare(lengths: list[int], dtype: torch.dtype = torch.float64, **options: A
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_bins_of_times_are_those_of_a_search(edges: list[int], dtype: torch.dtype) -> None:
-    """Differences at, before and behind every edge, and the largest; vectors of float32 have ways of their own."""
+    """Differences at, before and behind every edge, and those that wrap; vectors of float32 have ways of their own."""
     near = [0, 1, 7, 2**31, 2**31 + 1, 2**32, LARGEST, *(edge + step for edge in edges[:60] for step in (-1, 0, 1))]
-    times = torch.tensor([min(max(time, 0), LARGEST) for time in near])
+    times = torch.tensor([-LARGEST - 1, *(min(max(time, 0), LARGEST) for time in near)])
     table = torch.randn(2, len(edges) + 1, dtype=dtype, generator=torch.Generator().manual_seed(1))
     time_edges = torch.tensor(edges, dtype=torch.int64)
     compare([len(times)], dtype, time_bias=table, times=times, time_edges=time_edges)

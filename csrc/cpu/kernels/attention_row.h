@@ -76,7 +76,7 @@ inline bool is_long_row(const AttentionProblem& p, int64_t row) {
 // The keys and values of the head that a task computes after this one, fetched while products are made of this one;
 // none of short rows.
 struct NextHead {
-    HeadAhead keys, values;
+    RangeAhead keys, values;
 
     template <typename T>
     static NextHead of(const AttentionProblem& p, const AttentionTask& task, int64_t row, int64_t kv_head) {

@@ -75,7 +75,8 @@ class TimeBins {
         for (int64_t i = 0; i < count; ++i, to += stride) {
             const __m256i low = _mm512_maskz_cvtsepi64_epi32(0xff, (__m512i)apart(x[0], times[i]));
             const __m256i high = _mm512_maskz_cvtsepi64_epi32(0xff, (__m512i)apart(x[1], times[i]));
-            const __m512i numbers = _mm512_maskz_inserti64x4(0xff, _mm512_zextsi256_si512(low), high, 1);
+            const __m512i first = _mm512_maskz_inserti64x4(0xff, _mm512_setzero_si512(), low, 0);
+            const __m512i numbers = _mm512_maskz_inserti64x4(0xff, first, high, 1);
             const Numbers between = (Numbers)_mm512_maskz_min_epi32(0xffff, numbers, most);
             Numbers bins{};
 #pragma GCC unroll 8
@@ -99,7 +100,7 @@ class TimeBins {
         Times word;
         std::memcpy(&word, &number, sizeof word);
         const Times cell = (word >> shift_) - first_cell_, inside = cell < 0 ? Times{} : cell;
-        Times bins = first_bins(inside);
+        Times bins = first_bins(inside) & ~(apart >> 63);  // a distance of 2^63 is the least number of 64 bits
         for (int64_t step = 0; step < steps_; ++step)
             bins -= (gathered<int64_t>(edges_, bins) <= apart) & (bins < last_bin_);
         return bins;

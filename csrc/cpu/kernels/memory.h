@@ -24,12 +24,12 @@ struct TokensAhead {
     }
 };
 
-// The same of `count` tokens under one head; of none where heads share a cache line, which the others' tokens bring.
-struct HeadAhead {
+// `count` such tokens, fetched range by range.
+struct RangeAhead {
     TokensAhead tokens;
     int64_t count = 0;
 
-    HeadAhead from(int64_t token) const {
+    RangeAhead from(int64_t token) const {
         return {{tokens.data + token * tokens.stride, tokens.stride, tokens.bytes}, count - token};
     }
 
@@ -38,8 +38,9 @@ struct HeadAhead {
     }
 };
 
+// The tokens under one head; none where heads share a cache line, which the others' tokens bring.
 template <typename T>
-inline HeadAhead head_ahead(const RowTensor& x, int64_t row, int64_t head, int64_t count, int64_t channels) {
+inline RangeAhead head_ahead(const RowTensor& x, int64_t row, int64_t head, int64_t count, int64_t channels) {
     constexpr int64_t kSize = static_cast<int64_t>(sizeof(T)), kLine = 64;
     if (channels * kSize < kLine) return {};
     return {{reinterpret_cast<const char*>(address<T>(x, row, 0, head)), x.token * kSize, channels * kSize}, count};

@@ -80,7 +80,7 @@ void multiply(Scalars<X> a, Matrix<const X> b, int64_t rows, int64_t columns, in
 // of the vector.
 template <typename X>
 void multiply_packed(Scalars<X> a, const X* panels, int64_t rows, int64_t first, int64_t last, int64_t depth,
-                     Matrix<SumOf<X>> c, const HeadAhead& ahead) {
+                     Matrix<SumOf<X>> c, const RangeAhead& ahead) {
     constexpr int64_t kStepDepth = 64;  // a long sum is made in steps
     for (int64_t n = first; n < last; n += kPanel<X>) {
         ahead.fetch(n, n + kPanel<X>);
@@ -257,7 +257,7 @@ class PackedOperand {
     // to[., j] = rows . token j, for the columns j of the ranges. With them the tokens `ahead` of these numbers are
     // fetched.
     void multiply(Matrix<const S> rows, int64_t count, const ColumnRanges& ranges, Matrix<Acc<T>> to,
-                  const HeadAhead& ahead) const {
+                  const RangeAhead& ahead) const {
         for (int i = 0; i < ranges.n; ++i)
             multiply_packed<X>(scalars_along_columns<X>(rows), panels_, count, ranges.r[i].begin, ranges.r[i].end,
                                depth_, to, ahead);

@@ -95,22 +95,20 @@ class RowAhead {
         set(3, p.out, row, queries, p.heads * p.value_size, steps);
     }
     void stop() {
-        for (Tokens& tokens : tokens_) tokens.left = 0;
+        for (Tokens& tokens : tokens_) tokens = {};
     }
 
     // The next part of q (0), k (1), v (2) or the output (3).
     INTERFORMER_INLINE void prefetch(int tensor) {
         Tokens& tokens = tokens_[tensor];
-        const int64_t count = min(tokens.part, tokens.left);
-        tokens.left -= count;
-        for (int64_t i = 0; i < count; ++i, tokens.next += tokens.stride)
-            for (int64_t line = 0; line < tokens.bytes; line += 64) __builtin_prefetch(tokens.next + line, 0, 2);
+        tokens.all.fetch(tokens.next, tokens.next + tokens.part);
+        tokens.next += tokens.part;
     }
 
   private:
     struct Tokens {
-        const char* next = nullptr;
-        int64_t stride = 0, bytes = 0, part = 0, left = 0;
+        RangeAhead all;
+        int64_t part = 0, next = 0;
     };
 
     void set(int tensor, const RowTensor& x, int64_t row, int64_t count, int64_t numbers, int64_t steps) {
@@ -118,8 +116,8 @@ class RowAhead {
         const int64_t bytes = numbers * kSize;
         if (count * bytes > kShortRowBytes) count = 0;  // long rows are fetched as they are read
         const int64_t part = static_cast<int32_t>(count + steps - 1) / static_cast<int32_t>(steps);
-        tokens_[tensor] = {reinterpret_cast<const char*>(address<T>(x, row, 0, 0)), x.token * kSize, bytes, part,
-                           count};
+        const char* first = reinterpret_cast<const char*>(address<T>(x, row, 0, 0));
+        tokens_[tensor] = {{{first, x.token * kSize, bytes}, count}, part, 0};
     }
 
     Tokens tokens_[4];
@@ -187,7 +185,7 @@ class QueryLanesForward {
     struct Operands {
         KeyScalars<X> keys;
         Matrix<const X> values;
-        HeadAhead keys_ahead{}, values_ahead{};
+        RangeAhead keys_ahead{}, values_ahead{};
         int64_t fetching = -1;  // the query whose tile fetches them
     };
 
